@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 or later and nothing else: they install into .venv and run there.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test
+.NOTPARALLEL:
+
+demo: .venv/demo.stamp
+	$(BIN)/dit-accel demo --out demo-out $(ARGS)
+
+test: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# the stamps: nothing is installed again until what is to be installed changes
+.venv/demo.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	touch $@ .venv/demo.stamp
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,67 @@
+"""dit_accel: fast attention for diffusion transformers, patched into a stock diffusers pipeline in one call."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_accel.adapter import load_adapter, save_adapter
+    from dit_accel.operator import attention
+    from dit_accel.finetune.config import DistillConfig
+    from dit_accel.finetune.distill import distill
+    from dit_accel.layout import TokenLayout
+    from dit_accel.patch import accelerate, dense, restore, summary
+    from dit_accel.pipelines.builtin import builtin_pipeline
+    from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+
+__version__ = "0.1.0"
+
+# name -> module; imported on first use, so that `import dit_accel` loads neither diffusers nor triton
+_HOMES = {
+    "accelerate": "patch",
+    "restore": "patch",
+    "dense": "patch",
+    "summary": "patch",
+    "distill": "finetune.distill",
+    "DistillConfig": "finetune.config",
+    "save_adapter": "adapter",
+    "load_adapter": "adapter",
+    "Fovea": "spec",
+    "CLEAR": "spec",
+    "SLA": "spec",
+    "GNA": "spec",
+    "AttentionSpec": "spec",
+    "TokenLayout": "layout",
+    "attention": "operator",
+    "builtin_pipeline": "pipelines.builtin",
+}
+
+__all__ = [
+    "CLEAR",
+    "GNA",
+    "SLA",
+    "AttentionSpec",
+    "DistillConfig",
+    "Fovea",
+    "TokenLayout",
+    "accelerate",
+    "attention",
+    "builtin_pipeline",
+    "dense",
+    "distill",
+    "load_adapter",
+    "restore",
+    "save_adapter",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dit_accel.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

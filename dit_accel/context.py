@@ -1,0 +1,141 @@
+"""What the operators of one transformer share during a forward: the grid, the step, and whether they are on. Nothing is global."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import FallbackError
+from dit_accel.layout import TokenLayout
+from dit_accel.pipelines.family import Family
+from dit_accel.plan import Plan, make_plan
+from dit_accel.spec import AttentionSpec, Raster
+
+
+class Context:
+    """Per-model state, written by the hooks at the transformer's boundary and read by its operators.
+
+    `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
+    student's. `active`: the operators run in the forward at hand. `step`: index of the denoising step.
+    """
+
+    def __init__(self, family: Family, spec: AttentionSpec, names: list[str], *, dense_steps: int, backend: str, strict: bool) -> None:
+        self.family, self.spec, self.names = family, spec, names
+        self.dense_steps, self.backend, self.strict = dense_steps, backend, strict
+        self.enabled, self.in_order = True, False
+        self.fallbacks: Counter[str] = Counter()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.active = False
+        self.permuted = False
+        self.layout: TokenLayout | None = None
+        self.plan: Plan | None = None
+        self._orders: tuple[Tensor, Tensor] | None = None
+        self._ids: Tensor | None = None
+        self.step, self._timestep = 0, float("inf")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: settings only; geometry is read anew at the next forward."""
+        state = dict(self.__dict__)
+        twin = Context.__new__(Context)
+        twin._forget()
+        return {**state, **twin.__dict__}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequence in the forward at hand."""
+        return self.layout.tokens if self.layout else -1
+
+    def current(self) -> tuple[TokenLayout, Plan]:
+        """Layout and plan of the forward at hand."""
+        if self.layout is None or self.plan is None:
+            raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
+        return self.layout, self.plan
+
+    def fall_back(self, reason: str) -> None:
+        """Record that a call runs its original attention: counted, said once, an error under strict."""
+        if self.strict:
+            raise FallbackError(f"strict=True wants every layer accelerated, but this call has {reason}")
+        if reason not in self.fallbacks:
+            warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
+        self.fallbacks[reason] += 1
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: read the grid and the step, and bring image tokens into the spec's memory order."""
+        self.active = self.permuted = False
+        if not (self.enabled or self.in_order):
+            return None
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        self._observe(arguments)
+        if self.layout is None:
+            return None
+        self.active = self.enabled and self.step >= self.dense_steps
+        self.permuted = self._orders is not None and (self.active or self.in_order)
+        if not self.permuted:
+            return None
+        order = self._orders[0]  # type: ignore[index]
+        for name in self.family.per_token:
+            if arguments.get(name) is not None:
+                arguments[name] = _map_tensors(arguments[name], lambda x: x.index_select(-2, order))
+        return (), arguments
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: bring the output's tokens back into raster order."""
+        if not self.permuted:
+            return None
+        order = self._orders[1]  # type: ignore[index]
+        if isinstance(output, tuple):
+            return (output[0].index_select(-2, order), *output[1:])
+        output.sample = output.sample.index_select(-2, order)
+        return output
+
+    def _observe(self, arguments: Mapping[str, Any]) -> None:
+        """Read what this forward says of grid and step; under torch.compile, outside of the graph unless it is known already."""
+        if not torch.compiler.is_compiling():
+            self._read(arguments)
+            return
+        known = self.layout is not None and arguments["hidden_states"].shape[-2] == self.layout.image
+        if not known or self.family.text(arguments) != self.layout.text or self.dense_steps:  # type: ignore[union-attr]
+            torch.compiler.disable(self._read)(arguments)
+
+    def _read(self, arguments: Mapping[str, Any]) -> None:
+        ids = arguments.get("img_ids")
+        if ids is None or ids is not self._ids:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+            grid = self.family.grid(arguments)
+            self._ids = ids
+            if isinstance(grid, str):
+                self.layout = self.plan = self._orders = None
+                self.fall_back(grid)
+                return
+            self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"].device)
+        elif self.layout is not None and self.layout.text != self.family.text(arguments):
+            self._set_geometry(self.layout.grid, self.family.text(arguments), arguments["hidden_states"].device)
+        if self.dense_steps:
+            self._count_step(float(arguments[self.family.timestep].flatten()[0]))
+
+    def _set_geometry(self, grid: tuple[int, int, int], text: int, device: torch.device) -> None:
+        self.layout = TokenLayout(grid, text, self.family.text_first, self.spec.order)
+        self.plan = make_plan(self.spec, self.layout, device)
+        if isinstance(self.spec.order, Raster):
+            self._orders = None
+        else:
+            inverse = make_plan(self.spec, TokenLayout(grid), device)
+            self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
+
+    def _count_step(self, timestep: float) -> None:
+        """A lower timestep is the next step, a higher one a new run; an equal one is the same step (guidance in two passes)."""
+        if timestep > self._timestep or self._timestep == float("inf"):
+            self.step = 0
+        elif timestep < self._timestep:
+            self.step += 1
+        self._timestep = timestep
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return function(value)

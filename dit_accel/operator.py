@@ -1,0 +1,199 @@
+"""`attention`: the one operator that every method is. It knows specs and layouts; the arithmetic is in `kernels`.
+
+Letters: B batch, H heads, N tokens (text and image), D channels per head, T blocks. Words: `density` share of key blocks kept, `kept` and
+`rest`, `grid` (T, H, W) in tokens, `block` in memory, `tile` in space, `lse` natural logarithm of softmax mass.
+"""
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels import dispatch, reference
+from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
+from dit_accel.kernels.reference import Partial
+from dit_accel.layout import TokenLayout
+from dit_accel.parameters import AttentionParameters
+from dit_accel.plan import Plan, make_plan
+from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    layout: TokenLayout,
+    *,
+    params: AttentionParameters | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention that `spec` describes, over the tokens that `layout` describes.
+
+    Args:
+        query, key, value: `[B, H, N, D]`, one floating dtype and device, after q/k norm and rotary embedding; N = layout.tokens.
+        params: the method's learned part from `spec.make_parameters`; None means its start values.
+        scale: of the logits; 1/sqrt(D) unless given.
+        return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
+
+    Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
+    Raises ValueError for shapes, dtypes, devices or parameters that don't fit, BackendError for a backend that can't run the call.
+    """
+    check_inputs(query, key, value, layout)
+    parameters = start_values(spec, query) if params is None else params
+    check_parameters(parameters, spec, query)
+    dispatch.choose(backend)
+    plan = make_plan(spec, layout, query.device)
+    out, lse = attend(query, key, value, spec, layout, plan, parameters, scale)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: AttentionParameters,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` without its checks, for callers that hold the plan already: output and lse."""
+    # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
+        out, lse = _attend(q, k, v, spec, layout, plan, params, query.shape[-1] ** -0.5 if scale is None else scale)
+        return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+
+
+def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
+    """The spec's parameters at their start values, frozen, beside the query."""
+    return spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).to(query.device).requires_grad_(False)
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
+    """Raise ValueError unless the three are `[B, H, N, D]` of one dtype and device with N = layout.tokens."""
+    if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(
+            f"query, key and value have one shape [B, H, N, D], got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if query.shape[2] != layout.tokens:
+        raise ValueError(
+            f"the layout {layout.grid} with {layout.text} text tokens wants {layout.tokens} tokens, got {query.shape[2]} of {tuple(query.shape)}"
+        )
+    if not query.is_floating_point() or len({(x.dtype, x.device) for x in (query, key, value)}) > 1:
+        raise ValueError(
+            "query, key and value share one floating dtype and one device, got "
+            + ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
+        )
+
+
+def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
+    """Raise ValueError unless the parameters have the names and shapes of the spec's own."""
+    wanted = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
+    got = {k: tuple(v.shape) for k, v in params.named_parameters()}
+    if wanted != got:
+        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} wants parameters {wanted}, got {got}")
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: AttentionParameters, scale: float
+) -> Partial:
+    """The operator on `[BH, N, D]`: image queries by the spec, text queries dense."""
+    text = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
+    image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
+    qi, ki, vi = (_permuted(x[:, image], plan.to_memory) for x in (q, k, v))
+    text_keys = (k[:, text], v[:, text]) if layout.text else None
+    out, lse = _attend_image(qi, ki, vi, text_keys, spec, layout, plan, params, scale)
+    out, lse = _permuted(out, plan.to_raster), _permuted(lse, plan.to_raster)
+    if not layout.text:
+        return out, lse
+    dense = reference.dense_attention(q[:, text], k, v, scale=scale)
+    parts = [dense, (out, lse)] if layout.text_first else [(out, lse), dense]
+    return torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 1)
+
+
+def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(1, order)
+
+
+def _attend_image(
+    q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, Tensor] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
+    params: AttentionParameters, scale: float,
+) -> Partial:  # fmt: skip
+    blocks = _visited_blocks(q, k, spec, plan)
+    exact = [
+        reference.block_sparse_attention(
+            q, k, v, blocks, plan.q_blocks, plan.k_blocks, scale=scale, predicate=plan.predicate, coords=plan.coords
+        )
+    ]
+    if text_keys is not None:
+        exact.append(reference.dense_attention(q, *text_keys, scale=scale))
+    if spec.rest is None:
+        return reference.merge_partials(exact)
+    rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale)
+    if isinstance(spec.merge, Mass):
+        if params.offset is not None:
+            offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
+            rest = (rest[0], rest[1] + offset[:, None])
+        return reference.merge_partials([*exact, rest])
+    out, lse = reference.merge_partials(exact)
+    if params.proj is not None:
+        out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
+    return out, lse
+
+
+def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
+    """The static lists of the spec's patterns and, where it has a TopK, the blocks chosen for this call beside them."""
+    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
+    if top is None:
+        return plan.static  # type: ignore[return-value]
+    key_blocks = len(plan.k_blocks.count)
+    weight = (plan.k_blocks.count / spec.block[1]).sqrt().to(q.dtype) if top.correct_short and not plan.k_blocks.even else None
+    taken = plan.static.kept(key_blocks) if plan.static else None
+    with torch.no_grad():
+        q_mean, k_mean = pool_blocks(q, plan.q_blocks)[0], pool_blocks(k, plan.k_blocks)[0]
+    chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight, taken=taken)
+    if plan.static is None:
+        return chosen
+    pairs = [(getattr(plan.static, n).expand(len(q), -1, -1), getattr(chosen, n)) for n in ("index", "valid")]
+    index, valid = (torch.cat(pair, -1) for pair in pairs)
+    if plan.static.partial is None:
+        return BlockMap(index, valid)
+    partial = torch.cat([plan.static.partial.expand(len(q), -1, -1), torch.zeros_like(chosen.valid)], -1)
+    return BlockMap(index, valid, partial)
+
+
+def _rest(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
+    params: AttentionParameters, scale: float,
+) -> Partial:  # fmt: skip
+    """The cheap estimate of what the kept blocks leave out, and the log of its mass."""
+    match spec.rest:
+        case Linear(feature_map, scope):
+            phi = reference.FEATURE_MAPS[feature_map]
+            if scope == "all":
+                return reference.linear_attention(phi(q), phi(k), v)
+            return reference.linear_attention_rest(phi(q), phi(k), v, blocks.kept(len(plan.k_blocks.count)), plan.q_blocks, plan.k_blocks)
+        case Pooled(log_count, variance, cap):
+            k_mean, k_var = pool_blocks(k, plan.k_blocks, variance=variance)
+            v_mean, _ = pool_blocks(v, plan.k_blocks)
+            log_n = plan.k_blocks.count.to(q.dtype).log() if log_count else None
+            kept = blocks.kept(len(plan.k_blocks.count))
+            return reference.pooled_attention(q, k_mean, v_mean, k_var, log_n, kept, plan.q_blocks, scale=scale, cap=cap)
+        case Downsampled(factor):
+            weight = params.spatial_weight
+            keys, values = (downsample(x, plan.coords, layout, factor, weight) for x in (k, v))
+            return reference.dense_attention(q, keys, values, scale=scale)
+    raise ValueError(f"no such rest: {spec.rest!r}")
+
+
+def downsample(x: Tensor, coords: Tensor, layout: TokenLayout, factor: int, weight: Tensor | None) -> Tensor:
+    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` at `coords` (CLEAR's pooled keys).
+
+    A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
+    """
+    frames, height, width = layout.grid
+    rows, columns = -(-height // factor), -(-width // factor)
+    t, y, x_ = coords.unbind(-1)
+    patch = (t * rows + y // factor) * columns + x_ // factor
+    w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
+    count = torch.zeros(frames * rows * columns, dtype=x.dtype, device=x.device).index_add(0, patch, torch.ones_like(patch, dtype=x.dtype))
+    scaled = w.to(x.dtype)[y % factor, x_ % factor] * (factor**2 / count)[patch]
+    pooled = torch.zeros(x.shape[0], frames * rows * columns, x.shape[2], dtype=x.dtype, device=x.device)
+    return pooled.index_add(1, patch, x * scaled[:, None])

@@ -1,0 +1,26 @@
+"""The learned part of an attention method, as one nn.Module per layer."""
+
+import torch
+import torch.nn as nn
+
+
+class Projection(nn.Module):
+    """Weight `[D, D]` and bias `[D]`, zero at start. No nn.Linear, so that LoRA, quantisation and casting by type leave it alone."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim))
+        self.bias = nn.Parameter(torch.zeros(head_dim))
+
+
+class AttentionParameters(nn.Module):
+    """Start values of what a method learns; absent parts are None. Shared by all heads unless `[heads]` is said.
+
+    `proj`: SLA's projection. `offset` `[heads]`: added to the rest's log mass. `spatial_weight` `[f, f]`: CLEAR's pooling weights.
+    """
+
+    def __init__(self, projection: int | None = None, offset: int | None = None, factor: int | None = None) -> None:
+        super().__init__()
+        self.proj = Projection(projection) if projection is not None else None
+        self.offset = nn.Parameter(torch.zeros(offset)) if offset is not None else None
+        self.spatial_weight = nn.Parameter(torch.full((factor, factor), 1 / factor**2)) if factor is not None else None

@@ -1,0 +1,225 @@
+"""The only code that touches a user's model: `accelerate`, `restore`, `dense`, `summary`."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.nn as nn
+from rich.console import Console
+from rich.table import Table
+
+from dit_accel.context import Context
+from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
+from dit_accel.kernels import dispatch
+from dit_accel.pipelines import FAMILIES, family_of
+from dit_accel.plan import kept_density
+from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
+from dit_accel.spec import AttentionSpec, Fovea
+
+P = TypeVar("P")
+CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
+
+
+@dataclass
+class Patch:
+    """What undoes the patch of one transformer: its context, the original processors, the hooks."""
+
+    context: Context
+    originals: dict[str, tuple[Any, Any]]  # module name -> (original processor, ours)
+    hooks: list[Any]
+
+
+def accelerate(
+    pipe_or_transformer: P,
+    spec: AttentionSpec | None = None,
+    *,
+    layers: Callable[[str, nn.Module], bool] | None = None,
+    dense_steps: int = 0,
+    backend: str = "auto",
+    strict: bool = False,
+) -> P:
+    """Replace the image self-attention of a stock pipeline (all its transformers) or of a bare transformer; returns the same object.
+
+    Args:
+        spec: the method; `Fovea()` unless given, which needs no training.
+        layers: which attention modules, as a predicate on (name, module); all unless given.
+        dense_steps: the first denoising steps of every run that keep the original attention.
+        backend: which implementation; "auto" chooses, and `summary` tells.
+        strict: raise FallbackError where a call would have to run its original attention.
+
+    Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
+    AlreadyAcceleratedError or ValueError before anything is changed.
+    """
+    spec = Fovea() if spec is None else spec
+    if not isinstance(spec, AttentionSpec):
+        raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...), got {spec!r}")
+    if not isinstance(dense_steps, int) or dense_steps < 0:
+        raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
+    dispatch.choose(backend)
+    models = find_transformers(pipe_or_transformer)
+    for model in models:
+        if hasattr(model, CONTEXT):
+            patch: Patch = getattr(model, CONTEXT)
+            raise AlreadyAcceleratedError(f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first")
+    settings: dict[str, Any] = {"dense_steps": dense_steps, "backend": backend, "strict": strict}
+    prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
+    for model, (context, modules) in zip(models, prepared, strict=True):
+        _install(model, context, modules)
+    return pipe_or_transformer
+
+
+def find_transformers(pipe_or_transformer: object) -> list[Any]:
+    """The transformers of supported families in a pipeline, or the given transformer. Raises UnsupportedModelError if there is none."""
+    target = getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)  # torch.compile's wrapper
+    components = getattr(target, "components", None)
+    if isinstance(target, nn.Module) or not isinstance(components, dict):
+        candidates = [target]
+    else:
+        candidates = [getattr(c, "_orig_mod", c) for c in components.values() if isinstance(c, nn.Module)]
+    found = [c for c in candidates if family_of(c)]
+    if not found:
+        got = ", ".join(sorted(type(c).__name__ for c in candidates)) or type(target).__name__
+        supported = ", ".join(family.model_class for family in FAMILIES)
+        raise UnsupportedModelError(f"no transformer of a supported family: wanted one of {supported}, got {got}")
+    return found
+
+
+def _prepare(
+    model: Any, spec: AttentionSpec, layers: Callable[[str, nn.Module], bool] | None, settings: dict[str, Any]
+) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
+    """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
+    family = family_of(model)
+    if family is None:  # find_transformers lets none through
+        raise UnsupportedModelError(f"{type(model).__name__} belongs to no supported family")
+    every = [(name, m) for name, m in model.named_modules() if re.fullmatch(family.modules, name)]
+    chosen = [(name, m) for name, m in every if layers is None or layers(name, m)]
+    if not chosen:
+        raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {[n for n, _ in every]}")
+    owner = next(c for c in type(model).__mro__ if c.__name__ == family.model_class)
+    names = list(inspect.signature(owner.forward).parameters)[1:]
+    context = Context(family, spec, names, **settings)
+    modules = []
+    for name, module in chosen:
+        operator = AcceleratedAttention(spec, context, name, heads=module.heads, head_dim=module.inner_dim // module.heads)
+        modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
+    return context, modules
+
+
+def _install(model: Any, context: Context, modules: list[tuple[str, Any, AcceleratedAttention, Any]]) -> None:
+    originals = {}
+    for name, module, operator, processor in modules:
+        originals[name] = (module.processor, processor)
+        module.dit_accel = operator.train(module.training)
+        module.processor = processor
+    hooks = [model.register_forward_pre_hook(context.before, with_kwargs=True), model.register_forward_hook(context.after)]
+    setattr(model, CONTEXT, Patch(context, originals, hooks))
+
+
+def restore(pipe_or_transformer: P) -> P:
+    """Undo `accelerate`: the original processor objects, no operators, no hooks. Raises NotAcceleratedError if there is nothing to undo."""
+    for model, patch in patches_of(pipe_or_transformer):
+        for name, (original, ours) in patch.originals.items():
+            module = model.get_submodule(name)
+            if module.processor is ours:
+                module.processor = original
+            elif isinstance(module.processor, AcceleratedProcessor):  # made anew from our class, as loading an IP-Adapter does
+                module.processor.__class__ = module.processor._dit_accel_base
+            del module.dit_accel
+        for hook in patch.hooks:
+            hook.remove()
+        delattr(model, CONTEXT)
+    return pipe_or_transformer
+
+
+def patches_of(pipe_or_transformer: object) -> list[tuple[Any, Patch]]:
+    """The accelerated transformers and their patches. Raises NotAcceleratedError if there is none."""
+    found = [(model, getattr(model, CONTEXT)) for model in find_transformers(pipe_or_transformer) if hasattr(model, CONTEXT)]
+    if not found:
+        raise NotAcceleratedError(f"wanted a pipeline or transformer patched by accelerate(...), got an unpatched {type(pipe_or_transformer).__name__}")
+    return found
+
+
+def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]:
+    """The operators of all accelerated layers by the name of their attention module."""
+    return {
+        name: model.get_submodule(name).dit_accel for model, patch in patches_of(pipe_or_transformer) for name in patch.originals
+    }
+
+
+@contextlib.contextmanager
+def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
+    """The original attention, same weights, for the length of a `with` block.
+
+    `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token.
+    """
+    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
+    before = [(c.enabled, c.in_order) for c in contexts]
+    try:
+        for context in contexts:
+            context.enabled, context.in_order = False, in_order
+        yield pipe_or_transformer
+    finally:
+        for context, (enabled, ordered) in zip(contexts, before, strict=True):
+            context.enabled, context.in_order = enabled, ordered
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One accelerated layer: what it computes and what it did in the last forward (None before the first)."""
+
+    layer: str
+    method: str
+    tokens: int | None
+    density_asked: float | None
+    density_kept: float | None
+    parameters: int
+    backend: str
+    why: str
+
+
+def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSummary]:
+    """What runs where: one row per accelerated layer, printed as a table unless `show` is false.
+
+    `density_kept` is the share of image token pairs that the last forward attended to exactly.
+    """
+    rows, notes = [], []
+    for model, patch in patches_of(pipe_or_transformer):
+        context = patch.context
+        backend, why = dispatch.choose(context.backend)
+        for name in patch.originals:
+            operator: AcceleratedAttention = model.get_submodule(name).dit_accel
+            replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
+            rows.append(
+                LayerSummary(
+                    layer=name,
+                    method=str(operator.spec),
+                    tokens=context.layout.tokens if context.layout else None,
+                    density_asked=operator.spec.density,
+                    density_kept=kept_density(operator.spec, context.layout) if context.layout else None,
+                    parameters=sum(p.numel() for p in operator.parameters()),
+                    backend="original" if replaced else backend,
+                    why="its processor was replaced after accelerate(...)" if replaced else why,
+                )
+            )
+        notes += [f"{count} calls ran the original attention: {reason}" for reason, count in context.fallbacks.items()]
+        if context.dense_steps:
+            notes.append(f"the first {context.dense_steps} steps of every run keep the original attention")
+    if show:
+        _print(rows, notes)
+    return rows
+
+
+def _print(rows: list[LayerSummary], notes: list[str]) -> None:
+    console = Console()
+    for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):
+        table = Table("layer", "tokens", "density asked", "density kept", "parameters", title=f"{method}\nbackend: {backend} ({why})", title_justify="left")
+        for row in rows:
+            if (row.method, row.backend, row.why) == (method, backend, why):
+                share = [f"{x:.2%}" if x is not None else "-" for x in (row.density_asked, row.density_kept)]
+                table.add_row(row.layer, str(row.tokens or "-"), *share, str(row.parameters))
+        console.print(table)
+    for note in notes:
+        console.print(note)

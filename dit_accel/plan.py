@@ -1,0 +1,165 @@
+"""From a spec and a layout to tensors: blocks, the static part of the block lists, and the token predicate. Computed once per grid."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_mask
+from dit_accel.layout import TokenLayout, coordinates, partition
+from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, TopK, Window
+
+Predicate = Callable[[Tensor, Tensor], Tensor]
+T = TypeVar("T", Blocks, BlockMap)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec means on one grid, on one device.
+
+    `coords` `[N, 3]`: (t, y, x) of the image tokens in the spec's memory order. `to_memory`, `to_raster` `[N]`: permutations, or None
+    where the layout is in that order already. `static`: the visited blocks of the patterns that depend on coordinates alone.
+    """
+
+    q_blocks: Blocks
+    k_blocks: Blocks
+    coords: Tensor
+    to_memory: Tensor | None
+    to_raster: Tensor | None
+    static: BlockMap | None
+    predicate: Predicate | None
+    top: int
+
+
+@functools.lru_cache(maxsize=64)
+def window_table(length: int, size: int, stride: int, dilation: int) -> Tensor:
+    """First and last key `[length, 2]` that each query of an axis sees (NATTEN's rule, arXiv 2504.16922)."""
+    rows = []
+    for i in range(length):
+        group, query = i % dilation, i // dilation
+        total = -(-(length - group) // dilation)
+        k = min(size, total)
+        left, right = k // 2, k // 2 + k % 2 - 1
+        leader = min(query // stride * stride + stride // 2, total - 1)
+        centre = min(max(leader, left), total - 1 - right)
+        rows.append([(centre - left) * dilation + group, (centre + right) * dilation + group])
+    return torch.tensor(rows)
+
+
+def _gaps(q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared smallest and largest distance between boxes `[T, 3]` of integer coordinates, as `[Tq, Tk]`."""
+    after, before = k_low[None] - q_high[:, None], q_low[:, None] - k_high[None]
+    near = torch.maximum(after, before).clamp_min(0)
+    far = torch.maximum(k_high[None] - q_low[:, None], q_high[:, None] - k_low[None])
+    return near.square().sum(-1), far.square().sum(-1)
+
+
+def _visits(pattern: Disc | DiscBlocks | Window, grid: tuple[int, int, int], boxes: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept."""
+    q_low, q_high, k_low, k_high = boxes
+    if isinstance(pattern, Disc | DiscBlocks):
+        near, far = _gaps(*boxes)
+        visited = near < pattern.radius**2
+        return visited, visited if isinstance(pattern, DiscBlocks) else far < pattern.radius**2
+    visited, full = torch.ones(2, len(q_low), len(k_low), dtype=torch.bool)
+    for axis in range(3):
+        size, stride, dilation = (pattern.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
+        first, last = window_table(grid[axis], size, stride, dilation).unbind(-1)
+        # both ends never fall as the query moves on, but for the residues of a dilated window: hence the running extremes
+        reach_low = first.flip(0).cummin(0).values.flip(0)[q_low[:, axis], None]
+        reach_high = last.cummax(0).values[q_high[:, axis], None]
+        low, high = k_low[None, :, axis], k_high[None, :, axis]
+        visited &= (low <= reach_high) & (high >= reach_low)
+        if dilation == 1 or grid[axis] == 1:
+            full &= (low >= first[q_high[:, axis], None]) & (high <= last[q_low[:, axis], None])
+        else:
+            full &= False
+    return visited, full
+
+
+def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device: torch.device) -> Predicate:
+    """Whether a pair of coordinates is kept by any of the patterns."""
+    tables = {
+        (pattern, axis): (window_table(grid[axis], *(pattern.per_axis(n)[axis] for n in ("size", "stride", "dilation")))).to(device)
+        for pattern in patterns
+        if isinstance(pattern, Window)
+        for axis in range(3)
+    }
+
+    def inside_window(pattern: Window, q: Tensor, k: Tensor) -> Tensor:
+        allowed = torch.ones((), dtype=torch.bool, device=q.device)
+        for axis, dilation in enumerate(pattern.per_axis("dilation")):
+            span = tables[pattern, axis][q[..., axis]]
+            key = k[..., None, :, axis]
+            allowed = allowed & (key >= span[..., :1]) & (key <= span[..., 1:])
+            if dilation > 1:
+                allowed = allowed & (key % dilation == q[..., :, None, axis] % dilation)
+        return allowed
+
+    def inside_disc(pattern: Disc, q: Tensor, k: Tensor) -> Tensor:
+        distance = sum((q[..., :, None, axis] - k[..., None, :, axis]).square() for axis in range(3) if grid[axis] > 1)
+        return torch.as_tensor(distance, device=q.device) < pattern.radius**2
+
+    def allowed(q: Tensor, k: Tensor) -> Tensor:
+        masks = [inside_disc(p, q, k) if isinstance(p, Disc) else inside_window(p, q, k) for p in patterns]
+        return functools.reduce(torch.logical_or, masks)
+
+    return allowed
+
+
+@functools.lru_cache(maxsize=16)
+def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
+    """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to."""
+    q_part, k_part = (partition(layout.grid, spec.order, block) for block in spec.block)
+    coords = coordinates(layout.grid, q_part.order)
+    q_blocks, k_blocks = Blocks.from_starts(q_part.starts), Blocks.from_starts(k_part.starts)
+    fixed = [p for p in spec.keep if not isinstance(p, TopK)]
+    static = None
+    if fixed:
+        corners = [coords[blocks.index] for blocks in (q_blocks, k_blocks)]
+        boxes = (corners[0].amin(1), corners[0].amax(1), corners[1].amin(1), corners[1].amax(1))
+        masks = [_visits(p, layout.grid, boxes) for p in fixed]
+        visited, full = (functools.reduce(torch.logical_or, mask) for mask in zip(*masks, strict=True))
+        static = map_from_mask(visited, full)
+    density = spec.density
+    come = partition(layout.grid, layout.order, spec.block[0]).order if layout.order != spec.order else None
+    to_memory = None if come is None else come.argsort()[q_part.order]
+    exact = [p for p in fixed if isinstance(p, Disc | Window)]
+    return Plan(
+        q_blocks=_moved(q_blocks, device),
+        k_blocks=_moved(k_blocks, device),
+        coords=coords.to(device),
+        to_memory=None if to_memory is None else to_memory.to(device),
+        to_raster=None if to_memory is None else to_memory.argsort().to(device),
+        static=_moved(static, device) if static else None,
+        predicate=_predicate(exact, layout.grid, device) if exact else None,
+        top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
+    )
+
+
+def _moved(value: T, device: torch.device) -> T:
+    fields = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(value).items()}
+    return type(value)(**fields)
+
+
+@functools.lru_cache(maxsize=64)
+def kept_density(spec: AttentionSpec, layout: TokenLayout) -> float:
+    """The share of image token pairs that the spec attends to exactly on this grid; counted, block list by block list."""
+    plan = make_plan(spec, layout, torch.device("cpu"))
+    total = layout.image**2
+    pairs = 0
+    if plan.static:
+        for row in range(len(plan.static.index)):
+            listed = plan.static.index[row][plan.static.valid[row]]
+            keys = plan.k_blocks.count[listed]
+            queries = plan.coords[plan.q_blocks.index[row][plan.q_blocks.valid[row]]]
+            partial = plan.static.partial[row][plan.static.valid[row]] if plan.static.partial is not None else torch.zeros_like(keys).bool()
+            pairs += len(queries) * int(keys[~partial].sum())
+            if plan.predicate and bool(partial.any()):
+                places = plan.k_blocks.index[listed[partial]][plan.k_blocks.valid[listed[partial]]]
+                pairs += int(plan.predicate(queries, plan.coords[places]).sum())
+    # a chosen block's size depends on the content: its mean is taken where blocks differ
+    return min(1.0, (pairs + plan.top * layout.image * layout.image / len(plan.k_blocks.count)) / total)

@@ -1,0 +1,162 @@
+"""How an accelerated attention gets into a diffusers attention module, for every family alike.
+
+diffusers keeps the attention primitive inside a *processor*, after q/k norm and rotary embedding. For each processor class a subclass is
+built once whose `__call__` is the class's own source with the one call to the primitive,
+
+    dispatch_attention_fn(...)            ->  self._dit_accel_dispatch(attn, ...)      [B, N, H, D]
+    F.scaled_dot_product_attention(...)   ->  self._dit_accel_sdpa(attn, ...)          [B, H, N, D]
+
+rebound and compiled in the original function's globals. Signature, isinstance checks, LoRA, IP-Adapter, attention backends and pickling
+go on working, and no processor is copied by hand. Tracebacks show the rewritten source. The operator itself is an nn.Module that hangs
+on the attention module as `attn.dit_accel`, so that devices, optimizers, offloading and state dicts see its parameters.
+"""
+
+import ast
+import copy
+import inspect
+import linecache
+import textwrap
+from typing import Any
+
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from dit_accel.context import Context
+from dit_accel.errors import UnsupportedModelError
+from dit_accel.operator import attend
+from dit_accel.spec import AttentionSpec
+
+
+class AcceleratedAttention(nn.Module):
+    """The operator on one attention module: its spec, its learned parameters, and the context shared with the other layers."""
+
+    def __init__(self, spec: AttentionSpec, context: Context, name: str, *, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.spec, self.context, self.name = spec, context, name
+        self.heads, self.head_dim = heads, head_dim
+        self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
+
+    def takes(self, q_len: int, kv_len: int, special: str | None) -> bool:
+        """Whether this call is the image self-attention of a forward that is to be accelerated."""
+        if not self.context.active or q_len != kv_len:  # unequal lengths: an IP-Adapter's or other cross-attention call
+            return False
+        if special is None and q_len == self.context.tokens:
+            return True
+        self.context.fall_back(special or f"a sequence of {q_len} tokens where the grid and text make {self.context.tokens}")
+        return False
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """`[B, H, N, D]` in the spec's memory order."""
+        layout, plan = self.context.current()
+        return attend(query, key, value, self.spec, layout, plan, self.params, scale)[0]
+
+
+def _special(attn_mask: object, dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
+    """Why a call can't be accelerated, if so."""
+    if attn_mask is not None:
+        return "an attention mask"
+    if is_causal or dropout_p:
+        return "causal attention or dropout"
+    return "context parallelism" if parallel_config is not None else None
+
+
+class AcceleratedProcessor:
+    """Mixed into each rewritten processor class: decides call by call between the operator and the untouched primitive."""
+
+    _dit_accel_base: type
+
+    def _dit_accel_dispatch(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, attention_kwargs: dict[str, Any] | None = None,
+        *, backend: Any = None, parallel_config: Any = None,
+    ) -> Tensor:  # fmt: skip
+        operator: AcceleratedAttention = attn.dit_accel
+        if operator.takes(query.shape[1], key.shape[1], _special(attn_mask, dropout_p, is_causal, parallel_config)):
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return operator(q, k, v, scale).transpose(1, 2)
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
+            parallel_config=parallel_config,
+        )  # fmt: skip
+
+    def _dit_accel_sdpa(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        operator: AcceleratedAttention = attn.dit_accel
+        if operator.takes(query.shape[2], key.shape[2], _special(attn_mask, dropout_p, is_causal, None)):
+            return operator(query, key, value, scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self._dit_accel_base, dict(self.__dict__))
+
+
+def _rebuild(base: type, state: dict[str, Any]) -> object:
+    """Make an instance of the rewritten class, which no module holds under a name, for pickle and deepcopy."""
+    processor = object.__new__(accelerated_class(base))
+    processor.__dict__.update(state)
+    return processor
+
+
+class _Rebind(ast.NodeTransformer):
+    """Rebinds the calls to the attention primitive in a processor's `__call__`."""
+
+    def __init__(self, attn: str) -> None:
+        self.attn, self.count = attn, 0
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:  # noqa: N802
+        self.generic_visit(node)
+        function = node.func
+        if isinstance(function, ast.Name) and function.id == "dispatch_attention_fn":
+            method = "_dit_accel_dispatch"
+        elif isinstance(function, ast.Attribute) and function.attr == "scaled_dot_product_attention":
+            method = "_dit_accel_sdpa"
+        else:
+            return node
+        self.count += 1
+        node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
+        node.args.insert(0, ast.Name(self.attn, ast.Load()))
+        return node
+
+
+_classes: dict[type, type] = {}  # a pure function's results: processor class -> rewritten class
+
+
+def accelerated_class(base: type) -> type:
+    """The subclass of a processor class whose calls to the attention primitive go through its module's operator.
+
+    Raises UnsupportedModelError where the class's source is not to be had or holds no call to the primitive.
+    """
+    if base in _classes:
+        return _classes[base]
+    call = base.__call__
+    try:
+        source = textwrap.dedent(inspect.getsource(call))
+    except (OSError, TypeError) as error:
+        raise UnsupportedModelError(f"wanted the source of {base.__name__}.__call__, which is not available: {error}") from error
+    tree = ast.parse(source)
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) < 2:
+        raise UnsupportedModelError(f"wanted {base.__name__}.__call__(self, attn, ...), got {source.splitlines()[0]!r}")
+    rebind = _Rebind(definition.args.args[1].arg)
+    tree = ast.fix_missing_locations(rebind.visit(tree))
+    if rebind.count == 0:
+        raise UnsupportedModelError(f"{base.__name__} calls no attention primitive that dit_accel knows")
+    filename = f"<dit_accel {base.__module__}.{base.__qualname__}>"
+    text = ast.unparse(tree)
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(text, filename, "exec"), call.__globals__, namespace)  # type: ignore[attr-defined]
+    members = {"__call__": namespace["__call__"], "_dit_accel_base": base, "__module__": __name__}
+    _classes[base] = type(f"Accelerated{base.__name__}", (AcceleratedProcessor, base), members)
+    return _classes[base]
+
+
+def accelerated_copy(processor: Any) -> Any:
+    """A shallow copy of a processor in its rewritten class; the original is left as it is."""
+    twin = copy.copy(processor)
+    twin.__class__ = accelerated_class(type(processor))
+    return twin

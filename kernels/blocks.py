@@ -1,0 +1,96 @@
+"""Blocks of tokens: gathering them, pooling them, choosing among them, and the lists of blocks that queries visit."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N tokens cut into T consecutive blocks of at most `width` tokens, as gather indices.
+
+    `index` `[T, width]`: token at each place (short blocks repeat their last token). `valid` `[T, width]`: whether the place is a token.
+    `count` `[T]`: tokens per block. `place` `[N]`: where each token stands in the padded `[T · width]`. `even`: all blocks are full.
+    """
+
+    index: Tensor
+    valid: Tensor
+    count: Tensor
+    place: Tensor
+    even: bool
+
+    @classmethod
+    def from_starts(cls, starts: Tensor) -> "Blocks":
+        """From the first token of each block and, last, N: `[T + 1]`."""
+        count = starts[1:] - starts[:-1]
+        width = int(count.max())
+        offset = torch.arange(width, device=starts.device)
+        valid = offset < count[:, None]
+        index = torch.minimum(starts[:-1, None] + offset, starts[1:, None] - 1)
+        return cls(index, valid, count, valid.flatten().nonzero().flatten(), bool(valid.all()))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[..., N, D]` to `[..., T, width, D]`; a view where all blocks are full."""
+        if self.even:
+            return x.unflatten(-2, self.index.shape)
+        return x.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape)
+
+    def ungather(self, x: Tensor) -> Tensor:
+        """The inverse: `[..., T, width, D]` to `[..., N, D]`, padding dropped."""
+        flat = x.flatten(-3, -2)
+        return flat if self.even else flat.index_select(-2, self.place)
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """The key blocks that each query block visits.
+
+    `index` `[..., Tq, n]` int64, `valid` `[..., Tq, n]` (false: padding of a shorter list), `partial` `[..., Tq, n]` (the token predicate
+    applies) or None where no block is partial. Leading dimensions are absent (shared by batch and heads) or (batch · heads).
+    `complete`: every entry is known to be valid.
+    """
+
+    index: Tensor
+    valid: Tensor
+    partial: Tensor | None = None
+    complete: bool = False
+
+    def kept(self, key_blocks: int) -> Tensor:
+        """The same as a mask `[..., Tq, Tk]`."""
+        seen = torch.zeros(*self.index.shape[:-1], key_blocks, dtype=torch.int32, device=self.index.device)
+        return seen.scatter_add(-1, self.index, self.valid.int()) > 0
+
+
+def map_from_mask(visited: Tensor, full: Tensor) -> BlockMap:
+    """Lists from masks `[Tq, Tk]`: full blocks first, then partial ones, padded to the longest list."""
+    rank = visited.int() + (visited & full).int()
+    width = int(visited.sum(-1).max())
+    rank, index = rank.sort(dim=-1, descending=True, stable=True)
+    rank, index = rank[:, :width], index[:, :width]
+    partial = rank == 1
+    return BlockMap(index, rank > 0, partial if bool(partial.any()) else None, bool((rank > 0).all()))
+
+
+def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Mean `[..., T, D]` of each block over its true number of tokens, and the (biased) variance where asked; float32 at least."""
+    parts = blocks.gather(x if x.dtype == torch.float64 else x.float())
+    weight = (blocks.valid / blocks.count[:, None]).to(parts.dtype)[..., None]
+    mean = (parts * weight).sum(-2)
+    return mean, ((parts - mean[..., None, :]).square() * weight).sum(-2) if variance else None
+
+
+def select_blocks(query_mean: Tensor, key_mean: Tensor, count: int, *, key_weight: Tensor | None, taken: Tensor | None) -> BlockMap:
+    """The `count` best key blocks per query block by the product of block means (SLA, arXiv 2509.24006, section 3).
+
+    Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores; blocks in `taken` `[Tq, Tk]` are not chosen again.
+    Selection is not differentiated.
+    """
+    with torch.no_grad():
+        score = query_mean @ key_mean.transpose(-1, -2)
+        if key_weight is not None:
+            score = score * key_weight
+        if taken is not None:
+            score = score.masked_fill(taken, -torch.inf)
+        best, index = score.topk(count, dim=-1)
+        return BlockMap(index, best > -torch.inf, complete=taken is None)

@@ -1,0 +1,180 @@
+"""The reference: every operator in eager PyTorch with autograd, in float32 (float64 inputs in float64). It is the specification.
+
+Everything here is *partial attention*: a softmax over some keys, given as its output and the natural logarithm of its mass (lse), so that
+parts merge exactly. Work goes through query blocks in chunks that fit a cache; when a gradient is wanted each chunk is recomputed in the
+backward pass, so memory stays linear in the number of tokens. No N × N mask is ever made.
+
+Shapes: q, k, v `[BH, N, D]` (batch and heads folded), blocks `[BH, T, width, D]`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dit_accel.kernels.blocks import BlockMap, Blocks
+
+CHUNK_ELEMENTS = 1 << 21  # scores and gathered keys of one chunk, about 8 MB in float32: the second-level caches of two cores
+
+Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
+Predicate = Callable[[Tensor, Tensor], Tensor]  # token coordinates [..., Nq, 3], [..., Nk, 3] -> allowed [..., Nq, Nk]
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it; when a gradient is wanted, keep only the arguments and recompute in the backward pass."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
+def softmax_partial(scores: Tensor, values: Tensor) -> Partial:
+    """Softmax of `scores` `[..., Nq, Nk]` over values `[..., Nk, D]`; a row of -inf gives output 0 and lse -inf."""
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = (scores - top).exp_()
+    mass = weights.sum(-1)
+    safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    lse = torch.where(mass > 0, safe.log() + top[..., 0], -torch.inf)
+    return (weights @ values) / safe[..., None], lse
+
+
+def merge_partials(parts: list[Partial]) -> Partial:
+    """One softmax over the union of disjoint key sets, from the partial softmax over each (FlashAttention's merge)."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
+    out = sum(out * (part - lse).exp()[..., None] for out, part in parts)
+    return out, lse  # type: ignore[return-value]
+
+
+def _chunks(total: int, elements_each: int) -> list[slice]:
+    """Slices of `total` items, about CHUNK_ELEMENTS elements each."""
+    step = max(1, CHUNK_ELEMENTS // max(1, elements_each))
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, q_blocks: Blocks, k_blocks: Blocks, *, scale: float,
+    predicate: Predicate | None = None, coords: Tensor | None = None,
+) -> Partial:  # fmt: skip
+    """Softmax of each query over the keys of the blocks that its query block visits.
+
+    `predicate` decides token by token inside partial blocks, from `coords` `[N, 3]`. Gradients: q, k, v, from output and lse.
+    """
+    bh, _, d = q.shape
+    t_k, width = k_blocks.index.shape
+    queries = q_blocks.gather(q * scale)
+    # one row per block, so that a visit is one contiguous copy
+    rows_k, rows_v = (k_blocks.gather(x).reshape(bh * t_k, width * d) for x in (k, v))
+    first = torch.arange(bh, device=q.device)[:, None, None] * t_k
+    whole = k_blocks.even and blocks.partial is None and blocks.complete
+
+    def attend(part: Tensor, rows_k: Tensor, rows_v: Tensor, chunk: slice) -> Partial:
+        index = blocks.index[..., chunk, :]
+        flat = (index + first).reshape(-1)
+        shape = (bh, part.shape[1], index.shape[-1] * width, d)
+        keys, values = (rows.index_select(0, flat).view(shape) for rows in (rows_k, rows_v))
+        scores = part @ keys.transpose(-1, -2)
+        if not whole:
+            scores = scores.masked_fill(~_allowed(blocks, q_blocks, k_blocks, chunk, predicate, coords), -torch.inf)
+        return softmax_partial(scores, values)
+
+    visited = blocks.index.shape[-1] * width
+    outs = [
+        _run(attend, queries[:, chunk], rows_k, rows_v, chunk)
+        for chunk in _chunks(queries.shape[1], bh * visited * (2 * d + queries.shape[2]))
+    ]
+    return _join(outs, q_blocks)
+
+
+def _allowed(
+    blocks: BlockMap, q_blocks: Blocks, k_blocks: Blocks, chunk: slice, predicate: Predicate | None, coords: Tensor | None
+) -> Tensor:
+    """Which keys `[..., C, 1 or width_q, n · width_k]` the chunk's query blocks may see."""
+    index = blocks.index[..., chunk, :]
+    allowed = (k_blocks.valid[index] & blocks.valid[..., chunk, :, None]).flatten(-2)[..., None, :]
+    if blocks.partial is None or predicate is None or coords is None:
+        return allowed
+    inside = predicate(coords[q_blocks.index[chunk]], coords[k_blocks.index[index].flatten(-2)])
+    whole = (~blocks.partial[..., chunk, :, None]).expand(*index.shape, k_blocks.index.shape[1]).flatten(-2)[..., None, :]
+    return allowed & (whole | inside)
+
+
+def _join(parts: list[Partial], q_blocks: Blocks) -> Partial:
+    """Chunks `[BH, C, width, ...]` to tokens."""
+    out = torch.cat([out for out, _ in parts], 1)
+    lse = torch.cat([lse for _, lse in parts], 1)
+    return q_blocks.ungather(out), q_blocks.ungather(lse[..., None])[..., 0]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
+    """Softmax of every query over all of k, in chunks of queries."""
+
+    def attend(part: Tensor, k: Tensor, v: Tensor) -> Partial:
+        return softmax_partial(part @ k.transpose(-1, -2), v)
+
+    q = q * scale
+    outs = [_run(attend, q[:, chunk], k, v) for chunk in _chunks(q.shape[1], q.shape[0] * k.shape[1])]
+    return torch.cat([out for out, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
+
+
+def pooled_attention(
+    q: Tensor, k_mean: Tensor, v_mean: Tensor, k_var: Tensor | None, log_count: Tensor | None, kept: Tensor, q_blocks: Blocks, *,
+    scale: float, cap: float,
+) -> Partial:  # fmt: skip
+    """Softmax of each query over the pooled keys `[BH, Tk, D]` of the blocks its query block does not keep (`kept` `[..., Tq, Tk]`).
+
+    Logit: s·q·k̄ + log n + min(s²/2 · Σ_d q_d² Var(k_d), cap); without `k_var` or `log_count` that term is left out.
+    """
+    queries = q_blocks.gather(q * scale)
+
+    def attend(part: Tensor, k_mean: Tensor, v_mean: Tensor, k_var: Tensor | None, kept: Tensor) -> Partial:
+        scores = part @ k_mean[:, None].transpose(-1, -2)
+        if k_var is not None:
+            scores = scores + (part.square() @ (0.5 * k_var[:, None].transpose(-1, -2))).clamp(max=cap)
+        if log_count is not None:
+            scores = scores + log_count
+        return softmax_partial(scores.masked_fill(kept[..., None, :], -torch.inf), v_mean[:, None])
+
+    chunks = _chunks(queries.shape[1], q.shape[0] * queries.shape[2] * k_mean.shape[1] * 2)
+    return _join([_run(attend, queries[:, c], k_mean, v_mean, k_var, kept[..., c, :]) for c in chunks], q_blocks)
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(-1),
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+}
+
+
+def linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Partial:
+    """Linear attention over all keys: phi(q)·(phi(K)ᵀV) / (1e-5 + phi(q)·Σ phi(k)), as released with SLA, and the log of its mass."""
+    state = phi_k.transpose(-1, -2) @ v
+    mass = (phi_q @ phi_k.sum(-2)[..., None]) + 1e-5
+    return (phi_q @ state) / mass, mass[..., 0].log()
+
+
+def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, kept: Tensor, q_blocks: Blocks, k_blocks: Blocks) -> Partial:
+    """Linear attention of each query block over the key blocks it does not keep; output 0 and log mass -inf where it keeps all.
+
+    The states of the rest are summed, not subtracted from a total, so that nothing cancels (SLA, eq. 5).
+    """
+    keys = k_blocks.gather(phi_k) * k_blocks.valid[..., None]
+    states = keys.transpose(-1, -2) @ k_blocks.gather(v)
+    rest = (~kept).to(v.dtype).expand(v.shape[0], *kept.shape[-2:])
+    sums = keys.sum(-2)
+    queries = q_blocks.gather(phi_q)
+    d = phi_q.shape[-1]
+
+    def attend(part: Tensor, rest: Tensor, states: Tensor, sums: Tensor) -> Partial:
+        state = (rest @ states.flatten(-2)).unflatten(-1, (d, v.shape[-1]))
+        mass = (part @ (rest @ sums)[..., None])[..., 0]
+        safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        out = torch.where(mass[..., None] > 0, (part @ state) / safe[..., None], 0)
+        return out, torch.where(mass > 0, safe.log(), -torch.inf)
+
+    chunks = _chunks(queries.shape[1], v.shape[0] * d * (d + queries.shape[2]))
+    return _join([_run(attend, queries[:, c], rest[:, c], states, sums) for c in chunks], q_blocks)
