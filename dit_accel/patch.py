@@ -1,15 +1,18 @@
 """The only code that touches a user's model: `accelerate`, `restore`, `dense`, `summary`."""
 
 import contextlib
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from dit_accel.context import Context
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
@@ -23,13 +26,17 @@ P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
 
 
+ADAPTER = "dit_accel"  # name of the LoRA that distillation trains
+
+
 @dataclass
 class Patch:
-    """What undoes the patch of one transformer: its context, the original processors, the hooks."""
+    """What undoes the patch of one transformer: its context, the original processors, the hooks, the weights that distillation changed."""
 
     context: Context
     originals: dict[str, tuple[Any, Any]]  # module name -> (original processor, ours)
     hooks: list[Any]
+    weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
 
 
 def accelerate(
@@ -98,14 +105,19 @@ def _prepare(
     chosen = [(name, m) for name, m in every if layers is None or layers(name, m)]
     if not chosen:
         raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {[n for n, _ in every]}")
-    owner = next(c for c in type(model).__mro__ if c.__name__ == family.model_class)
-    names = list(inspect.signature(owner.forward).parameters)[1:]
-    context = Context(family, spec, names, **settings)
+    context = Context(family, spec, forward_names(model), **settings)
     modules = []
     for name, module in chosen:
         operator = AcceleratedAttention(spec, context, name, heads=module.heads, head_dim=module.inner_dim // module.heads)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules
+
+
+def forward_names(model: Any) -> list[str]:
+    """Names of a supported transformer's forward arguments, from its family's class (subclasses may hide them)."""
+    family = family_of(model)
+    owner = next(c for c in type(model).__mro__ if family and c.__name__ == family.model_class)
+    return list(inspect.signature(owner.forward).parameters)[1:]
 
 
 def _install(model: Any, context: Context, modules: list[tuple[str, Any, AcceleratedAttention, Any]]) -> None:
@@ -119,8 +131,14 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
 
 
 def restore(pipe_or_transformer: P) -> P:
-    """Undo `accelerate`: the original processor objects, no operators, no hooks. Raises NotAcceleratedError if there is nothing to undo."""
+    """Undo `accelerate` and `distill`: the original processor objects and weights, no operators, no LoRA of ours, no hooks.
+
+    Raises NotAcceleratedError if there is nothing to undo.
+    """
     for model, patch in patches_of(pipe_or_transformer):
+        _swap_weights(model, patch)
+        if ADAPTER in getattr(model, "peft_config", {}):
+            model.delete_adapters(ADAPTER)
         for name, (original, ours) in patch.originals.items():
             module = model.get_submodule(name)
             if module.processor is ours:
@@ -151,19 +169,55 @@ def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]
 
 @contextlib.contextmanager
 def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
-    """The original attention, same weights, for the length of a `with` block.
+    """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
 
     `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token.
     """
-    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
-    before = [(c.enabled, c.in_order) for c in contexts]
+    patches = patches_of(pipe_or_transformer)
+    before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]
     try:
-        for context in contexts:
-            context.enabled, context.in_order = False, in_order
+        for (model, patch), (enabled, _) in zip(patches, before, strict=True):
+            if enabled:
+                _swap_weights(model, patch)
+                _scale_lora(model, 0.0)
+            patch.context.enabled, patch.context.in_order = False, in_order
         yield pipe_or_transformer
     finally:
-        for context, (enabled, ordered) in zip(contexts, before, strict=True):
-            context.enabled, context.in_order = enabled, ordered
+        for (model, patch), (enabled, ordered) in zip(patches, before, strict=True):
+            if enabled and not patch.context.enabled:
+                _swap_weights(model, patch)
+                _scale_lora(model, 1.0)
+            patch.context.enabled, patch.context.in_order = enabled, ordered
+
+
+def _swap_weights(model: Any, patch: Patch) -> None:
+    """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
+    for name, other in patch.weights.items():
+        parameter = model.get_parameter(name)
+        patch.weights[name] = parameter.data
+        parameter.data = other.to(parameter.device, parameter.dtype)
+
+
+def _scale_lora(model: Any, scale: float) -> None:
+    """Scale our LoRA; at 0 it adds exact zeros. Other adapters are left alone."""
+    for module in model.modules():
+        if ADAPTER in getattr(module, "scaling", {}):
+            module.set_scale(ADAPTER, scale)
+
+
+def teacher_hash(transformer: nn.Module) -> str:
+    """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
+    digest = hashlib.sha256()
+    patch = getattr(transformer, CONTEXT, None)
+    originals = patch.weights if patch else {}
+    for name, tensor in sorted(transformer.state_dict().items()):
+        if ".dit_accel." in name:
+            continue
+        tensor = originals.get(name, tensor)
+        plain = name.replace(".base_layer.", ".")
+        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,23 @@
-"""The built-in model."""
+"""The built-in model: a small FLUX-architecture text-to-image pipeline that ships with the package."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def builtin_pipeline(**kwargs: Any) -> "FluxPipeline":
+    """`FluxPipeline.from_pretrained` on the folder that ships with the package; `kwargs` (torch_dtype, ...) go to it.
+
+    It draws the things of its captions ("a panda on a blue background", "a cat left of a cactus") at 256 to 1024 pixels and more.
+    """
+    from diffusers import FluxPipeline
+
+    # diffusers loads components of other packages only where their modules have been imported
+    import dit_accel.pipelines.builtin.autoencoder
+    import dit_accel.pipelines.builtin.transformer  # noqa: F401
+
+    return FluxPipeline.from_pretrained(WEIGHTS, **kwargs)

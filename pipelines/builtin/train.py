@@ -183,10 +183,12 @@ def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rn
 
 
 def save_pipeline(pipe: FluxPipeline, folder: Path) -> None:
-    """Write the pipeline with bfloat16 transformer and text weights (half the size; the autoencoder stays float32)."""
+    """Write the pipeline with a bfloat16 transformer: half the size, and read back as float32.
+
+    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
+    """
     half = copy.copy(pipe)
-    for key, module in trained_modules(pipe).items():
-        setattr(half, key, copy.deepcopy(module).to(torch.bfloat16))
+    half.transformer = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
     half.save_pretrained(folder)
 
 

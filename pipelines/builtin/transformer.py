@@ -8,7 +8,7 @@ interpolation). At 1024 pixels (n = 64) the ids are unchanged and the model is t
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks ModelMixin up in a component's own module
 from torch import Tensor
 
 CANVAS = 64

@@ -1,0 +1,241 @@
+"""Saving what acceleration and distillation added to a pipeline, and loading it elsewhere.
+
+A folder holds `dit_accel_config.json` (method, layers, base model, training record, checksums), `diffusion_pytorch_model.safetensors` (the
+layers' own parameters), and, where they were trained, `pytorch_lora_weights.safetensors` (a LoRA in diffusers' own format, loadable alone)
+or `attention_weights.safetensors` (full projections). Nothing is pickled. Loading checks everything before it changes anything.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_accel.errors import AdapterError, UnsupportedModelError
+from dit_accel.files import write_json, write_tensors
+from dit_accel.patch import ADAPTER, accelerate, find_transformers, operators_of, patches_of, restore, teacher_hash
+from dit_accel.spec import AttentionSpec
+
+P = TypeVar("P")
+CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
+LORA, FULL = "pytorch_lora_weights.safetensors", "attention_weights.safetensors"
+VERSION = 1
+
+
+class DitAccelAdapter(ModelMixin, ConfigMixin):
+    """The learned parameters of all accelerated layers of one transformer, as a diffusers model (hub, revisions, `push_to_hub`)."""
+
+    config_name = CONFIG
+
+    @register_to_config
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        layers: dict[str, tuple[int, int]],  # attention module -> (heads, head_dim)
+        base_model_class: str,
+        base_model_name: str = "",
+        base_model_hash: str = "",
+        dense_steps: int = 0,
+        training: dict[str, Any] | None = None,
+        files: dict[str, str] | None = None,  # file -> SHA-256
+        version: int = VERSION,
+    ) -> None:
+        super().__init__()
+        parsed = AttentionSpec.from_dict(spec)
+        made = {name: parsed.make_parameters(heads=heads, head_dim=width) for name, (heads, width) in layers.items()}
+        self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
+        self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
+
+
+def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
+    """Write the adapter of an accelerated pipeline to a folder (made if need be); `training` is a record kept in its config.
+
+    Raises NotAcceleratedError, or AdapterError where the folder can't be written.
+    """
+    patches = patches_of(pipe_or_transformer)
+    if len(patches) != 1:
+        raise AdapterError(f"wanted one accelerated transformer, got {len(patches)}")
+    model, patch = patches[0]
+    operators = operators_of(model)
+    folder = Path(folder)
+    with torch.no_grad():
+        own = {f"layers.{name.replace('.', '__')}.{k}": v for name, op in operators.items() for k, v in op.params.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {WEIGHTS: write_tensors(folder / WEIGHTS, {**own, "format": torch.tensor(VERSION)}, {"format": "pt"})}
+        if ADAPTER in getattr(model, "peft_config", {}):
+            lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
+            settings = model.peft_config[ADAPTER].to_dict()
+            kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
+            meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
+            written[LORA] = write_tensors(folder / LORA, lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)})
+        if patch.weights:
+            written[FULL] = write_tensors(folder / FULL, {n: model.get_parameter(n) for n in patch.weights}, {"format": "pt"})
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in written.items()}
+        adapter = DitAccelAdapter(
+            spec=patch.context.spec.to_dict(),
+            layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
+            base_model_class=patch.context.family.model_class,
+            base_model_name=str(getattr(model, "_name_or_path", "") or model.config.get("_name_or_path", "")),
+            base_model_hash=teacher_hash(model),
+            dense_steps=patch.context.dense_steps,
+            training=training,
+            files=files,
+        )
+        write_json(folder / CONFIG, json.loads(adapter.to_json_string()))
+    except OSError as error:
+        raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
+    return folder
+
+
+def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", strict: bool = False) -> P:
+    """Accelerate a pipeline or transformer as an adapter (a folder, or a hub id) says, with its weights; returns the same object.
+
+    Raises AdapterError where files are missing, truncated or altered, or where the adapter belongs to another architecture; the pipeline
+    is unchanged then. Base weights other than those it was made with are reported as a warning.
+    """
+    folder = _local_folder(path_or_repo)
+    config = _read_config(folder)
+    tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
+    spec = AttentionSpec.from_dict(config["spec"])
+    models = find_transformers(pipe)
+    if len(models) != 1:
+        raise AdapterError(f"wanted a pipeline with one transformer, got {len(models)}")
+    model = models[0]
+    _check_architecture(model, config, spec, tensors)
+    accelerate(pipe, spec, layers=lambda name, _: name in config["layers"], dense_steps=config["dense_steps"], backend=backend, strict=strict)
+    try:
+        _install_weights(model, tensors)
+    except BaseException:
+        restore(pipe)
+        raise
+    (_, patch), *_ = patches_of(pipe)
+    if config["base_model_hash"] and teacher_hash(model) != config["base_model_hash"]:
+        name = config["base_model_name"] or "another model"
+        warnings.warn(f"the adapter in {folder} was made with the weights of {name}, which differ from these", stacklevel=2)
+    return pipe
+
+
+def _local_folder(path_or_repo: str | Path) -> Path:
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if isinstance(path_or_repo, Path) or path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/")):
+        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {str(path_or_repo)!r}")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL]))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config with exactly the fields that DitAccelAdapter has."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise AdapterError(f"wanted {CONFIG} in {folder}: {error}") from error
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
+    wanted = {
+        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version",
+    }  # fmt: skip
+    if set(config) != wanted:
+        raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
+    if config["version"] != VERSION:
+        raise AdapterError(f"{folder / CONFIG} wants version {VERSION}, got {config['version']}")
+    if WEIGHTS not in config["files"] or not set(config["files"]) <= {WEIGHTS, LORA, FULL}:
+        raise AdapterError(f"{folder / CONFIG} wants files among {[WEIGHTS, LORA, FULL]}, got {sorted(config['files'])}")
+    return config
+
+
+def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != digest:
+            raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"wanted a readable {path}: {error}") from error
+
+
+def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
+    classes = [cls.__name__ for cls in type(model).__mro__]
+    if config["base_model_class"] not in classes:
+        raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    for name, (heads, width) in config["layers"].items():
+        module = modules.get(name)
+        got = (module.heads, module.inner_dim // module.heads) if hasattr(module, "heads") else None
+        if got != (heads, width):
+            raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
+    own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
+    _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
+    _compare(LORA, _lora_shapes(modules, tensors.get(LORA, {})), tensors.get(LORA, {}))
+    parameters = dict(model.named_parameters())
+    _compare(FULL, {k: tuple(parameters[k].shape) for k in tensors.get(FULL, {}) if k in parameters}, tensors.get(FULL, {}))
+
+
+def _lora_shapes(modules: dict[str, Any], lora: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """What shapes the LoRA's tensors must have on these modules, both halves of each; unknown modules are left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, value in lora.items():
+        name, _, half = key.removeprefix("transformer.").rpartition(".lora_")
+        module = modules.get(name)
+        if not half.startswith(("A.", "B.")) or not hasattr(module, "in_features"):
+            continue
+        rank = value.shape[0 if half.startswith("A.") else 1]
+        shapes[f"transformer.{name}.lora_A.weight"] = (rank, module.in_features)
+        shapes[f"transformer.{name}.lora_B.weight"] = (module.out_features, rank)
+    return shapes
+
+
+def _compare(file: str, wanted: dict[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
+    found = {k: tuple(v.shape) for k, v in got.items()}
+    if found == wanted:
+        return
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    wrong = sorted(k for k in set(wanted) & set(found) if wanted[k] != found[k])
+    shapes = [f"{k}: wanted {wanted[k]}, got {found[k]}" for k in wrong]
+    raise AdapterError(f"{file} does not fit the model: missing {missing[:4]}, unknown {unknown[:4]}, wrong shapes {shapes[:4]}")
+
+
+def _install_weights(model: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
+    operators = operators_of(model)
+    for name, operator in operators.items():
+        prefix = f"layers.{name.replace('.', '__')}."
+        operator.params.load_state_dict({k.removeprefix(prefix): v for k, v in tensors[WEIGHTS].items() if k.startswith(prefix)})
+    if LORA in tensors:
+        if ADAPTER in getattr(model, "peft_config", {}):
+            raise UnsupportedModelError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
+        active = model.active_adapters() if getattr(model, "peft_config", None) else []
+        _load_lora(model, tensors[LORA])
+        if active:
+            model.set_adapters([*active, ADAPTER])
+    (_, patch), *_ = patches_of(model)
+    for name, value in tensors.get(FULL, {}).items():
+        parameter = model.get_parameter(name)
+        patch.weights[name] = parameter.detach().clone()
+        parameter.data.copy_(value)
+
+
+def _load_lora(model: Any, lora: dict[str, Tensor]) -> None:
+    plain = {k.removeprefix("transformer."): v for k, v in lora.items()}
+    rank = next(v.shape[0] for k, v in plain.items() if ".lora_A." in k)
+    targets = sorted({k.rsplit(".lora_", 1)[0] for k in plain})
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in plain.items():
+            name = key.replace(".weight", f".{ADAPTER}.weight")
+            parameters[name].copy_(value)
+    for name, parameter in parameters.items():
+        if f".{ADAPTER}." in name:
+            parameter.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Distillation of an accelerated pipeline from itself: collect, replay, train, evaluate."""

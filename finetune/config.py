@@ -1,0 +1,57 @@
+"""The settings of a distillation."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Trainable = Literal["parameters", "lora", "attention"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How to distil. Every field is checked; a run resumes only under the same settings.
+
+    `train`: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the
+    projections' full weights). The losses are relative: an error of the teacher's own size counts 1.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1  # recorded forwards per step, one after the other
+    train: Trainable = "lora"
+    lora_rank: int = 16
+    learning_rate: float = 1e-3  # of LoRA or weights
+    parameter_learning_rate: float = 1e-2  # of the method's own parameters
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    prediction_weight: float = 1.0
+    attention_weight: float = 1.0
+    flow_weight: float = 0.0  # > 0: train on the stored final latents at drawn noise levels instead of the recorded steps
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    evaluate_every: int = 0  # steps; 0: at start and end only
+    checkpoint_every: int = 100  # steps
+    seed: int = 0
+    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lora_rank", "checkpoint_every"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an int >= 1")
+        for name in ("warmup_steps", "evaluate_every", "seed"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "an int >= 0")
+        for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm"):
+            self._check(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
+        for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):
+            self._check(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
+        self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
+        self._check("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
+        if self.prediction_weight + self.attention_weight + self.flow_weight == 0:
+            raise ValueError("at least one of prediction_weight, attention_weight and flow_weight is > 0, got all 0")
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} is {wanted}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,196 @@
+"""Self-generated training data: what the denoiser was called with while the pipeline itself sampled with its original attention.
+
+One safetensors file per prompt and seed holds every forward of that run: its arguments (tensors that several forwards share are stored
+once), the teacher's prediction, and the final latents. All conditioning, timestep and sign conventions are the pipeline's own, so nothing
+here knows a model family. A manifest beside the files names prompts, seeds, call arguments and the teacher's hash.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import tqdm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dit_accel.errors import DistillationError
+from dit_accel.files import write_json, write_tensors
+from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
+
+FORMAT = "dit_accel samples 1"
+
+
+@dataclass
+class Forward:
+    """One recorded forward: keyword arguments of the denoiser, the teacher's prediction, and where it comes from."""
+
+    arguments: dict[str, Any]
+    prediction: Tensor
+    latents: Tensor  # the run's final latents, in the denoiser's own token form
+    prompt: str
+    seed: int
+    index: int
+
+
+class Recorder:
+    """Hooks a transformer and keeps (arguments, output) of each forward, on the CPU."""
+
+    def __init__(self, transformer: Any, names: Sequence[str]) -> None:
+        self.transformer, self.names = transformer, names
+        self.forwards: list[tuple[dict[str, Any], Tensor]] = []
+
+    def __enter__(self) -> "Recorder":
+        before = self.transformer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._hooks = [before, self.transformer.register_forward_hook(self._after)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        # models may take entries out of the dicts they are given: keep copies
+        self._arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items() if k != "return_dict"}
+
+    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        self.forwards.append((self._arguments, prediction.detach().cpu().clone()))
+
+
+class _Packer:
+    """Turns nested arguments into JSON with references to tensors, each distinct tensor kept once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._seen: dict[str, str] = {}
+
+    def pack(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            cpu = value.detach().cpu().contiguous()
+            # by content: pipelines pass equal embeddings as new tensors at every step
+            raw = cpu.flatten().view(torch.uint8).numpy().tobytes() if cpu.numel() else b""
+            key = hashlib.sha256(raw + f"{cpu.dtype}{tuple(cpu.shape)}".encode()).hexdigest()
+            if key not in self._seen:
+                self._seen[key] = f"t{len(self.tensors)}"
+                self.tensors[self._seen[key]] = cpu
+            return {"tensor": self._seen[key]}
+        if isinstance(value, list | tuple):
+            return [self.pack(item) for item in value]
+        if isinstance(value, dict):
+            return {"dict": {k: self.pack(v) for k, v in value.items()}}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise DistillationError(f"wanted tensors, numbers, strings, lists or dicts as the denoiser's arguments, got {type(value).__name__}")
+
+
+def _unpack(value: Any, read: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"tensor"}:
+        return read(value["tensor"])
+    if isinstance(value, dict):
+        return {k: _unpack(v, read) for k, v in value["dict"].items()}
+    return [_unpack(item, read) for item in value] if isinstance(value, list) else value
+
+
+class Samples:
+    """A folder of recorded runs, read lazily. `len` counts forwards; `teacher` is the hash of the weights that made them.
+
+    Raises DistillationError where the folder holds no readable manifest.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise DistillationError(f"wanted a folder of samples made by collect, got {self.folder}: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise DistillationError(f"{self.folder} wants the format {FORMAT!r}, got {manifest.get('format')!r}")
+        self.manifest = manifest
+        self.teacher: str = manifest["teacher"]
+        self._index = [(run, i) for run in manifest["runs"] for i in range(run["forwards"])]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, position: int) -> Forward:
+        run, index = self._index[position]
+        path = self.folder / run["file"]
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads(file.metadata()["run"])
+                arguments = _unpack({"dict": meta["forwards"][index]["arguments"]}, file.get_tensor)
+                prediction = file.get_tensor(meta["forwards"][index]["prediction"]["tensor"])
+                return Forward(arguments, prediction, file.get_tensor("latents"), run["prompt"], run["seed"], index)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; delete it and collect again") from error
+
+    def timesteps(self, position: int, name: str) -> list[float]:
+        """The values of argument `name` over the run that a forward belongs to."""
+        run, _ = self._index[position]
+        with safe_open(self.folder / run["file"], "pt") as file:
+            forwards = json.loads(file.metadata()["run"])["forwards"]
+            return [float(file.get_tensor(f["arguments"][name]["tensor"]).flatten()[0]) for f in forwards]
+
+
+@contextlib.contextmanager
+def _original(pipe: Any) -> Iterator[None]:
+    """The original model, whether or not the pipeline is accelerated."""
+    accelerated = any(hasattr(m, CONTEXT) for m in find_transformers(pipe))
+    with dense(pipe) if accelerated else contextlib.nullcontext():
+        yield
+
+
+def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int = 0, **call: Any) -> Samples:
+    """Record the pipeline sampling each prompt (seed, seed + 1, ...) with its original attention; `call` goes to the pipeline.
+
+    What the folder holds already is skipped, so an interrupted run continues. Raises DistillationError where the folder was made by other
+    weights or with other call arguments, or where there are no prompts.
+    """
+    prompts = list(prompts)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
+    (transformer,) = find_transformers(pipe)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": call}
+    manifest = {**settings, "runs": []}
+    if (folder / "manifest.json").exists():
+        manifest = Samples(folder).manifest
+        for name, value in settings.items():
+            if manifest[name] != value:
+                raise DistillationError(f"{folder} holds samples of {name} {manifest[name]!r}, wanted {value!r}; name another folder")
+    have = {(run["prompt"], run["seed"]) for run in manifest["runs"]}
+    todo = [(p, seed + i) for i, p in enumerate(prompts) if (p, seed + i) not in have]
+    quiet = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        for prompt, run_seed in tqdm(todo, desc="collect", disable=None):
+            manifest["runs"].append(_collect_one(pipe, transformer, folder, prompt, run_seed, call))
+            write_json(folder / "manifest.json", manifest)
+    finally:
+        pipe.set_progress_bar_config(**{"disable": False, **quiet})
+    write_json(folder / "manifest.json", manifest)
+    return Samples(folder)
+
+
+def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Sample one prompt and write its file; returns its manifest entry."""
+    names = forward_names(transformer)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with _original(pipe), Recorder(transformer, names) as recorder, torch.no_grad():
+        latents = pipe(prompt, generator=generator, output_type="latent", **call).images
+    packer = _Packer()
+    forwards = [
+        {"arguments": {k: packer.pack(v) for k, v in arguments.items()}, "prediction": packer.pack(prediction)}
+        for arguments, prediction in recorder.forwards
+    ]
+    name = f"run-{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:16]}.safetensors"
+    write_tensors(folder / name, {**packer.tensors, "latents": latents}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})})
+    return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(forwards)}
+

@@ -1,0 +1,76 @@
+"""What a distillation trains, and where it is kept between steps and between runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dit_accel.finetune.config import DistillConfig
+from dit_accel.files import replace_folder
+from dit_accel.patch import ADAPTER, Patch
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def projection_names(transformer: Any, patch: Patch) -> list[str]:
+    """Full names of the linear projections of the accelerated attention modules."""
+    names = [f"{layer}.{leaf}" for layer in patch.originals for leaf in PROJECTIONS]
+    modules = dict(transformer.named_modules())
+    return [n for n in names if n in modules and isinstance(modules[n], nn.Linear) or hasattr(modules.get(n), "base_layer")]
+
+
+def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
+    """Freeze everything, then open what the config trains; returns it by name. Trained values are float32 masters.
+
+    A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
+    """
+    names = projection_names(transformer, patch)
+    if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):
+        active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            transformer.add_adapter(lora, adapter_name=ADAPTER)
+        if active:
+            transformer.set_adapters([*active, ADAPTER])
+    transformer.requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        ours = ".dit_accel." in name or (config.train == "lora" and f".{ADAPTER}." in name)
+        full = config.train == "attention" and name.rsplit(".", 1)[0] in names
+        if full and name not in patch.weights:
+            patch.weights[name] = parameter.detach().clone()
+        if ours or full:
+            parameter.data = parameter.data.float() if not full else parameter.data
+            parameter.requires_grad_(True)
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig) -> torch.optim.AdamW:
+    """AdamW with one group for the method's own parameters and one for the rest."""
+    own = [p for name, p in parameters.items() if ".dit_accel." in name]
+    rest = [p for name, p in parameters.items() if ".dit_accel." not in name]
+    groups = [{"params": own, "lr": config.parameter_learning_rate}, {"params": rest, "lr": config.learning_rate}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=config.weight_decay)
+
+
+def save_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+    """Write parameters, the optimizer's moments and a JSON record to `folder`, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"value/{name}"] = parameter
+        tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    replace_folder(folder, {"state.safetensors": tensors, "record.json": record})
+
+
+def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Restore what `save_state` wrote, exactly."""
+    tensors = load_file(folder / "state.safetensors")
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"value/{name}"])
+        keys = [key.split("/", 1)[0] for key in tensors if key.endswith(f"/{name}") and not key.startswith("value/")]
+        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu") for key in keys}

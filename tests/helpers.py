@@ -1,0 +1,233 @@
+"""What several test files share: a dense oracle of every method, written from the formulas alone, and the way to compare with it.
+
+The oracle makes N × N masks, works in raster order, knows tiles only as a number per token, and calls neither the plan nor a kernel.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.parameters import AttentionParameters
+from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Mass, Order, Pooled, Tiles, TopK, Window
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one attention call."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    grid: Grid
+    text: int = 0
+    text_first: bool = True
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.grid, self.text, self.text_first)
+
+    def inputs(self, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
+        """Query, key and value, the same ones at each call; logits spread enough for the softmax to choose."""
+        seed = torch.Generator().manual_seed(self.head_dim + self.text)
+        size = (self.batch, self.heads, math.prod(self.grid) + self.text, self.head_dim)
+        return [(s * torch.randn(size, generator=seed)).to(dtype).requires_grad_(grad) for s in (2.0, 1.0, 1.0)]
+
+
+def random_parameters(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> AttentionParameters:
+    """The spec's parameters away from their start values."""
+    params = spec.make_parameters(heads=shape.heads, head_dim=shape.head_dim).to(dtype)
+    seed = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in params.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=seed).to(dtype))
+    return params
+
+
+# Comparing
+
+
+def assert_close_as_eager(got: Tensor, exact: Tensor, eager: Tensor, name: str = "output") -> None:
+    """The error of `got` is at most twice that of `eager`, which is the same formula run naively in low precision, plus one rounding.
+
+    Errors are against `exact` (float64), as a root mean square and as a maximum.
+    """
+    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
+    assert exact.dtype == torch.float64
+    assert got.isfinite().all(), f"{name} is not finite"
+    unit = torch.finfo(got.dtype).eps / 2
+    for norm in (2, math.inf):
+        error, allowed, size = (torch.linalg.vector_norm(x, norm).item() for x in (got.double() - exact, eager.double() - exact, exact))
+        budget = 2 * allowed + unit * size
+        assert error <= budget, f"{name}: error {error:.3e} exceeds {budget:.3e} in norm {norm}; eager makes {allowed:.3e}, size {size:.3e}"
+
+
+# The oracle: which pairs are kept
+
+
+def coordinates(grid: Grid) -> Tensor:
+    """(t, y, x) `[N, 3]` of the image tokens in raster order."""
+    return torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 3)
+
+
+def block_of(grid: Grid, order: Order, block: int) -> Tensor:
+    """The number `[N]` of the block that holds each raster token.
+
+    Raster: runs of `block`. Tiles: an axis of L tokens is cut into P = ceil(L / side) parts, part p from ⌊L·p/P⌋ on.
+    """
+    if not isinstance(order, Tiles):
+        return torch.arange(math.prod(grid)) // block
+    number = torch.zeros(math.prod(grid), dtype=torch.long)
+    for position, length, side in zip(coordinates(grid).unbind(-1), grid, order.sides, strict=True):
+        parts = math.ceil(length / side)
+        number = number * parts + ((position + 1) * parts - 1) // length
+    return number
+
+
+def membership(number: Tensor) -> Tensor:
+    """`[N, T]`, 1 where the token is in the block."""
+    return F.one_hot(number).double()
+
+
+def disc_pairs(grid: Grid, radius: float) -> Tensor:
+    """`[N, N]`: squared distance < radius², strict."""
+    p = coordinates(grid).double()
+    return (p[:, None] - p).square().sum(-1) < radius**2
+
+
+def window_keys(i: int, length: int, size: int, stride: int, dilation: int) -> list[int]:
+    """The keys that query i of an axis sees (clear.md 5.1): a group is the tokens of one residue, a window never leaves it."""
+    group = list(range(i % dilation, length, dilation))
+    k = min(size, len(group))
+    left, right = k // 2, k // 2 + k % 2 - 1
+    leader = min(group.index(i) // stride * stride + stride // 2, len(group) - 1)
+    centre = max(left, min(leader, len(group) - 1 - right))
+    return group[centre - left : centre + right + 1]
+
+
+def window_pairs(grid: Grid, window: Window) -> Tensor:
+    """`[N, N]`: the AND over the axes."""
+    p, kept = coordinates(grid), torch.tensor(True)
+    for axis, length in enumerate(grid):
+        size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
+        seen = torch.zeros(length, length, dtype=torch.bool)
+        for i in range(length):
+            seen[i, window_keys(i, length, size, stride, dilation)] = True
+        kept = kept & seen[p[:, None, axis], p[None, :, axis]]
+    return kept
+
+
+def top_pairs(q: Tensor, k: Tensor, top: TopK, q_number: Tensor, k_number: Tensor, block: int) -> Tensor:
+    """`[B, H, N, N]`: the n = max(1, ⌊density · T⌋) key blocks with the largest product of block means."""
+    q_in, k_in = membership(q_number), membership(k_number)
+    q_mean, k_mean = (m.T @ x.double() / m.sum(0)[:, None] for m, x in ((q_in, q), (k_in, k)))
+    score = q_mean @ k_mean.mT
+    if top.correct_short:
+        score = score * (k_in.sum(0) / block).sqrt()
+    n = max(1, math.floor(top.density * k_in.shape[1]))
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(n, -1).indices, True)
+    return chosen[..., q_number, :][..., k_number]
+
+
+def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grid: Grid) -> Tensor:
+    """`[B, H, N, N]`: the union of the patterns over image tokens `[B, H, N, D]`, decided in float64."""
+    q_number, k_number = (block_of(grid, spec.order, b) for b in spec.block)
+    kept = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.bool)
+    for pattern in spec.keep:
+        match pattern:
+            case TopK():
+                kept = kept | top_pairs(q.detach(), k.detach(), pattern, q_number, k_number, spec.block[1])
+            case Disc(radius):
+                kept = kept | disc_pairs(grid, radius)
+            case DiscBlocks(radius):
+                touched = membership(q_number).T @ disc_pairs(grid, radius).double() @ membership(k_number) > 0
+                kept = kept | touched[q_number][:, k_number]
+            case Window():
+                kept = kept | window_pairs(grid, pattern)
+    return kept
+
+
+# The oracle: the rest
+
+
+def pooled_keys(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rest: Pooled, number: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits `[B, H, N, T]` and values of the pooled keys: s·q·k̄ + log n + min(s²/2 · Σ q² Var(k), cap); -inf where kept."""
+    m = membership(number)
+    n, gone = m.sum(0).to(q.dtype), kept.double() @ m > 0
+    m = m.to(q.dtype)
+    k_mean, v_mean = (m.T @ x / n[:, None] for x in (k, v))
+    logits = scale * q @ k_mean.mT
+    if rest.log_count:
+        logits = logits + n.log()
+    if rest.variance:
+        var = m.T @ (k - m @ k_mean).square() / n[:, None]
+        logits = logits + (scale**2 / 2 * q.square() @ var.mT).clamp(max=rest.cap)
+    return logits.masked_fill(gone, -torch.inf), v_mean
+
+
+def downsampled(x: Tensor, grid: Grid, factor: int, weight: Tensor) -> Tensor:
+    """`[B, H, M, D]`: the weighted sum of each factor × factor patch, times factor²/tokens where the border cuts it off."""
+    t, y, x_ = coordinates(grid).unbind(-1)
+    patch = (t * grid[1] + y // factor) * grid[2] + x_ // factor
+    m = membership(patch.unique(return_inverse=True)[1]).to(x.dtype)
+    return (m * weight.to(x.dtype)[y % factor, x_ % factor][:, None] * factor**2 / m.sum(0)).T @ x
+
+
+def linear_rest(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rest: Linear) -> tuple[Tensor, Tensor]:
+    """phi(q)·phi(k) as weights (sla.md 1.4), and the log of their sum: over the pairs not kept, or over all with SLA's 1e-5."""
+    maps = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": torch.relu}
+    weight = maps[rest.feature_map](q) @ maps[rest.feature_map](k).mT
+    if rest.scope == "all":
+        mass = weight.sum(-1) + 1e-5
+        return weight @ v / mass[..., None], mass.log()
+    weight = weight.masked_fill(kept, 0)
+    empty = weight.sum(-1) == 0
+    mass = weight.sum(-1).masked_fill(empty, 1)
+    return weight @ v / mass[..., None], mass.log().masked_fill(empty, -torch.inf)
+
+
+# The oracle
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, params: AttentionParameters | None = None,
+    *, scale: float | None = None, dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of `[B, H, N, D]` in raster order, computed densely and naively in `dtype`; what is kept is decided in float64."""
+    text = torch.arange(layout.text) + (0 if layout.text_first else layout.image)
+    image = torch.arange(layout.image) + (layout.text if layout.text_first else 0)
+    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grid)
+    params = spec.make_parameters(heads=q.shape[1], head_dim=q.shape[3]) if params is None else params
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    qi, ki, vi = (x[:, :, image] for x in (q, k, v))
+    logits = [scale * qi @ k[:, :, text].mT, (scale * qi @ ki.mT).masked_fill(~kept, -torch.inf)]
+    values = [v[:, :, text], vi]
+
+    offset = params.offset.to(dtype)[:, None, None] if params.offset is not None else 0.0
+    if isinstance(spec.rest, Pooled):
+        extra, value = pooled_keys(qi, ki, vi, kept, spec.rest, block_of(layout.grid, spec.order, spec.block[1]), scale)
+        logits, values = [*logits, extra + offset], [*values, value]
+    if isinstance(spec.rest, Downsampled):
+        assert params.spatial_weight is not None
+        key, value = (downsampled(x, layout.grid, spec.rest.factor, params.spatial_weight) for x in (ki, vi))
+        logits, values = [*logits, scale * qi @ key.mT + offset], [*values, value]
+    joint = torch.cat(logits, -1)
+    out, lse = joint.softmax(-1) @ torch.cat(values, 2), joint.logsumexp(-1)
+    if isinstance(spec.rest, Linear):
+        value, mass = linear_rest(qi, ki, vi, kept, spec.rest)
+        if isinstance(spec.merge, Mass):
+            share = (lse[..., None] - mass[..., None] - offset).sigmoid()
+            out, lse = share * out + (1 - share) * value, torch.logaddexp(lse, mass + (offset[..., 0] if params.offset is not None else 0))
+        else:
+            assert params.proj is not None
+            out = out + value @ params.proj.weight.to(dtype).T + params.proj.bias.to(dtype)
+
+    dense = scale * q[:, :, text] @ k.mT
+    back = torch.cat([text, image]).argsort()
+    return torch.cat([dense.softmax(-1) @ v, out], 2)[:, :, back], torch.cat([dense.logsumexp(-1), lse], 2)[:, :, back]

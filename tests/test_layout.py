@@ -1,0 +1,111 @@
+"""Tile order: a permutation whose inverse is exact, whose tiles are boxes, never larger than asked for and never slivers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dit_accel.layout import TokenLayout, coordinates, memory_order, partition, raster_order
+from dit_accel.spec import Order, Raster, Tiles
+from helpers import Grid, block_of
+
+GRIDS = [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 64, 64)]
+ORDERS = [Tiles((2, 4, 4)), Tiles((4, 16)), Tiles(), Raster()]
+
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: "x".join(map(str, g)))
+every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
+every_tiling = pytest.mark.parametrize("order", ORDERS[:-1], ids=str)
+
+
+def tile_extents(grid: Grid, order: Order) -> torch.Tensor:
+    """Side lengths `[T, 3]` of the box around each tile."""
+    part = partition(grid, order, 64)
+    places = coordinates(grid, part.order).split((part.starts[1:] - part.starts[:-1]).tolist())
+    return torch.stack([place.amax(0) - place.amin(0) + 1 for place in places])
+
+
+@every_order
+@every_grid
+def test_to_memory_and_back_is_exact(grid: Grid, order: Order) -> None:
+    x = torch.randn(2, math.prod(grid), 3)
+    torch.testing.assert_close(x[:, memory_order(grid, order)][:, raster_order(grid, order)], x, rtol=0, atol=0)
+
+
+@every_order
+@every_grid
+def test_every_token_has_one_place(grid: Grid, order: Order) -> None:
+    assert memory_order(grid, order).sort().values.tolist() == list(range(math.prod(grid)))
+
+
+@every_order
+@every_grid
+def test_blocks_are_consecutive_in_memory(grid: Grid, order: Order) -> None:
+    part = partition(grid, order, 64)
+    wanted = block_of(grid, order, 64)[part.order]
+    sizes = part.starts[1:] - part.starts[:-1]
+    assert torch.equal(torch.arange(len(sizes)).repeat_interleave(sizes), wanted)
+
+
+@every_tiling
+@every_grid
+def test_tiles_are_full_boxes_no_larger_than_the_shape(grid: Grid, order: Tiles) -> None:
+    starts = partition(grid, order, 64).starts
+    extents = tile_extents(grid, order)
+    assert torch.equal(extents.prod(-1), starts[1:] - starts[:-1])
+    assert (extents <= torch.tensor(order.sides)).all()
+
+
+@every_tiling
+@every_grid
+def test_tile_sizes_differ_by_at_most_one_per_axis(grid: Grid, order: Tiles) -> None:
+    extents = tile_extents(grid, order)
+    assert (extents.amax(0) - extents.amin(0) <= 1).all()
+
+
+@every_tiling
+@every_grid
+def test_there_are_no_more_tiles_than_needed(grid: Grid, order: Tiles) -> None:
+    needed = math.prod(math.ceil(n / side) for n, side in zip(grid, order.sides, strict=True))
+    assert len(tile_extents(grid, order)) == needed
+
+
+def test_tile_order_where_tiles_divide_the_grid() -> None:
+    wanted = torch.arange(64 * 48).view(8, 8, 6, 8).permute(0, 2, 1, 3).reshape(-1)
+    assert torch.equal(memory_order((1, 64, 48), Tiles((8, 8))), wanted)
+
+
+def test_raster_blocks_end_with_a_short_one() -> None:
+    assert partition((1, 17, 23), Raster(), 64).starts.tolist() == [0, 64, 128, 192, 256, 320, 384, 391]
+
+
+@every_grid
+def test_coordinates_are_those_of_the_raster(grid: Grid) -> None:
+    t, y, x = coordinates(grid, torch.arange(math.prod(grid))).unbind(-1)
+    assert torch.equal(torch.arange(math.prod(grid)).view(grid)[t, y, x], torch.arange(math.prod(grid)))
+
+
+def test_layout_counts_its_tokens() -> None:
+    layout = TokenLayout((5, 9, 7), text=77)
+    assert (layout.image, layout.tokens) == (315, 392)
+
+
+def test_layout_takes_a_grid_from_json() -> None:
+    assert hash(TokenLayout([1, 2, 3])) == hash(TokenLayout((1, 2, 3)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        pytest.param({"grid": (1, 0, 4)}, r"\(1, 0, 4\)", id="empty-axis"),
+        pytest.param({"grid": (1, -3, 4)}, r"\(1, -3, 4\)", id="negative-axis"),
+        pytest.param({"grid": (4, 4)}, r"\(4, 4\)", id="two-axes"),
+        pytest.param({"grid": (1, 4.0, 4)}, r"\(1, 4\.0, 4\)", id="float-axis"),
+        pytest.param({"grid": (1, 4, 4), "text": -1}, "-1", id="negative-text"),
+        pytest.param({"grid": (1, 4, 4), "text": 1.5}, r"1\.5", id="float-text"),
+        pytest.param({"grid": (1, 4, 4), "text": None}, "None", id="no-text"),
+    ],
+)
+def test_layout_refuses(arguments: dict[str, Any], shown: str) -> None:
+    with pytest.raises(ValueError, match=shown):
+        TokenLayout(**arguments)
