@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dit_accel.adapter import load_adapter, save_adapter
-    from dit_accel.operator import attention
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
     from dit_accel.layout import TokenLayout
+    from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore, summary
     from dit_accel.pipelines.builtin import builtin_pipeline
     from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea

@@ -112,13 +112,14 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", st
         raise AdapterError(f"wanted a pipeline with one transformer, got {len(models)}")
     model = models[0]
     _check_architecture(model, config, spec, tensors)
-    accelerate(pipe, spec, layers=lambda name, _: name in config["layers"], dense_steps=config["dense_steps"], backend=backend, strict=strict)
+    accelerate(
+        pipe, spec, layers=lambda name, _: name in config["layers"], dense_steps=config["dense_steps"], backend=backend, strict=strict
+    )
     try:
         _install_weights(model, tensors)
     except BaseException:
         restore(pipe)
         raise
-    (_, patch), *_ = patches_of(pipe)
     if config["base_model_hash"] and teacher_hash(model) != config["base_model_hash"]:
         name = config["base_model_name"] or "another model"
         warnings.warn(f"the adapter in {folder} was made with the weights of {name}, which differ from these", stacklevel=2)
@@ -170,9 +171,9 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, (heads, width) in config["layers"].items():
-        module = modules.get(name)
+        module: Any = modules.get(name)
         got = (module.heads, module.inner_dim // module.heads) if hasattr(module, "heads") else None
         if got != (heads, width):
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
@@ -188,7 +189,7 @@ def _lora_shapes(modules: dict[str, Any], lora: dict[str, Tensor]) -> dict[str, 
     shapes: dict[str, tuple[int, ...]] = {}
     for key, value in lora.items():
         name, _, half = key.removeprefix("transformer.").rpartition(".lora_")
-        module = modules.get(name)
+        module: Any = modules.get(name)
         if not half.startswith(("A.", "B.")) or not hasattr(module, "in_features"):
             continue
         rank = value.shape[0 if half.startswith("A.") else 1]

@@ -24,11 +24,14 @@ class TokenLayout:
     order: Order = Raster()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        if len(self.grid) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.grid):
+        grid = tuple(self.grid) if isinstance(self.grid, tuple | list) else ()
+        if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
             raise ValueError(f"grid is (frames, height, width) in tokens, three ints >= 1, got {self.grid!r}")
-        if not isinstance(self.text, int) or self.text < 0:
+        object.__setattr__(self, "grid", grid)
+        if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
             raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
+        if not isinstance(self.order, Order):
+            raise ValueError(f"order is Raster() or Tiles(...), got {self.order!r}")
 
     @property
     def image(self) -> int:
@@ -59,6 +62,7 @@ def _split(length: int, side: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors must serve training as well
 def partition(grid: tuple[int, int, int], order: Order, block: int) -> Partition:
     """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short).
 

@@ -4,6 +4,8 @@ Letters: B batch, H heads, N tokens (text and image), D channels per head, T blo
 `rest`, `grid` (T, H, W) in tokens, `block` in memory, `tile` in space, `lse` natural logarithm of softmax mass.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,20 @@ from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters
 from dit_accel.plan import Plan, make_plan
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, *, params: AttentionParameters | None = None,
+    scale: float | None = None, backend: str = "auto", return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, *, params: AttentionParameters | None = None,
+    scale: float | None = None, backend: str = "auto", return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -73,9 +89,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
             f"query, key and value have one shape [B, H, N, D], got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     if query.shape[2] != layout.tokens:
-        raise ValueError(
-            f"the layout {layout.grid} with {layout.text} text tokens wants {layout.tokens} tokens, got {query.shape[2]} of {tuple(query.shape)}"
-        )
+        raise ValueError(f"the layout {layout.grid} with {layout.text} text tokens wants {layout.tokens} tokens, got {query.shape[2]}")
     if not query.is_floating_point() or len({(x.dtype, x.device) for x in (query, key, value)}) > 1:
         raise ValueError(
             "query, key and value share one floating dtype and one device, got "
@@ -84,11 +98,14 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
 
 
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
-    """Raise ValueError unless the parameters have the names and shapes of the spec's own."""
+    """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
     wanted = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
     got = {k: tuple(v.shape) for k, v in params.named_parameters()}
     if wanted != got:
         raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} wants parameters {wanted}, got {got}")
+    elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
+    if elsewhere:
+        raise ValueError(f"the parameters are wanted on {query.device}, got {sorted(elsewhere)}")
 
 
 def _attend(
@@ -145,14 +162,14 @@ def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> Bl
         return plan.static  # type: ignore[return-value]
     key_blocks = len(plan.k_blocks.count)
     weight = (plan.k_blocks.count / spec.block[1]).sqrt().to(q.dtype) if top.correct_short and not plan.k_blocks.even else None
-    taken = plan.static.kept(key_blocks) if plan.static else None
     with torch.no_grad():
         q_mean, k_mean = pool_blocks(q, plan.q_blocks)[0], pool_blocks(k, plan.k_blocks)[0]
-    chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight, taken=taken)
+    chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight)
     if plan.static is None:
         return chosen
-    pairs = [(getattr(plan.static, n).expand(len(q), -1, -1), getattr(chosen, n)) for n in ("index", "valid")]
-    index, valid = (torch.cat(pair, -1) for pair in pairs)
+    index = torch.cat([plan.static.index.expand(len(q), -1, -1), chosen.index], -1)
+    alone = plan.static.valid & ~chosen.kept(key_blocks).gather(-1, index[..., : plan.static.index.shape[-1]])
+    valid = torch.cat([alone, chosen.valid], -1)  # a block on both lists is visited once, as a chosen one: whole
     if plan.static.partial is None:
         return BlockMap(index, valid)
     partial = torch.cat([plan.static.partial.expand(len(q), -1, -1), torch.zeros_like(chosen.valid)], -1)

@@ -70,7 +70,9 @@ def accelerate(
     for model in models:
         if hasattr(model, CONTEXT):
             patch: Patch = getattr(model, CONTEXT)
-            raise AlreadyAcceleratedError(f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first")
+            raise AlreadyAcceleratedError(
+                f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first"
+            )
     settings: dict[str, Any] = {"dense_steps": dense_steps, "backend": backend, "strict": strict}
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
@@ -116,7 +118,7 @@ def _prepare(
 def forward_names(model: Any) -> list[str]:
     """Names of a supported transformer's forward arguments, from its family's class (subclasses may hide them)."""
     family = family_of(model)
-    owner = next(c for c in type(model).__mro__ if family and c.__name__ == family.model_class)
+    owner: Any = next(c for c in type(model).__mro__ if family and c.__name__ == family.model_class)
     return list(inspect.signature(owner.forward).parameters)[1:]
 
 
@@ -156,15 +158,15 @@ def patches_of(pipe_or_transformer: object) -> list[tuple[Any, Patch]]:
     """The accelerated transformers and their patches. Raises NotAcceleratedError if there is none."""
     found = [(model, getattr(model, CONTEXT)) for model in find_transformers(pipe_or_transformer) if hasattr(model, CONTEXT)]
     if not found:
-        raise NotAcceleratedError(f"wanted a pipeline or transformer patched by accelerate(...), got an unpatched {type(pipe_or_transformer).__name__}")
+        raise NotAcceleratedError(
+            f"wanted a pipeline or transformer patched by accelerate(...), got an unpatched {type(pipe_or_transformer).__name__}"
+        )
     return found
 
 
 def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]:
     """The operators of all accelerated layers by the name of their attention module."""
-    return {
-        name: model.get_submodule(name).dit_accel for model, patch in patches_of(pipe_or_transformer) for name in patch.originals
-    }
+    return {name: model.get_submodule(name).dit_accel for model, patch in patches_of(pipe_or_transformer) for name in patch.originals}
 
 
 @contextlib.contextmanager
@@ -269,7 +271,15 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
 def _print(rows: list[LayerSummary], notes: list[str]) -> None:
     console = Console()
     for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):
-        table = Table("layer", "tokens", "density asked", "density kept", "parameters", title=f"{method}\nbackend: {backend} ({why})", title_justify="left")
+        table = Table(
+            "layer",
+            "tokens",
+            "density asked",
+            "density kept",
+            "parameters",
+            title=f"{method}\nbackend: {backend} ({why})",
+            title_justify="left",
+        )
         for row in rows:
             if (row.method, row.backend, row.why) == (method, backend, why):
                 share = [f"{x:.2%}" if x is not None else "-" for x in (row.density_asked, row.density_kept)]

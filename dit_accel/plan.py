@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_mask
 from dit_accel.layout import TokenLayout, coordinates, partition
-from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, TopK, Window
+from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Pooled, TopK, Window
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T", Blocks, BlockMap)
@@ -35,6 +35,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors must serve training as well
 def window_table(length: int, size: int, stride: int, dilation: int) -> Tensor:
     """First and last key `[length, 2]` that each query of an axis sees (NATTEN's rule, arXiv 2504.16922)."""
     rows = []
@@ -57,13 +58,15 @@ def _gaps(q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple
     return near.square().sum(-1), far.square().sum(-1)
 
 
-def _visits(pattern: Disc | DiscBlocks | Window, grid: tuple[int, int, int], boxes: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _visits(
+    pattern: Disc | DiscBlocks | Window, grid: tuple[int, int, int], boxes: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept."""
     q_low, q_high, k_low, k_high = boxes
     if isinstance(pattern, Disc | DiscBlocks):
         near, far = _gaps(*boxes)
-        visited = near < pattern.radius**2
-        return visited, visited if isinstance(pattern, DiscBlocks) else far < pattern.radius**2
+        visited = near <= pattern.reach
+        return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
     visited, full = torch.ones(2, len(q_low), len(k_low), dtype=torch.bool)
     for axis in range(3):
         size, stride, dilation = (pattern.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
@@ -101,7 +104,7 @@ def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device
 
     def inside_disc(pattern: Disc, q: Tensor, k: Tensor) -> Tensor:
         distance = sum((q[..., :, None, axis] - k[..., None, :, axis]).square() for axis in range(3) if grid[axis] > 1)
-        return torch.as_tensor(distance, device=q.device) < pattern.radius**2
+        return torch.as_tensor(distance, device=q.device) <= pattern.reach
 
     def allowed(q: Tensor, k: Tensor) -> Tensor:
         masks = [inside_disc(p, q, k) if isinstance(p, Disc) else inside_window(p, q, k) for p in patterns]
@@ -111,6 +114,7 @@ def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # cached tensors must serve training as well
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
     """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to."""
     q_part, k_part = (partition(layout.grid, spec.order, block) for block in spec.block)
@@ -141,13 +145,17 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
 
 
 def _moved(value: T, device: torch.device) -> T:
-    fields = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(value).items()}
-    return type(value)(**fields)
+    """The dataclass with its tensors on a device."""
+    tensors: dict[str, Any] = {k: x.to(device) for k, x in vars(value).items() if isinstance(x, Tensor)}
+    return replace(value, **tensors)
 
 
 @functools.lru_cache(maxsize=64)
 def kept_density(spec: AttentionSpec, layout: TokenLayout) -> float:
-    """The share of image token pairs that the spec attends to exactly on this grid; counted, block list by block list."""
+    """The share of image token pairs that the spec attends to exactly on this grid, counted block list by block list.
+
+    A TopK beside other patterns counts in full: how far the two overlap depends on the content.
+    """
     plan = make_plan(spec, layout, torch.device("cpu"))
     total = layout.image**2
     pairs = 0
@@ -163,3 +171,35 @@ def kept_density(spec: AttentionSpec, layout: TokenLayout) -> float:
                 pairs += int(plan.predicate(queries, plan.coords[places]).sum())
     # a chosen block's size depends on the content: its mean is taken where blocks differ
     return min(1.0, (pairs + plan.top * layout.image * layout.image / len(plan.k_blocks.count)) / total)
+
+
+@functools.lru_cache(maxsize=64)
+def visited_density(spec: AttentionSpec, layout: TokenLayout) -> float:
+    """The share of image token pairs in the blocks that are visited: `kept_density` and what partial blocks compute in vain."""
+    plan = make_plan(spec, layout, torch.device("cpu"))
+    pairs = plan.top * layout.image * layout.image / len(plan.k_blocks.count)
+    if plan.static:
+        keys = (plan.k_blocks.count[plan.static.index] * plan.static.valid).sum(-1)
+        pairs += float((keys * plan.q_blocks.count).sum())
+    return min(1.0, pairs / layout.image**2)
+
+
+def multiply_adds(spec: AttentionSpec, layout: TokenLayout, head_dim: int) -> float:
+    """Multiply-adds of image queries over image keys as a share of dense attention's 2·N²·D: visited pairs, and what the rest costs."""
+    tokens, blocks = layout.image, len(make_plan(spec, layout, torch.device("cpu")).k_blocks.count)
+    share = visited_density(spec, layout)
+    match spec.rest:
+        case Linear(_, "all"):  # states once, then one product with each query
+            share += head_dim / tokens
+        case Linear():  # and the sum of states for each query block
+            share += head_dim / tokens + blocks * blocks * head_dim / (2 * tokens * tokens)
+        case Pooled(_, variance, _):  # logits from q and q², one value
+            share += (3 if variance else 2) / 2 * blocks / tokens
+        case Downsampled(factor):
+            share += 1 / factor**2
+    return share + (blocks * blocks / (2 * tokens * tokens) if plan_selects(spec) else 0.0)
+
+
+def plan_selects(spec: AttentionSpec) -> bool:
+    """Whether the spec chooses blocks anew at every call."""
+    return any(isinstance(p, TopK) for p in spec.keep)

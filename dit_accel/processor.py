@@ -96,7 +96,7 @@ class AcceleratedProcessor:
 
 def _rebuild(base: type, state: dict[str, Any]) -> object:
     """Make an instance of the rewritten class, which no module holds under a name, for pickle and deepcopy."""
-    processor = object.__new__(accelerated_class(base))
+    processor: Any = object.__new__(accelerated_class(base))
     processor.__dict__.update(state)
     return processor
 
@@ -107,7 +107,7 @@ class _Rebind(ast.NodeTransformer):
     def __init__(self, attn: str) -> None:
         self.attn, self.count = attn, 0
 
-    def visit_Call(self, node: ast.Call) -> ast.Call:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
         function = node.func
         if isinstance(function, ast.Name) and function.id == "dispatch_attention_fn":
@@ -149,7 +149,7 @@ def accelerated_class(base: type) -> type:
     text = ast.unparse(tree)
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), call.__globals__, namespace)  # type: ignore[attr-defined]
+    exec(compile(text, filename, "exec"), call.__globals__, namespace)
     members = {"__call__": namespace["__call__"], "_dit_accel_base": base, "__module__": __name__}
     _classes[base] = type(f"Accelerated{base.__name__}", (AcceleratedProcessor, base), members)
     return _classes[base]

@@ -25,6 +25,25 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _flag(name: str, value: object) -> None:
+    _require(isinstance(value, bool), f"{name} is True or False", value)
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
+    _require(isinstance(value, tuple | list), f"{name} is a tuple", value)
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def _reach(radius: float) -> int:
+    """The largest squared integer distance below radius², at least 0 (a token is close to itself)."""
+    return max(0, min(math.ceil(radius * radius), 1 << 60) - 1)
+
+
+def _check_radius(radius: object) -> None:
+    legal = isinstance(radius, int | float) and not isinstance(radius, bool) and 0 < radius < 1e9
+    _require(legal, "radius is a number of tokens > 0 (and below 1e9)", radius)
+
+
 def _is_real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -54,6 +73,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         _require(_is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
+        _flag("correct_short", self.correct_short)
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,12 @@ class Disc:
     radius: float
 
     def __post_init__(self) -> None:
-        _require(_is_real(self.radius) and self.radius > 0, "radius is a number of tokens > 0", self.radius)
+        _check_radius(self.radius)
+
+    @property
+    def reach(self) -> int:
+        """The largest squared distance that is kept."""
+        return _reach(self.radius)
 
 
 @dataclass(frozen=True)
@@ -73,7 +98,12 @@ class DiscBlocks:
     radius: float
 
     def __post_init__(self) -> None:
-        _require(_is_real(self.radius) and self.radius > 0, "radius is a number of tokens > 0", self.radius)
+        _check_radius(self.radius)
+
+    @property
+    def reach(self) -> int:
+        """The largest squared distance that is kept."""
+        return _reach(self.radius)
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,7 @@ Pattern = TopK | Disc | DiscBlocks | Window
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear attention phi(q)·(phi(K)ᵀV) / phi(q)·sum phi(K), over the blocks not kept or over all (SLA, section 1.4 of the paper's code)."""
+    """Linear attention phi(q)·(phi(K)ᵀV) / phi(q)·sum phi(K), over the blocks not kept or over all (SLA, eq. 5)."""
 
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
     scope: Literal["complement", "all"] = "complement"
@@ -134,6 +164,8 @@ class Pooled:
 
     def __post_init__(self) -> None:
         _require(_is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        _flag("log_count", self.log_count)
+        _flag("variance", self.variance)
 
 
 @dataclass(frozen=True)
@@ -167,6 +199,9 @@ class Mass:
 
     offset: bool = True
 
+    def __post_init__(self) -> None:
+        _flag("offset", self.offset)
+
 
 Merge = Residual | Mass
 
@@ -189,7 +224,7 @@ class Tiles:
     shape: tuple[int, ...] = (8, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape", _items("shape", self.shape))
         ok = len(self.shape) in (2, 3) and all(_is_int(side) and side >= 1 for side in self.shape)
         _require(ok, "a tile's shape is two or three ints >= 1", self.shape)
 
@@ -222,8 +257,8 @@ class AttentionSpec:
     block: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
-        object.__setattr__(self, "block", tuple(self.block))
+        object.__setattr__(self, "keep", _items("keep", self.keep))
+        object.__setattr__(self, "block", _items("block", self.block))
         _require(len(self.keep) > 0 and all(isinstance(p, Pattern) for p in self.keep), f"keep holds some of {Pattern}", self.keep)
         _require(sum(isinstance(p, TopK) for p in self.keep) <= 1, "keep holds TopK at most once", self.keep)
         _require(self.rest is None or isinstance(self.rest, Rest), f"rest is None or one of {Rest}", self.rest)
@@ -238,6 +273,8 @@ class AttentionSpec:
         self._check_combination()
 
     def _check_combination(self) -> None:
+        boxes = [p for p in self.keep if isinstance(p, DiscBlocks)]
+        _require(not boxes or isinstance(self.order, Tiles), "DiscBlocks wants tile order: a raster block is no box", self.order)
         exact = [p for p in self.keep if isinstance(p, Disc | Window)]
         blockwise = isinstance(self.rest, Pooled) or (isinstance(self.rest, Linear) and self.rest.scope == "complement")
         _require(not (exact and blockwise), "a rest of the blocks not kept wants patterns of whole blocks (TopK, DiscBlocks)", exact)
@@ -273,11 +310,11 @@ class AttentionSpec:
         names = {"keep", "rest", "merge", "order", "block"}
         _require(isinstance(data, dict) and set(data) == names, f"a spec has exactly the keys {sorted(names)}", data)
         return cls(
-            keep=tuple(_slot_from_dict(p) for p in data["keep"]),
-            rest=_slot_from_dict(data["rest"]) if data["rest"] else None,
-            merge=_slot_from_dict(data["merge"]) if data["merge"] else None,
+            keep=tuple(_slot_from_dict(p) for p in _items("keep", data["keep"])),
+            rest=None if data["rest"] is None else _slot_from_dict(data["rest"]),
+            merge=None if data["merge"] is None else _slot_from_dict(data["merge"]),
             order=_slot_from_dict(data["order"]),
-            block=tuple(data["block"]),
+            block=data["block"],
         )
 
     def __str__(self) -> str:
@@ -288,7 +325,9 @@ class AttentionSpec:
 def _short(slot: Any) -> str:
     """The slot's type and the fields that differ from their defaults."""
     shown = [
-        f"{f.name}={getattr(slot, f.name)}" for f in dataclasses.fields(slot) if f.default is dataclasses.MISSING or getattr(slot, f.name) != f.default
+        f"{f.name}={getattr(slot, f.name)}"
+        for f in dataclasses.fields(slot)
+        if f.default is dataclasses.MISSING or getattr(slot, f.name) != f.default
     ]
     return f"{type(slot).__name__}({', '.join(shown)})"
 
@@ -299,11 +338,13 @@ def _slot_to_dict(slot: Any) -> dict[str, Any]:
 
 
 def _slot_from_dict(data: Any) -> Any:
-    _require(isinstance(data, dict) and data.get("type") in _SLOTS, f"a slot names its type, one of {sorted(_SLOTS)}", data)
+    named = isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] in _SLOTS
+    _require(named, f"a slot names its type, one of {sorted(_SLOTS)}", data)
     kind = _SLOTS[data["type"]]
     fields = {k: v for k, v in data.items() if k != "type"}
     known = {f.name for f in dataclasses.fields(kind)}
-    _require(set(fields) <= known, f"{kind.__name__} has the fields {sorted(known)}", sorted(fields))
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    _require(needed <= set(fields) <= known, f"{kind.__name__} has the fields {sorted(known)}, {sorted(needed)} needed", sorted(fields))
     return kind(**fields)
 
 

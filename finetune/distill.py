@@ -208,7 +208,7 @@ def _flow_inputs(run: _Run, forward: Forward, position: int, draw: random.Random
     σ is drawn between the levels that the run itself visited, so it follows the shift used at inference.
     """
     name = run.patch.context.family.timestep
-    levels = sorted(run.samples.timesteps(position, name), reverse=True) + [0.0]
+    levels = [*sorted(run.samples.timesteps(position, name), reverse=True), 0.0]
     place = draw.uniform(0, len(levels) - 1)
     low = int(place)
     sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
@@ -256,7 +256,9 @@ def _resume(run: _Run, parameters: Any, optimizer: torch.optim.Optimizer) -> int
     record = json.loads((found[-1] / "record.json").read_text())
     for name, value in _identity(run).items():
         if record[name] != json.loads(json.dumps(value)):
-            raise DistillationError(f"{found[-1]} belongs to another run: wanted {name} {value}, got {record[name]}; name another output_dir")
+            raise DistillationError(
+                f"{found[-1]} belongs to another run: wanted {name} {value}, got {record[name]}; name another output_dir"
+            )
     load_state(found[-1], parameters, optimizer)
     run.history, run.error_before = record["history"], record["error_before"]
     return int(record["step"])

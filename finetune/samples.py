@@ -42,6 +42,7 @@ class Recorder:
 
     def __init__(self, transformer: Any, names: Sequence[str]) -> None:
         self.transformer, self.names = transformer, names
+        self.arguments: dict[str, Any] = {}  # of the latest forward
         self.forwards: list[tuple[dict[str, Any], Tensor]] = []
 
     def __enter__(self) -> "Recorder":
@@ -56,11 +57,11 @@ class Recorder:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         # models may take entries out of the dicts they are given: keep copies
-        self._arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items() if k != "return_dict"}
+        self.arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items() if k != "return_dict"}
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         prediction = output[0] if isinstance(output, tuple) else output.sample
-        self.forwards.append((self._arguments, prediction.detach().cpu().clone()))
+        self.forwards.append((self.arguments, prediction.detach().cpu().clone()))
 
 
 class _Packer:
@@ -130,6 +131,13 @@ class Samples:
         except (OSError, SafetensorError, KeyError) as error:
             raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; delete it and collect again") from error
 
+    def runs(self) -> list[list[int]]:
+        """Positions of the forwards of each run, in order."""
+        positions: dict[str, list[int]] = {}
+        for position, (run, _) in enumerate(self._index):
+            positions.setdefault(run["file"], []).append(position)
+        return list(positions.values())
+
     def timesteps(self, position: int, name: str) -> list[float]:
         """The values of argument `name` over the run that a forward belongs to."""
         run, _ = self._index[position]
@@ -159,7 +167,7 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": call}
-    manifest = {**settings, "runs": []}
+    manifest: dict[str, Any] = {**settings, "runs": []}
     if (folder / "manifest.json").exists():
         manifest = Samples(folder).manifest
         for name, value in settings.items():
@@ -193,4 +201,3 @@ def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: i
     name = f"run-{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:16]}.safetensors"
     write_tensors(folder / name, {**packer.tensors, "latents": latents}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})})
     return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(forwards)}
-

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_accel.finetune.config import DistillConfig
 from dit_accel.files import replace_folder
+from dit_accel.finetune.config import DistillConfig
 from dit_accel.patch import ADAPTER, Patch
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -20,7 +20,7 @@ def projection_names(transformer: Any, patch: Patch) -> list[str]:
     """Full names of the linear projections of the accelerated attention modules."""
     names = [f"{layer}.{leaf}" for layer in patch.originals for leaf in PROJECTIONS]
     modules = dict(transformer.named_modules())
-    return [n for n in names if n in modules and isinstance(modules[n], nn.Linear) or hasattr(modules.get(n), "base_layer")]
+    return [n for n in names if (n in modules and isinstance(modules[n], nn.Linear)) or hasattr(modules.get(n), "base_layer")]
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:

@@ -75,22 +75,19 @@ def map_from_mask(visited: Tensor, full: Tensor) -> BlockMap:
 def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]:
     """Mean `[..., T, D]` of each block over its true number of tokens, and the (biased) variance where asked; float32 at least."""
     parts = blocks.gather(x if x.dtype == torch.float64 else x.float())
-    weight = (blocks.valid / blocks.count[:, None]).to(parts.dtype)[..., None]
+    weight = (blocks.valid.to(parts.dtype) / blocks.count[:, None])[..., None]
     mean = (parts * weight).sum(-2)
     return mean, ((parts - mean[..., None, :]).square() * weight).sum(-2) if variance else None
 
 
-def select_blocks(query_mean: Tensor, key_mean: Tensor, count: int, *, key_weight: Tensor | None, taken: Tensor | None) -> BlockMap:
+def select_blocks(query_mean: Tensor, key_mean: Tensor, count: int, *, key_weight: Tensor | None = None) -> BlockMap:
     """The `count` best key blocks per query block by the product of block means (SLA, arXiv 2509.24006, section 3).
 
-    Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores; blocks in `taken` `[Tq, Tk]` are not chosen again.
-    Selection is not differentiated.
+    Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores. Selection is not differentiated.
     """
     with torch.no_grad():
         score = query_mean @ key_mean.transpose(-1, -2)
         if key_weight is not None:
             score = score * key_weight
-        if taken is not None:
-            score = score.masked_fill(taken, -torch.inf)
-        best, index = score.topk(count, dim=-1)
-        return BlockMap(index, best > -torch.inf, complete=taken is None)
+        index = score.topk(count, dim=-1).indices
+        return BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
 
-CHUNK_ELEMENTS = 1 << 21  # scores and gathered keys of one chunk, about 8 MB in float32: the second-level caches of two cores
+CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float32: a few second-level caches
 
 Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
 Predicate = Callable[[Tensor, Tensor], Tensor]  # token coordinates [..., Nq, 3], [..., Nk, 3] -> allowed [..., Nq, Nk]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Grid, block_of
 
 from dit_accel.layout import TokenLayout, coordinates, memory_order, partition, raster_order
 from dit_accel.spec import Order, Raster, Tiles
-from helpers import Grid, block_of
 
 GRIDS = [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 64, 64)]
 ORDERS = [Tiles((2, 4, 4)), Tiles((4, 16)), Tiles(), Raster()]

@@ -214,7 +214,11 @@ def test_parameters_have_the_methods_shapes(spec: AttentionSpec, wanted: dict[st
 
 @pytest.mark.parametrize(
     ("spec", "start"),
-    [pytest.param(CLEAR(8, downsample=4), 1 / 16, id="average"), pytest.param(SLA(0.1), 0, id="zero"), pytest.param(Fovea(), 0, id="no-offset")],
+    [
+        pytest.param(CLEAR(8, downsample=4), 1 / 16, id="average"),
+        pytest.param(SLA(0.1), 0, id="zero"),
+        pytest.param(Fovea(), 0, id="no-offset"),
+    ],
 )
 def test_parameters_start_where_the_method_says(spec: AttentionSpec, start: float) -> None:
     assert {x for p in spec.make_parameters(heads=3, head_dim=8).parameters() for x in p.flatten().tolist()} == {start}

@@ -51,6 +51,9 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("basis", torch.zeros(latent_channels, values))
         self.register_buffer("deviation", torch.ones(latent_channels))
+        last = nn.Conv2d(width // 4, 3 * 4, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        last.bias = nn.Parameter(torch.zeros(3 * 4))
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(num_blocks)),
@@ -60,11 +63,9 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(width // 2, width, 1),
             nn.PixelShuffle(2),
             ResidualBlock(width // 4),
-            nn.Conv2d(width // 4, 3 * 4, 3, padding=1),
+            last,
             nn.PixelShuffle(2),
         )
-        nn.init.zeros_(self.decoder[-2].weight)
-        nn.init.zeros_(self.decoder[-2].bias)
 
     def fit(self, patches: Tensor) -> None:
         """Set the projection from sample patches `[M, 192]` (channel, row, column order), by PCA."""

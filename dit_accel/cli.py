@@ -1,0 +1,284 @@
+"""The command line: a thin layer over the public names. Whatever needs torch is imported inside the commands, so that help is instant."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from dit_accel import cli_options as options
+from dit_accel.finetune.config import DistillConfig, Trainable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HINTS = {
+    "generate": "no picture was written",
+    "collect": "the same command continues with the prompts that are missing",
+    "distill": "the same command continues from the newest checkpoint",
+}
+BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
+
+
+class Commands(TyperGroup):
+    """All commands: a user's error becomes one line and exit code 2, an interruption a hint and 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:  # every error of dit_accel.errors is one; other exceptions are bugs and keep their traceback
+            if ctx.params.get("traceback"):
+                raise
+            typer.echo("error: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted: " + HINTS.get(ctx.invoked_subcommand or "", "run the same command again"), err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench = typer.Typer(no_args_is_help=True, help="Measure methods on a model: their quality, or the time of a denoising step.")
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def main(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from, for a bug report.")] = False,
+) -> None:
+    """Fast attention for diffusion transformers. Every command takes --help."""
+
+
+@app.command(epilog="Example: dit-accel demo --out demo-out --quick")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller pictures and fewer steps.")] = False,
+    seed: options.Seed = 0,
+) -> None:
+    """Show what the package does on the built-in model, as a report to open in a browser."""
+    options.check_folder(out)
+    from dit_accel.cli_models import without_notices
+
+    with without_notices():
+        from dit_accel.demo import run_demo
+
+        report = run_demo(out, quick=quick, seed=seed)
+    typer.echo(f"wrote {report}")
+
+
+@app.command(epilog='Example: dit-accel generate "a panda on a blue background" --method clear:16 --size 1024x768 --out panda.png')
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    model: options.Model = "builtin",
+    method: Annotated[str | None, typer.Option(help=f"{options.METHOD_FORMS}. Unless given: fovea, or the adapter's.")] = None,
+    size: options.Size = "1024x1024",
+    steps: options.Steps = 16,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = 3.5,
+    max_sequence_length: options.TextLength = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of save_adapter (or its hub id); it names the method itself.")] = None,
+    dense_steps: Annotated[int, typer.Option(min=0, help="First steps that keep the original attention.")] = 0,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer would have to run its original attention.")] = False,
+    out: Annotated[Path, typer.Option(help="Picture file to write; its ending names the format.")] = Path("image.png"),
+) -> None:
+    """Draw one picture with an accelerated pipeline, and show what ran in each layer."""
+    if adapter is not None and (method is not None or dense_steps):
+        raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
+    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    from dit_accel.method_text import parse_method
+
+    spec = parse_method(method or "fovea")
+    options.check_picture(out)
+    import torch
+
+    from dit_accel import accelerate, load_adapter, summary
+    from dit_accel.cli_models import load_pipeline
+
+    pipe = load_pipeline(model, dtype, device)
+    if adapter is not None:
+        load_adapter(pipe, adapter, strict=strict)
+    elif spec is not None:
+        accelerate(pipe, spec, dense_steps=dense_steps, strict=strict)
+    image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **call).images[0]
+    _save_picture(image, out)
+    if adapter is not None or spec is not None:
+        summary(pipe)
+    else:
+        typer.echo("the original attention in every layer")
+    typer.echo(f"wrote {out}")
+
+
+def _save_picture(image: "Image", path: Path) -> None:
+    """Write under a temporary name, then rename: no reader ever sees half a picture."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: it names the format
+    try:
+        image.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@app.command(epilog="Example: dit-accel collect --prompts prompts.txt --out samples --size 512x512 --steps 8")
+def collect(
+    prompts: options.Prompts,
+    out: Annotated[Path, typer.Option(help="Folder for the samples; what it holds already is skipped.")],
+    model: options.Model = "builtin",
+    size: options.Size = "512x512",
+    steps: options.Steps = 8,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = 3.5,
+    max_sequence_length: options.TextLength = None,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Record the original model drawing prompts, as training data for distill (prompt i with seed + i)."""
+    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    texts = options.read_prompts(prompts)
+    options.check_folder(out)
+    from dit_accel.cli_models import load_pipeline
+    from dit_accel.finetune.samples import collect as collect_samples
+
+    samples = collect_samples(load_pipeline(model, dtype, device), texts, out, seed=seed, **call)
+    typer.echo(f"{len(samples)} forwards in {out}")
+
+
+@app.command(epilog="Example: dit-accel distill --prompts prompts.txt --method clear:8 --steps 500 --out clear-r8")
+def distill(
+    prompts: Annotated[Path, typer.Option(help=options.PROMPTS_OR_SAMPLES)],
+    out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints and log to OUT/run.")],
+    method: Annotated[str, typer.Option(help=options.METHOD_FORMS.removeprefix("none (the original attention), ") + ".")] = "fovea",
+    model: options.Model = "builtin",
+    held_out: Annotated[
+        Path | None, typer.Option(help=f"For evaluation only: {options.PROMPTS_OR_SAMPLES} Unless given, a tenth of the prompts.")
+    ] = None,
+    train: Annotated[
+        Trainable, typer.Option(help="parameters (the method's own), lora (also a LoRA on the attention) or attention (also its weights).")
+    ] = DistillConfig.train,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DistillConfig.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
+    parameter_learning_rate: Annotated[float, typer.Option(help="Of the method's own parameters.")] = DistillConfig.parameter_learning_rate,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"], typer.Option(help="Arithmetic of the training passes.")
+    ] = DistillConfig.mixed_precision,
+    sampling_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each recorded run.")] = 8,
+    size: options.Size = "512x512",
+    guidance: options.Guidance = 3.5,
+    max_sequence_length: options.TextLength = None,
+    seed: options.Seed = DistillConfig.seed,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped."""
+    config = DistillConfig(
+        steps=steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
+        parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
+        checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
+    )  # fmt: skip
+    call = options.call_arguments(model, options.parse_size(size), sampling_steps, guidance, max_sequence_length)
+    source = options.read_prompts_or_samples(prompts)
+    aside = options.read_prompts_or_samples(held_out) if held_out else None
+    spec = options.parse_spec(method, reason="distill wants an accelerated method")
+    options.check_folder(out)
+    from dit_accel import accelerate, save_adapter
+    from dit_accel import distill as run_distillation
+    from dit_accel.cli_models import load_pipeline
+
+    pipe = accelerate(load_pipeline(model, dtype, device), spec)
+    result = run_distillation(pipe, source, config, held_out=aside, **call)
+    record = {
+        # where the run lay on this machine means nothing elsewhere
+        "config": {name: value for name, value in config.to_dict().items() if name != "output_dir"},
+        "prompts": _count(source),
+        "sampling": call,
+        "held_out_error_before": result.error_before,
+        "held_out_error_after": result.error_after,
+    }
+    folder = save_adapter(pipe, out / "adapter", training=record)
+    typer.echo(f"held-out relative error of the prediction: {result.error_before:.4f} before, {result.error_after:.4f} after")
+    typer.echo(f"wrote {folder}")
+
+
+def _count(source: list[str] | Path) -> int:
+    """Number of prompts in a list or in a folder of samples."""
+    from dit_accel.finetune.samples import Samples
+
+    return len(Samples(source).manifest["runs"]) if isinstance(source, Path) else len(source)
+
+
+@bench.command(epilog="Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json")
+def quality(
+    model: options.Model = "builtin",
+    size: options.Size = "1024x1024",
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; unless given, two of our own.")] = None,
+    steps: options.Steps = 8,
+    max_sequence_length: options.TextLength = None,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+) -> None:
+    """Measure how far each method is from the original attention, on the same prompts and noise."""
+    pixels = options.parse_size(size)
+    texts = options.read_prompts(prompts) if prompts else BENCH_PROMPTS
+    if out:
+        options.check_file(out)
+    from dit_accel.bench import bench_quality
+    from dit_accel.cli_models import load_pipeline
+
+    pipe, length = load_pipeline(model, dtype, device), options.text_length(model, max_sequence_length)
+    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length)
+
+
+@bench.command(epilog="Example: dit-accel bench step --size 1024x1024 --size 2048x2048 --method fovea --method clear:16")
+def step(
+    model: options.Model = "builtin",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help=f"WIDTHxHEIGHT in pixels, multiples of {options.PIXELS}; may be repeated.", show_default="1024x1024"),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
+    max_sequence_length: options.TextLength = None,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+) -> None:
+    """Measure the time of one denoising step, with each method and with the original attention."""
+    sizes = [options.parse_size(text) for text in size or ["1024x1024"]]
+    reason = "bench step wants accelerated methods (the original is always measured)"
+    specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
+    if out:
+        options.check_file(out)
+    from dit_accel.bench import bench_step
+    from dit_accel.cli_models import load_pipeline
+
+    pipe, length = load_pipeline(model, dtype, device), options.text_length(model, max_sequence_length)
+    bench_step(pipe, sizes=sizes, methods=specs, repeats=repeats, out=out, max_sequence_length=length)
+
+
+@app.command(epilog="Example: dit-accel info --model builtin")
+def info(
+    model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Also show the config of this adapter (a folder or a hub id).")] = None,
+) -> None:
+    """Show versions, the machine, and which model families, methods and backends there are here."""
+    from dit_accel import cli_info
+
+    rows = cli_info.package_rows()
+    if model is not None:
+        rows |= cli_info.model_rows(model)
+    if adapter is not None:
+        rows |= cli_info.adapter_rows(adapter)
+    cli_info.show(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

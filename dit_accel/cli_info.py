@@ -1,0 +1,108 @@
+"""What `dit-accel info` shows: this machine, what the package can do here, a model, an adapter."""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
+
+
+def show(rows: Mapping[str, str]) -> None:
+    """Print names and values in two columns."""
+    table = Table.grid("", "", padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+def package_rows() -> dict[str, str]:
+    """Versions, machine, methods and backends."""
+    import dit_accel
+
+    versions = {"dit_accel": dit_accel.__version__, "python": platform.python_version()}
+    return {**versions, **{name: _version(name) for name in LIBRARIES}, **_machine_rows(), **_method_rows()}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine_rows() -> dict[str, str]:
+    import torch
+
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "cuda devices": "\n".join(f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+        or "none",
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name; Python itself knows it on some systems only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _method_rows() -> dict[str, str]:
+    from dit_accel.errors import BackendError
+    from dit_accel.kernels import dispatch
+    from dit_accel.method_text import METHODS
+    from dit_accel.pipelines import FAMILIES
+
+    rows = {
+        "families": "\n".join(f"{family.name} ({family.model_class})" for family in FAMILIES),
+        "methods": "\n".join(["none", *(", ".join(method.examples) for method in METHODS.values())]),
+    }
+    for backend in dispatch.BACKENDS:
+        try:
+            chosen, why = dispatch.choose(backend)
+            rows[f"backend {backend}"] = f"runs {chosen} ({why})" if backend == "auto" else "ready"
+        except BackendError as error:
+            rows[f"backend {backend}"] = str(error)
+    return rows
+
+
+def model_rows(model: str) -> dict[str, str]:
+    """The attention modules of a model that `accelerate` would replace."""
+    from dit_accel import accelerate, summary
+    from dit_accel.cli_models import load_pipeline
+
+    pipe = load_pipeline(model, device="cpu")
+    layers = [row.layer for row in summary(accelerate(pipe), show=False)]
+    return {"model": f"{model} ({type(pipe).__name__})", f"{len(layers)} layers": "\n".join(layers)}
+
+
+def adapter_rows(adapter: str) -> dict[str, str]:
+    """The config of a saved adapter."""
+    from dit_accel.adapter import DitAccelAdapter
+    from dit_accel.spec import AttentionSpec
+
+    try:
+        config = DitAccelAdapter.load_config(adapter)
+        rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
+        shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
+        return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
+    except (OSError, KeyError) as error:
+        raise ValueError(f"adapter is a folder made by save_adapter, or its hub id, got {adapter!r}: {error}") from error
+
+
+def _plain(value: object) -> str:
+    """A config's value as lines `name: value`."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}: {v}" for k, v in value.items()) or "-"
+    return "-" if value in (None, "") else str(value)

@@ -1,0 +1,68 @@
+"""Loading a pipeline by name, without the libraries' start-up notices that a user can do nothing about."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+# logger -> words that make up a notice to keep back; everything else these loggers say still reaches the user
+NOTICES = {
+    "transformers.utils.import_utils": ("ImageProcessor", "requires torchvision (not installed)"),
+    "diffusers.pipelines.pipeline_utils": ("Expected types for vae", "PatchAutoencoder"),
+}
+
+
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Keep back `NOTICES`: FLUX pipelines use no image processor, and the built-in autoencoder is no AutoencoderKL by design."""
+    added = []
+    for name, words in NOTICES.items():
+        logger = logging.getLogger(name)
+
+        def passes(record: logging.LogRecord, words: tuple[str, ...] = words) -> bool:
+            return not all(word in record.getMessage() for word in words)
+
+        logger.addFilter(passes)
+        added.append((logger, passes))
+    try:
+        yield
+    finally:
+        for logger, passes in added:
+            logger.removeFilter(passes)
+
+
+def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
+    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none."""
+    import torch
+
+    target = _device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if target.type == "cuda" else "float32"
+    with without_notices():
+        from diffusers import DiffusionPipeline
+
+        # a saved copy of the built-in model loads only where the modules of its own classes have been imported
+        import dit_accel.pipelines.builtin.autoencoder
+        import dit_accel.pipelines.builtin.transformer  # noqa: F401
+        from dit_accel import builtin_pipeline
+
+        try:
+            if model == "builtin":
+                return builtin_pipeline(torch_dtype=getattr(torch, dtype)).to(target)
+            return DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(target)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is auto, cpu, cuda or another torch device, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is one that this machine has ({torch.cuda.device_count()} CUDA devices), got {name!r}")
+    return device

@@ -1,0 +1,113 @@
+"""What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from dit_accel.spec import AttentionSpec
+
+PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
+BUILTIN_TEXT = 32  # tokens: the built-in model's captions are short, and the pipeline's default would pad them to 512
+
+METHOD_FORMS = (
+    "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, sla:0.1, "
+    "sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 is "
+    "height x width"
+)
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Model = Annotated[str, typer.Option(help="'builtin' (ships with the package), a folder in diffusers' format, or a hub id.")]
+Size = Annotated[str, typer.Option(help=f"Picture as WIDTHxHEIGHT in pixels, both multiples of {PIXELS}.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed gives the same result.")]
+Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale: how closely the picture follows the prompt.")]
+TextLength = Annotated[
+    int | None,
+    typer.Option("--max-sequence-length", min=1, help="Text tokens; unless given, the pipeline's default, and 32 for builtin."),
+]
+Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
+Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
+PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels of a text WIDTHxHEIGHT. Raises ValueError unless both are multiples of a token's side."""
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
+    if not match:
+        raise ValueError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
+    width, height = (int(side) for side in match.groups())
+    if not width or not height or width % PIXELS or height % PIXELS:
+        near = "x".join(str(max(1, round(side / PIXELS)) * PIXELS) for side in (width, height))
+        raise ValueError(f"width and height are multiples of {PIXELS} pixels, one token's side, as in {near}, got {text!r}")
+    return height, width
+
+
+def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
+    """The spec of a method's text where the original attention makes no sense, for that reason."""
+    from dit_accel.method_text import parse_method
+
+    spec = parse_method(text)
+    if spec is None:
+        raise ValueError(f"{reason}, got {text!r}")
+    return spec
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a prompts file. Raises ValueError where it can't be read or holds no prompt."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ValueError(f"prompts is a text file with one prompt per line, got {path}: {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts is a text file with one prompt per line, got no prompt in {path}")
+    return prompts
+
+
+def read_prompts_or_samples(path: Path) -> list[str] | Path:
+    """The prompts of a file, or the folder itself."""
+    return path if path.is_dir() else read_prompts(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder if need be. Raises ValueError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out wants a folder that can be written to, got {folder}: {error.strerror}") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError where no file can be written at a path."""
+    if path.is_dir():
+        raise ValueError(f"--out wants a file, got the folder {path}")
+    check_folder(path.parent)
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError where no picture can be written at a path."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out wants the name of a picture, as in image.png or image.jpg, got {path}")
+    check_file(path)
+
+
+def text_length(model: str, length: int | None) -> int | None:
+    """Text tokens as asked for; None leaves the pipeline's default."""
+    return BUILTIN_TEXT if length is None and model == "builtin" else length
+
+
+def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: float, length: int | None) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
+    length = text_length(model, length)
+    return call if length is None else {**call, "max_sequence_length": length}

@@ -1,0 +1,225 @@
+"""`dit-accel demo`: the whole job on the built-in model, with pictures, measurements and a report.
+
+Original pictures; the same prompts and seeds through each method, untrained; a short distillation of each from the original; the same
+again; then the time of one step at high resolution. Everything is written to one folder, the report last.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import tqdm
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from dit_accel.bench import Captured, capture_qkv, machine, record_step, step_times
+from dit_accel.errors import DitAccelError
+from dit_accel.files import write_json
+from dit_accel.finetune.config import DistillConfig
+from dit_accel.finetune.distill import distill
+from dit_accel.finetune.samples import Forward, collect
+from dit_accel.layout import raster_order
+from dit_accel.operator import attention
+from dit_accel.patch import accelerate, find_transformers, restore, summary
+from dit_accel.pipelines.builtin import builtin_pipeline
+from dit_accel.report import write_report
+from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
+
+METHODS = {"Fovea 5 %": Fovea(0.05), "CLEAR radius 8": CLEAR(8), "SLA 10 %": SLA(0.1)}
+TEXT = 16  # text tokens: the built-in model's captions are short
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much the demo does. Sizes are pixels of square pictures."""
+
+    size: int
+    steps: int
+    prompts: tuple[str, ...]
+    train_size: int
+    train_prompts: int
+    train_sampling_steps: int
+    train_steps: int
+    speed_size: int
+    speed_repeats: int
+
+
+FULL = Scale(1024, 10, ("a panda on a blue background", "a burger left of a cactus on a yellow background"), 512, 14, 6, 110, 2048, 1)
+QUICK = Scale(512, 6, ("a panda on a blue background",), 256, 6, 4, 30, 1024, 1)
+
+# what the distillation samples; the demo's own prompts are not among them
+TRAIN_PROMPTS = (
+    "a fox on a green background", "a red apple left of a robot on a pink background", "a koala", "a rocket on a black background",
+    "a sunflower above a ladybug", "a penguin on an orange background", "a snowman on a light blue background", "a donut left of a tulip",
+    "an owl on a purple background", "a teddy bear on a yellow background", "a strawberry", "a frog above a car on a gray background",
+    "a house on a green background", "a dog on a red background", "a pineapple on a brown background", "a ghost left of a star",
+)  # fmt: skip
+HELD_OUT = ("a lion on a pink background", "a turtle left of a mushroom on a blue background")
+
+
+@dataclass
+class Row:
+    """One method's results; pictures are file names, one per prompt. Quality is the mean against the original's pictures."""
+
+    name: str
+    method: str
+    untrained: list[str]
+    distilled: list[str]
+    density: float
+    seconds: float  # per picture
+    quality: dict[str, dict[str, float]]  # "untrained" and "distilled" -> psnr, ssim, distance
+    velocity: tuple[float, float]  # held-out relative error, before and after
+    distill_seconds: float
+    step: dict[str, float]  # at the speed size
+    mask: str
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make the folder and try to write in it. Raises DitAccelError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DitAccelError(f"wanted a folder that can be written, got {folder}: {error}") from error
+    return folder
+
+
+def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> Path:
+    """Run the demo into the folder `out`; returns the report's path. Raises DitAccelError where `out` can't be written."""
+    writable_folder(out)
+    start = time.perf_counter()
+    scale = QUICK if quick else FULL
+    pipe = builtin_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    bar = tqdm(total=2 + 4 * len(METHODS), desc="original", disable=None)
+    originals, seconds = generate(pipe, scale, seed, out, "original")
+    bar.update()
+    training = prepare_training(pipe, scale, out)
+    attention_inputs = inputs_for_masks(pipe, scale)
+    bar.update()
+    rows = [run_method(pipe, name, spec, scale, seed, out, originals, training, attention_inputs, bar) for name, spec in METHODS.items()]
+    bar.close()
+    mask = mask_picture(attention_inputs, AttentionSpec((TopK(1.0),)), out / "mask-original.png")
+    record = {
+        "machine": machine(), "quick": quick, "seed": seed, "scale": vars(scale), "original_seconds": seconds,
+        "minutes": (time.perf_counter() - start) / 60, "methods": [vars(row) for row in rows],
+    }  # fmt: skip
+    write_json(out / "demo.json", record)
+    return write_report(out, record, [f"original-{i}.png" for i in range(len(scale.prompts))], mask)
+
+
+def generate(pipe: Any, scale: Scale, seed: int, out: Path, name: str) -> tuple[Tensor, float]:
+    """The scale's prompts as pictures `[P, 3, H, W]` in [0, 1], written as PNG, and seconds per picture."""
+    pictures, start = [], time.perf_counter()
+    for index, prompt in enumerate(scale.prompts):
+        generator = torch.Generator().manual_seed(seed + index)
+        call = {"height": scale.size, "width": scale.size, "num_inference_steps": scale.steps, "max_sequence_length": TEXT}
+        pictures.append(pipe(prompt, generator=generator, output_type="pt", **call).images)
+    seconds = (time.perf_counter() - start) / len(scale.prompts)
+    for index, picture in enumerate(pictures):
+        save_picture(picture[0], out / f"{name}-{index}.png")
+    return torch.cat(pictures).float(), seconds
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write `[3, H, W]` in [0, 1] as PNG."""
+    Image.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+def compare(pictures: Tensor, originals: Tensor) -> dict[str, float]:
+    """PSNR (dB), SSIM, and 1 − multi-scale SSIM as a perceptual distance, against the original's pictures."""
+    similarity = structural_similarity_index_measure(pictures, originals, data_range=1.0)
+    scales = multiscale_structural_similarity_index_measure(pictures, originals, data_range=1.0)
+    psnr = peak_signal_noise_ratio(pictures, originals, data_range=1.0)
+    return {"psnr": float(psnr), "ssim": float(torch.as_tensor(similarity)), "distance": 1 - float(torch.as_tensor(scales))}
+
+
+def prepare_training(pipe: Any, scale: Scale, out: Path) -> tuple[Path, Path]:
+    """Record the original sampling the training and held-out prompts; every method learns from the same samples."""
+    call = {"height": scale.train_size, "width": scale.train_size, "num_inference_steps": scale.train_sampling_steps}
+    folders = (out / "samples", out / "held-out")
+    for folder, prompts, seed in zip(folders, (TRAIN_PROMPTS[: scale.train_prompts], HELD_OUT), (1000, 2000), strict=True):
+        collect(pipe, prompts, folder, seed=seed, max_sequence_length=TEXT, **call)
+    return folders
+
+
+def inputs_for_masks(pipe: Any, scale: Scale) -> Captured:
+    """Queries, keys and values of the middle layer in the first prompt's first step at the demo's size."""
+    arguments = record_step(pipe, (scale.size, scale.size), TEXT)
+    captured = list(capture_qkv(pipe, Forward(arguments, torch.empty(0), torch.empty(0), "", 0, 0)))
+    return captured[len(captured) // 2]
+
+
+def mask_picture(captured: Captured, spec: AttentionSpec, path: Path) -> str:
+    """Write what one query sees: its weight on each image token's value, by differentiating the output; black is unseen.
+
+    Weights are shown on a fourth-root scale, mean over heads; the query stands a third from the top left. Returns the file's name.
+    """
+    value = captured.value.clone().requires_grad_(True)
+    with torch.enable_grad():
+        out, _ = attention(captured.query, captured.key, value, spec, captured.layout, return_lse=True)
+    _, height, width = captured.layout.grid
+    places = raster_order(captured.layout.grid, captured.layout.order)
+    token = captured.layout.text + int(places[(height // 3) * width + width // 3])
+    (weight,) = torch.autograd.grad(out[:, :, token].sum(), value)
+    weight = weight[0, :, captured.layout.text :].mean((0, 2))[places].view(height, width).clamp_min(0)
+    shade = (weight / weight.max()).pow(0.25)
+    picture = torch.stack([shade, shade**1.5, shade**3 * 0.6 + 0.12 * (shade > 0)])
+    picture[:, height // 3, width // 3] = torch.tensor([0.2, 0.9, 1.0])
+    save_picture(picture.repeat_interleave(512 // height, 1).repeat_interleave(512 // width, 2), path)
+    return path.name
+
+
+def run_method(
+    pipe: Any, name: str, spec: AttentionSpec, scale: Scale, seed: int, out: Path, originals: Tensor, training: tuple[Path, Path],
+    attention_inputs: Captured, bar: Any,
+) -> Row:  # fmt: skip
+    """Everything the demo shows of one method; the pipeline is restored afterwards."""
+    slug = name.lower().replace(" %", "").replace(" ", "-")
+    bar.set_description(f"{name}, untrained")
+    accelerate(pipe, spec)
+    first, seconds = generate(pipe, scale, seed, out, f"{slug}-untrained")
+    density = summary(pipe, show=False)[0].density_kept or 0.0
+    bar.update()
+    bar.set_description(f"{name}, distillation")
+    start = time.perf_counter()
+    config = DistillConfig(steps=scale.train_steps, output_dir=str(out / f"distill-{slug}"), checkpoint_every=scale.train_steps, seed=seed)
+    result = distill(pipe, training[0], config, held_out=training[1], progress=False)
+    distill_seconds = time.perf_counter() - start
+    bar.update()
+    bar.set_description(f"{name}, distilled")
+    second, _ = generate(pipe, scale, seed, out, f"{slug}-distilled")
+    restore(pipe)
+    bar.update()
+    bar.set_description(f"{name}, speed")
+    (transformer,) = find_transformers(pipe)
+    step = step_times(pipe, transformer, record_step(pipe, (scale.speed_size,) * 2, TEXT), spec, scale.speed_repeats)
+    mask = mask_picture(attention_inputs, spec, out / f"mask-{slug}.png")
+    bar.update()
+    return Row(
+        name=name,
+        method=str(spec),
+        untrained=_names(slug, "untrained", scale.prompts),
+        distilled=_names(slug, "distilled", scale.prompts),
+        density=density,
+        seconds=seconds,
+        quality={"untrained": compare(first, originals), "distilled": compare(second, originals)},
+        velocity=(result.error_before, result.error_after),
+        distill_seconds=distill_seconds,
+        step=step,
+        mask=mask,
+    )
+
+
+def _names(slug: str, state: str, prompts: Sequence[str]) -> list[str]:
+    return [f"{slug}-{state}-{i}.png" for i in range(len(prompts))]

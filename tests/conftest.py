@@ -1,0 +1,113 @@
+"""Tiny random FLUX pipelines made without any download, and the way to run them."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+TEXT, WIDTH, POOLED, CHANNELS = 12, 32, 24, 16
+LAYERS = 4  # attention modules of a tiny transformer
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """The same normal numbers at each call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill_randomly(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
+    """Add noise to every parameter, so that none stays at zero or at one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def tiny_transformer(seed: int = 0, double: int = 2, single: int = 2) -> Any:
+    """A random FLUX transformer with two heads of 16."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=CHANNELS, num_layers=double, num_single_layers=single, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    fill_randomly(transformer, seed)
+    return transformer.eval()
+
+
+def tiny_pipe(seed: int = 0) -> Any:
+    """A FLUX pipeline around `tiny_transformer`, without autoencoder and text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    nothing = {"vae": None, "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+    pipe = FluxPipeline(scheduler=scheduler, transformer=tiny_transformer(seed), **nothing)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: Any, height: int = 272, width: int = 400, *, steps: int = 2, batch: int = 1, seed: int = 0, **call: Any) -> Tensor:
+    """The packed latents that a tiny pipeline draws from fixed noise and text."""
+    dtype = pipe.transformer.dtype
+    images = pipe(
+        prompt_embeds=normal(batch, TEXT, WIDTH, seed=seed + 1).to(dtype),
+        pooled_prompt_embeds=normal(batch, POOLED, seed=seed + 2).to(dtype),
+        generator=torch.Generator().manual_seed(seed), height=height, width=width, num_inference_steps=steps, output_type="latent", **call,
+    ).images  # fmt: skip
+    assert bool(images.isfinite().all()), "the pipeline drew NaN or infinity"
+    return images
+
+
+def position_ids(height: int, width: int, image: int = 0) -> Tensor:
+    """FLUX's `[N, 3]` ids (image, row, column) of a raster of tokens."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.full_like(rows, image), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+def forward_arguments(height: int = 17, width: int = 25, *, batch: int = 1, time: float = 0.7, seed: int = 0) -> dict[str, Any]:
+    """Arguments of one forward of a tiny transformer on a grid of tokens."""
+    return {
+        "hidden_states": normal(batch, height * width, CHANNELS, seed=seed),
+        "encoder_hidden_states": normal(batch, TEXT, WIDTH, seed=seed + 1),
+        "pooled_projections": normal(batch, POOLED, seed=seed + 2),
+        "timestep": torch.full((batch,), time),
+        "guidance": torch.full((batch,), 3.5),
+        "img_ids": position_ids(height, width),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference over that of `wanted`; infinity where there is NaN."""
+    assert got.shape == wanted.shape, f"got {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    got, wanted = got.detach().double(), wanted.detach().double()
+    error = float((got - wanted).norm() / wanted.norm())
+    return error if error == error else float("inf")
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """A tiny FLUX pipeline with 2 double and 2 single blocks."""
+    return tiny_pipe()
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Grows by the query's shape at every call of an accelerated operator."""
+    from dit_accel import processor
+
+    calls: list[tuple[int, ...]] = []
+    original: Callable[..., Any] = processor.attend
+
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tuple(query.shape))
+        return original(query, *args, **kwargs)
+
+    monkeypatch.setattr(processor, "attend", counted)
+    return calls

@@ -1,0 +1,454 @@
+"""The command line: methods as text, what is refused and how, help, and every command on a tiny pipeline loaded from a folder."""
+
+import json
+import logging
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill_randomly
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import dit_accel
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, cli_models, cli_options
+from dit_accel.cli import app
+from dit_accel.method_text import METHODS, parse_method
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["bench", "quality"], ["bench", "step"], ["info"]]
+LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+# 128 image tokens: two tiles
+SMALL = ["--size", "256x128", "--max-sequence-length", "16"]
+
+
+def make_tiny() -> Any:
+    """The built-in pipeline's parts around a random FLUX transformer with 1 + 1 blocks."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
+    from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = make_tokenizer(32, begin=True), make_tokenizer(512, begin=False)
+    clip, t5 = make_text_encoders(len(clip_tokenizer))
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    fill_randomly(transformer)
+    autoencoder = PatchAutoencoder(width=32, num_blocks=1)
+    autoencoder.basis.normal_(std=0.05)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=autoencoder, text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer, transformer=transformer,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a panda\n\n a cat on a blue background \n")
+    return file
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def fail(*arguments: object) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    (line,) = [text for text in result.stderr.splitlines() if not text.startswith("Loading ")]
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model is a test failure: an error has to be found before."""
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a model was loaded before the arguments were checked")
+
+    monkeypatch.setattr(cli_models, "load_pipeline", refuse)
+
+
+# Methods as text
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("none", None),
+        ("fovea", Fovea()),
+        ("Fovea", Fovea()),
+        ("fovea:0.05", Fovea(0.05)),
+        ("fovea:density=0.1", Fovea(0.1)),
+        ("fovea:radius=8", Fovea(radius=8)),
+        ("clear:16", CLEAR(16)),
+        ("clear:7.5", CLEAR(7.5)),
+        ("clear:8,downsample=4", CLEAR(8, downsample=4)),
+        ("clear: 8, downsample = 4", CLEAR(8, downsample=4)),
+        ("clear:downsample=4,radius=8", CLEAR(8, downsample=4)),
+        ("sla:0.1", SLA(0.1)),
+        ("sla:0.1,scope=all,feature_map=elu", SLA(0.1, "elu", "all")),
+        ("sla:0.1,scope=none,block=128x64", SLA(0.1, scope="none", block=(128, 64))),
+        ("gna:80,stride=16", GNA(80, 16)),
+        ("gna:9x9,dilation=2", GNA((9, 9), dilation=2)),
+        ("gna:3x9x5,stride=1x3x2", GNA((3, 9, 5), (1, 3, 2))),
+    ],
+)
+def test_method_text(text: str, spec: AttentionSpec | None) -> None:
+    assert parse_method(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "method is one of none, fovea, clear, sla, gna, got ''"),
+        ("flash", "method is one of none, fovea, clear, sla, gna, got 'flash'"),
+        ("none:1", "none takes no arguments, got 'none:1'"),
+        ("clear", "clear wants its radius, as in clear:16, got 'clear'"),
+        ("clear:downsample=4", "clear wants its radius, as in clear:16, got 'clear:downsample=4'"),
+        ("sla:scope=all", "sla wants its topk, as in sla:0.1, got 'sla:scope=all'"),
+        ("clear:", "clear's radius is a number, got '' in 'clear:'"),
+        ("clear:wide", "clear's radius is a number, got 'wide' in 'clear:wide'"),
+        ("clear:8,downsample=2.5", "clear's downsample is an integer, got '2.5' in 'clear:8,downsample=2.5'"),
+        ("gna:9xx9", "gna's window is an integer, or integers joined by x as in 9x9, got '9xx9' in 'gna:9xx9'"),
+        ("sla:0.1,block=64", "sla's block is two integers joined by x, as in 128x64, got '64' in 'sla:0.1,block=64'"),
+        ("fovea:0.05,8", "fovea wants key=value after its first argument, got '8' in 'fovea:0.05,8'"),
+        ("fovea:0.05,", "fovea wants key=value after its first argument, got '' in 'fovea:0.05,'"),
+        ("fovea:size=3", "fovea takes density, radius, got 'size' in 'fovea:size=3'"),
+        ("clear:8,radius=9", "clear wants each argument once, got radius twice in 'clear:8,radius=9'"),
+        ("fovea:2", "density is a share of key blocks in (0, 1], got 2 (in 'fovea:2')"),
+        ("fovea:nan", "density is a share of key blocks in (0, 1], got nan (in 'fovea:nan')"),
+        ("fovea:0.1,radius=8", "Fovea takes density or radius, got both: density=0.1, radius=8 (in 'fovea:0.1,radius=8')"),
+        ("sla:0.1,scope=some", "scope is 'complement', 'all' or 'none', got 'some' (in 'sla:0.1,scope=some')"),
+        ("gna:3,stride=9", "stride is at most the window's size 3, got 9 (in 'gna:3,stride=9')"),
+    ],
+)
+def test_method_text_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("example", [e for method in METHODS.values() for e in method.examples])
+def test_examples_are_methods(example: str) -> None:
+    assert isinstance(parse_method(example), AttentionSpec)
+    assert example in cli_options.METHOD_FORMS
+
+
+# Errors, each found before a model is loaded
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("1023x1024", "width and height are multiples of 16 pixels, one token's side, as in 1024x1024, got '1023x1024'"),
+        ("1024x770", "width and height are multiples of 16 pixels, one token's side, as in 1024x768, got '1024x770'"),
+        ("0x64", "width and height are multiples of 16 pixels, one token's side, as in 16x64, got '0x64'"),
+        ("1024", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '1024'"),
+        ("-16x16", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '-16x16'"),
+        ("bigxbig", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got 'bigxbig'"),
+    ],
+)
+@pytest.mark.usefixtures("no_models")
+def test_bad_sizes(size: str, message: str, prompts: Path, tmp_path: Path) -> None:
+    assert fail("generate", "x", f"--size={size}", "--out", tmp_path / "a.png") == message
+    assert fail("collect", "--prompts", prompts, "--out", tmp_path / "c", f"--size={size}") == message
+    assert fail("distill", "--prompts", prompts, "--out", tmp_path / "d", f"--size={size}") == message
+    assert fail("bench", "quality", f"--size={size}") == message
+    assert fail("bench", "step", "--size", "64x64", f"--size={size}") == message
+
+
+def test_size_is_width_by_height() -> None:
+    assert cli_options.parse_size("1024X768") == (768, 1024)
+
+
+@pytest.mark.parametrize("command", ["collect", "distill"])
+@pytest.mark.usefixtures("no_models")
+def test_bad_prompts(command: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "p.txt", tmp_path / "out"
+    wanted = "prompts is a text file with one prompt per line, got"
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file}: No such file or directory"
+    file.write_text("\n  \n")
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} no prompt in {file}"
+    file.write_bytes(b"\xff\xfe\xfa")
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file}: not UTF-8"
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
+    blocked = prompts / "below"  # a folder can't be made below a file
+    wanted = f"--out wants a folder that can be written to, got {blocked}: Not a directory"
+    assert fail("demo", "--out", blocked) == wanted
+    assert fail("collect", "--prompts", prompts, "--out", blocked) == wanted
+    assert fail("distill", "--prompts", prompts, "--out", blocked) == wanted
+    assert fail("generate", "x", "--out", blocked / "a.png") == wanted
+    assert fail("bench", "quality", "--out", blocked / "a.json") == wanted
+    assert fail("bench", "step", "--out", blocked / "a.json") == wanted
+    assert fail("bench", "step", "--out", tmp_path) == f"--out wants a file, got the folder {tmp_path}"
+    for name in ("a.txt", "a"):
+        text = fail("generate", "x", "--out", tmp_path / name)
+        assert text == f"--out wants the name of a picture, as in image.png or image.jpg, got {tmp_path / name}"
+
+
+@pytest.mark.usefixtures("no_models")
+def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
+    wanted = "method is one of none, fovea, clear, sla, gna, got 'flash'"
+    assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == wanted
+    assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == wanted
+    assert fail("bench", "step", "--method", "fovea", "--method", "flash") == wanted
+    assert "wants an accelerated method, got 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
+    assert "wants accelerated methods (the original is always measured), got 'none'" in fail("bench", "step", "--method", "none")
+    for more in (["--method", "fovea"], ["--dense-steps", "2"]):
+        assert "wanted it alone, got --method or --dense-steps" in fail("generate", "x", "--adapter", "somewhere", *more)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_bad_settings(prompts: Path, tmp_path: Path) -> None:
+    text = fail("distill", "--prompts", prompts, "--out", tmp_path / "d", "--learning-rate", "0")
+    assert text == "learning_rate is a number > 0, got 0.0"
+    for arguments in (["generate", "x", "--steps", "0"], ["generate", "x", "--dtype", "int8"], ["generate"], ["nonsense"]):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.output
+
+
+def test_bad_models_and_devices(model: str, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "a.png"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name in (str(empty), "nobody/nothing"):
+        wanted = f"model is 'builtin', a folder in diffusers' format or a hub id, got '{name}': "
+        assert fail("generate", "x", "--model", name, *out).startswith(wanted)
+    assert fail("generate", "x", "--device", "abacus", *out) == "device is auto, cpu, cuda or another torch device, got 'abacus'"
+    assert "device is one that this machine has" in fail("generate", "x", "--device", "cuda:99", *out)
+    text = fail("generate", "x", "--model", model, *SMALL, "--adapter", empty, *out)
+    assert text.startswith(f"wanted dit_accel_config.json in {empty}")
+    assert fail("info", "--adapter", empty).startswith(f"adapter is a folder made by save_adapter, or its hub id, got '{empty}': ")
+
+
+def test_traceback_on_request(tmp_path: Path) -> None:
+    result = run("--traceback", "generate", "x", "--size", "1x1", "--out", tmp_path / "a.png")
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [("generate", "no picture was written"), ("collect", "continues with the prompts that are missing"), ("distill", "newest checkpoint")],
+)
+def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_models, "load_pipeline", interrupt)
+    out = tmp_path / "a.png"
+    result = run(command, *(["x"] if command == "generate" else ["--prompts", prompts]), "--out", out)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted: ")
+    assert hint in result.stderr
+    assert not out.is_file()
+
+
+def test_other_exceptions_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: 1 / 0)
+    assert isinstance(run("generate", "x", "--out", tmp_path / "a.png").exception, ZeroDivisionError)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help(command: list[str]) -> None:
+    text = succeed(*command, "--help")
+    assert f"Example: dit-accel {' '.join(command)}" in text
+    assert "Usage:" in text
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys\nfrom dit_accel.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print(sorted({'torch', 'triton', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(command[0] in done.stdout for command in COMMANDS)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# Commands
+
+
+def test_info(model: str) -> None:
+    text = succeed("info", "--model", model)
+    rows = {line.split("  ")[0].strip(): line for line in text.splitlines()}
+    assert dit_accel.__version__ in rows["dit_accel"]
+    assert torch.__version__ in rows["torch"]
+    assert "FluxTransformer2DModel" in rows["families"]
+    for name in ("diffusers", "triton", "cpu", "threads", "cuda devices", "methods", "backend auto", "backend reference"):
+        assert name in rows
+    assert "clear:8,downsample=4" in text
+    assert "2 layers" in rows
+    assert all(layer in text for layer in LAYERS)
+
+
+def test_info_of_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel import cli_info
+
+    monkeypatch.setattr(cli_info, "LIBRARIES", ("no-such-library",))
+    assert cli_info.package_rows()["no-such-library"] == "not installed"
+
+
+def test_generate(model: str, tmp_path: Path) -> None:
+    files = {method: tmp_path / f"{i}.png" for i, method in enumerate(("none", "clear:2", "clear:1000"))}
+    for method, file in files.items():
+        text = succeed("generate", "a panda", "--model", model, "--method", method, "--steps", 2, *SMALL, "--out", file)
+        assert f"wrote {file}" in text
+        assert ("original attention in every layer" in text) == (method == "none")
+        assert all(layer in text for layer in LAYERS) == (method != "none")
+    original, sparse, whole = (torch.tensor(list(Image.open(file).tobytes()), dtype=torch.float) for file in files.values())
+    assert Image.open(files["none"]).size == (256, 128)
+    assert (sparse - original).abs().max() > 1
+    assert (whole - original).abs().max() <= 1  # a disc that covers the picture is dense attention
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())  # no temporary file is left
+
+
+def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel import context
+
+    def fall_back(self: Any, arguments: Any) -> None:
+        self.layout = self.plan = self._orders = None
+        self.fall_back("no grid today")
+
+    monkeypatch.setattr(context.Context, "_read", fall_back)
+    arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
+    result = run(*arguments, "--strict")
+    assert result.exit_code == 2
+    assert "error: strict=True wants every layer accelerated, but this call has no grid today" in result.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> None:
+    samples, out, picture = tmp_path / "samples", tmp_path / "out", tmp_path / "a.png"
+    text = succeed("collect", "--prompts", prompts, "--out", samples, "--model", model, "--steps", 2, *SMALL)
+    assert f"4 forwards in {samples}" in text
+
+    arguments = ["distill", "--prompts", samples, "--held-out", prompts, "--method", "clear:2", "--out", out, "--model", model]
+    arguments += ["--train", "lora", "--lora-rank", "2", "--steps", "2", "--sampling-steps", "2", "--checkpoint-every", "1", *SMALL]
+    text = succeed(*arguments)
+    before, after = (float(x) for x in re.findall(r"([0-9.]+) (?:before|after)", text))
+    assert before > 0
+    assert after > 0
+    config = json.loads((out / "adapter" / "dit_accel_config.json").read_text())
+    record = config["training"]
+    assert record["prompts"] == 2
+    assert record["config"]["lora_rank"] == 2
+    assert "output_dir" not in record["config"]
+    assert record["sampling"]["width"] == 256
+    assert record["held_out_error_before"] == pytest.approx(before, abs=1e-4)
+    assert record["held_out_error_after"] == pytest.approx(after, abs=1e-4)
+    assert (out / "run" / "checkpoint-0000002").is_dir()
+
+    assert f"{after:.4f} after" in succeed(*arguments)  # finished already: resumes at the end
+
+    text = succeed("generate", "a cat", "--model", model, "--adapter", out / "adapter", "--steps", 2, *SMALL, "--out", picture)
+    assert "Disc(radius=2)" in text
+    assert picture.is_file()
+    text = succeed("info", "--adapter", out / "adapter")
+    assert "Disc(radius=2)" in text
+    assert f"held_out_error_before: {record['held_out_error_before']}" in text
+
+
+def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["distill", "--prompts", prompts, "--model", model, "--steps", "1", "--sampling-steps", "1", *SMALL]
+    succeed(*arguments, "--method", "clear:2,downsample=2", "--train", "parameters", "--out", tmp_path / "a")
+    assert (tmp_path / "a" / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
+    result = run(*arguments, "--method", "clear:1000", "--out", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "error: student and teacher agree to rounding" in result.stderr
+
+
+def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo, bench = (pytest.importorskip(f"dit_accel.{name}") for name in ("demo", "bench"))
+    calls: list[dict[str, Any]] = []
+
+    def run_demo(out: Path, **settings: Any) -> Path:
+        calls.append({"out": out, **settings})
+        return out / "report.html"
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    monkeypatch.setattr(bench, "bench_quality", lambda pipe, **settings: calls.append(settings))
+    monkeypatch.setattr(bench, "bench_step", lambda pipe, **settings: calls.append(settings))
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: None)
+    assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
+    succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
+    succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
+    shown = ["a panda", "a cat on a blue background"]
+    assert calls == [
+        {"out": tmp_path / "demo", "quick": True, "seed": 3},
+        {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32},
+        {"sizes": [(32, 64), (32, 32)], "methods": [CLEAR(3)], "repeats": 2, "out": None, "max_sequence_length": None},
+    ]
+
+
+def test_notices_are_kept_back_and_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    monkeyed, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level("WARNING"), cli_models.without_notices():
+            logger.warning("Expected types for vae: (AutoencoderKL,), got PatchAutoencoder.")
+            logger.warning("Expected types for text_encoder: (CLIPTextModel,), got Linear.")
+        logger.warning("Expected types for vae: (AutoencoderKL,), got PatchAutoencoder.")
+    finally:
+        logger.propagate = monkeyed
+    assert ["vae" in record.getMessage() for record in caplog.records] == [False, True]
+    assert not logger.filters
+
+
+# Samples
+
+
+@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec"])
+def test_samples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FluxPipeline
+
+    call = FluxPipeline.__call__
+
+    def small(self: Any, prompt: str, **settings: Any) -> Any:
+        return call(self, prompt, **{**settings, "height": 128, "width": 256, "num_inference_steps": 1})
+
+    script = ROOT / "samples" / f"{name}.py"
+    monkeypatch.setattr(FluxPipeline, "__call__", small)
+    monkeypatch.setattr(dit_accel, "builtin_pipeline", make_tiny)
+    monkeypatch.setattr(sys, "argv", [str(script), *(["1"] if name == "distill_clear" else [])])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    made = {"generate": "generate.png", "distill_clear": "clear-r8/adapter/pytorch_lora_weights.safetensors"}
+    assert name not in made or (tmp_path / made[name]).is_file()
+
+
+def test_samples_are_short() -> None:
+    assert all(len(file.read_text().splitlines()) <= 40 for file in (ROOT / "samples").glob("*.py"))
