@@ -85,7 +85,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             spec=patch.context.spec.to_dict(),
             layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
             base_model_class=patch.context.family.model_class,
-            base_model_name=str(getattr(model, "_name_or_path", "") or model.config.get("_name_or_path", "")),
+            base_model_name=str(model.config.get("_name_or_path") or ""),
             base_model_hash=teacher_hash(model),
             dense_steps=patch.context.dense_steps,
             training=training,
@@ -103,8 +103,8 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", st
     Raises AdapterError where files are missing, truncated or altered, or where the adapter belongs to another architecture; the pipeline
     is unchanged then. Base weights other than those it was made with are reported as a warning.
     """
-    folder = _local_folder(path_or_repo)
-    config = _read_config(folder)
+    folder = local_folder(path_or_repo)
+    config = read_config(folder)
     tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
     spec = AttentionSpec.from_dict(config["spec"])
     models = find_transformers(pipe)
@@ -126,7 +126,8 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", st
     return pipe
 
 
-def _local_folder(path_or_repo: str | Path) -> Path:
+def local_folder(path_or_repo: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub id. Raises AdapterError where it is neither."""
     folder = Path(path_or_repo)
     if folder.is_dir():
         return folder
@@ -134,10 +135,13 @@ def _local_folder(path_or_repo: str | Path) -> Path:
         raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {str(path_or_repo)!r}")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL]))
+    try:
+        return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL]))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {path_or_repo!r}: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config with exactly the fields that DitAccelAdapter has."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())

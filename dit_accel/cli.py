@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HINTS = {
     "generate": "no picture was written",
     "collect": "the same command continues with the prompts that are missing",
-    "distill": "the same command continues from the newest checkpoint",
+    "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
 BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
 

@@ -89,16 +89,13 @@ def model_rows(model: str) -> dict[str, str]:
 
 def adapter_rows(adapter: str) -> dict[str, str]:
     """The config of a saved adapter."""
-    from dit_accel.adapter import DitAccelAdapter
+    from dit_accel.adapter import local_folder, read_config
     from dit_accel.spec import AttentionSpec
 
-    try:
-        config = DitAccelAdapter.load_config(adapter)
-        rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
-        shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
-        return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
-    except (OSError, KeyError) as error:
-        raise ValueError(f"adapter is a folder made by save_adapter, or its hub id, got {adapter!r}: {error}") from error
+    config = read_config(local_folder(adapter))
+    rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
+    shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
+    return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
 
 
 def _plain(value: object) -> str:

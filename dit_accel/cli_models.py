@@ -46,12 +46,19 @@ def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
         import dit_accel.pipelines.builtin.transformer  # noqa: F401
         from dit_accel import builtin_pipeline
 
+        settings = {_dtype_argument(): getattr(torch, dtype)}
         try:
-            if model == "builtin":
-                return builtin_pipeline(torch_dtype=getattr(torch, dtype)).to(target)
-            return DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(target)
+            made = builtin_pipeline(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
+            return made.to(target)
         except (OSError, ValueError) as error:
             raise ValueError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+
+
+def _dtype_argument() -> str:
+    """What from_pretrained calls the weights' type: old releases ignore the new name, new ones warn about the old."""
+    from diffusers import __version__
+
+    return "dtype" if tuple(int(part) for part in __version__.split(".")[:2]) >= (0, 42) else "torch_dtype"
 
 
 def _device(name: str) -> Any:

@@ -37,6 +37,8 @@ class Context:
         self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: Tensor | None = None
         self.step, self._timestep = 0, float("inf")
+        self._latents: Tensor | None = None
+        self._reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: settings only; geometry is read anew at the next forward."""
@@ -98,7 +100,7 @@ class Context:
         if not torch.compiler.is_compiling():
             self._read(arguments)
             return
-        known = self.layout is not None and arguments["hidden_states"].shape[-2] == self.layout.image
+        known = self.layout is not None and arguments["img_ids"] is self._ids
         if not known or self.family.text(arguments) != self.layout.text or self.dense_steps:  # type: ignore[union-attr]
             torch.compiler.disable(self._read)(arguments)
 
@@ -107,15 +109,18 @@ class Context:
         if ids is None or ids is not self._ids:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
             grid = self.family.grid(arguments)
             self._ids = ids
+            self._timestep = float("inf")  # pipelines make new ids for every run
+            self._reason = grid if isinstance(grid, str) else None
             if isinstance(grid, str):
                 self.layout = self.plan = self._orders = None
-                self.fall_back(grid)
-                return
-            self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"].device)
+            else:
+                self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"].device)
         elif self.layout is not None and self.layout.text != self.family.text(arguments):
             self._set_geometry(self.layout.grid, self.family.text(arguments), arguments["hidden_states"].device)
-        if self.dense_steps:
-            self._count_step(float(arguments[self.family.timestep].flatten()[0]))
+        if self._reason is not None:
+            self.fall_back(self._reason)
+        elif self.dense_steps:
+            self._count_step(float(arguments[self.family.timestep].flatten()[0]), arguments["hidden_states"])
 
     def _set_geometry(self, grid: tuple[int, int, int], text: int, device: torch.device) -> None:
         self.layout = TokenLayout(grid, text, self.family.text_first, self.spec.order)
@@ -126,13 +131,21 @@ class Context:
             inverse = make_plan(self.spec, TokenLayout(grid), device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
 
-    def _count_step(self, timestep: float) -> None:
-        """A lower timestep is the next step, a higher one a new run; an equal one is the same step (guidance in two passes)."""
+    def is_image_alone(self, length: int) -> bool:
+        """Whether a call of this length has the image's tokens without the text's."""
+        return self.layout is not None and self.layout.text > 0 and length == self.layout.image
+
+    def _count_step(self, timestep: float, latents: Tensor) -> None:
+        """A lower timestep is the next step, a higher one a new run.
+
+        An equal one is the same step where the latents are the same too (guidance in two passes): in bfloat16 neighbouring timesteps
+        can round to one value.
+        """
         if timestep > self._timestep or self._timestep == float("inf"):
             self.step = 0
-        elif timestep < self._timestep:
+        elif timestep < self._timestep or self._latents is None or not torch.equal(latents, self._latents):
             self.step += 1
-        self._timestep = timestep
+        self._timestep, self._latents = timestep, latents
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

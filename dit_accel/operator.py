@@ -13,7 +13,7 @@ from dit_accel.kernels import dispatch, reference
 from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
-from dit_accel.parameters import AttentionParameters
+from dit_accel.parameters import AttentionParameters, Values
 from dit_accel.plan import Plan, make_plan
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
 
@@ -60,12 +60,12 @@ def attention(
     check_parameters(parameters, spec, query)
     dispatch.choose(backend)
     plan = make_plan(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, parameters, scale)
+    out, lse = attend(query, key, value, spec, layout, plan, parameters(), scale)
     return (out, lse) if return_lse else out
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: AttentionParameters,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks, for callers that hold the plan already: output and lse."""
@@ -108,9 +108,7 @@ def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Te
         raise ValueError(f"the parameters are wanted on {query.device}, got {sorted(elsewhere)}")
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: AttentionParameters, scale: float
-) -> Partial:
+def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float) -> Partial:
     """The operator on `[BH, N, D]`: image queries by the spec, text queries dense."""
     text = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
     image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
@@ -131,7 +129,7 @@ def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
 
 def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, Tensor] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: AttentionParameters, scale: float,
+    params: Values, scale: float,
 ) -> Partial:  # fmt: skip
     blocks = _visited_blocks(q, k, spec, plan)
     exact = [
@@ -178,7 +176,7 @@ def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> Bl
 
 def _rest(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: AttentionParameters, scale: float,
+    params: Values, scale: float,
 ) -> Partial:  # fmt: skip
     """The cheap estimate of what the kept blocks leave out, and the log of its mass."""
     match spec.rest:

@@ -1,7 +1,24 @@
 """The learned part of an attention method, as one nn.Module per layer."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
+
+
+class Affine(NamedTuple):
+    """A projection's tensors."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Values(NamedTuple):
+    """The tensors of `AttentionParameters`; absent parts are None."""
+
+    proj: Affine | None
+    offset: torch.Tensor | None
+    spatial_weight: torch.Tensor | None
 
 
 class Projection(nn.Module):
@@ -11,6 +28,10 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(head_dim, head_dim))
         self.bias = nn.Parameter(torch.zeros(head_dim))
+
+    def forward(self) -> Affine:
+        """The tensors, read while offloading hooks have them in place."""
+        return Affine(self.weight, self.bias)
 
 
 class AttentionParameters(nn.Module):
@@ -24,3 +45,7 @@ class AttentionParameters(nn.Module):
         self.proj = Projection(projection) if projection is not None else None
         self.offset = nn.Parameter(torch.zeros(offset)) if offset is not None else None
         self.spatial_weight = nn.Parameter(torch.full((factor, factor), 1 / factor**2)) if factor is not None else None
+
+    def forward(self) -> Values:
+        """The tensors, read while offloading hooks have them in place."""
+        return Values(self.proj() if self.proj is not None else None, self.offset, self.spatial_weight)

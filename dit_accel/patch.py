@@ -63,7 +63,7 @@ def accelerate(
     spec = Fovea() if spec is None else spec
     if not isinstance(spec, AttentionSpec):
         raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...), got {spec!r}")
-    if not isinstance(dense_steps, int) or dense_steps < 0:
+    if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     dispatch.choose(backend)
     models = find_transformers(pipe_or_transformer)
@@ -107,6 +107,10 @@ def _prepare(
     chosen = [(name, m) for name, m in every if layers is None or layers(name, m)]
     if not chosen:
         raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {[n for n, _ in every]}")
+    if any(p.device.type == "meta" for _, m in chosen for p in m.parameters()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
+        )
     context = Context(family, spec, forward_names(model), **settings)
     modules = []
     for name, module in chosen:
@@ -144,6 +148,7 @@ def restore(pipe_or_transformer: P) -> P:
         for name, (original, ours) in patch.originals.items():
             module = model.get_submodule(name)
             if module.processor is ours:
+                original.__dict__.update(ours.__dict__)  # a scale or backend set meanwhile
                 module.processor = original
             elif isinstance(module.processor, AcceleratedProcessor):  # made anew from our class, as loading an IP-Adapter does
                 module.processor.__class__ = module.processor._dit_accel_base

@@ -40,8 +40,8 @@ class AcceleratedAttention(nn.Module):
 
     def takes(self, q_len: int, kv_len: int, special: str | None) -> bool:
         """Whether this call is the image self-attention of a forward that is to be accelerated."""
-        if not self.context.active or q_len != kv_len:  # unequal lengths: an IP-Adapter's or other cross-attention call
-            return False
+        if not self.context.active or q_len != kv_len or self.context.is_image_alone(q_len):
+            return False  # an IP-Adapter's or other cross-attention call, even one with as many keys as the image has tokens
         if special is None and q_len == self.context.tokens:
             return True
         self.context.fall_back(special or f"a sequence of {q_len} tokens where the grid and text make {self.context.tokens}")
@@ -50,7 +50,7 @@ class AcceleratedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """`[B, H, N, D]` in the spec's memory order."""
         layout, plan = self.context.current()
-        return attend(query, key, value, self.spec, layout, plan, self.params, scale)[0]
+        return attend(query, key, value, self.spec, layout, plan, self.params(), scale)[0]
 
 
 def _special(attn_mask: object, dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:

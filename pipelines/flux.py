@@ -15,13 +15,14 @@ def grid_from_ids(arguments: Mapping[str, Any]) -> Grid | str:
     ids = ids[0] if ids.ndim == 3 else ids
     if bool((ids[:, 0] != ids[0, 0]).any()):
         return "the sequence holds several images (reference images)"
-    height, width = (int(n) + 1 for n in ids[:, 1:].amax(0).tolist())
-    if height * width != len(ids):
+    width = int((ids[:, 1] == 0).sum())
+    if width == 0 or len(ids) % width:
         return "img_ids is not one raster of rows and columns"
     index = torch.arange(len(ids), device=ids.device)
-    if bool((ids[:, 1] != index // width).any() or (ids[:, 2] != index % width).any()):
+    raster = torch.stack([index // width, index % width], dim=1).to(ids.dtype)  # bfloat16 rounds ids above 256
+    if not torch.equal(ids[:, 1:], raster):
         return "img_ids is not one raster of rows and columns"
-    return (1, height, width)
+    return (1, len(ids) // width, width)
 
 
 def text_length(arguments: Mapping[str, Any]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from conftest import LAYERS, forward_arguments, normal, relative_error, run, tiny_transformer
+from conftest import LAYERS, fill_randomly, forward_arguments, normal, relative_error, run, tiny_transformer
 from torch import Tensor
 
 import dit_accel
@@ -112,6 +112,37 @@ def test_forms_of_one_forward_agree(form: str) -> None:
     else:
         got = transformer(**(arguments | {"img_ids": arguments["img_ids"][None]})).sample
     assert torch.equal(got, wanted)
+
+
+# The built-in pipeline
+
+
+@pytest.fixture(scope="module")
+def builtin() -> Any:
+    from dit_accel.pipelines.builtin.components import make_pipeline
+
+    pipe = make_pipeline()
+    fill_randomly(pipe.transformer, scale=0.02)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, size: tuple[int, int]) -> Tensor:
+    call = {"num_inference_steps": 1, "max_sequence_length": 32, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    return pipe("a panda on a blue background", height=size[0], width=size[1], **call).images
+
+
+@pytest.mark.parametrize("size", [(272, 400), (16, 16)], ids=str)
+@pytest.mark.parametrize("spec", [Fovea(1.0), SLA(1.0), CLEAR(1000.0)], ids=["fovea", "sla", "clear"])
+def test_the_builtin_pipeline_keeping_everything(builtin: Any, spec: AttentionSpec, size: tuple[int, int]) -> None:
+    wanted = draw(builtin, size)
+    dit_accel.accelerate(builtin, spec, strict=True)
+    try:
+        got = draw(builtin, size)
+    finally:
+        dit_accel.restore(builtin)
+    assert relative_error(got, wanted) < 1e-5
+    assert torch.equal(draw(builtin, size), wanted)
 
 
 # What is left alone

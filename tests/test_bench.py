@@ -1,0 +1,122 @@
+"""The measurements: captured queries, errors against dense attention, multiply-adds, alternating times, and the demo's report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dit_accel.demo as demo
+from dit_accel.bench import alternate, attention_errors, bench_quality, bench_step, capture_qkv, record_step, spread
+from dit_accel.finetune.samples import Samples, collect
+from dit_accel.layout import TokenLayout
+from dit_accel.patch import find_transformers
+from dit_accel.pipelines.builtin import builtin_pipeline
+from dit_accel.plan import kept_density, multiply_adds, visited_density
+from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
+
+CALL = {"height": 256, "width": 256, "num_inference_steps": 3, "max_sequence_length": 8}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    loaded = builtin_pipeline()
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def samples(pipe: object, tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    return collect(pipe, ["a panda", "a cat"], tmp_path_factory.mktemp("samples"), **CALL)
+
+
+def test_capture_sees_every_layer_and_leaves_nothing(pipe: object, samples: Samples) -> None:
+    captured = list(capture_qkv(pipe, samples[1]))
+    (transformer,) = find_transformers(pipe)
+    assert len(captured) == 8
+    assert captured[0].query.shape == (1, 4, 16 * 16 + 8, 64)
+    assert not any("dit_accel" in name for name, _ in transformer.named_modules())
+
+
+def test_errors_are_zero_where_all_is_kept_and_grow_with_what_is_left_out(pipe: object, samples: Samples) -> None:
+    captured = next(iter(capture_qkv(pipe, samples[1])))
+    specs = {"all": Fovea(1.0), "fovea": Fovea(0.25), "disc": CLEAR(2)}
+    errors = attention_errors(captured, specs)
+    assert errors["all"][0] < 1e-5
+    assert errors["all"][1] == pytest.approx(1.0, abs=1e-5)
+    assert 1e-5 < errors["fovea"][0] < errors["disc"][0]
+    assert 0 < errors["disc"][1] < 1
+
+
+def test_spread_takes_levels_of_every_run_without_the_first_step(samples: Samples) -> None:
+    assert [(f.prompt, f.index) for f in spread(samples, 2)] == [("a panda", 1), ("a panda", 2), ("a cat", 1), ("a cat", 2)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "share"),
+    [
+        (AttentionSpec((TopK(1.0),)), 1.0 + 1 / 2 / 64**2),
+        (Fovea(0.05), 3 / 64 + 1.5 / 64 + 1 / 2 / 64**2),
+        (SLA(0.05, scope="all"), 3 / 64 + 64 / 4096 + 1 / 2 / 64**2),
+        (CLEAR(8, downsample=4), 484 / 64**2 + 1 / 16),
+    ],
+    ids=["dense", "fovea", "sla-all", "clear-down"],
+)
+def test_multiply_adds(spec: AttentionSpec, share: float) -> None:
+    assert multiply_adds(spec, TokenLayout((1, 64, 64)), 64) == pytest.approx(share)
+
+
+def test_visited_is_the_published_share_of_tiles() -> None:
+    """11.8 %, 3.2 %: tiles of 8×8 that a disc of radius 8 touches, on grids of 64 and 128."""
+    assert visited_density(CLEAR(8), TokenLayout((1, 64, 64))) == pytest.approx(0.118, abs=5e-4)
+    assert visited_density(CLEAR(8), TokenLayout((1, 128, 128))) == pytest.approx(0.032, abs=5e-4)
+    assert kept_density(CLEAR(8), TokenLayout((1, 128, 128))) == pytest.approx(183 / 16384, rel=5e-3)
+
+
+def test_alternate_takes_turns() -> None:
+    calls: list[str] = []
+    alternate(lambda: calls.append("a"), lambda: calls.append("b"), 3)
+    assert calls == ["a", "b"] * 3
+
+
+def test_record_step_computes_nothing(pipe: object) -> None:
+    arguments = record_step(pipe, (64, 96), 8)
+    assert arguments["hidden_states"].shape == (1, 24, 64)
+    assert arguments["encoder_hidden_states"].shape[1] == 8
+
+
+def test_benchmarks_write_what_they_print(pipe: object, tmp_path: Path) -> None:
+    table = bench_quality(
+        pipe, size=(64, 96), prompts=["a cat"], steps=3, levels=2, out=tmp_path / "q.json", max_sequence_length=8, specs={"f": Fovea(0.5)}
+    )
+    assert 0 < table["f"]["attention_error"] < 1
+    assert 0 < table["f"]["velocity_error"] < 1
+    rows = bench_step(pipe, sizes=[(64, 96)], methods=[Fovea(0.5)], repeats=1, out=tmp_path / "s.json", max_sequence_length=8)
+    assert rows[0]["original"] > 0
+    assert (tmp_path / "q.json").exists()
+    assert (tmp_path / "s.json").exists()
+
+
+def test_the_mask_picture_shows_what_is_seen(pipe: object, samples: Samples, tmp_path: Path) -> None:
+    from PIL import Image
+
+    captured = next(iter(capture_qkv(pipe, samples[1])))
+    demo.mask_picture(captured, CLEAR(2), tmp_path / "m.png")
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "m.png").convert("L").resize((16, 16), 0)))
+    assert int((picture > 0).sum()) == 9  # the query and the 8 tokens around it
+
+
+def test_the_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = demo.Scale(192, 2, ("a panda",), 128, 2, 2, 2, 192, 1)
+    monkeypatch.setattr(demo, "QUICK", small)
+    monkeypatch.setattr(demo, "METHODS", {"CLEAR radius 2": CLEAR(2)})
+    report = demo.run_demo(tmp_path / "out", quick=True).read_text()
+    assert report.count("data:image/jpeg;base64,") == 2 * 2 + 2
+    assert "http" not in report.replace("http-equiv", "")
+    assert (tmp_path / "out" / "clear-radius-2-distilled-0.png").exists()
+
+
+def test_the_demo_refuses_a_folder_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="wanted a folder that can be written"):
+        demo.run_demo(tmp_path / "file" / "out")

@@ -1,0 +1,88 @@
+"""The model that ships with the package: its files, its loading by unmodified diffusers, its size, its pieces."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from dit_accel.pipelines.builtin import WEIGHTS, builtin_pipeline
+from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
+from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, article, vocabulary
+from dit_accel.pipelines.builtin.transformer import stretch_ids
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    loaded = builtin_pipeline()
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_the_folder_is_small_and_holds_no_pickle() -> None:
+    files = [p for p in WEIGHTS.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 40e6
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".jsonl", ".jpg"}
+
+
+def test_it_is_a_stock_pipeline(pipe: FluxPipeline) -> None:
+    assert type(pipe) is FluxPipeline
+    assert isinstance(pipe.transformer, FluxTransformer2DModel)
+    assert json.loads((WEIGHTS / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("words", ["zzz qqq !!", "", "a panda " * 60], ids=["unknown", "empty", "too-long"])
+def test_any_words_make_a_picture(pipe: FluxPipeline, words: str) -> None:
+    call = {"height": 48, "width": 80, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "pt"}
+    picture = pipe(words, generator=torch.Generator().manual_seed(0), **call).images
+    assert picture.shape == (1, 3, 48, 80)
+    assert bool(picture.isfinite().all())
+
+
+def test_the_prompt_matters(pipe: FluxPipeline) -> None:
+    call = {"height": 128, "width": 128, "num_inference_steps": 4, "max_sequence_length": 16, "output_type": "pt"}
+    colours = {}
+    for name in ("red", "blue", "green"):
+        picture = pipe(f"a cat on a {name} background", generator=torch.Generator().manual_seed(0), **call).images
+        colours[name] = picture[0, :, :8, :8].mean((1, 2))
+    for index, name in enumerate(("red", "green", "blue")):
+        assert int(colours[name].argmax()) == index, f"the corner on {name} is {colours[name]}"
+
+
+def test_at_1024_pixels_the_ids_are_flux_own() -> None:
+    ids = FluxPipeline._prepare_latent_image_ids(1, 64, 64, torch.device("cpu"), torch.float32)
+    assert torch.equal(stretch_ids(ids), ids)
+
+
+def test_ids_of_any_size_span_the_same_canvas() -> None:
+    small = stretch_ids(FluxPipeline._prepare_latent_image_ids(1, 16, 16, torch.device("cpu"), torch.float32))
+    large = stretch_ids(FluxPipeline._prepare_latent_image_ids(1, 32, 32, torch.device("cpu"), torch.float32))
+    means = large.view(16, 2, 16, 2, 3).mean((1, 3)).view(-1, 3)
+    assert torch.allclose(small, means)
+
+
+def test_untrained_decoder_inverts_the_encoder_on_its_subspace() -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoder()
+    patches = torch.randn(500, 16) @ torch.randn(16, 192)
+    vae.fit(patches)
+    x = torch.nn.functional.pixel_shuffle(patches[:4].T.reshape(1, 192, 2, 2), 8)
+    with torch.no_grad():
+        (decoded,) = vae.decode(vae.encode(x).latents, return_dict=False)
+    assert torch.allclose(decoded, x, atol=1e-3)
+    latents = vae.encode(torch.nn.functional.pixel_shuffle(patches.T.reshape(1, 192, 20, 25), 8)).latents
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(16), atol=1e-2)
+
+
+def test_every_caption_word_is_known() -> None:
+    words = set(vocabulary())
+    for noun in CONCEPTS.values():
+        assert set(article(noun).split()) <= words
+    assert set(" ".join(BACKGROUNDS).split()) <= words
+
+
+def test_the_licence_note_and_log_are_there() -> None:
+    assert "MIT" in (WEIGHTS / "README.md").read_text()
+    assert len(Path(WEIGHTS / "training-log.jsonl").read_text().splitlines()) > 10

@@ -1,0 +1,70 @@
+"""Methods as text: what each form means, and what is said of every wrong one."""
+
+import re
+
+import pytest
+
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, cli_options
+from dit_accel.method_text import METHODS, parse_method
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("none", None),
+        ("fovea", Fovea()),
+        ("Fovea", Fovea()),
+        ("fovea:0.05", Fovea(0.05)),
+        ("fovea:density=0.1", Fovea(0.1)),
+        ("fovea:radius=8", Fovea(radius=8)),
+        ("clear:16", CLEAR(16)),
+        ("clear:7.5", CLEAR(7.5)),
+        ("clear:8,downsample=4", CLEAR(8, downsample=4)),
+        ("clear: 8, downsample = 4", CLEAR(8, downsample=4)),
+        ("clear:downsample=4,radius=8", CLEAR(8, downsample=4)),
+        ("sla:0.1", SLA(0.1)),
+        ("sla:0.1,scope=all,feature_map=elu", SLA(0.1, "elu", "all")),
+        ("sla:0.1,scope=none,block=128x64", SLA(0.1, scope="none", block=(128, 64))),
+        ("gna:80,stride=16", GNA(80, 16)),
+        ("gna:9x9,dilation=2", GNA((9, 9), dilation=2)),
+        ("gna:3x9x5,stride=1x3x2", GNA((3, 9, 5), (1, 3, 2))),
+    ],
+)
+def test_method_text(text: str, spec: AttentionSpec | None) -> None:
+    assert parse_method(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "method is one of none, fovea, clear, sla, gna, got ''"),
+        ("flash", "method is one of none, fovea, clear, sla, gna, got 'flash'"),
+        ("none:1", "none takes no arguments, got 'none:1'"),
+        ("clear", "clear wants its radius, as in clear:16, got 'clear'"),
+        ("clear:downsample=4", "clear wants its radius, as in clear:16, got 'clear:downsample=4'"),
+        ("sla:scope=all", "sla wants its topk, as in sla:0.1, got 'sla:scope=all'"),
+        ("clear:", "clear's radius is a number, got '' in 'clear:'"),
+        ("clear:wide", "clear's radius is a number, got 'wide' in 'clear:wide'"),
+        ("clear:8,downsample=2.5", "clear's downsample is an integer, got '2.5' in 'clear:8,downsample=2.5'"),
+        ("gna:9xx9", "gna's window is an integer, or integers joined by x as in 9x9, got '9xx9' in 'gna:9xx9'"),
+        ("sla:0.1,block=64", "sla's block is two integers joined by x, as in 128x64, got '64' in 'sla:0.1,block=64'"),
+        ("fovea:0.05,8", "fovea wants key=value after its first argument, got '8' in 'fovea:0.05,8'"),
+        ("fovea:0.05,", "fovea wants key=value after its first argument, got '' in 'fovea:0.05,'"),
+        ("fovea:size=3", "fovea takes density, radius, got 'size' in 'fovea:size=3'"),
+        ("clear:8,radius=9", "clear wants each argument once, got radius twice in 'clear:8,radius=9'"),
+        ("fovea:2", "density is a share of key blocks in (0, 1], got 2 (in 'fovea:2')"),
+        ("fovea:nan", "density is a share of key blocks in (0, 1], got nan (in 'fovea:nan')"),
+        ("fovea:0.1,radius=8", "Fovea takes density or radius, got both: density=0.1, radius=8 (in 'fovea:0.1,radius=8')"),
+        ("sla:0.1,scope=some", "scope is 'complement', 'all' or 'none', got 'some' (in 'sla:0.1,scope=some')"),
+        ("gna:3,stride=9", "stride is at most the window's size 3, got 9 (in 'gna:3,stride=9')"),
+    ],
+)
+def test_method_text_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("example", [e for method in METHODS.values() for e in method.examples])
+def test_examples_are_methods(example: str) -> None:
+    assert isinstance(parse_method(example), AttentionSpec)
+    assert example in cli_options.METHOD_FORMS
