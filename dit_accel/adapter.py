@@ -8,6 +8,7 @@ or `attention_weights.safetensors` (full projections). Nothing is pickled. Loadi
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,18 @@ from torch import Tensor
 
 from dit_accel.errors import AdapterError, UnsupportedModelError
 from dit_accel.files import write_json, write_tensors
-from dit_accel.patch import ADAPTER, accelerate, find_transformers, operators_of, patches_of, restore, teacher_hash
+from dit_accel.patch import (
+    ADAPTER,
+    PROJECTIONS,
+    accelerate,
+    activate_lora,
+    find_transformers,
+    operators_of,
+    patches_of,
+    plain_name,
+    restore,
+    teacher_hash,
+)
 from dit_accel.spec import AttentionSpec
 
 P = TypeVar("P")
@@ -106,7 +118,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", st
     folder = local_folder(path_or_repo)
     config = read_config(folder)
     tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
-    spec = AttentionSpec.from_dict(config["spec"])
+    spec = _parse(folder, config)
     models = find_transformers(pipe)
     if len(models) != 1:
         raise AdapterError(f"wanted a pipeline with one transformer, got {len(models)}")
@@ -124,6 +136,22 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", st
         name = config["base_model_name"] or "another model"
         warnings.warn(f"the adapter in {folder} was made with the weights of {name}, which differ from these", stacklevel=2)
     return pipe
+
+
+def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
+    """The config's spec, its other values checked on the way."""
+    layers, steps = config["layers"], config["dense_steps"]
+    sizes = (
+        isinstance(layers, dict)
+        and layers
+        and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int and n >= 1 for n in v) for v in layers.values())
+    )
+    if not sizes or type(steps) is not int or steps < 0:
+        raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each and dense_steps >= 0, got {layers} and {steps}")
+    try:
+        return AttentionSpec.from_dict(config["spec"])
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
 
 
 def local_folder(path_or_repo: str | Path) -> Path:
@@ -145,8 +173,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config with exactly the fields that DitAccelAdapter has."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(f"wanted {CONFIG} in {folder}: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"wanted a JSON object in {folder / CONFIG}, got {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     wanted = {
         "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version",
@@ -155,8 +185,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
     if config["version"] != VERSION:
         raise AdapterError(f"{folder / CONFIG} wants version {VERSION}, got {config['version']}")
-    if WEIGHTS not in config["files"] or not set(config["files"]) <= {WEIGHTS, LORA, FULL}:
-        raise AdapterError(f"{folder / CONFIG} wants files among {[WEIGHTS, LORA, FULL]}, got {sorted(config['files'])}")
+    if not isinstance(config["files"], dict) or WEIGHTS not in config["files"] or not set(config["files"]) <= {WEIGHTS, LORA, FULL}:
+        raise AdapterError(f"{folder / CONFIG} wants files among {[WEIGHTS, LORA, FULL]}, got {config['files']}")
     return config
 
 
@@ -183,26 +213,18 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
-    _compare(LORA, _lora_shapes(modules, tensors.get(LORA, {})), tensors.get(LORA, {}))
-    parameters = dict(model.named_parameters())
-    _compare(FULL, {k: tuple(parameters[k].shape) for k in tensors.get(FULL, {}) if k in parameters}, tensors.get(FULL, {}))
+    projections = [f"{layer}.{leaf}" for layer in config["layers"] for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
+    if LORA in tensors:
+        rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
+        wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
+        wanted |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
+        _compare(LORA, wanted, tensors[LORA])
+    if FULL in tensors:
+        parameters = {plain_name(k): tuple(p.shape) for k, p in model.named_parameters()}
+        _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
 
 
-def _lora_shapes(modules: dict[str, Any], lora: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """What shapes the LoRA's tensors must have on these modules, both halves of each; unknown modules are left out."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key, value in lora.items():
-        name, _, half = key.removeprefix("transformer.").rpartition(".lora_")
-        module: Any = modules.get(name)
-        if not half.startswith(("A.", "B.")) or not hasattr(module, "in_features"):
-            continue
-        rank = value.shape[0 if half.startswith("A.") else 1]
-        shapes[f"transformer.{name}.lora_A.weight"] = (rank, module.in_features)
-        shapes[f"transformer.{name}.lora_B.weight"] = (module.out_features, rank)
-    return shapes
-
-
-def _compare(file: str, wanted: dict[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
+def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
     found = {k: tuple(v.shape) for k, v in got.items()}
     if found == wanted:
         return
@@ -222,8 +244,7 @@ def _install_weights(model: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
             raise UnsupportedModelError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
         active = model.active_adapters() if getattr(model, "peft_config", None) else []
         _load_lora(model, tensors[LORA])
-        if active:
-            model.set_adapters([*active, ADAPTER])
+        activate_lora(model, active)
     (_, patch), *_ = patches_of(model)
     for name, value in tensors.get(FULL, {}).items():
         parameter = model.get_parameter(name)
@@ -235,12 +256,12 @@ def _load_lora(model: Any, lora: dict[str, Tensor]) -> None:
     plain = {k.removeprefix("transformer."): v for k, v in lora.items()}
     rank = next(v.shape[0] for k, v in plain.items() if ".lora_A." in k)
     targets = sorted({k.rsplit(".lora_", 1)[0] for k in plain})
+    flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in plain.items():
             name = key.replace(".weight", f".{ADAPTER}.weight")
-            parameters[name].copy_(value)
+            parameters[name].data = value.to(parameters[name].device)
     for name, parameter in parameters.items():
-        if f".{ADAPTER}." in name:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(flags.get(plain_name(name), False))

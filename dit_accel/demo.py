@@ -30,7 +30,7 @@ from dit_accel.layout import raster_order
 from dit_accel.operator import attention
 from dit_accel.patch import accelerate, find_transformers, restore, summary
 from dit_accel.pipelines.builtin import builtin_pipeline
-from dit_accel.report import write_report
+from dit_accel.report import write_report, write_sheet
 from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
 
 METHODS = {"Fovea 5 %": Fovea(0.05), "CLEAR radius 8": CLEAR(8), "SLA 10 %": SLA(0.1)}
@@ -115,7 +115,9 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> Path:
         "minutes": (time.perf_counter() - start) / 60, "methods": [vars(row) for row in rows],
     }  # fmt: skip
     write_json(out / "demo.json", record)
-    return write_report(out, record, [f"original-{i}.png" for i in range(len(scale.prompts))], mask)
+    names = [f"original-{i}.png" for i in range(len(scale.prompts))]
+    write_sheet(out, record, names, out / "sheet.jpg")
+    return write_report(out, record, names, mask)
 
 
 def generate(pipe: Any, scale: Scale, seed: int, out: Path, name: str) -> tuple[Tensor, float]:

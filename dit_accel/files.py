@@ -1,10 +1,11 @@
 """Writing files so that a reader never sees half of one."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place at the end; nothing is left behind where that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1))
-    temporary.replace(path)
+    with _temporary(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write safetensors to a temporary name beside `path`, then rename. Tensors are written as they are, from any device."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    return temporary.replace(path)
+    with _temporary(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    return path
 
 
 def replace_folder(path: Path, files: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,9 +25,10 @@ from dit_accel.spec import AttentionSpec, Fovea
 
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
-
-
+OWN = ".dit_accel.params."  # in the names of a method's own parameters
 ADAPTER = "dit_accel"  # name of the LoRA that distillation trains
+# what distillation trains of an attention module, where it is there
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @dataclass
@@ -144,7 +146,11 @@ def restore(pipe_or_transformer: P) -> P:
     for model, patch in patches_of(pipe_or_transformer):
         _swap_weights(model, patch)
         if ADAPTER in getattr(model, "peft_config", {}):
+            flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
             model.delete_adapters(ADAPTER)
+            _unwrap_lora(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[plain_name(name)])
         for name, (original, ours) in patch.originals.items():
             module = model.get_submodule(name)
             if module.processor is ours:
@@ -212,16 +218,39 @@ def _scale_lora(model: Any, scale: float) -> None:
             module.set_scale(ADAPTER, scale)
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without the level that PEFT puts in."""
+    return name.replace(".base_layer.", ".")
+
+
+def activate_lora(model: Any, others: list[str]) -> None:
+    """Ours beside the adapters that were active; their scales stay (diffusers' set_adapters would make them 1)."""
+    for module in model.modules():
+        if others and isinstance(module, BaseTunerLayer):
+            module.set_adapter([*others, ADAPTER])
+
+
+def _unwrap_lora(model: Any) -> None:
+    """Put back the layers that no adapter uses any more."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not getattr(module, "scaling", None):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    if not getattr(model, "peft_config", None):
+        vars(model).pop("peft_config", None)
+        model._hf_peft_config_loaded = False
+
+
 def teacher_hash(transformer: nn.Module) -> str:
     """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
     digest = hashlib.sha256()
     patch = getattr(transformer, CONTEXT, None)
-    originals = patch.weights if patch else {}
+    originals = patch.weights if patch and patch.context.enabled else {}
     for name, tensor in sorted(transformer.state_dict().items()):
         if ".dit_accel." in name:
             continue
-        tensor = originals.get(name, tensor)
-        plain = name.replace(".base_layer.", ".")
+        plain = plain_name(name)
+        tensor = originals.get(plain, tensor)
         digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1f; }
@@ -64,6 +64,20 @@ def _speed(record: dict[str, Any]) -> str:
         rows.append([row["name"], *cells, f"{row['seconds']:.1f}", f"{row['distill_seconds']:.0f}"])
     head = ["method", "step: original s", "accelerated s", "ratio", "attention call: original s", "accelerated s", "ratio"]
     return _table([*head, "s per picture", "distillation s"], rows)
+
+
+def write_sheet(out: Path, record: dict[str, Any], originals: list[str], path: Path, side: int = 256) -> None:
+    """Write one JPEG of all pictures: a row per prompt; the original, then each method untrained and distilled, named above."""
+    names = [("original", "")] + [(row["name"], state) for row in record["methods"] for state in ("untrained", "distilled")]
+    files = [originals] + [row[state] for row in record["methods"] for state in ("untrained", "distilled")]
+    sheet = Image.new("RGB", (side * len(files), 44 + side * len(originals)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, state) in enumerate(names):
+        draw.text((side * column + 8, 4), f"{name}\n{state}", fill="black", font_size=15)
+        for row, file in enumerate(files[column]):
+            picture = Image.open(out / file).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (side * column, 44 + side * row))
+    sheet.save(path, "JPEG", quality=90)
 
 
 def write_report(out: Path, record: dict[str, Any], originals: list[str], mask: str) -> Path:

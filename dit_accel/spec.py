@@ -34,16 +34,6 @@ def _items(name: str, value: object) -> tuple[Any, ...]:
     return tuple(value)  # type: ignore[arg-type]
 
 
-def _reach(radius: float) -> int:
-    """The largest squared integer distance below radius², at least 0 (a token is close to itself)."""
-    return max(0, min(math.ceil(radius * radius), 1 << 60) - 1)
-
-
-def _check_radius(radius: object) -> None:
-    legal = isinstance(radius, int | float) and not isinstance(radius, bool) and 0 < radius < 1e9
-    _require(legal, "radius is a number of tokens > 0 (and below 1e9)", radius)
-
-
 def _is_real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -77,33 +67,29 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Disc:
-    """Keys with dt² + dy² + dx² < radius² in token coordinates, strict, clipped at borders (CLEAR, arXiv 2412.16112)."""
+class _Round:
+    """A distance from the query, in tokens."""
 
     radius: float
 
     def __post_init__(self) -> None:
-        _check_radius(self.radius)
+        legal = isinstance(self.radius, int | float) and not isinstance(self.radius, bool) and 0 < self.radius < 1e9
+        _require(legal, "radius is a number of tokens > 0 (and below 1e9)", self.radius)
 
     @property
     def reach(self) -> int:
-        """The largest squared distance that is kept."""
-        return _reach(self.radius)
+        """The largest squared integer distance below radius², at least 0 (a token is close to itself)."""
+        return max(0, math.ceil(self.radius * self.radius) - 1)
 
 
 @dataclass(frozen=True)
-class DiscBlocks:
+class Disc(_Round):
+    """Keys with dt² + dy² + dx² < radius² in token coordinates, strict, clipped at borders (CLEAR, arXiv 2412.16112)."""
+
+
+@dataclass(frozen=True)
+class DiscBlocks(_Round):
     """Every whole key block that holds a key closer than `radius` to some query of the query block: no partial blocks."""
-
-    radius: float
-
-    def __post_init__(self) -> None:
-        _check_radius(self.radius)
-
-    @property
-    def reach(self) -> int:
-        """The largest squared distance that is kept."""
-        return _reach(self.radius)
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,17 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lora_rank", "checkpoint_every"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an int >= 1")
+            self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
         for name in ("warmup_steps", "evaluate_every", "seed"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "an int >= 0")
+            self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int >= 0")
         for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
+            self._check(name, type(getattr(self, name)) in (int, float) and 0 < getattr(self, name) < float("inf"), "a number > 0")
         for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):
-            self._check(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
+            self._check(name, type(getattr(self, name)) in (int, float) and 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
         self._check("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
+        self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "True or False")
+        self._check("output_dir", isinstance(self.output_dir, str) and self.output_dir != "", "a path as a string")
         if self.prediction_weight + self.attention_weight + self.flow_weight == 0:
             raise ValueError("at least one of prediction_weight, attention_weight and flow_weight is > 0, got all 0")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.utils.logging import tqdm
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from dit_accel.finetune.evaluate import on_device, predict, velocity_error
 from dit_accel.finetune.losses import attention_loss, relative_error
 from dit_accel.finetune.samples import Forward, Samples, collect
 from dit_accel.finetune.trainables import load_state, make_optimizer, save_state, set_trainable
-from dit_accel.patch import Patch, dense, patches_of, teacher_hash
+from dit_accel.patch import Patch, dense, operators_of, patches_of, plain_name, teacher_hash
 
 
 @dataclass
@@ -76,24 +77,45 @@ def distill(
     """
     config = DistillConfig() if config is None else config
     run = _prepare(pipe, prompts_or_dataset, held_out, config, call)
-    flags = {name: p.requires_grad for name, p in run.transformer.named_parameters()}
-    parameters = set_trainable(run.transformer, run.patch, config)
-    if not parameters:
+    if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(run.transformer).values()):
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {run.patch.context.spec} has no parameters of its own")
-    optimizer = make_optimizer(parameters, config)
-    start = _resume(run, parameters, optimizer)
-    if start == 0:
+    checkpoint = _newest(run)
+    if checkpoint is None:
         run.error_before = _first_error(run)
+    flags = {plain_name(name): p.requires_grad for name, p in run.transformer.named_parameters()}
+    before = (run.transformer.training, run.transformer.is_gradient_checkpointing)
+    try:
+        start = _train(run, checkpoint, progress)
+    finally:
+        for name, parameter in run.transformer.named_parameters():
+            parameter.requires_grad_(flags.get(plain_name(name), False))
+        run.transformer.train(before[0])
+        if not before[1]:
+            run.transformer.disable_gradient_checkpointing()
+    error_after = velocity_error(run.transformer, run.held_out)
+    return DistillResult(run.error_before, error_after, run.history, start)
+
+
+def _train(run: _Run, checkpoint: Path | None, progress: bool) -> int:
+    """The loop, from the start or from a checkpoint; returns the step it started at."""
+    config = run.config
+    parameters = set_trainable(run.transformer, run.patch, config)
+    optimizer = make_optimizer(parameters, config)
+    start = 0
+    if checkpoint is not None:
+        load_state(checkpoint, parameters, optimizer)
+        record = json.loads((checkpoint / "record.json").read_text())
+        run.history, run.error_before, start = record["history"], record["error_before"], int(record["step"])
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+    if config.gradient_checkpointing:
+        run.transformer.enable_gradient_checkpointing()
     prepared = run.accelerator.prepare(optimizer)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distill", disable=None if progress else True)
     for step in bar:
         losses = _train_step(run, list(parameters.values()), prepared, step)
         bar.set_postfix(loss=f"{losses['loss']:.4f}")
         _after_step(run, parameters, optimizer, step + 1, losses)
-    for name, parameter in run.transformer.named_parameters():
-        parameter.requires_grad_(flags.get(name, False))
-    error_after = velocity_error(run.transformer, run.held_out)
-    return DistillResult(run.error_before, error_after, run.history, start)
+    return start
 
 
 def _prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: dict[str, Any]) -> _Run:
@@ -102,6 +124,7 @@ def _prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call:
     if len(patches) != 1:
         raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
     transformer, patch = patches[0]
+    AcceleratorState._reset_state()  # or a second run could not have another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=next(transformer.parameters()).device.type == "cpu")
     if accelerator.num_processes > 1:
         raise DistillationError(f"wanted one process, got {accelerator.num_processes}")
@@ -121,8 +144,9 @@ def _prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call:
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    both = {run["prompt"] for run in samples.manifest["runs"]} & {run["prompt"] for run in aside.manifest["runs"]}
+    if both:
+        raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
     return _Run(pipe, transformer, patch, config, samples, aside, accelerator, folder)
 
 
@@ -135,7 +159,8 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
 def _first_error(run: _Run) -> float:
     """Held-out error before the first step. Raises DistillationError where there is nothing to learn."""
     error = velocity_error(run.transformer, run.held_out)
-    rounding = 32 * torch.finfo(run.held_out[0].prediction.dtype).eps
+    dtype = run.held_out[0].prediction.dtype
+    rounding = torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 32)
     if not error > rounding:
         raise DistillationError(
             f"student and teacher agree to rounding before the first step (relative error {error:.1e}): wanted a method that changes the "
@@ -241,24 +266,23 @@ def _after_step(run: _Run, parameters: Any, optimizer: torch.optim.Optimizer, st
 def _identity(run: _Run) -> dict[str, Any]:
     """What two runs must share to be one."""
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
-    return {"config": config, "spec": run.patch.context.spec.to_dict(), "teacher": run.samples.teacher}
+    prompts = [[[r["prompt"], r["seed"]] for r in part.manifest["runs"]] for part in (run.samples, run.held_out)]
+    return {"config": config, "spec": run.patch.context.spec.to_dict(), "teacher": run.samples.teacher, "prompts": prompts}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("checkpoint-*") if (p / "record.json").exists())
 
 
-def _resume(run: _Run, parameters: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint if there is one; returns the number of finished steps."""
+def _newest(run: _Run) -> Path | None:
+    """The newest checkpoint of this run."""
     found = _checkpoints(run.folder)
     if not found:
-        return 0
+        return None
     record = json.loads((found[-1] / "record.json").read_text())
     for name, value in _identity(run).items():
         if record[name] != json.loads(json.dumps(value)):
             raise DistillationError(
                 f"{found[-1]} belongs to another run: wanted {name} {value}, got {record[name]}; name another output_dir"
             )
-    load_state(found[-1], parameters, optimizer)
-    run.history, run.error_before = record["history"], record["error_before"]
-    return int(record["step"])
+    return found[-1]

@@ -37,6 +37,15 @@ class Forward:
     index: int
 
 
+def _copied(value: Any) -> Any:
+    """Nested arguments with their tensors cloned to the CPU: schedulers may write into theirs."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, list | tuple):
+        return [_copied(v) for v in value]
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 class Recorder:
     """Hooks a transformer and keeps (arguments, output) of each forward, on the CPU."""
 
@@ -57,7 +66,7 @@ class Recorder:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         # models may take entries out of the dicts they are given: keep copies
-        self.arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items() if k != "return_dict"}
+        self.arguments = {k: _copied(v) for k, v in arguments.items() if k != "return_dict"}
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         prediction = output[0] if isinstance(output, tuple) else output.sample
@@ -108,10 +117,11 @@ class Samples:
         self.folder = Path(folder)
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise DistillationError(f"wanted a folder of samples made by collect, got {self.folder}: {error}") from error
-        if manifest.get("format") != FORMAT:
-            raise DistillationError(f"{self.folder} wants the format {FORMAT!r}, got {manifest.get('format')!r}")
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        if found != FORMAT or not {"teacher", "model", "call", "runs"} <= set(manifest):
+            raise DistillationError(f"{self.folder} wants a manifest of the format {FORMAT!r}, got {found!r} or one with fields missing")
         self.manifest = manifest
         self.teacher: str = manifest["teacher"]
         self._index = [(run, i) for run in manifest["runs"] for i in range(run["forwards"])]
@@ -122,14 +132,18 @@ class Samples:
     def __getitem__(self, position: int) -> Forward:
         run, index = self._index[position]
         path = self.folder / run["file"]
-        try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads(file.metadata()["run"])
-                arguments = _unpack({"dict": meta["forwards"][index]["arguments"]}, file.get_tensor)
-                prediction = file.get_tensor(meta["forwards"][index]["prediction"]["tensor"])
-                return Forward(arguments, prediction, file.get_tensor("latents"), run["prompt"], run["seed"], index)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; delete it and collect again") from error
+        with _opened(path) as file:
+            meta = json.loads(file.metadata()["run"])
+            arguments = _unpack({"dict": meta["forwards"][index]["arguments"]}, file.get_tensor)
+            prediction = file.get_tensor(meta["forwards"][index]["prediction"]["tensor"])
+            return Forward(arguments, prediction, file.get_tensor("latents"), run["prompt"], run["seed"], index)
+
+    def only(self, wanted: Sequence[tuple[str, int]]) -> "Samples":
+        """Narrow to the runs of these prompts and seeds, in this order; returns itself."""
+        runs = {(run["prompt"], run["seed"]): run for run in self.manifest["runs"]}
+        self.manifest["runs"] = [runs[key] for key in wanted]
+        self._index = [(run, i) for run in self.manifest["runs"] for i in range(run["forwards"])]
+        return self
 
     def runs(self) -> list[list[int]]:
         """Positions of the forwards of each run, in order."""
@@ -141,9 +155,19 @@ class Samples:
     def timesteps(self, position: int, name: str) -> list[float]:
         """The values of argument `name` over the run that a forward belongs to."""
         run, _ = self._index[position]
-        with safe_open(self.folder / run["file"], "pt") as file:
+        with _opened(self.folder / run["file"]) as file:
             forwards = json.loads(file.metadata()["run"])["forwards"]
             return [float(file.get_tensor(f["arguments"][name]["tensor"]).flatten()[0]) for f in forwards]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A sample's file; whatever is wrong with it names it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; delete it and collect again") from error
 
 
 @contextlib.contextmanager
@@ -164,15 +188,20 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
     (transformer,) = find_transformers(pipe)
+    try:
+        stored = json.loads(json.dumps(call))
+    except TypeError as error:
+        raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": call}
+    settings = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
     manifest: dict[str, Any] = {**settings, "runs": []}
     if (folder / "manifest.json").exists():
         manifest = Samples(folder).manifest
         for name, value in settings.items():
             if manifest[name] != value:
                 raise DistillationError(f"{folder} holds samples of {name} {manifest[name]!r}, wanted {value!r}; name another folder")
+    manifest["runs"] = [run for run in manifest["runs"] if (folder / run["file"]).exists()]
     have = {(run["prompt"], run["seed"]) for run in manifest["runs"]}
     todo = [(p, seed + i) for i, p in enumerate(prompts) if (p, seed + i) not in have]
     quiet = getattr(pipe, "_progress_bar_config", {})
@@ -182,9 +211,9 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
             manifest["runs"].append(_collect_one(pipe, transformer, folder, prompt, run_seed, call))
             write_json(folder / "manifest.json", manifest)
     finally:
-        pipe.set_progress_bar_config(**{"disable": False, **quiet})
+        pipe.set_progress_bar_config(**quiet)
     write_json(folder / "manifest.json", manifest)
-    return Samples(folder)
+    return Samples(folder).only([(p, seed + i) for i, p in enumerate(prompts)])
 
 
 def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
@@ -199,5 +228,7 @@ def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: i
         for arguments, prediction in recorder.forwards
     ]
     name = f"run-{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:16]}.safetensors"
-    write_tensors(folder / name, {**packer.tensors, "latents": latents}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})})
+    write_tensors(
+        folder / name, {**packer.tensors, "latents": latents.clone()}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})}
+    )
     return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(forwards)}

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dit_accel.errors import DistillationError
 from dit_accel.files import replace_folder
 from dit_accel.finetune.config import DistillConfig
-from dit_accel.patch import ADAPTER, Patch
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+from dit_accel.patch import ADAPTER, OWN, PROJECTIONS, Patch, activate_lora, plain_name
 
 
 def projection_names(transformer: Any, patch: Patch) -> list[str]:
@@ -35,14 +35,14 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             transformer.add_adapter(lora, adapter_name=ADAPTER)
-        if active:
-            transformer.set_adapters([*active, ADAPTER])
+        activate_lora(transformer, active)
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
-        ours = ".dit_accel." in name or (config.train == "lora" and f".{ADAPTER}." in name)
-        full = config.train == "attention" and name.rsplit(".", 1)[0] in names
-        if full and name not in patch.weights:
-            patch.weights[name] = parameter.detach().clone()
+        ours = OWN in name or (config.train == "lora" and f".{ADAPTER}." in name)
+        plain = plain_name(name)
+        full = config.train == "attention" and plain.rsplit(".", 1)[0] in names
+        if full and plain not in patch.weights:
+            patch.weights[plain] = parameter.detach().clone()
         if ours or full:
             parameter.data = parameter.data.float() if not full else parameter.data
             parameter.requires_grad_(True)
@@ -51,8 +51,8 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig) -> torch.optim.AdamW:
     """AdamW with one group for the method's own parameters and one for the rest."""
-    own = [p for name, p in parameters.items() if ".dit_accel." in name]
-    rest = [p for name, p in parameters.items() if ".dit_accel." not in name]
+    own = [p for name, p in parameters.items() if OWN in name]
+    rest = [p for name, p in parameters.items() if OWN not in name]
     groups = [{"params": own, "lr": config.parameter_learning_rate}, {"params": rest, "lr": config.learning_rate}]
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=config.weight_decay)
 
@@ -68,7 +68,10 @@ def save_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
 
 def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Restore what `save_state` wrote, exactly."""
-    tensors = load_file(folder / "state.safetensors")
+    try:
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DistillationError(f"{folder} is damaged: {error}; delete it to resume from the one before") from error
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"value/{name}"])

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import fill_randomly
 from torch import Tensor
 
-from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, Fovea
+from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, accelerate, distill
+from dit_accel.finetune.distill import DistillResult
+from dit_accel.patch import operators_of
 
 PROMPTS = ["a cat on a blue background", "a panda on a red background", "a frog left of a cactus"]
-CALL: dict[str, Any] = {"height": 144, "width": 112, "num_inference_steps": 2, "max_sequence_length": 8}  # 9 × 7 tokens, 8 of text
+CALL: dict[str, Any] = {"height": 112, "width": 144, "num_inference_steps": 2, "max_sequence_length": 8}  # 7 × 9 tokens, 8 of text
 SPARSE = SLA(0.25, block=(16, 16))
 LORA_SPEC = CLEAR(2.0)
 SPECS: dict[str, AttentionSpec] = {"parameters": SPARSE, "lora": LORA_SPEC, "attention": LORA_SPEC}  # by what is trained
@@ -58,6 +59,17 @@ def prompt_pipe(**parts: Any) -> Any:
     return pipe
 
 
+def half_pipe() -> Any:
+    """`prompt_pipe` in bfloat16."""
+    parts = {name: copy.deepcopy(_template().components[name]) for name in ("text_encoder", "text_encoder_2")}
+    return prompt_pipe(**parts).to(torch.bfloat16)
+
+
+def student(mode: str = "parameters") -> Any:
+    """An accelerated pipeline that the mode can train."""
+    return accelerate(prompt_pipe(), SPECS[mode])
+
+
 def draw(pipe: Any, prompt: str = PROMPTS[0], seed: int = 0, **call: Any) -> Tensor:
     """The packed latents that a pipeline draws for a prompt."""
     latents = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **(CALL | call)).images
@@ -81,6 +93,37 @@ def quick(folder: Path, **settings: Any) -> DistillConfig:
     return DistillConfig(**(base | settings))
 
 
+def learn(pipe: Any, folder: Path, prompts: Any = PROMPTS, held_out: Any = None, **settings: Any) -> DistillResult:
+    """Distil in place, quickly."""
+    return distill(pipe, prompts, quick(folder, **settings), held_out=held_out, progress=False, **CALL)
+
+
+def student_forwards(pipe: Any) -> list[tuple[dict[str, Any], Tensor]]:
+    """Grows by the arguments and the output of every training forward of the student."""
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            seen.append((kwargs, output[0].detach().clone()))
+
+    pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+    return seen
+
+
+def text_of(arguments: dict[str, Any]) -> bytes:
+    """What tells one prompt's forwards from another's."""
+    embeddings: Tensor = arguments["encoder_hidden_states"]
+    return embeddings.numpy().tobytes()
+
+
+def perturb(pipe: Any) -> None:
+    """Move the method's own parameters away from where they are good."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for operator in operators_of(pipe).values() for p in operator.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+
+
 def add_lora(pipe: Any, name: str = "style", weight: float = 0.5) -> None:
     """A user's own LoRA on the attention, with random values and a strength of its own."""
     from peft import LoraConfig
@@ -92,24 +135,40 @@ def add_lora(pipe: Any, name: str = "style", weight: float = 0.5) -> None:
     pipe.transformer.set_adapters([name], [weight])
 
 
+def flags(transformer: Any) -> dict[str, bool]:
+    """Whether each parameter but ours wants a gradient, by the name it has without any LoRA."""
+    own = {name: p.requires_grad for name, p in transformer.named_parameters() if ".dit_accel." not in name}
+    return {name.replace(".base_layer.", "."): flag for name, flag in own.items()}
+
+
 @contextlib.contextmanager
-def leaves_alone(pipe: Any) -> Iterator[None]:
-    """Fails unless the pipeline is unpatched, with the same weights, flags and picture, after the block."""
-    flags = {name: p.requires_grad for name, p in pipe.transformer.named_parameters()}
-    processors = dict(pipe.transformer.attn_processors)
-    weights, picture = state(pipe.transformer), draw(pipe)
+def unchanged(pipe: Any) -> Iterator[None]:
+    """Fails unless the pipeline has the same patch or none, weights, flags, mode and picture after the block."""
+    model = pipe.transformer
+    before = (
+        dict(model.attn_processors),
+        flags(model),
+        model.training,
+        model.is_gradient_checkpointing,
+        getattr(model, "_dit_accel", None),
+    )
+    weights, picture = state(model), draw(pipe)
     yield
-    assert not hasattr(pipe.transformer, "_dit_accel")
-    assert pipe.transformer.attn_processors == processors
-    assert same(state(pipe.transformer), weights)
-    assert {name: p.requires_grad for name, p in pipe.transformer.named_parameters()} == flags
+    after = (dict(model.attn_processors), flags(model), model.training, model.is_gradient_checkpointing, getattr(model, "_dit_accel", None))
+    assert same(state(model), weights)
+    for was, now in zip(before, after, strict=True):
+        assert was == now
     assert torch.equal(draw(pipe), picture)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a run keeps its files."""
-    return tmp_path / "run"
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["Fovea"]
+# A run in a process of its own: folder, mode, threads. Steps are slow once there is a checkpoint, so that it can be killed.
+CHILD = """
+import signal, sys, time, torch
+from pathlib import Path
+from distill_fixtures import learn, student
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(int(sys.argv[3]))
+pipe, folder = student(sys.argv[2]), Path(sys.argv[1])
+pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.3 * any(folder.glob("checkpoint-*"))))
+learn(pipe, folder, train=sys.argv[2], steps=6, batch_size=2, checkpoint_every=2)
+"""

@@ -305,9 +305,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes
         read(Samples(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"{}", b'{"format": "dit_accel samples 1"}', b'{"format": "dit_accel samples 9"}', b"\xff\xfe\x00"], ids=str
-)  # fmt: skip
+MANIFESTS = [b"", b"{", b"[]", b"null", b"{}", b'{"format": "dit_accel samples 1"}', b'{"format": "dit_accel samples 9"}', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=str)
 def test_a_broken_manifest_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(DistillationError, match=str(tmp_path)):
