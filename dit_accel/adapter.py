@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_accel.errors import AdapterError, UnsupportedModelError
+from dit_accel.errors import AdapterError
 from dit_accel.files import write_json, write_tensors
 from dit_accel.patch import (
     ADAPTER,
@@ -103,8 +103,10 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             training=training,
             files=files,
         )
+        for name in {LORA, FULL} - set(written):
+            (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_json(folder / CONFIG, json.loads(adapter.to_json_string()))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
 
@@ -202,6 +204,8 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 
 def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
+    if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
+        raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
@@ -240,8 +244,6 @@ def _install_weights(model: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
         prefix = f"layers.{name.replace('.', '__')}."
         operator.params.load_state_dict({k.removeprefix(prefix): v for k, v in tensors[WEIGHTS].items() if k.startswith(prefix)})
     if LORA in tensors:
-        if ADAPTER in getattr(model, "peft_config", {}):
-            raise UnsupportedModelError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
         active = model.active_adapters() if getattr(model, "peft_config", None) else []
         _load_lora(model, tensors[LORA])
         activate_lora(model, active)

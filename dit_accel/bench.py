@@ -136,6 +136,8 @@ def bench_quality(
     `size` is (height, width) in pixels. Prints a table; writes it as JSON where `out` is given.
     """
     specs = PRESETS if specs is None else specs
+    if steps <= levels:
+        raise ValueError(f"steps is more than the {levels} noise levels compared, got {steps}")
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     if max_sequence_length is not None:
         call["max_sequence_length"] = max_sequence_length
@@ -203,13 +205,18 @@ def _stop_before_forward(transformer: Any) -> Iterator[None]:
         hook.remove()
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    function()
+def clock() -> float:
+    """Seconds, after all work given to a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = clock()
+    function()
+    return clock() - start
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -252,10 +259,10 @@ def step_times(pipe: Any, transformer: Any, arguments: dict[str, Any], spec: Att
     state = {"start": 0.0, "on": True}
 
     def before(module: Any, args: Any) -> None:
-        state["start"] = time.perf_counter()
+        state["start"] = clock()
 
     def after(module: Any, args: Any, output: Any) -> None:
-        calls[bool(state["on"])].append(time.perf_counter() - state["start"])
+        calls[bool(state["on"])].append(clock() - state["start"])
 
     hooks = []
     for name in operators_of(pipe):
@@ -273,8 +280,10 @@ def step_times(pipe: Any, transformer: Any, arguments: dict[str, Any], spec: Att
 
     try:
         with torch.no_grad():
-            accelerated()  # builds the plan of this grid
-            calls[True].clear()
+            for warm in (accelerated, original):  # plans, allocations and caches of this size
+                warm()
+            for times in calls.values():
+                times.clear()
             slow, fast = alternate(original, accelerated, repeats)
     finally:
         for hook in hooks:

@@ -164,7 +164,7 @@ def distill(
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
     mixed_precision: Annotated[
-        Literal["no", "bf16", "fp16"], typer.Option(help="Arithmetic of the training passes.")
+        Literal["no", "bf16"], typer.Option(help="Arithmetic of the training passes.")
     ] = DistillConfig.mixed_precision,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each recorded run.")] = 8,
     size: options.Size = "512x512",

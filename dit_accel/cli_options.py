@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from dit_accel.spec import AttentionSpec
 
 PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
-BUILTIN_TEXT = 32  # tokens: the built-in model's captions are short, and the pipeline's default would pad them to 512
 
 METHOD_FORMS = (
     "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, sla:0.1, "
@@ -103,7 +102,9 @@ def check_picture(path: Path) -> None:
 
 def text_length(model: str, length: int | None) -> int | None:
     """Text tokens as asked for; None leaves the pipeline's default."""
-    return BUILTIN_TEXT if length is None and model == "builtin" else length
+    from dit_accel.pipelines.builtin import TEXT_TOKENS
+
+    return TEXT_TOKENS if length is None and model == "builtin" else length
 
 
 def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: float, length: int | None) -> dict[str, Any]:

@@ -42,8 +42,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def replace_folder(path: Path, files: Mapping[str, Any]) -> None:
     """Write a folder of safetensors (a mapping of tensors) and JSON files beside `path`, then put it in place."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    for name, content in files.items():
-        (write_tensors if name.endswith(".safetensors") else write_json)(temporary / name, content)
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.replace(path)
+    try:
+        for name, content in files.items():
+            (write_tensors if name.endswith(".safetensors") else write_json)(temporary / name, content)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -48,19 +48,23 @@ def attention(
 
     Args:
         query, key, value: `[B, H, N, D]`, one floating dtype and device, after q/k norm and rotary embedding; N = layout.tokens.
+        spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
+        backend: "auto" or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
     Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
     Raises ValueError for shapes, dtypes, devices or parameters that don't fit, BackendError for a backend that can't run the call.
     """
     check_inputs(query, key, value, layout)
-    parameters = start_values(spec, query) if params is None else params
-    check_parameters(parameters, spec, query)
+    if params is None:
+        params = start_values(spec, query)
+    else:
+        check_parameters(params, spec, query)
     dispatch.choose(backend)
     plan = make_plan(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, parameters(), scale)
+    out, lse = attend(query, key, value, spec, layout, plan, params(), scale)
     return (out, lse) if return_lse else out
 
 

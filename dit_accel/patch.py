@@ -60,7 +60,7 @@ def accelerate(
         strict: raise FallbackError where a call would have to run its original attention.
 
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
-    AlreadyAcceleratedError or ValueError before anything is changed.
+    AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
     spec = Fovea() if spec is None else spec
     if not isinstance(spec, AttentionSpec):
@@ -184,7 +184,8 @@ def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]
 def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
     """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
 
-    `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token.
+    `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
+    a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError.
     """
     patches = patches_of(pipe_or_transformer)
     before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]

@@ -197,9 +197,4 @@ def multiply_adds(spec: AttentionSpec, layout: TokenLayout, head_dim: int) -> fl
             share += (3 if variance else 2) / 2 * blocks / tokens
         case Downsampled(factor):
             share += 1 / factor**2
-    return share + (blocks * blocks / (2 * tokens * tokens) if plan_selects(spec) else 0.0)
-
-
-def plan_selects(spec: AttentionSpec) -> bool:
-    """Whether the spec chooses blocks anew at every call."""
-    return any(isinstance(p, TopK) for p in spec.keep)
+    return share + (blocks * blocks / (2 * tokens * tokens) if spec.density is not None else 0.0)

@@ -9,7 +9,8 @@ Trainable = Literal["parameters", "lora", "attention"]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How to distil. Every field is checked; a run resumes only under the same settings.
+    """How to distil. Every field is checked; a run resumes only under the same settings (but for
+    output_dir, checkpoint_every and evaluate_every).
 
     `train`: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the
     projections' full weights). The losses are relative: an error of the teacher's own size counts 1.
@@ -27,7 +28,7 @@ class DistillConfig:
     prediction_weight: float = 1.0
     attention_weight: float = 1.0
     flow_weight: float = 0.0  # > 0: train on the stored final latents at drawn noise levels instead of the recorded steps
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     evaluate_every: int = 0  # steps; 0: at start and end only
     checkpoint_every: int = 100  # steps
@@ -44,7 +45,7 @@ class DistillConfig:
         for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):
             self._check(name, type(getattr(self, name)) in (int, float) and 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
-        self._check("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
+        self._check("mixed_precision", self.mixed_precision in ("no", "bf16"), "'no' or 'bf16'")
         self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "True or False")
         self._check("output_dir", isinstance(self.output_dir, str) and self.output_dir != "", "a path as a string")
         if self.prediction_weight + self.attention_weight + self.flow_weight == 0:

@@ -9,6 +9,7 @@ Nothing here knows a model family. The order of samples depends on the seed and 
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from dit_accel.finetune.evaluate import on_device, predict, velocity_error
 from dit_accel.finetune.losses import attention_loss, relative_error
 from dit_accel.finetune.samples import Forward, Samples, collect
 from dit_accel.finetune.trainables import load_state, make_optimizer, save_state, set_trainable
-from dit_accel.patch import Patch, dense, operators_of, patches_of, plain_name, teacher_hash
+from dit_accel.patch import ADAPTER, Patch, dense, operators_of, patches_of, plain_name, teacher_hash
 
 
 @dataclass
@@ -68,15 +69,28 @@ def distill(
     """Fine-tune an accelerated pipeline towards its own original attention; the pipeline is changed in place.
 
     Args:
-        prompts_or_dataset: prompts, which the pipeline samples first (cached in the output folder), or samples made by `collect`.
+        prompts_or_dataset: prompts, which the pipeline samples first (cached in the output folder), or samples made by `collect`: a
+            `Samples` object or the path of its folder.
         held_out: the same for evaluation, never trained on; unless given, a tenth of the prompts (at least one) is set aside.
         call: arguments of the pipeline's call while it samples (height, width, num_inference_steps, ...).
 
-    Continues from the newest checkpoint in `config.output_dir`. Raises NotAcceleratedError, or DistillationError where teacher and
-    student agree to rounding before the first step, where the samples come from other weights, or where the folder belongs to another run.
+    Continues from the newest checkpoint in `config.output_dir`, on a pipeline loaded afresh. `dense_steps` are not replayed: every
+    recorded forward is learned from. Raises NotAcceleratedError, or DistillationError where teacher and student agree to rounding before
+    the first step, where the samples come from other weights, or where the folder belongs to another run.
     """
     config = DistillConfig() if config is None else config
     run = _prepare(pipe, prompts_or_dataset, held_out, config, call)
+    context = run.patch.context
+    dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
+    try:
+        return _distill(run, progress)
+    finally:
+        context.dense_steps = dense_steps
+
+
+def _distill(run: _Run, progress: bool) -> DistillResult:
+    """Check, train, evaluate; flags and modes of the model are put back whatever happens."""
+    config = run.config
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(run.transformer).values()):
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {run.patch.context.spec} has no parameters of its own")
     checkpoint = _newest(run)
@@ -101,6 +115,7 @@ def _train(run: _Run, checkpoint: Path | None, progress: bool) -> int:
     config = run.config
     parameters = set_trainable(run.transformer, run.patch, config)
     optimizer = make_optimizer(parameters, config)
+    optimizer.zero_grad()  # an interrupted run leaves its last gradients
     start = 0
     if checkpoint is not None:
         load_state(checkpoint, parameters, optimizer)
@@ -124,12 +139,20 @@ def _prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call:
     if len(patches) != 1:
         raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
     transformer, patch = patches[0]
+    if any(p.device.type == "meta" for p in transformer.parameters()):
+        raise DistillationError(f"{type(transformer).__name__} is offloaded layer by layer: distil before offloading")
+    present = getattr(transformer, "peft_config", {}).get(ADAPTER)
+    if config.train == "lora" and present is not None and present.r != config.lora_rank:
+        raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
     AcceleratorState._reset_state()  # or a second run could not have another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=next(transformer.parameters()).device.type == "cpu")
     if accelerator.num_processes > 1:
         raise DistillationError(f"wanted one process, got {accelerator.num_processes}")
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DistillationError(f"wanted a folder that can be written, got output_dir={config.output_dir!r}: {error}") from error
     if held_out is None:
         if isinstance(source, Samples | str | Path):
             raise DistillationError("samples on disk want held_out samples beside them, got none")
@@ -258,16 +281,18 @@ def _after_step(run: _Run, parameters: Any, optimizer: torch.optim.Optimizer, st
         record = {**_identity(run), "step": step, "history": run.history, "error_before": run.error_before}
         save_state(run.folder / f"checkpoint-{step:07d}", parameters, optimizer, record)
         for old in _checkpoints(run.folder)[:-2]:
-            for file_ in old.iterdir():
-                file_.unlink()
-            old.rmdir()
+            shutil.rmtree(old)
 
 
 def _identity(run: _Run) -> dict[str, Any]:
     """What two runs must share to be one."""
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
-    prompts = [[[r["prompt"], r["seed"]] for r in part.manifest["runs"]] for part in (run.samples, run.held_out)]
-    return {"config": config, "spec": run.patch.context.spec.to_dict(), "teacher": run.samples.teacher, "prompts": prompts}
+    parts = (run.samples, run.held_out)
+    prompts = [[[r["prompt"], r["seed"]] for r in part.manifest["runs"]] for part in parts]
+    return {
+        "config": config, "spec": run.patch.context.spec.to_dict(), "layers": sorted(run.patch.originals),
+        "teacher": run.samples.teacher, "prompts": prompts, "calls": [part.manifest["call"] for part in parts],
+    }  # fmt: skip
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -24,7 +24,8 @@ def projection_names(transformer: Any, patch: Patch) -> list[str]:
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
-    """Freeze everything, then open what the config trains; returns it by name. Trained values are float32 masters.
+    """Freeze everything, then open what the config trains; returns it by name. A LoRA and the method's own
+    parameters are float32; full weights keep the model's dtype.
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
@@ -43,8 +44,9 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
         full = config.train == "attention" and plain.rsplit(".", 1)[0] in names
         if full and plain not in patch.weights:
             patch.weights[plain] = parameter.detach().clone()
+        if ours:
+            parameter.data = parameter.data.float()
         if ours or full:
-            parameter.data = parameter.data.float() if not full else parameter.data
             parameter.requires_grad_(True)
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 

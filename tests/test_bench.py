@@ -110,7 +110,9 @@ def test_the_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     small = demo.Scale(192, 2, ("a panda",), 128, 2, 2, 2, 192, 1)
     monkeypatch.setattr(demo, "QUICK", small)
     monkeypatch.setattr(demo, "METHODS", {"CLEAR radius 2": CLEAR(2)})
-    report = demo.run_demo(tmp_path / "out", quick=True).read_text()
+    demo.run_demo(tmp_path / "out", quick=True)
+    monkeypatch.setattr(demo, "QUICK", demo.Scale(192, 2, ("a panda",), 144, 2, 2, 2, 192, 1))  # another size into the same folder
+    report = demo.run_demo(tmp_path / "out", quick=True, seed=1).read_text()
     assert report.count("data:image/jpeg;base64,") == 2 * 2 + 2
     assert "http" not in report.replace("http-equiv", "")
     assert (tmp_path / "out" / "clear-radius-2-distilled-0.png").exists()

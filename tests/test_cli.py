@@ -290,7 +290,9 @@ def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> 
     text = succeed("collect", "--prompts", prompts, "--out", samples, "--model", model, "--steps", 2, *SMALL)
     assert f"4 forwards in {samples}" in text
 
-    arguments = ["distill", "--prompts", samples, "--held-out", prompts, "--method", "clear:2", "--out", out, "--model", model]
+    aside = tmp_path / "aside.txt"
+    aside.write_text("a rocket\n")
+    arguments = ["distill", "--prompts", samples, "--held-out", aside, "--method", "clear:2", "--out", out, "--model", model]
     arguments += ["--train", "lora", "--lora-rank", "2", "--steps", "2", "--sampling-steps", "2", "--checkpoint-every", "1", *SMALL]
     text = succeed(*arguments)
     before, after = (float(x) for x in re.findall(r"([0-9.]+) (?:before|after)", text))

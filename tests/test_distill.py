@@ -343,3 +343,10 @@ def test_a_bad_setting_is_named_with_its_value(name: str, value: Any) -> None:
     assert repr(value) in str(raised.value)
     with pytest.raises(ValueError, match="at least one of"):
         DistillConfig(prediction_weight=0, attention_weight=0)
+
+
+def test_dense_steps_do_not_hide_the_method_from_the_training(tmp_path: Path) -> None:
+    pipe = accelerate(prompt_pipe(), tiny.LORA_SPEC, dense_steps=1)
+    result = learn(pipe, tmp_path, steps=1)
+    assert result.error_before > 1e-4
+    assert pipe.transformer._dit_accel.context.dense_steps == 1

@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
+TEXT_TOKENS = 32  # `max_sequence_length` that its captions need; FLUX's default of 512 only costs time
 
 
 def builtin_pipeline(**kwargs: Any) -> "FluxPipeline":
-    """`FluxPipeline.from_pretrained` on the folder that ships with the package; `kwargs` (torch_dtype, ...) go to it.
+    """`FluxPipeline.from_pretrained` on the folder that ships with the package; `kwargs` (dtype, ...) go to it.
 
     It draws the things of its captions ("a panda on a blue background", "a cat left of a cactus") at 256 to 1024 pixels and more.
     """

@@ -1,6 +1,6 @@
 """The built-in model's autoencoder: a linear encoder found by PCA, and a decoder that refines its exact inverse.
 
-The encoder projects each 8×8 patch of pixels onto the 16 directions of largest variance and scales every latent channel to unit
+The encoder projects each 8×8 patch of pixels onto the 16 directions of largest variance and scales them, the coarsest to unit
 variance, so latents need no training. The decoder adds a small sub-pixel network to the transposed projection; its last layer starts
 at zero, so an untrained decoder is plain PCA. It is cheap at 4096 pixels and has the surface that `FluxPipeline` expects of a VAE.
 """
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """8×8-patch PCA encoder and residual sub-pixel decoder.
 
-    Pixels are `[B, 3, H, W]` in [-1, 1], latents `[B, latent_channels, H/8, W/8]` with zero mean and unit variance per channel.
+    Pixels are `[B, 3, H, W]` in [-1, 1], latents `[B, latent_channels, H/8, W/8]` with zero mean, coarse channels first.
     """
 
     @register_to_config
@@ -68,12 +68,17 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         )
 
     def fit(self, patches: Tensor) -> None:
-        """Set the projection from sample patches `[M, 192]` (channel, row, column order), by PCA."""
+        """Set the projection from sample patches `[M, 192]` (channel, row, column order), by PCA.
+
+        The coarsest channel gets unit variance, the others the square root of their share of its deviation: whitened, fine channels
+        would take most of a diffusion loss, and noise would drown coarse and fine detail at the same level.
+        """
         self.mean.copy_(patches.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T.double()))
         top = values.argsort(descending=True)[: self.config.latent_channels]
         self.basis.copy_(vectors[:, top].T)
-        self.deviation.copy_(values[top].clamp_min(1e-8).sqrt())
+        deviation = values[top].clamp_min(1e-8).sqrt()
+        self.deviation.copy_((deviation * deviation[0]).sqrt())
 
     def encode(self, x: Tensor) -> SimpleNamespace:
         """Latents of pixels; `.latents`, and `.latent_dist` with `sample()` and `mode()` (the encoder is deterministic)."""

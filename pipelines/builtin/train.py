@@ -27,16 +27,16 @@ from torch import Tensor
 from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.drawings import Renderings, compose, render
 
-GUIDANCE_FROM = 0.78  # share of the budget after which the guidance embedding is trained
+GUIDANCE_FROM = 0.65  # share of the budget after which the guidance embedding is trained
 BATCH = {128: 32, 256: 12, 512: 3, 1024: 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
-EMA_DECAY = 0.998
+EMA_DECAY = 0.99
 # (share of the budget at which the phase ends, how often each size is drawn)
 PHASES = [
-    (0.24, {128: 1.0}),
-    (0.80, {256: 0.6, 128: 0.4}),
-    (0.90, {512: 0.5, 256: 0.5}),
-    (1.01, {1024: 0.3, 512: 0.35, 256: 0.35}),
+    (0.25, {128: 1.0}),
+    (0.55, {256: 0.6, 128: 0.4}),
+    (0.82, {512: 0.4, 256: 0.4, 128: 0.2}),
+    (1.01, {1024: 0.2, 512: 0.4, 256: 0.4}),
 ]
 
 
@@ -130,8 +130,8 @@ def make_optimizers(pipe: FluxPipeline) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, progress: float) -> float:
-    """Learning-rate factor: 100 steps of warm-up, constant to 68 % of the budget, then linear to 3 %."""
-    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.68 else 1 - 0.97 * min(1.0, (progress - 0.68) / 0.32))
+    """Learning-rate factor: 100 steps of warm-up, constant to 50 % of the budget, then linear to 3 %."""
+    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else 1 - 0.97 * min(1.0, (progress - 0.5) / 0.5))
 
 
 def update_average(average: FluxPipeline, pipe: FluxPipeline, step: int) -> None:

@@ -15,15 +15,19 @@ CANVAS = 64
 
 
 def stretch_ids(img_ids: Tensor) -> Tensor:
-    """Position ids `[N, 3]` of a raster of any size, stretched so that its longer side spans the canvas."""
-    side = img_ids[:, 1:].max() + 1
-    axes = (img_ids[:, 1:] + 0.5) * (CANVAS / side) - 0.5
-    return torch.cat([img_ids[:, :1], axes.to(img_ids.dtype)], dim=1)
+    """Position ids `[N, 3]` or `[B, N, 3]` of a raster of any size, stretched so that its longer side spans the canvas."""
+    side = img_ids[..., 1:].max() + 1
+    axes = (img_ids[..., 1:] + 0.5) * (CANVAS / side) - 0.5
+    return torch.cat([img_ids[..., :1], axes.to(img_ids.dtype)], dim=-1)
 
 
 class BuiltinTransformer2DModel(FluxTransformer2DModel):
     """`FluxTransformer2DModel` with `stretch_ids` applied to the image's position ids; everything else is inherited."""
 
-    def forward(self, *args: Any, img_ids: Tensor, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Any = None, pooled_projections: Any = None, timestep: Any = None,
+        img_ids: Any = None, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         # float32 ids even in a bfloat16 pipeline: 8 bits can't tell neighbours apart at 4096 pixels
-        return super().forward(*args, img_ids=stretch_ids(img_ids.float()), **kwargs)
+        ids = stretch_ids(img_ids.float())
+        return super().forward(hidden_states, encoder_hidden_states, pooled_projections, timestep, ids, *args, **kwargs)
