@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -39,23 +38,15 @@ def _version(library: str) -> str:
 def _machine_rows() -> dict[str, str]:
     import torch
 
+    from dit_accel.bench import cpu_name
+
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "cuda devices": "\n".join(f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
         or "none",
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name; Python itself knows it on some systems only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _method_rows() -> dict[str, str]:

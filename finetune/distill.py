@@ -198,8 +198,8 @@ def _train_step(run: _Run, parameters: list[Tensor], optimizer: Any, step: int) 
     draw = random.Random(f"{config.seed} {step}")
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))  # cosine to 2 %
-    for group, base in zip(optimizer.param_groups, _base_rates(run, optimizer), strict=True):
-        group["lr"] = base * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
     totals: dict[str, float] = {}
     run.transformer.train()
     for _ in range(config.batch_size):
@@ -213,12 +213,6 @@ def _train_step(run: _Run, parameters: list[Tensor], optimizer: Any, step: int) 
     optimizer.step()
     optimizer.zero_grad()
     return totals
-
-
-def _base_rates(run: _Run, optimizer: Any) -> list[float]:
-    """The learning rate of each group before warm-up and decay."""
-    rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    return [float(rate) for rate in rates]
 
 
 def _losses(run: _Run, position: int, draw: random.Random) -> dict[str, Tensor]:

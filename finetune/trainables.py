@@ -55,8 +55,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig
     """AdamW with one group for the method's own parameters and one for the rest."""
     own = [p for name, p in parameters.items() if OWN in name]
     rest = [p for name, p in parameters.items() if OWN not in name]
-    groups = [{"params": own, "lr": config.parameter_learning_rate}, {"params": rest, "lr": config.learning_rate}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    rates = ((own, config.parameter_learning_rate), (rest, config.learning_rate))
+    groups = [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in rates if params]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
 
 
 def save_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
