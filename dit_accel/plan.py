@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_mask
-from dit_accel.layout import TokenLayout, coordinates, partition
+from dit_accel.layout import TokenLayout, coordinates, partition, raster_order
 from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Pooled, TopK, Window
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
@@ -129,8 +129,7 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         visited, full = (functools.reduce(torch.logical_or, mask) for mask in zip(*masks, strict=True))
         static = map_from_mask(visited, full)
     density = spec.density
-    come = partition(layout.grid, layout.order, spec.block[0]).order if layout.order != spec.order else None
-    to_memory = None if come is None else come.argsort()[q_part.order]
+    to_memory = None if layout.order == spec.order else raster_order(layout.grid, layout.order)[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window)]
     return Plan(
         q_blocks=_moved(q_blocks, device),

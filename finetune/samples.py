@@ -124,7 +124,12 @@ class Samples:
             raise DistillationError(f"{self.folder} wants a manifest of the format {FORMAT!r}, got {found!r} or one with fields missing")
         self.manifest = manifest
         self.teacher: str = manifest["teacher"]
-        self._index = [(run, i) for run in manifest["runs"] for i in range(run["forwards"])]
+        self._number(manifest["runs"])
+
+    def _number(self, runs: list[dict[str, Any]]) -> None:
+        """Hold these runs, their forwards numbered one after the other."""
+        self.manifest["runs"] = runs
+        self._index = [(run, i) for run in runs for i in range(run["forwards"])]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -141,8 +146,7 @@ class Samples:
     def only(self, wanted: Sequence[tuple[str, int]]) -> "Samples":
         """Narrow to the runs of these prompts and seeds, in this order; returns itself."""
         runs = {(run["prompt"], run["seed"]): run for run in self.manifest["runs"]}
-        self.manifest["runs"] = [runs[key] for key in wanted]
-        self._index = [(run, i) for run in self.manifest["runs"] for i in range(run["forwards"])]
+        self._number([runs[key] for key in wanted])
         return self
 
     def runs(self) -> list[list[int]]:
