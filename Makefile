@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+KERNELS := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .PHONY: demo test
 .NOTPARALLEL:
@@ -16,11 +17,11 @@ test: .venv/test.stamp
 	$(BIN)/pytest
 
 # the stamps: nothing is installed again until what is to be installed changes
-.venv/demo.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+.venv/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 
-.venv/test.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+.venv/test.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@ .venv/demo.stamp
 

@@ -264,6 +264,20 @@ def step(
     bench_step(pipe, sizes=sizes, methods=specs, repeats=repeats, out=out, max_sequence_length=length)
 
 
+@bench.command(epilog="Example: dit-accel bench kernels --out kernels.json")
+def kernels(
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case below 32,768 tokens; above it is one.")] = 5,
+    largest: Annotated[int, typer.Option(min=4096, help="Leave out cases of more tokens than this.")] = 1 << 20,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+) -> None:
+    """Measure the operator by itself on this CPU, against PyTorch's attention."""
+    if out:
+        options.check_file(out)
+    from dit_accel.bench_kernels import bench_kernels
+
+    bench_kernels(repeats=repeats, largest=largest, out=out)
+
+
 @app.command(epilog="Example: dit-accel info --model builtin")
 def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,

@@ -50,7 +50,8 @@ def _machine_rows() -> dict[str, str]:
 
 
 def _method_rows() -> dict[str, str]:
-    from dit_accel.errors import BackendError
+    import torch
+
     from dit_accel.kernels import dispatch
     from dit_accel.method_text import METHODS
     from dit_accel.pipelines import FAMILIES
@@ -59,12 +60,10 @@ def _method_rows() -> dict[str, str]:
         "families": "\n".join(f"{family.name} ({family.model_class})" for family in FAMILIES),
         "methods": "\n".join(["none", *(", ".join(method.examples) for method in METHODS.values())]),
     }
-    for backend in dispatch.BACKENDS:
-        try:
-            chosen, why = dispatch.choose(backend)
-            rows[f"backend {backend}"] = f"runs {chosen} ({why})" if backend == "auto" else "ready"
-        except BackendError as error:
-            rows[f"backend {backend}"] = str(error)
+    chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)
+    rows["backend auto"] = f"on this CPU runs {chosen} ({why})"
+    rows["backend cpu"] = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64) or f"ready, {dispatch.CPU_TARGET}"
+    rows["backend reference"] = "ready"
     return rows
 
 

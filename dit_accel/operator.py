@@ -9,12 +9,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from dit_accel import fused
+from dit_accel.fused import downsample
 from dit_accel.kernels import dispatch, reference
 from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters, Values
-from dit_accel.plan import Plan, make_plan
+from dit_accel.plan import Plan, listed_beside, make_plan
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
 
 
@@ -51,7 +53,7 @@ def attention(
         spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
-        backend: "auto" or "reference".
+        backend: "auto", "cpu" (compiled kernels) or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
     Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
@@ -62,22 +64,26 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    dispatch.choose(backend)
+    dispatch.choose(backend, query.device, query.dtype, query.shape[-1])
     plan = make_plan(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, params(), scale)
+    out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend)
     return (out, lse) if return_lse else out
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
-    scale: float | None,
+    scale: float | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks, for callers that hold the plan already: output and lse."""
+    chosen, _ = dispatch.choose(backend, query.device, query.dtype, query.shape[-1])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
+        if chosen == "cpu":
+            return fused.attend(query, key, value, spec, layout, plan, params, scale)
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
-        out, lse = _attend(q, k, v, spec, layout, plan, params, query.shape[-1] ** -0.5 if scale is None else scale)
+        out, lse = _attend(q, k, v, spec, layout, plan, params, scale)
         return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
@@ -162,20 +168,11 @@ def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> Bl
     top = next((p for p in spec.keep if isinstance(p, TopK)), None)
     if top is None:
         return plan.static  # type: ignore[return-value]
-    key_blocks = len(plan.k_blocks.count)
-    weight = (plan.k_blocks.count / spec.block[1]).sqrt().to(q.dtype) if top.correct_short and not plan.k_blocks.even else None
+    weight = plan.short_weight.to(q.dtype) if top.correct_short and plan.short_weight is not None else None
     with torch.no_grad():
         q_mean, k_mean = pool_blocks(q, plan.q_blocks)[0], pool_blocks(k, plan.k_blocks)[0]
     chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight)
-    if plan.static is None:
-        return chosen
-    index = torch.cat([plan.static.index.expand(len(q), -1, -1), chosen.index], -1)
-    alone = plan.static.valid & ~chosen.kept(key_blocks).gather(-1, index[..., : plan.static.index.shape[-1]])
-    valid = torch.cat([alone, chosen.valid], -1)  # a block on both lists is visited once, as a chosen one: whole
-    if plan.static.partial is None:
-        return BlockMap(index, valid)
-    partial = torch.cat([plan.static.partial.expand(len(q), -1, -1), torch.zeros_like(chosen.valid)], -1)
-    return BlockMap(index, valid, partial)
+    return chosen if plan.static is None else listed_beside(plan.static, chosen.index, len(plan.k_blocks.count))
 
 
 def _rest(
@@ -200,19 +197,3 @@ def _rest(
             keys, values = (downsample(x, plan.coords, layout, factor, weight) for x in (k, v))
             return reference.dense_attention(q, keys, values, scale=scale)
     raise ValueError(f"no such rest: {spec.rest!r}")
-
-
-def downsample(x: Tensor, coords: Tensor, layout: TokenLayout, factor: int, weight: Tensor | None) -> Tensor:
-    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` at `coords` (CLEAR's pooled keys).
-
-    A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
-    """
-    frames, height, width = layout.grid
-    rows, columns = -(-height // factor), -(-width // factor)
-    t, y, x_ = coords.unbind(-1)
-    patch = (t * rows + y // factor) * columns + x_ // factor
-    w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
-    count = torch.zeros(frames * rows * columns, dtype=x.dtype, device=x.device).index_add(0, patch, torch.ones_like(patch, dtype=x.dtype))
-    scaled = w.to(x.dtype)[y % factor, x_ % factor] * (factor**2 / count)[patch]
-    pooled = torch.zeros(x.shape[0], frames * rows * columns, x.shape[2], dtype=x.dtype, device=x.device)
-    return pooled.index_add(1, patch, x * scaled[:, None])

@@ -67,7 +67,7 @@ def accelerate(
         raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...), got {spec!r}")
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
-    dispatch.choose(backend)
+    dispatch.check(backend)
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if hasattr(model, CONTEXT):
@@ -279,9 +279,9 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
     rows, notes = [], []
     for model, patch in patches_of(pipe_or_transformer):
         context = patch.context
-        backend, why = dispatch.choose(context.backend)
         for name in patch.originals:
             operator: AcceleratedAttention = model.get_submodule(name).dit_accel
+            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim)
             replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
             rows.append(
                 LayerSummary(

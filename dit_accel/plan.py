@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dit_accel.geometry import Geometry, Lists, make_geometry
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_mask
 from dit_accel.layout import TokenLayout, coordinates, partition, raster_order
 from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Pooled, TopK, Window
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
-T = TypeVar("T", Blocks, BlockMap)
+T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Plan:
 
     `coords` `[N, 3]`: (t, y, x) of the image tokens in the spec's memory order. `to_memory`, `to_raster` `[N]`: permutations, or None
     where the layout is in that order already. `static`: the visited blocks of the patterns that depend on coordinates alone.
+    `short_weight` `[Tk]`: factor of a short block's score where blocks differ, or None. `geometry`: the same for compiled kernels.
     """
 
     q_blocks: Blocks
@@ -32,6 +34,8 @@ class Plan:
     static: BlockMap | None
     predicate: Predicate | None
     top: int
+    short_weight: Tensor | None
+    geometry: Geometry
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,13 +144,37 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         static=_moved(static, device) if static else None,
         predicate=_predicate(exact, layout.grid, device) if exact else None,
         top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
+        short_weight=None if k_blocks.even else (k_blocks.count / spec.block[1]).sqrt().to(device),
+        geometry=_moved(make_geometry(q_part.starts, k_part.starts, coords, static, _tables(exact, layout.grid), _reach(exact)), device),
     )
 
 
+def _tables(patterns: list[Disc | Window], grid: tuple[int, int, int]) -> list[list[tuple[Tensor, int]]]:
+    """Per window and axis: its bounds and its dilation."""
+    axes = [[[p.per_axis(n)[axis] for n in ("size", "stride", "dilation")] for axis in range(3)] for p in patterns if isinstance(p, Window)]
+    return [[(window_table(grid[axis], *numbers), numbers[2]) for axis, numbers in enumerate(window)] for window in axes]
+
+
+def _reach(patterns: list[Disc | Window]) -> int:
+    return max((p.reach for p in patterns if isinstance(p, Disc)), default=-1)
+
+
+def listed_beside(static: BlockMap, chosen: Tensor, key_blocks: int) -> BlockMap:
+    """Static lists and the chosen blocks `[BH, Tq, n]`; a block on both is visited once, as a chosen one: whole."""
+    mine = BlockMap(chosen, torch.ones_like(chosen, dtype=torch.bool))
+    index = torch.cat([static.index.expand(len(chosen), -1, -1), chosen], -1)
+    alone = static.valid & ~mine.kept(key_blocks).gather(-1, index[..., : static.index.shape[-1]])
+    valid = torch.cat([alone, mine.valid], -1)
+    if static.partial is None:
+        return BlockMap(index, valid)
+    return BlockMap(index, valid, torch.cat([static.partial.expand(len(chosen), -1, -1), torch.zeros_like(mine.valid)], -1))
+
+
 def _moved(value: T, device: torch.device) -> T:
-    """The dataclass with its tensors on a device."""
-    tensors: dict[str, Any] = {k: x.to(device) for k, x in vars(value).items() if isinstance(x, Tensor)}
-    return replace(value, **tensors)
+    """The dataclass with its tensors, and those of dataclasses in it, on a device."""
+    moved: dict[str, Any] = {k: x.to(device) for k, x in vars(value).items() if isinstance(x, Tensor)}
+    moved |= {k: _moved(x, device) for k, x in vars(value).items() if isinstance(x, Lists)}
+    return replace(value, **moved)
 
 
 @functools.lru_cache(maxsize=64)

@@ -50,7 +50,7 @@ class AcceleratedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """`[B, H, N, D]` in the spec's memory order."""
         layout, plan = self.context.current()
-        return attend(query, key, value, self.spec, layout, plan, self.params(), scale)[0]
+        return attend(query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)[0]
 
 
 def _special(attn_mask: object, dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:

@@ -1,5 +1,7 @@
 """The measurements: captured queries, errors against dense attention, multiply-adds, alternating times, and the demo's report."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import dit_accel.demo as demo
+from dit_accel import bench_kernels
 from dit_accel.bench import alternate, attention_errors, bench_quality, bench_step, capture_qkv, record_step, spread
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.layout import TokenLayout
@@ -122,3 +125,23 @@ def test_the_demo_refuses_a_folder_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="wanted a folder that can be written"):
         demo.run_demo(tmp_path / "file" / "out")
+
+
+def test_kernel_benchmarks_write_what_they_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [dataclasses.replace(case, side=case.side // 8) for case in bench_kernels.CASES if case.side <= 128]
+    monkeypatch.setattr(bench_kernels, "CASES", small)
+    monkeypatch.setattr(bench_kernels, "SCALING", (CLEAR(3), (8, 16)))
+    result = bench_kernels.bench_kernels(repeats=2, out=tmp_path / "k.json")
+    assert json.loads((tmp_path / "k.json").read_text())["rows"] == result["rows"]
+    assert {(row["method"], row["pass"]) for row in result["rows"]} == {
+        (case.name, "forward + backward" if case.backward else "forward") for case in small
+    }
+    assert all(row["error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5) for row in result["rows"])
+    assert all(row["seconds"] > 0 and row["sdpa_seconds"] > 0 for row in result["rows"])
+    assert result["growth"]["tokens"] == [64, 256]
+
+
+def test_the_arithmetic_of_a_kept_whole_is_that_of_dense_attention() -> None:
+    case = bench_kernels.Case("all", SLA(1, scope="none"), 8, text=5)
+    pairs = case.layout.tokens**2 + 1 / 2  # the selection's products of one block with one
+    assert bench_kernels.arithmetic(case) == pytest.approx(4 * bench_kernels.HEADS * bench_kernels.HEAD_DIM * pairs)

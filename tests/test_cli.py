@@ -20,7 +20,7 @@ from dit_accel import CLEAR, cli_models, cli_options
 from dit_accel.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["bench", "quality"], ["bench", "step"], ["info"]]
+COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["bench", "quality"], ["bench", "step"], ["bench", "kernels"], ["info"]]
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 # 128 image tokens: two tiles
 SMALL = ["--size", "256x128", "--max-sequence-length", "16"]
@@ -144,6 +144,7 @@ def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
     assert fail("generate", "x", "--out", blocked / "a.png") == wanted
     assert fail("bench", "quality", "--out", blocked / "a.json") == wanted
     assert fail("bench", "step", "--out", blocked / "a.json") == wanted
+    assert fail("bench", "kernels", "--out", blocked / "a.json") == wanted
     assert fail("bench", "step", "--out", tmp_path) == f"--out wants a file, got the folder {tmp_path}"
     for name in ("a.txt", "a"):
         text = fail("generate", "x", "--out", tmp_path / name)
@@ -242,7 +243,7 @@ def test_info(model: str) -> None:
     assert dit_accel.__version__ in rows["dit_accel"]
     assert torch.__version__ in rows["torch"]
     assert "FluxTransformer2DModel" in rows["families"]
-    for name in ("diffusers", "triton", "cpu", "threads", "cuda devices", "methods", "backend auto", "backend reference"):
+    for name in ("diffusers", "triton", "cpu", "threads", "cuda devices", "methods", "backend auto", "backend cpu", "backend reference"):
         assert name in rows
     assert "clear:8,downsample=4" in text
     assert "2 layers" in rows
@@ -328,7 +329,7 @@ def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None
 
 
 def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo, bench = (pytest.importorskip(f"dit_accel.{name}") for name in ("demo", "bench"))
+    demo, bench, bench_kernels = (pytest.importorskip(f"dit_accel.{name}") for name in ("demo", "bench", "bench_kernels"))
     calls: list[dict[str, Any]] = []
 
     def run_demo(out: Path, **settings: Any) -> Path:
@@ -338,15 +339,18 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(demo, "run_demo", run_demo)
     monkeypatch.setattr(bench, "bench_quality", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(bench, "bench_step", lambda pipe, **settings: calls.append(settings))
+    monkeypatch.setattr(bench_kernels, "bench_kernels", lambda **settings: calls.append(settings))
     monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
+    succeed("bench", "kernels", "--repeats", 3, "--largest", 4096, "--out", tmp_path / "k.json")
     shown = ["a panda", "a cat on a blue background"]
     assert calls == [
         {"out": tmp_path / "demo", "quick": True, "seed": 3},
         {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32},
         {"sizes": [(32, 64), (32, 32)], "methods": [CLEAR(3)], "repeats": 2, "out": None, "max_sequence_length": None},
+        {"repeats": 3, "largest": 4096, "out": tmp_path / "k.json"},
     ]
 
 

@@ -24,8 +24,10 @@ ARROWS: dict[str, set[str]] = {
     "parameters": {"errors", "layout", "spec"},
     "spec": {"errors", "layout", "parameters"},
     "kernels": {"errors"},
-    "plan": {"errors", "kernels", "layout", "parameters", "spec"},
-    "operator": {"errors", "kernels", "layout", "parameters", "plan", "spec"},
+    "geometry": {"kernels"},
+    "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
+    "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
+    "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
     "context": {"errors", "layout", "pipelines.family", "plan", "spec"},
     "processor": {"context", "errors", "layout", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "layout", "spec"},
@@ -36,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"errors", "kernels", "layout", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"errors", "fused", "geometry", "kernels", "layout", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor"}
 

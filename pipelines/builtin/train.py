@@ -26,17 +26,18 @@ from torch import Tensor
 
 from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.drawings import Renderings, compose, render
+from dit_accel.pipelines.builtin.muon import Muon
 
-GUIDANCE_FROM = 0.65  # share of the budget after which the guidance embedding is trained
+GUIDANCE_FROM = 0.75  # share of the budget after which the guidance embedding is trained
 BATCH = {128: 32, 256: 12, 512: 3, 1024: 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
 EMA_DECAY = 0.99
 # (share of the budget at which the phase ends, how often each size is drawn)
 PHASES = [
-    (0.25, {128: 1.0}),
-    (0.55, {256: 0.6, 128: 0.4}),
-    (0.82, {512: 0.4, 256: 0.4, 128: 0.2}),
-    (1.01, {1024: 0.2, 512: 0.4, 256: 0.4}),
+    (0.36, {128: 1.0}),
+    (0.66, {256: 0.75, 128: 0.25}),
+    (0.86, {512: 0.5, 256: 0.4, 128: 0.1}),
+    (1.01, {1024: 0.2, 512: 0.5, 256: 0.3}),
 ]
 
 
@@ -67,7 +68,8 @@ def draw_batch(rng: random.Random, renderings: Renderings, pipe: FluxPipeline, p
         count = max(1, count // 2) if text == 512 else count
     side, ratio = size // 16, rng.choice([1, 1, 1, 1.5, 1 / 1.5])
     height, width = round(side / math.sqrt(ratio)), round(side * math.sqrt(ratio))
-    pairs = [compose(rng, renderings, height * 16, width * 16) for _ in range(count)]
+    share = 0.2 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
+    pairs = [compose(rng, renderings, height * 16, width * 16, pairs=share) for _ in range(count)]
     with torch.no_grad():
         latents = pipe.vae.encode(torch.stack([pixels for pixels, _ in pairs])).latents
     captions = ["" if rng.random() < 0.1 else caption for _, caption in pairs]
@@ -124,7 +126,7 @@ def make_optimizers(pipe: FluxPipeline) -> list[torch.optim.Optimizer]:
     matrices = [p for (_, p), m in zip(named, is_matrix, strict=True) if m]
     others = [p for (_, p), m in zip(named, is_matrix, strict=True) if not m]
     return [
-        torch.optim.Muon(matrices, lr=2e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=2e-3),
         torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -153,7 +155,7 @@ def fit_encoder(pipe: FluxPipeline, renderings: Renderings, rng: random.Random) 
     pipe.vae.fit(torch.cat(patches))
 
 
-def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rng: random.Random, log: Path) -> None:
+def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rng: random.Random, log: Path, *, bf16: bool) -> None:
     """Train the decoder's network to invert the fixed encoder on random crops."""
     optimizer = torch.optim.AdamW(pipe.vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.98))
     start, step = time.time(), 0
@@ -167,7 +169,7 @@ def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rn
         target = torch.stack(crops)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - progress)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             (decoded,) = pipe.vae.decode(pipe.vae.encode(target).latents, return_dict=False)
         difference = decoded.float() - target
         loss = difference.abs().mean() + 2 * difference.square().mean()
@@ -197,6 +199,10 @@ def main() -> None:
     parser.add_argument("fluent", type=Path, help="folder of the unpacked @iconify-json/fluent-emoji package")
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=95.0, help="time for the transformer; the decoder takes 4 % more")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
+    parser.add_argument(
+        "--start", type=Path, help="a folder of saved weights to train further, by the same schedule; unless given, random ones"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -204,7 +210,7 @@ def main() -> None:
 
     rng = random.Random(args.seed)
     renderings = render(args.fluent)
-    pipe = make_pipeline(args.seed)
+    pipe = FluxPipeline.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else make_pipeline(args.seed)
     optimizers = make_optimizers(pipe)
     step, spent = 0, 0.0
     if state_file.exists():
@@ -221,7 +227,8 @@ def main() -> None:
         rng.seed(args.seed + step)
         torch.manual_seed(args.seed + step)
     else:
-        fit_encoder(pipe, renderings, rng)
+        if args.start is None:
+            fit_encoder(pipe, renderings, rng)
         average = copy.deepcopy(pipe)
 
     start, saved_at, recent = time.time() - spent, spent, []
@@ -230,7 +237,7 @@ def main() -> None:
         for optimizer, base in zip(optimizers, (2e-3, 1e-3), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * rate(step, progress)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = loss_of(pipe, average, batch, progress, rng)
         loss.backward()
         parameters = [p for module in trained_modules(pipe).values() for p in module.parameters()]
@@ -254,7 +261,7 @@ def main() -> None:
             state_file.with_suffix(".new").replace(state_file)
             save_pipeline(average, args.out / "model")
             saved_at = spent
-    train_decoder(average, renderings, args.minutes * 0.04, rng, log)
+    train_decoder(average, renderings, args.minutes * 0.04, rng, log, bf16=args.bf16)
     save_pipeline(average, args.out / "model")
 
 

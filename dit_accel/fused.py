@@ -1,0 +1,99 @@
+"""`attention` by the compiled kernels: one call for a whole layer's operator, text and image, selection apart."""
+
+import torch
+from torch import Tensor
+
+from dit_accel.geometry import Geometry, Lists
+from dit_accel.kernels.cpu import ops
+from dit_accel.layout import TokenLayout
+from dit_accel.parameters import Values
+from dit_accel.plan import Plan, listed_beside
+from dit_accel.spec import AttentionSpec, Downsampled, Linear, Pooled, Residual, TopK
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path."""
+    order = _sequence_order(plan.to_memory, layout)
+    wide = torch.float32 if query.dtype == torch.float16 else query.dtype
+    q, k, v = (x.to(wide) if order is None else x.to(wide).index_select(2, order) for x in (query, key, value))
+    lists = _lists(q, k, spec, layout, plan)
+    extra_k = extra_v = None
+    if isinstance(spec.rest, Downsampled):
+        image = _image(layout)
+        extra_k, extra_v = (
+            downsample(x[:, :, image].float().flatten(0, 1), plan.coords, layout, spec.rest.factor, params.spatial_weight)
+            .unflatten(0, q.shape[:2])
+            .contiguous()
+            for x in (k, v)
+        )
+    weight, bias = (None, None) if params.proj is None else (params.proj.weight, params.proj.bias)
+    g = plan.geometry
+    out, lse = ops.attention(
+        q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
+        g.starts_k, g.coords, g.windows, layout.text, layout.text_first, g.reach, _method(spec),
+        spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale,
+    )  # fmt: skip
+    if order is not None:
+        back = _sequence_order(plan.to_raster, layout)
+        out, lse = out.index_select(2, back), lse.index_select(2, back)
+    return out.to(query.dtype), lse
+
+
+def _image(layout: TokenLayout) -> slice:
+    return slice(layout.text, None) if layout.text_first else slice(0, layout.image)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
+    """A permutation of the image's tokens as one of the sequence."""
+    if order is None or not layout.text:
+        return order
+    text = torch.arange(layout.text, device=order.device)
+    return torch.cat([text, order + layout.text] if layout.text_first else [order, text + layout.image])
+
+
+def _method(spec: AttentionSpec) -> list[int]:
+    """The rest and the merge as `ops.attention` names them."""
+    residual = int(isinstance(spec.merge, Residual))
+    match spec.rest:
+        case Pooled(log_count, variance, _):
+            return [ops.RESTS.index("pooled"), int(log_count), int(variance), 0, 0, 0]
+        case Linear(feature_map, scope):
+            return [ops.RESTS.index("linear"), 0, 0, ops.FEATURES.index(feature_map), int(scope == "all"), residual]
+    return [ops.RESTS.index("none"), 0, 0, 0, 0, 0]
+
+
+def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> Lists:
+    """The static lists, or the blocks chosen for this call, or both."""
+    g: Geometry = plan.geometry
+    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
+    if top is None:
+        return g.lists  # type: ignore[return-value]
+    image = _image(layout)
+    chosen = ops.select_blocks(
+        q[:, :, image].detach(), k[:, :, image].detach(), g.starts_q, g.starts_k, plan.short_weight if top.correct_short else None, plan.top
+    )
+    if plan.static is None:
+        return Lists.of_chosen(chosen)
+    return Lists.from_map(listed_beside(plan.static, chosen.long(), len(plan.k_blocks.count)))
+
+
+def downsample(x: Tensor, coords: Tensor, layout: TokenLayout, factor: int, weight: Tensor | None) -> Tensor:
+    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` at `coords` (CLEAR's pooled keys).
+
+    A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
+    """
+    frames, height, width = layout.grid
+    rows, columns = -(-height // factor), -(-width // factor)
+    t, y, x_ = coords.unbind(-1)
+    patch = (t * rows + y // factor) * columns + x_ // factor
+    w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
+    count = torch.zeros(frames * rows * columns, dtype=x.dtype, device=x.device).index_add(0, patch, torch.ones_like(patch, dtype=x.dtype))
+    scaled = w.to(x.dtype)[y % factor, x_ % factor] * (factor**2 / count)[patch]
+    pooled = torch.zeros(x.shape[0], frames * rows * columns, x.shape[2], dtype=x.dtype, device=x.device)
+    return pooled.index_add(1, patch, x * scaled[:, None])

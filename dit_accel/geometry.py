@@ -1,0 +1,76 @@
+"""A plan in the form that compiled kernels read: int32 block lists, block starts, coordinates and window bounds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.blocks import BlockMap
+
+PADDING = 16  # entries past the last token, because kernels load whole vectors
+FARTHEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Visited key blocks of each query block, `[..., Tq, n]` int32, of which `counts` `[..., Tq]` hold, the `full` ones first."""
+
+    index: Tensor
+    counts: Tensor
+    full: Tensor
+
+    @classmethod
+    def from_map(cls, blocks: BlockMap) -> "Lists":
+        """The same lists, whole blocks moved to the front."""
+        whole = blocks.valid if blocks.partial is None else blocks.valid & ~blocks.partial
+        order = (blocks.valid.int() + whole.int()).argsort(dim=-1, descending=True, stable=True)
+        index = blocks.index.gather(-1, order).to(torch.int32).contiguous()
+        return cls(index, blocks.valid.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32))
+
+    @classmethod
+    def of_chosen(cls, index: Tensor) -> "Lists":
+        """Lists all of whose entries are whole blocks."""
+        counts = torch.full(index.shape[:-1], index.shape[-1], dtype=torch.int32, device=index.device)
+        return cls(index, counts, counts)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One grid for the kernels.
+
+    `starts_q`, `starts_k` `[T + 1]`: first token of each block. `coords` `[3, N + PADDING]`: (t, y, x). `windows`
+    `[W, 3 axes, 3, N + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or None.
+    `reach`: largest squared distance inside the largest disc, -1 without one. All int32.
+    """
+
+    starts_q: Tensor
+    starts_k: Tensor
+    lists: Lists | None
+    coords: Tensor
+    windows: Tensor | None
+    reach: int
+
+
+def padded(rows: Tensor) -> Tensor:
+    """`[..., N]` as int32 with PADDING zeros behind each row."""
+    return torch.nn.functional.pad(rows.to(torch.int32), (0, PADDING)).contiguous()
+
+
+def make_geometry(
+    starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[list[tuple[Tensor, int]]], reach: int
+) -> Geometry:
+    """`coords` `[N, 3]` in memory order; `windows`: per window and axis the table `[length, 2]` of bounds and the dilation."""
+    bounds = [
+        torch.stack(
+            [torch.stack([*table[coords[:, axis]].unbind(-1), coords[:, axis] % dilation]) for axis, (table, dilation) in enumerate(window)]
+        )
+        for window in windows
+    ]
+    return Geometry(
+        starts_q=starts_q.to(torch.int32),
+        starts_k=starts_k.to(torch.int32),
+        lists=Lists.from_map(static) if static else None,
+        coords=padded(coords.T),
+        windows=padded(torch.stack(bounds)) if bounds else None,
+        reach=min(reach, FARTHEST),
+    )

@@ -1,0 +1,259 @@
+// The backward pass, head by head. Every gradient row is owned by one task and summed in a fixed order: two runs agree bit for bit.
+//   P = exp(logit - lse), delta = Σ out·dout - dlse, dlogit = P·(dout·v - delta)
+
+// One head's queries and output gradients as panels, with each row's lse (base 2) and delta.
+struct Queries {
+    const Geometry& g;
+    Panels q, dout;
+    Array<float> lse2, delta;   // [query_blocks, width]
+    Array<double> exact_delta;  // the same unrounded
+
+    explicit Queries(const Geometry& g)
+        : g(g), q(g, g.query_blocks, true, true), dout(g, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width) {}
+
+    void pack(int64_t bh, int64_t i, float* out) {  // `out`: room for a panel
+        const Problem& p = g.p;
+        Run run = g.query(i);
+        int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.tokens() + run.place;
+        read_rows(q.row(i), g.padded, p.q, b, h, run.place, run.count, g.channels, p.scale * LOG2E);
+        read_rows(dout.row(i), g.padded, p.dout, b, h, run.place, run.count, g.channels, 1.f);
+        read_rows(out, g.padded, p.out, b, h, run.place, run.count, g.channels, 1.f);
+        transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
+        transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
+        for (int64_t r = 0; r < run.count; r++) {
+            double sum = p.dlse ? -double(p.dlse[at + r]) : 0.;
+            for (int64_t d = 0; d < g.channels; d++) sum += double(out[r * g.padded + d]) * dout.row(i)[r * g.padded + d];
+            exact_delta[i * g.width + r] = sum;
+            delta[i * g.width + r] = float(sum);
+            lse2[i * g.width + r] = p.lse[at + r] * LOG2E;
+        }
+    }
+};
+
+// The visits by key block: which image query blocks visit it, and whether the predicate applies.
+struct Columns {
+    const Geometry& g;
+    Array<int64_t> start, next;
+    Array<int32_t> query;
+    Array<uint8_t> partial;
+
+    explicit Columns(const Geometry& g)
+        : g(g), start(g.p.k_blocks + 1), next(g.p.k_blocks), query(g.p.q_blocks * g.p.list_width), partial(g.p.q_blocks * g.p.list_width) {}
+
+    void build(int64_t bh) {
+        int64_t blocks = g.p.k_blocks;
+        for (int64_t j = 0; j <= blocks; j++) start[j] = 0;
+        for (int64_t i = 0; i < g.p.q_blocks; i++) {
+            Geometry::List l = g.list(bh, i);
+            for (int64_t n = 0; n < l.count; n++) start[l.blocks[n] + 1]++;
+        }
+        for (int64_t j = 0; j < blocks; j++) start[j + 1] += start[j], next[j] = start[j];
+        for (int64_t i = 0; i < g.p.q_blocks; i++) {
+            Geometry::List l = g.list(bh, i);
+            for (int64_t n = 0; n < l.count; n++) {
+                int64_t at = next[l.blocks[n]]++;
+                query[at] = int32_t(i);
+                partial[at] = n >= l.full;
+            }
+        }
+    }
+    const int32_t* of(int64_t j) const { return query + start[j]; }
+    int64_t count(int64_t j) const { return start[j + 1] - start[j]; }
+
+    // Calls body(query block, whether its pairs need the predicate) for all that visit key block j.
+    template <class Body>
+    void for_visits(int64_t j, Body&& body) const {
+        if (j < g.p.k_blocks)
+            for (int64_t n = start[j]; n < start[j + 1]; n++) body(int64_t(query[n]), partial[n] != 0);
+        else
+            for (int64_t i = 0; i < g.p.q_blocks; i++) body(i, false);
+        if (!g.is_extra(j))
+            for (int64_t i = g.p.q_blocks; i < g.query_blocks; i++) body(i, false);
+    }
+};
+
+// One thread's room.
+struct BackwardRoom {
+    const Geometry& g;
+    const int64_t ld;
+    Array<float> phi, phi_t, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
+    States::Room room;
+    std::unique_ptr<LinearRows> linear;
+
+    explicit BackwardRoom(const Geometry& g)
+        : g(g), ld(std::max<int64_t>(g.width, POOL)), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), a(g.rows() * g.padded),
+          b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
+          bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
+          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), room(g, g.p.q_blocks) {
+        if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
+    }
+};
+
+// Columns [first, last) outside of which P and dlogit are zero and not written.
+struct Live {
+    int64_t first, last;
+};
+
+// ROWS rows of P and dlogit: `a` times `columns` are logits, `da` times `dcolumns` are dout·v. `lse2` and `delta` by (row, column at).
+// masked(c, kept) fills the masks of a strip and says whether any pair is kept; edit(row, column, logits) changes logits.
+template <class Masked, class Edit, class Lse, class Delta>
+static inline __attribute__((always_inline)) Live weights_and_gradients(
+    float* probability, float* gradient, int64_t ld_out, int64_t columns_used, const float* a, const float* columns, const float* da,
+    const float* dcolumns, int64_t ld_in, int64_t lda, int64_t channels, Masked&& masked, Edit&& edit, Lse&& lse2, Delta&& delta) {
+    Live live{columns_used, 0};
+    for_strips(round_up(columns_used, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+        V x[ROWS][strip.value];
+        I kept[ROWS][strip.value];
+        bool any = masked(c, kept);
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < strip.value; s++) x[r][s] = V{};
+        if (any) {
+            live.first = std::min(live.first, c), live.last = std::min(c + strip.value * LANES, columns_used);
+            tile<strip.value>(x, a, lda, columns + c, ld_in, channels);
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < strip.value; s++) {
+                int64_t at = c + s * LANES;
+                V logits = edit(r, at, x[r][s]);
+                if (!masked.none) logits = select(kept[r][s], logits, all(-INFINITY));
+                store(probability + r * ld_out + at, exp2(logits - lse2(r, at)));
+                x[r][s] = V{};
+            }
+        if (any) tile<strip.value>(x, da, lda, dcolumns + c, ld_in, channels);
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < strip.value; s++) {
+                int64_t at = r * ld_out + c + s * LANES;
+                store(gradient + at, load(probability + at) * (x[r][s] - delta(r, c + s * LANES)));
+            }
+    });
+    return live;
+}
+
+struct KeepAll {
+    static constexpr bool none = true;
+    template <int N>
+    bool operator()(int64_t, I (&)[ROWS][N]) const {
+        return true;
+    }
+};
+
+struct KeepMasked {
+    static constexpr bool none = false;
+    const Mask& mask;
+    int64_t one, others, end;
+    bool by_query;
+    template <int N>
+    inline __attribute__((always_inline)) bool operator()(int64_t c, I (&kept)[ROWS][N]) const {
+        return mask.strip<N>(kept, one, others + c, end, by_query);
+    }
+};
+
+#include "backward_linear.h"
+#include "backward_pooled.h"
+
+static void query_gradient(const Geometry& g, const Keys& keys, const Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
+    const Problem& p = g.p;
+    Run run = g.query(i);
+    const Mask mask(g);
+    float *acc = room.a, *by_variance = room.b;
+    const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
+    __builtin_memset(acc, 0, g.rows() * g.padded * 4);
+    g.for_visits(bh, i, [&](int64_t j, bool partial) {
+        Run key = g.key(j);
+        for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
+            auto gradients = [&](auto&& masked) __attribute__((always_inline)) {
+                return weights_and_gradients(
+                    room.probability, room.gradient, room.ld, key.count, q + r0 * g.padded, keys.keys.column(j), dout + r0 * g.padded,
+                    keys.values.column(j), g.width, g.padded, g.channels, masked, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; },
+                    [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
+                    [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
+            };
+            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, key.image, key.image + key.count, true}) : gradients(KeepAll{});
+            if (live.last)
+                product(acc + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, keys.keys.row(j) + live.first * g.padded, g.padded, live.last - live.first, g.padded, ONES);
+        }
+    });
+    bool pooled = i < p.q_blocks && keys.pool;
+    if (pooled) pooled_query_gradient(g, *keys.pool, queries, room, bh, i);
+    float* dq = p.dq + (bh * g.tokens() + run.place) * g.channels;
+    for (int64_t r = 0; r < run.count; r++)
+        for (int64_t d = 0; d < g.channels; d++) {
+            int64_t at = r * g.padded + d;
+            float second = pooled ? q[at] * by_variance[at] * (1.f / LOG2E) : 0.f;
+            dq[r * g.channels + d] += p.scale * (acc[at] + second);
+        }
+}
+
+static void key_gradient(const Geometry& g, const Keys& keys, const Queries& queries, const Columns& columns, const PoolGradient* pool, const States* dstates, BackwardRoom& room, int64_t bh, int64_t j) {
+    const Problem& p = g.p;
+    Run run = g.key(j);
+    Mask mask(g);
+    float *dk = room.a, *dv = room.b;
+    __builtin_memset(dk, 0, g.rows() * g.padded * 4);
+    __builtin_memset(dv, 0, g.rows() * g.padded * 4);
+    const float *key = keys.keys.row(j), *value = keys.values.row(j);
+    columns.for_visits(j, [&](int64_t i, bool partial) {
+        Run query = g.query(i);
+        const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
+        for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
+            auto gradients = [&](auto&& masked) __attribute__((always_inline)) {
+                return weights_and_gradients(
+                    room.probability, room.gradient, room.ld, query.count, key + r0 * g.padded, queries.q.column(i), value + r0 * g.padded,
+                    queries.dout.column(i), g.width, g.padded, g.channels, masked, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; },
+                    [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(lse2 + c); },
+                    [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
+            };
+            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, query.image, query.image + query.count, false}) : gradients(KeepAll{});
+            if (!live.last) continue;
+            int64_t from = live.first * g.padded, depth = live.last - live.first;
+            product(dk + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, queries.q.row(i) + from, g.padded, depth, g.padded, ONES);
+            product(dv + r0 * g.padded, g.padded, room.probability + live.first, room.ld, queries.dout.row(i) + from, g.padded, depth, g.padded, ONES);
+        }
+    });
+    for (int64_t e = 0; e < run.count * g.padded; e++) dk[e] *= 1.f / LOG2E;
+    if (j < p.k_blocks && pool) pool->distribute(dk, dv, key, j);
+    if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, room, dk, dv, j);
+    int64_t at = (g.is_extra(j) ? bh * p.extra + run.place : bh * g.tokens() + run.place) * g.channels;
+    float *to_k = (g.is_extra(j) ? p.dextra_k : p.dk) + at, *to_v = (g.is_extra(j) ? p.dextra_v : p.dv) + at;
+    for (int64_t r = 0; r < run.count; r++) {
+        __builtin_memcpy(to_k + r * g.channels, dk + r * g.padded, g.channels * 4);
+        __builtin_memcpy(to_v + r * g.channels, dv + r * g.padded, g.channels * 4);
+    }
+}
+
+void backward(const Problem& p) {
+    Geometry g(p);
+    Keys keys(g, true);
+    Queries queries(g);
+    Columns columns(g);
+    std::unique_ptr<PoolGradient> pool;
+    std::unique_ptr<LinearGradient> linear;
+    if (keys.pool) pool = std::make_unique<PoolGradient>(g, *keys.pool);
+    if (keys.states) linear = std::make_unique<LinearGradient>(g);
+    Team team(p.threads);
+    std::vector<std::unique_ptr<BackwardRoom>> rooms;
+    for (int t = 0; t < team.size(); t++) rooms.push_back(std::make_unique<BackwardRoom>(g));
+    team.run([&](int thread) {
+        BackwardRoom& room = *rooms[size_t(thread)];
+        for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
+            if (thread == 0 && (bh == 0 || p.lists_per_head)) columns.build(bh);
+            keys.prepare(team, bh, true, room.phi, room.phi_t);
+            team.share(g.query_blocks, [&](int64_t i) {
+                queries.pack(bh, i, room.a);
+                if (linear && i < p.q_blocks) linear->rows(keys, queries, room, bh, i);
+            });
+            if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, room, bh, part, team.size()); });
+            if (pool) {
+                team.share(p.q_blocks, [&](int64_t i) { pool->mark(bh, i); });
+                team.share(pool->tasks(), [&](int64_t task) { pool->keys(queries, room, bh, task); });
+            }
+            team.share(g.key_blocks + g.query_blocks, [&](int64_t task) {  // text and extra keys, the longest tasks, come first
+                if (task < g.key_blocks)
+                    key_gradient(g, keys, queries, columns, pool.get(), linear ? &linear->states : nullptr, room, bh, g.key_blocks - 1 - task);
+                else
+                    query_gradient(g, keys, queries, room, bh, g.key_blocks + g.query_blocks - 1 - task);
+            });
+            if (thread == 0 && p.doffset) p.doffset[bh] = pool ? pool->offset_sum() : linear ? linear->offset_sum() : 0.f;
+        }
+    });
+}

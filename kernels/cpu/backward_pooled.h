@@ -1,0 +1,129 @@
+// Gradients of the pooled rest: first of the pooled keys, values and variances, then of the tokens they were made from.
+
+// Query block i: room.a += the gradient through the means, room.b = the one through the variances (to be multiplied by q).
+static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
+    const Problem& p = g.p;
+    Run run = g.query(i);
+    const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
+    __builtin_memset(room.b, 0, g.rows() * g.padded * 4);
+    square(room.squares, q, g.rows() * g.padded);
+    pool.bias(room.bias, bh, i);
+    V cap = all(p.cap * LOG2E);
+    for (int64_t chunk = 0; chunk < pool.chunks; chunk++)
+        for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
+            if (p.variance) pool.capped_terms(room.terms, room.squares + r0 * g.padded, chunk);
+            int64_t n = pool.keys(chunk), first = chunk * POOL;
+            auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {
+                if (p.variance) x += load(room.terms + r * POOL + c);
+                return x + load(room.bias + first + c);
+            };
+            weights_and_gradients(
+                room.probability, room.gradient, room.ld, n, q + r0 * g.padded, pool.mean_t + first * g.channels, dout + r0 * g.padded, pool.value_t + first * g.channels,
+                POOL, g.padded, g.channels, KeepAll{}, edit, [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
+                [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
+            product(room.a + r0 * g.padded, g.padded, room.gradient, room.ld, pool.mean + first * g.padded, g.padded, n, g.padded, ONES);
+            if (!p.variance) continue;
+            for (int r = 0; r < ROWS; r++)  // past the cap the variance has no part in the logit
+                for (int64_t c = 0; c < n; c += LANES) {
+                    I below = load(room.terms + r * POOL + c) < cap;
+                    store(room.gradient + r * room.ld + c, select(below, load(room.gradient + r * room.ld + c), V{}));
+                }
+            product(room.b + r0 * g.padded, g.padded, room.gradient, room.ld, pool.var + first * g.padded, g.padded, n, g.padded, ONES);
+        }
+}
+
+struct PoolGradient {
+    static constexpr int64_t GROUP = 4 * ROWS;  // pooled keys per task
+    const Geometry& g;
+    const Pool& pool;
+    Array<float> dmean, dvar, dvalue;  // [k_blocks, padded]
+    Array<float> doffset;              // [k_blocks]
+    Array<uint8_t> kept;               // [q_blocks, k_blocks]
+
+    PoolGradient(const Geometry& g, const Pool& pool)
+        : g(g), pool(pool), dmean((g.p.k_blocks + GROUP) * g.padded), dvar((g.p.k_blocks + GROUP) * g.padded), dvalue((g.p.k_blocks + GROUP) * g.padded),
+          doffset(g.p.k_blocks + GROUP), kept(g.p.q_blocks * g.p.k_blocks) {}
+
+    int64_t tasks() const { return (g.p.k_blocks + GROUP - 1) / GROUP; }
+
+    void mark(int64_t bh, int64_t i) {
+        __builtin_memset(kept + i * g.p.k_blocks, 0, g.p.k_blocks);
+        Geometry::List l = g.list(bh, i);
+        for (int64_t n = 0; n < l.count; n++) kept[i * g.p.k_blocks + l.blocks[n]] = 1;
+    }
+
+    // The gradients of GROUP pooled keys, from all image query blocks.
+    void keys(const Queries& queries, BackwardRoom& room, int64_t bh, int64_t task) {
+        const Problem& p = g.p;
+        int64_t first = task * GROUP, count = std::min(GROUP, p.k_blocks - first);
+        __builtin_memset(dmean + first * g.padded, 0, GROUP * g.padded * 4);
+        __builtin_memset(dvar + first * g.padded, 0, GROUP * g.padded * 4);
+        __builtin_memset(dvalue + first * g.padded, 0, GROUP * g.padded * 4);
+        __builtin_memset(doffset + first, 0, GROUP * 4);
+        for (int64_t i = 0; i < p.q_blocks; i++) {
+            if (p.variance) {
+                square(room.squares, queries.q.row(i), g.rows() * g.padded);
+                square(room.squares_t, queries.q.column(i), g.channels * g.width);
+            }
+            for (int64_t j = first; j < first + count; j += ROWS) keys_from_block(queries, room, bh, j, i);
+        }
+        for (int64_t e = first * g.padded; e < (first + count) * g.padded; e++) dmean[e] *= 1.f / LOG2E, dvar[e] *= 0.5f / (LOG2E * LOG2E);
+    }
+
+    void keys_from_block(const Queries& queries, BackwardRoom& room, int64_t bh, int64_t j, int64_t i) {
+        const Problem& p = g.p;
+        int64_t n = g.query(i).count;
+        float bias[ROWS], offset = p.offset ? p.offset[g.head(bh)] * LOG2E : 0.f;
+        for (int64_t r = 0; r < ROWS; r++)
+            bias[r] = j + r < p.k_blocks && !kept[i * p.k_blocks + j + r] ? pool.log2_count[j + r] + offset : -INFINITY;
+        V cap = all(p.cap * LOG2E);
+        float* terms = room.uncapped;
+        if (p.variance)
+            for_strips(round_up(n, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+                V x[ROWS][strip.value];
+                for (int r = 0; r < ROWS; r++)
+                    for (int s = 0; s < strip.value; s++) x[r][s] = V{};
+                tile<strip.value>(x, pool.var + j * g.padded, g.padded, room.squares_t + c, g.width, g.channels);
+                for (int r = 0; r < ROWS; r++)
+                    for (int s = 0; s < strip.value; s++) store(terms + r * room.ld + c + s * LANES, min(x[r][s] * (0.5f / LOG2E), cap));
+            });
+        const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
+        auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {
+            if (p.variance) x += load(terms + r * room.ld + c);
+            return x + bias[r];
+        };
+        weights_and_gradients(
+            room.probability, room.gradient, room.ld, n, pool.mean + j * g.padded, queries.q.column(i), pool.value + j * g.padded, queries.dout.column(i), g.width,
+            g.padded, g.channels, KeepAll{}, edit, [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(lse2 + c); },
+            [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
+        product(dvalue + j * g.padded, g.padded, room.probability, room.ld, queries.dout.row(i), g.padded, n, g.padded, ONES);
+        product(dmean + j * g.padded, g.padded, room.gradient, room.ld, queries.q.row(i), g.padded, n, g.padded, ONES);
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t c = 0; c < n; c++) doffset[j + r] += room.gradient[r * room.ld + c];
+        if (!p.variance) return;
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t c = 0; c < n; c += LANES) {
+                I below = load(terms + r * room.ld + c) < cap;
+                store(room.gradient + r * room.ld + c, select(below, load(room.gradient + r * room.ld + c), V{}));
+            }
+        product(dvar + j * g.padded, g.padded, room.gradient, room.ld, room.squares, g.padded, n, g.padded, ONES);
+    }
+
+    // Add block j's share to the gradients of its tokens.
+    void distribute(float* dk, float* dv, const float* key, int64_t j) const {
+        int64_t n = g.key(j).count;
+        const float *m = pool.mean + j * g.padded, *dm = dmean + j * g.padded, *ds = dvar + j * g.padded, *dx = dvalue + j * g.padded;
+        for (int64_t r = 0; r < n; r++)
+            for (int64_t d = 0; d < g.channels; d++) {
+                int64_t at = r * g.padded + d;
+                dk[at] += (dm[d] + 2 * (key[at] - m[d]) * ds[d]) / float(n);
+                dv[at] += dx[d] / float(n);
+            }
+    }
+
+    float offset_sum() const {
+        float sum = 0;
+        for (int64_t j = 0; j < g.p.k_blocks; j++) sum += doffset[j];
+        return sum;
+    }
+};

@@ -1,0 +1,11 @@
+// Standard headers, read before a translation unit turns its instruction set on, so that no shared inline function is compiled for it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "memory.h"
+#include "problem.h"

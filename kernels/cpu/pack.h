@@ -1,0 +1,132 @@
+// From the caller's tensors to float panels, one head at a time, and the geometry of blocks.
+
+static inline float widen(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t narrow(float x) {  // to bfloat16, nearest even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    if (x != x) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// out[i, :] = factor · row (first + i), for i below count; out has leading dimension ld
+static inline void read_rows(float* out, int64_t ld, const Rows& in, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels, float factor) {
+    int64_t base = b * in.batch + h * in.head + first * in.row;
+    for (int64_t i = 0; i < count; i++, base += in.row) {
+        float* to = out + i * ld;
+        if (in.bf16) {
+            const uint16_t* from = static_cast<const uint16_t*>(in.data) + base;
+            for (int64_t d = 0; d < channels; d++) to[d] = factor * widen(from[d]);
+        } else {
+            const float* from = static_cast<const float*>(in.data) + base;
+            for (int64_t d = 0; d < channels; d++) to[d] = factor * from[d];
+        }
+    }
+}
+
+static inline void write_rows(const Rows& out, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels, const float* in, int64_t ld) {
+    int64_t base = b * out.batch + h * out.head + first * out.row;
+    for (int64_t i = 0; i < count; i++, base += out.row) {
+        const float* from = in + i * ld;
+        if (out.bf16) {
+            uint16_t* to = static_cast<uint16_t*>(out.data) + base;
+            for (int64_t d = 0; d < channels; d++) to[d] = narrow(from[d]);
+        } else {
+            __builtin_memcpy(static_cast<float*>(out.data) + base, from, channels * 4);
+        }
+    }
+}
+
+// A run of tokens: where it begins in the sequence and among the image tokens (-1 outside the image), and how many.
+struct Run {
+    int64_t place, image, count;
+};
+
+// Blocks of one problem. Key blocks: the image's, then the text's, then the extra keys'. Query blocks: the image's, then the text's.
+struct Geometry {
+    const Problem& p;
+    int64_t channels, padded;     // D, and D rounded up to whole vectors
+    int64_t width;                // panel rows per block, a multiple of ROWS and of LANES
+    int64_t chunk;                // tokens per text or extra block
+    int64_t text_blocks, extra_blocks, key_blocks, query_blocks;
+    int first_axis = 1;           // of the coordinates that differ at all: 0 in a video, 1 in an image
+
+    explicit Geometry(const Problem& p) : p(p), channels(p.channels), padded(round_up(p.channels, LANES)) {
+        int64_t widest = 1;
+        for (int64_t i = 0; i < p.q_blocks; i++) widest = std::max<int64_t>(widest, p.q_starts[i + 1] - p.q_starts[i]);
+        for (int64_t i = 0; i < p.k_blocks; i++) widest = std::max<int64_t>(widest, p.k_starts[i + 1] - p.k_starts[i]);
+        chunk = std::max<int64_t>(16, std::min<int64_t>(64, widest));
+        width = round_up(std::max(widest, chunk), LANES);
+        text_blocks = (p.text + chunk - 1) / chunk;
+        extra_blocks = (p.extra + chunk - 1) / chunk;
+        key_blocks = p.k_blocks + text_blocks + extra_blocks;
+        query_blocks = p.q_blocks + text_blocks;
+        for (int64_t n = 0; n < p.image; n++)
+            if (p.coords[n]) first_axis = 0;
+    }
+    int64_t tokens() const { return p.text + p.image; }
+    int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel
+    int64_t head(int64_t bh) const { return bh % p.heads; }
+
+    Run text_run(int64_t i) const {
+        return {p.text_start + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
+    }
+    Run query(int64_t i) const {
+        if (i >= p.q_blocks) return text_run(i - p.q_blocks);
+        return {p.image_start + p.q_starts[i], p.q_starts[i], p.q_starts[i + 1] - p.q_starts[i]};
+    }
+    bool is_extra(int64_t j) const { return j >= p.k_blocks + text_blocks; }
+    Run key(int64_t j) const {  // for extra keys, `place` counts among them
+        if (j < p.k_blocks) return {p.image_start + p.k_starts[j], p.k_starts[j], p.k_starts[j + 1] - p.k_starts[j]};
+        if (!is_extra(j)) return text_run(j - p.k_blocks);
+        int64_t first = (j - p.k_blocks - text_blocks) * chunk;
+        return {first, -1, std::min(chunk, p.extra - first)};
+    }
+
+    // The lists of a query block of image tokens.
+    struct List {
+        const int32_t* blocks;
+        int64_t count, full;
+    };
+    List list(int64_t bh, int64_t i) const {
+        int64_t at = bh * p.lists_per_head * p.q_blocks + i;
+        return {p.lists + at * p.list_width, p.counts[at], p.full[at]};
+    }
+
+    // Calls body(key block, whether its pairs need the predicate) for all that query block i visits.
+    template <class Body>
+    void for_visits(int64_t bh, int64_t i, Body&& body) const {
+        if (i >= p.q_blocks) {
+            for (int64_t j = 0; j < p.k_blocks + text_blocks; j++) body(j, false);
+            return;
+        }
+        List l = list(bh, i);
+        for (int64_t n = 0; n < l.count; n++) body(l.blocks[n], n >= l.full);
+        for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, false);
+    }
+
+    void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {
+        Run run = key(j);
+        if (!is_extra(j)) return read_rows(out, padded, from, bh / p.heads, head(bh), run.place, run.count, channels, 1.f);
+        const float* row = extra + (bh * p.extra + run.place) * channels;
+        for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(out + n * padded, row + n * channels, channels * 4);
+    }
+};
+
+// One head's blocks as panels: `rows` [blocks, panel rows, padded], `columns` [blocks, channels, width] (transposed). Zero past the end.
+struct Panels {
+    int64_t row_size, column_size;
+    Array<float> rows, columns;
+    Panels(const Geometry& g, int64_t blocks, bool with_rows, bool with_columns)
+        : row_size(g.rows() * g.padded), column_size(g.channels * g.width) {
+        if (with_rows) rows.allocate(blocks * row_size);
+        if (with_columns) columns.allocate(blocks * column_size);
+    }
+    float* row(int64_t i) const { return rows + i * row_size; }
+    float* column(int64_t i) const { return columns + i * column_size; }
+};

@@ -1,0 +1,87 @@
+// The pooled rest: means and variances of key blocks, in chunks of POOL pooled keys, and their logits.
+//   logit = s·q·k̄ + log n + c + min(s²/2 · Σ_d q_d² Var_d, cap), here times log2(e), with q scaled by s·log2(e)
+
+struct Pool {
+    const Geometry& g;
+    const int64_t chunks;
+    Array<float> mean_t, var_t;     // [chunks, channels, POOL]; the variance is scaled to the logit's units
+    Array<float> mean, var, value;  // [k_blocks, padded], natural units
+    Array<float> value_t;           // [chunks, channels, POOL], for the backward pass alone
+    Array<float> log2_count;        // [chunks · POOL], -inf past the last block
+
+    Pool(const Geometry& g, bool backward)
+        : g(g), chunks((g.p.k_blocks + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels), var_t(chunks * POOL * g.channels),
+          mean((g.p.k_blocks + ROWS) * g.padded), var((g.p.k_blocks + ROWS) * g.padded), value((g.p.k_blocks + ROWS) * g.padded),
+          log2_count(chunks * POOL) {
+        if (backward) value_t.allocate(chunks * POOL * g.channels);
+        for (int64_t j = 0; j < chunks * POOL; j++) {
+            int64_t n = j < g.p.k_blocks ? g.p.k_starts[j + 1] - g.p.k_starts[j] : 0;
+            log2_count[j] = n == 0 ? -INFINITY : g.p.log_count ? std::log2(float(n)) : 0.f;
+        }
+    }
+
+    void fill(int64_t j, const float* keys, const float* vals) {
+        int64_t n = g.key(j).count, d = g.padded, chunk = j / POOL, at = j % POOL;
+        float *m = mean + j * d, *s = var + j * d, *o = value + j * d;
+        for (int64_t c = 0; c < d; c += LANES) {
+            V sum{}, sum_v{}, square{};
+            for (int64_t i = 0; i < n; i++) sum += load(keys + i * d + c), sum_v += load(vals + i * d + c);
+            V centre = sum * (1.f / n);
+            for (int64_t i = 0; i < n; i++) {
+                V x = load(keys + i * d + c) - centre;
+                square += x * x;
+            }
+            store(m + c, centre), store(o + c, sum_v * (1.f / n)), store(s + c, square * (1.f / n));
+        }
+        for (int64_t c = 0; c < g.channels; c++) {
+            mean_t[(chunk * g.channels + c) * POOL + at] = m[c];
+            var_t[(chunk * g.channels + c) * POOL + at] = s[c] * (0.5f / LOG2E);
+            if (value_t) value_t[(chunk * g.channels + c) * POOL + at] = o[c];
+        }
+    }
+
+    int64_t keys(int64_t chunk) const { return std::min<int64_t>(POOL, g.p.k_blocks - chunk * POOL); }
+
+    // log2 n + offset for each pooled key of query block i, -inf for those it keeps
+    void bias(float* out, int64_t bh, int64_t i) const {
+        float offset = g.p.offset ? g.p.offset[g.head(bh)] * LOG2E : 0.f;
+        for (int64_t j = 0; j < chunks * POOL; j++) out[j] = log2_count[j] + offset;
+        Geometry::List l = g.list(bh, i);
+        for (int64_t n = 0; n < l.count; n++) out[l.blocks[n]] = -INFINITY;
+    }
+
+    // The variance term of a strip of logits, before the cap: q²·Var
+    template <int N>
+    static inline void variance_tile(V (&x)[ROWS][N], const float* squares, int64_t ld, const float* var_t, int64_t depth) {
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < N; s++) x[r][s] = V{};
+        tile<N>(x, squares, ld, var_t, POOL, depth);
+    }
+
+    // Add all pooled keys to a softmax; `squares` [rows, padded]: its scaled queries squared; `terms`: room for ROWS × POOL.
+    void visit(Softmax& softmax, int64_t queries, const float* squares, const float* bias, float* terms) const {
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            for (int64_t r0 = 0; r0 < queries; r0 += ROWS) {
+                if (g.p.variance) capped_terms(terms, squares + r0 * g.padded, chunk);
+                auto edit = [&](int64_t row, int64_t c, V x) __attribute__((always_inline)) {
+                    if (g.p.variance) x += load(terms + (row - r0) * POOL + c);
+                    return x + load(bias + chunk * POOL + c);
+                };
+                softmax.visit_rows(r0, mean_t + chunk * POOL * g.channels, POOL, value + chunk * POOL * g.padded, keys(chunk), edit);
+            }
+    }
+
+    void capped_terms(float* out, const float* squares, int64_t chunk) const {
+        V cap = all(g.p.cap * LOG2E);
+        for_strips(POOL, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            V x[ROWS][strip.value];
+            variance_tile<strip.value>(x, squares, g.padded, var_t + chunk * POOL * g.channels + c, g.channels);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < strip.value; s++) store(out + r * POOL + c + s * LANES, min(x[r][s], cap));
+        });
+    }
+};
+
+static inline void square(float* out, const float* in, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * in[i];
+}

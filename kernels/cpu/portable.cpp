@@ -1,0 +1,7 @@
+// For any CPU: 128-bit vectors, which every compiler maps to what there is.
+#include "common.h"
+#define TARGET portable
+#define LANES 4
+#define ROWS 4
+#define STRIP 2
+#include "target.h"

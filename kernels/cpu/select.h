@@ -1,0 +1,54 @@
+// Pooled scores and their best key blocks, for each query block.
+
+static inline void block_mean(float* out, const Rows& x, int64_t bh, int64_t heads, int64_t first, int64_t count, int64_t channels, float* row) {
+    for (int64_t d = 0; d < channels; d++) out[d] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        read_rows(row, channels, x, bh / heads, bh % heads, first + i, 1, channels, 1.f);
+        for (int64_t d = 0; d < channels; d++) out[d] += row[d];
+    }
+    for (int64_t d = 0; d < channels; d++) out[d] /= float(count);
+}
+
+// The `top` largest of n scores, ties to the lower index, written in ascending order; NaN counts as the largest, as in torch.topk.
+static inline void best(int32_t* out, const float* score, int32_t* order, int64_t n, int64_t top) {
+    for (int64_t j = 0; j < n; j++) order[j] = int32_t(j);
+    auto before = [score](int32_t a, int32_t b) {
+        float x = score[a], y = score[b];
+        bool nan_x = x != x, nan_y = y != y;
+        if (nan_x != nan_y) return nan_x;
+        if (!nan_x && x != y) return x > y;
+        return a < b;
+    };
+    if (top < n) std::nth_element(order, order + top, order + n, before);
+    std::sort(order, order + top);
+    __builtin_memcpy(out, order, top * 4);
+}
+
+void select_blocks(const Selection& s) {
+    const int64_t columns = round_up(s.k_blocks, LANES), rows = round_up(s.q_blocks, ROWS), d = s.channels;
+    Array<float> q_mean(rows * d), k_mean_t(d * columns);
+    Team team(s.threads);
+    std::vector<Array<float>> scores, means;
+    std::vector<Array<int32_t>> orders;
+    for (int t = 0; t < team.size(); t++) scores.emplace_back(ROWS * columns), means.emplace_back(2 * d), orders.emplace_back(s.k_blocks);
+    team.run([&](int thread) {
+        float *mean = means[size_t(thread)], *score = scores[size_t(thread)];
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            team.share(s.k_blocks, [&](int64_t j) {
+                block_mean(mean, s.k, bh, s.heads, s.k_starts[j], s.k_starts[j + 1] - s.k_starts[j], d, mean + d);
+                for (int64_t c = 0; c < d; c++) k_mean_t[c * columns + j] = mean[c];
+            });
+            team.share(s.q_blocks, [&](int64_t i) {
+                block_mean(q_mean + i * d, s.q, bh, s.heads, s.q_starts[i], s.q_starts[i + 1] - s.q_starts[i], d, mean);
+            });
+            team.share(rows / ROWS, [&](int64_t group) {
+                product(score, columns, q_mean + group * ROWS * d, d, k_mean_t, columns, d, columns, nullptr);
+                for (int64_t r = 0; r < ROWS && group * ROWS + r < s.q_blocks; r++) {
+                    if (s.weight)
+                        for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] *= s.weight[j];
+                    best(s.lists + (bh * s.q_blocks + group * ROWS + r) * s.top, score + r * columns, orders[size_t(thread)], s.k_blocks, s.top);
+                }
+            });
+        }
+    });
+}

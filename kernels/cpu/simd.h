@@ -1,0 +1,76 @@
+// Vectors of LANES floats by the compiler's vector extension: one source for AVX-512, AVX2, NEON and portable code.
+// Included inside a target's namespace, after target.h has set LANES.
+
+typedef float V __attribute__((vector_size(LANES * 4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+
+static inline V load(const float* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline I load(const int32_t* p) {
+    I v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+static inline V all(float x) { return x - V{}; }
+static inline I all(int32_t x) { return x - I{}; }
+static inline V max(V a, V b) { return a > b ? a : b; }
+static inline V min(V a, V b) { return a < b ? a : b; }
+static inline V select(I mask, V a, V b) { return mask ? a : b; }
+
+// acc += x · y. On x86 the form that overwrites the sum is asked for by name: left to itself, GCC 12 picks the one that overwrites a
+// factor and then spills half of a register tile in every turn of the inner loop.
+static inline __attribute__((always_inline)) void fma(V& acc, V x, V y) {
+#if defined(__x86_64__) && LANES > 4
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
+#else
+    acc += x * y;
+#endif
+}
+
+// Lanes folded in halves: the same order of sums on every machine with as many lanes.
+typedef float V4 __attribute__((vector_size(16)));
+static inline V4 fold(V v, bool sum) {
+    V4 part[LANES / 4];
+    __builtin_memcpy(part, &v, sizeof v);
+    for (int half = LANES / 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = sum ? part[i] + part[i + half] : part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
+}
+static inline float horizontal_max(V v) {
+    V4 x = fold(v, false);
+    float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+}
+static inline float horizontal_sum(V v) {
+    V4 x = fold(v, true);
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+// 2^x to 2 ulp; exactly 0 below 2^-126, NaN for NaN. The polynomial is the truncated series refitted on [-1/2, 1/2].
+static inline V exp2(V x) {
+    const float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to the nearest integer
+    I tiny = x < all(-126.f);
+    V y = tiny ? V{} : x;
+    V shifted = y + MAGIC;
+    V f = y - (shifted - MAGIC);
+    V p = all(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.f;
+    I bits;
+    __builtin_memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits - 0x4B400000 + 127) << 23;
+    V power;
+    __builtin_memcpy(&power, &bits, sizeof power);
+    return tiny ? V{} : p * power;
+}
+
+static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+static const float NEVER = -1e30f;  // stands for -inf where a difference of two must not be NaN

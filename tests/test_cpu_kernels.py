@@ -1,0 +1,223 @@
+"""What the compiled CPU kernels promise besides equality with the oracle (test_operator.py): every width and odd grid, any number of
+threads, strided and poisoned inputs, PyTorch's operator rules, and clear refusals."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close_as_eager, gradients, oracle, random_parameters
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_accel.errors import BackendError
+from dit_accel.kernels import blocks, dispatch
+from dit_accel.kernels.cpu import native, ops
+from dit_accel.layout import TokenLayout
+from dit_accel.operator import attend, attention
+from dit_accel.plan import make_plan
+from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Disc, DiscBlocks, Fovea, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
+
+SPECS = {
+    "fovea": Fovea(0.2),
+    "fovea-radius": Fovea(radius=3),
+    "clear": CLEAR(4),
+    "clear-downsample": CLEAR(3, downsample=2),
+    "sla": SLA(0.3, block=(32, 16)),
+    "sla-all": SLA(0.3, "elu", "all"),
+    "linear-mass": AttentionSpec((TopK(0.2),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16)),
+    "gna": GNA((4, 6), stride=(2, 3), dilation=(1, 2)),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def run(qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None) -> tuple[Tensor, Tensor]:
+    return attention(*qkv, spec, layout, params=params, backend="cpu", return_lse=True)
+
+
+def assert_equals_oracle(spec: AttentionSpec, shape: Shape) -> None:
+    qkv, params = shape.inputs(), random_parameters(spec, shape)
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, torch.float32))
+    with torch.no_grad():
+        got = run(qkv, spec, shape.layout, params)
+    assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
+    assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
+
+
+def own_gradients(spec: AttentionSpec, shape: Shape) -> dict[str, Tensor]:
+    return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params), spec, shape, torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 160, 256])
+@pytest.mark.parametrize("name", ["fovea", "sla", "clear"])
+def test_every_head_dim(name: str, head_dim: int) -> None:
+    assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5))
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 1, 65), (1, 20, 50)], ids=str)
+@pytest.mark.parametrize("text", [0, 1, 77, 512])
+@pytest.mark.parametrize("name", ["fovea", "fovea-radius", "sla", "clear", "gna"])
+def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int) -> None:
+    assert_equals_oracle(SPECS[name], Shape(1, 1, 16, grid, text, text != 77))
+
+
+@every_spec
+def test_threads_change_no_bit(spec: AttentionSpec) -> None:
+    shape, found, threads = Shape(1, 3, 24, (1, 19, 21), 7), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append((run(shape.inputs(), spec, shape.layout), own_gradients(spec, shape)))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
+
+
+@every_spec
+def test_strided_inputs_amid_poison(spec: AttentionSpec) -> None:
+    shape = Shape(2, 3, 40, (1, 11, 13), 6)
+    plain = shape.inputs()
+    wide = torch.full((2, shape.layout.tokens + 4, 5, 3 * 48), math.nan)
+    views = [wide[:, 2:-2, 1:4, 48 * i : 48 * i + 40].transpose(1, 2) for i in range(3)]  # [B, H, N, D] of a fused projection
+    for view, x in zip(views, plain, strict=True):
+        view.copy_(x)
+    torch.testing.assert_close(run(views, spec, shape.layout), run(plain, spec, shape.layout), rtol=0, atol=0)
+
+
+@every_spec
+def test_one_nan_stays_in_sight(spec: AttentionSpec) -> None:
+    shape = Shape(1, 1, 16, (1, 8, 8))
+    for which in range(3):
+        qkv = shape.inputs()
+        qkv[which][0, 0, 9, 3] = math.nan
+        assert run(qkv, spec, shape.layout)[0][0, 0, 9].isnan().any()
+
+
+def test_scores_that_tie_keep_the_first_blocks() -> None:
+    q = torch.ones(1, 2, 96, 8)
+    starts = torch.arange(0, 97, 16, dtype=torch.int32)
+    assert ops.select_blocks(q, q, starts, starts, None, 3).tolist() == [[[0, 1, 2]] * 6] * 2
+
+
+def test_selection_equals_the_reference() -> None:
+    q, k, _ = Shape(2, 2, 24, (1, 10, 30)).inputs()
+    starts = torch.cat([torch.arange(0, 300, 32), torch.tensor([300])])
+    cut = blocks.Blocks.from_starts(starts)
+    weight = cut.count.sqrt()
+    means = [blocks.pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
+    wanted = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
+    got = ops.select_blocks(q, k, starts.int(), starts.int(), weight, 4)
+    assert got.dtype == torch.int32
+    assert got.tolist() == wanted.tolist()
+
+
+@every_spec
+def test_obeys_the_rules_of_operators(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    shape, real = Shape(1, 2, 8, (1, 7, 9), 3), ops.attention
+
+    def record(*args: Any) -> Any:
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(ops, "attention", record)
+    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape))
+    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in calls[0])
+    torch.library.opcheck(real, given)
+
+
+@every_spec
+def test_compiles_without_a_break(spec: AttentionSpec) -> None:
+    shape = Shape(1, 2, 8, (1, 7, 9), 3)
+    layout = shape.layout
+    run(shape.inputs(), spec, layout)  # the plan is made outside of the graph, as a model's hook does
+    plan, params = make_plan(spec, layout, torch.device("cpu")), random_parameters(spec, shape)
+    compiled = torch.compile(
+        lambda q, k, v: attend(q, k, v, spec, layout, plan, params(), None, "auto"), backend="aot_eager", fullgraph=True
+    )
+    qkv, again = shape.inputs(grad=True), shape.inputs(grad=True)
+    out, wanted = compiled(*qkv)[0], run(again, spec, layout, params)[0]
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+    out.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close([x.grad for x in qkv], [x.grad for x in again], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shown"),
+    [
+        pytest.param([torch.zeros(1, 1, 16, 12)] * 3, "head_dim of 8 to 256 in steps of 8, got 12", id="head-dim-12"),
+        pytest.param([torch.zeros(1, 1, 16, 264)] * 3, "got 264", id="head-dim-264"),
+        pytest.param([torch.zeros(1, 1, 16, 8, dtype=torch.float64)] * 3, "got torch.float64", id="float64"),
+        pytest.param([torch.zeros(1, 1, 16, 8, device="meta")] * 3, "on meta", id="meta"),
+    ],
+)
+def test_says_what_it_can_not_run(inputs: list[Tensor], shown: str) -> None:
+    with pytest.raises(BackendError, match=re.escape(shown)):
+        run(inputs, CLEAR(2), TokenLayout((1, 4, 4)))
+
+
+def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "CPU_TARGET", "none")
+    chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)
+    assert (chosen, "C++17 compiler" in why) == ("reference", True)
+    with pytest.raises(BackendError, match=re.escape("C++17 compiler")):
+        dispatch.choose("cpu", torch.device("cpu"), torch.float32, 64)
+
+
+@pytest.mark.parametrize("wanted", ["sse9", "", "none"], ids=repr)
+def test_refuses_an_unknown_target(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.TARGET_VARIABLE, wanted)
+    shape = Shape(1, 1, 8, (1, 4, 4))
+    with pytest.raises(ValueError, match=re.escape(f"got {wanted!r}")):
+        run(shape.inputs(), CLEAR(2), shape.layout)
+
+
+# Any spec on any shape
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> AttentionSpec:
+    order = draw(st.sampled_from([Raster(), Tiles((4, 4)), Tiles((2, 4, 4)), Tiles((8, 8))]))
+    block = (math.prod(order.sides),) * 2 if isinstance(order, Tiles) else draw(st.sampled_from([(16, 16), (64, 32), (16, 128)]))
+    top = TopK(draw(st.floats(0.01, 1.0)), draw(st.booleans()))
+    disc, window = Disc(draw(st.floats(0.1, 30))), Window(draw(st.integers(1, 9)), 1, draw(st.integers(1, 3)))
+    boxes = [top, DiscBlocks(draw(st.floats(0.1, 9)))] if isinstance(order, Tiles) else [top]
+    keep, exact = draw(
+        st.sampled_from([((top,), False), ((disc,), True), ((disc, window), True), ((top, window), True), (tuple(boxes), False)])
+    )
+    rest, merge = draw(
+        st.sampled_from(
+            [(None, None), (Linear("elu", "all"), Mass())] if exact else [(None, None), (Pooled(), Mass()), (Linear("relu"), Mass())]
+        )
+    )
+    return AttentionSpec(keep, rest, merge, order, block)
+
+
+@given(
+    specs(), st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 20)), st.integers(0, 40), st.sampled_from([8, 24, 40]),
+    st.booleans(), st.sampled_from([1.0, 30.0]), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_any_spec_on_any_shape_is_finite_and_near_the_reference(
+    spec: AttentionSpec, grid: tuple[int, int, int], text: int, head_dim: int, text_first: bool, size: float, backward: bool
+) -> None:
+    layout = TokenLayout(grid, text, text_first)
+    seed = torch.Generator().manual_seed(text)
+    q, k, v = (x * torch.randn(1, 1, layout.tokens, head_dim, generator=seed) for x in (size, 1.0, 1.0))
+    qkv = [x.requires_grad_(backward) for x in (q, k, v)]
+    out, lse = run(qkv, spec, layout)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    if backward:
+        (out.sum() + lse.sum()).backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in qkv)
+    eager, exact = (attention(*(x.detach().to(d) for x in qkv), spec, layout, backend="reference") for d in (torch.float32, torch.float64))
+    error, allowed, largest = ((out.detach() - exact).abs().max(), (eager - exact).abs().max(), v.detach().abs().max())
+    # maxima over as few as eight numbers: eager's may be lucky, hence the roundings of a sum beside it
+    assert error <= 4 * allowed + 16 * torch.finfo(torch.float32).eps * largest
