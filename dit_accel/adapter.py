@@ -248,6 +248,7 @@ def _install_weights(model: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
         _load_lora(model, tensors[LORA])
         activate_lora(model, active)
     (_, patch), *_ = patches_of(model)
+    patch.context.trained = LORA in tensors or FULL in tensors
     for name, value in tensors.get(FULL, {}).items():
         parameter = model.get_parameter(name)
         patch.weights[name] = parameter.detach().clone()

@@ -27,7 +27,7 @@ from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
 from dit_accel.kernels import reference
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, dense, find_transformers, forward_names, operators_of, patches_of, restore
+from dit_accel.patch import accelerate, always, dense, find_transformers, forward_names, operators_of, patches_of, restore
 from dit_accel.plan import kept_density, multiply_adds
 from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea, Mass, Pooled, Raster, Tiles, TopK
 
@@ -98,7 +98,7 @@ def capture_qkv(pipe: Any, forward: Forward) -> Iterator[Captured]:
     try:
         for name, operator in operators_of(pipe).items():
             operator.forward = dense_instead(name)  # type: ignore[method-assign]
-        with torch.no_grad():
+        with torch.no_grad(), always(pipe):
             predict(find_transformers(pipe)[0], forward.arguments)
         ((_, patch),) = patches_of(pipe)
         layout, _ = patch.context.current()
@@ -163,8 +163,8 @@ def bench_quality(
                     rows[name].append(pair)
     table: dict[str, dict[str, float]] = {}
     for name, spec in specs.items():
-        accelerate(pipe, spec)
-        velocity = velocity_errors(pipe, forwards)
+        with always(accelerate(pipe, spec)):
+            velocity = velocity_errors(pipe, forwards)
         restore(pipe)
         table[name] = {
             "attention_error": statistics.mean(error for error, _ in rows[name]),
@@ -289,7 +289,7 @@ def step_times(pipe: Any, transformer: Any, arguments: dict[str, Any], spec: Att
             predict(transformer, arguments)
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), always(pipe):
             for warm in (accelerated, original):  # plans, allocations and caches of this size
                 warm()
             for times in calls.values():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel import crossover
+from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family
@@ -19,14 +21,19 @@ class Context:
     """Per-model state, written by the hooks at the transformer's boundary and read by its operators.
 
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
-    student's. `active`: the operators run in the forward at hand. `step`: index of the denoising step.
+    student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
+    weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `step`: index of the
+    denoising step. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
 
-    def __init__(self, family: Family, spec: AttentionSpec, names: list[str], *, dense_steps: int, backend: str, strict: bool) -> None:
-        self.family, self.spec, self.names = family, spec, names
+    def __init__(
+        self, family: Family, spec: AttentionSpec, names: list[str], head_dim: int, *, dense_steps: int, backend: str, strict: bool
+    ) -> None:
+        self.family, self.spec, self.names, self.head_dim = family, spec, names, head_dim
         self.dense_steps, self.backend, self.strict = dense_steps, backend, strict
-        self.enabled, self.in_order = True, False
+        self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
+        self._said: set[tuple[int, int, int]] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
     def _forget(self) -> None:
@@ -34,6 +41,7 @@ class Context:
         self.permuted = False
         self.layout: TokenLayout | None = None
         self.plan: Plan | None = None
+        self.crossover: Crossover | None = None
         self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: Tensor | None = None
         self.step, self._timestep = 0, float("inf")
@@ -51,6 +59,13 @@ class Context:
     def tokens(self) -> int:
         """Tokens of the sequence in the forward at hand."""
         return self.layout.tokens if self.layout else -1
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the grid at hand is left to the original attention because that is faster."""
+        if self.crossover is None or self.always or self.trained or torch.is_grad_enabled():
+            return False
+        return self.crossover.loses
 
     def current(self) -> tuple[TokenLayout, Plan]:
         """Layout and plan of the forward at hand."""
@@ -75,7 +90,7 @@ class Context:
         self._observe(arguments)
         if self.layout is None:
             return None
-        self.active = self.enabled and self.step >= self.dense_steps
+        self.active = self.enabled and self.step >= self.dense_steps and not self.leaves
         self.permuted = self._orders is not None and (self.active or self.in_order)
         if not self.permuted:
             return None
@@ -114,15 +129,16 @@ class Context:
             if isinstance(grid, str):
                 self.layout = self.plan = self._orders = None
             else:
-                self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"].device)
+                self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"])
         elif self.layout is not None and self.layout.text != self.family.text(arguments):
-            self._set_geometry(self.layout.grid, self.family.text(arguments), arguments["hidden_states"].device)
+            self._set_geometry(self.layout.grid, self.family.text(arguments), arguments["hidden_states"])
         if self._reason is not None:
             self.fall_back(self._reason)
         elif self.dense_steps:
             self._count_step(float(arguments[self.family.timestep].flatten()[0]), arguments["hidden_states"])
 
-    def _set_geometry(self, grid: tuple[int, int, int], text: int, device: torch.device) -> None:
+    def _set_geometry(self, grid: tuple[int, int, int], text: int, hidden: Tensor) -> None:
+        device, dtype = hidden.device, hidden.dtype
         self.layout = TokenLayout(grid, text, self.family.text_first, self.spec.order)
         self.plan = make_plan(self.spec, self.layout, device)
         if isinstance(self.spec.order, Raster):
@@ -130,6 +146,17 @@ class Context:
         else:
             inverse = make_plan(self.spec, TokenLayout(grid), device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
+        self.crossover = None
+        if self.backend == "auto" and not self.strict and device.type == "cpu":
+            self.crossover = crossover.measured(self.spec, self.layout, self.head_dim, dtype)
+        if self.enabled and self.leaves and grid not in self._said:
+            self._said.add(grid)
+            size = f"{grid[1]}×{grid[2]} tokens" if grid[0] == 1 else f"{grid[0]}×{grid[1]}×{grid[2]} tokens"
+            warnings.warn(
+                f"dit_accel: the original attention runs at {size}, because it is faster there: {self.crossover}. "
+                "accelerate(..., strict=True) runs the method all the same",
+                stacklevel=2,
+            )
 
     def is_image_alone(self, length: int) -> bool:
         """Whether a call of this length has the image's tokens without the text's."""

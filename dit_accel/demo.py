@@ -29,7 +29,7 @@ from dit_accel.finetune.distill import distill
 from dit_accel.finetune.samples import Forward, collect
 from dit_accel.layout import raster_order
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, find_transformers, restore, summary
+from dit_accel.patch import accelerate, always, find_transformers, restore, summary
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.report import write_report, write_sheet
 from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
@@ -192,8 +192,8 @@ def run_method(
     """Everything the demo shows of one method; the pipeline is restored afterwards."""
     slug = name.lower().replace(" %", "").replace(" ", "-")
     bar.set_description(f"{name}, untrained")
-    accelerate(pipe, spec)
-    first, seconds = generate(pipe, scale, seed, out, f"{slug}-untrained")
+    with always(accelerate(pipe, spec)):
+        first, seconds = generate(pipe, scale, seed, out, f"{slug}-untrained")
     density = summary(pipe, show=False)[0].density_kept or 0.0
     bar.update()
     bar.set_description(f"{name}, distillation")

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -57,8 +58,9 @@ def accelerate(
         layers: which attention modules, as a predicate on (name, module); all unless given.
         dense_steps: the first denoising steps of every run that keep the original attention.
         backend: which implementation; "auto" chooses, and `summary` tells.
-        strict: raise FallbackError where a call would have to run its original attention.
+        strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower.
 
+    Where the original attention is faster (measured once per size, on a CPU) an untrained patch runs it under backend "auto".
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
     AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
@@ -79,6 +81,8 @@ def accelerate(
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
         _install(model, context, modules)
+    if backend == "auto" and models[0].device.type == "cpu" and dispatch.CPU_TARGET == "none":
+        warnings.warn(f"{dispatch.NOT_BUILT}; until then the slower reference runs", stacklevel=2)
     return pipe_or_transformer
 
 
@@ -113,7 +117,7 @@ def _prepare(
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    context = Context(family, spec, forward_names(model), **settings)
+    context = Context(family, spec, forward_names(model), chosen[0][1].inner_dim // chosen[0][1].heads, **settings)
     modules = []
     for name, module in chosen:
         operator = AcceleratedAttention(spec, context, name, heads=module.heads, head_dim=module.inner_dim // module.heads)
@@ -204,6 +208,23 @@ def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
             patch.context.enabled, patch.context.in_order = enabled, ordered
 
 
+@contextlib.contextmanager
+def always(pipe_or_transformer: P) -> Iterator[P]:
+    """The method at every size, even where the original attention is faster, for the length of a `with` block. For training and measuring.
+
+    Raises NotAcceleratedError.
+    """
+    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
+    before = [context.always for context in contexts]
+    for context in contexts:
+        context.always = True
+    try:
+        yield pipe_or_transformer
+    finally:
+        for context, value in zip(contexts, before, strict=True):
+            context.always = value
+
+
 def _swap_weights(model: Any, patch: Patch) -> None:
     """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
     for name, other in patch.weights.items():
@@ -282,6 +303,9 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
         for name in patch.originals:
             operator: AcceleratedAttention = model.get_submodule(name).dit_accel
             backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim)
+            with torch.no_grad():  # as in a pipeline
+                if context.leaves:
+                    backend, why = "original", f"faster here: {context.crossover}"
             replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
             rows.append(
                 LayerSummary(

@@ -28,7 +28,7 @@ from dit_accel.finetune.evaluate import on_device, predict, velocity_error
 from dit_accel.finetune.losses import attention_loss, relative_error
 from dit_accel.finetune.samples import Forward, Samples, collect
 from dit_accel.finetune.trainables import load_state, make_optimizer, save_state, set_trainable
-from dit_accel.patch import ADAPTER, Patch, dense, operators_of, patches_of, plain_name, teacher_hash
+from dit_accel.patch import ADAPTER, Patch, always, dense, operators_of, patches_of, plain_name, teacher_hash
 
 
 @dataclass
@@ -83,7 +83,8 @@ def distill(
     context = run.patch.context
     dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
     try:
-        return _distill(run, progress)
+        with always(run.transformer):
+            return _distill(run, progress)
     finally:
         context.dense_steps = dense_steps
 

@@ -30,6 +30,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
     names = projection_names(transformer, patch)
+    patch.context.trained |= config.train != "parameters"
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):
         active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=names)

@@ -7,6 +7,7 @@ from dit_accel.kernels.cpu import native
 
 BACKENDS = ("auto", "cpu", "reference")
 CPU_TARGET = native.best_target()  # a constant, so that torch.compile sees one too
+NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -15,7 +16,7 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     if device.type != "cpu":
         return f"the tensors are on {device}"
     if CPU_TARGET == "none":
-        return "the CPU kernels are not built: install dit_accel where there is a C++17 compiler"
+        return NOT_BUILT
     if dtype not in CPU_DTYPES:
         return f"the CPU kernels take float32, bfloat16 or float16, got {dtype}"
     if head_dim % 8 or not 8 <= head_dim <= 256:

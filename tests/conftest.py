@@ -1,7 +1,7 @@
 """Tiny random FLUX pipelines made without any download, and the way to run them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import
@@ -111,3 +111,22 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(processor, "attend", counted)
     return calls
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured() -> Iterator[Callable[..., Any]]:
+    """Tiny models are faster without acceleration: unless a test is about that, nothing is measured and the method runs."""
+    from dit_accel import crossover
+
+    original = crossover.measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crossover, "measured", lambda *_: None)
+        yield original
+
+
+@pytest.fixture(autouse=True)
+def _crossover(request: pytest.FixtureRequest, measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "crossover" in request.keywords:
+        from dit_accel import crossover
+
+        monkeypatch.setattr(crossover, "measured", measured)

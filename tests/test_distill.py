@@ -31,7 +31,8 @@ def test_losses_and_held_out_error_fall(tmp_path: Path, mode: Any) -> None:
     result = learn(pipe, tmp_path, steps=24, train=mode, evaluate_every=10, learning_rate=5e-3, parameter_learning_rate=1e-2, lora_rank=8)
     rows = result.history
     assert [row["step"] for row in rows] == list(range(1, 25))
-    assert all(row["loss"] == pytest.approx(row["prediction"] + row["attention"], rel=1e-5) for row in rows)
+    weight = DistillConfig.attention_weight
+    assert all(row["loss"] == pytest.approx(row["prediction"] + weight * row["attention"], rel=1e-5) for row in rows)
     assert [row["step"] for row in rows if "held_out_error" in row] == [10, 20]
     for name in ("loss", "attention"):
         assert sum(row[name] for row in rows[-4:]) < 0.9 * sum(row[name] for row in rows[:4]), name

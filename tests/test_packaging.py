@@ -28,7 +28,8 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
     "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
-    "context": {"errors", "layout", "pipelines.family", "plan", "spec"},
+    "crossover": {"kernels", "layout", "operator", "plan", "spec"},
+    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
     "processor": {"context", "errors", "layout", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "layout", "spec"},
     "patch": {"context", "errors", "kernels.dispatch", "layout", "parameters", "pipelines", "plan", "processor", "spec"},
@@ -38,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"errors", "fused", "geometry", "kernels", "layout", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor"}
 

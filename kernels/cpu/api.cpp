@@ -13,9 +13,10 @@ TARGET_OF(portable)
 #if defined(__x86_64__)
 TARGET_OF(avx2)
 TARGET_OF(avx512)
+TARGET_OF(avx512bf16)
 #endif
 
-enum Target { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Target { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 template <class Argument>
 static int run(void (*function)(const Argument&), const Argument* argument) {
@@ -28,16 +29,17 @@ static int run(void (*function)(const Argument&), const Argument* argument) {
 }
 
 #if defined(__x86_64__)
-#define CHOOSE(function) (target == AVX512 ? avx512::function : target == AVX2 ? avx2::function : portable::function)
+#define CHOOSE(function) (target == AVX512_BF16 ? avx512bf16::function : target == AVX512 ? avx512::function : target == AVX2 ? avx2::function : portable::function)
 #else
-#define CHOOSE(function) portable::function
+#define CHOOSE(function) (static_cast<void>(target), portable::function)
 #endif
 
 extern "C" {
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return AVX512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;

@@ -9,7 +9,7 @@ struct Queries {
     Array<double> exact_delta;  // the same unrounded
 
     explicit Queries(const Geometry& g)
-        : g(g), q(g, g.query_blocks, true, true), dout(g, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width) {}
+        : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width) {}
 
     void pack(int64_t bh, int64_t i, float* out) {  // `out`: room for a panel
         const Problem& p = g.p;
@@ -76,12 +76,13 @@ struct Columns {
 struct BackwardRoom {
     const Geometry& g;
     const int64_t ld;
-    Array<float> phi, phi_t, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
+    PackRoom pack;
+    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
     States::Room room;
     std::unique_ptr<LinearRows> linear;
 
     explicit BackwardRoom(const Geometry& g)
-        : g(g), ld(std::max<int64_t>(g.width, POOL)), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), a(g.rows() * g.padded),
+        : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
           bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
           matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), room(g, g.p.q_blocks) {
@@ -237,7 +238,7 @@ void backward(const Problem& p) {
         BackwardRoom& room = *rooms[size_t(thread)];
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
             if (thread == 0 && (bh == 0 || p.lists_per_head)) columns.build(bh);
-            keys.prepare(team, bh, true, room.phi, room.phi_t);
+            keys.prepare(team, bh, room.pack);
             team.share(g.query_blocks, [&](int64_t i) {
                 queries.pack(bh, i, room.a);
                 if (linear && i < p.q_blocks) linear->rows(keys, queries, room, bh, i);

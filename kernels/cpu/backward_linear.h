@@ -63,7 +63,7 @@ struct LinearGradient {
             feature_backward(dq + r * g.channels, rest_rows.raw + r * g.padded, rest_rows.phi + r * g.padded, dphi + r * g.padded, g.channels, p.feature_map);
         }
         transpose(rest_rows.phi_t, g.width, rest_rows.phi, g.padded, run.count, g.channels);
-        states.fill(i, rest_rows.phi_t, g.width, dnum, run.count, dmass);
+        states.fill(i, rest_rows.phi_t, g.width, dnum, g.padded, run.count, dmass);
     }
 
     // One of `parts` slices of the total of dH and of the projection's gradients.

@@ -1,38 +1,70 @@
 // The forward pass, head by head: pack keys and values, then query block by query block everything that its outputs need.
 
+// One thread's room for packing a block.
+struct PackRoom {
+    Array<float> keys, values, phi, phi_t;
+    Array<uint16_t> halves;
+    explicit PackRoom(const Geometry& g)
+        : keys(g.rows() * g.padded), values(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width),
+          halves(g.width * g.channels) {}
+};
+
 // What one head's keys and values become, shared by the threads; the backward pass makes it again.
 struct Keys {
     const Geometry& g;
-    Panels keys, values;
+    const bool backward, paired, direct;  // paired: bfloat16 stays bfloat16; direct: values are read where they lie
+    Panels keys, values;                  // paired, of the extra keys alone; key rows and transposed values for the backward pass alone
+    std::unique_ptr<Pairs> pairs;
     std::unique_ptr<Pool> pool;
     std::unique_ptr<States> states;
 
-    // key rows are needed beside the transposed ones for pooling, features and the backward pass; transposed values for the latter
     Keys(const Geometry& g, bool backward)
-        : g(g), keys(g, g.key_blocks, true, true), values(g, g.key_blocks, true, backward) {
+        : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
+          direct(!backward && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
+          keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
+          values(g, paired || direct ? g.first_extra() : 0, g.key_blocks, true, backward) {
+        if (paired) pairs = std::make_unique<Pairs>(g);
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward);
         if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
     }
 
-    // `phi`, `phi_t`: one thread's room for the features of a block and their transpose
-    void pack(int64_t bh, int64_t j, bool backward, float* phi, float* phi_t) {
-        const Problem& p = g.p;
+    Block<float> block(int64_t bh, int64_t j) const {
+        if (!direct || g.is_extra(j)) return {keys.column(j), g.width, values.row(j), g.padded};
+        const Rows& v = g.p.v;
+        const float* head = static_cast<const float*>(v.data) + bh / g.p.heads * v.batch + g.head(bh) * v.head;
+        return {keys.column(j), g.width, head + g.key(j).place * v.row, v.row};
+    }
+
+    void pack(int64_t bh, int64_t j, PackRoom& room) {
         int64_t n = g.key(j).count;
-        g.read_key(keys.row(j), p.k, p.extra_k, bh, j);
-        g.read_key(values.row(j), p.v, p.extra_v, bh, j);
-        transpose(keys.column(j), g.width, keys.row(j), g.padded, n, g.channels);
-        if (backward) transpose(values.column(j), g.width, values.row(j), g.padded, n, g.channels);
-        if (j >= p.k_blocks) return;
-        if (pool) pool->fill(j, keys.row(j), values.row(j));
+        bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && (pool || states);
+        if (pair) pairs->fill(bh, j, room.halves);
+        if (pair && !rest) return;
+        float* key = backward ? keys.row(j) : room.keys;
+        g.read_key(key, g.p.k, g.p.extra_k, bh, j);
+        if (!pair) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
+        const float* value;
+        int64_t ldv = g.padded;
+        if (direct && !g.is_extra(j)) {
+            Block<float> b = block(bh, j);
+            value = b.rows, ldv = b.rows_ld;
+        } else {
+            float* to = pair ? room.values : values.row(j);
+            g.read_key(to, g.p.v, g.p.extra_v, bh, j);
+            value = to;
+        }
+        if (backward) transpose(values.column(j), g.width, value, ldv, n, g.channels);
+        if (!rest) return;
+        if (pool) pool->fill(j, key, value, ldv);
         if (states) {
-            for (int64_t i = 0; i < n; i++) feature(phi + i * g.padded, keys.row(j) + i * g.padded, g.channels, p.feature_map);
-            transpose(phi_t, g.width, phi, g.padded, n, g.channels);
-            states->fill(j, phi_t, g.width, values.row(j), n, nullptr);
+            for (int64_t i = 0; i < n; i++) feature(room.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
+            transpose(room.phi_t, g.width, room.phi, g.padded, n, g.channels);
+            states->fill(j, room.phi_t, g.width, value, ldv, n, nullptr);
         }
     }
 
-    void prepare(Team& team, int64_t bh, bool backward, float* phi, float* phi_t) {
-        team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, backward, phi, phi_t); });
+    void prepare(Team& team, int64_t bh, PackRoom& room) {
+        team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, room); });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
     }
 };
@@ -80,13 +112,13 @@ struct LinearRows {
 // One thread's room for the forward pass.
 struct ForwardRoom {
     Softmax softmax;
-    Array<float> phi, phi_t, squares, bias, terms;
+    PackRoom pack;
+    Array<float> squares, bias, terms;
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
 
-    explicit ForwardRoom(const Geometry& g)
-        : softmax(g), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), squares(g.rows() * g.padded),
-          bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+    ForwardRoom(const Geometry& g, bool pairs)
+        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -108,14 +140,21 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     Run run = g.query(i);
     Softmax& s = room.softmax;
     read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run.place, run.count, g.channels, p.scale * LOG2E);
+    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run.place, run.count, g.channels);
     s.start();
     Mask mask(g);
     g.for_visits(bh, i, [&](int64_t j, bool partial) {
-        Run key = g.key(j);
-        if (partial)
-            s.visit_masked(run, key, keys.keys.column(j), g.width, keys.values.row(j), mask);
-        else
-            s.visit(run.count, keys.keys.column(j), g.width, keys.values.row(j), key.count, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; });
+        auto visit = [&](const auto& block) {
+            Run key = g.key(j);
+            if (partial)
+                s.visit_masked(run, key, block, mask);
+            else
+                s.visit(run.count, block, key.count, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; });
+        };
+#if BF16_DOTS
+        if (keys.paired && !g.is_extra(j)) return visit(keys.pairs->block(j));
+#endif
+        visit(keys.block(bh, j));
     });
     bool image = i < p.q_blocks;
     if (image && keys.pool) {
@@ -153,11 +192,11 @@ void forward(const Problem& p) {
     Array<float> weight_t = transposed_weight(g);
     Team team(p.threads);
     std::vector<std::unique_ptr<ForwardRoom>> rooms;
-    for (int t = 0; t < team.size(); t++) rooms.push_back(std::make_unique<ForwardRoom>(g));
+    for (int t = 0; t < team.size(); t++) rooms.push_back(std::make_unique<ForwardRoom>(g, keys.paired));
     team.run([&](int thread) {
         ForwardRoom& room = *rooms[size_t(thread)];
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
-            keys.prepare(team, bh, false, room.phi, room.phi_t);
+            keys.prepare(team, bh, room.pack);
             // text rows see every key: the longest tasks come first
             team.share(g.query_blocks, [&](int64_t t) { forward_block(g, keys, room, p.weight ? static_cast<float*>(weight_t) : nullptr, bh, g.query_blocks - 1 - t); });
         }

@@ -55,14 +55,14 @@ struct States {
 
     float* of(int64_t i) const { return state + i * size; }
 
-    // state of block i = A · B and the row sums of A weighted by w (or 1): `a` [channels rows, ld] transposed features
-    void fill(int64_t i, const float* a, int64_t ld, const float* b, int64_t depth, const float* w) {
+    // state of block i = A · B and the row sums of A weighted by w (or 1): `a` [channels rows, ld] transposed features, `b` [depth, ldb]
+    void fill(int64_t i, const float* a, int64_t ld, const float* b, int64_t ldb, int64_t depth, const float* w) {
         float* out = of(i);
         int64_t whole = g.channels / ROWS * ROWS;
-        product_rows(out, g.padded, a, ld, b, g.padded, whole, depth, g.padded, false);
+        product_rows(out, g.padded, a, ld, b, ldb, whole, depth, g.padded, false);
         if (whole < g.channels) {  // the last rows, by way of a panel of ROWS
             alignas(64) float last[ROWS * MAX_CHANNELS];
-            product(last, g.padded, a + whole * ld, ld, b, g.padded, depth, g.padded, nullptr);
+            product(last, g.padded, a + whole * ld, ld, b, ldb, depth, g.padded, nullptr);
             __builtin_memcpy(out + whole * g.padded, last, (g.channels - whole) * g.padded * 4);
         }
         for (int64_t d = 0; d < g.channels; d++) {

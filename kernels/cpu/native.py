@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TARGETS = ("portable", "avx2", "avx512")
+TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
 
 

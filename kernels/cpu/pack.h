@@ -42,6 +42,12 @@ static inline void write_rows(const Rows& out, int64_t b, int64_t h, int64_t fir
     }
 }
 
+// The same without conversion, from bfloat16.
+static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels) {
+    const uint16_t* from = static_cast<const uint16_t*>(in.data) + b * in.batch + h * in.head + first * in.row;
+    for (int64_t i = 0; i < count; i++) __builtin_memcpy(out + i * ld, from + i * in.row, size_t(channels) * 2);
+}
+
 // A run of tokens: where it begins in the sequence and among the image tokens (-1 outside the image), and how many.
 struct Run {
     int64_t place, image, count;
@@ -80,11 +86,12 @@ struct Geometry {
         if (i >= p.q_blocks) return text_run(i - p.q_blocks);
         return {p.image_start + p.q_starts[i], p.q_starts[i], p.q_starts[i + 1] - p.q_starts[i]};
     }
-    bool is_extra(int64_t j) const { return j >= p.k_blocks + text_blocks; }
+    int64_t first_extra() const { return p.k_blocks + text_blocks; }
+    bool is_extra(int64_t j) const { return j >= first_extra(); }
     Run key(int64_t j) const {  // for extra keys, `place` counts among them
         if (j < p.k_blocks) return {p.image_start + p.k_starts[j], p.k_starts[j], p.k_starts[j + 1] - p.k_starts[j]};
         if (!is_extra(j)) return text_run(j - p.k_blocks);
-        int64_t first = (j - p.k_blocks - text_blocks) * chunk;
+        int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};
     }
 
@@ -118,15 +125,54 @@ struct Geometry {
     }
 };
 
-// One head's blocks as panels: `rows` [blocks, panel rows, padded], `columns` [blocks, channels, width] (transposed). Zero past the end.
+// One head's blocks from `first` on as panels: `rows` [blocks, panel rows, padded], `columns` [blocks, channels, width] (transposed). Zero past
+// the end.
 struct Panels {
-    int64_t row_size, column_size;
+    int64_t first, row_size, column_size;
     Array<float> rows, columns;
-    Panels(const Geometry& g, int64_t blocks, bool with_rows, bool with_columns)
-        : row_size(g.rows() * g.padded), column_size(g.channels * g.width) {
-        if (with_rows) rows.allocate(blocks * row_size);
-        if (with_columns) columns.allocate(blocks * column_size);
+    Panels(const Geometry& g, int64_t first, int64_t blocks, bool with_rows, bool with_columns)
+        : first(first), row_size(g.rows() * g.padded), column_size(g.channels * g.width) {
+        if (with_rows) rows.allocate((blocks - first) * row_size);
+        if (with_columns) columns.allocate((blocks - first) * column_size);
     }
-    float* row(int64_t i) const { return rows + i * row_size; }
-    float* column(int64_t i) const { return columns + i * column_size; }
+    float* row(int64_t i) const { return rows + (i - first) * row_size; }
+    float* column(int64_t i) const { return columns + (i - first) * column_size; }
+};
+
+// One block of keys as the exact part reads it: transposed keys and rows of values. Entries are floats, or int32_t that hold a pair of
+// bfloat16: two channels of a key in the columns, two keys in the rows.
+template <class E>
+struct Block {
+    const E* columns;
+    int64_t columns_ld;
+    const E* rows;
+    int64_t rows_ld;
+};
+
+// Blocks of pairs, from bfloat16 tensors: `columns` [blocks, channels / 2, width], `rows` [blocks, width / 2, padded].
+struct Pairs {
+    const Geometry& g;
+    int64_t row_size, column_size;
+    Array<int32_t> rows, columns;
+    explicit Pairs(const Geometry& g)
+        : g(g), row_size(g.width / 2 * g.padded), column_size(g.channels / 2 * g.width), rows((g.p.k_blocks + g.text_blocks) * row_size),
+          columns((g.p.k_blocks + g.text_blocks) * column_size) {}
+
+    // `room`: width rows of channels
+    void fill(int64_t bh, int64_t j, uint16_t* room) {
+        Run run = g.key(j);
+        int64_t d = g.channels;
+        copy_rows(room, d, g.p.k, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        int32_t* column = columns + j * column_size;
+        for (int64_t c = 0; c < d / 2; c++)
+            for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, room + n * d + 2 * c, 4);
+        copy_rows(room, d, g.p.v, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        int32_t* row = rows + j * row_size;
+        for (int64_t n = 0; n < run.count; n += 2)
+            for (int64_t c = 0; c < d; c++) {
+                uint32_t next = n + 1 < run.count ? room[(n + 1) * d + c] : 0;
+                row[n / 2 * g.padded + c] = int32_t(room[n * d + c] | next << 16);
+            }
+    }
+    Block<int32_t> block(int64_t j) const { return {columns + j * column_size, g.width, rows + j * row_size, g.padded}; }
 };

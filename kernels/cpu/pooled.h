@@ -20,12 +20,12 @@ struct Pool {
         }
     }
 
-    void fill(int64_t j, const float* keys, const float* vals) {
+    void fill(int64_t j, const float* keys, const float* vals, int64_t ldv) {
         int64_t n = g.key(j).count, d = g.padded, chunk = j / POOL, at = j % POOL;
         float *m = mean + j * d, *s = var + j * d, *o = value + j * d;
         for (int64_t c = 0; c < d; c += LANES) {
             V sum{}, sum_v{}, square{};
-            for (int64_t i = 0; i < n; i++) sum += load(keys + i * d + c), sum_v += load(vals + i * d + c);
+            for (int64_t i = 0; i < n; i++) sum += load(keys + i * d + c), sum_v += load(vals + i * ldv + c);
             V centre = sum * (1.f / n);
             for (int64_t i = 0; i < n; i++) {
                 V x = load(keys + i * d + c) - centre;
@@ -67,7 +67,8 @@ struct Pool {
                     if (g.p.variance) x += load(terms + (row - r0) * POOL + c);
                     return x + load(bias + chunk * POOL + c);
                 };
-                softmax.visit_rows(r0, mean_t + chunk * POOL * g.channels, POOL, value + chunk * POOL * g.padded, keys(chunk), edit);
+                Block<float> block{mean_t + chunk * POOL * g.channels, POOL, value + chunk * POOL * g.padded, g.padded};
+                softmax.visit_rows(r0, block, keys(chunk), edit);
             }
     }
 

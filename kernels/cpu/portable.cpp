@@ -3,5 +3,6 @@
 #define TARGET portable
 #define LANES 4
 #define ROWS 4
+#define BF16_DOTS 0
 #define STRIP 2
 #include "target.h"

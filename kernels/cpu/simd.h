@@ -31,6 +31,19 @@ static inline __attribute__((always_inline)) void fma(V& acc, V x, V y) {
 #endif
 }
 
+#if BF16_DOTS
+// The same for pairs of bfloat16: acc += x₀·y₀ + x₁·y₁ in each lane.
+static inline __attribute__((always_inline)) void fma(V& acc, I x, I y) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y)); }
+
+// To bfloat16, nearest even.
+static inline void store_narrow(uint16_t* p, V v) {
+    typedef int16_t H __attribute__((vector_size(LANES * 2)));
+    H halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+    __builtin_memcpy(p, &halves, sizeof halves);
+}
+#endif
+
 // Lanes folded in halves: the same order of sums on every machine with as many lanes.
 typedef float V4 __attribute__((vector_size(16)));
 static inline V4 fold(V v, bool sum) {

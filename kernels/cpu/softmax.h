@@ -2,45 +2,57 @@
 
 struct Softmax {
     const Geometry& g;
+    const int64_t width;                    // of a row of scores
     Array<float> q, acc, top, mass, score;  // panel of scaled queries; output so far, row maximum, row sum; ROWS rows of scores
+    Array<int32_t> q_pairs, weight_pairs;   // queries as they came, and weights, where the keys are pairs of bfloat16
 
-    explicit Softmax(const Geometry& g)
-        : g(g), q(g.rows() * g.padded), acc(g.rows() * g.padded), top(g.rows() + 16), mass(g.rows() + 16), score(ROWS * std::max<int64_t>(g.width, POOL)) {}
+    Softmax(const Geometry& g, bool pairs)
+        : g(g), width(std::max<int64_t>(g.width, POOL)), q(g.rows() * g.padded), acc(g.rows() * g.padded), top(g.rows() + 16),
+          mass(g.rows() + 16), score(ROWS * width) {
+        if (pairs) q_pairs.allocate(g.rows() * g.channels / 2), weight_pairs.allocate(ROWS * width / 2);
+    }
 
     void start() {
         __builtin_memset(acc, 0, g.rows() * g.padded * 4);
         for (int64_t r = 0; r < g.rows(); r++) top[r] = NEVER, mass[r] = 0;
     }
 
-    // Add `keys` keys: columns [channels, ld] (transposed keys) and rows [keys, padded] (values). edit(row, column, logits) changes logits.
-    template <class Edit>
-    void visit(int64_t queries, const float* columns, int64_t ld, const float* rows, int64_t keys, Edit&& edit) {
-        for (int64_t r0 = 0; r0 < queries; r0 += ROWS) visit_rows(r0, columns, ld, rows, keys, edit);
+    // Logits of ROWS rows against a strip of keys.
+    template <int N>
+    void logits(V (&x)[ROWS][N], int64_t r0, const Block<float>& b, int64_t c) const {
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < N; s++) x[r][s] = V{};
+        tile<N>(x, q + r0 * g.padded, g.padded, b.columns + c, b.columns_ld, g.channels);
     }
 
-    template <class Edit>
-    void visit_rows(int64_t r0, const float* columns, int64_t ld, const float* rows, int64_t keys, Edit& edit) {
+    // Add `keys` keys. edit(row, column, logits) changes logits.
+    template <class E, class Edit>
+    void visit(int64_t queries, const Block<E>& b, int64_t keys, Edit&& edit) {
+        for (int64_t r0 = 0; r0 < queries; r0 += ROWS) visit_rows(r0, b, keys, edit);
+    }
+
+    template <class E, class Edit>
+    void visit_rows(int64_t r0, const Block<E>& b, int64_t keys, Edit& edit) {
         V best[ROWS];
         for (int r = 0; r < ROWS; r++) best[r] = all(NEVER);
         for_strips(round_up(keys, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
             V x[ROWS][strip.value];
-            for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < strip.value; s++) x[r][s] = V{};
-            tile<strip.value>(x, q + r0 * g.padded, g.padded, columns + c, ld, g.channels);
+            logits<strip.value>(x, r0, b, c);
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) {
                     int64_t at = c + s * LANES;
                     V logits = edit(r0 + r, at, x[r][s]);
                     if (at + LANES > keys) logits = select(LANE < all(int32_t(keys - at)), logits, all(-INFINITY));
                     best[r] = max(best[r], logits);
-                    store(score + r * ld + at, logits);
+                    store(score + r * width + at, logits);
                 }
         });
-        absorb(r0, ld, rows, 0, keys, best);
+        absorb(r0, b, 0, keys, best);
     }
 
     // The same for keys that the mask decides: strips of keys that none of the rows keeps cost nothing.
-    void visit_masked(const Run& queries, const Run& keys, const float* columns, int64_t ld, const float* rows, const Mask& mask) {
+    template <class E>
+    void visit_masked(const Run& queries, const Run& keys, const Block<E>& b, const Mask& mask) {
         for (int64_t r0 = 0; r0 < queries.count; r0 += ROWS) {
             V best[ROWS];
             for (int r = 0; r < ROWS; r++) best[r] = all(NEVER);
@@ -48,26 +60,25 @@ struct Softmax {
             for_strips(round_up(keys.count, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
                 I kept[ROWS][strip.value];
                 bool live = mask.strip<strip.value>(kept, queries.image + r0, keys.image + c, keys.image + keys.count, true);
-                V x[ROWS][strip.value];
-                for (int r = 0; r < ROWS; r++)
-                    for (int s = 0; s < strip.value; s++) x[r][s] = V{};
+                V x[ROWS][strip.value] = {};
                 if (live) {
-                    tile<strip.value>(x, q + r0 * g.padded, g.padded, columns + c, ld, g.channels);
+                    logits<strip.value>(x, r0, b, c);
                     first = std::min(first, c), last = std::min(c + strip.value * LANES, keys.count);
                 }
                 for (int r = 0; r < ROWS; r++)
                     for (int s = 0; s < strip.value; s++) {
                         V logits = select(kept[r][s], x[r][s], all(-INFINITY));
                         best[r] = max(best[r], logits);
-                        store(score + r * ld + c + s * LANES, logits);
+                        store(score + r * width + c + s * LANES, logits);
                     }
             });
-            if (last) absorb(r0, ld, rows, first, last, best);
+            if (last) absorb(r0, b, first, last, best);
         }
     }
 
     // Scores [first, last) of ROWS rows become weights, and their values join the output.
-    void absorb(int64_t r0, int64_t ld, const float* rows, int64_t first, int64_t last, const V (&best)[ROWS]) {
+    template <class E>
+    void absorb(int64_t r0, const Block<E>& b, int64_t first, int64_t last, const V (&best)[ROWS]) {
         alignas(64) float factor[16];
         for (int r = 0; r < ROWS; r++) {
             float higher = std::max(top[r0 + r], horizontal_max(best[r]));
@@ -78,14 +89,36 @@ struct Softmax {
         for (int r = 0; r < ROWS; r++) {
             V sum{}, highest = all(top[r0 + r]);
             for (int64_t c = first; c < last; c += LANES) {
-                V weight = exp2(load(score + r * ld + c) - highest);
+                V weight = exp2(load(score + r * width + c) - highest);
                 sum += weight;
-                store(score + r * ld + c, weight);
+                keep_weights(b, r * width + c, weight);
             }
             mass[r0 + r] = mass[r0 + r] * factor[r] + horizontal_sum(sum);
         }
-        product(acc + r0 * g.padded, g.padded, score + first, ld, rows + first * g.padded, g.padded, last - first, g.padded, factor);
+        add_values(r0, b, first, last, factor);
     }
+
+    void keep_weights(const Block<float>&, int64_t at, V weight) { store(score + at, weight); }
+    void add_values(int64_t r0, const Block<float>& b, int64_t first, int64_t last, const float* factor) {
+        product(acc + r0 * g.padded, g.padded, score + first, width, b.rows + first * b.rows_ld, b.rows_ld, last - first, g.padded, factor);
+    }
+
+#if BF16_DOTS
+    template <int N>
+    void logits(V (&x)[ROWS][N], int64_t r0, const Block<int32_t>& b, int64_t c) const {
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < N; s++) x[r][s] = V{};
+        tile<N>(x, q_pairs + r0 * (g.channels / 2), g.channels / 2, b.columns + c, b.columns_ld, g.channels / 2);
+        V factor = all(g.p.scale * LOG2E);
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < N; s++) x[r][s] *= factor;
+    }
+    void keep_weights(const Block<int32_t>&, int64_t at, V weight) { store_narrow(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(weight_pairs)) + at, weight); }
+    void add_values(int64_t r0, const Block<int32_t>& b, int64_t first, int64_t last, const float* factor) {
+        const int32_t *weights = weight_pairs + first / 2, *rows = b.rows + first / 2 * b.rows_ld;
+        product_of(acc + r0 * g.padded, g.padded, weights, width / 2, rows, b.rows_ld, (last - first + 1) / 2, g.padded, factor);
+    }
+#endif
 
     // Normalise; `lse2` gets the base-2 logarithm of each row's mass.
     void finish(int64_t queries, double* lse2) {

@@ -1,4 +1,4 @@
-// Everything that is compiled once per instruction set. The including file sets TARGET (a namespace), LANES, ROWS and STRIP.
+// Everything that is compiled once per instruction set. The including file sets TARGET (a namespace), LANES, ROWS, STRIP and BF16_DOTS.
 
 namespace TARGET {
 

@@ -1,22 +1,22 @@
 // The register tile: ROWS rows of A times a strip of B, and the products built from it. All matrices are row-major floats.
 // Rows come in groups of ROWS (callers pad), columns in whole vectors.
 
-// acc[r][c] += sum over k of A[r, k] · B[k, c]. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12
+// acc[r][c] += sum over k of A[r, k] · B[k, c]. Entries are floats, or pairs of bfloat16 as int32_t, two values of k to an entry. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12
 // keeps them on the stack in some.
-template <int N>
-static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+template <int N, class E>
+static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth) {
     V sum[ROWS][N];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < N; c++) sum[r][c] = acc[r][c];
     for (int64_t k = 0; k < depth; k++) {
-        V column[N];
+        decltype(load(b)) column[N];
 #pragma GCC unroll 4
         for (int c = 0; c < N; c++) column[c] = load(b + k * ldb + c * LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
-            V x = all(a[r * lda + k]);
+            auto x = all(a[r * lda + k]);
 #pragma GCC unroll 4
             for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
         }
@@ -37,7 +37,8 @@ static inline __attribute__((always_inline)) void for_strips(int64_t columns, Bo
 }
 
 // out (ROWS × columns) = factor[r] · out + A · B; without factor, A · B alone
-static inline void product(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t columns, const float* factor) {
+template <class E>
+static inline void product_of(float* out, int64_t ldo, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int64_t columns, const float* factor) {
     for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) {
         V acc[ROWS][strip.value];
         for (int r = 0; r < ROWS; r++)
@@ -46,6 +47,10 @@ static inline void product(float* out, int64_t ldo, const float* a, int64_t lda,
         for (int r = 0; r < ROWS; r++)
             for (int s = 0; s < strip.value; s++) store(out + r * ldo + c + s * LANES, acc[r][s]);
     });
+}
+
+static inline void product(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t columns, const float* factor) {
+    product_of(out, ldo, a, lda, b, ldb, depth, columns, factor);
 }
 
 static const float ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};

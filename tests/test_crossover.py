@@ -1,0 +1,103 @@
+"""Never slower: a patch leaves a grid to the original attention where that is faster, and nowhere else."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import distill_fixtures as tiny
+import pytest
+import torch
+from conftest import LAYERS, forward_arguments, run, tiny_pipe
+
+import dit_accel
+from dit_accel import CLEAR, SLA, Fovea, TokenLayout, crossover
+from dit_accel.crossover import Crossover
+from dit_accel.patch import always
+
+SLOWER, FASTER = Crossover(accelerated=2e-3, original=1e-3), Crossover(accelerated=1e-3, original=2e-3)
+pytestmark = [pytest.mark.crossover, pytest.mark.filterwarnings("ignore:dit_accel. the original attention runs")]
+
+
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Every shape measures as slower; grows by the arguments of each measurement."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(crossover, "measured", lambda *shape: asked.append(shape) or SLOWER)
+    return asked
+
+
+def test_a_slower_size_runs_the_original_to_the_bit_and_says_so(slower: list[Any], sparse_calls: list[Any]) -> None:
+    wanted = run(tiny_pipe())
+    pipe = dit_accel.accelerate(tiny_pipe(), CLEAR(2))
+    with pytest.warns(UserWarning, match=r"original attention runs at 17×25 tokens.*2\.00 ms a head against 1\.00 ms"):
+        assert torch.equal(run(pipe), wanted)
+    assert sparse_calls == []
+    rows = dit_accel.summary(pipe, show=False)
+    assert {row.backend for row in rows} == {"original"}
+    assert all("faster here: measured 2.00 ms a head against 1.00 ms" in row.why for row in rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(pipe)
+
+
+def test_a_faster_size_runs_the_method(monkeypatch: pytest.MonkeyPatch, sparse_calls: list[Any]) -> None:
+    sizes = {17 * 25: FASTER, 4 * 5: SLOWER}
+    monkeypatch.setattr(crossover, "measured", lambda spec, layout, *_: sizes[layout.image])
+    pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
+    run(pipe, steps=2)
+    assert len(sparse_calls) == 2 * LAYERS
+    run(pipe, 64, 80, steps=2)
+    assert len(sparse_calls) == 2 * LAYERS
+    run(pipe, steps=1)
+    assert len(sparse_calls) == 3 * LAYERS
+    assert {row.backend for row in dit_accel.summary(pipe, show=False)} == {"cpu"}
+
+
+@pytest.mark.parametrize("choice", [{"strict": True}, {"backend": "reference"}, {"backend": "cpu"}], ids=str)
+def test_strict_or_a_named_backend_measures_nothing(choice: dict[str, Any], slower: list[Any], sparse_calls: list[Any]) -> None:
+    run(dit_accel.accelerate(tiny_pipe(), Fovea(0.2), **choice), steps=1)
+    assert slower == []
+    assert len(sparse_calls) == LAYERS
+
+
+def test_training_and_measuring_run_the_method(slower: list[Any], sparse_calls: list[Any]) -> None:
+    pipe = dit_accel.accelerate(tiny_pipe(), SLA(0.2))
+    with always(pipe):
+        run(pipe, steps=1)
+    assert len(sparse_calls) == LAYERS
+    with torch.enable_grad():
+        pipe.transformer(**forward_arguments())
+    assert len(sparse_calls) == 2 * LAYERS
+    run(pipe, steps=1)
+    assert len(sparse_calls) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("train", ["parameters", "lora", "attention"])
+def test_weights_trained_for_a_method_run_with_it(train: Any, slower: list[Any], sparse_calls: list[Any], tmp_path: Path) -> None:
+    pipe = tiny.student(train)
+    result = tiny.learn(pipe, tmp_path / "run", steps=2, train=train)
+    assert result.error_before > 1e-5
+    dit_accel.save_adapter(pipe, tmp_path / "adapter")
+    ready = dit_accel.load_adapter(tiny.prompt_pipe(), tmp_path / "adapter")
+    for each in (pipe, ready):
+        sparse_calls.clear()
+        tiny.draw(each)
+        assert bool(sparse_calls) == (train != "parameters")
+
+
+def test_a_shape_is_measured_once_and_leaves_no_trace() -> None:
+    state = torch.random.get_rng_state()
+    shape = (Fovea(0.2), TokenLayout((1, 12, 20), 5), 16, torch.float32)
+    first = crossover.measured(*shape)
+    assert first.accelerated > 0
+    assert first.original > 0
+    assert crossover.measured(*shape) is first
+    assert crossover.measured(Fovea(0.2), TokenLayout((1, 20, 12), 5), 16, torch.float32) is not first
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_extrapolation_counts_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 0.5, 3.0, 0.25, 2.0, 0.75])  # accelerated, original, in turns
+    monkeypatch.setattr(crossover, "_seconds", lambda _: next(times))
+    found = crossover.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32)  # 5,120 tokens, of which 819 rows are timed
+    assert found == Crossover(1.0, 0.25 * 5120 / 819)
