@@ -27,7 +27,7 @@ from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
 from dit_accel.kernels import reference
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, always, dense, find_transformers, forward_names, operators_of, patches_of, restore
+from dit_accel.patch import accelerate, always, find_transformers, forward_names, operators_of, patches_of, restore
 from dit_accel.plan import kept_density, multiply_adds
 from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea, Mass, Pooled, Raster, Tiles, TopK
 
@@ -227,77 +227,3 @@ def timed(function: Callable[[], Any]) -> float:
     start = clock()
     function()
     return clock() - start
-
-
-def alternate(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of each of two functions, called in turns."""
-    pairs = [(timed(first), timed(second)) for _ in range(repeats)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
-
-
-def bench_step(
-    pipe: Any,
-    *,
-    sizes: Sequence[tuple[int, int]],
-    methods: Sequence[AttentionSpec],
-    repeats: int = 3,
-    out: Path | None = None,
-    max_sequence_length: int | None = None,
-) -> list[dict[str, Any]]:
-    """Seconds of one whole denoising step and of its attention calls, original against each method; `sizes` are (height, width) pixels."""
-    rows: list[dict[str, Any]] = []
-    (transformer,) = find_transformers(pipe)
-    view = Table("size", "method", "original s", "accelerated s", "ratio", "attention call: original s", "accelerated s", "ratio")
-    for size in sizes:
-        arguments = record_step(pipe, size, max_sequence_length)
-        for spec in methods:
-            row = step_times(pipe, transformer, arguments, spec, repeats)
-            rows.append({"size": list(size), "method": str(spec), **row})
-            cells = [f"{row[k]:.3f}" for k in ("original", "accelerated")] + [f"{row['original'] / row['accelerated']:.2f}"]
-            cells += [f"{row[k]:.3f}" for k in ("original_attention", "accelerated_attention")]
-            view.add_row(f"{size[1]}×{size[0]}", str(spec), *cells, f"{row['original_attention'] / row['accelerated_attention']:.2f}")
-    Console().print(view)
-    if out is not None:
-        write_json(out, {"machine": machine(), "repeats": repeats, "rows": rows})
-    return rows
-
-
-def step_times(pipe: Any, transformer: Any, arguments: dict[str, Any], spec: AttentionSpec, repeats: int) -> dict[str, float]:
-    """Median seconds of a step and of one attention module's call in it, original and accelerated by `spec`, alternating."""
-    accelerate(pipe, spec)
-    calls: dict[bool, list[float]] = {True: [], False: []}
-    state = {"start": 0.0, "on": True}
-
-    def before(module: Any, args: Any) -> None:
-        state["start"] = clock()
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        calls[bool(state["on"])].append(clock() - state["start"])
-
-    hooks = []
-    for name in operators_of(pipe):
-        module = transformer.get_submodule(name)
-        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    def accelerated() -> None:
-        state["on"] = True
-        predict(transformer, arguments)
-
-    def original() -> None:
-        state["on"] = False
-        with dense(pipe):
-            predict(transformer, arguments)
-
-    try:
-        with torch.no_grad(), always(pipe):
-            for warm in (accelerated, original):  # plans, allocations and caches of this size
-                warm()
-            for times in calls.values():
-                times.clear()
-            slow, fast = alternate(original, accelerated, repeats)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        restore(pipe)
-    medians = {name: statistics.median(calls[on]) for name, on in (("original_attention", False), ("accelerated_attention", True))}
-    return {"original": slow, "accelerated": fast, **medians}

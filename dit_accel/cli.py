@@ -257,7 +257,7 @@ def step(
     specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
     if out:
         options.check_file(out)
-    from dit_accel.bench import bench_step
+    from dit_accel.bench_step import bench_step
     from dit_accel.cli_models import load_pipeline
 
     pipe, length = load_pipeline(model, dtype, device), options.text_length(model, max_sequence_length)

@@ -21,7 +21,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from dit_accel.bench import Captured, capture_qkv, machine, record_step, step_times
+from dit_accel.bench import Captured, capture_qkv, machine, record_step
+from dit_accel.bench_step import step_times
 from dit_accel.errors import DitAccelError
 from dit_accel.files import write_json
 from dit_accel.finetune.config import DistillConfig
@@ -29,7 +30,7 @@ from dit_accel.finetune.distill import distill
 from dit_accel.finetune.samples import Forward, collect
 from dit_accel.layout import raster_order
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, always, find_transformers, restore, summary
+from dit_accel.patch import accelerate, always, restore, summary
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.report import write_report, write_sheet
 from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
@@ -78,7 +79,6 @@ class Row:
     quality: dict[str, dict[str, float]]  # "untrained" and "distilled" -> psnr, ssim, distance
     velocity: tuple[float, float]  # held-out relative error, before and after
     distill_seconds: float
-    step: dict[str, float]  # at the speed size
     mask: str
 
 
@@ -101,7 +101,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> Path:
     scale = QUICK if quick else FULL
     pipe = builtin_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    bar = tqdm(total=2 + 4 * len(METHODS), desc="original", disable=None)
+    bar = tqdm(total=3 + 3 * len(METHODS), desc="original", disable=None)
     originals, seconds = generate(pipe, scale, seed, out, "original")
     bar.update()
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work:  # every demo distils anew
@@ -111,11 +111,16 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> Path:
         rows = [
             run_method(pipe, name, spec, scale, seed, out, originals, training, attention_inputs, bar) for name, spec in METHODS.items()
         ]
+    bar.set_description("speed")
+    step = record_step(pipe, (scale.speed_size,) * 2, TEXT_TOKENS)
+    times = step_times(pipe, step, list(METHODS.values()), scale.speed_repeats)
+    bar.update()
     bar.close()
     mask = mask_picture(attention_inputs, AttentionSpec((TopK(1.0),)), out / "mask-original.png")
+    methods = [vars(row) | {"step": time} for row, time in zip(rows, times, strict=True)]
     record = {
         "machine": machine(), "quick": quick, "seed": seed, "scale": vars(scale), "original_seconds": seconds,
-        "minutes": (time.perf_counter() - start) / 60, "methods": [vars(row) for row in rows],
+        "minutes": (time.perf_counter() - start) / 60, "methods": methods,
     }  # fmt: skip
     write_json(out / "demo.json", record)
     names = [f"original-{i}.png" for i in range(len(scale.prompts))]
@@ -215,9 +220,6 @@ def run_method(
     second, _ = generate(pipe, scale, seed, out, f"{slug}-distilled")
     restore(pipe)
     bar.update()
-    bar.set_description(f"{name}, speed")
-    (transformer,) = find_transformers(pipe)
-    step = step_times(pipe, transformer, record_step(pipe, (scale.speed_size,) * 2, TEXT_TOKENS), spec, scale.speed_repeats)
     mask = mask_picture(attention_inputs, spec, out / f"mask-{slug}.png")
     bar.update()
     return Row(
@@ -230,7 +232,6 @@ def run_method(
         quality={"untrained": compare(first, originals), "distilled": compare(second, originals)},
         velocity=(result.error_before, result.error_after),
         distill_seconds=distill_seconds,
-        step=step,
         mask=mask,
     )
 

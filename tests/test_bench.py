@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 import dit_accel.demo as demo
 from dit_accel import bench_kernels
-from dit_accel.bench import alternate, attention_errors, bench_quality, bench_step, capture_qkv, record_step, spread
+from dit_accel.bench import attention_errors, bench_quality, capture_qkv, record_step, spread
+from dit_accel.bench_step import bench_step, step_times
+from dit_accel.errors import NotAcceleratedError
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.layout import TokenLayout
-from dit_accel.patch import find_transformers
+from dit_accel.patch import find_transformers, patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
 from dit_accel.plan import kept_density, multiply_adds, visited_density
 from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
@@ -76,10 +79,28 @@ def test_visited_is_the_published_share_of_tiles() -> None:
     assert kept_density(CLEAR(8), TokenLayout((1, 128, 128))) == pytest.approx(183 / 16384, rel=5e-3)
 
 
-def test_alternate_takes_turns() -> None:
-    calls: list[str] = []
-    alternate(lambda: calls.append("a"), lambda: calls.append("b"), 3)
-    assert calls == ["a", "b"] * 3
+def test_the_original_and_all_methods_take_turns(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, times = [], iter(range(1, 100))
+
+    def step(transformer: object, names: list[str], arguments: object) -> tuple[float, list[float]]:
+        assert len(names) == 8
+        order.append(str(patch[0][1].context.spec) if (patch := accelerated(pipe)) else "original")
+        return float(next(times)), [0.25, 0.5]
+
+    monkeypatch.setattr("dit_accel.bench_step._step", step)
+    methods = [CLEAR(2), Fovea(0.5)]
+    rows = step_times(pipe, record_step(pipe, (64, 96), 8), methods, 3)
+    assert order == [*map(str, methods), "original", *(["original", *map(str, methods)] * 3)]
+    assert [(row["original"], row["accelerated"]) for row in rows] == [(7.0, 8.0), (7.0, 9.0)]  # the medians of 4, 7, 10 and so on
+    assert (rows[0]["original_attention"], rows[0]["accelerated_share"]) == (0.375, 0.75 / 8)
+
+
+def accelerated(pipe: object) -> list[Any]:
+    """The patches of a pipeline, none where it is the original."""
+    try:
+        return patches_of(pipe)
+    except NotAcceleratedError:
+        return []
 
 
 def test_record_step_computes_nothing(pipe: object) -> None:

@@ -329,7 +329,8 @@ def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None
 
 
 def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo, bench, bench_kernels = (pytest.importorskip(f"dit_accel.{name}") for name in ("demo", "bench", "bench_kernels"))
+    from dit_accel import bench, bench_kernels, bench_step, demo
+
     calls: list[dict[str, Any]] = []
 
     def run_demo(out: Path, **settings: Any) -> Path:
@@ -338,7 +339,7 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     monkeypatch.setattr(bench, "bench_quality", lambda pipe, **settings: calls.append(settings))
-    monkeypatch.setattr(bench, "bench_step", lambda pipe, **settings: calls.append(settings))
+    monkeypatch.setattr(bench_step, "bench_step", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(bench_kernels, "bench_kernels", lambda **settings: calls.append(settings))
     monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)

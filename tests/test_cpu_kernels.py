@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_pipe
 from helpers import Shape, assert_close_as_eager, gradients, oracle, random_parameters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dit_accel import accelerate
 from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch
 from dit_accel.kernels.cpu import native, ops
@@ -32,6 +34,7 @@ SPECS = {
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16)),
     "gna": GNA((4, 6), stride=(2, 3), dilation=(1, 2)),
 }
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -39,9 +42,9 @@ def run(qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any
     return attention(*qkv, spec, layout, params=params, backend="cpu", return_lse=True)
 
 
-def assert_equals_oracle(spec: AttentionSpec, shape: Shape) -> None:
-    qkv, params = shape.inputs(), random_parameters(spec, shape)
-    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, torch.float32))
+def assert_equals_oracle(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+    qkv, params = shape.inputs(dtype), random_parameters(spec, shape)
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, dtype))
     with torch.no_grad():
         got = run(qkv, spec, shape.layout, params)
     assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
@@ -52,17 +55,19 @@ def own_gradients(spec: AttentionSpec, shape: Shape) -> dict[str, Tensor]:
     return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params), spec, shape, torch.float32)
 
 
+@every_dtype
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 160, 256])
 @pytest.mark.parametrize("name", ["fovea", "sla", "clear"])
-def test_every_head_dim(name: str, head_dim: int) -> None:
-    assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5))
+def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
+    assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5), dtype)
 
 
+@every_dtype
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 1, 65), (1, 20, 50)], ids=str)
 @pytest.mark.parametrize("text", [0, 1, 77, 512])
 @pytest.mark.parametrize("name", ["fovea", "fovea-radius", "sla", "clear", "gna"])
-def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int) -> None:
-    assert_equals_oracle(SPECS[name], Shape(1, 1, 16, grid, text, text != 77))
+def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int, dtype: torch.dtype) -> None:
+    assert_equals_oracle(SPECS[name], Shape(1, 2, 16, grid, text, text != 77), dtype)
 
 
 @every_spec
@@ -78,12 +83,13 @@ def test_threads_change_no_bit(spec: AttentionSpec) -> None:
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
 
 
+@every_dtype
 @every_spec
-def test_strided_inputs_amid_poison(spec: AttentionSpec) -> None:
+def test_strided_inputs_amid_poison(spec: AttentionSpec, dtype: torch.dtype) -> None:
     shape = Shape(2, 3, 40, (1, 11, 13), 6)
-    plain = shape.inputs()
-    wide = torch.full((2, shape.layout.tokens + 4, 5, 3 * 48), math.nan)
-    views = [wide[:, 2:-2, 1:4, 48 * i : 48 * i + 40].transpose(1, 2) for i in range(3)]  # [B, H, N, D] of a fused projection
+    plain = shape.inputs(dtype)
+    wide = torch.full((2, shape.layout.tokens + 4, 5, 3 * 47), math.nan, dtype=dtype)  # odd: a row may begin amid a word
+    views = [wide[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]  # [B, H, N, D] of a fused projection
     for view, x in zip(views, plain, strict=True):
         view.copy_(x)
     torch.testing.assert_close(run(views, spec, shape.layout), run(plain, spec, shape.layout), rtol=0, atol=0)
@@ -168,6 +174,8 @@ def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch) 
     assert (chosen, "C++17 compiler" in why) == ("reference", True)
     with pytest.raises(BackendError, match=re.escape("C++17 compiler")):
         dispatch.choose("cpu", torch.device("cpu"), torch.float32, 64)
+    with pytest.warns(UserWarning, match=re.escape("C++17 compiler (g++ or clang++); until then the slower reference runs")):
+        accelerate(tiny_pipe())
 
 
 @pytest.mark.parametrize("wanted", ["sse9", "", "none"], ids=repr)
