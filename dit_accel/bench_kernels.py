@@ -140,8 +140,27 @@ def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def peak_bytes(function: Callable[[], None]) -> int | None:
+    """Bytes that a call takes beyond what the process held, its result included; the most of a few calls. None where Linux isn't."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def line(name: str) -> int:
+        return next(int(row.split()[1]) * 1024 for row in status.read_text().splitlines() if row.startswith(name))
+
+    def taken() -> int:
+        reset.write_text("5")
+        before = line("VmRSS:")
+        function()
+        return line("VmHWM:") - before
+
+    try:
+        return max(taken() for _ in range(3))  # memory that was freed and kept hides what a call takes
+    except OSError:
+        return None
+
+
 def growth(repeats: int) -> dict[str, Any]:
-    """Seconds of one method over growing grids, and the exponent of the time between the first and the last."""
+    """Seconds of one method over growing grids, the exponent of the time between the first and the last, and the last one's memory."""
     spec, sides = SCALING
     functions = [accelerated(Case(str(spec), spec, side)) for side in sides]
     for function in functions:
@@ -150,7 +169,9 @@ def growth(repeats: int) -> dict[str, Any]:
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
     tokens = [side * side for side in sides]
     exponent = math.log(seconds[-1] / seconds[0]) / math.log(tokens[-1] / tokens[0])
-    return {"method": str(spec), "tokens": tokens, "seconds": seconds, "exponent": exponent}
+    peak, tensor = peak_bytes(functions[-1]), 4 * HEADS * HEAD_DIM * tokens[-1]
+    beyond = None if peak is None else (peak - tensor) / (4 * tensor)  # the result is one of the four tensors
+    return {"method": str(spec), "tokens": tokens, "seconds": seconds, "exponent": exponent, "memory_beyond_qkvo": beyond}
 
 
 def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None = None) -> dict[str, Any]:
@@ -188,3 +209,7 @@ def show(result: dict[str, Any]) -> None:
     if result["growth"]:
         g = result["growth"]
         console.print(f"{g['method']}: time grows as N^{g['exponent']:.3f} from {g['tokens'][0]} to {g['tokens'][-1]} tokens")
+        if g["memory_beyond_qkvo"] is not None:
+            console.print(
+                f"memory beyond query, key, value and output at {g['tokens'][-1]} tokens: {g['memory_beyond_qkvo']:.1%} of theirs"
+            )

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from dit_accel import cli_options as options
+from dit_accel import files
 from dit_accel.finetune.config import DistillConfig, Trainable
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def demo(
     seed: options.Seed = 0,
 ) -> None:
     """Show what the package does on the built-in model, as a report to open in a browser."""
-    options.check_folder(out)
+    files.check_folder(out)
     from dit_accel.cli_models import without_notices
 
     with without_notices():
@@ -137,7 +138,7 @@ def collect(
     """Record the original model drawing prompts, as training data for distill (prompt i with seed + i)."""
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts)
-    options.check_folder(out)
+    files.check_folder(out)
     from dit_accel.cli_models import load_pipeline
     from dit_accel.finetune.samples import collect as collect_samples
 
@@ -184,7 +185,7 @@ def distill(
     source = options.read_prompts_or_samples(prompts)
     aside = options.read_prompts_or_samples(held_out) if held_out else None
     spec = options.parse_spec(method, reason="distill wants an accelerated method")
-    options.check_folder(out)
+    files.check_folder(out)
     from dit_accel import accelerate, save_adapter
     from dit_accel import distill as run_distillation
     from dit_accel.cli_models import load_pipeline

@@ -1,11 +1,12 @@
 """What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
 
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from dit_accel import files
 
 if TYPE_CHECKING:
     from dit_accel.spec import AttentionSpec
@@ -74,21 +75,11 @@ def read_prompts_or_samples(path: Path) -> list[str] | Path:
     return path if path.is_dir() else read_prompts(path)
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder if need be. Raises ValueError where nothing can be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out wants a folder that can be written to, got {folder}: {error.strerror}") from error
-
-
 def check_file(path: Path) -> None:
     """Raise ValueError where no file can be written at a path."""
     if path.is_dir():
         raise ValueError(f"--out wants a file, got the folder {path}")
-    check_folder(path.parent)
+    files.check_folder(path.parent)
 
 
 def check_picture(path: Path) -> None:

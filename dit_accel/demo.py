@@ -23,8 +23,7 @@ from torchmetrics.functional.image import (
 
 from dit_accel.bench import Captured, capture_qkv, machine, record_step
 from dit_accel.bench_step import step_times
-from dit_accel.errors import DitAccelError
-from dit_accel.files import write_json
+from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.samples import Forward, collect
@@ -82,21 +81,9 @@ class Row:
     mask: str
 
 
-def writable_folder(folder: Path) -> Path:
-    """Make the folder and try to write in it. Raises DitAccelError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DitAccelError(f"wanted a folder that can be written, got {folder}: {error}") from error
-    return folder
-
-
 def run_demo(out: Path, *, quick: bool = False, seed: int = 0) -> Path:
-    """Run the demo into the folder `out`; returns the report's path. Raises DitAccelError where `out` can't be written."""
-    writable_folder(out)
+    """Run the demo into the folder `out`; returns the report's path. Raises ValueError where `out` can't be written."""
+    check_folder(out)
     start = time.perf_counter()
     scale = QUICK if quick else FULL
     pipe = builtin_pipeline()

@@ -7,10 +7,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line checks folders without waiting for torch
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder if need be. Raises ValueError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"wanted a folder that can be written to, got {folder}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -32,8 +42,10 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=1))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:
     """Write safetensors to a temporary name beside `path`, then rename. Tensors are written as they are, from any device."""
+    from safetensors.torch import save_file
+
     with _temporary(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
     return path

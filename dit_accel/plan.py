@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dit_accel.geometry import Geometry, Lists, make_geometry
-from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_mask
+from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.layout import TokenLayout, coordinates, partition, raster_order
 from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Pooled, TopK, Window
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
+MASK_ELEMENTS = 1 << 20  # pairs of blocks that are looked at together
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
 
@@ -117,6 +118,11 @@ def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device
     return allowed
 
 
+def _joined(masks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    visited, full = (functools.reduce(torch.logical_or, mask) for mask in zip(*masks, strict=True))
+    return visited, full
+
+
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # cached tensors must serve training as well
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
@@ -128,10 +134,10 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
     static = None
     if fixed:
         corners = [coords[blocks.index] for blocks in (q_blocks, k_blocks)]
-        boxes = (corners[0].amin(1), corners[0].amax(1), corners[1].amin(1), corners[1].amax(1))
-        masks = [_visits(p, layout.grid, boxes) for p in fixed]
-        visited, full = (functools.reduce(torch.logical_or, mask) for mask in zip(*masks, strict=True))
-        static = map_from_mask(visited, full)
+        q_boxes, k_boxes = ((corner.amin(1), corner.amax(1)) for corner in corners)
+        rows = max(1, MASK_ELEMENTS // len(k_boxes[0]))  # all pairs of blocks at once would fill the memory at a million tokens
+        chunks = zip(*(bound.split(rows) for bound in q_boxes), strict=True)
+        static = map_from_masks(_joined([_visits(p, layout.grid, (*chunk, *k_boxes)) for p in fixed]) for chunk in chunks)
     density = spec.density
     to_memory = None if layout.order == spec.order else raster_order(layout.grid, layout.order)[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window)]

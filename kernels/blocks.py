@@ -1,5 +1,6 @@
 """Blocks of tokens: gathering them, pooling them, choosing among them, and the lists of blocks that queries visit."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +63,21 @@ class BlockMap:
         return seen.scatter_add(-1, self.index, self.valid.int()) > 0
 
 
-def map_from_mask(visited: Tensor, full: Tensor) -> BlockMap:
-    """Lists from masks `[Tq, Tk]`: full blocks first, then partial ones, padded to the longest list."""
-    rank = visited.int() + (visited & full).int()
-    width = int(visited.sum(-1).max())
-    rank, index = rank.sort(dim=-1, descending=True, stable=True)
-    rank, index = rank[:, :width], index[:, :width]
-    partial = rank == 1
-    return BlockMap(index, rank > 0, partial if bool(partial.any()) else None, bool((rank > 0).all()))
+def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor]]) -> BlockMap:
+    """Lists from pairs of masks (visited, full) `[q, Tk]` over chunks of query blocks: full blocks first, padded to the longest list."""
+    parts = []
+    for visited, full in chunks:
+        row, column = visited.nonzero(as_tuple=True)
+        partial = ~full[row, column]
+        order = (row * 2 + partial).argsort(stable=True)
+        parts.append((column[order], partial[order], visited.sum(-1)))
+    column, partial, count = (torch.cat(part) for part in zip(*parts, strict=True))
+    row = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    index = torch.zeros(len(count), int(count.max()), dtype=torch.int64, device=count.device)
+    valid, masked = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index, dtype=torch.bool)
+    index[row, place], valid[row, place], masked[row, place] = column, True, partial
+    return BlockMap(index, valid, masked if bool(partial.any()) else None, bool(valid.all()))
 
 
 def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]:

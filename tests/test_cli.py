@@ -137,7 +137,7 @@ def test_bad_prompts(command: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_models")
 def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
     blocked = prompts / "below"  # a folder can't be made below a file
-    wanted = f"--out wants a folder that can be written to, got {blocked}: Not a directory"
+    wanted = f"wanted a folder that can be written to, got {blocked}: Not a directory"
     assert fail("demo", "--out", blocked) == wanted
     assert fail("collect", "--prompts", prompts, "--out", blocked) == wanted
     assert fail("distill", "--prompts", prompts, "--out", blocked) == wanted
