@@ -82,7 +82,10 @@ def generate(
     dense_steps: Annotated[int, typer.Option(min=0, help="First steps that keep the original attention.")] = 0,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer would have to run its original attention.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Run the method even where it is slower; fail where it can't run."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Picture file to write; its ending names the format.")] = Path("image.png"),
 ) -> None:
     """Draw one picture with an accelerated pipeline, and show what ran in each layer."""
