@@ -34,6 +34,17 @@ SPECS = {
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16)),
     "gna": GNA((4, 6), stride=(2, 3), dilation=(1, 2)),
 }
+TARGETS = native.TARGETS[: native.TARGETS.index(native.best_target()) + 1] if native.library() else ()
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this CPU has, one after the other."""
+    monkeypatch.setenv(native.TARGET_VARIABLE, request.param)
+    return request.param
+
+
+every_target = pytest.mark.usefixtures("target")
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -55,6 +66,7 @@ def own_gradients(spec: AttentionSpec, shape: Shape) -> dict[str, Tensor]:
     return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params), spec, shape, torch.float32)
 
 
+@every_target
 @every_dtype
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 160, 256])
 @pytest.mark.parametrize("name", ["fovea", "sla", "clear"])
@@ -62,6 +74,7 @@ def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5), dtype)
 
 
+@every_target
 @every_dtype
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 1, 65), (1, 20, 50)], ids=str)
 @pytest.mark.parametrize("text", [0, 1, 77, 512])
@@ -83,6 +96,7 @@ def test_threads_change_no_bit(spec: AttentionSpec) -> None:
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
 
 
+@every_target
 @every_dtype
 @every_spec
 def test_strided_inputs_amid_poison(spec: AttentionSpec, dtype: torch.dtype) -> None:
