@@ -130,6 +130,14 @@ def test_the_mask_picture_shows_what_is_seen(pipe: object, samples: Samples, tmp
     assert int((picture > 0).sum()) == 9  # the query and the 8 tokens around it
 
 
+def test_the_demo_trains_on_none_of_the_prompts_it_shows() -> None:
+    shown = [*demo.HELD_OUT, *demo.FULL.prompts, *demo.QUICK.prompts]
+    prompts = demo.training_prompts(200, shown)
+    assert len(set(prompts)) == 200
+    assert not set(prompts) & set(shown)
+    assert prompts[:60] == demo.training_prompts(60, shown)
+
+
 def test_the_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = demo.Scale(192, 2, ("a panda",), 128, 2, 2, 2, 192, 1)
     monkeypatch.setattr(demo, "QUICK", small)
