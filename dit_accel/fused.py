@@ -1,10 +1,11 @@
-"""`attention` by the compiled kernels: one call for a whole layer's operator, text and image, selection apart."""
+"""`attention` by the compiled kernels of the CPU or the GPU: one call for a whole layer's operator, text and image, selection apart."""
 
 import torch
 from torch import Tensor
 
 from dit_accel.geometry import Geometry, Lists
-from dit_accel.kernels.cpu import ops
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import FEATURES, RESTS, Method
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import Values
 from dit_accel.plan import Plan, listed_beside
@@ -12,19 +13,21 @@ from dit_accel.spec import AttentionSpec, Downsampled, Linear, Pooled, Residual,
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path."""
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
     order = _sequence_order(plan.to_memory, layout)
-    wide = torch.float32 if query.dtype == torch.float16 else query.dtype
+    wide = torch.float32 if query.dtype == torch.float16 and implementation == "cpu" else query.dtype
     q, k, v = (x.to(wide) if order is None else x.to(wide).index_select(2, order) for x in (query, key, value))
-    lists = _lists(q, k, spec, layout, plan)
+    lists = _lists(q, k, spec, layout, plan, implementation)
     extra_k = extra_v = None
     if isinstance(spec.rest, Downsampled):
         image = _image(layout)
         extra_k, extra_v = (
             downsample(x[:, :, image].float().flatten(0, 1), plan.coords, layout, spec.rest.factor, params.spatial_weight)
             .unflatten(0, q.shape[:2])
+            .to(torch.float32 if implementation == "cpu" else q.dtype)
             .contiguous()
             for x in (k, v)
         )
@@ -32,8 +35,8 @@ def attend(
     g = plan.geometry
     out, lse = ops.attention(
         q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
-        g.starts_k, g.coords, g.windows, layout.text, layout.text_first, g.reach, _method(spec),
-        spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale,
+        g.starts_k, g.coords, g.windows, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
+        spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
     )  # fmt: skip
     if order is not None:
         back = _sequence_order(plan.to_raster, layout)
@@ -57,26 +60,34 @@ def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
     return torch.cat([text, order + layout.text] if layout.text_first else [order, text + layout.image])
 
 
-def _method(spec: AttentionSpec) -> list[int]:
-    """The rest and the merge as `ops.attention` names them."""
-    residual = int(isinstance(spec.merge, Residual))
+def _method(spec: AttentionSpec, plan: Plan) -> Method:
+    """The rest, the merge and the blocks as `ops.attention` names them."""
+    rest, log_count, variance, feature_map, linear_all = "none", False, False, FEATURES[0], False
     match spec.rest:
         case Pooled(log_count, variance, _):
-            return [ops.RESTS.index("pooled"), int(log_count), int(variance), 0, 0, 0]
+            rest = "pooled"
         case Linear(feature_map, scope):
-            return [ops.RESTS.index("linear"), 0, 0, ops.FEATURES.index(feature_map), int(scope == "all"), residual]
-    return [ops.RESTS.index("none"), 0, 0, 0, 0, 0]
+            rest, linear_all = "linear", scope == "all"
+    residual = isinstance(spec.rest, Linear) and isinstance(spec.merge, Residual)
+    return Method(
+        RESTS.index(rest), int(log_count), int(variance), FEATURES.index(feature_map), int(linear_all), int(residual), *_widths(plan)
+    )
 
 
-def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> Lists:
+def _widths(plan: Plan) -> list[int]:
+    return [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
+
+
+def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, implementation: str) -> Lists:
     """The static lists, or the blocks chosen for this call, or both."""
     g: Geometry = plan.geometry
     top = next((p for p in spec.keep if isinstance(p, TopK)), None)
     if top is None:
         return g.lists  # type: ignore[return-value]
     image = _image(layout)
+    weight = plan.short_weight if top.correct_short else None
     chosen = ops.select_blocks(
-        q[:, :, image].detach(), k[:, :, image].detach(), g.starts_q, g.starts_k, plan.short_weight if top.correct_short else None, plan.top
+        q[:, :, image].detach(), k[:, :, image].detach(), g.starts_q, g.starts_k, weight, plan.top, _widths(plan), implementation
     )
     if plan.static is None:
         return Lists.of_chosen(chosen)

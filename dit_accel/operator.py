@@ -53,7 +53,7 @@ def attention(
         spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
-        backend: "auto", "cpu" (compiled kernels) or "reference".
+        backend: "auto", "cpu" (compiled kernels), "triton" (fused GPU kernels) or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
     Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
@@ -79,8 +79,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
-        if chosen == "cpu":
-            return fused.attend(query, key, value, spec, layout, plan, params, scale)
+        if chosen != "reference":
+            return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen)
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
         out, lse = _attend(q, k, v, spec, layout, plan, params, scale)

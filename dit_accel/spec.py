@@ -266,6 +266,8 @@ class AttentionSpec:
         _require(not (exact and blockwise), "a rest of the blocks not kept wants patterns of whole blocks (TopK, DiscBlocks)", exact)
         joint = isinstance(self.rest, Downsampled | Pooled)
         _require(not joint or isinstance(self.merge, Mass), "pooled and down-sampled keys merge by Mass()", self.merge)
+        shifted = isinstance(self.rest, Downsampled) and isinstance(self.merge, Mass) and self.merge.offset
+        _require(not shifted, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", self.merge)
 
     def make_parameters(self, *, heads: int, head_dim: int) -> AttentionParameters:
         """The learned part at its start values, float32; a module without parameters where the method has none."""

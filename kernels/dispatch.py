@@ -1,14 +1,20 @@
-"""Which implementation runs a call: the compiled CPU kernels where they can, the eager reference elsewhere."""
+"""Which implementation runs a call: the compiled CPU kernels or the Triton kernels where they can, the eager reference elsewhere."""
+
+import importlib.util
+import os
 
 import torch
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels.cpu import native
 
-BACKENDS = ("auto", "cpu", "reference")
-CPU_TARGET = native.best_target()  # a constant, so that torch.compile sees one too
+BACKENDS = ("auto", "cpu", "triton", "reference")
+# constants, so that torch.compile sees them too
+CPU_TARGET = native.best_target()
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -17,10 +23,33 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
         return f"the tensors are on {device}"
     if CPU_TARGET == "none":
         return NOT_BUILT
-    if dtype not in CPU_DTYPES:
-        return f"the CPU kernels take float32, bfloat16 or float16, got {dtype}"
+    return _shape_refusal("CPU", dtype, head_dim)
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels can't run a call, or None where they can."""
+    if not TRITON:
+        return "triton is not installed"
+    if device.type == "cpu" and INTERPRETED:
+        if dtype == torch.bfloat16:  # it multiplies their bit patterns
+            return "Triton's interpreter can't multiply bfloat16"
+    elif device.type != "cuda":
+        return f"the tensors are on {device}"
+    elif not torch.version.hip and _capability(device) < (8, 0):
+        return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    return _shape_refusal("Triton", dtype, head_dim)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _shape_refusal(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"the {name} kernels take float32, bfloat16 or float16, got {dtype}"
     if head_dim % 8 or not 8 <= head_dim <= 256:
-        return f"the CPU kernels take a head_dim of 8 to 256 in steps of 8, got {head_dim}"
+        return f"the {name} kernels take a head_dim of 8 to 256 in steps of 8, got {head_dim}"
     return None
 
 
@@ -35,9 +64,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     check(backend)
     if backend == "reference":
         return "reference", "asked for"
-    refusal = cpu_refusal(device, dtype, head_dim)
-    if backend == "cpu":
+    own = "cpu" if backend == "cpu" or (backend == "auto" and device.type == "cpu") else "triton"
+    refusal = (cpu_refusal if own == "cpu" else triton_refusal)(device, dtype, head_dim)
+    if backend != "auto":
         if refusal:
-            raise BackendError(f"backend 'cpu' can't run this call: {refusal}")
-        return "cpu", "asked for"
-    return ("reference", refusal) if refusal else ("cpu", f"compiled kernels, {CPU_TARGET}")
+            raise BackendError(f"backend {backend!r} can't run this call: {refusal}")
+        return own, "asked for"
+    if refusal:
+        return "reference", refusal
+    return own, f"compiled kernels, {CPU_TARGET}" if own == "cpu" else "fused kernels"

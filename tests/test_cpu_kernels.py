@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
-from dit_accel.kernels import blocks, dispatch
-from dit_accel.kernels.cpu import native, ops
+from dit_accel.kernels import blocks, dispatch, ops
+from dit_accel.kernels.cpu import native
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend, attention
 from dit_accel.plan import make_plan
@@ -121,7 +121,7 @@ def test_one_nan_stays_in_sight(spec: AttentionSpec) -> None:
 def test_scores_that_tie_keep_the_first_blocks() -> None:
     q = torch.ones(1, 2, 96, 8)
     starts = torch.arange(0, 97, 16, dtype=torch.int32)
-    assert ops.select_blocks(q, q, starts, starts, None, 3).tolist() == [[[0, 1, 2]] * 6] * 2
+    assert ops.select_blocks(q, q, starts, starts, None, 3, [16, 16], "cpu").tolist() == [[[0, 1, 2]] * 6] * 2
 
 
 def test_selection_equals_the_reference() -> None:
@@ -131,7 +131,7 @@ def test_selection_equals_the_reference() -> None:
     weight = cut.count.sqrt()
     means = [blocks.pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
     wanted = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
-    got = ops.select_blocks(q, k, starts.int(), starts.int(), weight, 4)
+    got = ops.select_blocks(q, k, starts.int(), starts.int(), weight, 4, [32, 32], "cpu")
     assert got.dtype == torch.int32
     assert got.tolist() == wanted.tolist()
 

@@ -1,0 +1,114 @@
+"""`dit-accel bench kernels --aot`: what the GPU kernels compile to, for GPUs that need not be here."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dit_accel.errors import BackendError
+from dit_accel.files import write_json
+from dit_accel.kernels import dispatch
+from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT, Machine
+from dit_accel.layout import TokenLayout
+from dit_accel.operator import attention, start_values
+from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+
+METHODS: dict[str, AttentionSpec] = {
+    "fovea": Fovea(0.05),
+    "clear": CLEAR(8),
+    "clear + pooled keys": CLEAR(8, downsample=4),
+    "gna": GNA(9),
+    "sla": SLA(0.1),
+    "sla, all": SLA(0.1, "elu", "all"),
+}
+HEAD_DIMS = (64, 128, 256)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = 132  # multiprocessors: they change grids, not code
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All kernels of one method, forward and backward, for one architecture."""
+
+    method: str
+    arch: str
+    head_dim: int
+    dtype: str
+
+    def run(self) -> list[dict[str, Any]]:
+        """A row per kernel."""
+        torch.set_num_threads(1)  # as many jobs run as there are processors
+        from dit_accel.kernels.triton import aot, calls
+
+        spec = METHODS[self.method]
+        layout = TokenLayout((1, 32, 32), 64, order=spec.order)
+        q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=DTYPES[self.dtype], requires_grad=True) for _ in range(3))
+        params = start_values(spec, q).requires_grad_()
+        with calls.recorded(Machine(self.arch, UNITS)) as launches:
+            attention(q, k, v, spec, layout, params=params, backend="triton").sum().backward()
+        rows = []
+        for launch in {str(aot.source(launch).hash()) + str(launch.warps): launch for launch in launches}.values():
+            compiled = aot.compile_launch(launch, self.arch)
+            limit = SHARED_LIMIT[self.arch]
+            rows.append(
+                {**dataclasses.asdict(self), **dataclasses.asdict(compiled), "occupancy": compiled.occupancy, "shared_limit": limit}
+            )
+        return rows
+
+
+def jobs(
+    methods: Sequence[str] | None = None,
+    archs: Sequence[str] | None = None,
+    head_dims: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> list[Job]:
+    """Every combination; None is all of them. Raises ValueError at one that is not known."""
+    known: tuple[Sequence[Any], ...] = (tuple(METHODS), ARCHITECTURES, HEAD_DIMS, tuple(DTYPES))
+    given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
+    for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
+        wrong = [x for x in some if x not in every]
+        if wrong:
+            raise ValueError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
+    return [Job(*combination) for combination in itertools.product(*given)]
+
+
+def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str, Any]]:
+    """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't compile here."""
+    if not dispatch.TRITON:
+        raise BackendError("compiling the GPU kernels wants triton, which is not installed")
+    if dispatch.INTERPRETED:
+        raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        rows = [row for found in pool.map(Job.run, work) for row in found]
+    if out is not None:
+        write_json(out, {"triton": _triton_version(), "rows": rows})
+    show(rows)
+    return rows
+
+
+def _triton_version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a line per kernel, and the largest of its figures over the methods."""
+    view = Table(
+        "kernel", "method", "arch", "D", "dtype", "warps", "registers", "spilled", "shared", "occupancy", "tensor cores in loops", "code"
+    )
+    for row in rows:
+        looped = ", ".join(f"{count} {kind}" for kind, count in row["looped"].items()) or "-"
+        view.add_row(
+            row["kernel"], row["method"], row["arch"], str(row["head_dim"]), row["dtype"], str(row["warps"]), str(row["registers"]),
+            str(row["spilled"]), f"{row['shared']:,}", f"{row['occupancy']:.0%}", looped, f"{row['code']:,}",
+        )  # fmt: skip
+    Console().print(view)

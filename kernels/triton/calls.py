@@ -1,0 +1,72 @@
+"""The Triton kernels on tensors: float32, bfloat16 or float16, parameters and their gradients float32."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.triton import launch, launch_backward
+from dit_accel.kernels.triton.launch import Launch, Run
+from dit_accel.kernels.triton.tables import Machine
+
+INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
+_recording: ContextVar[tuple[Machine, list[Launch]] | None] = ContextVar("recording", default=None)
+
+
+@contextlib.contextmanager
+def recorded(machine: Machine) -> Iterator[list[Launch]]:
+    """Collect what would be launched on `machine`, on tensors of any device, and run nothing: results hold whatever memory held."""
+    found: list[Launch] = []
+    token = _recording.set((machine, found))
+    try:
+        yield found
+    finally:
+        _recording.reset(token)
+
+
+def _where(device: torch.device) -> tuple[Machine, Run]:
+    recording = _recording.get()
+    return (machine_of(device), launch.execute) if recording is None else (recording[0], recording[1].append)
+
+
+@functools.cache
+def machine_of(device: torch.device) -> Machine:
+    """The architecture whose tiles suit a device, and its number of multiprocessors."""
+    if device.type == "cpu":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Machine("gfx942", properties.multi_processor_count)
+    # 8.6 and 8.9 are consumer chips: tensor cores as on 8.0, shared memory as on 12.0
+    exact = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    return Machine(exact.get((properties.major, properties.minor), "sm_120"), properties.multi_processor_count)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Channels contiguous, which is all the kernels ask."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attend(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Output (q's dtype and layout) and lse `[B, H, N]`."""
+    return launch.attend(a._replace(q=_dense(a.q), k=_dense(a.k), v=_dense(a.v)), *_where(a.q.device))
+
+
+def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
+    """Gradients of the first eight arguments; absent ones are empty."""
+    a = a._replace(q=_dense(a.q), k=_dense(a.k), v=_dense(a.v))
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = launch_backward.gradients(_dense(dout), dlse, _dense(out), lse, a, *_where(a.q.device))
+    return [a.q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads]
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
+) -> Tensor:
+    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+    chosen = launch.select_blocks(_dense(q), _dense(k), q_starts, k_starts, weight, top, widths, *_where(q.device))
+    return chosen if _recording.get() is None else chosen.zero_()  # lists must name blocks that there are

@@ -1,0 +1,253 @@
+"""From one call of the operator to kernel launches: buffers, grids and tiles. Nothing here waits for the device.
+
+`execute` runs a launch; anything else that takes one (a recorder, a compiler ahead of time) may stand in its place.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.arguments import RESTS, Arguments, Method
+from dit_accel.kernels.triton import forward, summary
+from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
+
+STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
+
+
+class Launch(NamedTuple):
+    """One kernel on one grid."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+
+
+Run = Callable[[Launch], None]
+
+
+def execute(launch: Launch) -> None:
+    """Put the kernel on the current stream."""
+    launch.kernel[launch.grid](**launch.arguments, num_warps=launch.warps)
+
+
+def up(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def strides(letter: str, x: Tensor) -> dict[str, int]:
+    """The strides of the first three axes of `[B, H, N, D]`, as kernels name them."""
+    return {f"{letter}_{axis}": x.stride(place) for place, axis in enumerate("bhn")}
+
+
+@dataclass(frozen=True)
+class Rests:
+    """What stands for the rest: pooled keys and the lists as bits, or linear states. Absent parts are None."""
+
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+    k_half: Tensor | None = None
+    bits: Tensor | None = None
+    state: Tensor | None = None
+    total: Tensor | None = None
+
+
+def halves(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """A float32 matrix as the sum of two of a narrower type, for the tensor cores: 16 bits of it instead of 8 or 11."""
+    if x is None or dtype == torch.float32:
+        return {name: x, f"{name}_low": None}
+    high = x.to(dtype)
+    return {name: high, f"{name}_low": (x - high).to(dtype)}
+
+
+class Call:
+    """One call's sizes, and the arguments that its kernels share."""
+
+    def __init__(self, a: Arguments, machine: Machine, run: Run) -> None:
+        self.a, self.machine, self.run = a, machine, run
+        self.batch, self.heads, self.tokens, self.channels = a.q.shape
+        self.bh, self.image = self.batch * self.heads, self.tokens - a.text
+        self.text_start, self.image_start = (0, a.text) if a.text_first else (self.image, 0)
+        self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
+        method = Method(*a.method)
+        self.q_width, self.k_width, self.residual = method.q_width, method.k_width, bool(method.residual)
+        self.pooled, self.linear = (method.rest == RESTS.index(name) for name in ("pooled", "linear"))
+        self.flags = {
+            "COUNT": bool(method.log_count), "VARIANCE": bool(method.variance), "MAP": method.feature_map, "ALL": bool(method.linear_all),
+        }  # fmt: skip
+        self.padded = max(16, 1 << (self.channels - 1).bit_length())
+        precise = torch.get_float32_matmul_precision() == "highest" or a.q.dtype != torch.float32
+        self.precision = "ieee" if precise else "tf32"
+
+    def tile(self, kernel: str) -> Tile:
+        """The kernel's tile for this call's widths and types."""
+        if self.linear and kernel in ("rows", "gradient_rows", "gradient_columns"):
+            kernel += "_linear"
+        return tile_for(kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width)
+
+    def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Launch with the tile's constants; those that the kernel does not take are left out."""
+        tile = self.tile(name)
+        constants = {
+            "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "BJ": tile.keys, "STAGES": tile.stages,
+            "SUB_Q": up(self.q_width, tile.queries), "SUB_K": up(self.k_width, tile.keys), "PRECISION": self.precision,
+            "heads": self.heads, "scale": self.a.scale, **self.flags,
+        }  # fmt: skip
+        taken = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        self.run(Launch(kernel, grid, taken | arguments, tile.warps))
+
+    def rows(self, *names: str) -> dict[str, Any]:
+        """Tensors `[B, H, N, D]` among q, k, v with their strides."""
+        given: dict[str, Any] = {}
+        for name in names:
+            x = getattr(self.a, name)
+            given |= {name: x, **strides(name, x)}
+        return given
+
+    def listed(self) -> dict[str, Any]:
+        """The block lists and their strides (0: shared by the heads)."""
+        a = self.a
+        own = a.lists.ndim == 3
+        return {
+            "lists": a.lists, "counts": a.counts, "list_bh": a.lists.stride(0) if own else 0, "list_row": a.lists.shape[-1],
+            "count_bh": a.counts.stride(0) if own else 0, "q_starts": a.q_starts, "k_starts": a.k_starts,
+        }  # fmt: skip
+
+    def predicate(self) -> dict[str, Any]:
+        """Coordinates and windows for blocks that are kept in part."""
+        a = self.a
+        return {
+            "coords": a.coords, "windows": a.windows, "length": a.coords.shape[-1], "reach": a.reach,
+            "WINDOWS": 0 if a.windows is None else len(a.windows), "PARTIAL": a.windows is not None or a.reach >= 0,
+        }  # fmt: skip
+
+    def splits(self, tiles: int, length: int, step: int) -> tuple[int, int]:
+        """How many chunks of how many rows a reduction over `length` rows is cut into, so that `tiles` programs become a full device."""
+        wanted = up(2 * self.machine.units, tiles * self.bh)
+        chunk = up(up(length, max(1, wanted)), step) * step
+        return up(length, chunk), chunk
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.a.q.new_empty(shape, dtype=dtype)
+
+    def pooled_rest(self) -> Rests:
+        """Means and half variances of the key blocks in the input's type, and the lists as bits."""
+        a, kind = self.a, self.a.q.dtype
+        k_mean, v_mean, k_half = (self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3))
+        self._summarise(1, k_mean=k_mean, v_mean=v_mean, k_half=k_half, VALUES=True, STATES=False)
+        lists, words = a.lists, up(self.k_blocks, 32)
+        bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
+        rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
+        arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
+        self.run(Launch(summary.list_bits, (rows, up(words, tile)), arguments, 1))
+        return Rests(k_mean, v_mean, k_half, bits if bits.ndim == 3 else bits[None])
+
+    def linear_rest(self) -> Rests:
+        """The mean over the image's keys of phi(k)·vᵀ and of phi(k)."""
+        group = up(self.k_blocks, STATE_GROUPS)
+        groups = up(self.k_blocks, group)
+        states, totals = self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels)
+        self._summarise(group, states=states, totals=totals, VALUES=False, STATES=True)
+        return Rests(state=states.sum(0), total=totals.sum(0))
+
+    def _summarise(self, group: int, **arguments: Any) -> None:
+        given = {name: arguments.pop(name, None) for name in ("k_mean", "v_mean", "k_half", "states", "totals")}
+        variance = {"VARIANCE": self.flags["VARIANCE"] and self.pooled}
+        self.start(
+            summary.summarise, "summarise", (up(self.k_blocks, group), self.bh), **self.rows("k", "v"), **given, **variance, **arguments,
+            image_start=self.image_start, starts=self.a.k_starts, blocks=self.k_blocks, group=group, keys=self.image,
+        )  # fmt: skip
+
+    def rest(self) -> Rests:
+        """Whatever the method wants in place of the rest."""
+        return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
+
+    def rest_arguments(self, rests: Rests) -> dict[str, Any]:
+        """The rest's tensors and flags; a placeholder of the right type where a kernel wants a pointer that it does not follow."""
+        return {
+            "k_mean": rests.k_mean, "v_mean": rests.v_mean, "k_half": rests.k_half, "bits": rests.bits,
+            "bits_bh": 0 if rests.bits is None or len(rests.bits) == 1 else rests.bits.stride(0),
+            "bits_row": 0 if rests.bits is None else rests.bits.stride(1), "offset": self.a.offset, "total": rests.total,
+            **halves("state", rests.state, self.a.q.dtype),
+            "k_blocks": self.k_blocks, "cap": self.a.cap, "POOLED": self.pooled, "LINEAR": self.linear,
+        }  # fmt: skip
+
+
+def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, Tensor]:
+    """Output in q's layout and lse `[B, H, N]` of one call (see `ops.attention`)."""
+    call = Call(a, machine, run)
+    out, lse = torch.empty_like(a.q), call.empty(*a.q.shape[:3])
+    o = strides("o", out)
+    rests = call.rest()
+    given = call.rest_arguments(rests)
+    if call.linear and call.residual and call.flags["ALL"] and rests.state is not None and a.weight is not None:
+        # the projection, once per head instead of once per query
+        given |= halves("state", rests.state @ a.weight.T, a.q.dtype)
+    call.start(
+        forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
+        extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(), **given,
+        **halves("weight", a.weight, a.q.dtype), bias=a.bias, tokens=call.tokens, image_start=call.image_start, text=a.text,
+        text_start=call.text_start,
+        extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, RESIDUAL=call.residual,
+    )  # fmt: skip
+    if a.text:
+        _dense_rows(call, out, lse, o)
+    return out, lse
+
+
+def _dense_rows(call: Call, out: Tensor, lse: Tensor, o: dict[str, int]) -> None:
+    """The text's queries over all keys, split over the keys."""
+    a, tile = call.a, call.tile("dense")
+    tiles = up(a.text, tile.queries)
+    splits, chunk = call.splits(tiles, call.tokens, tile.keys)
+    part, part_lse = call.empty(splits, call.bh, a.text, call.channels), call.empty(splits, call.bh, a.text)
+    place = {"rows": a.text, "first": call.text_start, "tokens": call.tokens}
+    call.start(
+        forward.dense_rows,
+        "dense",
+        (tiles, call.bh, splits),
+        **call.rows("q", "k", "v"),
+        part=part,
+        part_lse=part_lse,
+        chunk=chunk,
+        **place,
+    )
+    call.start(
+        forward.merge_rows, "merge", (up(a.text, call.tile("merge").queries), call.bh), part=part, part_lse=part_lse, out=out, lse=lse, **o,
+        splits=splits, **place,
+    )  # fmt: skip
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int], machine: Machine,
+    run: Run = execute,
+) -> Tensor:  # fmt: skip
+    """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
+    means = [_means(x, starts, width, machine, run) for x, starts, width in zip((q, k), (q_starts, k_starts), widths, strict=True)]
+    scores = torch.bmm(means[0], means[1].transpose(1, 2))
+    blocks = scores.shape[-1]
+    chosen = torch.empty(*scores.shape[:2], top, dtype=torch.int32, device=q.device)
+    wide = max(16, 1 << (blocks - 1).bit_length())
+    arguments = {"scores": scores, "weight": weight, "chosen": chosen, "blocks": blocks, "top": top, "W": wide}
+    run(Launch(summary.choose_blocks, (scores.shape[0] * scores.shape[1],), arguments, min(16, max(1, wide // 512))))
+    return chosen
+
+
+def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) -> Tensor:
+    """Means `[BH, T, D]` of blocks of tokens, float32."""
+    batch, heads, tokens, channels = x.shape
+    blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())
+    means = x.new_empty((batch * heads, blocks, channels), dtype=torch.float32)
+    tile = tile_for("summarise", machine.arch, padded, x.dtype.itemsize, width, width)
+    arguments = {
+        "k": x, "v": x, "k_mean": means, "v_mean": None, "k_half": None, "states": None, "totals": None, **strides("k", x),
+        **strides("v", x), "heads": heads, "image_start": 0, "starts": starts, "blocks": blocks, "group": 1, "keys": tokens,
+        "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": up(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
+        "MAP": 0, "PRECISION": "ieee",
+    }  # fmt: skip
+    run(Launch(summary.summarise, (blocks, batch * heads), arguments, tile.warps))
+    return means

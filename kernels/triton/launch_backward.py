@@ -1,0 +1,193 @@
+"""From one call's gradients to kernel launches. Nothing here waits for the device, and every sum has a fixed order."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.triton import backward, backward_linear
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, strides, up
+from dit_accel.kernels.triton.tables import Machine
+
+
+class Gradients(NamedTuple):
+    """Gradients of the first eight arguments; None where there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    extra_k: Tensor | None
+    extra_v: Tensor | None
+    offset: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments, machine: Machine, run: Run = execute) -> Gradients:
+    """Gradients of `attend`, summed in an order that depends on the shapes alone."""
+    call = Call(a, machine, run)
+    delta = torch.empty_like(lse)
+    call.start(
+        backward.deltas, "merge", (up(call.tokens, call.tile("merge").queries), call.bh), out=out, dout=dout, dlse=dlse, delta=delta,
+        **strides("o", out), **strides("g", dout), tokens=call.tokens,
+    )  # fmt: skip
+    rests = call.rest()
+    pull = {"dout": dout, "lse": lse, "delta": delta, **strides("g", dout)}
+    linear = _linear(call, pull, rests) if call.linear else Linear()
+    pooled = _pooled(call, pull, rests) if call.pooled else Pooled()
+    dq, dk, dv = (torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device) for _ in range(3))
+    _rows(call, pull, rests, linear, dq)
+    _columns(call, pull, rests, linear, pooled, dk, dv)
+    if a.text:
+        _dense_gradient(call, pull, dq)
+        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.text_start, a.text, 0, call.tokens), strict=True):
+            full[:, :, call.text_start : call.text_start + a.text] = part
+    extra: tuple[Tensor | None, Tensor | None] = (None, None)
+    if a.extra_k is not None and a.extra_v is not None:
+        extra = _shared(call, pull, a.extra_k, a.extra_v, 0, a.extra_k.shape[2], call.image_start, call.image)
+    doffset = linear.doffset if call.linear else pooled.doffset
+    return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
+
+
+class Linear(NamedTuple):
+    """The linear rest's pulls `[BH, image, ·]`, their sums over queries, and the gradients of what is learned."""
+
+    dnum: Tensor | None = None
+    dden: Tensor | None = None
+    pull_state: Tensor | None = None
+    pull_total: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    doffset: Tensor | None = None
+
+
+class Pooled(NamedTuple):
+    """Gradients `[BH, Tk, D]` of the pooled keys, values and half variances, `[H]` of the offset."""
+
+    dk_mean: Tensor | None = None
+    dv_mean: Tensor | None = None
+    dk_half: Tensor | None = None
+    doffset: Tensor | None = None
+
+
+def _linear(call: Call, pull: dict[str, Any], rests: Rests) -> Linear:
+    a = call.a
+    # float16 has no room for gradients divided by a mass of thousands of keys
+    kind = torch.float32 if a.q.dtype == torch.float16 else a.q.dtype
+    dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=kind) for _ in range(2))
+    dden = call.empty(call.bh, call.image)
+    programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
+    doffset = None if a.offset is None else call.empty(call.bh, programs)
+    call.start(
+        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden, mean=mean,
+        doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
+        **halves("state", rests.state, a.q.dtype), **halves("weight", a.weight, a.q.dtype),
+        tokens=call.tokens, image=call.image, image_start=call.image_start, k_blocks=call.k_blocks, RESIDUAL=call.residual,
+    )  # fmt: skip
+    state, total = _outer(call, a.q, call.image_start, dnum, dden, call.flags["MAP"], 1 / call.image)
+    shared: tuple[Tensor | None, Tensor | None] = (None, None)
+    if call.residual:
+        products, sums = _outer(call, pull["dout"], call.image_start, mean, None, -1, 1.0)
+        shared = (products.sum(0), sums.sum(0))
+    per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
+    return Linear(dnum, dden, state, total, *shared, per_head)
+
+
+def _outer(call: Call, x: Tensor, first: int, y: Tensor, factor: Tensor | None, feature_map: int, share: float) -> tuple[Tensor, Tensor]:
+    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows."""
+    tile = call.tile("outer")
+    chunk = up(up(call.image, STATE_GROUPS), tile.queries) * tile.queries
+    chunks = up(call.image, chunk)
+    products, sums = call.empty(chunks, call.bh, call.channels, call.channels), call.empty(chunks, call.bh, call.channels)
+    y = y.view(call.batch, call.heads, call.image, call.channels)
+    call.start(
+        backward_linear.outer_sums, "outer", (chunks, call.bh), a=x, b=y, factor=factor, products=products, sums=sums, **strides("a", x),
+        **strides("b", y), first=first, rows=call.image, chunk=chunk, share=share, MAP=feature_map,
+    )  # fmt: skip
+    return products.sum(0), sums.sum(0)
+
+
+def _pooled(call: Call, pull: dict[str, Any], rests: Rests) -> Pooled:
+    a = call.a
+    dk_mean, dv_mean, dk_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
+    tiles = up(call.k_blocks, call.tile("pooled").keys)
+    doffset = None if a.offset is None else call.empty(call.bh, tiles)
+    given = call.rest_arguments(rests)
+    names = ("k_mean", "v_mean", "k_half", "bits", "bits_bh", "bits_row", "offset", "k_blocks", "cap")
+    call.start(
+        backward.gradient_pooled, "pooled", (tiles, call.bh), **call.rows("q"), **pull, **{name: given[name] for name in names},
+        dk_mean=dk_mean, dv_mean=dv_mean, dk_half=dk_half, doffset=doffset, q_starts=a.q_starts, k_starts=a.k_starts, tokens=call.tokens,
+        image_start=call.image_start, q_blocks=call.q_blocks,
+    )  # fmt: skip
+    return Pooled(dk_mean, dv_mean, dk_half, None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2)))
+
+
+def _rows(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, dq: Tensor) -> None:
+    a = call.a
+    call.start(
+        backward.gradient_rows, "gradient_rows", (call.q_blocks * up(call.q_width, call.tile("gradient_rows").queries), call.bh),
+        **call.rows("q", "k", "v"), extra_k=a.extra_k, extra_v=a.extra_v, **pull, dnum=linear.dnum, dden=linear.dden, dq=dq,
+        **call.listed(), full=a.full, **call.predicate(), **call.rest_arguments(rests), tokens=call.tokens, image=call.image,
+        image_start=call.image_start, text=a.text, text_start=call.text_start, extra=0 if a.extra_k is None else a.extra_k.shape[2],
+        EXTRA=a.extra_k is not None,
+    )  # fmt: skip
+
+
+def _columns(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, pooled: Pooled, dk: Tensor, dv: Tensor) -> None:
+    a = call.a
+    entries, borders = columns(a.lists, a.counts, a.full, call.k_blocks)
+    call.start(
+        backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
+        **call.rows("q", "k", "v"), **pull, dnum=linear.dnum, dden=linear.dden, dk=dk, dv=dv, entries=entries, borders=borders,
+        entry_bh=entries.stride(0) if len(entries) > 1 else 0, border_bh=borders.stride(0) if len(borders) > 1 else 0,
+        q_starts=a.q_starts, k_starts=a.k_starts, **call.predicate(), k_mean=rests.k_mean, dk_mean=pooled.dk_mean, dv_mean=pooled.dv_mean,
+        dk_half=pooled.dk_half, pull_total=linear.pull_total, **halves("pull_state", linear.pull_state, a.q.dtype), tokens=call.tokens,
+        image=call.image,
+        image_start=call.image_start, text=a.text, text_start=call.text_start, k_blocks=call.k_blocks, POOLED=call.pooled,
+        LINEAR=call.linear,
+    )  # fmt: skip
+
+
+def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+    """The lists turned around: for each key block the query blocks that visit it, those that visit it whole first.
+
+    `entries` `[1 or BH, Tq · n]` int32 and `borders` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
+    """
+    lists, counts, full = (x if x.ndim == y else x[None] for x, y in ((lists, 3), (counts, 2), (full, 2)))
+    place = torch.arange(lists.shape[-1], device=lists.device)
+    key = lists * 2 + (place >= full[..., None])
+    key = torch.where(place < counts[..., None], key, 2 * key_blocks).flatten(1)
+    ordered, position = key.sort(dim=1, stable=True)
+    sought = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
+    borders = torch.searchsorted(ordered.contiguous(), sought)
+    return (position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32)
+
+
+def _dense_gradient(call: Call, pull: dict[str, Any], dq: Tensor) -> None:
+    """dq of the text's queries."""
+    a, tile = call.a, call.tile("gradient_dense")
+    tiles = up(a.text, tile.queries)
+    splits, chunk = call.splits(tiles, call.tokens, tile.keys)
+    part = call.empty(splits, call.bh, a.text, call.channels)
+    call.start(
+        backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows("q", "k", "v"), **pull, part=part,
+        rows=a.text,
+        first=call.text_start, tokens=call.tokens, chunk=chunk,
+    )  # fmt: skip
+    dq[:, :, call.text_start : call.text_start + a.text] = part.sum(0).view(call.batch, call.heads, a.text, call.channels)
+
+
+def _shared(call: Call, pull: dict[str, Any], k: Tensor, v: Tensor, first: int, keys: int, begin: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see."""
+    tile = call.tile("gradient_shared")
+    tiles = up(keys, tile.keys)
+    splits, chunk = call.splits(tiles, rows, tile.queries)
+    parts = [call.empty(splits, call.bh, keys, call.channels) for _ in range(2)]
+    call.start(
+        backward.gradient_shared_keys, "gradient_shared", (tiles, call.bh, splits), **call.rows("q"), k=k, v=v, **strides("k", k),
+        **strides("v", v), **pull, dk=parts[0], dv=parts[1], keys=keys, first=first, begin=begin, rows=rows, tokens=call.tokens,
+        chunk=chunk,
+    )  # fmt: skip
+    dk, dv = (part.sum(0).view(call.batch, call.heads, keys, call.channels) for part in parts)
+    return dk, dv

@@ -1,0 +1,150 @@
+"""Device functions that the kernels are made of: tiles, token predicates, one step of a softmax, feature maps.
+
+Everywhere: logits are in units of log2 (scale · log2(e) is one factor), tiles are [rows, DP] where DP pads the head dimension D to a
+power of two with zeros, offsets are 64-bit before they are multiplied, and every masked load says what it puts in place.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
+    """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D."""
+    channel = tl.arange(0, DP)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    inside = valid[:, None] if D == DP else valid[:, None] & (channel < D)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def put(base, rows, stride, valid, x, D: tl.constexpr, DP: tl.constexpr):
+    """Store `[R, DP]` to rows of a matrix with D channels."""
+    channel = tl.arange(0, DP)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def vector(base, D: tl.constexpr, DP: tl.constexpr):
+    """A `[D]` float32 vector as `[DP]`."""
+    row = tl.arange(0, DP)
+    return tl.load(base + row, mask=row < D, other=0.0)
+
+
+@triton.jit
+def split_dot(a, high, low, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
+    """a `[R, DP]` times a matrix `[D, D]` that lies in memory as the sum of two narrow ones (see `launch.halves`), or alone (`low`
+    None)."""
+    row, column = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
+    place = column * D + row if TRANSPOSED else row * D + column
+    inside = (row < D) & (column < D)
+    result = tl.dot(a, tl.load(high + place, mask=inside, other=0.0).to(a.dtype), input_precision=PRECISION)
+    if low is not None:
+        result = tl.dot(a, tl.load(low + place, mask=inside, other=0.0).to(a.dtype), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def kept_pairs(coords, windows, length, reach, q_token, q_valid, k_token, k_valid, WINDOWS: tl.constexpr):
+    """Which pairs of image tokens a disc or one of the windows keeps; `coords` `[3, length]`, `windows` `[W, 3, 3, length]`.
+
+    Tokens are `[Q, 1]` and `[1, K]`, or `[1, Q]` and `[K, 1]`.
+    """
+    distance = (q_token - k_token) * 0
+    for axis in tl.static_range(3):
+        here = tl.load(coords + axis * length + q_token, mask=q_valid, other=0)
+        gap = here - tl.load(coords + axis * length + k_token, mask=k_valid, other=0)
+        distance += gap * gap
+    kept = distance <= reach
+    for window in tl.static_range(WINDOWS):
+        inside = q_valid & k_valid
+        for axis in tl.static_range(3):
+            bounds = windows + (window * 3 + axis) * 3 * length
+            place = tl.load(coords + axis * length + k_token, mask=k_valid, other=0)
+            residue = tl.load(bounds + 2 * length + k_token, mask=k_valid, other=0)
+            first = tl.load(bounds + q_token, mask=q_valid, other=0)
+            last = tl.load(bounds + length + q_token, mask=q_valid, other=0)
+            mine = tl.load(bounds + 2 * length + q_token, mask=q_valid, other=0)
+            inside &= (place >= first) & (place <= last) & (residue == mine)
+        kept |= inside
+    return kept
+
+
+@triton.jit
+def absorb(acc, top, mass, logits, v, PRECISION: tl.constexpr):
+    """One step of the online softmax: keys with `logits` `[R, C]` and values `[C, DP]` join."""
+    new = tl.maximum(top, tl.max(logits, 1))
+    # a row that has seen no key yet has top -inf, and -inf - -inf is no number
+    finite = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(logits - finite[:, None])
+    fade = tl.exp2(top - finite)
+    mass = mass * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new, mass
+
+
+@triton.jit
+def feature(x, D: tl.constexpr, DP: tl.constexpr, MAP: tl.constexpr):
+    """phi(x) of `[R, DP]` in float32; zero past D. MAP: 0 softmax over the channels, 1 elu + 1, 2 relu."""
+    x = x.to(tl.float32)
+    real = (tl.arange(0, DP) < D)[None, :]
+    if MAP == 0:
+        x = tl.where(real, x, float("-inf"))
+        x = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
+        return x / tl.sum(x, 1)[:, None]
+    phi = tl.maximum(x, 0.0)
+    if MAP == 1:
+        phi += tl.exp2(tl.minimum(x, 0.0) * LOG2E)
+    return tl.where(real, phi, 0.0)
+
+
+@triton.jit
+def feature_gradient(x, phi, dphi, MAP: tl.constexpr):
+    """The gradient of x from that of phi(x), float32."""
+    x = x.to(tl.float32)
+    if MAP == 0:
+        return phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    if MAP == 1:
+        return dphi * tl.where(x > 0, 1.0, phi)
+    return tl.where(x > 0, dphi, 0.0)
+
+
+@triton.jit
+def unkept(bits, j, j_valid):
+    """Which of the key blocks `j` are not on a query block's list, from its row of bits."""
+    word = tl.load(bits + j // 32, mask=j_valid, other=0)
+    return j_valid & (((word >> (j % 32)) & 1) == 0)
+
+
+@triton.jit
+def pooled_logits(q, squares, k_mean, k_half, bits, starts, blocks, j, factor, offset, cap, D: tl.constexpr, DP: tl.constexpr,
+                  COUNT: tl.constexpr, VARIANCE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Logits `[R, J]` of the pooled keys `j` that are not kept (else -inf), the keys, and the uncapped variance terms.
+
+    `squares`: the scaled queries squared; `k_half`: half the variance of the keys. In units of log2, but for that term.
+    """
+    valid = j < blocks
+    mean = tile(k_mean, j, D, valid, D, DP)
+    logits = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor
+    if COUNT:
+        first = tl.load(starts + j, mask=valid, other=0)
+        size = tl.load(starts + j + 1, mask=valid, other=1) - first
+        logits += tl.log2(size.to(tl.float32))[None, :]
+    term = logits
+    half = mean
+    if VARIANCE:
+        half = tile(k_half, j, D, valid, D, DP)
+        term = tl.dot(squares, tl.trans(half), input_precision=PRECISION)
+        logits += tl.minimum(term, cap) * LOG2E
+    free = unkept(bits, j, valid)
+    return tl.where(free[None, :], logits + offset, float("-inf")), mean, half, term
+
+
+@triton.jit
+def scaled_squares(q, scale):
+    """(scale · q)² in q's type; float16 ends before infinity (the term is capped far below it)."""
+    x = q.to(tl.float32) * scale
+    return tl.minimum(x * x, 60000.0).to(q.dtype)

@@ -1,0 +1,110 @@
+"""What stands for many keys: block means, variances and linear-attention states in one pass, selection, and lists as bits."""
+
+import triton
+import triton.language as tl
+from dit_accel.kernels.triton.primitives import feature, put, tile
+
+
+@triton.jit
+def summarise(
+    k, v, k_mean, v_mean, k_half, states, totals, k_b, k_h, k_n, v_b, v_h, v_n, heads, image_start, starts, blocks, group, keys,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
+    STATES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`group` blocks of one head: means of keys (and values) `[BH, T, D]`, half the (biased) variance, and phi(K)ᵀV and sum of phi(K) over
+    the group, divided by the number of `keys`: states `[groups, BH, D, D]`, totals `[groups, BH, D]`. Grid: (groups, batch · heads).
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    k_base = k + (bh // heads) * k_b + (bh % heads) * k_h + image_start.to(tl.int64) * k_n
+    v_base = v + (bh // heads) * v_b + (bh % heads) * v_h + image_start.to(tl.int64) * v_n
+    channel = tl.arange(0, DP)
+    real = channel < D
+    if STATES:
+        state = tl.zeros([DP, DP], tl.float32)
+        total = tl.zeros([DP], tl.float32)
+    first = tl.program_id(0) * group
+    for j in range(first, tl.minimum(first + group, blocks)):
+        begin, end = tl.load(starts + j), tl.load(starts + j + 1)
+        count = (end - begin).to(tl.float32)
+        at = (bh * blocks + j) * D + channel
+        k_sum = tl.zeros([DP], tl.float32)
+        v_sum = tl.zeros([DP], tl.float32)
+        for sub in range(SUB_K):
+            token = begin + sub * BK + tl.arange(0, BK)
+            valid = token < end
+            key = tile(k_base, token, k_n, valid, D, DP)
+            k_sum += tl.sum(key.to(tl.float32), 0)
+            if VALUES or STATES:
+                value = tile(v_base, token, v_n, valid, D, DP)
+                v_sum += tl.sum(value.to(tl.float32), 0)
+            if STATES:
+                phi = tl.where(valid[:, None], feature(key, D, DP, MAP), 0.0)
+                total += tl.sum(phi, 0)
+                state = tl.dot(tl.trans(phi.to(value.dtype)), value, state, input_precision=PRECISION)
+        mean = k_sum / count
+        if k_mean is not None:
+            tl.store(k_mean + at, mean.to(k_mean.dtype.element_ty), mask=real)
+        if VALUES:
+            tl.store(v_mean + at, (v_sum / count).to(v_mean.dtype.element_ty), mask=real)
+        if VARIANCE:
+            spread = tl.zeros([DP], tl.float32)
+            for sub in range(SUB_K):  # a second look at the same rows: E[x²] − E[x]² cancels
+                token = begin + sub * BK + tl.arange(0, BK)
+                valid = token < end
+                gap = tl.where(valid[:, None], tile(k_base, token, k_n, valid, D, DP).to(tl.float32) - mean[None, :], 0.0)
+                spread += tl.sum(gap * gap, 0)
+            half = tl.minimum(spread / count * 0.5, 60000.0)  # float16 ends before infinity
+            tl.store(k_half + at, half.to(k_half.dtype.element_ty), mask=real)
+    if STATES:
+        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
+        share = 1.0 / keys.to(tl.float32)
+        put(states + place * D * D, channel, D, real, state * share, D, DP)
+        tl.store(totals + place * D + channel, total * share, mask=real)
+
+
+@triton.jit
+def ordered(x):
+    """float32 as int32 that compare alike."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def choose_blocks(scores, weight, chosen, blocks, top, W: tl.constexpr):
+    """The `top` largest of each row of scores `[rows, blocks]`, ties to the first, as ascending indices `[rows, top]`. Grid: (rows,).
+
+    Bisection on the bits of the threshold: 32 counts over a row in registers, exact and the same every time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, W)
+    x = tl.load(scores + row * blocks + j, mask=j < blocks, other=float("-inf"))
+    if weight is not None:
+        x *= tl.load(weight + j, mask=j < blocks, other=1.0)
+    key = tl.where(j < blocks, ordered(x + 0.0), -2147483648)  # + 0.0: -0 ties with 0
+    # the largest threshold that at least `top` keys reach: sign first, then bit by bit
+    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= top, 0, -2147483648)
+    for bit in tl.static_range(31):
+        trial = threshold | (1 << (30 - bit))
+        threshold = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= top, trial, threshold)
+    above = (key > threshold).to(tl.int32)
+    tied = ((key == threshold) & (j < blocks)).to(tl.int32)
+    spare = top - tl.sum(above, 0)
+    taken = above + tl.where(tl.cumsum(tied, 0) <= spare, tied, 0)
+    place = tl.cumsum(taken, 0) - 1
+    tl.store(chosen + row * top + place, j, mask=taken > 0)
+
+
+@triton.jit
+def list_bits(lists, counts, bits, width, words, W: tl.constexpr, N: tl.constexpr):
+    """Lists `[rows, width]` as bits `[rows, words]` of int32. Grid: (rows, tiles of W words)."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * W + tl.arange(0, W)
+    count = tl.load(counts + row)
+    found = tl.zeros([W], tl.int32)
+    for at in range(0, count, N):
+        n = at + tl.arange(0, N)
+        j = tl.load(lists + row * width + n, mask=n < count, other=0)
+        mine = (j[None, :] // 32 == word[:, None]) & (n < count)[None, :]
+        # a block stands on a list once, so that a sum of bits is their union
+        found += tl.sum(tl.where(mine, 1 << (j % 32)[None, :], 0), 1)
+    tl.store(bits + row * words + word, found, mask=word < words)

@@ -1,0 +1,275 @@
+"""The Triton kernels against the oracle: natively where there is a CUDA device (`pytest -m gpu`), else under Triton's interpreter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dit_accel.errors import BackendError
+from dit_accel.kernels import dispatch, ops
+from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
+from dit_accel.kernels.triton import calls, launch, launch_backward
+from dit_accel.kernels.triton.tables import Machine
+from dit_accel.layout import TokenLayout
+from dit_accel.operator import attention
+from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea, Linear, Mass, Pooled, Raster, Tiles, TopK
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])  # the interpreter can't multiply bfloat16
+SPECS = {
+    "fovea": Fovea(0.2),
+    "fovea-radius": Fovea(radius=3),
+    "clear": CLEAR(4),
+    "clear-downsample": CLEAR(3, downsample=2),
+    "sla": SLA(0.3, block=(32, 16)),
+    "sla-all": SLA(0.3, "elu", "all", block=(16, 32)),
+    "linear-mass": AttentionSpec((TopK(0.2),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16)),
+    "pooled-plain": AttentionSpec((TopK(0.1),), Pooled(log_count=False, variance=False), Mass(offset=False), Raster(), (16, 32)),
+    "gna": GNA((4, 6), stride=(2, 3), dilation=(1, 2)),
+}
+SMALL = Shape(1, 2, 24, (1, 9, 11), 5)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def run(qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None) -> tuple[Tensor, Tensor]:
+    moved = [x.to(DEVICE) for x in qkv]
+    out, lse = attention(*moved, spec, layout, params=None if params is None else params.to(DEVICE), backend="triton", return_lse=True)
+    return out.cpu(), lse.cpu()
+
+
+def assert_equals_oracle(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+    qkv, params = shape.inputs(dtype), random_parameters(spec, shape)
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, dtype))
+    with torch.no_grad():
+        got = run(qkv, spec, shape.layout, params)
+    assert got[0].dtype == dtype
+    assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
+    assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
+
+
+def own_gradients(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params.float()), spec, shape, dtype)
+
+
+@every_dtype
+@every_spec
+def test_every_method(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    assert_equals_oracle(spec, SMALL, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 72, 96, 128, 256])
+@pytest.mark.parametrize("name", ["fovea", "sla"])
+def test_every_head_dim(name: str, head_dim: int) -> None:
+    assert_equals_oracle(SPECS[name], Shape(1, 1, head_dim, (1, 6, 9), 3))
+
+
+@pytest.mark.parametrize(
+    ("grid", "text", "text_first"),
+    [
+        ((1, 1, 1), 0, True), ((1, 3, 50), 0, True), ((1, 13, 7), 77, True), ((3, 5, 7), 1, False), ((1, 1, 65), 130, False),
+        ((1, 8, 8), 0, True),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["fovea", "fovea-radius", "clear", "sla", "gna"])
+def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int, text_first: bool) -> None:
+    heads = 8 if grid == (1, 1, 1) else 1  # one token, but enough numbers for a mean error
+    assert_equals_oracle(SPECS[name], Shape(1, heads, 16, grid, text, text_first))
+
+
+@every_dtype
+@every_spec
+def test_every_gradient(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    exact, eager = (
+        gradients(lambda qkv, p, d=d: oracle(*qkv, spec, SMALL.layout, p, dtype=d), spec, SMALL, d) for d in (torch.float64, dtype)
+    )
+    got = own_gradients(spec, SMALL, dtype)
+    inputs = ("query", "key", "value")
+    assert_close_as_eager(*(torch.cat([grads[name].flatten() for name in inputs]) for grads in (got, exact, eager)), "inputs")
+    for name in got.keys() - inputs:
+        if exact[name].any():  # an offset beside an empty rest has none
+            assert_close_as_eager(got[name], exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("shape", [Shape(2, 2, 8, (1, 5, 7)), Shape(1, 2, 72, (2, 4, 7), 33, False)], ids=["no-text", "video-text-last"])
+@pytest.mark.parametrize("name", ["fovea", "clear", "clear-downsample", "sla", "linear-mass"])
+def test_gradients_at_odd_shapes(name: str, shape: Shape) -> None:
+    spec = SPECS[name]
+    exact, eager = (
+        flat(gradients(lambda qkv, p, d=d: oracle(*qkv, spec, shape.layout, p, dtype=d), spec, shape, d))
+        for d in (torch.float64, torch.float32)
+    )
+    assert_close_as_eager(flat(own_gradients(spec, shape)), exact, eager, "gradients")
+
+
+@pytest.mark.parametrize("spec", [Fovea(1.0), Fovea(radius=40), CLEAR(40), SLA(1.0), GNA(99)], ids=str)
+def test_all_blocks_kept_is_dense(spec: AttentionSpec) -> None:
+    shape = Shape(1, 2, 16, (1, 9, 10), 6)
+    qkv = shape.inputs()
+    wanted, eager = (torch.nn.functional.scaled_dot_product_attention(*(x.to(d) for x in qkv)) for d in (torch.float64, torch.float32))
+    assert_close_as_eager(run(qkv, spec, shape.layout)[0], wanted, eager)
+
+
+@every_spec
+def test_strided_inputs_amid_poison(spec: AttentionSpec) -> None:
+    shape = Shape(2, 3, 40, (1, 7, 9), 6)
+    plain = shape.inputs()
+    wide = torch.full((2, shape.layout.tokens + 4, 5, 3 * 47), math.nan)  # odd: a row may begin amid a vector
+    views = [wide[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]  # [B, H, N, D] of a fused projection
+    for view, x in zip(views, plain, strict=True):
+        view.copy_(x)
+    views = [wide.to(DEVICE)[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]
+    torch.testing.assert_close(run(views, spec, shape.layout), run(plain, spec, shape.layout), rtol=0, atol=0)
+
+
+@every_spec
+def test_one_nan_stays_in_sight(spec: AttentionSpec) -> None:
+    shape = Shape(1, 1, 16, (1, 8, 8))
+    for which in range(3):
+        qkv = shape.inputs()
+        qkv[which][0, 0, 9, 3] = math.nan
+        assert run(qkv, spec, shape.layout)[0][0, 0, 9].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["fovea", "sla"])
+def test_again_is_the_same_to_the_bit(name: str) -> None:
+    first, second = (own_gradients(SPECS[name], SMALL) for _ in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+def test_offsets_past_32_bits() -> None:
+    shape = Shape(1, 1, 16, (1, 4, 4), 1)
+    plain, far = shape.inputs(torch.float16), 2**27 + 8  # 17 rows this far apart reach past 2³¹ elements
+    views = [torch.empty(17 * far, dtype=torch.float16, device=DEVICE).as_strided((1, 1, 17, 16), (0, 0, far, 1)) for _ in plain]
+    for view, x in zip(views, plain, strict=True):
+        view.copy_(x)
+    torch.testing.assert_close(run(views, CLEAR(2), shape.layout), run(plain, CLEAR(2), shape.layout), rtol=0, atol=0)
+
+
+# Selection
+
+
+def test_scores_that_tie_keep_the_first_blocks() -> None:
+    q, starts = torch.ones(1, 2, 96, 8, device=DEVICE), torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
+    assert calls.select_blocks(q, q, starts, starts, None, 3, [16, 16]).tolist() == [[[0, 1, 2]] * 6] * 2
+
+
+@pytest.mark.parametrize("top", [1, 4, 10])
+@every_dtype
+def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
+    q, k, _ = (x.to(DEVICE) for x in Shape(2, 2, 24, (1, 10, 30)).inputs(dtype))
+    starts = torch.cat([torch.arange(0, 300, 32), torch.tensor([300])]).to(DEVICE)
+    cut = Blocks.from_starts(starts)
+    weight = cut.count.sqrt()
+    means = [pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
+    wanted = select_blocks(*means, top, key_weight=weight).index.sort(-1).values
+    got = calls.select_blocks(q, k, starts.int(), starts.int(), weight, top, [32, 32])
+    assert got.dtype == torch.int32
+    assert got.tolist() == wanted.tolist()
+
+
+def test_choice_among_extremes() -> None:
+    scores = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 1e-45, -3.0, 5.0]], device=DEVICE)
+    for top in range(1, 8):
+        chosen = torch.empty(1, top, dtype=torch.int32, device=DEVICE)
+        arguments = {"scores": scores, "weight": None, "chosen": chosen, "blocks": 7, "top": top, "W": 16}
+        launch.execute(launch.Launch(launch.summary.choose_blocks, (1,), arguments, 1))
+        assert chosen.tolist() == [sorted([2, 6, 4, 0, 1, 5, 3][:top])]
+
+
+def test_columns_are_the_lists_turned_around() -> None:
+    lists = torch.tensor([[[0, 2, 1], [2, 0, 0], [1, 2, 0]]], dtype=torch.int32)
+    counts, full = torch.tensor([[3, 1, 2]], dtype=torch.int32), torch.tensor([[1, 1, 0]], dtype=torch.int32)
+    entries, borders = launch_backward.columns(lists, counts, full, 3)
+    found = [entries[0, a:b].tolist() for a, b in zip(borders[0, :-1], borders[0, 1:], strict=True)]
+    assert found == [[0], [], [], [0, 2], [1], [0, 2]]  # block 0 whole, partly; block 1 whole, partly; ...
+
+
+# The launches
+
+
+def launches(spec: AttentionSpec, shape: Shape, *, backward: bool = False) -> list[launch.Launch]:
+    """What a call would launch, without running any of it."""
+    params = random_parameters(spec, shape)
+    with calls.recorded(Machine("sm_90", 132)) as found, torch.set_grad_enabled(backward):
+        out = attention(*shape.inputs(grad=backward), spec, shape.layout, params=params, backend="triton")
+        if backward:
+            out.sum().backward()
+    return found
+
+
+@pytest.mark.parametrize(("spec", "passes"), [(SLA(0.1), 8), (SLA(0.1, "softmax", "all"), 8), (Fovea(0.1), 8), (CLEAR(4), 4)], ids=str)
+def test_passes_over_memory(spec: AttentionSpec, passes: int) -> None:
+    """Tensors of N × d that the kernels of a forward read or write, each counted once per kernel (the released SLA makes about 34)."""
+    shape = Shape(1, 2, 32, (1, 32, 32))
+    size = math.prod((2, 32, 32, 32))
+    found = 0
+    for one in launches(spec, shape):
+        seen = {x.data_ptr() for x in one.arguments.values() if isinstance(x, Tensor) and x.numel() >= size}
+        found += len(seen)
+    assert found <= passes
+
+
+@every_spec
+def test_nothing_waits_for_the_device(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither pass looks at a tensor's values: fake tensors, which have none, go through."""
+    arguments: list[Any] = []
+    real = launch.attend
+    monkeypatch.setattr(launch, "attend", lambda a, machine, run=launch.execute: (arguments.append(a), real(a, machine, run))[1])
+    run(SMALL.inputs(), spec, SMALL.layout, random_parameters(spec, SMALL))
+    count = 0
+
+    def tally(one: launch.Launch) -> None:
+        nonlocal count
+        count += 1
+
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake = arguments[0]._replace(**{k: mode.from_tensor(x) for k, x in arguments[0]._asdict().items() if isinstance(x, Tensor)})
+        out, lse = real(fake, Machine("sm_90", 132), tally)
+        launch_backward.gradients(out, lse, out, lse, fake, Machine("sm_90", 132), tally)
+        assert count >= 6
+
+
+@every_spec
+def test_obeys_the_rules_of_operators(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[Any, ...]] = []
+    shape, real = Shape(1, 1, 8, (1, 4, 5), 3), ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
+    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape))
+    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in found[0])
+    torch.library.opcheck(real, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("meta", torch.float32, 64, "the tensors are on meta"),
+        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, got torch.float64"),
+        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, got 36"),
+    ],
+)
+def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    assert reason in str(dispatch.triton_refusal(torch.device(device), dtype, head_dim))
+    with pytest.raises(BackendError, match="'triton' can't run this call"):
+        dispatch.choose("triton", torch.device(device), dtype, head_dim)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "TRITON", False)
+    assert dispatch.triton_refusal(torch.device("cuda"), torch.float32, 64) == "triton is not installed"
+
+
+def test_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    assert dispatch.triton_refusal(torch.device("cpu"), torch.float32, 64) == "the tensors are on cpu"
