@@ -13,12 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dit_accel import fused
 from dit_accel.errors import BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT, Machine
+from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
 from dit_accel.layout import TokenLayout
-from dit_accel.operator import attention, start_values
+from dit_accel.operator import start_values
+from dit_accel.plan import make_plan
 from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
 
 METHODS: dict[str, AttentionSpec] = {
@@ -53,14 +55,13 @@ class Job:
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=DTYPES[self.dtype], requires_grad=True) for _ in range(3))
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS)) as launches:
-            attention(q, k, v, spec, layout, params=params, backend="triton").sum().backward()
+            plan = make_plan(spec, layout, q.device)
+            fused.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")[0].sum().backward()
         rows = []
-        for launch in {str(aot.source(launch).hash()) + str(launch.warps): launch for launch in launches}.values():
+        for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
-            limit = SHARED_LIMIT[self.arch]
-            rows.append(
-                {**dataclasses.asdict(self), **dataclasses.asdict(compiled), "occupancy": compiled.occupancy, "shared_limit": limit}
-            )
+            report = {"occupancy": compiled.occupancy, "faults": compiled.faults()}
+            rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
 
 
@@ -81,7 +82,8 @@ def jobs(
 
 
 def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str, Any]]:
-    """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't compile here."""
+    """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't
+    compile here, or where a kernel spills registers, fits no multiprocessor or leaves the tensor cores idle."""
     if not dispatch.TRITON:
         raise BackendError("compiling the GPU kernels wants triton, which is not installed")
     if dispatch.INTERPRETED:
@@ -91,6 +93,9 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
     if out is not None:
         write_json(out, {"triton": _triton_version(), "rows": rows})
     show(rows)
+    faults = [f"{row['kernel']} ({row['method']}, {row['arch']}, D {row['head_dim']}): {fault}" for row in rows for fault in row["faults"]]
+    if faults:
+        raise BackendError("compiled, but not as wanted: " + "; ".join(faults))
     return rows
 
 

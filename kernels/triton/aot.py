@@ -12,11 +12,17 @@ import torch
 
 import triton
 from dit_accel.kernels.triton.launch import Launch
+from dit_accel.kernels.triton.tables import SHARED_LIMIT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
+# kernels whose loops are matrix products
+MATRIX_KERNELS = {
+    "attend_rows", "dense_rows", "gradient_rows", "gradient_dense_rows", "gradient_columns", "gradient_shared_keys", "gradient_pooled",
+    "linear_gradient", "linear_columns", "outer_sums",
+}  # fmt: skip
 INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 LABEL = re.compile(r"^(\$L__\w+|\.LBB\w+):")
 BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_cbranch_\w+|s_branch)\s+(\$L__\w+|\.LBB\w+)")
@@ -56,6 +62,20 @@ class Compiled:
     shared: int
     looped: dict[str, int]  # tensor-core instructions by kind, summed over the innermost loops
     code: int
+
+    def faults(self) -> list[str]:
+        """What must not be: spilled registers, too much shared memory, loads that nothing overlaps, loops without tensor cores."""
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} bytes of stack or spilled registers")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.arch]}")
+        if self.kernel in MATRIX_KERNELS:
+            if self.stages < 2:
+                found.append(f"{self.stages} pipeline stage")
+            if not self.looped:
+                found.append("no tensor-core instruction in a loop")
+        return found
 
     @property
     def occupancy(self) -> float:

@@ -7,13 +7,10 @@ import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
     LOG2E,
-    feature,
-    feature_gradient,
     kept_pairs,
     pooled_logits,
     put,
     scaled_squares,
-    split_dot,
     tile,
     unkept,
     vector,
@@ -57,43 +54,40 @@ def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, begin, end, factor, D: 
 
 @triton.jit
 def visit_rows(
-    dq, dphi, q, dout, dnum, dden, lse2, delta, k, v, k_n, v_n, row, begin, end, k_starts, coords, windows, length, reach,
-    q_token, q_valid, factor, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr,
-    WINDOWS: tl.constexpr, TAKE: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, k_starts, coords, windows, length, reach, q_token, q_valid, factor,
+    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr, WINDOWS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the listed key blocks from `begin` to `end` add to the gradients of the queries and, where TAKE, take from phi's."""
+    """What the listed key blocks from `begin` to `end` add to the gradient of the queries, but for the scale."""
     for n in tl.range(begin * SUB_K, end * SUB_K, num_stages=STAGES):
         j = tl.load(row + n // SUB_K)
         k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
         k_valid = k_token < tl.load(k_starts + j + 1)
         key = tile(k, k_token, k_n, k_valid, D, DP)
-        value = tile(v, k_token, v_n, k_valid, D, DP)
         kept = k_valid[None, :]
         if MASKED:
             kept &= kept_pairs(
                 coords, windows, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], WINDOWS
             )
-        _, ds = score_gradient(q, key, value, dout, lse2, delta, kept, factor, PRECISION)
+        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, D, DP), dout, lse2, delta, kept, factor, PRECISION)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
-        if TAKE:
-            pull = tl.dot(dnum, tl.trans(value.to(dnum.dtype)), input_precision=PRECISION) + dden[:, None]
-            pull = tl.where(k_valid[None, :], pull, 0.0).to(dnum.dtype)
-            dphi -= tl.dot(pull, feature(key, D, DP, MAP).to(dnum.dtype), input_precision=PRECISION)
-    return dq, dphi
+    return dq
 
 
 @triton.jit
 def gradient_rows(
-    q, k, v, extra_k, extra_v, dout, lse, delta, dnum, dden, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    q, k, v, extra_k, extra_v, dout, lse, delta, more, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, state_low, total,
+    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset,
     heads, tokens, image, image_start, text, text_start, extra, k_blocks, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, BJ: tl.constexpr,
+    VARIANCE: tl.constexpr, BJ: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, H, N, D]` (contiguous) of the image's queries; arguments as in `attend_rows`, dnum and dden as `linear_gradient` wrote them.
+    """dq `[B, H, N, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
+
+    `more` `[BH, image, D]`: what the linear rest adds (`linear_gradient`).
 
     Grid: (query blocks · SUB_Q, batch · heads).
     """
@@ -114,20 +108,14 @@ def gradient_rows(
     whole = tl.load(full + bh * count_bh + block)
     listed = tl.load(counts + bh * count_bh + block)
     grad = tl.zeros([BQ, DP], tl.float32)
-    dphi = tl.zeros([BQ, DP], tl.float32)
-    num, den = pull, mine
-    if LINEAR:
-        num = tile(dnum + bh * image * D, q_token, D, q_valid, D, DP)
-        den = tl.load(dden + bh * image + q_token, mask=q_valid, other=0.0)
-    grad, dphi = visit_rows(
-        grad, dphi, queries, pull, num, den, lse2, mine, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts,
-        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL, MAP, STAGES,
-        PRECISION,
+    grad = visit_rows(
+        grad, queries, pull, lse2, mine, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts, coords, windows,
+        length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
     )  # fmt: skip
     if PARTIAL:
-        grad, dphi = visit_rows(
-            grad, dphi, queries, pull, num, den, lse2, mine, image_k, image_v, k_n, v_n, row, whole, listed, k_starts,
-            coords, windows, length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, False, MAP, STAGES, PRECISION,
+        grad = visit_rows(
+            grad, queries, pull, lse2, mine, image_k, image_v, k_n, v_n, row, whole, listed, k_starts, coords, windows,
+            length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
         )  # fmt: skip
     grad = sweep_rows(
         grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, text_start, text_start + text, factor, D, DP, BK, STAGES, PRECISION
@@ -157,15 +145,8 @@ def gradient_rows(
         if VARIANCE:
             grad += 2.0 * scale * queries.to(tl.float32) * second
     grad *= scale
-    if LINEAR:
-        real = listed < k_blocks
-        if ALL:
-            real = True
-        # dnum and dden carry the number of keys, which the states were divided by
-        dphi = dphi * (1.0 / image.to(tl.float32))
-        low = state_low if state_low is None else state_low + bh * D * D
-        left = split_dot(num, state + bh * D * D, low, True, D, DP, PRECISION) + den[:, None] * vector(total + bh * D, D, DP)[None, :]
-        grad += tl.where(real, feature_gradient(queries, feature(queries, D, DP, MAP), dphi + left, MAP), 0.0)
+    if more is not None:
+        grad += tile(more + bh * image * D, q_token, D, q_valid, D, DP)
     put(dq + bh * tokens * D, q_token + image_start, D, q_valid, grad, D, DP)
 
 
@@ -222,11 +203,11 @@ def sweep_columns(dk, dv, key, value, k_valid, q, dout, lse, delta, q_n, g_n, be
 
 @triton.jit
 def visit_columns(
-    dk, dv, dphi, dtaken, key, value, phi, k_token, k_valid, q, dout, lse, delta, dnum, dden, q_n, g_n, entries, begin, end, q_starts,
-    coords, windows, length, reach, factor, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
-    SUB_Q: tl.constexpr, WINDOWS: tl.constexpr, TAKE: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, q_starts, coords, windows, length, reach,
+    factor, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, SUB_Q: tl.constexpr, WINDOWS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the query blocks on a column add to the gradients of one key tile; where TAKE, the sums that the rest leaves out."""
+    """What the query blocks on a column add to the gradients of one key tile."""
     for n in tl.range(begin * SUB_Q, end * SUB_Q, num_stages=STAGES):
         i = tl.load(entries + n // SUB_Q)
         token = tl.load(q_starts + i) + (n % SUB_Q) * BQ + tl.arange(0, BQ)
@@ -241,32 +222,24 @@ def visit_columns(
         weights, ds = column_gradient(key, value, queries, pull, lse2, mine, kept, factor, PRECISION)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
-        if TAKE:
-            num = tile(dnum, token, D, valid, D, DP)
-            den = tl.load(dden + token, mask=valid, other=0.0)
-            mapped = tl.where(valid[:, None], feature(queries, D, DP, MAP), 0.0).to(num.dtype)
-            product = tl.dot(phi, tl.trans(mapped), input_precision=PRECISION)
-            dtaken = tl.dot(product.to(num.dtype), num, dtaken, input_precision=PRECISION)
-            change = tl.dot(value.to(num.dtype), tl.trans(num), input_precision=PRECISION) + den[None, :]
-            dphi = tl.dot(change.to(num.dtype), mapped, dphi, input_precision=PRECISION)
-    return dk, dv, dphi, dtaken
+    return dk, dv
 
 
 @triton.jit
 def gradient_columns(
-    q, k, v, dout, lse, delta, dnum, dden, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    q, k, v, dout, lse, delta, more_k, more_v, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     entries, borders, entry_bh, border_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, dk_mean, dv_mean, dk_half, pull_state, pull_state_low, pull_total,
+    k_mean, dk_mean, dv_mean, dk_half,
     heads, tokens, image, image_start, text, text_start, k_blocks, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
-    PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, POOLED: tl.constexpr, VARIANCE: tl.constexpr, LINEAR: tl.constexpr,
-    MAP: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, POOLED: tl.constexpr, VARIANCE: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv `[B, H, N, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the text's queries.
 
     `entries`, `borders` `[.., 2·Tk + 1]`: for key block j the query blocks that visit it whole are entries[borders[2j]:borders[2j + 1]],
-    those that visit it partly entries[borders[2j + 1]:borders[2j + 2]]. `pull_state` `[BH, D, D]`, `pull_total` `[BH, D]`: sums of
-    phi(q)·dnum and phi(q)·dden over all queries. Grid: (key blocks · SUB_K, batch · heads).
+    those that visit it partly entries[borders[2j + 1]:borders[2j + 2]]. `more_k`, `more_v` `[BH, image, D]`: what the linear rest adds
+    (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
     """
     block, sub = tl.program_id(0) // SUB_K, tl.program_id(0) % SUB_K
     bh = tl.program_id(1).to(tl.int64)
@@ -281,43 +254,28 @@ def gradient_columns(
     factor = scale * LOG2E
     grad_k = tl.zeros([BK, DP], tl.float32)
     grad_v = tl.zeros([BK, DP], tl.float32)
-    dphi = tl.zeros([BK, DP], tl.float32)
-    taken = tl.zeros([BK, DP], tl.float32)
-    mapped = key
-    if LINEAR and not ALL:
-        mapped = feature(key, D, DP, MAP).to(dnum.dtype.element_ty)
     start = image_start.to(tl.int64)
     border = borders + bh * border_bh + 2 * block
     whole, partial, stop = tl.load(border), tl.load(border + 1), tl.load(border + 2)
-    grad_k, grad_v, dphi, taken = visit_columns(
-        grad_k, grad_v, dphi, taken, key, value, mapped, token, valid, q_base + start * q_n, g_base + start * g_n,
-        lse + bh * tokens + start,
-        delta + bh * tokens + start, dnum + bh * image * D if LINEAR else q, dden + bh * image if LINEAR else lse, q_n, g_n,
-        entries + bh * entry_bh, whole, partial, q_starts, coords, windows, length, reach, factor, False, D, DP, BQ, SUB_Q, WINDOWS,
-        LINEAR and not ALL, MAP, STAGES, PRECISION,
+    grad_k, grad_v = visit_columns(
+        grad_k, grad_v, key, value, token, valid, q_base + start * q_n, g_base + start * g_n, lse + bh * tokens + start,
+        delta + bh * tokens + start, q_n, g_n, entries + bh * entry_bh, whole, partial, q_starts, coords, windows, length, reach, factor,
+        False, D, DP, BQ, SUB_Q, WINDOWS, STAGES, PRECISION,
     )  # fmt: skip
     if PARTIAL:
-        grad_k, grad_v, dphi, taken = visit_columns(
-            grad_k, grad_v, dphi, taken, key, value, mapped, token, valid, q_base + start * q_n, g_base + start * g_n,
-            lse + bh * tokens + start, delta + bh * tokens + start, dnum + bh * image * D if LINEAR else q,
-            dden + bh * image if LINEAR else lse, q_n, g_n, entries + bh * entry_bh, partial, stop, q_starts, coords, windows, length,
-            reach,
-            factor, True, D, DP, BQ, SUB_Q, WINDOWS, False, MAP, STAGES, PRECISION,
+        grad_k, grad_v = visit_columns(
+            grad_k, grad_v, key, value, token, valid, q_base + start * q_n, g_base + start * g_n, lse + bh * tokens + start,
+            delta + bh * tokens + start, q_n, g_n, entries + bh * entry_bh, partial, stop, q_starts, coords, windows, length, reach, factor,
+            True, D, DP, BQ, SUB_Q, WINDOWS, STAGES, PRECISION,
         )  # fmt: skip
     grad_k, grad_v = sweep_columns(
         grad_k, grad_v, key, value, valid, q_base, g_base, lse + bh * tokens, delta + bh * tokens, q_n, g_n, text_start, text_start + text,
         factor, D, DP, BQ, STAGES, PRECISION,
     )  # fmt: skip
     grad_k *= scale
-    if LINEAR:
-        share = 1.0 / image.to(tl.float32)  # dnum and dden carry it
-        # read again, and said to be another read: held through the loops, the features would cost registers
-        phi = feature(tile(k + b * k_b + h * k_h, token + image_start, k_n, valid, D, DP, "evict_first"), D, DP, MAP)
-        pulls = pull_state + bh * D * D
-        low = pull_state_low if pull_state_low is None else pull_state_low + bh * D * D
-        dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) + vector(pull_total + bh * D, D, DP)[None, :] - dphi * share
-        grad_k += feature_gradient(key, phi, dphi, MAP)
-        grad_v += split_dot(phi.to(value.dtype), pulls, low, False, D, DP, PRECISION) - taken * share
+    if more_k is not None:
+        grad_k += tile(more_k + bh * image * D, token, D, valid, D, DP)
+        grad_v += tile(more_v + bh * image * D, token, D, valid, D, DP)
     if POOLED:
         count = 1.0 / (end - first).to(tl.float32)
         at = (bh * k_blocks + block) * D

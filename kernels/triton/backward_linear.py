@@ -1,20 +1,24 @@
-"""Backward of the linear rest: what each query pulls at the rest's numerator and mass, and sums of outer products over tokens."""
+"""Backward of the linear rest: what each query pulls at the rest's numerator and mass, and what follows for queries, keys and values.
+
+Apart from the exact keys' kernels, because both together would not fit the registers.
+"""
 
 import triton
 import triton.language as tl
 from dit_accel.kernels.triton.forward import rest_of
-from dit_accel.kernels.triton.primitives import LOG2E, feature, put, split_dot, tile, vector
+from dit_accel.kernels.triton.primitives import LOG2E, feature, feature_gradient, put, split_dot, tile, vector
 
 
 @triton.jit
 def linear_gradient(
-    q, k, v, dout, lse, delta, dnum, dden, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    q, k, v, dout, lse, delta, dnum, dden, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, state_low, total, weight, weight_low, bias,
     heads, tokens, image, image_start, k_blocks,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     MAP: tl.constexpr, ALL: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dnum `[BH, image, D]` and dden `[BH, image]`: gradients of the rest's numerator and mass, times the number of keys.
+    """dnum `[BH, image, D]` and dden `[BH, image]`: gradients of the rest's numerator and mass, times the number of keys; `more`
+    `[BH, image, D]` float32: what they add to dq.
 
     Under the residual merge also the rest's `mean` `[BH, image, D]`, and delta without the residual's share; else doffset `[BH, programs]`.
     `state` is without the projection. Grid: (query blocks · SUB_Q, batch · heads).
@@ -26,10 +30,8 @@ def linear_gradient(
     k_base, v_base = k + b * k_b + h * k_h + start * k_n, v + b * v_b + h * v_h + start * v_n
     token = tl.load(q_starts + block) + sub * BQ + tl.arange(0, BQ)
     valid = token < tl.load(q_starts + block + 1)
-    queries = tile(q + b * q_b + h * q_h, token + image_start, q_n, valid, D, DP)
-    pull = tile(dout + b * g_b + h * g_h, token + image_start, g_n, valid, D, DP)
-    phi = feature(queries, D, DP, MAP)
-    phi_low = phi.to(queries.dtype)
+    q_base = q + b * q_b + h * q_h
+    phi_low = feature(tile(q_base, token + image_start, q_n, valid, D, DP), D, DP, MAP).to(q.dtype.element_ty)
     taken = tl.zeros([BQ, DP], tl.float32)
     taken_mass = tl.zeros([BQ], tl.float32)
     row = lists + bh * list_bh + block.to(tl.int64) * list_row
@@ -39,11 +41,13 @@ def linear_gradient(
             j = tl.load(row + n // SUB_K)
             k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
             k_valid = k_token < tl.load(k_starts + j + 1)
-            mapped = feature(tile(k_base, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(queries.dtype)
+            mapped = feature(tile(k_base, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(phi_low.dtype)
             value = tile(v_base, k_token, v_n, k_valid, D, DP)
             product = tl.where(k_valid[None, :], tl.dot(phi_low, tl.trans(mapped), input_precision=PRECISION), 0.0)
             taken_mass += tl.sum(product, 1)
             taken = tl.dot(product.to(value.dtype), value, taken, input_precision=PRECISION)
+    # read again, and said to be another read: held through the loop, the features would cost registers
+    phi = feature(tile(q_base, token + image_start, q_n, valid, D, DP, "evict_first"), D, DP, MAP)
     num, den = rest_of(phi, phi_low, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, image, ALL, D, DP, PRECISION)
     real = den > 0
     safe = tl.where(real, den, 1.0)
@@ -51,9 +55,10 @@ def linear_gradient(
     keys = image.to(tl.float32)
     at = bh * tokens + image_start + token
     mine = tl.load(delta + at, mask=valid, other=0.0)
+    pull = tile(dout + b * g_b + h * g_h, token + image_start, g_n, valid, D, DP)
     wide = pull.to(tl.float32)
     if RESIDUAL:
-        residual = split_dot(rest.to(queries.dtype), weight, weight_low, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
+        residual = split_dot(rest.to(pull.dtype), weight, weight_low, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
         tl.store(delta + at, mine - tl.sum(wide * residual, 1), mask=valid)
         back = split_dot(pull, weight, weight_low, False, D, DP, PRECISION)
         numerator = tl.where(real[:, None], back * (keys / safe)[:, None], 0.0)
@@ -69,6 +74,74 @@ def linear_gradient(
             tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), change)
     put(dnum + bh * image * D, token, D, valid, numerator, D, DP)
     tl.store(dden + bh * image + token, mass, mask=valid)
+    low = numerator.to(dnum.dtype.element_ty)
+    dphi = tl.zeros([BQ, DP], tl.float32)
+    if not ALL:
+        for n in tl.range(0, listed * SUB_K, num_stages=STAGES):
+            j = tl.load(row + n // SUB_K)
+            k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
+            k_valid = k_token < tl.load(k_starts + j + 1)
+            value = tile(v_base, k_token, v_n, k_valid, D, DP).to(low.dtype)
+            change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=PRECISION) + mass[:, None], 0.0)
+            mapped = feature(tile(k_base, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(low.dtype)
+            dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=PRECISION)
+    state_rest = state_low if state_low is None else state_low + bh * D * D
+    dphi = split_dot(low, state + bh * D * D, state_rest, True, D, DP, PRECISION) - dphi * (1.0 / keys)
+    dphi += mass[:, None] * vector(total + bh * D, D, DP)[None, :]
+    again = tile(q_base, token + image_start, q_n, valid, D, DP)
+    # nothing left means no mass and no pull
+    put(more + bh * image * D, token, D, valid, feature_gradient(again, feature(again, D, DP, MAP), dphi, MAP), D, DP)
+
+
+@triton.jit
+def linear_columns(
+    q, k, v, dnum, dden, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
+    q_starts, k_starts, pull_state, pull_state_low, pull_total, heads, image, image_start,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
+    MAP: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the linear rest adds to dk and dv: more_k, more_v `[BH, image, D]` float32. Sums over all queries,
+    less those that visit the block.
+
+    `entries`, `borders` as in `gradient_columns`; `pull_state` `[BH, D, D]` (in two parts), `pull_total` `[BH, D]`: sums of phi(q)·dnum and
+    phi(q)·dden over all queries. Grid: (key blocks · SUB_K, batch · heads).
+    """
+    block, sub = tl.program_id(0) // SUB_K, tl.program_id(0) % SUB_K
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    token = tl.load(k_starts + block) + sub * BK + tl.arange(0, BK)
+    valid = token < tl.load(k_starts + block + 1)
+    k_base, q_base = k + b * k_b + h * k_h, q + b * q_b + h * q_h + image_start.to(tl.int64) * q_n
+    key = tile(k_base, token + image_start, k_n, valid, D, DP)
+    value = tile(v + b * v_b + h * v_h, token + image_start, v_n, valid, D, DP)
+    dphi = tl.zeros([BK, DP], tl.float32)
+    taken = tl.zeros([BK, DP], tl.float32)
+    if not ALL:
+        kind = dnum.dtype.element_ty
+        wide = value.to(kind)
+        phi = feature(key, D, DP, MAP).to(kind)
+        begin, end = tl.load(borders + bh * border_bh + 2 * block), tl.load(borders + bh * border_bh + 2 * block + 2)
+        for n in tl.range(begin * SUB_Q, end * SUB_Q, num_stages=STAGES):
+            i = tl.load(entries + bh * entry_bh + n // SUB_Q)
+            row = tl.load(q_starts + i) + (n % SUB_Q) * BQ + tl.arange(0, BQ)
+            inside = row < tl.load(q_starts + i + 1)
+            num = tile(dnum + bh * image * D, row, D, inside, D, DP)
+            den = tl.load(dden + bh * image + row, mask=inside, other=0.0)
+            mapped = tl.where(inside[:, None], feature(tile(q_base, row, q_n, inside, D, DP), D, DP, MAP), 0.0).to(kind)
+            product = tl.dot(phi, tl.trans(mapped), input_precision=PRECISION)
+            taken = tl.dot(product.to(kind), num, taken, input_precision=PRECISION)
+            change = tl.dot(wide, tl.trans(num), input_precision=PRECISION) + den[None, :]
+            dphi = tl.dot(change.to(kind), mapped, dphi, input_precision=PRECISION)
+    share = 1.0 / image.to(tl.float32)  # dnum and dden carry it
+    pulls = pull_state + bh * D * D
+    low = pull_state_low if pull_state_low is None else pull_state_low + bh * D * D
+    # read again, and said to be another read: held through the loop, the features would cost registers
+    again = tile(k_base, token + image_start, k_n, valid, D, DP, "evict_first")
+    mapped_again = feature(again, D, DP, MAP)
+    dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) + vector(pull_total + bh * D, D, DP)[None, :] - dphi * share
+    put(more_k + bh * image * D, token, D, valid, feature_gradient(again, mapped_again, dphi, MAP), D, DP)
+    dv = split_dot(mapped_again.to(value.dtype), pulls, low, False, D, DP, PRECISION) - taken * share
+    put(more_v + bh * image * D, token, D, valid, dv, D, DP)
 
 
 @triton.jit

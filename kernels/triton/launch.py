@@ -85,8 +85,8 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         """The kernel's tile for this call's widths and types."""
-        if self.linear and kernel in ("rows", "gradient_rows", "gradient_columns"):
-            kernel += "_linear"
+        if self.linear and kernel == "rows":
+            kernel = "rows_linear"
         return tile_for(kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width)
 
     def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -166,14 +166,13 @@ class Call:
         """Whatever the method wants in place of the rest."""
         return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
 
-    def rest_arguments(self, rests: Rests) -> dict[str, Any]:
-        """The rest's tensors and flags; a placeholder of the right type where a kernel wants a pointer that it does not follow."""
+    def pooled_arguments(self, rests: Rests) -> dict[str, Any]:
+        """The pooled rest's tensors and what goes with them; None and 0 where there is none."""
         return {
             "k_mean": rests.k_mean, "v_mean": rests.v_mean, "k_half": rests.k_half, "bits": rests.bits,
             "bits_bh": 0 if rests.bits is None or len(rests.bits) == 1 else rests.bits.stride(0),
-            "bits_row": 0 if rests.bits is None else rests.bits.stride(1), "offset": self.a.offset, "total": rests.total,
-            **halves("state", rests.state, self.a.q.dtype),
-            "k_blocks": self.k_blocks, "cap": self.a.cap, "POOLED": self.pooled, "LINEAR": self.linear,
+            "bits_row": 0 if rests.bits is None else rests.bits.stride(1), "offset": self.a.offset,
+            "k_blocks": self.k_blocks, "cap": self.a.cap, "POOLED": self.pooled,
         }  # fmt: skip
 
 
@@ -183,16 +182,16 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     out, lse = torch.empty_like(a.q), call.empty(*a.q.shape[:3])
     o = strides("o", out)
     rests = call.rest()
-    given = call.rest_arguments(rests)
-    if call.linear and call.residual and call.flags["ALL"] and rests.state is not None and a.weight is not None:
-        # the projection, once per head instead of once per query
-        given |= halves("state", rests.state @ a.weight.T, a.q.dtype)
+    state = rests.state
+    if state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
+        state = state @ a.weight.T  # the projection, once per head instead of once per query
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
-        extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(), **given,
-        **halves("weight", a.weight, a.q.dtype), bias=a.bias, tokens=call.tokens, image_start=call.image_start, text=a.text,
-        text_start=call.text_start,
-        extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, RESIDUAL=call.residual,
+        extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
+        **call.pooled_arguments(rests), **halves("state", state, a.q.dtype), total=rests.total, **halves("weight", a.weight, a.q.dtype),
+        bias=a.bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
+        extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, LINEAR=call.linear,
+        RESIDUAL=call.residual,
     )  # fmt: skip
     if a.text:
         _dense_rows(call, out, lse, o)

@@ -34,11 +34,12 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     )  # fmt: skip
     rests = call.rest()
     pull = {"dout": dout, "lse": lse, "delta": delta, **strides("g", dout)}
-    linear = _linear(call, pull, rests) if call.linear else Linear()
+    turned = columns(a.lists, a.counts, a.full, call.k_blocks)
+    linear = _linear(call, pull, rests, turned) if call.linear else Linear()
     pooled = _pooled(call, pull, rests) if call.pooled else Pooled()
     dq, dk, dv = (torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device) for _ in range(3))
     _rows(call, pull, rests, linear, dq)
-    _columns(call, pull, rests, linear, pooled, dk, dv)
+    _columns(call, pull, rests, turned, linear, pooled, dk, dv)
     if a.text:
         _dense_gradient(call, pull, dq)
         for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.text_start, a.text, 0, call.tokens), strict=True):
@@ -50,13 +51,15 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
 
 
-class Linear(NamedTuple):
-    """The linear rest's pulls `[BH, image, ·]`, their sums over queries, and the gradients of what is learned."""
+Columns = tuple[Tensor, Tensor]  # entries and borders
 
-    dnum: Tensor | None = None
-    dden: Tensor | None = None
-    pull_state: Tensor | None = None
-    pull_total: Tensor | None = None
+
+class Linear(NamedTuple):
+    """What the linear rest adds to dq, dk and dv `[BH, image, D]`, and the gradients of what is learned."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
     doffset: Tensor | None = None
@@ -71,27 +74,35 @@ class Pooled(NamedTuple):
     doffset: Tensor | None = None
 
 
-def _linear(call: Call, pull: dict[str, Any], rests: Rests) -> Linear:
+def _linear(call: Call, pull: dict[str, Any], rests: Rests, turned: Columns) -> Linear:
+    """`turned`: the lists by key block."""
     a = call.a
     # float16 has no room for gradients divided by a mass of thousands of keys
     kind = torch.float32 if a.q.dtype == torch.float16 else a.q.dtype
     dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=kind) for _ in range(2))
     dden = call.empty(call.bh, call.image)
+    more_q, more_k, more_v = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
     programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
-        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden, mean=mean,
+        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden,
+        more=more_q, mean=mean,
         doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
         **halves("state", rests.state, a.q.dtype), **halves("weight", a.weight, a.q.dtype),
         tokens=call.tokens, image=call.image, image_start=call.image_start, k_blocks=call.k_blocks, RESIDUAL=call.residual,
     )  # fmt: skip
     state, total = _outer(call, a.q, call.image_start, dnum, dden, call.flags["MAP"], 1 / call.image)
+    call.start(
+        backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
+        **call.rows("q", "k", "v"), dnum=dnum, dden=dden, more_k=more_k, more_v=more_v, **_turned(turned), q_starts=a.q_starts,
+        k_starts=a.k_starts, pull_total=total, **halves("pull_state", state, a.q.dtype), image=call.image, image_start=call.image_start,
+    )  # fmt: skip
     shared: tuple[Tensor | None, Tensor | None] = (None, None)
     if call.residual:
         products, sums = _outer(call, pull["dout"], call.image_start, mean, None, -1, 1.0)
         shared = (products.sum(0), sums.sum(0))
     per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
-    return Linear(dnum, dden, state, total, *shared, per_head)
+    return Linear(more_q, more_k, more_v, *shared, per_head)
 
 
 def _outer(call: Call, x: Tensor, first: int, y: Tensor, factor: Tensor | None, feature_map: int, share: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +124,7 @@ def _pooled(call: Call, pull: dict[str, Any], rests: Rests) -> Pooled:
     dk_mean, dv_mean, dk_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
     tiles = up(call.k_blocks, call.tile("pooled").keys)
     doffset = None if a.offset is None else call.empty(call.bh, tiles)
-    given = call.rest_arguments(rests)
+    given = call.pooled_arguments(rests)
     names = ("k_mean", "v_mean", "k_half", "bits", "bits_bh", "bits_row", "offset", "k_blocks", "cap")
     call.start(
         backward.gradient_pooled, "pooled", (tiles, call.bh), **call.rows("q"), **pull, **{name: given[name] for name in names},
@@ -127,26 +138,34 @@ def _rows(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, dq: Te
     a = call.a
     call.start(
         backward.gradient_rows, "gradient_rows", (call.q_blocks * up(call.q_width, call.tile("gradient_rows").queries), call.bh),
-        **call.rows("q", "k", "v"), extra_k=a.extra_k, extra_v=a.extra_v, **pull, dnum=linear.dnum, dden=linear.dden, dq=dq,
-        **call.listed(), full=a.full, **call.predicate(), **call.rest_arguments(rests), tokens=call.tokens, image=call.image,
+        **call.rows("q", "k", "v"), extra_k=a.extra_k, extra_v=a.extra_v, **pull, more=linear.dq, dq=dq,
+        **call.listed(), full=a.full, **call.predicate(), **call.pooled_arguments(rests), tokens=call.tokens, image=call.image,
         image_start=call.image_start, text=a.text, text_start=call.text_start, extra=0 if a.extra_k is None else a.extra_k.shape[2],
         EXTRA=a.extra_k is not None,
     )  # fmt: skip
 
 
-def _columns(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, pooled: Pooled, dk: Tensor, dv: Tensor) -> None:
+def _columns(
+    call: Call, pull: dict[str, Any], rests: Rests, turned: Columns, linear: Linear, pooled: Pooled, dk: Tensor, dv: Tensor
+) -> None:
     a = call.a
-    entries, borders = columns(a.lists, a.counts, a.full, call.k_blocks)
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
-        **call.rows("q", "k", "v"), **pull, dnum=linear.dnum, dden=linear.dden, dk=dk, dv=dv, entries=entries, borders=borders,
-        entry_bh=entries.stride(0) if len(entries) > 1 else 0, border_bh=borders.stride(0) if len(borders) > 1 else 0,
-        q_starts=a.q_starts, k_starts=a.k_starts, **call.predicate(), k_mean=rests.k_mean, dk_mean=pooled.dk_mean, dv_mean=pooled.dv_mean,
-        dk_half=pooled.dk_half, pull_total=linear.pull_total, **halves("pull_state", linear.pull_state, a.q.dtype), tokens=call.tokens,
-        image=call.image,
-        image_start=call.image_start, text=a.text, text_start=call.text_start, k_blocks=call.k_blocks, POOLED=call.pooled,
-        LINEAR=call.linear,
+        **call.rows("q", "k", "v"), **pull, more_k=linear.dk, more_v=linear.dv, dk=dk, dv=dv, **_turned(turned), q_starts=a.q_starts,
+        k_starts=a.k_starts, **call.predicate(), k_mean=rests.k_mean, dk_mean=pooled.dk_mean, dv_mean=pooled.dv_mean,
+        dk_half=pooled.dk_half, tokens=call.tokens, image=call.image, image_start=call.image_start, text=a.text, text_start=call.text_start,
+        k_blocks=call.k_blocks, POOLED=call.pooled,
     )  # fmt: skip
+
+
+def _turned(turned: Columns) -> dict[str, Any]:
+    """The lists by key block and their strides (0: shared by the heads)."""
+    entries, borders = turned
+    shared = len(entries) == 1
+    return {
+        "entries": entries, "borders": borders, "entry_bh": 0 if shared else entries.stride(0),
+        "border_bh": 0 if shared else borders.stride(0),
+    }  # fmt: skip
 
 
 def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,97 @@
+"""What the GPU kernels compile to, without a GPU. Every table entry and architecture is checked by `.ci/aot`; here is one of each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_accel.bench_aot import METHODS, jobs
+from dit_accel.kernels.triton import aot
+from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT
+
+
+def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: this one interprets the kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dit_accel.cli", "bench", "kernels", "--aot", "--out", str(out), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("aot") / "aot.json"
+    done = bench(
+        out, "--arch", "sm_90", "--arch", "gfx942", "--head-dim", "64", "--dtype", "bfloat16", "--method", "fovea", "--method", "sla"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    return found
+
+
+def test_every_kernel_is_there(rows: list[dict[str, Any]]) -> None:
+    for arch in ("sm_90", "gfx942"):
+        assert {row["kernel"] for row in rows if row["arch"] == arch} >= aot.MATRIX_KERNELS | {"choose_blocks", "list_bits", "summarise"}
+
+
+def test_nothing_is_spilled(rows: list[dict[str, Any]]) -> None:
+    assert {row["kernel"]: row["spilled"] for row in rows if row["spilled"]} == {}
+
+
+def test_shared_memory_fits_with_two_stages(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]] == []
+    assert {row["stages"] for row in rows if row["kernel"] in aot.MATRIX_KERNELS} <= {2, 3}
+
+
+def test_loops_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
+    """On Hopper the main loops on warp-group instructions, which want 64 rows; on CDNA all on matrix instructions."""
+    for row in rows:
+        if row["kernel"] in aot.MATRIX_KERNELS:
+            assert aot.TENSOR_CORES[row["arch"]] in row["looped"], row
+            assert 0 < row["occupancy"] <= 1
+
+
+PTX = """
+$L__BB0_1:
+  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16
+$L__BB0_2:
+  mma.sync.aligned.m16n8k16
+  @%p1 bra $L__BB0_2;
+  @%p2 bra $L__BB0_1;
+  bra.uni $L__BB0_3;
+  mma.sync.aligned.m16n8k16
+$L__BB0_3:
+"""
+
+
+def test_only_innermost_loops_count() -> None:
+    assert aot.looped(PTX) == {"mma.sync": 1}
+
+
+def test_faults_are_named() -> None:
+    bad = aot.Compiled("attend_rows", "sm_120", 4, 1, 255, 8, 150_000, {}, 1)
+    found = " ".join(bad.faults())
+    assert all(word in found for word in ("8 bytes of stack", "150000 bytes of shared", "1 pipeline stage", "no tensor-core"))
+    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, {"wgmma.mma_async": 8}, 1).faults() == []
+
+
+def test_occupancy_by_hand() -> None:
+    # 4 warps of 128 registers: 65536 / (128 · 128) = 4 programs; 65,536 + 1,024 bytes: 233,472 / 66,560 = 3 programs of 128 threads
+    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, {}, 1).occupancy == 3 * 128 / 2048
+
+
+def test_jobs() -> None:
+    assert len(jobs()) == len(METHODS) * len(ARCHITECTURES) * 3 * 2
+    with pytest.raises(ValueError, match=r"arch is one of .*got 'sm_75'"):
+        jobs(archs=["sm_75"])
+
+
+def test_the_interpreter_is_in_the_way(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "dit_accel.cli", "bench", "kernels", "--aot", "--out", str(tmp_path / "aot.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET unset" in done.stderr + done.stdout
