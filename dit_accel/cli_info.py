@@ -63,6 +63,8 @@ def _method_rows() -> dict[str, str]:
     chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)
     rows["backend auto"] = f"on this CPU runs {chosen} ({why})"
     rows["backend cpu"] = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64) or f"ready, {dispatch.CPU_TARGET}"
+    gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows["backend triton"] = dispatch.triton_refusal(gpu, torch.float32, 64) or "ready"
     rows["backend reference"] = "ready"
     return rows
 

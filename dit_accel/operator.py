@@ -64,7 +64,7 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    dispatch.choose(backend, query.device, query.dtype, query.shape[-1])
+    dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=isinstance(spec.rest, Linear))
     plan = make_plan(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend)
     return (out, lse) if return_lse else out
@@ -75,7 +75,7 @@ def attend(
     scale: float | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks, for callers that hold the plan already: output and lse."""
-    chosen, _ = dispatch.choose(backend, query.device, query.dtype, query.shape[-1])
+    chosen, _ = dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=isinstance(spec.rest, Linear))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):

@@ -22,7 +22,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.pipelines import FAMILIES, family_of
 from dit_accel.plan import kept_density
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.spec import AttentionSpec, Fovea
+from dit_accel.spec import AttentionSpec, Fovea, Linear
 
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
@@ -302,7 +302,8 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
         context = patch.context
         for name in patch.originals:
             operator: AcceleratedAttention = model.get_submodule(name).dit_accel
-            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim)
+            linear = isinstance(context.spec.rest, Linear)
+            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim, linear=linear)
             with torch.no_grad():  # as in a pipeline
                 if context.leaves:
                     backend, why = "original", f"faster here: {context.crossover}"

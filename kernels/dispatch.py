@@ -14,6 +14,7 @@ CPU_TARGET = native.best_target()
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
+LINEAR_LIMIT = 128  # beyond, the states of a linear rest don't fit a multiprocessor's registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,8 +27,8 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return _shape_refusal("CPU", dtype, head_dim)
 
 
-def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernels can't run a call, or None where they can."""
+def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False) -> str | None:
+    """Why the Triton kernels can't run a call (with a `linear` rest), or None where they can."""
     if not TRITON:
         return "triton is not installed"
     if device.type == "cpu" and INTERPRETED:
@@ -37,6 +38,8 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"the tensors are on {device}"
     elif not torch.version.hip and _capability(device) < (8, 0):
         return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    if linear and head_dim > LINEAR_LIMIT:
+        return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, got {head_dim}"
     return _shape_refusal("Triton", dtype, head_dim)
 
 
@@ -59,13 +62,16 @@ def check(backend: str) -> None:
         raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The implementation for a call under a backend's name, and why. Raises BackendError where the one asked for can't run it."""
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False) -> tuple[str, str]:
+    """The implementation for a call (with a `linear` rest) under a backend's name, and why.
+
+    Raises BackendError where the one asked for can't run it.
+    """
     check(backend)
     if backend == "reference":
         return "reference", "asked for"
     own = "cpu" if backend == "cpu" or (backend == "auto" and device.type == "cpu") else "triton"
-    refusal = (cpu_refusal if own == "cpu" else triton_refusal)(device, dtype, head_dim)
+    refusal = cpu_refusal(device, dtype, head_dim) if own == "cpu" else triton_refusal(device, dtype, head_dim, linear=linear)
     if backend != "auto":
         if refusal:
             raise BackendError(f"backend {backend!r} can't run this call: {refusal}")

@@ -1,4 +1,11 @@
-"""Tile sizes, warps and pipeline stages, by kernel, architecture and head dimension."""
+"""Tile sizes, warps and pipeline stages, by kernel, architecture and head dimension.
+
+Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
+stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 without spilling a register and within the architecture's shared memory, for
+every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check). Large tiles first, because a tile's arithmetic
+intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the products'
+operands. Not one has been timed.
+"""
 
 from dataclasses import dataclass
 
@@ -24,14 +31,55 @@ class Machine:
     units: int
 
 
+# (kernel, head dimension in 16-bit numbers): query rows, key rows, warps, stages for each of ARCHITECTURES
+_TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("rows", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
+    ("rows", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
+    ("rows", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (32, 32, 4, 2)),
+    ("rows_linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
+    ("rows_linear", 128): ((32, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
+    ("dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    ("dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("merge", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("merge", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("merge", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("summarise", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("summarise", 256): ((64, 32, 8, 2),) * 5,  # means alone: the linear rest ends at head dimension 128
+    ("gradient_rows", 64): ((64, 32, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 32, 4, 2)),
+    ("gradient_rows", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 32, 4, 2)),
+    ("gradient_rows", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+    ("gradient_columns", 64): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ("gradient_columns", 128): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("gradient_columns", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
+    ("gradient_dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("gradient_dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("gradient_dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
+    ("gradient_shared", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("gradient_shared", 128): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ("gradient_shared", 256): ((32, 64, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
+    ("pooled", 128): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+    ("pooled", 256): ((32, 16, 8, 2), (16, 16, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    ("linear", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
+    ("linear", 128): ((32, 16, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
+    ("linear_columns", 64): ((32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
+    ("linear_columns", 128): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2)),
+    ("outer", 64): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("outer", 128): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
+}
+_ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
+_LAST = (16, 16, 8, 2)
+
+
 def tile_for(kernel: str, arch: str, head_dim: int, itemsize: int, q_width: int, k_width: int) -> Tile:
     """The kernel's tile on an architecture for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide."""
-    widths = [max(16, 1 << (width - 1).bit_length()) for width in (q_width, k_width)]
-    wide = head_dim * itemsize
-    queries, keys, warps, stages = 64, 64, 4, 2
-    if kernel in ("dense", "gradient_dense", "gradient_shared", "merge", "outer"):
-        widths = [64, 64]
-    if wide > 256:
-        queries, keys = 64, 32
-        warps = 8
-    return Tile(min(queries, widths[0]), min(keys, widths[1]), warps, stages)
+    size = min(256, max(64, head_dim * itemsize // 2))
+    row = _TILES.get((kernel, size))
+    queries, keys, warps, stages = _LAST if row is None else row[ARCHITECTURES.index(arch)]
+    if head_dim * itemsize > 512:  # float32 of more than 128 channels
+        queries, keys = min(queries, 16), min(keys, 16)
+    if kernel not in _ANY_WIDTH:
+        queries, keys = (min(x, max(16, 1 << (width - 1).bit_length())) for x, width in ((queries, q_width), (keys, k_width)))
+    return Tile(queries, keys, warps, stages)
