@@ -294,6 +294,28 @@ def kernels(
     bench_kernels(repeats=repeats, largest=largest, out=out)
 
 
+@app.command(epilog="Example: dit-accel estimate --gpu h100 --model flux --size 4096x4096 --method clear:16")
+def estimate(
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, rtx4090, rtx5090 or mi300x.")] = "h100",
+    model: Annotated[str, typer.Option(help="flux, sd3.5-large, qwen-image, hunyuan-video, wan-1.3b, wan-14b or builtin.")] = "flux",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = "4096",
+    frames: Annotated[int, typer.Option(help="Frames of a video.")] = 1,
+    method: Annotated[list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="fovea")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+) -> None:
+    """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
+    pixels = options.parse_size(size if "x" in size else f"{size}x{size}")
+    specs = [options.parse_spec(text, reason="the original attention is always there") for text in method or ["fovea"]]
+    if out:
+        options.check_file(out)
+    from dit_accel import estimate as roofline
+
+    rows = [roofline.estimate(gpu, model, pixels, spec, frames=frames) for spec in [None, *specs]]
+    if out:
+        files.write_json(out, {"gpu": gpu, "model": model, "size": size, "frames": frames, "rows": rows})
+    roofline.show(gpu, model, rows)
+
+
 @app.command(epilog="Example: dit-accel info --model builtin")
 def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,

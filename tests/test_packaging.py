@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "operator", "parameters", "plan", "spec"}
-PROGRAMS = ("bench", "cli", "demo")
+PROGRAMS = ("bench", "cli", "demo", "estimate")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor"}
 
 

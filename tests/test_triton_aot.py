@@ -67,20 +67,20 @@ $L__BB0_3:
 """
 
 
-def test_only_innermost_loops_count() -> None:
-    assert aot.looped(PTX) == {"mma.sync": 1}
+def test_only_loops_count() -> None:
+    assert aot.looped(PTX) == (2, {"wgmma.mma_async": 1, "mma.sync": 1})
 
 
 def test_faults_are_named() -> None:
-    bad = aot.Compiled("attend_rows", "sm_120", 4, 1, 255, 8, 150_000, {}, 1)
+    bad = aot.Compiled("attend_rows", "sm_120", 4, 1, 255, 8, 150_000, 1, {}, 1)
     found = " ".join(bad.faults())
     assert all(word in found for word in ("8 bytes of stack", "150000 bytes of shared", "1 pipeline stage", "no tensor-core"))
-    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, {"wgmma.mma_async": 8}, 1).faults() == []
+    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, 1, {"wgmma.mma_async": 8}, 1).faults() == []
 
 
 def test_occupancy_by_hand() -> None:
     # 4 warps of 128 registers: 65536 / (128 · 128) = 4 programs; 65,536 + 1,024 bytes: 233,472 / 66,560 = 3 programs of 128 threads
-    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, {}, 1).occupancy == 3 * 128 / 2048
+    assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, 1, {}, 1).occupancy == 3 * 128 / 2048
 
 
 def test_jobs() -> None:

@@ -60,7 +60,8 @@ class Compiled:
     registers: int
     spilled: int  # bytes of stack or spill per thread
     shared: int
-    looped: dict[str, int]  # tensor-core instructions by kind, summed over the innermost loops
+    loops: int
+    looped: dict[str, int]  # tensor-core instructions by kind, inside loops
     code: int
 
     def faults(self) -> list[str]:
@@ -73,7 +74,7 @@ class Compiled:
         if self.kernel in MATRIX_KERNELS:
             if self.stages < 2:
                 found.append(f"{self.stages} pipeline stage")
-            if not self.looped:
+            if self.loops and not self.looped:  # the linear rest over all keys needs no loop
                 found.append("no tensor-core instruction in a loop")
         return found
 
@@ -119,8 +120,8 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     )
 
 
-def looped(text: str) -> dict[str, int]:
-    """Tensor-core instructions inside the innermost loops of PTX or AMD assembly: from a label to the branch back to it."""
+def looped(text: str) -> tuple[int, dict[str, int]]:
+    """The loops of PTX or AMD assembly (from a label to a branch back to it), and the tensor-core instructions inside them by kind."""
     lines = text.splitlines()
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -129,8 +130,8 @@ def looped(text: str) -> dict[str, int]:
             labels[found[1]] = number
         elif (found := BRANCH.search(line)) and found[1] in labels:
             loops.append((labels[found[1]], number))
-    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    return dict(Counter(kind for a, b in innermost for line in lines[a:b] for kind in INSTRUCTIONS.findall(line)))
+    inside = {number for first, last in loops for number in range(first, last)}
+    return len(loops), dict(Counter(kind for number in inside for kind in INSTRUCTIONS.findall(lines[number])))
 
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +142,9 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     (line,) = [line for line in usage.splitlines() if "REG:" in line]
     found = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    loops, kinds = looped(asm["ptx"])
     return {
-        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "looped": looped(asm["ptx"]), "code": len(asm["cubin"]),
+        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "loops": loops, "looped": kinds, "code": len(asm["cubin"]),
     }  # fmt: skip
 
 

@@ -87,6 +87,8 @@ class Call:
         """The kernel's tile for this call's widths and types."""
         if self.linear and kernel == "rows":
             kernel = "rows_linear"
+        if self.a.windows is not None and kernel == "gradient_columns":
+            kernel = "gradient_columns_windows"  # whose masks take registers
         return tile_for(kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width)
 
     def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:

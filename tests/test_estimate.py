@@ -1,0 +1,105 @@
+"""The estimator against published counts and counts by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import disc_pairs as disc_mask
+from helpers import window_pairs as window_mask
+from typer.testing import CliRunner
+
+from dit_accel.cli import app
+from dit_accel.estimate import MODELS, disc_pairs, estimate, gigaflops, passes, tile_visits, window_pairs
+from dit_accel.layout import TokenLayout
+from dit_accel.spec import CLEAR, GNA, SLA, Disc, Fovea, Window
+
+
+@pytest.mark.parametrize(
+    ("side", "wanted"),
+    [(1024, [63.5, 86.6, 154.1]), (2048, [246.2, 352.6, 724.3]), (4096, [979.3, 1433.2, 3141.7]), (8192, [3915.4, 5789.2, 13085.0])],
+)
+def test_published_arithmetic_of_clear(side: int, wanted: list[float]) -> None:
+    """CLEAR, tables 2, 3 and 7: GFLOP per layer of FLUX at radius 8, 16 and 32."""
+    layout, found = TokenLayout((1, side // 16, side // 16), 512), []
+    for radius in (8, 16, 32):
+        (disc,) = CLEAR(radius).keep
+        assert isinstance(disc, Disc)
+        found.append(round(gigaflops(disc_pairs(layout.grid, disc.reach), layout, MODELS["flux"]), 1))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(("side", "wanted"), [(1024, 260.9), (2048, 3507.9), (4096, 53604.4)])
+def test_published_arithmetic_of_flux(side: int, wanted: float) -> None:
+    assert round(estimate("h100", "flux", (side, side), None)["gflop_kept"], 1) == wanted
+
+
+@pytest.mark.parametrize(("stride", "visited"), [((1, 1), 84), ((16, 1), 60), ((16, 16), 50)])
+def test_published_tiles_of_natten(stride: tuple[int, int], visited: int) -> None:
+    (window,) = GNA((80, 80), stride=stride).keep
+    assert isinstance(window, Window)
+    assert tile_visits(window, (1, 256, 256), (1, 16, 16), (1, 16, 8)) == (visited, 512)
+
+
+@pytest.mark.parametrize("grid", [(1, 9, 7), (4, 5, 6)], ids=str)
+def test_pairs_by_brute_force(grid: tuple[int, int, int]) -> None:
+    (disc,), (window,) = CLEAR(3.5).keep, GNA(5, stride=2, dilation=2).keep
+    assert isinstance(disc, Disc)
+    assert isinstance(window, Window)
+    assert disc_pairs(grid, disc.reach) == int(disc_mask(grid, 3.5).sum())
+    assert window_pairs(grid, window) == int(window_mask(grid, window).sum())
+
+
+def test_a_floor_by_hand() -> None:
+    """The built-in model at 512 pixels: 1,024 image and 32 text tokens, 4 heads of 64, 8 layers."""
+    row = estimate("a100", "builtin", (512, 512), None)
+    flop, size = 4 * 1056**2 * 256, 4 * 1056 * 256 * 2
+    assert row["gflop_kept"] * 1e9 == pytest.approx(flop)
+    assert row["floor_ms"] == pytest.approx(8 * max(flop / 312e12, size / 2039e9) * 1e3)
+    assert row["bound"] == "arithmetic"
+
+
+def test_shares_of_a_small_grid() -> None:
+    image, model = 4096, MODELS["flux"]
+    row = estimate("h100", "flux", (1024, 1024), SLA(0.25, scope="none"))
+    layout = TokenLayout((1, 64, 64), 512)
+    assert row["gflop_kept"] == pytest.approx(gigaflops(image**2 / 4, layout, model))
+    assert estimate("h100", "flux", (1024, 1024), Fovea(0.25))["gflop_computed"] > row["gflop_computed"]
+
+
+def test_passes_are_those_of_the_launches() -> None:
+    """As counted from the GPU kernels' launches in test_triton_kernels.py."""
+    assert [passes(spec) for spec in (None, CLEAR(8), SLA(0.1), Fovea(0.05), Fovea(radius=8))] == [4, 4, 8, 8, 6]
+
+
+def test_video_tokens() -> None:
+    """Wan at 81 frames of 832 × 480: 21 × 30 × 52 = 32,760 tokens."""
+    assert estimate("rtx5090", "wan-1.3b", (480, 832), None, frames=81)["tokens"] == 32760
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gpu": "gtx1080"}, r"gpu is one of .*got 'gtx1080'"),
+        ({"model": "sdxl"}, r"model is one of .*got 'sdxl'"),
+        ({"size": (1000, 1024)}, "multiples of 16 pixels"),
+        ({"frames": 5}, "it makes images"),
+        ({"model": "wan-14b", "frames": 80}, "1 plus a multiple of 4"),
+    ],
+)
+def test_refusals(change: dict[str, object], reason: str) -> None:
+    given = {"gpu": "h100", "model": "flux", "size": (1024, 1024), "spec": None, "frames": 1} | change
+    with pytest.raises(ValueError, match=reason):
+        estimate(**given)  # type: ignore[arg-type]
+
+
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "estimate.json"
+    done = CliRunner().invoke(app, ["estimate", "--size", "2048", "--method", "clear:8", "--method", "fovea", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "An estimate, not a measurement" in done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [round(row["gflop_kept"], 1) for row in rows[:2]] == [3507.9, 246.2]
+    assert rows[1]["published_seconds"] == 15.67
+    assert rows[2]["published_seconds"] is None
+    assert torch.tensor([row["floor_ms"] for row in rows]).isfinite().all()
