@@ -52,7 +52,7 @@ def _machine_rows() -> dict[str, str]:
 def _method_rows() -> dict[str, str]:
     import torch
 
-    from dit_accel.kernels import dispatch
+    from dit_accel.kernels import dispatch, xformers_rows
     from dit_accel.method_text import METHODS
     from dit_accel.pipelines import FAMILIES
 
@@ -65,6 +65,7 @@ def _method_rows() -> dict[str, str]:
     rows["backend cpu"] = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64) or f"ready, {dispatch.CPU_TARGET}"
     gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows["backend triton"] = dispatch.triton_refusal(gpu, torch.float32, 64) or "ready"
+    rows["backend xformers"] = xformers_rows.refusal(gpu, torch.float32, 64, gradient=False) or "ready"
     rows["backend reference"] = "ready"
     return rows
 

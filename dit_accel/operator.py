@@ -4,6 +4,7 @@ Letters: B batch, H heads, N tokens (text and image), D channels per head, T blo
 `rest`, `grid` (T, H, W) in tokens, `block` in memory, `tile` in space, `lse` natural logarithm of softmax mass.
 """
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from dit_accel import fused
 from dit_accel.fused import downsample
-from dit_accel.kernels import dispatch, reference
+from dit_accel.kernels import dispatch, reference, xformers_rows
 from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters, Values
 from dit_accel.plan import Plan, listed_beside, make_plan
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
+
+Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments
 
 
 @overload
@@ -53,7 +56,8 @@ def attention(
         spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
-        backend: "auto", "cpu" (compiled kernels), "triton" (fused GPU kernels) or "reference".
+        backend: "auto", "cpu" (compiled kernels), "triton" (fused GPU kernels), "xformers" (its attention for
+            the dense parts, without gradients) or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
     Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
@@ -64,7 +68,7 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=isinstance(spec.rest, Linear))
+    _choose(backend, spec, query, key, value)
     plan = make_plan(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend)
     return (out, lse) if return_lse else out
@@ -75,16 +79,24 @@ def attend(
     scale: float | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks, for callers that hold the plan already: output and lse."""
-    chosen, _ = dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=isinstance(spec.rest, Linear))
+    chosen = _choose(backend, spec, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
-        if chosen != "reference":
+        if chosen in ("cpu", "triton"):
             return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen)
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
-        out, lse = _attend(q, k, v, spec, layout, plan, params, scale)
+        dense = xformers_rows.dense_attention if chosen == "xformers" else reference.dense_attention
+        out, lse = _attend(q, k, v, spec, layout, plan, params, scale, dense)
         return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+
+
+def _choose(backend: str, spec: AttentionSpec, *qkv: Tensor) -> str:
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
+    query = qkv[0]
+    linear = isinstance(spec.rest, Linear)
+    return dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient)[0]
 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
@@ -118,18 +130,20 @@ def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Te
         raise ValueError(f"the parameters are wanted on {query.device}, got {sorted(elsewhere)}")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float) -> Partial:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float, dense: Dense
+) -> Partial:
     """The operator on `[BH, N, D]`: image queries by the spec, text queries dense."""
     text = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
     image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
     qi, ki, vi = (_permuted(x[:, image], plan.to_memory) for x in (q, k, v))
     text_keys = (k[:, text], v[:, text]) if layout.text else None
-    out, lse = _attend_image(qi, ki, vi, text_keys, spec, layout, plan, params, scale)
+    out, lse = _attend_image(qi, ki, vi, text_keys, spec, layout, plan, params, scale, dense)
     out, lse = _permuted(out, plan.to_raster), _permuted(lse, plan.to_raster)
     if not layout.text:
         return out, lse
-    dense = reference.dense_attention(q[:, text], k, v, scale=scale)
-    parts = [dense, (out, lse)] if layout.text_first else [(out, lse), dense]
+    rows = dense(q[:, text], k, v, scale=scale)
+    parts = [rows, (out, lse)] if layout.text_first else [(out, lse), rows]
     return torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 1)
 
 
@@ -139,7 +153,7 @@ def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
 
 def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, Tensor] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: Values, scale: float,
+    params: Values, scale: float, dense: Dense,
 ) -> Partial:  # fmt: skip
     blocks = _visited_blocks(q, k, spec, plan)
     exact = [
@@ -148,10 +162,10 @@ def _attend_image(
         )
     ]
     if text_keys is not None:
-        exact.append(reference.dense_attention(q, *text_keys, scale=scale))
+        exact.append(dense(q, *text_keys, scale=scale))
     if spec.rest is None:
         return reference.merge_partials(exact)
-    rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale)
+    rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale, dense)
     if isinstance(spec.merge, Mass):
         if params.offset is not None:
             offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
@@ -177,7 +191,7 @@ def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> Bl
 
 def _rest(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: Values, scale: float,
+    params: Values, scale: float, dense: Dense,
 ) -> Partial:  # fmt: skip
     """The cheap estimate of what the kept blocks leave out, and the log of its mass."""
     match spec.rest:
@@ -195,5 +209,5 @@ def _rest(
         case Downsampled(factor):
             weight = params.spatial_weight
             keys, values = (downsample(x, plan.coords, layout, factor, weight) for x in (k, v))
-            return reference.dense_attention(q, keys, values, scale=scale)
+            return dense(q, keys, values, scale=scale)
     raise ValueError(f"no such rest: {spec.rest!r}")

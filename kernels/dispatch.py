@@ -6,9 +6,10 @@ import os
 import torch
 
 from dit_accel.errors import BackendError
+from dit_accel.kernels import xformers_rows
 from dit_accel.kernels.cpu import native
 
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "cpu", "triton", "xformers", "reference")
 # constants, so that torch.compile sees them too
 CPU_TARGET = native.best_target()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -62,20 +63,31 @@ def check(backend: str) -> None:
         raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False) -> tuple[str, str]:
-    """The implementation for a call (with a `linear` rest) under a backend's name, and why.
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False, gradient: bool = False
+) -> tuple[str, str]:
+    """The implementation for a call (with a `linear` rest; of which a `gradient` is wanted) under a backend's name, and why.
 
-    Raises BackendError where the one asked for can't run it.
+    "auto" takes the CPU's kernels there; elsewhere Triton's, else xformers for what is dense, else the reference. Raises BackendError where
+    the one asked for can't run it.
     """
     check(backend)
     if backend == "reference":
         return "reference", "asked for"
-    own = "cpu" if backend == "cpu" or (backend == "auto" and device.type == "cpu") else "triton"
-    refusal = cpu_refusal(device, dtype, head_dim) if own == "cpu" else triton_refusal(device, dtype, head_dim, linear=linear)
+    refusals = {
+        "cpu": lambda: cpu_refusal(device, dtype, head_dim),
+        "triton": lambda: triton_refusal(device, dtype, head_dim, linear=linear),
+        "xformers": lambda: xformers_rows.refusal(device, dtype, head_dim, gradient=gradient),
+    }
     if backend != "auto":
+        refusal = refusals[backend]()
         if refusal:
             raise BackendError(f"backend {backend!r} can't run this call: {refusal}")
-        return own, "asked for"
-    if refusal:
-        return "reference", refusal
-    return own, f"compiled kernels, {CPU_TARGET}" if own == "cpu" else "fused kernels"
+        return backend, "asked for"
+    own = "cpu" if device.type == "cpu" else "triton"
+    refusal = refusals[own]()
+    if refusal is None:
+        return own, f"compiled kernels, {CPU_TARGET}" if own == "cpu" else "fused kernels"
+    if own == "triton" and refusals["xformers"]() is None:
+        return "xformers", f"the dense parts; {refusal}"
+    return "reference", refusal

@@ -86,6 +86,8 @@ def forbidden(name: str, imported: str) -> bool:
         return False
     if library == "triton":
         return not within(name, {"kernels.triton"})
+    if library == "xformers":
+        return name != "kernels.xformers_rows"
     if library == "diffusers":
         return room not in DIFFUSERS
     return room in TORCH_ONLY and library != "torch"

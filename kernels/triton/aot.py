@@ -151,9 +151,8 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
 def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
     found = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
+    loops, kinds = looped(text)
     return {
-        "registers": found["vgpr_count"],
-        "spilled": found["private_segment_fixed_size"],
-        "looped": looped(text),
+        "registers": found["vgpr_count"], "spilled": found["private_segment_fixed_size"], "loops": loops, "looped": kinds,
         "code": len(asm["hsaco"]),
-    }
+    }  # fmt: skip
