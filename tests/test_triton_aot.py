@@ -54,6 +54,43 @@ def test_loops_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
             assert 0 < row["occupancy"] <= 1
 
 
+KERNELS_OF_A_SIZE = """
+import sys, torch
+from dit_accel import fused
+from dit_accel.kernels.triton import aot, calls
+from dit_accel.kernels.triton.tables import Machine
+from dit_accel.layout import TokenLayout
+from dit_accel.operator import start_values
+from dit_accel.plan import make_plan
+from dit_accel.spec import CLEAR, Fovea, SLA
+
+height, width, text = map(int, sys.argv[1:])
+for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
+    layout = TokenLayout((1, height, width), text, order=spec.order)
+    q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
+    with calls.recorded(Machine("sm_90", 132)) as launches:
+        plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()
+        fused.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
+    for launch in launches:
+        if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows"}:
+            source = aot.source(launch)
+            print(launch.kernel.__name__, source.signature, source.constants, source.attrs)
+"""
+
+
+def test_another_size_compiles_nothing_anew() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    for size in (("32", "32", "64"), ("33", "40", "77"), ("24", "47", "1")):
+        command = [sys.executable, "-c", KERNELS_OF_A_SIZE, *size]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert len(found[0].splitlines()) > 20
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
 PTX = """
 $L__BB0_1:
   wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16

@@ -98,14 +98,14 @@ def source(launch: Launch) -> ASTSource:
     kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[(place,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name], aligned = POINTERS[value.dtype], True
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            aligned = isinstance(value, int) and value % 16 == 0
+            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)

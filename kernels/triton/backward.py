@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
     LOG2E,
+    SIZES,
     kept_pairs,
     pooled_logits,
     put,
@@ -17,7 +18,7 @@ from dit_accel.kernels.triton.primitives import (
 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def deltas(out, dout, dlse, delta, o_b, o_h, o_n, g_b, g_h, g_n, heads, tokens, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr):
     """delta `[BH, N]` = Σ out·dout − dlse, in float32. Grid: (tiles of tokens, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
@@ -74,7 +75,7 @@ def visit_rows(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_rows(
     q, k, v, extra_k, extra_v, dout, lse, delta, more, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
@@ -150,7 +151,7 @@ def gradient_rows(
     put(dq + bh * tokens * D, q_token + image_start, D, q_valid, grad, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_dense_rows(
     q, k, v, dout, lse, delta, part, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, heads, rows, first, tokens, chunk, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -225,7 +226,7 @@ def visit_columns(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_columns(
     q, k, v, dout, lse, delta, more_k, more_v, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     entries, borders, entry_bh, border_bh, q_starts, k_starts, coords, windows, length, reach,
@@ -288,7 +289,7 @@ def gradient_columns(
     put(dv + bh * tokens * D, token + image_start, D, valid, grad_v, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_shared_keys(
     q, k, v, dout, lse, delta, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     heads, keys, first, begin, rows, tokens, chunk, scale,
@@ -315,7 +316,7 @@ def gradient_shared_keys(
     put(dv + place, at, D, valid, grad_v, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_pooled(
     q, dout, lse, delta, k_mean, v_mean, k_half, bits, dk_mean, dv_mean, dk_half, doffset, q_b, q_h, q_n, g_b, g_h, g_n, bits_bh, bits_row,
     offset, q_starts, k_starts, heads, tokens, image_start, q_blocks, k_blocks, scale, cap,

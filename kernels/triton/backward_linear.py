@@ -6,10 +6,10 @@ Apart from the exact keys' kernels, because both together would not fit the regi
 import triton
 import triton.language as tl
 from dit_accel.kernels.triton.forward import rest_of
-from dit_accel.kernels.triton.primitives import LOG2E, feature, feature_gradient, put, split_dot, tile, vector
+from dit_accel.kernels.triton.primitives import LOG2E, SIZES, feature, feature_gradient, put, split_dot, tile, vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_gradient(
     q, k, v, dout, lse, delta, dnum, dden, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, state_low, total, weight, weight_low, bias,
@@ -93,7 +93,7 @@ def linear_gradient(
     put(more + bh * image * D, token, D, valid, feature_gradient(again, feature(again, D, DP, MAP), dphi, MAP), D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def linear_columns(
     q, k, v, dnum, dden, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
     q_starts, k_starts, pull_state, pull_state_low, pull_total, heads, image, image_start,
@@ -144,7 +144,7 @@ def linear_columns(
     put(more_v + bh * image * D, token, D, valid, dv, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def outer_sums(
     a, b, factor, products, sums, a_b, a_h, a_n, b_b, b_h, b_n, heads, first, rows, chunk, share,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
     LOG2E,
+    SIZES,
     absorb,
     feature,
     kept_pairs,
@@ -57,7 +58,7 @@ def visit(
     return acc, top, mass, taken, taken_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_rows(
     q, k, v, extra_k, extra_v, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
@@ -164,7 +165,7 @@ DP: tl.constexpr,
     return tl.where(real[:, None], numerator - taken, 0.0), tl.where(real, left, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dense_rows(
     q, k, v, part, part_lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, heads, rows, first, tokens, chunk, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,7 +190,7 @@ def dense_rows(
     tl.store(part_lse + at + row, top + tl.log2(mass), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_rows(
     part, part_lse, out, lse, o_b, o_h, o_n, heads, rows, first, tokens, splits,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,

@@ -87,9 +87,9 @@ class Call:
         """The kernel's tile for this call's widths and types."""
         if self.linear and kernel == "rows":
             kernel = "rows_linear"
-        if self.a.windows is not None and kernel == "gradient_columns":
-            kernel = "gradient_columns_windows"  # whose masks take registers
-        return tile_for(kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width)
+        return tile_for(
+            kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width, windows=self.a.windows is not None
+        )
 
     def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
         """Launch with the tile's constants; those that the kernel does not take are left out."""

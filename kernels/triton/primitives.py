@@ -9,6 +9,14 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Sizes that change from call to call. Triton compiles anew where an integer is 1 or stops being divisible by 16; not for these. Strides keep it:
+# from it the compiler knows that whole vectors can be loaded.
+SIZES = [
+    "tokens", "image", "image_start", "text", "text_start", "extra", "q_blocks", "k_blocks", "blocks", "keys", "rows", "first", "begin",
+    "chunk", "splits", "length", "reach", "group", "width", "words", "top", "list_bh", "list_row", "count_bh", "entry_bh", "border_bh",
+    "bits_bh", "bits_row",
+]  # fmt: skip
+
 
 @triton.jit
 def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):

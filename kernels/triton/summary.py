@@ -2,10 +2,10 @@
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import feature, put, tile
+from dit_accel.kernels.triton.primitives import SIZES, feature, put, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def summarise(
     k, v, k_mean, v_mean, k_half, states, totals, k_b, k_h, k_n, v_b, v_h, v_n, heads, image_start, starts, blocks, group, keys,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
@@ -69,7 +69,7 @@ def ordered(x):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def choose_blocks(scores, weight, chosen, blocks, top, W: tl.constexpr):
     """The `top` largest of each row of scores `[rows, blocks]`, ties to the first, as ascending indices `[rows, top]`. Grid: (rows,).
 
@@ -94,7 +94,7 @@ def choose_blocks(scores, weight, chosen, blocks, top, W: tl.constexpr):
     tl.store(chosen + row * top + place, j, mask=taken > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def list_bits(lists, counts, bits, width, words, W: tl.constexpr, N: tl.constexpr):
     """Lists `[rows, width]` as bits `[rows, words]` of int32. Grid: (rows, tiles of W words)."""
     row = tl.program_id(0).to(tl.int64)

@@ -39,7 +39,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("rows_linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("rows_linear", 128): ((32, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
     ("dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    ("dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
     ("dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("merge", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("merge", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
@@ -53,14 +53,11 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("gradient_columns", 64): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
     ("gradient_columns", 128): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
     ("gradient_columns", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
-    ("gradient_columns_windows", 64): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
-    ("gradient_columns_windows", 128): ((16, 64, 8, 2), (16, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
-    ("gradient_columns_windows", 256): ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
     ("gradient_dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("gradient_dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("gradient_dense", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
     ("gradient_dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
-    ("gradient_shared", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("gradient_shared", 128): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ("gradient_shared", 64): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
+    ("gradient_shared", 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
     ("gradient_shared", 256): ((32, 64, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
     ("pooled", 128): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
@@ -73,16 +70,19 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("outer", 128): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
 }
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
+_MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there
 _LAST = (16, 16, 8, 2)
 
 
-def tile_for(kernel: str, arch: str, head_dim: int, itemsize: int, q_width: int, k_width: int) -> Tile:
+def tile_for(kernel: str, arch: str, head_dim: int, itemsize: int, q_width: int, k_width: int, *, windows: bool = False) -> Tile:
     """The kernel's tile on an architecture for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide."""
     size = min(256, max(64, head_dim * itemsize // 2))
     row = _TILES.get((kernel, size))
     queries, keys, warps, stages = _LAST if row is None else row[ARCHITECTURES.index(arch)]
     if head_dim * itemsize > 512:  # float32 of more than 128 channels
         queries, keys = min(queries, 16), min(keys, 16)
+    if windows and kernel in _MASKED:
+        queries, keys = max(16, queries // 2), max(16, keys // 2)
     if kernel not in _ANY_WIDTH:
         queries, keys = (min(x, max(16, 1 << (width - 1).bit_length())) for x, width in ((queries, q_width), (keys, k_width)))
     return Tile(queries, keys, warps, stages)
