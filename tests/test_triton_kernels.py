@@ -65,8 +65,9 @@ def test_every_method(spec: AttentionSpec, dtype: torch.dtype) -> None:
     assert_equals_oracle(spec, SMALL, dtype)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 40, 72, 96, 128, 256])
-@pytest.mark.parametrize("name", ["fovea", "sla"])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("fovea", d) for d in (8, 16, 40, 72, 96, 128, 160, 256)] + [("sla", d) for d in (8, 16, 40, 72, 96, 128)]
+)
 def test_every_head_dim(name: str, head_dim: int) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 1, head_dim, (1, 6, 9), 3))
 
@@ -263,6 +264,11 @@ def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: st
     assert reason in str(dispatch.triton_refusal(torch.device(device), dtype, head_dim))
     with pytest.raises(BackendError, match="'triton' can't run this call"):
         dispatch.choose("triton", torch.device(device), dtype, head_dim)
+
+
+def test_a_linear_rest_ends_at_128() -> None:
+    assert dispatch.triton_refusal(DEVICE, torch.float32, 160) is None
+    assert "linear rest up to head_dim 128, got 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

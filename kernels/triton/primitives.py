@@ -9,8 +9,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Sizes that change from call to call. Triton compiles anew where an integer is 1 or stops being divisible by 16; not for these. Strides keep it:
-# from it the compiler knows that whole vectors can be loaded.
+# Sizes that change from call to call. Triton compiles anew where an integer is 1 or stops being divisible by 16; not for these. Strides
+# keep it: by it the compiler knows that whole vectors can be loaded.
 SIZES = [
     "tokens", "image", "image_start", "text", "text_start", "extra", "q_blocks", "k_blocks", "blocks", "keys", "rows", "first", "begin",
     "chunk", "splits", "length", "reach", "group", "width", "words", "top", "list_bh", "list_row", "count_bh", "entry_bh", "border_bh",
