@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore, summary
     from dit_accel.pipelines.builtin import builtin_pipeline
-    from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+    from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+    from dit_accel.spec import AttentionSpec
 
 __version__ = "0.1.0"
 
@@ -25,10 +26,10 @@ _HOMES = {
     "DistillConfig": "finetune.config",
     "save_adapter": "adapter",
     "load_adapter": "adapter",
-    "Fovea": "spec",
-    "CLEAR": "spec",
-    "SLA": "spec",
-    "GNA": "spec",
+    "Fovea": "presets",
+    "CLEAR": "presets",
+    "SLA": "presets",
+    "GNA": "presets",
     "AttentionSpec": "spec",
     "TokenLayout": "layout",
     "attention": "operator",

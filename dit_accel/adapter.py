@@ -35,6 +35,7 @@ from dit_accel.patch import (
     restore,
     teacher_hash,
 )
+from dit_accel.pipelines import class_of
 from dit_accel.spec import AttentionSpec
 
 P = TypeVar("P")
@@ -96,7 +97,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
         adapter = DitAccelAdapter(
             spec=patch.context.spec.to_dict(),
             layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
-            base_model_class=patch.context.family.model_class,
+            base_model_class=class_of(model).__name__,
             base_model_name=str(model.config.get("_name_or_path") or ""),
             base_model_hash=teacher_hash(model),
             dense_steps=patch.context.dense_steps,

@@ -29,7 +29,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
 from dit_accel.patch import accelerate, always, find_transformers, forward_names, operators_of, patches_of, restore
 from dit_accel.plan import kept_density, multiply_adds
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea, Mass, Pooled, Raster, Tiles, TopK
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK
 
 PRESETS: dict[str, AttentionSpec] = {
     "top-k 5 %, tiles": AttentionSpec((TopK(0.05),)),

@@ -21,7 +21,8 @@ from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import start_values
 from dit_accel.plan import make_plan
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec
 
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),

@@ -19,7 +19,8 @@ from dit_accel.kernels import dispatch
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
 from dit_accel.plan import multiply_adds
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec
 
 HEADS, HEAD_DIM = 4, 64
 LARGE = 32768  # tokens from which one run of PyTorch's attention takes the better part of a minute on two cores

@@ -57,7 +57,7 @@ def _method_rows() -> dict[str, str]:
     from dit_accel.pipelines import FAMILIES
 
     rows = {
-        "families": "\n".join(f"{family.name} ({family.model_class})" for family in FAMILIES),
+        "families": "\n".join(f"{family.name} ({', '.join(family.classes)})" for family in FAMILIES),
         "methods": "\n".join(["none", *(", ".join(method.examples) for method in METHODS.values())]),
     }
     chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)

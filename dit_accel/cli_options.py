@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
 
 METHOD_FORMS = (
-    "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, sla:0.1, "
-    "sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 is "
-    "height x width"
+    "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
+    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 "
+    "is height x width, 2x8x8 frames x height x width"
 )
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

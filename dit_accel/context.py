@@ -1,5 +1,6 @@
 """What the operators of one transformer share during a forward: the grid, the step, and whether they are on. Nothing is global."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,9 +13,37 @@ from dit_accel import crossover
 from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
 from dit_accel.layout import TokenLayout
-from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plan import Plan, make_plan
 from dit_accel.spec import AttentionSpec, Raster
+
+
+class Steps:
+    """The index of the denoising step, counted from the timesteps that the transformers of one pipeline are called with."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The next forward begins a run."""
+        self.index, self._timestep = 0, float("inf")
+        self._latents: Tensor | None = None
+
+    def observe(self, timestep: float, latents: Tensor) -> None:
+        """A lower timestep is the next step, a higher one a new run.
+
+        An equal one is the same step where the latents are the same too (guidance in two passes): in bfloat16 neighbouring timesteps
+        can round to one value.
+        """
+        if timestep > self._timestep or self._timestep == float("inf"):
+            self.index = 0
+        elif timestep < self._timestep or self._latents is None or not _equal(latents, self._latents):
+            self.index += 1
+        self._timestep, self._latents = timestep, latents
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 class Context:
@@ -22,30 +51,35 @@ class Context:
 
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
     student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
-    weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `step`: index of the
-    denoising step. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `grids`: of the images
+    in its sequence, or None where they are not known. `text`: how many other tokens there are, or None where only a call tells. `layout`,
+    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
 
     def __init__(
-        self, family: Family, spec: AttentionSpec, names: list[str], head_dim: int, *, dense_steps: int, backend: str, strict: bool
-    ) -> None:
-        self.family, self.spec, self.names, self.head_dim = family, spec, names, head_dim
+        self, family: Family, spec: AttentionSpec, names: list[str], head_dim: int, steps: Steps, *, dense_steps: int, backend: str,
+        strict: bool,
+    ) -> None:  # fmt: skip
+        self.family, self.spec, self.names, self.head_dim, self.steps = family, spec, names, head_dim, steps
         self.dense_steps, self.backend, self.strict = dense_steps, backend, strict
         self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
-        self._said: set[tuple[int, int, int]] = set()  # grids of which a user was told that they are left to the original
+        self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
     def _forget(self) -> None:
         self.active = False
         self.permuted = False
+        self.grids: Grids | None = None
+        self.image = 0
+        self.text: int | None = None
         self.layout: TokenLayout | None = None
         self.plan: Plan | None = None
         self.crossover: Crossover | None = None
+        self._device = torch.device("cpu")
+        self._layouts: dict[int, tuple[TokenLayout, Plan]] = {}
         self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: Tensor | None = None
-        self.step, self._timestep = 0, float("inf")
-        self._latents: Tensor | None = None
         self._reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,12 +87,7 @@ class Context:
         state = dict(self.__dict__)
         twin = Context.__new__(Context)
         twin._forget()
-        return {**state, **twin.__dict__}
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the sequence in the forward at hand."""
-        return self.layout.tokens if self.layout else -1
+        return {**state, **twin.__dict__, "steps": Steps()}
 
     @property
     def leaves(self) -> bool:
@@ -68,10 +97,24 @@ class Context:
         return self.crossover.loses
 
     def current(self) -> tuple[TokenLayout, Plan]:
-        """Layout and plan of the forward at hand."""
+        """Layout and plan of the last sequence."""
         if self.layout is None or self.plan is None:
             raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
         return self.layout, self.plan
+
+    def use(self, text: int) -> None:
+        """Make the layout with that many tokens beside the image's the current one."""
+        if text not in self._layouts:
+            self._add_layout(text)
+        self.layout, self.plan = self._layouts[text]
+
+    @torch.compiler.disable
+    def _add_layout(self, text: int) -> None:
+        if self.grids is None:
+            raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
+        order = self.spec.order if self.family.per_token else Raster()
+        layout = TokenLayout(self.grids[0], text, self.family.text_first, order, self.grids[1:])
+        self._layouts[text] = layout, make_plan(self.spec, layout, self._device)
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -87,10 +130,10 @@ class Context:
         if not (self.enabled or self.in_order):
             return None
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        self._observe(arguments)
-        if self.layout is None:
+        self._observe(arguments, module)
+        if self.grids is None:
             return None
-        self.active = self.enabled and self.step >= self.dense_steps and not self.leaves
+        self.active = self.enabled and self.steps.index >= self.dense_steps and not self.leaves
         self.permuted = self._orders is not None and (self.active or self.in_order)
         if not self.permuted:
             return None
@@ -110,69 +153,70 @@ class Context:
         output.sample = output.sample.index_select(-2, order)
         return output
 
-    def _observe(self, arguments: Mapping[str, Any]) -> None:
+    def _observe(self, arguments: Mapping[str, Any], transformer: Any) -> None:
         """Read what this forward says of grid and step; under torch.compile, outside of the graph unless it is known already."""
-        if not torch.compiler.is_compiling():
-            self._read(arguments)
+        if torch.compiler.is_compiling():
+            family = self.family
+            known = arguments[family.ids] is self._ids if family.ids else family.grid(arguments, transformer) == self.grids
+            text = self.family.text(arguments) if self.family.text else None
+            if known and self.grids is not None and text == self.text and not self.dense_steps:
+                return
+            torch.compiler.disable(self._read)(arguments, transformer)
             return
-        known = self.layout is not None and arguments["img_ids"] is self._ids
-        if not known or self.family.text(arguments) != self.layout.text or self.dense_steps:  # type: ignore[union-attr]
-            torch.compiler.disable(self._read)(arguments)
+        self._read(arguments, transformer)
 
-    def _read(self, arguments: Mapping[str, Any]) -> None:
-        ids = arguments.get("img_ids")
+    def _read(self, arguments: Mapping[str, Any], transformer: Any) -> None:
+        family = self.family
+        ids = arguments.get(family.ids) if family.ids else None
+        text = family.text(arguments) if family.text else None
+        latents = _first(arguments[family.latents])
         if ids is None or ids is not self._ids:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
-            grid = self.family.grid(arguments)
+            grids: Grids | str = family.grid(arguments, transformer)
+            if ids is not None and len(grids) == 1:
+                self.steps.forget()  # pipelines make new ids for every run; with reference images, for every step
             self._ids = ids
-            self._timestep = float("inf")  # pipelines make new ids for every run
-            self._reason = grid if isinstance(grid, str) else None
-            if isinstance(grid, str):
-                self.layout = self.plan = self._orders = None
-            else:
-                self._set_geometry(grid, self.family.text(arguments), arguments["hidden_states"])
-        elif self.layout is not None and self.layout.text != self.family.text(arguments):
-            self._set_geometry(self.layout.grid, self.family.text(arguments), arguments["hidden_states"])
+            self._reason = grids if isinstance(grids, str) else None
+            known = None if isinstance(grids, str) else grids
+        else:
+            known = self.grids
+        if known != self.grids or text != self.text or latents.device != self._device:
+            self._set_geometry(known, text, latents)
         if self._reason is not None:
             self.fall_back(self._reason)
         elif self.dense_steps:
-            self._count_step(float(arguments[self.family.timestep].flatten()[0]), arguments["hidden_states"])
+            timestep: Tensor = arguments[family.timestep]
+            # tokens that are given, as the first frame of a video, have their own
+            self.steps.observe(-float(timestep.min()) if family.rising else float(timestep.max()), latents)
 
-    def _set_geometry(self, grid: tuple[int, int, int], text: int, hidden: Tensor) -> None:
-        device, dtype = hidden.device, hidden.dtype
-        self.layout = TokenLayout(grid, text, self.family.text_first, self.spec.order)
-        self.plan = make_plan(self.spec, self.layout, device)
-        if isinstance(self.spec.order, Raster):
-            self._orders = None
-        else:
-            inverse = make_plan(self.spec, TokenLayout(grid), device)
+    def _set_geometry(self, grids: Grids | None, text: int | None, latents: Tensor) -> None:
+        self.grids, self.text, self._device = grids, text, latents.device
+        self._layouts, self._orders, self.crossover = {}, None, None
+        self.layout = self.plan = None
+        if grids is None:
+            return
+        self.image = sum(math.prod(grid) for grid in grids)
+        self.use(text or 0)
+        if self.family.per_token and not isinstance(self.spec.order, Raster):
+            inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
-        self.crossover = None
-        if self.backend == "auto" and not self.strict and device.type == "cpu":
-            self.crossover = crossover.measured(self.spec, self.layout, self.head_dim, dtype)
-        if self.enabled and self.leaves and grid not in self._said:
-            self._said.add(grid)
-            size = f"{grid[1]}×{grid[2]} tokens" if grid[0] == 1 else f"{grid[0]}×{grid[1]}×{grid[2]} tokens"
+        if self.backend == "auto" and not self.strict and self._device.type == "cpu":
+            self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)
+        if self.enabled and self.leaves and grids not in self._said:
+            self._said.add(grids)
+            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in grids)
             warnings.warn(
-                f"dit_accel: the original attention runs at {size}, because it is faster there: {self.crossover}. "
+                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {self.crossover}. "
                 "accelerate(..., strict=True) runs the method all the same",
                 stacklevel=2,
             )
 
-    def is_image_alone(self, length: int) -> bool:
-        """Whether a call of this length has the image's tokens without the text's."""
-        return self.layout is not None and self.layout.text > 0 and length == self.layout.image
 
-    def _count_step(self, timestep: float, latents: Tensor) -> None:
-        """A lower timestep is the next step, a higher one a new run.
-
-        An equal one is the same step where the latents are the same too (guidance in two passes): in bfloat16 neighbouring timesteps
-        can round to one value.
-        """
-        if timestep > self._timestep or self._timestep == float("inf"):
-            self.step = 0
-        elif timestep < self._timestep or self._latents is None or not torch.equal(latents, self._latents):
-            self.step += 1
-        self._timestep, self._latents = timestep, latents
+def _first(value: Any) -> Tensor:
+    """The tensor, or the first of a list of them."""
+    while isinstance(value, list | tuple):
+        value = value[0]
+    tensor: Tensor = value
+    return tensor
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

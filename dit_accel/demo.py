@@ -33,8 +33,9 @@ from dit_accel.operator import attention
 from dit_accel.patch import accelerate, always, restore, summary
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, RELATIONS, article
+from dit_accel.presets import CLEAR, SLA, Fovea
 from dit_accel.report import write_report, write_sheet
-from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
+from dit_accel.spec import AttentionSpec, TopK
 
 METHODS = {"Fovea 5 %": Fovea(0.05), "CLEAR radius 8": CLEAR(8), "SLA 10 %": SLA(0.1)}
 

@@ -25,7 +25,7 @@ def attend(
     if isinstance(spec.rest, Downsampled):
         image = _image(layout)
         extra_k, extra_v = (
-            downsample(x[:, :, image].float().flatten(0, 1), plan.coords, layout, spec.rest.factor, params.spatial_weight)
+            downsample(x[:, :, image].float().flatten(0, 1), plan, spec.rest.factor, params.spatial_weight)
             .unflatten(0, q.shape[:2])
             .to(torch.float32 if implementation == "cpu" else q.dtype)
             .contiguous()
@@ -94,17 +94,16 @@ def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan:
     return Lists.from_map(listed_beside(plan.static, chosen.long(), len(plan.k_blocks.count)))
 
 
-def downsample(x: Tensor, coords: Tensor, layout: TokenLayout, factor: int, weight: Tensor | None) -> Tensor:
-    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` at `coords` (CLEAR's pooled keys).
+def downsample(x: Tensor, plan: Plan, factor: int, weight: Tensor | None) -> Tensor:
+    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` in the plan's order (CLEAR's pooled keys).
 
     A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
     """
-    frames, height, width = layout.grid
-    rows, columns = -(-height // factor), -(-width // factor)
-    t, y, x_ = coords.unbind(-1)
-    patch = (t * rows + y // factor) * columns + x_ // factor
+    if plan.patch is None:
+        raise ValueError("the plan is not one of a spec with down-sampled keys")
     w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
-    count = torch.zeros(frames * rows * columns, dtype=x.dtype, device=x.device).index_add(0, patch, torch.ones_like(patch, dtype=x.dtype))
-    scaled = w.to(x.dtype)[y % factor, x_ % factor] * (factor**2 / count)[patch]
-    pooled = torch.zeros(x.shape[0], frames * rows * columns, x.shape[2], dtype=x.dtype, device=x.device)
-    return pooled.index_add(1, patch, x * scaled[:, None])
+    ones = torch.ones_like(plan.patch, dtype=x.dtype)
+    count = torch.zeros(plan.patches, dtype=x.dtype, device=x.device).index_add(0, plan.patch, ones)
+    scaled = w.to(x.dtype)[plan.coords[:, 1] % factor, plan.coords[:, 2] % factor] * (factor**2 / count)[plan.patch]
+    pooled = torch.zeros(x.shape[0], plan.patches, x.shape[2], dtype=x.dtype, device=x.device)
+    return pooled.index_add(1, plan.patch, x * scaled[:, None])

@@ -57,20 +57,14 @@ def padded(rows: Tensor) -> Tensor:
 
 
 def make_geometry(
-    starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[list[tuple[Tensor, int]]], reach: int
+    starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor], reach: int
 ) -> Geometry:
-    """`coords` `[N, 3]` in memory order; `windows`: per window and axis the table `[length, 2]` of bounds and the dilation."""
-    bounds = [
-        torch.stack(
-            [torch.stack([*table[coords[:, axis]].unbind(-1), coords[:, axis] % dilation]) for axis, (table, dilation) in enumerate(window)]
-        )
-        for window in windows
-    ]
+    """`coords` `[N, 3]` in memory order; `windows`: each as `[3 axes, 3, N]`, see `Geometry`."""
     return Geometry(
         starts_q=starts_q.to(torch.int32),
         starts_k=starts_k.to(torch.int32),
         lists=Lists.from_map(static) if static else None,
         coords=padded(coords.T),
-        windows=padded(torch.stack(bounds)) if bounds else None,
+        windows=padded(torch.stack(windows)) if windows else None,
         reach=min(reach, FARTHEST),
     )

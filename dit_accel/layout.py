@@ -3,11 +3,21 @@
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.spec import Order, Raster, Tiles
+
+Grid = tuple[int, int, int]
+
+
+def _grid(name: str, value: Any) -> Grid:
+    grid = tuple(value) if isinstance(value, tuple | list) else ()
+    if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
+        raise ValueError(f"{name} is (frames, height, width) in tokens, three ints >= 1, got {value!r}")
+    return grid
 
 
 @dataclass(frozen=True)
@@ -15,28 +25,34 @@ class TokenLayout:
     """A sequence of `text` text tokens and T·H·W image tokens; `grid` is (T, H, W) in tokens.
 
     `text_first` tells which come first. `order` is the order in which the image tokens lie in memory: raster unless the caller has
-    permuted them already. Raises ValueError where a length is negative or a grid axis is below 1.
+    permuted them already. `references`: the grids of further images behind the first in the sequence, as edit models have them; they lie
+    over the first, corner on corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or a
+    grid axis is below 1.
     """
 
-    grid: tuple[int, int, int]
+    grid: Grid
     text: int = 0
     text_first: bool = True
     order: Order = Raster()
+    references: tuple[Grid, ...] = ()
 
     def __post_init__(self) -> None:
-        grid = tuple(self.grid) if isinstance(self.grid, tuple | list) else ()
-        if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
-            raise ValueError(f"grid is (frames, height, width) in tokens, three ints >= 1, got {self.grid!r}")
-        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "grid", _grid("grid", self.grid))
+        object.__setattr__(self, "references", tuple(_grid("a reference's grid", grid) for grid in self.references))
         if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
             raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
         if not isinstance(self.order, Order):
             raise ValueError(f"order is Raster() or Tiles(...), got {self.order!r}")
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids of all images in the sequence."""
+        return (self.grid, *self.references)
+
+    @property
     def image(self) -> int:
-        """Number of image tokens."""
-        return math.prod(self.grid)
+        """Number of image tokens, those of references among them."""
+        return sum(math.prod(grid) for grid in self.grids)
 
     @property
     def tokens(self) -> int:
@@ -63,7 +79,7 @@ def _split(length: int, side: int) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # cached tensors must serve training as well
-def partition(grid: tuple[int, int, int], order: Order, block: int) -> Partition:
+def partition(grid: Grid, order: Order, block: int) -> Partition:
     """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short).
 
     A pure function; the cached tensors must not be written to.
@@ -84,17 +100,32 @@ def partition(grid: tuple[int, int, int], order: Order, block: int) -> Partition
     return Partition(torch.cat(tiles), lengths.cumsum(0))
 
 
-def memory_order(grid: tuple[int, int, int], order: Order) -> Tensor:
+def memory_order(grid: Grid, order: Order) -> Tensor:
     """The raster index `[N]` of the token at each place in memory; `x[:, memory_order(...)]` brings a raster into that order."""
     return partition(grid, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order
 
 
-def raster_order(grid: tuple[int, int, int], order: Order) -> Tensor:
+def raster_order(grid: Grid, order: Order) -> Tensor:
     """The place in memory `[N]` of each raster token: the inverse of `memory_order`."""
     return memory_order(grid, order).argsort()
 
 
-def coordinates(grid: tuple[int, int, int], raster_index: Tensor) -> Tensor:
+def coordinates(grid: Grid, raster_index: Tensor) -> Tensor:
     """(t, y, x) `[N, 3]` of raster indices."""
     _, h, w = grid
     return torch.stack([raster_index // (h * w), raster_index // w % h, raster_index % w], dim=-1)
+
+
+def joint_partition(grids: tuple[Grid, ...], order: Order, block: int) -> Partition:
+    """The blocks of several images that follow each other; no block holds tokens of two."""
+    parts = [partition(grid, order, block) for grid in grids]
+    before = torch.tensor([0, *(len(part.order) for part in parts)]).cumsum(0).tolist()
+    starts = [part.starts[1:] + offset for part, offset in zip(parts, before, strict=False)]
+    return Partition(
+        torch.cat([part.order + offset for part, offset in zip(parts, before, strict=False)]), torch.cat([parts[0].starts[:1], *starts])
+    )
+
+
+def joint_memory_order(grids: tuple[Grid, ...], order: Order) -> Tensor:
+    """`memory_order` of several images that follow each other."""
+    return joint_partition(grids, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order

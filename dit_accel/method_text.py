@@ -2,14 +2,16 @@
 
     NAME | NAME:VALUE | NAME:VALUE,KEY=VALUE,... | NAME:KEY=VALUE,...
 
-VALUE alone is the method's first argument; keys are the argument names of the presets in `dit_accel.spec`. 9x5 is (9, 5): height, width.
+VALUE alone is the method's first argument; keys are the argument names of the presets in `dit_accel.spec`. 9x5 is (9, 5): height, width;
+4x9x5 is frames, height, width.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec
 
 
 def _number(text: str) -> int | float:
@@ -24,6 +26,10 @@ def _axes(text: str) -> int | tuple[int, ...]:
     return entries[0] if len(entries) == 1 else entries
 
 
+def _radius(text: str) -> int | float | tuple[int, ...]:
+    return tuple(int(entry) for entry in text.split("x")) if "x" in text else _number(text)
+
+
 def _pair(text: str) -> tuple[int, int]:
     first, second = (int(entry) for entry in text.split("x"))
     return first, second
@@ -33,8 +39,12 @@ Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises V
 NUMBER: Reader = (_number, "a number")
 INTEGER: Reader = (int, "an integer")
 AXES: Reader = (_axes, "an integer, or integers joined by x as in 9x9")
+RADIUS: Reader = (_radius, "a number, or integers joined by x (a box)")
 PAIR: Reader = (_pair, "two integers joined by x, as in 128x64")
 WORD: Reader = (str, "a word")
+
+
+MORE: dict[str, Reader] = {"tile": AXES, "first_frames": INTEGER}  # arguments of every preset
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,13 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "fovea": Method(
-        Fovea, {"density": NUMBER, "radius": NUMBER}, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
+        Fovea, {"density": NUMBER, "radius": NUMBER} | MORE, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
     ),
-    "clear": Method(CLEAR, {"radius": NUMBER, "downsample": INTEGER}, ("clear:16", "clear:8,downsample=4")),
+    "clear": Method(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
     "sla": Method(
-        SLA, {"topk": NUMBER, "feature_map": WORD, "scope": WORD, "block": PAIR}, ("sla:0.1", "sla:0.1,scope=all,feature_map=elu")
+        SLA, {"topk": NUMBER, "feature_map": WORD, "scope": WORD, "block": PAIR} | MORE, ("sla:0.1", "sla:0.1,scope=all,feature_map=elu")
     ),
-    "gna": Method(GNA, {"window": AXES, "stride": AXES, "dilation": AXES}, ("gna:80,stride=16", "gna:9x9,dilation=2")),
+    "gna": Method(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
 }  # fmt: skip
 
 

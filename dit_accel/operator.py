@@ -208,6 +208,6 @@ def _rest(
             return reference.pooled_attention(q, k_mean, v_mean, k_var, log_n, kept, plan.q_blocks, scale=scale, cap=cap)
         case Downsampled(factor):
             weight = params.spatial_weight
-            keys, values = (downsample(x, plan.coords, layout, factor, weight) for x in (k, v))
+            keys, values = (downsample(x, plan, factor, weight) for x in (k, v))
             return dense(q, keys, values, scale=scale)
     raise ValueError(f"no such rest: {spec.rest!r}")

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dit_accel.context import Context
+from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.pipelines import FAMILIES, family_of
+from dit_accel.pipelines import FAMILIES, LINEAR, class_of, family_of
 from dit_accel.plan import kept_density
+from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.spec import AttentionSpec, Fovea, Linear
+from dit_accel.spec import AttentionSpec, Linear
 
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
@@ -77,7 +78,7 @@ def accelerate(
             raise AlreadyAcceleratedError(
                 f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first"
             )
-    settings: dict[str, Any] = {"dense_steps": dense_steps, "backend": backend, "strict": strict}
+    settings: dict[str, Any] = {"steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict}
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
         _install(model, context, modules)
@@ -96,10 +97,31 @@ def find_transformers(pipe_or_transformer: object) -> list[Any]:
         candidates = [getattr(c, "_orig_mod", c) for c in components.values() if isinstance(c, nn.Module)]
     found = [c for c in candidates if family_of(c)]
     if not found:
-        got = ", ".join(sorted(type(c).__name__ for c in candidates)) or type(target).__name__
-        supported = ", ".join(family.model_class for family in FAMILIES)
-        raise UnsupportedModelError(f"no transformer of a supported family: wanted one of {supported}, got {got}")
+        raise UnsupportedModelError(_why_unsupported(candidates))
     return found
+
+
+def _why_unsupported(candidates: list[Any]) -> str:
+    """What was found instead of a supported transformer, and what is missing to support it."""
+    names = [type(c).__name__ for c in candidates]
+    if linear := next((name for name in names if name in LINEAR), None):
+        return f"{linear}'s self-attention is linear already: there is nothing to accelerate"
+    found = {type(c).__name__: n for c in candidates if isinstance(c, nn.Module) and (n := _attention_modules(c))}
+    if not found:
+        supported = ", ".join(name for family in FAMILIES for name in family.classes)
+        return f"no transformer of a supported family: wanted one of {supported}, got {', '.join(sorted(set(names))) or 'nothing'}"
+    kinds = "; ".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
+    return (
+        f"no family is registered for {' or '.join(found)}. Its attention modules are {kinds}. What is missing is a declaration of which "
+        "of them are image self-attention, where the grid comes from and where the text stands: "
+        "dit_accel.pipelines.register(Family(...)), as samples/new_family.py shows"
+    )
+
+
+def _attention_modules(model: nn.Module) -> list[str]:
+    """Names of the modules with an attention processor, numbers as N, and what processes each."""
+    found = {re.sub(r"\d+", "N", name): type(m.processor).__name__ for name, m in model.named_modules() if hasattr(m, "processor")}
+    return [f"{name} ({processor})" for name, processor in found.items()]
 
 
 def _prepare(
@@ -117,18 +139,30 @@ def _prepare(
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    context = Context(family, spec, forward_names(model), chosen[0][1].inner_dim // chosen[0][1].heads, **settings)
+    shapes = {name: _heads(name, module) for name, module in chosen}
+    context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:
-        operator = AcceleratedAttention(spec, context, name, heads=module.heads, head_dim=module.inner_dim // module.heads)
+        heads, head_dim = shapes[name]
+        alone = family.alone is not None and re.fullmatch(family.alone, name) is not None
+        operator = AcceleratedAttention(spec, context, name, heads=heads, head_dim=head_dim, alone=alone)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules
 
 
+def _heads(name: str, module: Any) -> tuple[int, int]:
+    """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
+    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    width = getattr(module, "inner_dim", None) or getattr(projection, "out_features", None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise UnsupportedModelError(f"{name} ({type(module).__name__}) tells neither heads and inner_dim nor num_heads and to_q")
+    return heads, width // heads
+
+
 def forward_names(model: Any) -> list[str]:
     """Names of a supported transformer's forward arguments, from its family's class (subclasses may hide them)."""
-    family = family_of(model)
-    owner: Any = next(c for c in type(model).__mro__ if family and c.__name__ == family.model_class)
+    owner: Any = class_of(model)
     return list(inspect.signature(owner.forward).parameters)[1:]
 
 

@@ -1,19 +1,23 @@
 """From a spec and a layout to tensors: blocks, the static part of the block lists, and the token predicate. Computed once per grid."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dit_accel.geometry import Geometry, Lists, make_geometry
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
-from dit_accel.layout import TokenLayout, coordinates, partition, raster_order
-from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Pooled, TopK, Window
+from dit_accel.layout import Grid, TokenLayout, coordinates, joint_memory_order, joint_partition
+from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Pooled, TopK, Window
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
+Exact = Disc | Window | Box  # patterns that decide token by token
+Static = Exact | DiscBlocks | FirstFrames
 MASK_ELEMENTS = 1 << 20  # pairs of blocks that are looked at together
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
@@ -22,9 +26,10 @@ T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 class Plan:
     """What a spec means on one grid, on one device.
 
-    `coords` `[N, 3]`: (t, y, x) of the image tokens in the spec's memory order. `to_memory`, `to_raster` `[N]`: permutations, or None
-    where the layout is in that order already. `static`: the visited blocks of the patterns that depend on coordinates alone.
-    `short_weight` `[Tk]`: factor of a short block's score where blocks differ, or None. `geometry`: the same for compiled kernels.
+    `coords` `[N, 4]`: (t, y, x, image) of the image tokens in the spec's memory order; `image` counts the grids of the layout.
+    `to_memory`, `to_raster` `[N]`: permutations, or None where the layout is in that order already. `static`: the visited blocks of the
+    patterns that depend on coordinates alone. `short_weight` `[Tk]`: factor of a short block's score where blocks differ, or None.
+    `patch` `[N]`: which of the `patches` that down-sampling sums each token is in. `geometry`: the same for compiled kernels.
     """
 
     q_blocks: Blocks
@@ -36,6 +41,8 @@ class Plan:
     predicate: Predicate | None
     top: int
     short_weight: Tensor | None
+    patch: Tensor | None
+    patches: int
     geometry: Geometry
 
 
@@ -55,6 +62,16 @@ def window_table(length: int, size: int, stride: int, dilation: int) -> Tensor:
     return torch.tensor(rows)
 
 
+def _bounds(pattern: Window | Box, grid: Grid, axis: int) -> tuple[Tensor, int]:
+    """First and last key `[length, 2]` that each query of an axis sees, and the dilation."""
+    length = grid[axis]
+    if isinstance(pattern, Box):
+        place, reach = torch.arange(length), pattern.radii[axis] - 1
+        return torch.stack([(place - reach).clamp_min(0), (place + reach).clamp_max(length - 1)], dim=1), 1
+    size, stride, dilation = (pattern.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
+    return window_table(length, size, stride, dilation), dilation
+
+
 def _gaps(q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
     """Squared smallest and largest distance between boxes `[T, 3]` of integer coordinates, as `[Tq, Tk]`."""
     after, before = k_low[None] - q_high[:, None], q_low[:, None] - k_high[None]
@@ -63,19 +80,23 @@ def _gaps(q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple
     return near.square().sum(-1), far.square().sum(-1)
 
 
-def _visits(
-    pattern: Disc | DiscBlocks | Window, grid: tuple[int, int, int], boxes: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept."""
+def _visits(pattern: Static, grid: Grid, boxes: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept.
+
+    `grid`: that of the query blocks.
+    """
     q_low, q_high, k_low, k_high = boxes
+    if isinstance(pattern, FirstFrames):
+        first = (k_low[:, 0] < pattern.count).expand(len(q_low), -1)
+        return first, first
     if isinstance(pattern, Disc | DiscBlocks):
         near, far = _gaps(*boxes)
         visited = near <= pattern.reach
         return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
     visited, full = torch.ones(2, len(q_low), len(k_low), dtype=torch.bool)
     for axis in range(3):
-        size, stride, dilation = (pattern.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
-        first, last = window_table(grid[axis], size, stride, dilation).unbind(-1)
+        table, dilation = _bounds(pattern, grid, axis)
+        first, last = table.unbind(-1)
         # both ends never fall as the query moves on, but for the residues of a dilated window: hence the running extremes
         reach_low = first.flip(0).cummin(0).values.flip(0)[q_low[:, axis], None]
         reach_high = last.cummax(0).values[q_high[:, axis], None]
@@ -88,19 +109,21 @@ def _visits(
     return visited, full
 
 
-def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device: torch.device) -> Predicate:
-    """Whether a pair of coordinates is kept by any of the patterns."""
-    tables = {
-        (pattern, axis): (window_table(grid[axis], *(pattern.per_axis(n)[axis] for n in ("size", "stride", "dilation")))).to(device)
-        for pattern in patterns
-        if isinstance(pattern, Window)
-        for axis in range(3)
-    }
+def _predicate(patterns: list[Exact], grids: tuple[Grid, ...], device: torch.device) -> Predicate:
+    """Whether a pair of coordinates (t, y, x, image) is kept by any of the patterns."""
+    tables = {}
+    for pattern in patterns:
+        for axis in range(3) if isinstance(pattern, Window | Box) else ():
+            bounds = [_bounds(pattern, grid, axis) for grid in grids]  # type: ignore[arg-type]
+            longest = max(len(table) for table, _ in bounds)
+            rows = [pad(table, (0, 0, 0, longest - len(table))) for table, _ in bounds]
+            tables[pattern, axis] = torch.stack(rows).to(device), bounds[0][1]
 
-    def inside_window(pattern: Window, q: Tensor, k: Tensor) -> Tensor:
+    def inside_window(pattern: Window | Box, q: Tensor, k: Tensor) -> Tensor:
         allowed = torch.ones((), dtype=torch.bool, device=q.device)
-        for axis, dilation in enumerate(pattern.per_axis("dilation")):
-            span = tables[pattern, axis][q[..., axis]]
+        for axis in range(3):
+            table, dilation = tables[pattern, axis]
+            span = table[q[..., 3], q[..., axis]]
             key = k[..., None, :, axis]
             allowed = allowed & (key >= span[..., :1]) & (key <= span[..., 1:])
             if dilation > 1:
@@ -108,7 +131,7 @@ def _predicate(patterns: list[Disc | Window], grid: tuple[int, int, int], device
         return allowed
 
     def inside_disc(pattern: Disc, q: Tensor, k: Tensor) -> Tensor:
-        distance = sum((q[..., :, None, axis] - k[..., None, :, axis]).square() for axis in range(3) if grid[axis] > 1)
+        distance = sum((q[..., :, None, axis] - k[..., None, :, axis]).square() for axis in range(3) if max(g[axis] for g in grids) > 1)
         return torch.as_tensor(distance, device=q.device) <= pattern.reach
 
     def allowed(q: Tensor, k: Tensor) -> Tensor:
@@ -123,24 +146,37 @@ def _joined(masks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return visited, full
 
 
+def _static_lists(fixed: list[Static], grids: tuple[Grid, ...], coords: Tensor, blocks: tuple[Blocks, Blocks]) -> BlockMap:
+    """The block lists of the patterns that depend on coordinates alone."""
+    corners = [coords[side.index] for side in blocks]
+    q_boxes, k_boxes = ((corner.amin(1), corner.amax(1)) for corner in corners)
+    rows = max(1, MASK_ELEMENTS // len(k_boxes[0]))  # all pairs of blocks at once would fill the memory at a million tokens
+    blocks_of = torch.bincount(q_boxes[0][:, 3], minlength=len(grids)).tolist()  # no block holds tokens of two images
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        for grid, *bounds in zip(grids, *(bound.split(blocks_of) for bound in q_boxes), strict=True):
+            for chunk in zip(*(bound.split(rows) for bound in bounds), strict=True):
+                yield _joined([_visits(p, grid, (*(x[:, :3] for x in (*chunk, *k_boxes)),)) for p in fixed])
+
+    return map_from_masks(chunks())
+
+
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # cached tensors must serve training as well
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
     """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to."""
-    q_part, k_part = (partition(layout.grid, spec.order, block) for block in spec.block)
-    coords = coordinates(layout.grid, q_part.order)
+    grids = layout.grids
+    q_part, k_part = (joint_partition(grids, spec.order, block) for block in spec.block)
+    places = torch.cat([pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])
+    coords = places[q_part.order]
     q_blocks, k_blocks = Blocks.from_starts(q_part.starts), Blocks.from_starts(k_part.starts)
     fixed = [p for p in spec.keep if not isinstance(p, TopK)]
-    static = None
-    if fixed:
-        corners = [coords[blocks.index] for blocks in (q_blocks, k_blocks)]
-        q_boxes, k_boxes = ((corner.amin(1), corner.amax(1)) for corner in corners)
-        rows = max(1, MASK_ELEMENTS // len(k_boxes[0]))  # all pairs of blocks at once would fill the memory at a million tokens
-        chunks = zip(*(bound.split(rows) for bound in q_boxes), strict=True)
-        static = map_from_masks(_joined([_visits(p, layout.grid, (*chunk, *k_boxes)) for p in fixed]) for chunk in chunks)
+    static = _static_lists(fixed, grids, coords, (q_blocks, k_blocks)) if fixed else None
     density = spec.density
-    to_memory = None if layout.order == spec.order else raster_order(layout.grid, layout.order)[q_part.order]
-    exact = [p for p in fixed if isinstance(p, Disc | Window)]
+    to_memory = None if layout.order == spec.order else joint_memory_order(grids, layout.order).argsort()[q_part.order]
+    exact = [p for p in fixed if isinstance(p, Disc | Window | Box)]
+    patch, patches = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, 0)
+    geometry = make_geometry(q_part.starts, k_part.starts, coords[:, :3], static, _windows(exact, grids, coords), _reach(exact))
     return Plan(
         q_blocks=_moved(q_blocks, device),
         k_blocks=_moved(k_blocks, device),
@@ -148,20 +184,41 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         to_memory=None if to_memory is None else to_memory.to(device),
         to_raster=None if to_memory is None else to_memory.argsort().to(device),
         static=_moved(static, device) if static else None,
-        predicate=_predicate(exact, layout.grid, device) if exact else None,
+        predicate=_predicate(exact, grids, device) if exact else None,
         top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
         short_weight=None if k_blocks.even else (k_blocks.count / spec.block[1]).sqrt().to(device),
-        geometry=_moved(make_geometry(q_part.starts, k_part.starts, coords, static, _tables(exact, layout.grid), _reach(exact)), device),
+        patch=None if patch is None else patch.to(device),
+        patches=patches,
+        geometry=_moved(geometry, device),
     )
 
 
-def _tables(patterns: list[Disc | Window], grid: tuple[int, int, int]) -> list[list[tuple[Tensor, int]]]:
-    """Per window and axis: its bounds and its dilation."""
-    axes = [[[p.per_axis(n)[axis] for n in ("size", "stride", "dilation")] for axis in range(3)] for p in patterns if isinstance(p, Window)]
-    return [[(window_table(grid[axis], *numbers), numbers[2]) for axis, numbers in enumerate(window)] for window in axes]
+def _patches(factor: int, grids: tuple[Grid, ...], coords: Tensor) -> tuple[Tensor, int]:
+    """Which factor × factor patch each token is in, counted through all frames of all images, and how many there are."""
+    t, y, x, image = coords.unbind(-1)
+    sizes = [(t, -(-h // factor), -(-w // factor)) for t, h, w in grids]
+    before = torch.tensor([0, *(math.prod(size) for size in sizes)]).cumsum(0)
+    rows, columns = torch.tensor(sizes)[image, 1:].unbind(-1)
+    return before[image] + (t * rows + y // factor) * columns + x // factor, int(before[-1])
 
 
-def _reach(patterns: list[Disc | Window]) -> int:
+def _windows(patterns: list[Exact], grids: tuple[Grid, ...], coords: Tensor) -> list[Tensor]:
+    """Per window or box `[3 axes, 3, N]`: the first and the last coordinate that a query sees, and the residue that its keys share."""
+    windows = []
+    for pattern in patterns:
+        if isinstance(pattern, Window | Box):
+            rows = torch.empty(3, 3, len(coords), dtype=coords.dtype)
+            for axis in range(3):
+                for number, grid in enumerate(grids):
+                    mine = coords[:, 3] == number
+                    table, dilation = _bounds(pattern, grid, axis)
+                    place = coords[mine, axis]
+                    rows[axis, :, mine] = torch.stack([*table[place].unbind(-1), place % dilation])
+            windows.append(rows)
+    return windows
+
+
+def _reach(patterns: list[Exact]) -> int:
     return max((p.reach for p in patterns if isinstance(p, Disc)), default=-1)
 
 

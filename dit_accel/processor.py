@@ -32,23 +32,30 @@ from dit_accel.spec import AttentionSpec
 class AcceleratedAttention(nn.Module):
     """The operator on one attention module: its spec, its learned parameters, and the context shared with the other layers."""
 
-    def __init__(self, spec: AttentionSpec, context: Context, name: str, *, heads: int, head_dim: int) -> None:
+    def __init__(self, spec: AttentionSpec, context: Context, name: str, *, heads: int, head_dim: int, alone: bool) -> None:
         super().__init__()
         self.spec, self.context, self.name = spec, context, name
-        self.heads, self.head_dim = heads, head_dim
+        self.heads, self.head_dim, self.alone = heads, head_dim, alone
         self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
 
     def takes(self, q_len: int, kv_len: int, special: str | None) -> bool:
-        """Whether this call is the image self-attention of a forward that is to be accelerated."""
-        if not self.context.active or q_len != kv_len or self.context.is_image_alone(q_len):
-            return False  # an IP-Adapter's or other cross-attention call, even one with as many keys as the image has tokens
-        if special is None and q_len == self.context.tokens:
+        """Whether this call is the image self-attention of a forward that is to be accelerated; then its layout is the current one."""
+        context = self.context
+        if not context.active or q_len != kv_len:
+            return False
+        text = 0 if self.alone else context.text
+        if q_len == context.image and text:
+            return False  # an IP-Adapter's call, with as many keys as the image has tokens
+        if special is None and (q_len >= context.image if text is None else q_len == context.image + text):
+            context.use(q_len - context.image)
             return True
-        self.context.fall_back(special or f"a sequence of {q_len} tokens where the grid and text make {self.context.tokens}")
+        context.fall_back(
+            special or f"a sequence of {q_len} tokens where the grid makes {context.image} and the text {text or 'any number'}"
+        )
         return False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """`[B, H, N, D]` in the spec's memory order."""
+        """`[B, H, N, D]`, image tokens in the layout's order."""
         layout, plan = self.context.current()
         return attend(query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)[0]
 
@@ -60,6 +67,12 @@ def _special(attn_mask: object, dropout_p: float, is_causal: bool, parallel_conf
     if is_causal or dropout_p:
         return "causal attention or dropout"
     return "context parallelism" if parallel_config is not None else None
+
+
+def _with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values that several query heads share (GQA), once for each of them; `[B, H, N, D]`."""
+    times = query.shape[1] // key.shape[1]
+    return query, *(x if times == 1 else x.repeat_interleave(times, dim=1) for x in (key, value))  # type: ignore[return-value]
 
 
 class AcceleratedProcessor:
@@ -74,7 +87,7 @@ class AcceleratedProcessor:
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
         if operator.takes(query.shape[1], key.shape[1], _special(attn_mask, dropout_p, is_causal, parallel_config)):
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            q, k, v = _with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
             return operator(q, k, v, scale).transpose(1, 2)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
@@ -87,7 +100,7 @@ class AcceleratedProcessor:
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
         if operator.takes(query.shape[2], key.shape[2], _special(attn_mask, dropout_p, is_causal, None)):
-            return operator(query, key, value, scale)
+            return operator(*_with_all_heads(query, key, value), scale)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What an accelerated attention computes: a frozen `AttentionSpec` of keep, rest, merge and order, and its presets.
+"""What an accelerated attention computes: a frozen `AttentionSpec` of keep, rest, merge and order. The presets are in `presets`.
 
     out = merge(exact softmax over the kept keys, a cheap estimate of the rest)
 
@@ -9,32 +9,32 @@ query keeps all text keys, and text queries are dense, in every method. The reso
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dit_accel.parameters import AttentionParameters
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
 
-def _require(condition: bool, wanted: str, got: object) -> None:
+def require(condition: bool, wanted: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{wanted}, got {got!r}")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _flag(name: str, value: object) -> None:
-    _require(isinstance(value, bool), f"{name} is True or False", value)
+    require(isinstance(value, bool), f"{name} is True or False", value)
 
 
 def _items(name: str, value: object) -> tuple[Any, ...]:
-    _require(isinstance(value, tuple | list), f"{name} is a tuple", value)
+    require(isinstance(value, tuple | list), f"{name} is a tuple", value)
     return tuple(value)  # type: ignore[arg-type]
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -44,7 +44,7 @@ def _axes(name: str, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
         value = tuple(value)
     entries = value if isinstance(value, tuple) else (value,)
     wanted = f"{name} is an int >= 1 or a tuple of one to three of them"
-    _require(1 <= len(entries) <= 3 and all(_is_int(v) and v >= 1 for v in entries), wanted, value)
+    require(1 <= len(entries) <= 3 and all(is_int(v) and v >= 1 for v in entries), wanted, value)
     return value
 
 
@@ -62,7 +62,7 @@ class TopK:
     correct_short: bool = False
 
     def __post_init__(self) -> None:
-        _require(_is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
+        require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
         _flag("correct_short", self.correct_short)
 
 
@@ -74,7 +74,7 @@ class _Round:
 
     def __post_init__(self) -> None:
         legal = isinstance(self.radius, int | float) and not isinstance(self.radius, bool) and 0 < self.radius < 1e9
-        _require(legal, "radius is a number of tokens > 0 (and below 1e9)", self.radius)
+        require(legal, "radius is a number of tokens > 0 (and below 1e9)", self.radius)
 
     @property
     def reach(self) -> int:
@@ -108,7 +108,7 @@ class Window:
         for name in ("size", "stride", "dilation"):
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         for size, stride in zip(self.per_axis("size"), self.per_axis("stride"), strict=True):
-            _require(stride <= size, f"stride is at most the window's size {self.size}", self.stride)
+            require(stride <= size, f"stride is at most the window's size {self.size}", self.stride)
 
     def per_axis(self, name: str) -> tuple[int, int, int]:
         """The field's values for (T, H, W): an int stands for every axis that `size` names, and axes not named are 1."""
@@ -119,7 +119,38 @@ class Window:
         return (filled[0], filled[1], filled[2])
 
 
-Pattern = TopK | Disc | DiscBlocks | Window
+@dataclass(frozen=True)
+class Box:
+    """Keys within `radius` of the query along every axis, strict (`|distance| < radius`), clipped at borders: the disc's box.
+
+    An int holds for all axes of the grid, a pair for height and width, a triple for frames, height and width; an axis not named has 1.
+    """
+
+    radius: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "radius", _axes("radius", self.radius))
+
+    @property
+    def radii(self) -> tuple[int, int, int]:
+        """The radius per axis of (T, H, W)."""
+        value = (self.radius,) * 3 if isinstance(self.radius, int) else self.radius
+        filled = (1,) * (3 - len(value)) + value
+        return (filled[0], filled[1], filled[2])
+
+
+@dataclass(frozen=True)
+class FirstFrames:
+    """Every whole key block that holds a token of the first `count` frames of the grid, for every query: the given image of an
+    image-to-video model, an attention sink."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        require(is_int(self.count) and self.count >= 1, "count is a number of frames >= 1", self.count)
+
+
+Pattern = TopK | Disc | DiscBlocks | Window | Box | FirstFrames
 
 
 # Rest
@@ -133,8 +164,8 @@ class Linear:
     scope: Literal["complement", "all"] = "complement"
 
     def __post_init__(self) -> None:
-        _require(self.feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", self.feature_map)
-        _require(self.scope in ("complement", "all"), "scope is 'complement' or 'all'", self.scope)
+        require(self.feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", self.feature_map)
+        require(self.scope in ("complement", "all"), "scope is 'complement' or 'all'", self.scope)
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,7 @@ class Pooled:
     cap: float = 2.0
 
     def __post_init__(self) -> None:
-        _require(_is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
         _flag("log_count", self.log_count)
         _flag("variance", self.variance)
 
@@ -162,7 +193,7 @@ class Downsampled:
     factor: int
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
+        require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
 
 
 Rest = Linear | Pooled | Downsampled
@@ -211,8 +242,8 @@ class Tiles:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _items("shape", self.shape))
-        ok = len(self.shape) in (2, 3) and all(_is_int(side) and side >= 1 for side in self.shape)
-        _require(ok, "a tile's shape is two or three ints >= 1", self.shape)
+        ok = len(self.shape) in (2, 3) and all(is_int(side) and side >= 1 for side in self.shape)
+        require(ok, "a tile's shape is two or three ints >= 1", self.shape)
 
     @property
     def sides(self) -> tuple[int, int, int]:
@@ -223,9 +254,7 @@ class Tiles:
 
 Order = Raster | Tiles
 
-_SLOTS: dict[str, type] = {
-    kind.__name__: kind for kind in (TopK, Disc, DiscBlocks, Window, Linear, Pooled, Downsampled, Residual, Mass, Raster, Tiles)
-}
+_SLOTS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(Pattern), *get_args(Rest), *get_args(Merge), *get_args(Order))}
 
 
 @dataclass(frozen=True)
@@ -245,29 +274,31 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _items("keep", self.keep))
         object.__setattr__(self, "block", _items("block", self.block))
-        _require(len(self.keep) > 0 and all(isinstance(p, Pattern) for p in self.keep), f"keep holds some of {Pattern}", self.keep)
-        _require(sum(isinstance(p, TopK) for p in self.keep) <= 1, "keep holds TopK at most once", self.keep)
-        _require(self.rest is None or isinstance(self.rest, Rest), f"rest is None or one of {Rest}", self.rest)
-        _require(self.merge is None or isinstance(self.merge, Merge), f"merge is None or one of {Merge}", self.merge)
-        _require(isinstance(self.order, Order), f"order is one of {Order}", self.order)
-        _require((self.rest is None) == (self.merge is None), "rest and merge are both given or both None", (self.rest, self.merge))
-        legal = len(self.block) == 2 and all(_is_int(b) and 16 <= b <= 128 and b & (b - 1) == 0 for b in self.block)
-        _require(legal, "block is two powers of two from 16 to 128", self.block)
+        require(len(self.keep) > 0 and all(isinstance(p, Pattern) for p in self.keep), f"keep holds some of {Pattern}", self.keep)
+        require(sum(isinstance(p, TopK) for p in self.keep) <= 1, "keep holds TopK at most once", self.keep)
+        require(self.rest is None or isinstance(self.rest, Rest), f"rest is None or one of {Rest}", self.rest)
+        require(self.merge is None or isinstance(self.merge, Merge), f"merge is None or one of {Merge}", self.merge)
+        require(isinstance(self.order, Order), f"order is one of {Order}", self.order)
+        require((self.rest is None) == (self.merge is None), "rest and merge are both given or both None", (self.rest, self.merge))
+        legal = len(self.block) == 2 and all(is_int(b) and 16 <= b <= 128 and b & (b - 1) == 0 for b in self.block)
+        require(legal, "block is two powers of two from 16 to 128", self.block)
         if isinstance(self.order, Tiles):
             tokens = math.prod(self.order.sides)
-            _require(self.block == (tokens, tokens), f"in tile order {self.order.shape} block is {(tokens, tokens)}", self.block)
+            require(self.block == (tokens, tokens), f"in tile order {self.order.shape} block is {(tokens, tokens)}", self.block)
         self._check_combination()
 
     def _check_combination(self) -> None:
         boxes = [p for p in self.keep if isinstance(p, DiscBlocks)]
-        _require(not boxes or isinstance(self.order, Tiles), "DiscBlocks wants tile order: a raster block is no box", self.order)
-        exact = [p for p in self.keep if isinstance(p, Disc | Window)]
+        require(not boxes or isinstance(self.order, Tiles), "DiscBlocks wants tile order: a raster block is no box", self.order)
+        exact = [p for p in self.keep if isinstance(p, Disc | Window | Box)]
         blockwise = isinstance(self.rest, Pooled) or (isinstance(self.rest, Linear) and self.rest.scope == "complement")
-        _require(not (exact and blockwise), "a rest of the blocks not kept wants patterns of whole blocks (TopK, DiscBlocks)", exact)
+        require(
+            not (exact and blockwise), "a rest of the blocks not kept wants patterns of whole blocks (TopK, DiscBlocks, FirstFrames)", exact
+        )
         joint = isinstance(self.rest, Downsampled | Pooled)
-        _require(not joint or isinstance(self.merge, Mass), "pooled and down-sampled keys merge by Mass()", self.merge)
+        require(not joint or isinstance(self.merge, Mass), "pooled and down-sampled keys merge by Mass()", self.merge)
         shifted = isinstance(self.rest, Downsampled) and isinstance(self.merge, Mass) and self.merge.offset
-        _require(not shifted, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", self.merge)
+        require(not shifted, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", self.merge)
 
     def make_parameters(self, *, heads: int, head_dim: int) -> AttentionParameters:
         """The learned part at its start values, float32; a module without parameters where the method has none."""
@@ -296,7 +327,7 @@ class AttentionSpec:
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
         """The inverse of `to_dict`. Raises ValueError at unknown or missing keys and types."""
         names = {"keep", "rest", "merge", "order", "block"}
-        _require(isinstance(data, dict) and set(data) == names, f"a spec has exactly the keys {sorted(names)}", data)
+        require(isinstance(data, dict) and set(data) == names, f"a spec has exactly the keys {sorted(names)}", data)
         return cls(
             keep=tuple(_slot_from_dict(p) for p in _items("keep", data["keep"])),
             rest=None if data["rest"] is None else _slot_from_dict(data["rest"]),
@@ -327,58 +358,10 @@ def _slot_to_dict(slot: Any) -> dict[str, Any]:
 
 def _slot_from_dict(data: Any) -> Any:
     named = isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] in _SLOTS
-    _require(named, f"a slot names its type, one of {sorted(_SLOTS)}", data)
+    require(named, f"a slot names its type, one of {sorted(_SLOTS)}", data)
     kind = _SLOTS[data["type"]]
     fields = {k: v for k, v in data.items() if k != "type"}
     known = {f.name for f in dataclasses.fields(kind)}
     needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    _require(needed <= set(fields) <= known, f"{kind.__name__} has the fields {sorted(known)}, {sorted(needed)} needed", sorted(fields))
+    require(needed <= set(fields) <= known, f"{kind.__name__} has the fields {sorted(known)}, {sorted(needed)} needed", sorted(fields))
     return kind(**fields)
-
-
-# Presets
-
-
-def Fovea(density: float | None = None, *, radius: float | None = None) -> AttentionSpec:  # noqa: N802
-    """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
-
-    `density` (default 0.05) keeps the best share of 8×8 tiles per query tile; `radius` keeps every tile that a disc of that radius
-    touches, without any selection. Ancestors: MRA (arXiv 2207.10284), token merging's proportional attention.
-    """
-    if density is not None and radius is not None:
-        raise ValueError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
-    if radius is not None:
-        return AttentionSpec((DiscBlocks(radius),), Pooled(), Mass())
-    return AttentionSpec((TopK(0.05 if density is None else density, correct_short=True),), Pooled(), Mass())
-
-
-def CLEAR(radius: float, *, downsample: int | None = None) -> AttentionSpec:  # noqa: N802
-    """CLEAR (arXiv 2412.16112): each image query sees a disc around itself and the text; `downsample` adds its learned pooled keys."""
-    if downsample is None:
-        return AttentionSpec((Disc(radius),))
-    return AttentionSpec((Disc(radius),), Downsampled(downsample), Mass(offset=False))
-
-
-def SLA(  # noqa: N802
-    topk: float,
-    feature_map: Literal["softmax", "elu", "relu"] = "softmax",
-    scope: Literal["complement", "all", "none"] = "complement",
-    *,
-    block: tuple[int, int] = (64, 64),
-) -> AttentionSpec:
-    """Sparse-linear attention (arXiv 2509.24006) as released: raster order, the top share of key blocks, linear attention of the rest
-    through a projection that starts at zero. `scope` is "complement" (the paper), "all" (the released weights) or "none"."""
-    _require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
-    _require(_is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
-    _require(feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", feature_map)
-    if scope == "none":
-        return AttentionSpec((TopK(topk),), order=Raster(), block=block)
-    return AttentionSpec((TopK(topk),), Linear(feature_map, scope), Residual(), Raster(), block)
-
-
-def GNA(  # noqa: N802
-    window: int | tuple[int, ...], stride: int | tuple[int, ...] = 1, dilation: int | tuple[int, ...] = 1
-) -> AttentionSpec:
-    """Generalized neighborhood attention (arXiv 2504.16922): `window` full width per axis, `stride` > 1 shares a window among neighbours,
-    `dilation` spreads it."""
-    return AttentionSpec((Window(window, stride, dilation),))

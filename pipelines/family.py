@@ -1,27 +1,39 @@
-"""What the patch must know of a family of transformers: four facts, declared once per diffusers class."""
+"""What the patch must know of a family of transformers: a few facts, declared once for its diffusers classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Grid = tuple[int, int, int]
+Grids = tuple[Grid, ...]
+Arguments = Mapping[str, Any]  # a forward's arguments by name
 
 
 @dataclass(frozen=True)
 class Family:
-    """One diffusers transformer class (and its subclasses).
+    """Diffusers transformer classes (and their subclasses) that are patched alike.
 
-    `model_class`: its name. `modules`: regular expression of the names of its image self-attention modules. `text_first`: text tokens
-    stand before the image's in the joint sequence. `per_token`: forward arguments with one row per image token in their last dimension
-    but one (tensors, or lists of them). `grid`: (T, H, W) from the forward arguments, or a sentence that says why there is none.
-    `text`: number of text tokens in the sequence. `timestep`: the argument that falls from step to step.
+    `classes`: their names. `modules`: regular expression of the full names of their image or video self-attention modules. `grid`: from the
+    forward's arguments and the transformer, the grid (T, H, W) in tokens of each image in the sequence, the one that is drawn first, or a
+    sentence that says why there is none. `text_first`: what is not image (text, registers, padding) stands before the image's tokens.
+    `text`: how many such tokens there are, where the arguments tell; without it, whatever a call has beside the image. `alone`: regular
+    expression of those modules whose sequence is the image's alone. `timestep`: the argument that falls from step to step, or rises with
+    `rising`. `ids`: an argument on the device from which the grid is read; one tensor is read once. `latents`: the argument that the
+    scheduler changes. `per_token`: all arguments with one row per image token in their last dimension but one; where they are known,
+    tokens are brought into a method's memory order once per forward instead of once per layer. `pairwise_mask`: its masks `[B, 1, N, N]`
+    come from the padding of keys, so that any image token's row is the mask over keys.
     """
 
     name: str
-    model_class: str
+    classes: tuple[str, ...]
     modules: str
-    text_first: bool
-    per_token: tuple[str, ...]
-    grid: Callable[[Mapping[str, Any]], Grid | str]
-    text: Callable[[Mapping[str, Any]], int]
+    grid: Callable[[Arguments, Any], Grids | str]
+    text_first: bool = True
+    text: Callable[[Arguments], int] | None = None
+    alone: str | None = None
     timestep: str = "timestep"
+    rising: bool = False
+    ids: str | None = None
+    latents: str = "hidden_states"
+    per_token: tuple[str, ...] = ()
+    pairwise_mask: bool = False

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters
-from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Mass, Order, Pooled, Tiles, TopK, Window
+from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Mass, Order, Pooled, Tiles, TopK, Window
 
 Grid = tuple[int, int, int]
+Grids = tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class Shape:
     grid: Grid
     text: int = 0
     text_first: bool = True
+    references: tuple[Grid, ...] = ()
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout(self.grid, self.text, self.text_first)
+        return TokenLayout(self.grid, self.text, self.text_first, references=self.references)
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
         """Query, key and value, the same ones at each call; logits spread enough for the softmax to choose."""
         seed = torch.Generator().manual_seed(self.head_dim + self.text)
-        size = (self.batch, self.heads, math.prod(self.grid) + self.text, self.head_dim)
+        size = (self.batch, self.heads, self.layout.tokens, self.head_dim)
         return [(s * torch.randn(size, generator=seed)).to(dtype).requires_grad_(grad) for s in (2.0, 1.0, 1.0)]
 
 
@@ -100,23 +102,33 @@ class Largest(TorchDispatchMode):
 # The oracle: which pairs are kept
 
 
-def coordinates(grid: Grid) -> Tensor:
-    """(t, y, x) `[N, 3]` of the image tokens in raster order."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 3)
+def coordinates(grids: Grids) -> Tensor:
+    """(t, y, x) `[N, 3]` of the image tokens in raster order, image after image."""
+    return torch.cat([torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 3) for grid in grids])
 
 
-def block_of(grid: Grid, order: Order, block: int) -> Tensor:
-    """The number `[N]` of the block that holds each raster token.
+def image_of(grids: Grids) -> Tensor:
+    """The number `[N]` of the image that each token is in."""
+    return torch.cat([torch.full((math.prod(grid),), number) for number, grid in enumerate(grids)])
+
+
+def block_of(grids: Grids, order: Order, block: int) -> Tensor:
+    """The number `[N]` of the block that holds each raster token; no block holds tokens of two images.
 
     Raster: runs of `block`. Tiles: an axis of L tokens is cut into P = ceil(L / side) parts, part p from ⌊L·p/P⌋ on.
     """
-    if not isinstance(order, Tiles):
-        return torch.arange(math.prod(grid)) // block
-    number = torch.zeros(math.prod(grid), dtype=torch.long)
-    for position, length, side in zip(coordinates(grid).unbind(-1), grid, order.sides, strict=True):
-        parts = math.ceil(length / side)
-        number = number * parts + ((position + 1) * parts - 1) // length
-    return number
+    numbers, before = [], 0
+    for grid in grids:
+        number = torch.zeros(math.prod(grid), dtype=torch.long)
+        if not isinstance(order, Tiles):
+            number = torch.arange(math.prod(grid)) // block
+        else:
+            for position, length, side in zip(coordinates((grid,)).unbind(-1), grid, order.sides, strict=True):
+                parts = math.ceil(length / side)
+                number = number * parts + ((position + 1) * parts - 1) // length
+        numbers.append(number + before)
+        before += int(number.max()) + 1
+    return torch.cat(numbers)
 
 
 def membership(number: Tensor) -> Tensor:
@@ -124,10 +136,16 @@ def membership(number: Tensor) -> Tensor:
     return F.one_hot(number).double()
 
 
-def disc_pairs(grid: Grid, radius: float) -> Tensor:
-    """`[N, N]`: squared distance < radius², strict."""
-    p = coordinates(grid).double()
+def disc_pairs(grids: Grids, radius: float) -> Tensor:
+    """`[N, N]`: squared distance < radius², strict; further images lie over the first."""
+    p = coordinates(grids).double()
     return (p[:, None] - p).square().sum(-1) < radius**2
+
+
+def box_pairs(grids: Grids, radii: tuple[int, int, int]) -> Tensor:
+    """`[N, N]`: |distance| < radius along every axis."""
+    p = coordinates(grids)
+    return ((p[:, None] - p).abs() < torch.tensor(radii)).all(-1)
 
 
 def window_keys(i: int, length: int, size: int, stride: int, dilation: int) -> list[int]:
@@ -140,15 +158,16 @@ def window_keys(i: int, length: int, size: int, stride: int, dilation: int) -> l
     return group[centre - left : centre + right + 1]
 
 
-def window_pairs(grid: Grid, window: Window) -> Tensor:
-    """`[N, N]`: the AND over the axes."""
-    p, kept = coordinates(grid), torch.tensor(True)
-    for axis, length in enumerate(grid):
+def window_pairs(grids: Grids, window: Window) -> Tensor:
+    """`[N, N]`: the AND over the axes; the window is that of the query's own image, and what lies under it in the others is seen too."""
+    p, kept = coordinates(grids), torch.tensor(True)
+    for axis, longest in enumerate(int(n) for n in p.amax(0) + 1):
         size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
-        seen = torch.zeros(length, length, dtype=torch.bool)
-        for i in range(length):
-            seen[i, window_keys(i, length, size, stride, dilation)] = True
-        kept = kept & seen[p[:, None, axis], p[None, :, axis]]
+        seen = torch.zeros(len(grids), longest, longest, dtype=torch.bool)
+        for number, grid in enumerate(grids):
+            for i in range(grid[axis]):
+                seen[number, i, window_keys(i, grid[axis], size, stride, dilation)] = True
+        kept = kept & seen[image_of(grids)[:, None], p[:, None, axis], p[None, :, axis]]
     return kept
 
 
@@ -164,21 +183,26 @@ def top_pairs(q: Tensor, k: Tensor, top: TopK, q_number: Tensor, k_number: Tenso
     return chosen[..., q_number, :][..., k_number]
 
 
-def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grid: Grid) -> Tensor:
+def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids) -> Tensor:
     """`[B, H, N, N]`: the union of the patterns over image tokens `[B, H, N, D]`, decided in float64."""
-    q_number, k_number = (block_of(grid, spec.order, b) for b in spec.block)
+    q_number, k_number = (block_of(grids, spec.order, b) for b in spec.block)
     kept = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.bool)
     for pattern in spec.keep:
         match pattern:
             case TopK():
                 kept = kept | top_pairs(q.detach(), k.detach(), pattern, q_number, k_number, spec.block[1])
             case Disc(radius):
-                kept = kept | disc_pairs(grid, radius)
+                kept = kept | disc_pairs(grids, radius)
             case DiscBlocks(radius):
-                touched = membership(q_number).T @ disc_pairs(grid, radius).double() @ membership(k_number) > 0
+                touched = membership(q_number).T @ disc_pairs(grids, radius).double() @ membership(k_number) > 0
                 kept = kept | touched[q_number][:, k_number]
             case Window():
-                kept = kept | window_pairs(grid, pattern)
+                kept = kept | window_pairs(grids, pattern)
+            case Box():
+                kept = kept | box_pairs(grids, pattern.radii)
+            case FirstFrames(count):
+                touched = (coordinates(grids)[:, 0] < count).double() @ membership(k_number) > 0
+                kept = kept | touched[k_number]
     return kept
 
 
@@ -200,11 +224,11 @@ def pooled_keys(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rest: Pooled, num
     return logits.masked_fill(gone, -torch.inf), v_mean
 
 
-def downsampled(x: Tensor, grid: Grid, factor: int, weight: Tensor) -> Tensor:
+def downsampled(x: Tensor, grids: Grids, factor: int, weight: Tensor) -> Tensor:
     """`[B, H, M, D]`: the weighted sum of each factor × factor patch, times factor²/tokens where the border cuts it off."""
-    t, y, x_ = coordinates(grid).unbind(-1)
-    patch = (t * grid[1] + y // factor) * grid[2] + x_ // factor
-    m = membership(patch.unique(return_inverse=True)[1]).to(x.dtype)
+    t, y, x_ = coordinates(grids).unbind(-1)
+    patch = torch.stack([image_of(grids), t, y // factor, x_ // factor])
+    m = membership(patch.unique(dim=1, return_inverse=True)[1]).to(x.dtype)
     return (m * weight.to(x.dtype)[y % factor, x_ % factor][:, None] * factor**2 / m.sum(0)).T @ x
 
 
@@ -231,7 +255,7 @@ def oracle(
     """Output and lse of `[B, H, N, D]` in raster order, computed densely and naively in `dtype`; what is kept is decided in float64."""
     text = torch.arange(layout.text) + (0 if layout.text_first else layout.image)
     image = torch.arange(layout.image) + (layout.text if layout.text_first else 0)
-    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grid)
+    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grids)
     params = spec.make_parameters(heads=q.shape[1], head_dim=q.shape[3]) if params is None else params
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -241,11 +265,11 @@ def oracle(
 
     offset = params.offset.to(dtype)[:, None, None] if params.offset is not None else 0.0
     if isinstance(spec.rest, Pooled):
-        extra, value = pooled_keys(qi, ki, vi, kept, spec.rest, block_of(layout.grid, spec.order, spec.block[1]), scale)
+        extra, value = pooled_keys(qi, ki, vi, kept, spec.rest, block_of(layout.grids, spec.order, spec.block[1]), scale)
         logits, values = [*logits, extra + offset], [*values, value]
     if isinstance(spec.rest, Downsampled):
         assert params.spatial_weight is not None
-        key, value = (downsampled(x, layout.grid, spec.rest.factor, params.spatial_weight) for x in (ki, vi))
+        key, value = (downsampled(x, layout.grids, spec.rest.factor, params.spatial_weight) for x in (ki, vi))
         logits, values = [*logits, scale * qi @ key.mT + offset], [*values, value]
     joint = torch.cat(logits, -1)
     out, lse = joint.softmax(-1) @ torch.cat(values, 2), joint.logsumexp(-1)

@@ -19,7 +19,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.patch import find_transformers, patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
 from dit_accel.plan import kept_density, multiply_adds, visited_density
-from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea, TopK
+from dit_accel.presets import CLEAR, SLA, Fovea
+from dit_accel.spec import AttentionSpec, TopK
 
 CALL = {"height": 256, "width": 256, "num_inference_steps": 3, "max_sequence_length": 8}
 

@@ -149,7 +149,7 @@ def test_summary_names_a_processor_that_was_replaced(pipe: Any) -> None:
 
 
 UNKNOWN_GRIDS = {
-    "two-images": (torch.cat([position_ids(17, 25), position_ids(5, 5, image=1)]), "several images"),
+    "hole-in-the-second": (torch.cat([position_ids(17, 25), position_ids(5, 5, image=1)[:-1]]), "not one raster"),
     "hole": (position_ids(18, 25)[:-1], "not one raster"),
     "columns-first": (position_ids(18, 25)[:, [0, 2, 1]], "not one raster"),
 }
@@ -175,11 +175,11 @@ def test_an_unknown_grid_falls_back_to_the_original(ids: Tensor, says: str, caps
 
 def test_strict_refuses_every_call_that_would_fall_back() -> None:
     transformer = dit_accel.accelerate(tiny_transformer(), Fovea(0.1), strict=True)
-    ids = UNKNOWN_GRIDS["two-images"][0]
+    ids = UNKNOWN_GRIDS["hole"][0]
     unknown = forward_arguments() | {"hidden_states": normal(1, len(ids), 16), "img_ids": ids}
-    with pytest.raises(FallbackError, match="several images"):
+    with pytest.raises(FallbackError, match="not one raster"):
         transformer(**unknown)
-    with pytest.raises(FallbackError, match="several images"):
+    with pytest.raises(FallbackError, match="not one raster"):
         transformer(**unknown)
     transformer(**forward_arguments())
 

@@ -20,7 +20,8 @@ from dit_accel.kernels.cpu import native
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend, attention
 from dit_accel.plan import make_plan
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Disc, DiscBlocks, Fovea, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
 

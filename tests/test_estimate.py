@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from dit_accel.cli import app
 from dit_accel.estimate import MODELS, disc_pairs, estimate, gigaflops, passes, tile_visits, window_pairs
 from dit_accel.layout import TokenLayout
-from dit_accel.spec import CLEAR, GNA, SLA, Disc, Fovea, Window
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import Disc, Window
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_pairs_by_brute_force(grid: tuple[int, int, int]) -> None:
     (disc,), (window,) = CLEAR(3.5).keep, GNA(5, stride=2, dilation=2).keep
     assert isinstance(disc, Disc)
     assert isinstance(window, Window)
-    assert disc_pairs(grid, disc.reach) == int(disc_mask(grid, 3.5).sum())
-    assert window_pairs(grid, window) == int(window_mask(grid, window).sum())
+    assert disc_pairs(grid, disc.reach) == int(disc_mask((grid,), 3.5).sum())
+    assert window_pairs(grid, window) == int(window_mask((grid,), window).sum())
 
 
 def test_a_floor_by_hand() -> None:

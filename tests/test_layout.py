@@ -42,7 +42,7 @@ def test_every_token_has_one_place(grid: Grid, order: Order) -> None:
 @every_grid
 def test_blocks_are_consecutive_in_memory(grid: Grid, order: Order) -> None:
     part = partition(grid, order, 64)
-    wanted = block_of(grid, order, 64)[part.order]
+    wanted = block_of((grid,), order, 64)[part.order]
     sizes = part.starts[1:] - part.starts[:-1]
     assert torch.equal(torch.arange(len(sizes)).repeat_interleave(sizes), wanted)
 

@@ -19,7 +19,8 @@ from dit_accel.layout import TokenLayout, memory_order, raster_order
 from dit_accel.operator import attention
 from dit_accel.parameters import AttentionParameters
 from dit_accel.plan import kept_density
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Disc, DiscBlocks, Fovea, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 
 SMALL = Tiles((4, 4))
 SPECS = {
@@ -42,6 +43,10 @@ SPECS = {
     "sla-none": SLA(0.2, scope="none"),
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("elu"), Mass(), SMALL, (16, 16)),
     "linear-all-mass": AttentionSpec((TopK(0.2),), Linear("softmax", "all"), Mass(), SMALL, (16, 16)),
+    "clear-box": CLEAR((2, 3, 4)),
+    "clear-box-and-frame": CLEAR((2, 3), tile=(2, 4, 4), first_frames=1),
+    "sla-tiles": SLA(0.2, tile=(2, 4, 4), first_frames=2),
+    "fovea-and-frame": Fovea(0.1, tile=(4, 4), first_frames=1),
     "gna": GNA(5),
     "gna-even": GNA((4, 6), stride=(2, 3)),
     "gna-dilated": GNA((3, 3, 5), stride=(1, 2, 2), dilation=(2, 3, 2)),
@@ -51,6 +56,8 @@ SHAPES = {
     "17x23-text-77": Shape(1, 2, 72, (1, 17, 23), 77),
     "65-text-1-last": Shape(2, 1, 8, (1, 5, 13), 1, False),
     "300": Shape(1, 1, 128, (1, 3, 100)),
+    "references-text": Shape(1, 2, 16, (1, 9, 11), 5, references=((1, 7, 13), (1, 9, 11))),
+    "video-and-references": Shape(1, 1, 24, (3, 6, 7), 2, False, ((1, 9, 5),)),
     "63": Shape(1, 2, 40, (1, 7, 9)),
     "one": Shape(8, 4, 8, (1, 1, 1)),  # one token, but enough numbers for a mean error
 }
@@ -301,7 +308,7 @@ def test_clear_keeps_as_many_pairs_as_published(radius: int, published: float) -
     side, text, width = 64, 512, 3072
     near = [(dy, dx) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1) if dy**2 + dx**2 < radius**2]
     pairs = sum((side - abs(dy)) * (side - abs(dx)) for dy, dx in near)
-    assert disc_pairs((1, side, side), radius).sum() == pairs
+    assert disc_pairs(((1, side, side),), radius).sum() == pairs
     assert round(kept_density(CLEAR(radius), TokenLayout((1, side, side), text)) * side**4) == pairs
     assert round(4 * width * (text * (side**2 + text) + side**2 * text + pairs) / 1e9, 1) == published
 

@@ -62,7 +62,7 @@ from dit_accel.kernels.triton.tables import Machine
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import start_values
 from dit_accel.plan import make_plan
-from dit_accel.spec import CLEAR, Fovea, SLA
+from dit_accel.presets import CLEAR, Fovea, SLA
 
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):

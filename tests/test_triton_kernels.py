@@ -16,7 +16,8 @@ from dit_accel.kernels.triton import calls, launch, launch_backward
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
-from dit_accel.spec import CLEAR, GNA, SLA, AttentionSpec, Fovea, Linear, Mass, Pooled, Raster, Tiles, TopK
+from dit_accel.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.spec import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, xformers_rows
 from dit_accel.operator import attention
-from dit_accel.spec import CLEAR, SLA, AttentionSpec, Fovea
+from dit_accel.presets import CLEAR, SLA, Fovea
+from dit_accel.spec import AttentionSpec
 
 CUDA = torch.device("cuda")
 

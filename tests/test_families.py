@@ -1,0 +1,145 @@
+"""Every family through its real pipeline: a tiny random transformer, two steps, sizes that no block divides."""
+
+import functools
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill_randomly, relative_error
+from tiny_parts import BUILDERS
+from torch import Tensor
+
+import dit_accel
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, pipelines
+from dit_accel.errors import UnsupportedModelError
+from dit_accel.patch import patches_of
+from dit_accel.pipelines import FAMILIES, LINEAR
+
+for part in ("tiny_image", "tiny_video"):
+    importlib.import_module(part)
+MASKED = {"chroma", "krea2", "hunyuan_image", "hunyuan_video", "hunyuan_video15"}
+ROOT = Path(__file__).parents[1]
+NAMES = [name for name in BUILDERS if name not in {"sana", *MASKED}]
+# every key kept: the original to rounding
+WHOLE = {"fovea": Fovea(1.0, tile=(4, 4)), "clear": CLEAR(1000.0, tile=(2, 4, 4)), "sla": SLA(1.0, block=(16, 16))}
+SPARSE = {
+    "fovea": Fovea(0.2, tile=(4, 4)), "clear": CLEAR(2.0, tile=(4, 4)), "sla": SLA(0.3, tile=(2, 4, 2)), "gna": GNA(3, tile=(4, 4)),
+}  # fmt: skip
+
+every_family = pytest.mark.parametrize("name", NAMES)
+
+
+class Tiny:
+    """A pipeline of one family and the way to run it."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.pipe, self.call = BUILDERS[name]()
+        self.pipe.set_progress_bar_config(disable=True)
+        for seed, transformer in enumerate(self.transformers):
+            fill_randomly(transformer.eval(), seed)
+
+    @property
+    def transformers(self) -> list[Any]:
+        parts = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
+        return [x for x in parts if x is not None]
+
+    def run(self, **changes: Any) -> Tensor:
+        """The first picture or video, or its latents."""
+        out: Any = self.pipe(**self.call | changes, generator=torch.Generator().manual_seed(0))
+        out = next((getattr(out, kind) for kind in ("images", "frames") if hasattr(out, kind)), out[0])
+        while isinstance(out, list | tuple):
+            out = out[0]
+        drawn = torch.as_tensor(out)
+        assert drawn.isfinite().all(), "the pipeline drew NaN or infinity"
+        return drawn
+
+    def context(self) -> Any:
+        return patches_of(self.pipe)[0][1].context
+
+
+@pytest.fixture
+def tiny(name: str) -> Tiny:
+    return Tiny(name)
+
+
+@functools.lru_cache
+def original(name: str) -> Tensor:
+    """What the stock pipeline draws."""
+    return Tiny(name).run()
+
+
+@every_family
+@pytest.mark.parametrize("spec", WHOLE.values(), ids=WHOLE)
+def test_keeping_everything_equals_the_original(name: str, tiny: Tiny, spec: AttentionSpec) -> None:
+    dit_accel.accelerate(tiny.pipe, spec, strict=True)
+    assert relative_error(tiny.run(), original(name)) < 1e-5
+
+
+@every_family
+@pytest.mark.parametrize("spec", SPARSE.values(), ids=SPARSE)
+def test_every_method_runs(name: str, tiny: Tiny, spec: AttentionSpec, sparse_calls: list[Any]) -> None:
+    dit_accel.accelerate(tiny.pipe, spec, strict=True)
+    first = tiny.run()
+    ran = len(sparse_calls)
+    assert torch.equal(tiny.run(), first)
+    assert len(sparse_calls) == 2 * ran > 0
+    rows = dit_accel.summary(tiny.pipe, show=False)
+    assert {(row.method, row.backend in ("cpu", "reference")) for row in rows} == {(str(spec), True)}
+    used = [row for row in rows if row.tokens is not None]  # a second transformer may have had no step
+    assert ran % len(used) == 0
+    if any(row.density_kept < 1 for row in used):  # type: ignore[operator]
+        assert relative_error(first, original(name)) > 1e-5
+    dit_accel.restore(tiny.pipe)
+    assert torch.equal(tiny.run(), original(name))
+
+
+@every_family
+def test_the_first_steps_are_dense(tiny: Tiny, sparse_calls: list[Any]) -> None:
+    counts = {}
+    for dense_steps in (0, 1, 3):
+        dit_accel.accelerate(tiny.pipe, SPARSE["clear"], strict=True, dense_steps=dense_steps)
+        for repetition in range(2):
+            sparse_calls.clear()
+            tiny.run(num_inference_steps=3)
+            counts[dense_steps, repetition] = len(sparse_calls)
+        dit_accel.restore(tiny.pipe)
+    assert [counts[1, n] * 3 for n in range(2)] == [counts[0, n] * 2 for n in range(2)]
+    assert [counts[3, n] for n in range(2)] == [0, 0]
+    assert counts[0, 0] > 0
+
+
+def test_every_class_is_one_of_diffusers() -> None:
+    import diffusers
+
+    missing = [name for family in FAMILIES for name in family.classes if not hasattr(diffusers, name)]
+    assert missing == []
+
+
+def test_a_class_has_one_family() -> None:
+    names = [name for family in FAMILIES for name in family.classes]
+    assert len(names) == len(set(names))
+    with pytest.raises(ValueError, match=r"wanted classes that no family has, got \{'FluxTransformer2DModel': 'flux'\}"):
+        pipelines.register(FAMILIES[0])
+
+
+def test_the_sample_adds_a_family() -> None:
+    done = subprocess.run([sys.executable, ROOT / "samples" / "new_family.py"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"relative difference (\S+)", done.stdout)
+    assert said and float(said.group(1)) < 1e-5
+    assert re.search(r"blocks\.1 +│ 1560 +│ - +│ 10\.38%", done.stdout)
+    lines = (ROOT / "samples" / "new_family.py").read_text().split("register(\n")[1].split("\n)\n")[0].splitlines()
+    assert len(lines) < 40
+
+
+def test_linear_attention_is_left_alone() -> None:
+    tiny = Tiny("sana")
+    assert type(tiny.pipe.transformer).__name__ in LINEAR
+    with pytest.raises(UnsupportedModelError, match="SanaTransformer2DModel's self-attention is linear already"):
+        dit_accel.accelerate(tiny.pipe)
