@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from dit_accel import masks
 from dit_accel.context import Context
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.operator import attend
@@ -38,7 +39,7 @@ class AcceleratedAttention(nn.Module):
         self.heads, self.head_dim, self.alone = heads, head_dim, alone
         self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
 
-    def takes(self, q_len: int, kv_len: int, special: str | None) -> bool:
+    def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether this call is the image self-attention of a forward that is to be accelerated; then its layout is the current one."""
         context = self.context
         if not context.active or q_len != kv_len:
@@ -46,6 +47,7 @@ class AcceleratedAttention(nn.Module):
         text = 0 if self.alone else context.text
         if q_len == context.image and text:
             return False  # an IP-Adapter's call, with as many keys as the image has tokens
+        special = special or masks.refusal(mask, context.family.mask, q_len, q_len - context.image)
         if special is None and (q_len >= context.image if text is None else q_len == context.image + text):
             context.use(q_len - context.image)
             return True
@@ -54,16 +56,19 @@ class AcceleratedAttention(nn.Module):
         )
         return False
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """`[B, H, N, D]`, image tokens in the layout's order."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+        """`[B, H, N, D]`, image tokens in the layout's order; `mask`: one that `takes` accepted."""
         layout, plan = self.context.current()
-        return attend(query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)[0]
+        bias = None if mask is None else masks.text_bias(mask, layout, len(query))
+        arguments = (query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)
+        out = attend(*arguments, text_bias=bias)[0]
+        if mask is not None and masks.differs_by_row(mask):
+            return masks.with_text_rows(out, query, key, value, mask, layout, scale)
+        return out
 
 
-def _special(attn_mask: object, dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
+def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
     """Why a call can't be accelerated, if so."""
-    if attn_mask is not None:
-        return "an attention mask"
     if is_causal or dropout_p:
         return "causal attention or dropout"
     return "context parallelism" if parallel_config is not None else None
@@ -86,9 +91,9 @@ class AcceleratedProcessor:
         *, backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[1], key.shape[1], _special(attn_mask, dropout_p, is_causal, parallel_config)):
+        if operator.takes(query.shape[1], key.shape[1], attn_mask, _special(dropout_p, is_causal, parallel_config)):
             q, k, v = _with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
-            return operator(q, k, v, scale).transpose(1, 2)
+            return operator(q, k, v, scale, attn_mask).transpose(1, 2)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
             parallel_config=parallel_config,
@@ -99,8 +104,8 @@ class AcceleratedProcessor:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[2], key.shape[2], _special(attn_mask, dropout_p, is_causal, None)):
-            return operator(*_with_all_heads(query, key, value), scale)
+        if operator.takes(query.shape[2], key.shape[2], attn_mask, _special(dropout_p, is_causal, None)):
+            return operator(*_with_all_heads(query, key, value), scale, attn_mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -28,19 +28,22 @@ FLUX2 = Family(
 )
 CHROMA = Family(
     "chroma", ("ChromaTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids="img_ids",
-    per_token=("hidden_states", "img_ids", *CONTROL), pairwise_mask=True,
+    per_token=("hidden_states", "img_ids", *CONTROL), mask="pairs",
 )  # fmt: skip
 FLUX_LIKE = Family(
     "flux-like", ("BriaTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel"), BOTH, grids.of_image_ids,
     text=text_states, ids="img_ids",
 )  # fmt: skip
-KREA2 = Family("krea2", ("Krea2Transformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_trailing_ids, ids="position_ids")
-QWEN_IMAGE = Family(
-    "qwen-image", ("QwenImageTransformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_image_shapes, text=text_states
+KREA2 = Family(
+    "krea2", ("Krea2Transformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_trailing_ids, ids="position_ids", mask="keys"
 )
+QWEN_IMAGE = Family(
+    "qwen-image", ("QwenImageTransformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_image_shapes, text=text_states,
+    mask="keys",
+)  # fmt: skip
 Z_IMAGE = Family(
     "z-image", ("ZImageTransformer2DModel",), r"layers\.\d+\.attention", grids.of_image_list, text_first=False, timestep="t", rising=True,
-    latents="x",
+    latents="x", mask="keys",
 )  # fmt: skip
 SD3 = Family(
     "sd3", ("SD3Transformer2DModel",), r"transformer_blocks\.\d+\.attn2?", grids.of_latents, text_first=False, text=text_states,
@@ -52,16 +55,18 @@ HUNYUAN_DIT = Family("hunyuan-dit", ("HunyuanDiT2DModel",), r"blocks\.\d+\.attn1
 LUMINA2 = Family("lumina2", ("Lumina2Transformer2DModel",), r"layers\.\d+\.attn", grids.of_latents, rising=True)
 COGVIEW = Family(
     "cogview", ("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"), FIRST, grids.of_latents, text=text_states,
-    pairwise_mask=True,
+    mask="pairs",
 )  # fmt: skip
 HIDREAM = Family(
     "hidream", ("HiDreamImageTransformer2DModel",), r"(double|single)_stream_blocks\.\d+\.block\.attn1", grids.of_capacity,
     text_first=False, timestep="timesteps",
 )  # fmt: skip
-HUNYUAN = Family("hunyuan", ("HunyuanVideoTransformer3DModel", "HunyuanImageTransformer2DModel"), BOTH, grids.of_latents, text_first=False)
+HUNYUAN = Family(
+    "hunyuan", ("HunyuanVideoTransformer3DModel", "HunyuanImageTransformer2DModel"), BOTH, grids.of_latents, text_first=False, mask="keys"
+)
 HUNYUAN15 = Family(
     "hunyuan-1.5", ("HunyuanVideo15Transformer3DModel",), r"transformer_blocks\.\d+\.attn", grids.of_latents, text_first=False,
-    pairwise_mask=True,
+    mask="pairs",
 )  # fmt: skip
 WAN = Family(
     "wan",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Grid = tuple[int, int, int]
 Grids = tuple[Grid, ...]
@@ -20,8 +20,9 @@ class Family:
     expression of those modules whose sequence is the image's alone. `timestep`: the argument that falls from step to step, or rises with
     `rising`. `ids`: an argument on the device from which the grid is read; one tensor is read once. `latents`: the argument that the
     scheduler changes. `per_token`: all arguments with one row per image token in their last dimension but one; where they are known,
-    tokens are brought into a method's memory order once per forward instead of once per layer. `pairwise_mask`: its masks `[B, 1, N, N]`
-    come from the padding of keys, so that any image token's row is the mask over keys.
+    tokens are brought into a method's memory order once per forward instead of once per layer. `mask`: what its self-attention passes
+    as a mask where text is padded: over "keys" `[B, N]` or `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of which any image token's row
+    is the mask over keys. With any other mask, or without this, a call runs its original attention.
     """
 
     name: str
@@ -36,4 +37,4 @@ class Family:
     ids: str | None = None
     latents: str = "hidden_states"
     per_token: tuple[str, ...] = ()
-    pairwise_mask: bool = False
+    mask: Literal["keys", "pairs"] | None = None
