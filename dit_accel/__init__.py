@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from dit_accel.adapter import load_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
+    from dit_accel.layers import summary
     from dit_accel.layout import TokenLayout
     from dit_accel.operator import attention
-    from dit_accel.patch import accelerate, dense, restore, summary
+    from dit_accel.patch import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
     from dit_accel.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.spec import AttentionSpec
@@ -21,7 +22,7 @@ _HOMES = {
     "accelerate": "patch",
     "restore": "patch",
     "dense": "patch",
-    "summary": "patch",
+    "summary": "layers",
     "distill": "finetune.distill",
     "DistillConfig": "finetune.config",
     "save_adapter": "adapter",

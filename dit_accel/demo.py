@@ -28,9 +28,10 @@ from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.samples import Forward, collect
+from dit_accel.layers import summary
 from dit_accel.layout import raster_order
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, always, restore, summary
+from dit_accel.patch import accelerate, always, restore
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, RELATIONS, article
 from dit_accel.presets import CLEAR, SLA, Fovea

@@ -1,4 +1,4 @@
-"""The only code that touches a user's model: `accelerate`, `restore`, `dense`, `summary`."""
+"""The only code that touches a user's model: `accelerate`, `restore`, `dense`."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,16 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.pipelines import FAMILIES, LINEAR, class_of, family_of
-from dit_accel.plan import kept_density
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.spec import AttentionSpec, Linear
+from dit_accel.saving import SaveOriginal
+from dit_accel.spec import AttentionSpec
 
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
@@ -38,9 +36,25 @@ class Patch:
     """What undoes the patch of one transformer: its context, the original processors, the hooks, the weights that distillation changed."""
 
     context: Context
-    originals: dict[str, tuple[Any, Any]]  # module name -> (original processor, ours)
-    hooks: list[Any]
+    originals: dict[str, list[tuple[Any, Any]]]  # module name -> (original processor, ours), the newest last
+    hooks: list[Any] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
+
+    def take_over(self, model: Any, args: Any = None) -> None:
+        """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
+        if torch.compiler.is_compiling():
+            return
+        for name, pairs in self.originals.items():
+            module = model.get_submodule(name)
+            if isinstance(module.processor, AcceleratedProcessor):
+                continue
+            try:
+                ours = accelerated_copy(module.processor)
+            except UnsupportedModelError as error:
+                self.context.fall_back(f"a processor that was put in after accelerate(...): {error}")
+                continue
+            pairs.append((module.processor, ours))
+            module.processor = ours
 
 
 def accelerate(
@@ -169,11 +183,18 @@ def forward_names(model: Any) -> list[str]:
 def _install(model: Any, context: Context, modules: list[tuple[str, Any, AcceleratedAttention, Any]]) -> None:
     originals = {}
     for name, module, operator, processor in modules:
-        originals[name] = (module.processor, processor)
+        originals[name] = [(module.processor, processor)]
         module.dit_accel = operator.train(module.training)
         module.processor = processor
-    hooks = [model.register_forward_pre_hook(context.before, with_kwargs=True), model.register_forward_hook(context.after)]
-    setattr(model, CONTEXT, Patch(context, originals, hooks))
+    patch = Patch(context, originals)
+    patch.hooks = [
+        model.register_forward_pre_hook(patch.take_over),
+        model.register_forward_pre_hook(context.before, with_kwargs=True),
+        model.register_forward_hook(context.after),
+    ]
+    setattr(model, CONTEXT, patch)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = SaveOriginal(model, only_original)
 
 
 def restore(pipe_or_transformer: P) -> P:
@@ -189,16 +210,18 @@ def restore(pipe_or_transformer: P) -> P:
             _unwrap_lora(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[plain_name(name)])
-        for name, (original, ours) in patch.originals.items():
+        for name, pairs in patch.originals.items():
             module = model.get_submodule(name)
-            if module.processor is ours:
-                original.__dict__.update(ours.__dict__)  # a scale or backend set meanwhile
+            original = next((original for original, ours in pairs if ours is module.processor), None)
+            if original is not None:
+                original.__dict__.update(module.processor.__dict__)  # a scale or backend set meanwhile
                 module.processor = original
             elif isinstance(module.processor, AcceleratedProcessor):  # made anew from our class, as loading an IP-Adapter does
                 module.processor.__class__ = module.processor._dit_accel_base
             del module.dit_accel
         for hook in patch.hooks:
             hook.remove()
+        vars(model).pop("save_pretrained", None)
         delattr(model, CONTEXT)
     return pipe_or_transformer
 
@@ -297,6 +320,16 @@ def _unwrap_lora(model: Any) -> None:
         model._hf_peft_config_loaded = False
 
 
+def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of an accelerated transformer as it would be without `accelerate` and `distill`; a user's own LoRA stays in it."""
+    patch: Patch = getattr(model, CONTEXT)
+    originals = patch.weights if patch.context.enabled else {}
+    kept = {name: value for name, value in state.items() if OWN not in name and f".{ADAPTER}." not in name}
+    if set(getattr(model, "peft_config", {})) <= {ADAPTER}:
+        kept = {plain_name(name): value for name, value in kept.items()}
+    return {name: originals.get(plain_name(name), value) for name, value in kept.items()}
+
+
 def teacher_hash(transformer: nn.Module) -> str:
     """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
     digest = hashlib.sha256()
@@ -310,74 +343,3 @@ def teacher_hash(transformer: nn.Module) -> str:
         digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One accelerated layer: what it computes and what it did in the last forward (None before the first)."""
-
-    layer: str
-    method: str
-    tokens: int | None
-    density_asked: float | None
-    density_kept: float | None
-    parameters: int
-    backend: str
-    why: str
-
-
-def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSummary]:
-    """What runs where: one row per accelerated layer, printed as a table unless `show` is false.
-
-    `density_kept` is the share of image token pairs that the last forward attended to exactly.
-    """
-    rows, notes = [], []
-    for model, patch in patches_of(pipe_or_transformer):
-        context = patch.context
-        for name in patch.originals:
-            operator: AcceleratedAttention = model.get_submodule(name).dit_accel
-            linear = isinstance(context.spec.rest, Linear)
-            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim, linear=linear)
-            with torch.no_grad():  # as in a pipeline
-                if context.leaves:
-                    backend, why = "original", f"faster here: {context.crossover}"
-            replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
-            rows.append(
-                LayerSummary(
-                    layer=name,
-                    method=str(operator.spec),
-                    tokens=context.layout.tokens if context.layout else None,
-                    density_asked=operator.spec.density,
-                    density_kept=kept_density(operator.spec, context.layout) if context.layout else None,
-                    parameters=sum(p.numel() for p in operator.parameters()),
-                    backend="original" if replaced else backend,
-                    why="its processor was replaced after accelerate(...)" if replaced else why,
-                )
-            )
-        notes += [f"{count} calls ran the original attention: {reason}" for reason, count in context.fallbacks.items()]
-        if context.dense_steps:
-            notes.append(f"the first {context.dense_steps} steps of every run keep the original attention")
-    if show:
-        _print(rows, notes)
-    return rows
-
-
-def _print(rows: list[LayerSummary], notes: list[str]) -> None:
-    console = Console()
-    for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):
-        table = Table(
-            "layer",
-            "tokens",
-            "density asked",
-            "density kept",
-            "parameters",
-            title=f"{method}\nbackend: {backend} ({why})",
-            title_justify="left",
-        )
-        for row in rows:
-            if (row.method, row.backend, row.why) == (method, backend, why):
-                share = [f"{x:.2%}" if x is not None else "-" for x in (row.density_asked, row.density_kept)]
-                table.add_row(row.layer, str(row.tokens or "-"), *share, str(row.parameters))
-        console.print(table)
-    for note in notes:
-        console.print(note)

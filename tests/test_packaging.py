@@ -31,16 +31,31 @@ ARROWS: dict[str, set[str]] = {
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
-    "processor": {"context", "errors", "layout", "operator", "parameters", "plan", "spec"},
+    "masks": {"layout"},
+    "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "layout", "spec"},
-    "patch": {"context", "errors", "kernels.dispatch", "layout", "parameters", "pipelines", "plan", "presets", "processor", "spec"},
+    "saving": set(),
+    "patch": {
+        "context",
+        "errors",
+        "kernels.dispatch",
+        "layout",
+        "parameters",
+        "pipelines",
+        "plan",
+        "presets",
+        "processor",
+        "saving",
+        "spec",
+    },
+    "layers": {"kernels.dispatch", "patch", "plan", "processor", "spec"},
     "adapter": {"context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
     "method_text": {"presets", "spec"},
     "report": set(),
     "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor"}
 

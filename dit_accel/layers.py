@@ -1,0 +1,84 @@
+"""`summary`: what runs where in an accelerated pipeline, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dit_accel.kernels import dispatch
+from dit_accel.patch import patches_of
+from dit_accel.plan import kept_density
+from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor
+from dit_accel.spec import Linear
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One accelerated layer: what it computes and what it did in the last forward (None before the first)."""
+
+    layer: str
+    method: str
+    tokens: int | None
+    density_asked: float | None
+    density_kept: float | None
+    parameters: int
+    backend: str
+    why: str
+
+
+def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSummary]:
+    """What runs where: one row per accelerated layer, printed as a table unless `show` is false.
+
+    `density_kept` is the share of image token pairs that the last forward attended to exactly.
+    """
+    rows, notes = [], []
+    for model, patch in patches_of(pipe_or_transformer):
+        context = patch.context
+        for name in patch.originals:
+            operator: AcceleratedAttention = model.get_submodule(name).dit_accel
+            linear = isinstance(context.spec.rest, Linear)
+            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim, linear=linear)
+            with torch.no_grad():  # as in a pipeline
+                if context.leaves:
+                    backend, why = "original", f"faster here: {context.crossover}"
+            replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
+            rows.append(
+                LayerSummary(
+                    layer=name,
+                    method=str(operator.spec),
+                    tokens=context.layout.tokens if context.layout else None,
+                    density_asked=operator.spec.density,
+                    density_kept=kept_density(operator.spec, context.layout) if context.layout else None,
+                    parameters=sum(p.numel() for p in operator.parameters()),
+                    backend="original" if replaced else backend,
+                    why="its processor was replaced since the last forward, or can't be accelerated" if replaced else why,
+                )
+            )
+        notes += [f"{count} calls ran the original attention: {reason}" for reason, count in context.fallbacks.items()]
+        if context.dense_steps:
+            notes.append(f"the first {context.dense_steps} steps of every run keep the original attention")
+    if show:
+        _print(rows, notes)
+    return rows
+
+
+def _print(rows: list[LayerSummary], notes: list[str]) -> None:
+    console = Console()
+    for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):
+        table = Table(
+            "layer",
+            "tokens",
+            "density asked",
+            "density kept",
+            "parameters",
+            title=f"{method}\nbackend: {backend} ({why})",
+            title_justify="left",
+        )
+        for row in rows:
+            if (row.method, row.backend, row.why) == (method, backend, why):
+                share = [f"{x:.2%}" if x is not None else "-" for x in (row.density_asked, row.density_kept)]
+                table.add_row(row.layer, str(row.tokens or "-"), *share, str(row.parameters))
+        console.print(table)
+    for note in notes:
+        console.print(note)
