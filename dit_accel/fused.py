@@ -17,7 +17,7 @@ MASKED = -1e30
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
-    text_bias: Tensor | None, implementation: str,
+    implementation: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
     order = _sequence_order(plan.to_memory, layout)

@@ -90,7 +90,7 @@ def attend(
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
         if chosen in ("cpu", "triton"):
-            return fused.attend(query, key, value, spec, layout, plan, params, scale, text_bias, chosen)
+            return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias=text_bias)
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
         bias = None if text_bias is None else text_bias.to(wide).repeat_interleave(query.shape[1], 0)

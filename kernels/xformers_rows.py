@@ -11,7 +11,7 @@ INSTALLED = importlib.util.find_spec("xformers") is not None  # a constant, so t
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient: bool, text_bias: bool) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient: bool, text_bias: bool = False) -> str | None:
     """Why xformers can't run the dense parts of a call, or None where it can."""
     if not INSTALLED:
         return "xformers is not installed: pip install dit-accel[xformers]"
