@@ -11,10 +11,13 @@ from dit_accel.parameters import Values
 from dit_accel.plan import Plan, listed_beside
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Pooled, Residual, TopK
 
+# stands for -inf in a bias: its difference to any logit is a number, and its weight is exactly 0 beside any other key
+MASKED = -1e30
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
-    implementation: str,
+    implementation: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
     order = _sequence_order(plan.to_memory, layout)
@@ -31,11 +34,13 @@ def attend(
             .contiguous()
             for x in (k, v)
         )
+    if text_bias is not None:
+        text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     weight, bias = (None, None) if params.proj is None else (params.proj.weight, params.proj.bias)
     g = plan.geometry
     out, lse = ops.attention(
         q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
-        g.starts_k, g.coords, g.windows, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
+        g.starts_k, g.coords, g.windows, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
         spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
     )  # fmt: skip
     if order is not None:

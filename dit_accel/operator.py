@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel import fused
@@ -20,20 +21,20 @@ from dit_accel.parameters import AttentionParameters, Values
 from dit_accel.plan import Plan, listed_beside, make_plan
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
 
-Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments
+Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
 
 
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, *, params: AttentionParameters | None = None,
-    scale: float | None = None, backend: str = "auto", return_lse: Literal[False] = False,
+    scale: float | None = None, text_bias: Tensor | None = None, backend: str = "auto", return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, *, params: AttentionParameters | None = None,
-    scale: float | None = None, backend: str = "auto", return_lse: Literal[True],
+    scale: float | None = None, text_bias: Tensor | None = None, backend: str = "auto", return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def attention(
     *,
     params: AttentionParameters | None = None,
     scale: float | None = None,
+    text_bias: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,47 +58,54 @@ def attention(
         spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
+        text_bias: `[B, layout.text]`, any floating dtype, natural-log units: added to the scaled logits of the text's keys, for every
+            query. -inf masks a key: it is never attended, and neither its key nor its value changes anything. Not differentiated.
         backend: "auto", "cpu" (compiled kernels), "triton" (fused GPU kernels), "xformers" (its attention for
             the dense parts, without gradients) or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
     Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
-    Raises ValueError for shapes, dtypes, devices or parameters that don't fit, BackendError for a backend that can't run the call.
+    Raises ValueError for shapes, dtypes, devices or parameters that don't fit and for a text_bias that requires grad, BackendError for a
+    backend that can't run the call.
     """
     check_inputs(query, key, value, layout)
     if params is None:
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    _choose(backend, spec, query, key, value)
+    _choose(backend, spec, text_bias, query, key, value)
     plan = make_plan(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend)
+    out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
-    scale: float | None, backend: str,
+    scale: float | None, backend: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention` without its checks, for callers that hold the plan already: output and lse."""
-    chosen = _choose(backend, spec, query, key, value)
+    """`attention` without its checks of all but `text_bias`, for callers that hold the plan already: output and lse."""
+    check_text_bias(text_bias, query, layout)
+    chosen = _choose(backend, spec, text_bias, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
         if chosen in ("cpu", "triton"):
-            return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen)
+            return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias=text_bias)
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
+        bias = None if text_bias is None else text_bias.to(wide).repeat_interleave(query.shape[1], 0)
         dense = xformers_rows.dense_attention if chosen == "xformers" else reference.dense_attention
-        out, lse = _attend(q, k, v, spec, layout, plan, params, scale, dense)
+        out, lse = _attend(q, k, v, bias, spec, layout, plan, params, scale, dense)
         return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
-def _choose(backend: str, spec: AttentionSpec, *qkv: Tensor) -> str:
+def _choose(backend: str, spec: AttentionSpec, text_bias: Tensor | None, *qkv: Tensor) -> str:
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
     query = qkv[0]
     linear = isinstance(spec.rest, Linear)
-    return dispatch.choose(backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient)[0]
+    return dispatch.choose(
+        backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None
+    )[0]
 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
@@ -119,6 +128,19 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
         )
 
 
+def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout) -> None:
+    """Raise ValueError unless the bias is `[B, layout.text]`, floating, on the query's device and without a gradient."""
+    if text_bias is None:
+        return
+    wanted = (query.shape[0], layout.text)
+    if tuple(text_bias.shape) != wanted:
+        raise ValueError(f"text_bias is [batch, text], here {wanted}, got {tuple(text_bias.shape)}")
+    if not text_bias.is_floating_point() or text_bias.device != query.device:
+        raise ValueError(f"text_bias is floating and on {query.device}, got {text_bias.dtype} on {text_bias.device}")
+    if text_bias.requires_grad:
+        raise ValueError("text_bias is not differentiated: wanted one that does not require grad, got one that does")
+
+
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
     wanted = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
@@ -131,18 +153,20 @@ def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Te
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float, dense: Dense
-) -> Partial:
-    """The operator on `[BH, N, D]`: image queries by the spec, text queries dense."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
+    scale: float, dense: Dense,
+) -> Partial:  # fmt: skip
+    """The operator on `[BH, N, D]`, with a bias `[BH, text]` or none: image queries by the spec, text queries dense."""
     text = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
     image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
     qi, ki, vi = (_permuted(x[:, image], plan.to_memory) for x in (q, k, v))
-    text_keys = (k[:, text], v[:, text]) if layout.text else None
+    text_keys = (k[:, text], v[:, text], *(() if bias is None else (bias,))) if layout.text else None
     out, lse = _attend_image(qi, ki, vi, text_keys, spec, layout, plan, params, scale, dense)
     out, lse = _permuted(out, plan.to_raster), _permuted(lse, plan.to_raster)
     if not layout.text:
         return out, lse
-    rows = dense(q[:, text], k, v, scale=scale)
+    everything = (k, v) if bias is None else (k, v, F.pad(bias, (0, layout.image) if layout.text_first else (layout.image, 0)))
+    rows = dense(q[:, text], *everything, scale=scale)
     parts = [rows, (out, lse)] if layout.text_first else [(out, lse), rows]
     return torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 1)
 
@@ -152,7 +176,7 @@ def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _attend_image(
-    q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, Tensor] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
+    q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, ...] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
     params: Values, scale: float, dense: Dense,
 ) -> Partial:  # fmt: skip
     blocks = _visited_blocks(q, k, spec, plan)

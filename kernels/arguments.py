@@ -40,6 +40,7 @@ class Arguments(NamedTuple):
     k_starts: Tensor
     coords: Tensor
     windows: Tensor | None
+    text_bias: Tensor | None
     text: int
     text_first: bool
     reach: int

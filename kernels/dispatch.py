@@ -64,9 +64,11 @@ def check(backend: str) -> None:
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False, gradient: bool = False
-) -> tuple[str, str]:
-    """The implementation for a call (with a `linear` rest; of which a `gradient` is wanted) under a backend's name, and why.
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False, gradient: bool = False,
+    text_bias: bool = False,
+) -> tuple[str, str]:  # fmt: skip
+    """The implementation for a call (with a `linear` rest or a `text_bias`; of which a `gradient` is wanted) under a backend's name, and
+    why.
 
     "auto" takes the CPU's kernels there; elsewhere Triton's, else xformers for what is dense, else the reference. Raises BackendError where
     the one asked for can't run it.
@@ -77,7 +79,7 @@ def choose(
     refusals = {
         "cpu": lambda: cpu_refusal(device, dtype, head_dim),
         "triton": lambda: triton_refusal(device, dtype, head_dim, linear=linear),
-        "xformers": lambda: xformers_rows.refusal(device, dtype, head_dim, gradient=gradient),
+        "xformers": lambda: xformers_rows.refusal(device, dtype, head_dim, gradient=gradient, text_bias=text_bias),
     }
     if backend != "auto":
         refusal = refusals[backend]()

@@ -110,11 +110,15 @@ def _join(parts: list[Partial], q_blocks: Blocks) -> Partial:
     return q_blocks.ungather(out), q_blocks.ungather(lse[..., None])[..., 0]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
-    """Softmax of every query over all of k, in chunks of queries."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float) -> Partial:
+    """Softmax of every query over all of k, in chunks of queries.
+
+    `bias` `[BH, Nk]`, natural units, joins every query's logits and has no gradient; -inf leaves a key out.
+    """
 
     def attend(part: Tensor, k: Tensor, v: Tensor) -> Partial:
-        return softmax_partial(part @ k.transpose(-1, -2), v)
+        scores = part @ k.transpose(-1, -2)
+        return softmax_partial(scores if bias is None else scores + bias[:, None], v)
 
     q = q * scale
     outs = [_run(attend, q[:, chunk], k, v) for chunk in _chunks(q.shape[1], q.shape[0] * k.shape[1])]

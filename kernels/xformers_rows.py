@@ -11,12 +11,14 @@ INSTALLED = importlib.util.find_spec("xformers") is not None  # a constant, so t
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient: bool) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient: bool, text_bias: bool = False) -> str | None:
     """Why xformers can't run the dense parts of a call, or None where it can."""
     if not INSTALLED:
         return "xformers is not installed: pip install dit-accel[xformers]"
     if gradient:
         return "xformers has no gradient of the lse, by which parts merge"
+    if text_bias:
+        return "xformers takes no bias of the text's keys here"
     if device.type != "cuda":
         return f"xformers wants a CUDA device, the tensors are on {device}"
     if dtype not in DTYPES or head_dim % 8 or not 8 <= head_dim <= 256:
@@ -25,7 +27,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
-    """`reference.dense_attention` by xformers: q, k, v `[BH, N, D]`; output `[BH, Nq, D]` and lse `[BH, Nq]` float32.
+    """`reference.dense_attention` without a bias, by xformers: q, k, v `[BH, N, D]`; output `[BH, Nq, D]` and lse `[BH, Nq]` float32.
 
     Calls `memory_efficient_attention_partial` with the heads as batch: `[BH, N, 1, D]`; its lse may be padded behind the last query.
     """

@@ -43,6 +43,12 @@ class Shape:
         size = (self.batch, self.heads, self.layout.tokens, self.head_dim)
         return [(s * torch.randn(size, generator=seed)).to(dtype).requires_grad_(grad) for s in (2.0, 1.0, 1.0)]
 
+    def text_bias(self, *, masked: bool = False) -> Tensor:
+        """`[B, text]`: every third entry -inf, of each sample another third, the others about 1 in size; where `masked`, all -inf."""
+        bias = torch.randn(self.batch, self.text, generator=torch.Generator().manual_seed(9))
+        gone = (torch.arange(self.text) + torch.arange(self.batch)[:, None]) % 3 == 0
+        return bias.masked_fill(gone | masked, -torch.inf)
+
 
 def random_parameters(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> AttentionParameters:
     """The spec's parameters away from their start values."""
@@ -250,7 +256,7 @@ def linear_rest(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rest: Linear) -> 
 
 def oracle(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, params: AttentionParameters | None = None,
-    *, scale: float | None = None, dtype: torch.dtype = torch.float64,
+    *, scale: float | None = None, text_bias: Tensor | None = None, dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]` in raster order, computed densely and naively in `dtype`; what is kept is decided in float64."""
     text = torch.arange(layout.text) + (0 if layout.text_first else layout.image)
@@ -262,6 +268,10 @@ def oracle(
     qi, ki, vi = (x[:, :, image] for x in (q, k, v))
     logits = [scale * qi @ k[:, :, text].mT, (scale * qi @ ki.mT).masked_fill(~kept, -torch.inf)]
     values = [v[:, :, text], vi]
+    bias = torch.zeros(q.shape[0], layout.tokens, dtype=dtype)  # of every key, by the text's place
+    if text_bias is not None:
+        bias[:, text] = text_bias.to(dtype)
+    logits[0] = logits[0] + bias[:, None, None, text]
 
     offset = params.offset.to(dtype)[:, None, None] if params.offset is not None else 0.0
     if isinstance(spec.rest, Pooled):
@@ -282,6 +292,6 @@ def oracle(
             assert params.proj is not None
             out = out + value @ params.proj.weight.to(dtype).T + params.proj.bias.to(dtype)
 
-    dense = scale * q[:, :, text] @ k.mT
+    dense = scale * q[:, :, text] @ k.mT + bias[:, None, None]
     back = torch.cat([text, image]).argsort()
     return torch.cat([dense.softmax(-1) @ v, out], 2)[:, :, back], torch.cat([dense.logsumexp(-1), lse], 2)[:, :, back]

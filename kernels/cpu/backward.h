@@ -130,6 +130,10 @@ static inline __attribute__((always_inline)) Live weights_and_gradients(
     return live;
 }
 
+struct Unchanged {
+    inline __attribute__((always_inline)) V operator()(int64_t, int64_t, V x) const { return x; }
+};
+
 struct KeepAll {
     static constexpr bool none = true;
     template <int N>
@@ -161,15 +165,19 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     __builtin_memset(acc, 0, g.rows() * g.padded * 4);
     g.for_visits(bh, i, [&](int64_t j, bool partial) {
         Run key = g.key(j);
+        const float* bias = g.key_bias(bh, j);
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
-            auto gradients = [&](auto&& masked) __attribute__((always_inline)) {
+            auto gradients = [&](auto&& masked, auto&& edit) __attribute__((always_inline)) {
                 return weights_and_gradients(
                     room.probability, room.gradient, room.ld, key.count, q + r0 * g.padded, keys.keys.column(j), dout + r0 * g.padded,
-                    keys.values.column(j), g.width, g.padded, g.channels, masked, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; },
+                    keys.values.column(j), g.width, g.padded, g.channels, masked, edit,
                     [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
                     [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
             };
-            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, key.image, key.image + key.count, true}) : gradients(KeepAll{});
+            auto biased = [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); };
+            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, key.image, key.image + key.count, true}, Unchanged{})
+                        : bias  ? gradients(KeepAll{}, biased)
+                                : gradients(KeepAll{}, Unchanged{});
             if (live.last)
                 product(acc + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, keys.keys.row(j) + live.first * g.padded, g.padded, live.last - live.first, g.padded, ONES);
         }
@@ -192,19 +200,22 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
     float *dk = room.a, *dv = room.b;
     __builtin_memset(dk, 0, g.rows() * g.padded * 4);
     __builtin_memset(dv, 0, g.rows() * g.padded * 4);
-    const float *key = keys.keys.row(j), *value = keys.values.row(j);
+    const float *key = keys.keys.row(j), *value = keys.values.row(j), *bias = g.key_bias(bh, j);
     columns.for_visits(j, [&](int64_t i, bool partial) {
         Run query = g.query(i);
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
-            auto gradients = [&](auto&& masked) __attribute__((always_inline)) {
+            auto gradients = [&](auto&& masked, auto&& edit) __attribute__((always_inline)) {
                 return weights_and_gradients(
                     room.probability, room.gradient, room.ld, query.count, key + r0 * g.padded, queries.q.column(i), value + r0 * g.padded,
-                    queries.dout.column(i), g.width, g.padded, g.channels, masked, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; },
+                    queries.dout.column(i), g.width, g.padded, g.channels, masked, edit,
                     [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(lse2 + c); },
                     [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
             };
-            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, query.image, query.image + query.count, false}) : gradients(KeepAll{});
+            auto biased = [&](int64_t r, int64_t, V x) __attribute__((always_inline)) { return x + bias[r0 + r]; };
+            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, query.image, query.image + query.count, false}, Unchanged{})
+                        : bias  ? gradients(KeepAll{}, biased)
+                                : gradients(KeepAll{}, Unchanged{});
             if (!live.last) continue;
             int64_t from = live.first * g.padded, depth = live.last - live.first;
             product(dk + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, queries.q.row(i) + from, g.padded, depth, g.padded, ONES);

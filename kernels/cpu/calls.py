@@ -32,9 +32,10 @@ def _problem(a: Arguments) -> native.Problem:
         q=native.rows(a.q), k=native.rows(a.k), v=native.rows(a.v), q_starts=a.q_starts.data_ptr(), k_starts=a.k_starts.data_ptr(),
         lists=a.lists.data_ptr(), counts=a.counts.data_ptr(), full=a.full.data_ptr(), coords=a.coords.data_ptr(),
         windows=_pointer(a.windows), n_windows=0 if a.windows is None else a.windows.shape[0], reach=a.reach, extra_k=_pointer(a.extra_k),
-        extra_v=_pointer(a.extra_v), offset=_pointer(a.offset), weight=_pointer(a.weight), bias=_pointer(a.bias), rest=method.rest,
-        log_count=method.log_count, variance=method.variance, feature_map=method.feature_map, linear_all=method.linear_all,
-        residual=method.residual, scale=a.scale, cap=a.cap, threads=torch.get_num_threads(),
+        extra_v=_pointer(a.extra_v), offset=_pointer(a.offset), weight=_pointer(a.weight), bias=_pointer(a.bias),
+        text_bias=_pointer(a.text_bias), rest=method.rest, log_count=method.log_count, variance=method.variance,
+        feature_map=method.feature_map, linear_all=method.linear_all, residual=method.residual, scale=a.scale, cap=a.cap,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -146,8 +146,11 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     g.for_visits(bh, i, [&](int64_t j, bool partial) {
         auto visit = [&](const auto& block) {
             Run key = g.key(j);
+            const float* bias = g.key_bias(bh, j);
             if (partial)
                 s.visit_masked(run, key, block, mask);
+            else if (bias)
+                s.visit(run.count, block, key.count, [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); });
             else
                 s.visit(run.count, block, key.count, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; });
         };

@@ -34,7 +34,7 @@ class Problem(Structure):
         *_fields(Rows, "q k v out"),
         *_fields(c_void_p, "q_starts k_starts lists counts full coords windows"),
         *_fields(c_int64, "n_windows reach"),
-        *_fields(c_void_p, "extra_k extra_v offset weight bias"),
+        *_fields(c_void_p, "extra_k extra_v offset weight bias text_bias"),
         *_fields(c_int32, "rest log_count variance feature_map linear_all residual"),
         *_fields(c_float, "scale cap"),
         ("lse", c_void_p), ("threads", c_int64), ("dout", Rows), ("dlse", c_void_p),

@@ -61,6 +61,7 @@ struct Geometry {
     int64_t chunk;                // tokens per text or extra block
     int64_t text_blocks, extra_blocks, key_blocks, query_blocks;
     int first_axis = 1;           // of the coordinates that differ at all: 0 in a video, 1 in an image
+    Array<float> text_bias;       // [batch, text_blocks, rows()], base 2, zero past the text; null without a bias
 
     explicit Geometry(const Problem& p) : p(p), channels(p.channels), padded(round_up(p.channels, LANES)) {
         int64_t widest = 1;
@@ -74,6 +75,12 @@ struct Geometry {
         query_blocks = p.q_blocks + text_blocks;
         for (int64_t n = 0; n < p.image; n++)
             if (p.coords[n]) first_axis = 0;
+        if (p.text_bias) read_text_bias();
+    }
+    void read_text_bias() {
+        text_bias.allocate(p.batch * text_blocks * rows());
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t n = 0; n < p.text; n++) text_bias[(b * text_blocks + n / chunk) * rows() + n % chunk] = p.text_bias[b * p.text + n] * LOG2E;
     }
     int64_t tokens() const { return p.text + p.image; }
     int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel
@@ -93,6 +100,12 @@ struct Geometry {
         if (!is_extra(j)) return text_run(j - p.k_blocks);
         int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};
+    }
+
+    // What joins the logits of a block's keys, for a whole panel of them; null where nothing does.
+    const float* key_bias(int64_t bh, int64_t j) const {
+        if (!text_bias || j < p.k_blocks || is_extra(j)) return nullptr;
+        return text_bias + (bh / p.heads * text_blocks + j - p.k_blocks) * rows();
     }
 
     // The lists of a query block of image tokens.

@@ -25,6 +25,7 @@ struct Problem {
     int64_t n_windows, reach;                // reach: largest squared distance inside the disc, -1 for no disc
     const float *extra_k, *extra_v;          // [B, H, extra, D]
     const float *offset, *weight, *bias;     // [H] log mass offset; [D, D] and [D] projection; null where absent
+    const float* text_bias;                  // [batch, text], natural logarithm, added to the logits of the text's keys; null where absent
     int32_t rest, log_count, variance, feature_map, linear_all, residual;
     float scale, cap;
     float* lse;  // [B, H, text + image], natural logarithm
