@@ -20,13 +20,13 @@ class SaveOriginal:
         return inspect.signature(type(self.model).save_pretrained.__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        handle = self.model.register_state_dict_post_hook(self._replace)
+        def replace(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+            original = self.only_original(model, dict(state))
+            state.clear()
+            state.update(original)
+
+        handle = self.model.register_state_dict_post_hook(replace)
         try:
             return type(self.model).save_pretrained(self.model, *args, **kwargs)
         finally:
             handle.remove()
-
-    def _replace(self, model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        original = self.only_original(model, dict(state))
-        state.clear()
-        state.update(original)

@@ -39,6 +39,7 @@ class Tiny:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
+        self.name = name
         self.pipe, self.call = BUILDERS[name]()
         self.pipe.set_progress_bar_config(disable=True)
         for seed, transformer in enumerate(self.transformers):
