@@ -10,7 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import
 import pytest
 import torch
 import torch.nn as nn
+from matrix import pytest_addoption, pytest_configure, pytest_runtest_makereport, pytest_sessionfinish
 from torch import Tensor
+
+__all__ = ["pytest_addoption", "pytest_configure", "pytest_runtest_makereport", "pytest_sessionfinish"]  # hooks of every run
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton and dit_accel's dispatch read it at import

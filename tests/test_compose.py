@@ -45,6 +45,7 @@ def add_lora(pipe: Any, targets: Any = ("to_q", "to_k", "to_v", "to_out.0")) -> 
     fill_randomly(nn.ParameterList(p for name, p in pipe.transformer.named_parameters() if "lora_" in name), seed=2, scale=0.1)
 
 
+@pytest.mark.composes("LoRA by peft, before and after")
 @METHODS
 def test_lora_before_and_after_agree(pipe: Any, spec: AttentionSpec) -> None:
     before, plain, other = processors(pipe), run(pipe), tiny_pipe()
@@ -84,6 +85,7 @@ def add_ip_adapter(pipe: Any) -> dict[str, Any]:
     return {"joint_attention_kwargs": {"ip_hidden_states": [normal(1, 4, 20, seed=8)]}}
 
 
+@pytest.mark.composes("IP-Adapter")
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 16), (272, 400)], ids=str)
 def test_an_ip_adapter_keeps_its_own_attention(pipe: Any, height: int, width: int) -> None:
     plain = run(pipe, height, width)  # at 32 × 32 the image has as many tokens as the adapter
@@ -126,6 +128,7 @@ def test_fused_projections(pipe: Any, first: str) -> None:
 # Dtypes, places, backends, caches
 
 
+@pytest.mark.composes("dtype changes")
 @METHODS
 def test_casting_to_bfloat16_and_back(spec: AttentionSpec) -> None:
     pipe, wanted = accelerated(tiny_pipe(), spec), run(accelerated(tiny_pipe(), spec))
@@ -162,6 +165,7 @@ OFFLOADS: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.composes("sequential offload (accelerate's hooks)")
 @METHODS
 @pytest.mark.parametrize("offload", list(OFFLOADS.values()), ids=list(OFFLOADS))
 def test_offloading_keeps_the_learned_parameters(pipe: Any, spec: AttentionSpec, offload: Callable[[Any], None]) -> None:
@@ -174,6 +178,7 @@ def test_offloading_keeps_the_learned_parameters(pipe: Any, spec: AttentionSpec,
     assert torch.equal(run(pipe), run(tiny_pipe()))
 
 
+@pytest.mark.composes("set_attention_backend")
 def test_setting_an_attention_backend_keeps_the_operators(pipe: Any, sparse_calls: list[Any]) -> None:
     wanted = run(accelerated(pipe, Fovea(0.2)))
     pipe.transformer.set_attention_backend("native")
@@ -194,6 +199,7 @@ def caches() -> dict[str, Any]:
     }
 
 
+@pytest.mark.composes("FirstBlockCache, TaylorSeer, PyramidAttentionBroadcast")
 @pytest.mark.parametrize("name", ["first-block", "taylor", "pyramid"])
 def test_a_cache_skips_the_same_calls_as_without_us(pipe: Any, name: str, sparse_calls: list[Any]) -> None:
     pipe.transformer.enable_cache(caches()[name])
@@ -211,6 +217,7 @@ def test_a_cache_skips_the_same_calls_as_without_us(pipe: Any, name: str, sparse
 # Training, copying
 
 
+@pytest.mark.composes("gradient checkpointing")
 @METHODS
 def test_gradient_checkpointing_changes_no_gradient(spec: AttentionSpec) -> None:
     gradients = []
@@ -230,6 +237,7 @@ def twin(value: Any, way: str) -> Any:
     return copy.deepcopy(value) if way == "deepcopy" else pickle.loads(pickle.dumps(value))
 
 
+@pytest.mark.composes("deepcopy and pickle")
 @METHODS
 @pytest.mark.parametrize("adapter", [True, False], ids=["ip-adapter", "plain"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -279,6 +287,7 @@ def fresh_dynamo() -> Iterator[None]:
 COMPILED = pytest.mark.parametrize("spec", [Fovea(0.2), CLEAR(4.0)], ids=["fovea", "clear"])
 
 
+@pytest.mark.composes("torch.compile of the transformer")
 @COMPILED
 @pytest.mark.parametrize("way", ["fullgraph-aot_eager", "breaks-eager"])
 @pytest.mark.usefixtures("fresh_dynamo")

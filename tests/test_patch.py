@@ -90,6 +90,7 @@ def test_a_token_reaches_its_neighbours_and_no_other(place: tuple[int, int], spe
     assert {(y, x) for y, x in changed.nonzero().tolist()} == wanted
 
 
+@pytest.mark.composes("ControlNet residuals")
 @pytest.mark.parametrize("count", [1, 2], ids=["one-for-all-blocks", "one-per-block"])
 @pytest.mark.parametrize("name", ["controlnet_block_samples", "controlnet_single_block_samples"])
 def test_controlnet_residuals_meet_their_tokens(name: str, count: int) -> None:

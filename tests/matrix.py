@@ -1,0 +1,91 @@
+"""The tables of docs/models.md, written from what the tests of this run said: `pytest --matrix docs/models.md`.
+
+A row's cell is "yes" where every test of it passed, "no" where one failed, "-" where there is none. conftest takes these hooks.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_parts import BUILDERS
+
+# columns of the families' table: heading -> the tests that fill it
+COLUMNS = {
+    "all kept = original": {"test_keeping_everything_equals_the_original"},
+    "methods run, restore is exact": {"test_every_method_runs"},
+    "first steps dense": {"test_the_first_steps_are_dense"},
+    "two prompts at once": {"test_two_at_a_time_are_two_alone"},
+    "padded text masked": {"test_padded_text_changes_nothing", "test_prompts_of_two_lengths_equal_the_original"},
+}
+
+Outcomes = defaultdict[str, list[bool]]
+KEY = pytest.StashKey[tuple[dict[str, Outcomes], dict[str, dict[str, None]]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", metavar="FILE", help="write the tables of this page from the outcomes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[KEY] = (defaultdict(lambda: defaultdict(list)), defaultdict(dict))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
+    report: Any = yield
+    if item.config.getoption("--matrix") and (report.when == "call" or not report.passed):
+        outcomes, models = item.config.stash[KEY]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        name = parameters.get("name")
+        name = name if name in BUILDERS else "flux"  # what test_compose.py and test_patch.py are about
+        for column, tests in COLUMNS.items():
+            if item.originalname in tests:
+                outcomes[f"family {name}"][column].append(report.passed)
+        for mark in item.iter_markers("composes"):
+            outcomes[f"beside {mark.args[0]}"][""].append(report.passed)
+            models[mark.args[0]][name] = None
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--matrix")
+    if not path or session.config.option.collectonly:
+        return
+    outcomes, models = session.config.stash[KEY]
+    page = Path(path).read_text(encoding="utf-8")
+    for name, table in (("families", families(outcomes)), ("beside", beside(outcomes, models))):
+        page, count = re.subn(rf"(<!-- tests: {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", page, flags=re.S)
+        if count != 1:
+            raise pytest.UsageError(f"{path} wants one place between '<!-- tests: {name} -->' and '<!-- end -->', got {count}")
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _cell(outcomes: list[bool]) -> str:
+    return "-" if not outcomes else "yes" if all(outcomes) else "no"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def families(outcomes: dict[str, Outcomes]) -> str:
+    """A row per tiny pipeline that the tests build."""
+    from test_families import NAMES, Tiny
+
+    rows = []
+    for name in sorted(NAMES):
+        tiny = Tiny(name)
+        classes = ", ".join(dict.fromkeys(type(t).__name__ for t in tiny.transformers))
+        pipeline = type(tiny.pipe).__name__
+        cells = [_cell(outcomes[f"family {name}"][column]) for column in COLUMNS]
+        rows.append([name.replace("_", " "), f"`{pipeline}`", f"`{classes}`", *cells])
+    return _table(["tested as", "pipeline", "transformer", *COLUMNS], rows)
+
+
+def beside(outcomes: dict[str, Outcomes], models: dict[str, dict[str, None]]) -> str:
+    """A row per thing that acceleration lives beside."""
+    rows = [[what, ", ".join(sorted(models[what])), _cell(outcomes[f"beside {what}"][""])] for what in sorted(models, key=str.lower)]
+    return _table(["beside", "on tiny models of", "works"], rows)
