@@ -10,7 +10,7 @@ published.
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from dit_accel.patch import (
     ADAPTER,
     OWN,
     PROJECTIONS,
+    Patch,
     accelerate,
     activate_lora,
     find_transformers,
@@ -97,9 +98,9 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
             written[LORA] = write_tensors(folder / LORA, lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)})
         if patch.weights:
-            name = WHOLE if set(patch.weights) == set(plain_parameters(model)) else FULL
-            written[name] = write_tensors(folder / name, {n: model.get_parameter(n) for n in patch.weights}, {"format": "pt"})
-        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in written.items()}
+            name, full = _full_weights(model, patch)
+            written[name] = write_tensors(folder / name, full, {"format": "pt"})
+        files = {name: _sha256(path) for name, path in written.items()}
         adapter = DitAccelAdapter(
             spec=patch.context.spec.to_dict(),
             layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
@@ -116,6 +117,20 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
+
+
+def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, nn.Parameter]]:
+    """The file for full weights and what goes in: all of them, or every projection, those too that were left alone."""
+    parameters = plain_parameters(model)
+    if set(patch.weights) == set(parameters):
+        return WHOLE, parameters
+    projections = _projections(model, patch.originals)
+    return FULL, {name: p for name, p in parameters.items() if name.rpartition(".")[0] in projections}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | None = None, backend: str = "auto", strict: bool = False) -> P:
@@ -230,7 +245,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = _sha256(path)
         if found != digest:
             raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
         return load_file(path)
@@ -253,7 +268,7 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
-    projections = [f"{layer}.{leaf}" for layer in config["layers"] for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
+    projections = _projections(model, config["layers"])
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
         wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
@@ -264,6 +279,12 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
         _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
     if WHOLE in tensors:
         _compare(WHOLE, parameters, tensors[WHOLE])
+
+
+def _projections(model: Any, layers: Collection[str]) -> list[str]:
+    """Full names of the projections that the attention modules have."""
+    modules = dict(model.named_modules())
+    return [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
 
 
 def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
