@@ -31,6 +31,8 @@ from dit_accel.spec import AttentionSpec, Disc, Downsampled, Linear, Residual
 from dit_accel.wan_names import INT8, SCALE, bare, dequantised, is_wan, schemes, tile_grid, wan_parameter
 
 Shape = tuple[int, ...]
+Places = dict[str, str]  # parameter of the accelerated transformer -> the file's tensor
+Wanted = dict[str, tuple[Shape, ...]]  # parameter -> the shapes that its tensor may have in the file
 SUFFIX = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names types
@@ -144,14 +146,22 @@ def import_file(file: Path, model: Any, spec: AttentionSpec | None = None) -> Ch
     Raises AdapterError where the file is damaged or unknown, is for another class, or has a tensor too many, too few or misshaped, and
     where `spec` contradicts what the file says.
     """
-    header = read_header(file)
+    spec, places, shapes = match_header(file, read_header(file), model, spec)
+    parameters = plain_parameters(model)
+    values = _read(file, places, shapes, {name: p.dtype for name, p in parameters.items()})
+    weights = {name: values.pop(name) for name in list(values) if name in parameters}
+    return Checkpoint(spec, list(attention_layers(model)), values, weights)
+
+
+def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | None) -> tuple[AttentionSpec, Places, dict[str, Shape]]:
+    """The method, each parameter's tensor in the file, and its shape in the accelerated model. Raises AdapterError as `import_file`."""
     kind = recognise(file, header)
     spec = method_of(kind, file, header, spec)
     wanted_class = {Kind.CLEAR: "FluxTransformer2DModel", Kind.TURBO: "WanTransformer3DModel"}.get(kind)
     if wanted_class not in (None, class_of(model).__name__):
         raise AdapterError(f"{file} holds {kind.value}, got a {type(model).__name__}")
-    layers, parameters = attention_layers(model), plain_parameters(model)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    layers = attention_layers(model)
+    shapes = {name: tuple(p.shape) for name, p in plain_parameters(model).items()}
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
     match kind:
         case Kind.CLEAR:
@@ -162,9 +172,7 @@ def import_file(file: Path, model: Any, spec: AttentionSpec | None = None) -> Ch
             places = {name: key for name in learned for key in header if SHARED.get(key) == name.partition(OWN)[2]}
             wanted = {name: (shape,) for name, shape in learned.items()}
     _compare(file, header, places, wanted)
-    values = _read(file, places, shapes | learned, {name: p.dtype for name, p in parameters.items()})
-    weights = {name: values.pop(name) for name in list(values) if name in shapes}
-    return Checkpoint(spec, list(layers), values, weights)
+    return spec, places, shapes | learned
 
 
 def _learned(spec: AttentionSpec, heads: int, head_dim: int) -> Iterable[tuple[str, nn.Parameter]]:
@@ -218,10 +226,7 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
     return spec
 
 
-# Places: parameter of the accelerated transformer -> the file's tensor, and the shapes that it may have there
-
-Places = dict[str, str]
-Wanted = dict[str, tuple[Shape, ...]]
+# Where each parameter's tensor is
 
 
 def _clear_places(

@@ -21,6 +21,7 @@ DOUBLE, SINGLE, WIDTH, HEAD = 19, 38, 32, 16  # FLUX.1's depth, a tiny width
 CLEAR_CALL: dict[str, Any] = {"height": 128, "width": 192}  # 8 × 12 tokens
 VIDEO = {"height": 128, "width": 192, "num_frames": 9}  # 3 × 8 × 12 tokens: five blocks of 64
 BLOCKS = 2
+PARTS = ("weight", "bias")
 TURBO = SLA(0.1, scope="all", block=(128, 64))
 SHARED = SLA(0.2, scope="all")
 # Wan's names -> diffusers', without the number of the block
@@ -117,12 +118,11 @@ def wan_pipe() -> tuple[Any, dict[str, Any]]:
     return pipe, call | VIDEO
 
 
-def wan_names() -> dict[str, str]:
+def wan_names(blocks: int = BLOCKS) -> dict[str, str]:
     """Wan's name of every tensor -> diffusers' name."""
-    parts = ("weight", "bias")
-    names = {f"{old}.{part}": f"{new}.{part}" for old, new in OUTER.items() for part in parts} | {"head.modulation": "scale_shift_table"}
-    for n in range(BLOCKS):
-        names |= {f"blocks.{n}.{old}.{part}": f"blocks.{n}.{new}.{part}" for old, new in LINEARS.items() for part in parts}
+    names = {f"{old}.{part}": f"{new}.{part}" for old, new in OUTER.items() for part in PARTS} | {"head.modulation": "scale_shift_table"}
+    for n in range(blocks):
+        names |= {f"blocks.{n}.{old}.{part}": f"blocks.{n}.{new}.{part}" for old, new in LINEARS.items() for part in PARTS}
         names |= {f"blocks.{n}.{old}": f"blocks.{n}.{new}" for old, new in NORMS.items()}
     return names
 

@@ -7,12 +7,15 @@ import pytest
 import tiny_video
 import torch
 from conftest import run
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from distill_fixtures import add_lora, same, state
 from published import (
     BLOCKS,
     CLEAR_CALL,
     DIALECTS,
     DOUBLE,
+    LINEARS,
+    PARTS,
     SHARED,
     SINGLE,
     TURBO,
@@ -36,6 +39,7 @@ from torch import Tensor
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter
 from dit_accel.adapter import CONFIG, FULL, WEIGHTS, WHOLE
 from dit_accel.errors import AdapterError
+from dit_accel.importers import Entry, match_header
 from dit_accel.patch import operators_of
 
 RELEASED = {
@@ -281,6 +285,49 @@ def test_a_shared_projection_fits_any_family_of_its_head_size(tmp_path: Path) ->
         load_adapter(pipe, file, spec=SHARED)
     load_adapter(pipe, saved(shared_tensors(16), tmp_path), spec=SHARED)
     assert len(operators_of(pipe)) == DOUBLE + SINGLE
+
+
+# The released sizes, by name and shape alone
+
+WAN_SIZES = {  # layers, heads, width of the inner layer, channels: the 1.3B, the 14B and one half of the image-to-video A14B
+    "1.3B": (30, 12, 8960, 16), "14B": (40, 40, 13824, 16), "I2V-A14B": (40, 40, 13824, 36),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["floats", "int8"])
+@pytest.mark.parametrize(("layers", "heads", "inner", "channels"), WAN_SIZES.values(), ids=WAN_SIZES)
+def test_turbo_of_the_released_sizes_fits(layers: int, heads: int, inner: int, channels: int, tiles: bool) -> None:
+    width = 128 * heads
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            num_attention_heads=heads, attention_head_dim=128, num_layers=layers, ffn_dim=inner, in_channels=channels, out_channels=16
+        )
+    state = model.state_dict()
+    header = {old: Entry(tuple(state[new].shape), "BF16") for old, new in wan_names(layers).items()}
+    header["patch_embedding.weight"] = Entry((width, channels * 4), "BF16")
+    for n in range(layers):
+        stem = f"blocks.{n}.self_attn.attn_op.local_attn.proj_l"
+        header |= {f"{stem}.weight": Entry((128, 128), "F32"), f"{stem}.bias": Entry((128,), "F32")}
+    assert len(header) == 15 + 29 * layers
+    for name in [f"blocks.{n}.{linear}" for n in range(layers) for linear in LINEARS] if tiles else []:
+        out, inputs = header.pop(f"{name}.weight").shape
+        header[f"{name}.int8_weight"] = Entry((out, inputs), "I8")
+        header[f"{name}.scale"] = Entry((out // 128, inputs // 128), "F32")
+    spec, places, shapes = match_header(Path("turbo.safetensors"), header, model, None)
+    assert spec == TURBO
+    assert sorted(places.values()) == sorted(header)
+    assert set(places) >= set(shapes) == set(state) | {f"blocks.{n}.attn1.dit_accel.params.proj.{x}" for n in range(layers) for x in PARTS}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_clear_of_the_released_size_fits(name: str) -> None:
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    small = clear_tensors(4 if "down" in name else None)
+    header = {key: Entry(tuple(value.shape) if "spatial" in key else (3072,) * value.ndim, "BF16") for key, value in small.items()}
+    spec, places, _ = match_header(Path(f"{name}.safetensors"), header, model, None)
+    assert spec == RELEASED[name]
+    assert sorted(places.values()) == sorted(header)
 
 
 # What the command line says
