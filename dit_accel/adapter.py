@@ -2,13 +2,15 @@
 
 A folder holds `dit_accel_config.json` (method, layers, base model, training record, checksums), `diffusion_pytorch_model.safetensors` (the
 layers' own parameters), and, where they were trained, `pytorch_lora_weights.safetensors` (a LoRA in diffusers' own format, loadable alone)
-or `attention_weights.safetensors` (full projections). Nothing is pickled. Loading checks everything before it changes anything.
+or `attention_weights.safetensors` (full projections) or `transformer_weights.safetensors` (all of the transformer's weights, as some
+published checkpoints bring them). Nothing is pickled. Loading checks everything before it changes anything. `importers` reads what others
+published.
 """
 
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +25,12 @@ from torch import Tensor
 
 from dit_accel.errors import AdapterError
 from dit_accel.files import write_json, write_tensors
+from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.patch import (
     ADAPTER,
+    OWN,
     PROJECTIONS,
+    Patch,
     accelerate,
     activate_lora,
     find_transformers,
@@ -41,6 +46,7 @@ from dit_accel.spec import AttentionSpec
 P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
 LORA, FULL = "pytorch_lora_weights.safetensors", "attention_weights.safetensors"
+WHOLE = "transformer_weights.safetensors"
 VERSION = 1
 
 
@@ -92,8 +98,9 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
             written[LORA] = write_tensors(folder / LORA, lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)})
         if patch.weights:
-            written[FULL] = write_tensors(folder / FULL, {n: model.get_parameter(n) for n in patch.weights}, {"format": "pt"})
-        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in written.items()}
+            name, full = _full_weights(model, patch)
+            written[name] = write_tensors(folder / name, full, {"format": "pt"})
+        files = {name: _sha256(path) for name, path in written.items()}
         adapter = DitAccelAdapter(
             spec=patch.context.spec.to_dict(),
             layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
@@ -104,7 +111,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             training=training,
             files=files,
         )
-        for name in {LORA, FULL} - set(written):
+        for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_json(folder / CONFIG, json.loads(adapter.to_json_string()))
     except (OSError, SafetensorError) as error:
@@ -112,33 +119,75 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     return folder
 
 
-def load_adapter(pipe: P, path_or_repo: str | Path, *, backend: str = "auto", strict: bool = False) -> P:
-    """Accelerate a pipeline or transformer as an adapter (a folder, or a hub id) says, with its weights; returns the same object.
+def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, nn.Parameter]]:
+    """The file for full weights and what goes in: all of them, or every projection, those too that were left alone."""
+    parameters = plain_parameters(model)
+    if set(patch.weights) == set(parameters):
+        return WHOLE, parameters
+    projections = _projections(model, patch.originals)
+    return FULL, {name: p for name, p in parameters.items() if name.rpartition(".")[0] in projections}
 
-    Raises AdapterError where files are missing, truncated or altered, or where the adapter belongs to another architecture; the pipeline
-    is unchanged then. Base weights other than those it was made with are reported as a warning.
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | None = None, backend: str = "auto", strict: bool = False) -> P:
+    """Accelerate a pipeline or transformer as an adapter says, with its weights; returns the same object.
+
+    Args:
+        path_or_repo: a folder of `save_adapter` or its hub id, or a checkpoint that others published: a file, or
+            `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
+            projection (`importers`). Their weights stand in for the transformer's own until `restore`; `dense` runs its own.
+        spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
+        backend, strict: as in `accelerate`.
+
+    A pipeline with two transformers takes one adapter for each: pass them by themselves. Raises AdapterError where files are missing,
+    damaged or unknown, or where they belong to another architecture; the pipeline is unchanged then. Base weights other than those that
+    an adapter was made with are reported as a warning.
     """
-    folder = local_folder(path_or_repo)
-    config = read_config(folder)
-    tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
-    spec = _parse(folder, config)
     models = find_transformers(pipe)
     if len(models) != 1:
-        raise AdapterError(f"wanted a pipeline with one transformer, got {len(models)}")
-    model = models[0]
-    _check_architecture(model, config, spec, tensors)
-    accelerate(
-        pipe, spec, layers=lambda name, _: name in config["layers"], dense_steps=config["dense_steps"], backend=backend, strict=strict
-    )
+        raise AdapterError(
+            f"wanted a pipeline with one transformer, or one transformer of its {len(models)}, each with an adapter of its own"
+        )
+    (model,) = models
+    file = local_file(path_or_repo)
+    found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
+    accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:
-        _install_weights(model, tensors)
+        _install_weights(model, found)
     except BaseException:
         restore(pipe)
         raise
-    if config["base_model_hash"] and teacher_hash(model) != config["base_model_hash"]:
-        name = config["base_model_name"] or "another model"
-        warnings.warn(f"the adapter in {folder} was made with the weights of {name}, which differ from these", stacklevel=2)
+    if found.base is not None and teacher_hash(model) != found.base[1]:
+        name = found.base[0] or "another model"
+        warnings.warn(f"the adapter in {path_or_repo} was made with the weights of {name}, which differ from these", stacklevel=2)
     return pipe
+
+
+def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
+    """What a folder of `save_adapter` holds, checked against the model."""
+    config = read_config(folder)
+    if spec is not None:
+        raise AdapterError(f"the adapter in {folder} names its method itself: wanted no spec, got {spec}")
+    tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
+    spec = _parse(folder, config)
+    _check_architecture(model, config, spec, tensors)
+    prefixes = {f"layers.{layer.replace('.', '__')}.": f"{layer}{OWN}" for layer in config["layers"]}
+    parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
+    own = {ours + key.removeprefix(prefix): tensors[WEIGHTS][key] for key, (prefix, ours) in parts.items()}
+    matters = config["base_model_hash"] and WHOLE not in tensors  # where all weights are the adapter's, the model's own don't
+    return Checkpoint(
+        spec,
+        config["layers"],
+        own,
+        tensors.get(WHOLE, tensors.get(FULL, {})),
+        tensors.get(LORA, {}),
+        config["dense_steps"],
+        (config["base_model_name"], config["base_model_hash"]) if matters else None,
+    )
 
 
 def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
@@ -167,7 +216,7 @@ def local_folder(path_or_repo: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL]))
+        return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE]))
     except (OSError, ValueError) as error:
         raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {path_or_repo!r}: {error}") from error
 
@@ -188,14 +237,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
     if config["version"] != VERSION:
         raise AdapterError(f"{folder / CONFIG} wants version {VERSION}, got {config['version']}")
-    if not isinstance(config["files"], dict) or WEIGHTS not in config["files"] or not set(config["files"]) <= {WEIGHTS, LORA, FULL}:
-        raise AdapterError(f"{folder / CONFIG} wants files among {[WEIGHTS, LORA, FULL]}, got {config['files']}")
+    files = config["files"]
+    if not isinstance(files, dict) or WEIGHTS not in files or not set(files) <= {WEIGHTS, LORA, FULL, WHOLE} or {FULL, WHOLE} <= set(files):
+        raise AdapterError(f"{folder / CONFIG} wants the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, got {files}")
     return config
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = _sha256(path)
         if found != digest:
             raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
         return load_file(path)
@@ -218,15 +268,23 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
-    projections = [f"{layer}.{leaf}" for layer in config["layers"] for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
+    projections = _projections(model, config["layers"])
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
         wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
         wanted |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
         _compare(LORA, wanted, tensors[LORA])
+    parameters = {k: tuple(p.shape) for k, p in plain_parameters(model).items()}
     if FULL in tensors:
-        parameters = {plain_name(k): tuple(p.shape) for k, p in model.named_parameters()}
         _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
+    if WHOLE in tensors:
+        _compare(WHOLE, parameters, tensors[WHOLE])
+
+
+def _projections(model: Any, layers: Collection[str]) -> list[str]:
+    """Full names of the projections that the attention modules have."""
+    modules = dict(model.named_modules())
+    return [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
 
 
 def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
@@ -239,18 +297,17 @@ def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Te
     raise AdapterError(f"{file} does not fit the model: missing {missing[:4]}, unknown {unknown[:4]}, wrong shapes {shapes[:4]}")
 
 
-def _install_weights(model: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
-    operators = operators_of(model)
-    for name, operator in operators.items():
-        prefix = f"layers.{name.replace('.', '__')}."
-        operator.params.load_state_dict({k.removeprefix(prefix): v for k, v in tensors[WEIGHTS].items() if k.startswith(prefix)})
-    if LORA in tensors:
+def _install_weights(model: Any, found: Checkpoint) -> None:
+    with torch.no_grad():
+        for name, value in found.own.items():
+            model.get_parameter(name).copy_(value)
+    if found.lora:
         active = model.active_adapters() if getattr(model, "peft_config", None) else []
-        _load_lora(model, tensors[LORA])
+        _load_lora(model, found.lora)
         activate_lora(model, active)
     (_, patch), *_ = patches_of(model)
-    patch.context.trained = LORA in tensors or FULL in tensors
-    for name, value in tensors.get(FULL, {}).items():
+    patch.context.trained = bool(found.lora or found.weights)
+    for name, value in found.weights.items():
         parameter = model.get_parameter(name)
         patch.weights[name] = parameter.detach().clone()
         parameter.data.copy_(value)

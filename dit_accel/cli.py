@@ -78,7 +78,9 @@ def generate(
     seed: options.Seed = 0,
     guidance: options.Guidance = 3.5,
     max_sequence_length: options.TextLength = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder of save_adapter (or its hub id); it names the method itself.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of save_adapter, its hub id, or a published file; it names the method itself.")
+    ] = None,
     dense_steps: Annotated[int, typer.Option(min=0, help="First steps that keep the original attention.")] = 0,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
@@ -319,7 +321,7 @@ def estimate(
 @app.command(epilog="Example: dit-accel info --model builtin")
 def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Also show the config of this adapter (a folder or a hub id).")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Also show what this adapter is (a folder, a hub id or a published file).")] = None,
 ) -> None:
     """Show versions, the machine, and which model families, methods and backends there are here."""
     from dit_accel import cli_info

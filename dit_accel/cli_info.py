@@ -2,8 +2,10 @@
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -81,14 +83,37 @@ def model_rows(model: str) -> dict[str, str]:
 
 
 def adapter_rows(adapter: str) -> dict[str, str]:
-    """The config of a saved adapter."""
+    """The config of a saved adapter, or what a checkpoint that others published holds."""
     from dit_accel.adapter import local_folder, read_config
+    from dit_accel.importers import local_file
     from dit_accel.spec import AttentionSpec
 
+    if file := local_file(adapter):
+        return _published_rows(file)
     config = read_config(local_folder(adapter))
     rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
     shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
     return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
+
+
+def _published_rows(file: Path) -> dict[str, str]:
+    """What a published checkpoint is and what it is run with, by its header alone."""
+    from dit_accel.errors import AdapterError
+    from dit_accel.importers import method_of, read_header, recognise
+
+    header = read_header(file)
+    kind = recognise(file, header)
+    try:
+        method = str(method_of(kind, file, header, None))
+    except AdapterError as error:
+        method = str(error)
+    types = Counter(entry.dtype for entry in header.values())
+    return {
+        "published file": str(file),
+        "holds": kind.value,
+        "method": method,
+        "tensors": ", ".join(f"{count} of {name}" for name, count in types.most_common()),
+    }
 
 
 def _plain(value: object) -> str:

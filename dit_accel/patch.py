@@ -153,7 +153,7 @@ def _prepare(
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    shapes = {name: _heads(name, module) for name, module in chosen}
+    shapes = {name: heads_of(name, module) for name, module in chosen}
     context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:
@@ -164,7 +164,7 @@ def _prepare(
     return context, modules
 
 
-def _heads(name: str, module: Any) -> tuple[int, int]:
+def heads_of(name: str, module: Any) -> tuple[int, int]:
     """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
     heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
     projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)

@@ -49,7 +49,9 @@ ARROWS: dict[str, set[str]] = {
         "spec",
     },
     "layers": {"kernels.dispatch", "patch", "plan", "processor", "spec"},
-    "adapter": {"context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
+    "wan_names": {"patch"},
+    "importers": {"errors", "patch", "pipelines", "presets", "spec", "wan_names"},
+    "adapter": {"context", "errors", "files", "importers", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
     "method_text": {"presets", "spec"},
     "report": set(),
     "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
@@ -57,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor"}
+DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor", "wan_names"}
 
 
 def package_files() -> dict[str, Path]:
