@@ -122,7 +122,7 @@ def gradient_rows(
             length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
         )  # fmt: skip
     grad = sweep_rows(
-        grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + b * tokens, text_start,
+        grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens, text_start,
         text_start + text, factor, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     if EXTRA:
@@ -175,7 +175,7 @@ def gradient_dense_rows(
         tile(dout + b * g_b + h * g_h, row + first, g_n, valid, D, DP),
         tl.load(lse + bh * tokens + first + row, mask=valid, other=0.0) * LOG2E,
         tl.load(delta + bh * tokens + first + row, mask=valid, other=0.0),
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + b * tokens,
+        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens,
         begin, tl.minimum(begin + chunk, tokens), scale * LOG2E, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     put(part + (split * tl.num_programs(1) + bh) * rows * D, row, D, valid, grad * scale, D, DP)
@@ -313,7 +313,7 @@ def gradient_shared_keys(
     key = tile(k + b * k_b + h * k_h, at + first, k_n, valid, D, DP)
     value = tile(v + b * v_b + h * v_h, at + first, v_n, valid, D, DP)
     start = begin + tl.program_id(2) * chunk
-    shift = key_bias if key_bias is None else tl.load(key_bias + b * tokens + first + at, mask=valid, other=0.0)
+    shift = key_bias if key_bias is None else tl.load(key_bias + bh * tokens + first + at, mask=valid, other=0.0)
     grad_k, grad_v = sweep_columns(
         tl.zeros([BK, DP], tl.float32), tl.zeros([BK, DP], tl.float32), key, value, shift, valid, q + b * q_b + h * q_h,
         dout + b * g_b + h * g_h, lse + bh * tokens, delta + bh * tokens, q_n, g_n, start, tl.minimum(start + chunk, begin + rows),

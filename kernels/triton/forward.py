@@ -75,7 +75,7 @@ def attend_rows(
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
     k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts) and total `[BH, D]`: means over the image's keys;
-    key_bias `[B, N]` in log2, 0 for the image's keys, or None.
+    key_bias `[BH, N]` in log2, 0 for the image's keys, or None.
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -108,7 +108,7 @@ def attend_rows(
             coords, windows, length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, False, MAP, STAGES, PRECISION,
         )  # fmt: skip
     acc, top, mass = sweep(
-        acc, top, mass, queries, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + b * tokens, text_start,
+        acc, top, mass, queries, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens, text_start,
         text_start + text, factor, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     if EXTRA:
@@ -186,7 +186,7 @@ def dense_rows(
     begin = tl.program_id(2) * chunk
     acc, top, mass = sweep(
         tl.zeros([BQ, DP], tl.float32), tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32), queries,
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + b * tokens,
+        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens,
         begin, tl.minimum(begin + chunk, tokens), scale * LOG2E, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     at = (split * tl.num_programs(1) + bh) * rows

@@ -75,9 +75,10 @@ class Call:
         self.bh, self.image = self.batch * self.heads, self.tokens - a.text
         self.text_start, self.image_start = (0, a.text) if a.text_first else (self.image, 0)
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
-        self.key_bias: Tensor | None = None  # [B, N] in log2
+        self.key_bias: Tensor | None = None  # [BH, N] in log2; by head, because a sample's number costs registers
         if a.text_bias is not None:
-            self.key_bias = F.pad(a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - a.text))
+            of_all = F.pad(a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - a.text))
+            self.key_bias = of_all.repeat_interleave(self.heads, 0)
         method = Method(*a.method)
         self.q_width, self.k_width, self.residual = method.q_width, method.k_width, bool(method.residual)
         self.pooled, self.linear = (method.rest == RESTS.index(name) for name in ("pooled", "linear"))

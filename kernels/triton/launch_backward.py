@@ -199,7 +199,7 @@ def _dense_gradient(call: Call, pull: dict[str, Any], dq: Tensor) -> None:
 def _shared(
     call: Call, pull: dict[str, Any], k: Tensor, v: Tensor, key_bias: Tensor | None, first: int, keys: int, begin: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see, under a bias `[B, N]` or none."""
+    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see, under a bias `[BH, N]` or none."""
     tile = call.tile("gradient_shared")
     tiles = up(keys, tile.keys)
     splits, chunk = call.splits(tiles, rows, tile.queries)
