@@ -190,6 +190,7 @@ def test_compiles_without_a_break(spec: AttentionSpec, biased: bool) -> None:
     layout, bias = shape.layout, shape.text_bias() if biased else None
     run(shape.inputs(), spec, layout)  # the plan is made outside of the graph, as a model's hook does
     plan, params = make_plan(spec, layout, torch.device("cpu")), random_parameters(spec, shape)
+    torch.compiler.reset()  # one function for every spec: compiled again too often, it would be given up
     compiled = torch.compile(
         lambda q, k, v, bias: attend(q, k, v, spec, layout, plan, params(), None, "auto", text_bias=bias),
         backend="aot_eager",
