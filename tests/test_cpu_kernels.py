@@ -50,15 +50,19 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
-def run(qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None) -> tuple[Tensor, Tensor]:
-    return attention(*qkv, spec, layout, params=params, backend="cpu", return_lse=True)
+def run(
+    qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None, text_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return attention(*qkv, spec, layout, params=params, text_bias=text_bias, backend="cpu", return_lse=True)
 
 
-def assert_equals_oracle(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+def assert_equals_oracle(
+    spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32, text_bias: Tensor | None = None
+) -> None:  # fmt: skip
     qkv, params = shape.inputs(dtype), random_parameters(spec, shape)
-    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, dtype))
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, text_bias=text_bias, dtype=d) for d in (torch.float64, dtype))
     with torch.no_grad():
-        got = run(qkv, spec, shape.layout, params)
+        got = run(qkv, spec, shape.layout, params, text_bias)
     assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
     assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
 
@@ -82,6 +86,32 @@ def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["fovea", "fovea-radius", "sla", "clear", "gna"])
 def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, 16, grid, text, text != 77), dtype)
+
+
+@every_target
+@every_dtype
+@pytest.mark.parametrize("head_dim", [8, 40, 72])
+@pytest.mark.parametrize(
+    ("text", "masked"), [(1, False), (5, False), (77, False), (130, False), (77, True)], ids=["1", "5", "77", "130", "all-masked"]
+)
+@pytest.mark.parametrize("name", ["fovea", "sla", "clear", "clear-downsample", "gna"])
+def test_every_bias_of_the_texts_keys(name: str, text: int, masked: bool, head_dim: int, dtype: torch.dtype) -> None:
+    """`test_operator.py` has the gradients: there is one code for them."""
+    shape = Shape(2, 2, head_dim, (1, 9, 14), text, text != 77)
+    assert_equals_oracle(SPECS[name], shape, dtype, shape.text_bias(masked=masked))
+
+
+@every_target
+@every_dtype
+@every_spec
+def test_one_large_bias_decides(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    """A text key far above all others is all that any query sees: the largest logit is found among the text's too."""
+    shape = Shape(1, 2, 16, (1, 7, 9), 20)
+    qkv, bias = shape.inputs(dtype), torch.full((1, 20), -torch.inf)
+    bias[0, 13] = 1e4
+    exact, eager = (oracle(*qkv, spec, shape.layout, text_bias=bias, dtype=d)[0].detach() for d in (torch.float64, dtype))
+    assert_close_as_eager(run(qkv, spec, shape.layout, text_bias=bias)[0], exact, eager)
+    torch.testing.assert_close(exact[:, :, :20], qkv[2].double()[:, :, 13:14].expand(-1, -1, 20, -1))
 
 
 @every_spec
@@ -137,8 +167,9 @@ def test_selection_equals_the_reference() -> None:
     assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @every_spec
-def test_obeys_the_rules_of_operators(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     shape, real = Shape(1, 2, 8, (1, 7, 9), 3), ops.attention
 
@@ -147,22 +178,26 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, monkeypatch: pytest.M
         return real(*args)
 
     monkeypatch.setattr(ops, "attention", record)
-    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape))
+    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in calls[0])
     torch.library.opcheck(real, given)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @every_spec
-def test_compiles_without_a_break(spec: AttentionSpec) -> None:
+def test_compiles_without_a_break(spec: AttentionSpec, biased: bool) -> None:
     shape = Shape(1, 2, 8, (1, 7, 9), 3)
-    layout = shape.layout
+    layout, bias = shape.layout, shape.text_bias() if biased else None
     run(shape.inputs(), spec, layout)  # the plan is made outside of the graph, as a model's hook does
     plan, params = make_plan(spec, layout, torch.device("cpu")), random_parameters(spec, shape)
+    torch.compiler.reset()  # one function for every spec: compiled again too often, it would be given up
     compiled = torch.compile(
-        lambda q, k, v: attend(q, k, v, spec, layout, plan, params(), None, "auto"), backend="aot_eager", fullgraph=True
+        lambda q, k, v, bias: attend(q, k, v, spec, layout, plan, params(), None, "auto", text_bias=bias),
+        backend="aot_eager",
+        fullgraph=True,
     )
     qkv, again = shape.inputs(grad=True), shape.inputs(grad=True)
-    out, wanted = compiled(*qkv)[0], run(again, spec, layout, params)[0]
+    out, wanted = compiled(*qkv, bias)[0], run(again, spec, layout, params, bias)[0]
     torch.testing.assert_close(out, wanted, rtol=0, atol=0)
     out.square().sum().backward()
     wanted.square().sum().backward()

@@ -149,6 +149,112 @@ def test_gradcheck(spec: AttentionSpec) -> None:
     assert torch.autograd.gradcheck(lambda *x: run(list(x[:3]), spec, shape.layout, params), learned, fast_mode=True)
 
 
+def biased(shape: Shape, spec: AttentionSpec, bias: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Output, lse and gradients under a bias of the text's keys: ours in `dtype`, and the oracle's."""
+    params = random_parameters(spec, shape).to(dtype)
+
+    def ours(qkv: list[Tensor], params: AttentionParameters) -> tuple[Tensor, Tensor]:
+        return run(qkv, spec, shape.layout, params, text_bias=bias)
+
+    def dense(qkv: list[Tensor], params: AttentionParameters) -> tuple[Tensor, Tensor]:
+        return oracle(*qkv, spec, shape.layout, params, text_bias=bias, dtype=dtype)
+
+    found = []
+    for function in (ours, dense):
+        out, lse = function(shape.inputs(dtype), params)
+        found.append({"out": out.detach(), "lse": lse.detach(), "gradients": flat(gradients(function, spec, shape, dtype))})
+    return found[0], found[1]
+
+
+BIASED = {
+    "two-masks-text-first": (Shape(2, 2, 24, (1, 11, 14), 5), False),
+    "two-masks-text-last": (Shape(2, 1, 8, (3, 5, 9), 70, False), False),
+    "all-masked": (Shape(1, 2, 16, (1, 7, 9), 33), True),
+}
+every_bias = pytest.mark.parametrize(("shape", "masked"), BIASED.values(), ids=BIASED)
+
+
+@every_implementation
+@every_bias
+@every_spec
+def test_a_bias_of_the_texts_keys(spec: AttentionSpec, shape: Shape, masked: bool) -> None:
+    bias = shape.text_bias(masked=masked)
+    got, eager = biased(shape, spec, bias, torch.float32)
+    _, exact = biased(shape, spec, bias, torch.float64)
+    for name in got:
+        assert_close_as_eager(got[name], exact[name], eager[name], name)
+
+
+@every_bias
+@every_spec
+def test_a_bias_of_the_texts_keys_in_float64(spec: AttentionSpec, shape: Shape, masked: bool) -> None:
+    got, wanted = biased(shape, spec, shape.text_bias(masked=masked), torch.float64)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@every_implementation
+@every_method
+def test_masked_text_might_as_well_be_absent(name: str) -> None:
+    """With all text masked the image's rows are those of a call without text."""
+    shape, spec = Shape(1, 2, 16, (1, 7, 9), 33), SPECS[name]
+    qkv, alone = shape.inputs(), dataclasses.replace(shape, text=0)
+    exact, eager = (
+        oracle(*(x[:, :, shape.text :] for x in qkv), spec, alone.layout, dtype=d)[0].detach() for d in (torch.float64, torch.float32)
+    )
+    out, _ = run(qkv, spec, shape.layout, text_bias=shape.text_bias(masked=True))
+    assert_close_as_eager(out[:, :, shape.text :], exact, eager)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_spec
+def test_masked_keys_change_no_bit(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    shape = BIASED["two-masks-text-first"][0]
+    bias = shape.text_bias()
+    first, second = shape.inputs(dtype), shape.inputs(dtype)
+    for sample, gone in enumerate(bias == -torch.inf):
+        for x, other in zip(second[1:], (-50.0, 70.0), strict=True):
+            x[sample][:, : shape.text][:, gone] = other
+    found = []
+    for qkv in (first, second):
+        leaves = [x.requires_grad_() for x in qkv]
+        out, lse = run(leaves, spec, shape.layout, text_bias=bias)
+        (out.float().square().sum() + lse.sin().sum()).backward()
+        found.append([out.detach(), lse.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    for grad in found[0][3:]:
+        assert not grad[:, :, : shape.text].transpose(1, 2)[bias == -torch.inf].any()
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@every_method
+def test_a_bias_of_any_floating_dtype(name: str, dtype: torch.dtype) -> None:
+    bias, qkv = RAGGED.text_bias().to(dtype), RAGGED.inputs()
+    lowest = bias.clamp_min(torch.finfo(dtype).min)  # masks as -inf does
+    found = [run(qkv, SPECS[name], RAGGED.layout, text_bias=x) for x in (bias.float(), bias, lowest)]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
+
+
+def test_an_empty_bias_is_none() -> None:
+    shape, spec = Shape(1, 2, 8, (1, 9, 10)), SPECS["clear"]
+    got = run(shape.inputs(), spec, shape.layout, text_bias=torch.zeros(1, 0))
+    torch.testing.assert_close(got, run(shape.inputs(), spec, shape.layout), rtol=0, atol=0)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@every_spec
+def test_low_precision_under_a_bias(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    shape = BIASED["two-masks-text-first"][0]
+    qkv, params, bias = shape.inputs(dtype), random_parameters(spec, shape).requires_grad_(False), shape.text_bias()
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, text_bias=bias, dtype=d) for d in (torch.float64, dtype))
+    out, lse = run(qkv, spec, shape.layout, params, text_bias=bias)
+    assert_close_as_eager(out, exact[0], eager[0])
+    assert_close_as_eager(lse, exact[1], eager[1], "lse")
+
+
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @every_spec
@@ -290,6 +396,12 @@ GOOD = {"query": Q, "key": Q, "value": Q, "spec": SLA(0.1), "layout": TokenLayou
         pytest.param({"params": SLA(0.1).make_parameters(heads=2, head_dim=16)}, "(16, 16)", id="parameters-of-another-head-dim"),
         pytest.param({"spec": Fovea(), "params": Fovea().make_parameters(heads=3, head_dim=8)}, "(3,)", id="parameters-of-other-heads"),
         pytest.param({"params": AttentionParameters()}, "proj.weight", id="parameters-missing"),
+        pytest.param({"text_bias": torch.zeros(1, 3)}, "here (1, 4), got (1, 3)", id="bias-shorter"),
+        pytest.param({"text_bias": torch.zeros(2, 4)}, "here (1, 4), got (2, 4)", id="bias-of-another-batch"),
+        pytest.param({"text_bias": torch.zeros(4)}, "here (1, 4), got (4,)", id="bias-of-one-dimension"),
+        pytest.param({"text_bias": torch.ones(1, 4, dtype=torch.bool)}, "got torch.bool on cpu", id="boolean-bias"),
+        pytest.param({"text_bias": torch.zeros(1, 4, device="meta")}, "got torch.float32 on meta", id="bias-elsewhere"),
+        pytest.param({"text_bias": torch.zeros(1, 4, requires_grad=True)}, "does not require grad", id="bias-with-gradient"),
     ],
 )
 def test_refuses(change: dict[str, Any], shown: str) -> None:

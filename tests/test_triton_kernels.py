@@ -40,24 +40,31 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
-def run(qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None) -> tuple[Tensor, Tensor]:
+def run(
+    qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None, text_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     moved = [x.to(DEVICE) for x in qkv]
-    out, lse = attention(*moved, spec, layout, params=None if params is None else params.to(DEVICE), backend="triton", return_lse=True)
+    params, text_bias = (None if x is None else x.to(DEVICE) for x in (params, text_bias))
+    out, lse = attention(*moved, spec, layout, params=params, text_bias=text_bias, backend="triton", return_lse=True)
     return out.cpu(), lse.cpu()
 
 
-def assert_equals_oracle(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+def assert_equals_oracle(
+    spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32, text_bias: Tensor | None = None
+) -> None:  # fmt: skip
     qkv, params = shape.inputs(dtype), random_parameters(spec, shape)
-    exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, dtype))
+    exact, eager = (oracle(*qkv, spec, shape.layout, params, text_bias=text_bias, dtype=d) for d in (torch.float64, dtype))
     with torch.no_grad():
-        got = run(qkv, spec, shape.layout, params)
+        got = run(qkv, spec, shape.layout, params, text_bias)
     assert got[0].dtype == dtype
     assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
     assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
 
 
-def own_gradients(spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params.float()), spec, shape, dtype)
+def own_gradients(
+    spec: AttentionSpec, shape: Shape, dtype: torch.dtype = torch.float32, text_bias: Tensor | None = None
+) -> dict[str, Tensor]:
+    return gradients(lambda qkv, params: run(qkv, spec, shape.layout, params.float(), text_bias), spec, shape, dtype)
 
 
 @every_dtype
@@ -110,6 +117,46 @@ def test_gradients_at_odd_shapes(name: str, shape: Shape) -> None:
         for d in (torch.float64, torch.float32)
     )
     assert_close_as_eager(flat(own_gradients(spec, shape)), exact, eager, "gradients")
+
+
+TEXT_LAST = Shape(2, 2, 8, (2, 4, 5), 70, False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked", "dtype"),
+    [
+        *(pytest.param(Shape(2, 1, 24, (1, 5, 7), 5), False, dtype, id=f"two-masks-{dtype}") for dtype in DTYPES),
+        pytest.param(TEXT_LAST, False, torch.float32, id="text-last"),
+        pytest.param(Shape(1, 2, 16, (1, 6, 7), 70), True, torch.float32, id="all-masked"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fovea", "clear-downsample", "linear-mass"])
+def test_a_bias_of_the_texts_keys(name: str, shape: Shape, masked: bool, dtype: torch.dtype) -> None:
+    spec, bias = SPECS[name], shape.text_bias(masked=masked)
+    assert_equals_oracle(spec, shape, dtype, bias)
+    exact, eager = (
+        flat(gradients(lambda qkv, p, d=d: oracle(*qkv, spec, shape.layout, p, text_bias=bias, dtype=d), spec, shape, d))
+        for d in (torch.float64, dtype)
+    )
+    assert_close_as_eager(flat(own_gradients(spec, shape, dtype, bias)), exact, eager, "gradients")
+
+
+@every_dtype
+def test_masked_keys_change_no_bit(dtype: torch.dtype) -> None:
+    shape, bias, found = TEXT_LAST, TEXT_LAST.text_bias(), []
+    for other in (None, 50.0):
+        qkv = shape.inputs(dtype)
+        for sample, gone in enumerate(bias == -math.inf):
+            for x in qkv[1:]:
+                if other is not None:
+                    x[sample][:, shape.layout.image :][:, gone] = other
+        leaves = [x.requires_grad_() for x in qkv]
+        out, lse = run(leaves, SPECS["fovea"], shape.layout, text_bias=bias)
+        (out.float().square().sum() + lse.sin().sum()).backward()
+        found.append([out.detach(), lse.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    for grad in found[0][3:]:
+        assert not grad[:, :, shape.layout.image :].transpose(1, 2)[bias == -math.inf].any()
 
 
 @pytest.mark.parametrize("spec", [Fovea(1.0), Fovea(radius=40), CLEAR(40), SLA(1.0), GNA(99)], ids=str)
@@ -226,7 +273,7 @@ def test_nothing_waits_for_the_device(spec: AttentionSpec, monkeypatch: pytest.M
     arguments: list[Any] = []
     real = launch.attend
     monkeypatch.setattr(launch, "attend", lambda a, machine, run=launch.execute: (arguments.append(a), real(a, machine, run))[1])
-    run(SMALL.inputs(), spec, SMALL.layout, random_parameters(spec, SMALL))
+    run(SMALL.inputs(), spec, SMALL.layout, random_parameters(spec, SMALL), SMALL.text_bias())
     count = 0
 
     def tally(one: launch.Launch) -> None:
@@ -240,12 +287,14 @@ def test_nothing_waits_for_the_device(spec: AttentionSpec, monkeypatch: pytest.M
         assert count >= 6
 
 
-@every_spec
-def test_obeys_the_rules_of_operators(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spec", "biased"), [*((spec, False) for spec in SPECS.values()), (SPECS["fovea"], True)], ids=[*SPECS, "fovea-biased"]
+)
+def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Any, ...]] = []
     shape, real = Shape(1, 1, 8, (1, 4, 5), 3), ops.attention
     monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
-    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape))
+    run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in found[0])
     torch.library.opcheck(real, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 

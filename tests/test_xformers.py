@@ -90,6 +90,16 @@ def test_auto_takes_it_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert dispatch.choose("auto", CUDA, torch.float16, 64, gradient=True)[0] == "reference"
 
 
+def test_a_bias_is_refused_by_name_and_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers_rows, "INSTALLED", True)
+    shape = Shape(1, 1, 16, (1, 4, 4), 2)
+    with pytest.raises(BackendError, match="xformers takes no bias of the text's keys"):
+        attention(*shape.inputs(), CLEAR(2), shape.layout, text_bias=shape.text_bias(), backend="xformers")
+    monkeypatch.setattr(dispatch, "TRITON", False)
+    assert dispatch.choose("auto", CUDA, torch.float16, 64)[0] == "xformers"
+    assert dispatch.choose("auto", CUDA, torch.float16, 64, text_bias=True)[0] == "reference"
+
+
 def test_a_gradient_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xformers_rows, "INSTALLED", True)
     shape = Shape(1, 1, 16, (1, 4, 4), 2)

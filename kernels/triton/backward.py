@@ -33,22 +33,25 @@ def deltas(out, dout, dlse, delta, o_b, o_h, o_n, g_b, g_h, g_n, heads, tokens, 
 
 
 @triton.jit
-def score_gradient(q, k, v, dout, lse2, delta, kept, factor, PRECISION: tl.constexpr):
-    """Weights and their logits' gradients `[Q, K]` of exact keys; 0 where not `kept`."""
+def score_gradient(q, k, v, dout, lse2, delta, shift, kept, factor, PRECISION: tl.constexpr):
+    """Weights and their logits' gradients `[Q, K]` of exact keys; 0 where not `kept`. `shift`: the keys' bias `[K]` in log2, or None."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    if shift is not None:
+        logits += shift[None, :]
     weights = tl.where(kept, tl.exp2(logits - lse2[:, None]), 0.0)
     return weights, weights * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
 
 
 @triton.jit
-def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, begin, end, factor, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, factor, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
                STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What the keys from `begin` to `end` add to the gradient of the queries, but for the scale."""
+    """What the keys from `begin` to `end`, under their `bias` or None, add to the gradient of the queries, but for the scale."""
     for at in tl.range(begin, end, BK, num_stages=STAGES):
         rows = at + tl.arange(0, BK)
         valid = rows < end
         key = tile(k, rows, k_n, valid, D, DP)
-        _, ds = score_gradient(q, key, tile(v, rows, v_n, valid, D, DP), dout, lse2, delta, valid[None, :], factor, PRECISION)
+        shift = bias if bias is None else tl.load(bias + rows, mask=valid, other=0.0)
+        _, ds = score_gradient(q, key, tile(v, rows, v_n, valid, D, DP), dout, lse2, delta, shift, valid[None, :], factor, PRECISION)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
     return dq
 
@@ -70,7 +73,7 @@ def visit_rows(
             kept &= kept_pairs(
                 coords, windows, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], WINDOWS
             )
-        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, D, DP), dout, lse2, delta, kept, factor, PRECISION)
+        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, D, DP), dout, lse2, delta, None, kept, factor, PRECISION)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
     return dq
 
@@ -79,7 +82,7 @@ def visit_rows(
 def gradient_rows(
     q, k, v, extra_k, extra_v, dout, lse, delta, more, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset,
+    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, key_bias,
     heads, tokens, image, image_start, text, text_start, extra, k_blocks, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
@@ -119,12 +122,13 @@ def gradient_rows(
             length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
         )  # fmt: skip
     grad = sweep_rows(
-        grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, text_start, text_start + text, factor, D, DP, BK, STAGES, PRECISION
-    )
+        grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens, text_start,
+        text_start + text, factor, D, DP, BK, STAGES, PRECISION,
+    )  # fmt: skip
     if EXTRA:
         grad = sweep_rows(
-            grad, queries, pull, lse2, mine, extra_k + bh * extra * D, extra_v + bh * extra * D, D, D, 0, extra, factor, D, DP, BK, STAGES,
-            PRECISION,
+            grad, queries, pull, lse2, mine, extra_k + bh * extra * D, extra_v + bh * extra * D, D, D, None, 0, extra, factor, D, DP, BK,
+            STAGES, PRECISION,
         )  # fmt: skip
     if POOLED:
         squares = scaled_squares(queries, scale)
@@ -153,7 +157,8 @@ def gradient_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_dense_rows(
-    q, k, v, dout, lse, delta, part, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, heads, rows, first, tokens, chunk, scale,
+    q, k, v, key_bias, dout, lse, delta, part, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    heads, rows, first, tokens, chunk, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of the query rows `first` to `first + rows` from one chunk of all keys: part `[splits, BH, rows, D]`.
@@ -170,24 +175,26 @@ def gradient_dense_rows(
         tile(dout + b * g_b + h * g_h, row + first, g_n, valid, D, DP),
         tl.load(lse + bh * tokens + first + row, mask=valid, other=0.0) * LOG2E,
         tl.load(delta + bh * tokens + first + row, mask=valid, other=0.0),
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, begin, tl.minimum(begin + chunk, tokens), scale * LOG2E,
-        D, DP, BK, STAGES, PRECISION,
+        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens,
+        begin, tl.minimum(begin + chunk, tokens), scale * LOG2E, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     put(part + (split * tl.num_programs(1) + bh) * rows * D, row, D, valid, grad * scale, D, DP)
 
 
 @triton.jit
-def column_gradient(key, value, q, dout, lse2, delta, kept, factor, PRECISION: tl.constexpr):
+def column_gradient(key, value, q, dout, lse2, delta, shift, kept, factor, PRECISION: tl.constexpr):
     """`score_gradient` with keys as rows: `[K, Q]`, ready to be multiplied from the left."""
     logits = tl.dot(key, tl.trans(q), input_precision=PRECISION) * factor
+    if shift is not None:
+        logits += shift[:, None]
     weights = tl.where(kept, tl.exp2(logits - lse2[None, :]), 0.0)
     return weights, weights * (tl.dot(value, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
 
 
 @triton.jit
-def sweep_columns(dk, dv, key, value, k_valid, q, dout, lse, delta, q_n, g_n, begin, end, factor, D: tl.constexpr, DP: tl.constexpr,
-                  BQ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What the queries from `begin` to `end` add to the gradients of keys (but for the scale) and values."""
+def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, g_n, begin, end, factor, D: tl.constexpr,
+                  DP: tl.constexpr, BQ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What the queries from `begin` to `end` add to the gradients of keys (but for the scale), whose bias is `shift`, and values."""
     for at in tl.range(begin, end, BQ, num_stages=STAGES):
         rows = at + tl.arange(0, BQ)
         valid = rows < end
@@ -196,7 +203,7 @@ def sweep_columns(dk, dv, key, value, k_valid, q, dout, lse, delta, q_n, g_n, be
         lse2 = tl.load(lse + rows, mask=valid, other=0.0) * LOG2E
         mine = tl.load(delta + rows, mask=valid, other=0.0)
         kept = k_valid[:, None] & valid[None, :]
-        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, kept, factor, PRECISION)
+        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, shift, kept, factor, PRECISION)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
@@ -220,7 +227,7 @@ def visit_columns(
         kept = k_valid[:, None] & valid[None, :]
         if MASKED:
             kept &= kept_pairs(coords, windows, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], WINDOWS)
-        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, kept, factor, PRECISION)
+        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, PRECISION)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
@@ -270,8 +277,8 @@ def gradient_columns(
             True, D, DP, BQ, SUB_Q, WINDOWS, STAGES, PRECISION,
         )  # fmt: skip
     grad_k, grad_v = sweep_columns(
-        grad_k, grad_v, key, value, valid, q_base, g_base, lse + bh * tokens, delta + bh * tokens, q_n, g_n, text_start, text_start + text,
-        factor, D, DP, BQ, STAGES, PRECISION,
+        grad_k, grad_v, key, value, None, valid, q_base, g_base, lse + bh * tokens, delta + bh * tokens, q_n, g_n, text_start,
+        text_start + text, factor, D, DP, BQ, STAGES, PRECISION,
     )  # fmt: skip
     grad_k *= scale
     if more_k is not None:
@@ -291,7 +298,7 @@ def gradient_columns(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_shared_keys(
-    q, k, v, dout, lse, delta, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    q, k, v, key_bias, dout, lse, delta, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     heads, keys, first, begin, rows, tokens, chunk, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -306,10 +313,11 @@ def gradient_shared_keys(
     key = tile(k + b * k_b + h * k_h, at + first, k_n, valid, D, DP)
     value = tile(v + b * v_b + h * v_h, at + first, v_n, valid, D, DP)
     start = begin + tl.program_id(2) * chunk
+    shift = key_bias if key_bias is None else tl.load(key_bias + bh * tokens + first + at, mask=valid, other=0.0)
     grad_k, grad_v = sweep_columns(
-        tl.zeros([BK, DP], tl.float32), tl.zeros([BK, DP], tl.float32), key, value, valid, q + b * q_b + h * q_h, dout + b * g_b + h * g_h,
-        lse + bh * tokens, delta + bh * tokens, q_n, g_n, start, tl.minimum(start + chunk, begin + rows), scale * LOG2E,
-        D, DP, BQ, STAGES, PRECISION,
+        tl.zeros([BK, DP], tl.float32), tl.zeros([BK, DP], tl.float32), key, value, shift, valid, q + b * q_b + h * q_h,
+        dout + b * g_b + h * g_h, lse + bh * tokens, delta + bh * tokens, q_n, g_n, start, tl.minimum(start + chunk, begin + rows),
+        scale * LOG2E, D, DP, BQ, STAGES, PRECISION,
     )  # fmt: skip
     place = (split * tl.num_programs(1) + bh) * keys * D
     put(dk + place, at, D, valid, grad_k * scale, D, DP)

@@ -18,13 +18,15 @@ from dit_accel.kernels.triton.primitives import (
 
 
 @triton.jit
-def sweep(acc, top, mass, q, k, v, k_n, v_n, begin, end, factor, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
           STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """All keys from `begin` to `end` join the softmax."""
+    """All keys from `begin` to `end` join the softmax; `bias`, a number per key or None, joins their logits."""
     for at in tl.range(begin, end, BK, num_stages=STAGES):
         rows = at + tl.arange(0, BK)
         valid = rows < end
         logits = tl.dot(q, tl.trans(tile(k, rows, k_n, valid, D, DP)), input_precision=PRECISION) * factor
+        if bias is not None:
+            logits += tl.load(bias + rows, mask=valid, other=0.0)[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
         acc, top, mass = absorb(acc, top, mass, logits, tile(v, rows, v_n, valid, D, DP), PRECISION)
     return acc, top, mass
@@ -62,7 +64,7 @@ def visit(
 def attend_rows(
     q, k, v, extra_k, extra_v, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, state_low, total, weight, weight_low, bias,
+    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, state_low, total, weight, weight_low, bias, key_bias,
     heads, tokens, image_start, text, text_start, extra, k_blocks, keys, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
@@ -72,7 +74,8 @@ def attend_rows(
     """One tile of a query block of one head; writes its output and lse (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
-    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts) and total `[BH, D]`: means over the image's keys.
+    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts) and total `[BH, D]`: means over the image's keys;
+    key_bias `[BH, N]` in log2, 0 for the image's keys, or None.
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -105,12 +108,13 @@ def attend_rows(
             coords, windows, length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, False, MAP, STAGES, PRECISION,
         )  # fmt: skip
     acc, top, mass = sweep(
-        acc, top, mass, queries, k_base, v_base, k_n, v_n, text_start, text_start + text, factor, D, DP, BK, STAGES, PRECISION
-    )
+        acc, top, mass, queries, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens, text_start,
+        text_start + text, factor, D, DP, BK, STAGES, PRECISION,
+    )  # fmt: skip
     if EXTRA:
         acc, top, mass = sweep(
-            acc, top, mass, queries, extra_k + bh * extra * D, extra_v + bh * extra * D, D, D, 0, extra, factor, D, DP, BK, STAGES,
-            PRECISION,
+            acc, top, mass, queries, extra_k + bh * extra * D, extra_v + bh * extra * D, D, D, None, 0, extra, factor, D, DP, BK,
+            STAGES, PRECISION,
         )  # fmt: skip
     if POOLED:
         squares = scaled_squares(queries, scale)
@@ -167,7 +171,7 @@ DP: tl.constexpr,
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_rows(
-    q, k, v, part, part_lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, heads, rows, first, tokens, chunk, scale,
+    q, k, v, key_bias, part, part_lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, heads, rows, first, tokens, chunk, scale,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Query rows `first` to `first + rows` over one chunk of all the keys: part `[splits, BH, rows, D]` and its lse, in log2.
@@ -182,8 +186,8 @@ def dense_rows(
     begin = tl.program_id(2) * chunk
     acc, top, mass = sweep(
         tl.zeros([BQ, DP], tl.float32), tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32), queries,
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, begin, tl.minimum(begin + chunk, tokens), scale * LOG2E,
-        D, DP, BK, STAGES, PRECISION,
+        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens,
+        begin, tl.minimum(begin + chunk, tokens), scale * LOG2E, D, DP, BK, STAGES, PRECISION,
     )  # fmt: skip
     at = (split * tl.num_programs(1) + bh) * rows
     put(part + at * D, row, D, valid, acc / mass[:, None], D, DP)

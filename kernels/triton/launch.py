@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import RESTS, Arguments, Method
 from dit_accel.kernels.triton import forward, summary
 from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
 
+LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
 
 
@@ -73,6 +75,10 @@ class Call:
         self.bh, self.image = self.batch * self.heads, self.tokens - a.text
         self.text_start, self.image_start = (0, a.text) if a.text_first else (self.image, 0)
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
+        self.key_bias: Tensor | None = None  # [BH, N] in log2; by head, because a sample's number costs registers
+        if a.text_bias is not None:
+            of_all = F.pad(a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - a.text))
+            self.key_bias = of_all.repeat_interleave(self.heads, 0)
         method = Method(*a.method)
         self.q_width, self.k_width, self.residual = method.q_width, method.k_width, bool(method.residual)
         self.pooled, self.linear = (method.rest == RESTS.index(name) for name in ("pooled", "linear"))
@@ -191,7 +197,7 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
         forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
         extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
         **call.pooled_arguments(rests), **halves("state", state, a.q.dtype), total=rests.total, **halves("weight", a.weight, a.q.dtype),
-        bias=a.bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
+        bias=a.bias, key_bias=call.key_bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
         extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, LINEAR=call.linear,
         RESIDUAL=call.residual,
     )  # fmt: skip
@@ -212,6 +218,7 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor, o: dict[str, int]) -> None
         "dense",
         (tiles, call.bh, splits),
         **call.rows("q", "k", "v"),
+        key_bias=call.key_bias,
         part=part,
         part_lse=part_lse,
         chunk=chunk,

@@ -42,11 +42,11 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     _columns(call, pull, rests, turned, linear, pooled, dk, dv)
     if a.text:
         _dense_gradient(call, pull, dq)
-        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.text_start, a.text, 0, call.tokens), strict=True):
+        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.key_bias, call.text_start, a.text, 0, call.tokens), strict=True):
             full[:, :, call.text_start : call.text_start + a.text] = part
     extra: tuple[Tensor | None, Tensor | None] = (None, None)
     if a.extra_k is not None and a.extra_v is not None:
-        extra = _shared(call, pull, a.extra_k, a.extra_v, 0, a.extra_k.shape[2], call.image_start, call.image)
+        extra = _shared(call, pull, a.extra_k, a.extra_v, None, 0, a.extra_k.shape[2], call.image_start, call.image)
     doffset = linear.doffset if call.linear else pooled.doffset
     return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
 
@@ -139,9 +139,9 @@ def _rows(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, dq: Te
     call.start(
         backward.gradient_rows, "gradient_rows", (call.q_blocks * up(call.q_width, call.tile("gradient_rows").queries), call.bh),
         **call.rows("q", "k", "v"), extra_k=a.extra_k, extra_v=a.extra_v, **pull, more=linear.dq, dq=dq,
-        **call.listed(), full=a.full, **call.predicate(), **call.pooled_arguments(rests), tokens=call.tokens, image=call.image,
-        image_start=call.image_start, text=a.text, text_start=call.text_start, extra=0 if a.extra_k is None else a.extra_k.shape[2],
-        EXTRA=a.extra_k is not None,
+        **call.listed(), full=a.full, **call.predicate(), **call.pooled_arguments(rests), key_bias=call.key_bias,
+        tokens=call.tokens, image=call.image, image_start=call.image_start, text=a.text, text_start=call.text_start,
+        extra=0 if a.extra_k is None else a.extra_k.shape[2], EXTRA=a.extra_k is not None,
     )  # fmt: skip
 
 
@@ -190,23 +190,24 @@ def _dense_gradient(call: Call, pull: dict[str, Any], dq: Tensor) -> None:
     splits, chunk = call.splits(tiles, call.tokens, tile.keys)
     part = call.empty(splits, call.bh, a.text, call.channels)
     call.start(
-        backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows("q", "k", "v"), **pull, part=part,
-        rows=a.text,
-        first=call.text_start, tokens=call.tokens, chunk=chunk,
+        backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows("q", "k", "v"),
+        key_bias=call.key_bias, **pull, part=part, rows=a.text, first=call.text_start, tokens=call.tokens, chunk=chunk,
     )  # fmt: skip
     dq[:, :, call.text_start : call.text_start + a.text] = part.sum(0).view(call.batch, call.heads, a.text, call.channels)
 
 
-def _shared(call: Call, pull: dict[str, Any], k: Tensor, v: Tensor, first: int, keys: int, begin: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see."""
+def _shared(
+    call: Call, pull: dict[str, Any], k: Tensor, v: Tensor, key_bias: Tensor | None, first: int, keys: int, begin: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see, under a bias `[BH, N]` or none."""
     tile = call.tile("gradient_shared")
     tiles = up(keys, tile.keys)
     splits, chunk = call.splits(tiles, rows, tile.queries)
     parts = [call.empty(splits, call.bh, keys, call.channels) for _ in range(2)]
     call.start(
         backward.gradient_shared_keys, "gradient_shared", (tiles, call.bh, splits), **call.rows("q"), k=k, v=v, **strides("k", k),
-        **strides("v", v), **pull, dk=parts[0], dv=parts[1], keys=keys, first=first, begin=begin, rows=rows, tokens=call.tokens,
-        chunk=chunk,
+        **strides("v", v), key_bias=key_bias, **pull, dk=parts[0], dv=parts[1], keys=keys, first=first, begin=begin, rows=rows,
+        tokens=call.tokens, chunk=chunk,
     )  # fmt: skip
     dk, dv = (part.sum(0).view(call.batch, call.heads, keys, call.channels) for part in parts)
     return dk, dv
