@@ -30,7 +30,8 @@ ADAPTER = "dit_accel"  # name of the LoRA that distillation trains
 # what distillation trains of an attention module, where it is there
 PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj", "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
+    "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj",
+    "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every family through its real pipeline: a tiny random transformer, two steps, sizes that no block divides."""
+"""Every family through its real pipeline or a loop of steps: a tiny random transformer, two steps, sizes that no block divides."""
 
 import functools
 import importlib
@@ -18,9 +18,9 @@ import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, pipelines
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.patch import patches_of
-from dit_accel.pipelines import FAMILIES, LINEAR
+from dit_accel.pipelines import FAMILIES, UNSUPPORTED, family_of
 
-for part in ("tiny_image", "tiny_video"):
+for part in ("tiny_image", "tiny_video", "tiny_transformers"):
     importlib.import_module(part)
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name in BUILDERS if name != "sana"]
@@ -35,7 +35,7 @@ every_family = pytest.mark.parametrize("name", NAMES)
 
 
 class Tiny:
-    """A pipeline of one family and the way to run it."""
+    """A pipeline of one family, or a loop in its place, and the way to run it."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
@@ -142,6 +142,18 @@ def test_every_class_is_one_of_diffusers() -> None:
     assert missing == []
 
 
+def test_every_transformer_of_diffusers_has_a_family_or_a_reason_to_have_none() -> None:
+    import diffusers
+
+    known = {name for family in FAMILIES for name in family.classes} | UNSUPPORTED.keys()
+    named = [name for name in dir(diffusers) if re.search("Transformer|DiT", name) and "ControlNet" not in name]
+    models = [cls for name in named if isinstance(cls := getattr(diffusers, name), type) and issubclass(cls, diffusers.ModelMixin)]
+    assert len(models) > 60
+    assert [cls.__name__ for cls in models if not known & {base.__name__ for base in cls.__mro__}] == []
+    assert not UNSUPPORTED.keys() & {name for family in FAMILIES for name in family.classes}
+    assert [name for name in UNSUPPORTED if not hasattr(diffusers, name)] == []
+
+
 def test_a_class_has_one_family() -> None:
     names = [name for family in FAMILIES for name in family.classes]
     assert len(names) == len(set(names))
@@ -160,8 +172,29 @@ def test_the_sample_adds_a_family() -> None:
     assert len(lines) < 40
 
 
+@every_family
+def test_no_other_attention_is_touched(tiny: Tiny) -> None:
+    dit_accel.accelerate(tiny.pipe, SPARSE["clear"])
+    other = re.compile(r"cross|refiner|embedder|text_|txt_|audio|face_adapter|image_cond|perceiver|attn2")
+    for transformer in tiny.transformers:
+        family: Any = family_of(transformer)
+        touched = [name.removesuffix(".dit_accel") for name, _ in transformer.named_modules() if name.endswith(".dit_accel")]
+        assert touched
+        assert [name for name in touched if other.search(name) and family.name != "sd3"] == []
+        assert [name for name in touched if hasattr(transformer.get_submodule(name).processor, "_dit_accel_base")] == touched
+
+
+def test_a_class_that_has_no_family_is_refused_with_the_reason() -> None:
+    from diffusers import AnyFlowFARTransformer3DModel
+
+    transformer = AnyFlowFARTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+                                               freq_dim=8, ffn_dim=8, num_layers=1)  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="AnyFlowFARTransformer3DModel's self-attention is causal"):
+        dit_accel.accelerate(transformer)
+
+
 def test_linear_attention_is_left_alone() -> None:
     tiny = Tiny("sana")
-    assert type(tiny.pipe.transformer).__name__ in LINEAR
+    assert type(tiny.pipe.transformer).__name__ in UNSUPPORTED
     with pytest.raises(UnsupportedModelError, match="SanaTransformer2DModel's self-attention is linear already"):
         dit_accel.accelerate(tiny.pipe)
