@@ -20,7 +20,7 @@ from dit_accel.errors import UnsupportedModelError
 from dit_accel.patch import patches_of
 from dit_accel.pipelines import FAMILIES, UNSUPPORTED, family_of
 
-for part in ("tiny_image", "tiny_video", "tiny_transformers"):
+for part in ("tiny_image", "tiny_video", "tiny_transformers", "tiny_pipelines"):
     importlib.import_module(part)
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name in BUILDERS if name != "sana"]
