@@ -170,7 +170,7 @@ def _prepare(
 
 def _heads(name: str, module: Any) -> tuple[int, int]:
     """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
-    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    heads = next((n for name in ("heads", "num_heads", "num_attention_heads") if (n := getattr(module, name, None))), None)
     projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
     width = getattr(module, "inner_dim", None) or getattr(projection, "out_features", None)
     head_dim = width // heads if isinstance(width, int) and isinstance(heads, int) else getattr(module, "head_dim", None)

@@ -1,5 +1,7 @@
 """The families of diffusers: which modules are image or video self-attention, where the grid comes from, where the text stands."""
 
+import math
+
 from dit_accel.pipelines import grids
 from dit_accel.pipelines.family import Arguments, Family
 
@@ -20,6 +22,11 @@ def no_text(arguments: Arguments) -> int:
 def text_bth(arguments: Arguments) -> int:
     """Text tokens under ERNIE-Image's name."""
     return int(arguments["text_bth"].shape[1])
+
+
+def no_vision(arguments: Arguments) -> int:
+    """All tokens of a packed sequence but those of images and videos."""
+    return int(arguments["sequence_length"]) - sum(math.prod(shape) for shape in arguments["vision_token_shapes"])
 
 
 CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -131,11 +138,17 @@ NUCLEUS = Family(
     "nucleus", ("NucleusMoEImageTransformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_image_shapes, text_first=False,
     text=text_states, keys_only=True, mask="keys",
 )  # fmt: skip
+# text whose own attention is causal, then the video, then sound or actions
+COSMOS3 = Family(
+    "cosmos3", ("Cosmos3OmniTransformer",), r"layers\.\d+\.self_attn", grids.of_vision_tokens, text_first=False, text=no_vision,
+    history=grids.text_of_packed, keys_only=True, timestep="vision_timesteps", latents="vision_tokens",
+)  # fmt: skip
 
 FAMILIES: list[Family] = [
     FLUX, FLUX2, CHROMA, FLUX_LIKE, KREA2, QWEN_IMAGE, Z_IMAGE, SD3, AURAFLOW, PIXART, HUNYUAN_DIT, LUMINA2, COGVIEW, HIDREAM,
     HUNYUAN, HUNYUAN15, WAN, COGVIDEOX, LTX, MOCHI, COSMOS, EASYANIMATE, LATTE, KANDINSKY5, KANDINSKY6, ERNIE_IMAGE, MOTIF_VIDEO,
     GLM_IMAGE, HELIOS, ANYFLOW, LUMINA, JOY_IMAGE, JOY_IMAGE_PLUS, FIBO, FIBO2, FRAMEPACK, FLUX3, PRX, NUCLEUS,
+    COSMOS3,
 ]  # fmt: skip
 
 LINEAR = "self-attention is linear already: there is nothing to accelerate"
@@ -151,7 +164,6 @@ UNSUPPORTED: dict[str, str] = {
     "QwenImage21Transformer2DModel": "self-attention is causal from block to block of its packed sequence",
     "OmniGenTransformer2DModel": "self-attention has a mask of its own between text, time and each image",
     "Ideogram4Transformer2DModel": "self-attention has a mask over the segments of its packed sequence",
-    "Cosmos3OmniTransformer": "sequence packs text, images and sound, and its text attends causally",
     "MiniMaxH3Transformer3DModel": "sequence packs text, video and audio in any order",
     "WanAnimate2Transformer3DModel": "self-attention has a block mask of its own, over cached keys of a reference",
     "Kandinsky6SRTransformer3DModel": "self-attention is sparse already, with blocks that the model itself chooses",

@@ -116,6 +116,11 @@ def of_image_ids(arguments: Arguments, transformer: Any) -> Grids | str:
     return from_ids(arguments["img_ids"])
 
 
+def of_vision_tokens(arguments: Arguments, transformer: Any) -> Grids:
+    """From `vision_token_shapes` of the images and videos that follow the text of a packed sequence."""
+    return tuple(tuple(shape) for shape in arguments["vision_token_shapes"])
+
+
 def of_condition_ids(arguments: Arguments, transformer: Any) -> Grids | str:
     """From `img_ids`, and `image_cond_ids` of further images."""
     grids: Grids = ()
@@ -138,6 +143,11 @@ def of_capacity(arguments: Arguments, transformer: Any) -> Grids | str:
     if arguments.get("img_sizes") is not None:
         return "patches that were made outside of the transformer"
     return of_latents(arguments, transformer)
+
+
+def text_of_packed(arguments: Arguments, transformer: Any) -> int:
+    """Tokens of the text in front of a packed sequence."""
+    return int(arguments["und_len"])
 
 
 def history_of_framepack(arguments: Arguments, transformer: Any) -> int:

@@ -40,6 +40,7 @@ PLACES: dict[str, tuple[int, Grids]] = {
     "prx": (12, [(1, 9, 14)]),
     "nucleus": (0, [(1, 9, 14)]),
     "kandinsky6": (0, [(3, 5, 7)]),
+    "cosmos3": (12, [(3, 5, 7)]),
 }
 
 
@@ -78,7 +79,7 @@ def test_a_disc_is_one_where_the_image_stands(name: str, monkeypatch: pytest.Mon
         out = original(self, query, key, value, scale, mask)
         place = (0, grids[:1]) if self.alone else (start, grids)
         pair = allowed(*place, key.shape[2])
-        rows = pair if query.shape[2] == key.shape[2] else pair[start : start + query.shape[2]]
+        rows = pair if query.shape[2] == key.shape[2] else pair[start : start + query.shape[2]]  # from the image on
         bias = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
         bias = bias + as_bias(mask, bias) if mask is not None else bias
         errors[self.name] = relative_error(out, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))

@@ -32,9 +32,22 @@ class Loop:
         for step in range(num_inference_steps):
             time = (step if self.rising else num_inference_steps - step) / num_inference_steps
             timestep = torch.full((len(hidden_states), self.frames) if self.frames else (len(hidden_states),), time)
-            out = self.transformer(hidden_states=hidden_states, timestep=timestep, return_dict=False, **arguments)[0]
-            hidden_states = hidden_states - out / num_inference_steps
+            hidden_states = hidden_states - self.predict(hidden_states, timestep, arguments) / num_inference_steps
         return (hidden_states,)
+
+    def predict(self, latents: Tensor, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The transformer's output."""
+        out: Tensor = self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **arguments)[0]
+        return out
+
+
+class PackedLoop(Loop):
+    """A loop around a transformer that is told where in its sequence the tokens of each kind are."""
+
+    def predict(self, latents: Tensor, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
+        times = timestep.expand(len(arguments["vision_mse_loss_indexes"]))
+        out: Tensor = self.transformer(vision_tokens=latents, vision_timesteps=times, return_dict=False, **arguments)[0][0]
+        return out
 
 
 # fmt: off
@@ -121,6 +134,13 @@ describe(
     "kandinsky6", "Kandinsky6Transformer3DModel",
     in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, model_dim=24, ff_dim=32, num_text_blocks=1,
     num_visual_blocks=2, axes_dims=(4, 4, 4), visual_cond=False, in_audio_dim=4, out_audio_dim=4,
+)
+
+
+describe(
+    "cosmos3", "Cosmos3OmniTransformer",
+    head_dim=16, hidden_size=32, intermediate_size=32, latent_channel=4, patch_latent_dim=16, num_attention_heads=4,
+    num_hidden_layers=2, num_key_value_heads=2, vocab_size=16, rope_axes_dim=(4, 2, 2), sound_dim=4, sound_gen=True,
 )
 
 
@@ -276,4 +296,16 @@ def kandinsky6() -> Tiny:
     return Loop(make("kandinsky6")), {
         "hidden_states": emb(1, 3, 10, 14, 4), "encoder_hidden_states": emb(1, 12, 16), "pooled_projections": emb(1, 8),
         "audio_hidden_states": emb(1, 6, 4), "encoder_attention_mask": kept(1, 12, 4),
+    }
+
+
+@builder
+def cosmos3() -> Tiny:
+    text, video, sound = torch.arange(127).split([12, 105, 10])  # places in the sequence
+    return PackedLoop(make("cosmos3")), {
+        "hidden_states": emb(1, 4, 3, 10, 14), "input_ids": text % 16, "text_indexes": text, "und_len": 12, "sequence_length": 127,
+        "position_ids": torch.arange(127).expand(3, -1), "vision_token_shapes": [(3, 5, 7)], "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video, "vision_noisy_frame_indexes": [torch.arange(3)], "sound_tokens": [emb(4, 10)],
+        "sound_token_shapes": [(10, 1, 1)], "sound_sequence_indexes": sound, "sound_mse_loss_indexes": sound,
+        "sound_timesteps": torch.ones(10), "sound_noisy_frame_indexes": [torch.arange(10)],
     }
