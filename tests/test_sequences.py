@@ -138,3 +138,50 @@ def test_rows_padded_behind_the_images_run_the_original() -> None:
     with pytest.warns(UserWarning, match="original attention for calls with padding behind the images"):
         got = loop(generator=None, num_inference_steps=1, **call)[0]
     assert torch.equal(got, wanted)
+
+
+ROLLED_OR_SHORT = pytest.mark.parametrize("name", ["framepack", "prx", "nucleus", "cosmos3", "flux3_with_reference"])
+
+
+def gradients(loop: Any, call: dict[str, Any]) -> dict[str, Tensor]:
+    """Of every parameter of the transformer, after one step."""
+    arguments = {k: x for k, x in call.items() if k != "hidden_states"}
+    loop.predict(call["hidden_states"], torch.ones(len(call["hidden_states"])), arguments).square().sum().backward()
+    return {name: p.grad for name, p in loop.transformer.named_parameters() if p.grad is not None}
+
+
+@ROLLED_OR_SHORT
+def test_keeping_everything_has_the_original_gradients(name: str) -> None:
+    loop, call = build(name)
+    wanted = gradients(loop, call)
+    loop, call = build(name)
+    dit_accel.accelerate(loop.transformer, AttentionSpec((Disc(1000.0),), order=Raster(), block=(16, 16)), strict=True)
+    got = gradients(loop, call)
+    assert got.keys() == wanted.keys()
+    assert any(g.any() for g in wanted.values())
+    assert relative_error(*(torch.cat([g.flatten() for g in both.values()]) for both in (got, wanted))) < 1e-5
+
+
+@ROLLED_OR_SHORT
+def test_it_compiles_to_one_graph(name: str) -> None:
+    loop, call = build(name)
+    dit_accel.accelerate(loop.transformer, DISC, strict=True)
+    wanted = loop(generator=None, num_inference_steps=1, **call)[0]  # sizes are read outside of a graph
+    loop.transformer = torch.compile(loop.transformer, backend="eager", fullgraph=True)
+    got = loop(generator=None, num_inference_steps=1, **call)[0]
+    torch.compiler.reset()
+    assert relative_error(got, wanted) < 1e-6
+
+
+def test_guidance_leaves_no_trace_of_another_history() -> None:
+    """Two texts of unlike lengths in turns, as packed prompts are."""
+    loop, call = build("cosmos3")
+    text, video, sound = torch.arange(125).split([10, 105, 10])
+    other = call | {"input_ids": text % 16, "text_indexes": text, "und_len": 10, "sequence_length": 125, "vision_sequence_indexes": video,
+                    "position_ids": torch.arange(125).expand(3, -1), "vision_mse_loss_indexes": video, "sound_sequence_indexes": sound,
+                    "sound_mse_loss_indexes": sound}  # fmt: skip
+    dit_accel.accelerate(loop.transformer, DISC, strict=True)
+    alone = [loop(generator=None, **c)[0] for c in (call, call, other, other)]
+    turns = [loop(generator=None, **c)[0] for c in (call, other, call, other)]
+    assert all(torch.equal(turns[n], alone[m]) for n, m in ((0, 0), (1, 2), (2, 1), (3, 3)))
+    assert not torch.equal(alone[0], alone[2])
