@@ -52,7 +52,7 @@ class Context:
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
     student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
     weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `grids`: of the images
-    in its sequence, or None where they are not known. `image`, `drawn`: tokens of all of them, and of the first. `text`: how many other
+    in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other
     tokens there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind.
     `layout`, `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
@@ -72,13 +72,13 @@ class Context:
         self.active = False
         self.permuted = False
         self.grids: Grids | None = None
-        self.image = self.drawn = self.history = 0
+        self.image = self.history = 0
         self.text: int | None = None
         self.layout: TokenLayout | None = None
         self.plan: Plan | None = None
         self.crossover: Crossover | None = None
         self._device = torch.device("cpu")
-        self._layouts: dict[tuple[int, bool], tuple[TokenLayout, Plan]] = {}
+        self._layouts: dict[tuple[int, Grids], tuple[TokenLayout, Plan]] = {}
         self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: tuple[Any, ...] = ()
         self._reason: str | None = None
@@ -103,19 +103,29 @@ class Context:
             raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
         return self.layout, self.plan
 
-    def use(self, text: int, alone: bool = False) -> None:
-        """Make the layout with that many tokens beside the image's the current one; `alone`: that of the drawn image, without others."""
-        if (text, alone) not in self._layouts:
-            self._add_layout(text, alone)
-        self.layout, self.plan = self._layouts[text, alone]
+    def images(self, alone: bool, tokens: int) -> tuple[Grids, int, int | None]:
+        """The grids of the images in a sequence of so many tokens, their tokens, and how many others there are, if that is known.
+
+        `alone`: the module sees the drawn image only.
+        """
+        grids = self.grids or ()
+        if alone:
+            return grids[:1], math.prod(grids[0]), 0
+        if self.family.twice and self.text is not None and tokens == 2 * self.image != self.image + self.text:
+            return grids * 2, 2 * self.image, 0
+        return grids, self.image, self.text
+
+    def use(self, text: int, grids: Grids) -> None:
+        """Make the layout of these images with that many tokens beside them the current one."""
+        if (text, grids) not in self._layouts:
+            self._add_layout(text, grids)
+        self.layout, self.plan = self._layouts[text, grids]
 
     @torch.compiler.disable
-    def _add_layout(self, text: int, alone: bool) -> None:
-        if self.grids is None:
-            raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
+    def _add_layout(self, text: int, grids: Grids) -> None:
         order = self.spec.order if self.family.per_token else Raster()
-        layout = TokenLayout(self.grids[0], text, self.family.text_first, order, () if alone else self.grids[1:])
-        self._layouts[text, alone] = layout, make_plan(self.spec, layout, self._device)
+        layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
+        self._layouts[text, grids] = layout, make_plan(self.spec, layout, self._device)
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -199,8 +209,8 @@ class Context:
         self.layout = self.plan = None
         if grids is None:
             return
-        self.image, self.drawn = sum(math.prod(grid) for grid in grids), math.prod(grids[0])
-        self.use(text or 0)
+        self.image = sum(math.prod(grid) for grid in grids)
+        self.use(text or 0, grids)
         if self.family.per_token and not isinstance(self.spec.order, Raster):
             inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]

@@ -44,7 +44,7 @@ class AcceleratedAttention(nn.Module):
         context = self.context
         if not context.active:
             return False
-        image, text = (context.drawn, 0) if self.alone else (context.image, context.text)
+        grids, image, text = context.images(self.alone, kv_len)
         if kv_len == image and text:
             return False  # an IP-Adapter's call, with as many keys as the image has tokens
         if context.family.keys_only:
@@ -57,7 +57,7 @@ class AcceleratedAttention(nn.Module):
         special = special or masks.refusal(mask, context.family.mask, kv_len, kv_len - image)
         fits = kv_len >= image + context.history if text is None else kv_len == image + text
         if special is None and fits and q_len == kv_len - self._absent(kv_len - image):
-            context.use(kv_len - image, self.alone)
+            context.use(kv_len - image, grids)
             return True
         context.fall_back(special or f"a sequence of {kv_len} tokens where the grid makes {image} and the text {text or 'any number'}")
         return False

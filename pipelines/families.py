@@ -14,6 +14,12 @@ def text_states(arguments: Arguments) -> int:
     return int(arguments["encoder_hidden_states"].shape[1])
 
 
+def text_and_image_states(arguments: Arguments) -> int:
+    """Text tokens of a joint sequence, and embeddings of an image beside them."""
+    image = arguments.get("image_embeds")
+    return text_states(arguments) + (0 if image is None else int(image.shape[1]))
+
+
 def no_text(arguments: Arguments) -> int:
     """The text is in cross-attention."""
     return 0
@@ -107,7 +113,10 @@ ERNIE_IMAGE = Family(
     "ernie-image", ("ErnieImageTransformer2DModel",), r"layers\.\d+\.self_attention", grids.of_latents, text_first=False, text=text_bth,
     mask="keys",
 )  # fmt: skip
-MOTIF_VIDEO = Family("motif-video", ("MotifVideoTransformer3DModel",), BOTH, grids.of_latents, text_first=False, mask="keys")
+MOTIF_VIDEO = Family(
+    "motif-video", ("MotifVideoTransformer3DModel",), BOTH, grids.of_latents, text_first=False, text=text_and_image_states, twice=True,
+    mask="keys",
+)  # fmt: skip
 GLM_IMAGE = Family("glm-image", ("GlmImageTransformer2DModel",), FIRST, grids.of_latents, text=text_states, mask="pairs")
 HELIOS = Family("helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_latents)  # earlier frames, then the video
 ANYFLOW = Family("anyflow", ("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_frames_first, text=no_text)

@@ -19,13 +19,14 @@ class Family:
     image's tokens. `text`: how many such tokens there are, where the arguments tell; without it, whatever a call has beside the image.
     `history`: how many tokens stand before the image's although the text stands behind them, as earlier frames do; like text, they
     attend to all and are attended by all. `keys_only`: the text, or the history where there is one, has keys and values but no queries,
-    so that calls have fewer queries than keys. `alone`: regular expression of those modules whose sequence is the drawn image's alone.
-    `timestep`: the argument that falls from step to step, or rises with `rising`. `ids`: arguments on the device from which the grid is
-    read; the same tensors are read once. `latents`: the argument that the scheduler changes. `per_token`: all arguments with one row
-    per image token in their last dimension but one; where they are known, tokens are brought into a method's memory order once per
-    forward instead of once per layer. `mask`: what its self-attention passes as a mask where text is padded: over "keys" `[B, N]` or
-    `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of which any image token's row is the mask over keys; or "ones", a mask that the
-    transformer itself makes and that hides nothing. With any other mask, or without this, a call runs its original attention.
+    so that calls have fewer queries than keys. `twice`: some modules have the image's tokens twice over and no text. `alone`: regular
+    expression of those modules whose sequence is the drawn image's alone. `timestep`: the argument that falls from step to step, or
+    rises with `rising`. `ids`: arguments on the device from which the grid is read; the same tensors are read once. `latents`: the
+    argument that the scheduler changes. `per_token`: all arguments with one row per image token in their last dimension but one; where
+    they are known, tokens are brought into a method's memory order once per forward instead of once per layer. `mask`: what its
+    self-attention passes as a mask where text is padded: over "keys" `[B, N]` or `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of
+    which any image token's row is the mask over keys; or "ones", a mask that the transformer itself makes and that hides nothing. With
+    any other mask, or without this, a call runs its original attention.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     text: Callable[[Arguments], int] | None = None
     history: Callable[[Arguments, Any], int] | None = None
     keys_only: bool = False
+    twice: bool = False
     alone: str | None = None
     timestep: str = "timestep"
     rising: bool = False
