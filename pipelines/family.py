@@ -45,3 +45,8 @@ class Family:
     latents: str = "hidden_states"
     per_token: tuple[str, ...] = ()
     mask: Literal["keys", "pairs", "ones"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "ids", "per_token"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} is a tuple of names, got {getattr(self, name)!r}")

@@ -1,5 +1,6 @@
 """Every family through its real pipeline or a loop of steps: a tiny random transformer, two steps, sizes that no block divides."""
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -161,6 +162,12 @@ def test_a_class_has_one_family() -> None:
     assert len(names) == len(set(names))
     with pytest.raises(ValueError, match=r"wanted classes that no family has, got \{'FluxTransformer2DModel': 'flux'\}"):
         pipelines.register(FAMILIES[0])
+
+
+@pytest.mark.parametrize("field", ["classes", "ids", "per_token"])
+def test_names_are_a_tuple(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is a tuple of names, got 'img_ids'"):
+        dataclasses.replace(FAMILIES[0], **{field: "img_ids"})
 
 
 def test_the_sample_adds_a_family() -> None:
