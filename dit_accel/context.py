@@ -52,9 +52,9 @@ class Context:
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
     student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
     weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `grids`: of the images
-    in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other
-    tokens there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind.
-    `layout`, `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens there are, or None
+    where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`, `plan`: of the last
+    sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
 
     def __init__(
