@@ -52,8 +52,9 @@ class Context:
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
     student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
     weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `grids`: of the images
-    in its sequence, or None where they are not known. `text`: how many other tokens there are, or None where only a call tells. `layout`,
-    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens there are, or None
+    where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`, `plan`: of the last
+    sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class Context:
         self.active = False
         self.permuted = False
         self.grids: Grids | None = None
-        self.image = 0
+        self.image = self.history = 0
         self.text: int | None = None
         self.layout: TokenLayout | None = None
         self.plan: Plan | None = None
         self.crossover: Crossover | None = None
         self._device = torch.device("cpu")
-        self._layouts: dict[int, tuple[TokenLayout, Plan]] = {}
+        self._layouts: dict[tuple[int, Grids], tuple[TokenLayout, Plan]] = {}
         self._orders: tuple[Tensor, Tensor] | None = None
-        self._ids: Tensor | None = None
+        self._ids: tuple[Any, ...] = ()
         self._reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,19 +103,29 @@ class Context:
             raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
         return self.layout, self.plan
 
-    def use(self, text: int) -> None:
-        """Make the layout with that many tokens beside the image's the current one."""
-        if text not in self._layouts:
-            self._add_layout(text)
-        self.layout, self.plan = self._layouts[text]
+    def images(self, alone: bool, tokens: int) -> tuple[Grids, int, int | None]:
+        """The grids of the images in a sequence of so many tokens, their tokens, and how many others there are, if that is known.
+
+        `alone`: the module sees the drawn image only.
+        """
+        grids = self.grids or ()
+        if alone:
+            return grids[:1], math.prod(grids[0]), 0
+        if self.family.twice and self.text is not None and tokens == 2 * self.image != self.image + self.text:
+            return grids * 2, 2 * self.image, 0
+        return grids, self.image, self.text
+
+    def use(self, text: int, grids: Grids) -> None:
+        """Make the layout of these images with that many tokens beside them the current one."""
+        if (text, grids) not in self._layouts:
+            self._add_layout(text, grids)
+        self.layout, self.plan = self._layouts[text, grids]
 
     @torch.compiler.disable
-    def _add_layout(self, text: int) -> None:
-        if self.grids is None:
-            raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
+    def _add_layout(self, text: int, grids: Grids) -> None:
         order = self.spec.order if self.family.per_token else Raster()
-        layout = TokenLayout(self.grids[0], text, self.family.text_first, order, self.grids[1:])
-        self._layouts[text] = layout, make_plan(self.spec, layout, self._device)
+        layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
+        self._layouts[text, grids] = layout, make_plan(self.spec, layout, self._device)
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -157,9 +168,9 @@ class Context:
         """Read what this forward says of grid and step; under torch.compile, outside of the graph unless it is known already."""
         if torch.compiler.is_compiling():
             family = self.family
-            known = arguments[family.ids] is self._ids if family.ids else family.grid(arguments, transformer) == self.grids
-            text = self.family.text(arguments) if self.family.text else None
-            if known and self.grids is not None and text == self.text and not self.dense_steps:
+            known = self._knows(_ids(family, arguments)) if family.ids else family.grid(arguments, transformer) == self.grids
+            others = _others(family, arguments, transformer)
+            if known and self.grids is not None and others == (self.text, self.history) and not self.dense_steps:
                 return
             torch.compiler.disable(self._read)(arguments, transformer)
             return
@@ -167,12 +178,12 @@ class Context:
 
     def _read(self, arguments: Mapping[str, Any], transformer: Any) -> None:
         family = self.family
-        ids = arguments.get(family.ids) if family.ids else None
-        text = family.text(arguments) if family.text else None
+        ids = _ids(family, arguments)
+        text, self.history = _others(family, arguments, transformer)
         latents = _first(arguments[family.latents])
-        if ids is None or ids is not self._ids:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+        if not self._knows(ids):  # parsing ids waits for the device; pipelines reuse one tensor for all steps
             grids: Grids | str = family.grid(arguments, transformer)
-            if ids is not None and len(grids) == 1:
+            if ids and len(grids) == 1:
                 self.steps.forget()  # pipelines make new ids for every run; with reference images, for every step
             self._ids = ids
             self._reason = grids if isinstance(grids, str) else None
@@ -188,6 +199,10 @@ class Context:
             # tokens that are given, as the first frame of a video, have their own
             self.steps.observe(-float(timestep.min()) if family.rising else float(timestep.max()), latents)
 
+    def _knows(self, ids: tuple[Any, ...]) -> bool:
+        """Whether the grid was read from these very tensors."""
+        return bool(ids) and len(ids) == len(self._ids) and all(a is b for a, b in zip(ids, self._ids, strict=True))
+
     def _set_geometry(self, grids: Grids | None, text: int | None, latents: Tensor) -> None:
         self.grids, self.text, self._device = grids, text, latents.device
         self._layouts, self._orders, self.crossover = {}, None, None
@@ -195,7 +210,7 @@ class Context:
         if grids is None:
             return
         self.image = sum(math.prod(grid) for grid in grids)
-        self.use(text or 0)
+        self.use(text or 0, grids)
         if self.family.per_token and not isinstance(self.spec.order, Raster):
             inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
@@ -209,6 +224,16 @@ class Context:
                 "accelerate(..., strict=True) runs the method all the same",
                 stacklevel=2,
             )
+
+
+def _ids(family: Family, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(arguments.get(name) for name in family.ids)
+
+
+def _others(family: Family, arguments: Mapping[str, Any], transformer: Any) -> tuple[int | None, int]:
+    """Text tokens, or None where only a call tells, and those before the image."""
+    text = family.text(arguments) if family.text else None
+    return text, family.history(arguments, transformer) if family.history else 0
 
 
 def _first(value: Any) -> Tensor:

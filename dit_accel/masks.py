@@ -15,7 +15,7 @@ def refusal(mask: object, kind: str | None, tokens: int, text: int) -> str | Non
 
     `kind`: the family's. `tokens`, `text`: of the sequence.
     """
-    if mask is None:
+    if mask is None or kind == "ones":
         return None
     if kind is None or not isinstance(mask, Tensor):
         return "an attention mask"
@@ -38,6 +38,12 @@ def text_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor:
     else:  # added to the logits as it is; what image keys get themselves shifts all logits alike
         bias = text.float() - keys[:, image, None].float()
     return bias.expand(batch, -1)
+
+
+def rolled(mask: Tensor, shift: int) -> Tensor:
+    """An accepted mask for a sequence whose tokens are rolled by `shift`."""
+    by_pair = mask.ndim == 4 and mask.shape[2] > 1
+    return mask.roll((shift, shift), (-2, -1)) if by_pair else mask.roll(shift, -1)
 
 
 def differs_by_row(mask: Tensor) -> bool:

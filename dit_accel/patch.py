@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.pipelines import FAMILIES, LINEAR, class_of, family_of
+from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.saving import SaveOriginal
@@ -28,7 +28,11 @@ CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
 OWN = ".dit_accel.params."  # in the names of a method's own parameters
 ADAPTER = "dit_accel"  # name of the LoRA that distillation trains
 # what distillation trains of an attention module, where it is there
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PROJECTIONS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj",
+    "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
+)  # fmt: skip
 
 
 @dataclass
@@ -117,9 +121,9 @@ def find_transformers(pipe_or_transformer: object) -> list[Any]:
 
 def _why_unsupported(candidates: list[Any]) -> str:
     """What was found instead of a supported transformer, and what is missing to support it."""
+    if reasons := [reason for c in candidates if (reason := why_no_family(c))]:
+        return reasons[0]
     names = [type(c).__name__ for c in candidates]
-    if linear := next((name for name in names if name in LINEAR), None):
-        return f"{linear}'s self-attention is linear already: there is nothing to accelerate"
     found = {type(c).__name__: n for c in candidates if isinstance(c, nn.Module) and (n := _attention_modules(c))}
     if not found:
         supported = ", ".join(name for family in FAMILIES for name in family.classes)
@@ -166,12 +170,13 @@ def _prepare(
 
 def heads_of(name: str, module: Any) -> tuple[int, int]:
     """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
-    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    heads = next((n for name in ("heads", "num_heads", "num_attention_heads") if (n := getattr(module, name, None))), None)
     projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
     width = getattr(module, "inner_dim", None) or getattr(projection, "out_features", None)
-    if not isinstance(heads, int) or not isinstance(width, int):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) tells neither heads and inner_dim nor num_heads and to_q")
-    return heads, width // heads
+    head_dim = width // heads if isinstance(width, int) and isinstance(heads, int) else getattr(module, "head_dim", None)
+    if not isinstance(heads, int) or not isinstance(head_dim, int):
+        raise UnsupportedModelError(f"{name} ({type(module).__name__}) tells neither heads and inner_dim nor heads and head_dim")
+    return heads, head_dim
 
 
 def forward_names(model: Any) -> list[str]:

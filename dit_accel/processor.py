@@ -42,29 +42,50 @@ class AcceleratedAttention(nn.Module):
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether this call is the image self-attention of a forward that is to be accelerated; then its layout is the current one."""
         context = self.context
-        if not context.active or q_len != kv_len:
+        if not context.active:
             return False
-        text = 0 if self.alone else context.text
-        if q_len == context.image and text:
+        grids, image, text = context.images(self.alone, kv_len)
+        if kv_len == image and text:
             return False  # an IP-Adapter's call, with as many keys as the image has tokens
-        special = special or masks.refusal(mask, context.family.mask, q_len, q_len - context.image)
-        if special is None and (q_len >= context.image if text is None else q_len == context.image + text):
-            context.use(q_len - context.image)
+        if context.family.keys_only:
+            if q_len == kv_len and text:
+                return False  # the text's own
+        elif q_len != kv_len:
+            if text is not None and q_len == image + text < kv_len:
+                context.fall_back("more keys than the sequence has tokens, as of a cache")
+            return False
+        special = special or masks.refusal(mask, context.family.mask, kv_len, kv_len - image)
+        fits = kv_len >= image + context.history if text is None else kv_len == image + text
+        if special is None and fits and q_len == kv_len - self._absent(kv_len - image):
+            context.use(kv_len - image, grids)
             return True
-        context.fall_back(
-            special or f"a sequence of {q_len} tokens where the grid makes {context.image} and the text {text or 'any number'}"
-        )
+        context.fall_back(special or f"a sequence of {kv_len} tokens where the grid makes {image} and the text {text or 'any number'}")
         return False
+
+    def _absent(self, text: int) -> int:
+        """How many of the tokens beside the image have keys but no queries."""
+        return (self.context.history or text) if self.context.family.keys_only else 0
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
         """`[B, H, N, D]`, image tokens in the layout's order; `mask`: one that `takes` accepted."""
         layout, plan = self.context.current()
+        if self.context.family.mask == "ones":
+            mask = None
+        history, absent = self.context.history, key.shape[2] - query.shape[2]
+        before = absent if layout.text_first or history else 0
+        if absent:  # queries of zeros for text that has none; their rows are dropped
+            query = F.pad(query, (0, 0, before, absent - before))
+        if history:  # the order of keys is no matter: what stands before the image is brought behind it, beside the text
+            query, key, value = (x.roll(-history, 2) for x in (query, key, value))
+            mask = None if mask is None else masks.rolled(mask, -history)
         bias = None if mask is None else masks.text_bias(mask, layout, len(query))
         arguments = (query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)
         out = attend(*arguments, text_bias=bias)[0]
         if mask is not None and masks.differs_by_row(mask):
-            return masks.with_text_rows(out, query, key, value, mask, layout, scale)
-        return out
+            out = masks.with_text_rows(out, query, key, value, mask, layout, scale)
+        if history:
+            out = out.roll(history, 2)
+        return out.narrow(2, before, out.shape[2] - absent) if absent else out
 
 
 def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:

@@ -1,15 +1,20 @@
 """One small declaration per diffusers family, and the model that ships with the package."""
 
-from dit_accel.pipelines.families import FAMILIES, LINEAR
+from dit_accel.pipelines.families import FAMILIES, UNSUPPORTED
 from dit_accel.pipelines.family import Family
 
-__all__ = ["FAMILIES", "LINEAR", "Family", "class_of", "family_of", "register"]
+__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "class_of", "family_of", "register", "why_no_family"]
 
 
 def family_of(model: object) -> Family | None:
     """The family of a transformer, by the names of its class and base classes; None where no family fits."""
     names = {cls.__name__ for cls in type(model).__mro__}
     return next((family for family in FAMILIES if names & set(family.classes)), None)
+
+
+def why_no_family(model: object) -> str | None:
+    """Why a transformer of diffusers has no family, by the names of its class and base classes; None where that is not known."""
+    return next((f"{cls.__name__}'s {UNSUPPORTED[cls.__name__]}" for cls in type(model).__mro__ if cls.__name__ in UNSUPPORTED), None)
 
 
 def class_of(model: object) -> type:

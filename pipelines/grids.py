@@ -62,13 +62,37 @@ def of_numbers(arguments: Arguments, transformer: Any) -> Grids | str:
     return (sizes,)  # type: ignore[return-value]
 
 
-def of_image_shapes(arguments: Arguments, transformer: Any) -> Grids | str:
-    """From `img_shapes`: per sample, or for all, the (T, H, W) of each image."""
-    shapes = arguments["img_shapes"]
+def _of_samples(shapes: list[Any]) -> Grids | str:
+    """From a list with, per sample, the (T, H, W) of its image or a list of those of its images."""
     samples = [[tuple(x) for x in (sample if isinstance(sample, list) else [sample])] for sample in shapes]
     if any(sample != samples[0] for sample in samples):
         return "images of several sizes in one batch"
     return tuple(samples[0])
+
+
+def of_image_shapes(arguments: Arguments, transformer: Any) -> Grids | str:
+    """From `img_shapes`: per sample, or for all, the (T, H, W) of each image."""
+    return _of_samples(arguments["img_shapes"])
+
+
+def of_shape_list(arguments: Arguments, transformer: Any) -> Grids | str:
+    """From `shape_list`: per sample the (T, H, W) of each image, in rows that are padded to the longest."""
+    grids = _of_samples(arguments["shape_list"])
+    if not isinstance(grids, str) and sequence_length(grids) != arguments["hidden_states"].shape[1]:
+        return "padding behind the images"
+    return grids
+
+
+def of_items(arguments: Arguments, transformer: Any) -> Grids:
+    """From latents `[B, C, T, H, W]`, or `[B, items, C, T, H, W]` with as many images, the drawn one first in the sequence."""
+    shape = arguments["hidden_states"].shape
+    return _tokens(tuple(shape[-3:]), _patch(transformer)) * (shape[1] if len(shape) == 6 else 1)
+
+
+def of_context_latents(arguments: Arguments, transformer: Any) -> Grids:
+    """From latents `[B, C, H, W]` and a list of such latents of other images, of any sizes."""
+    images = [arguments["hidden_states"], *(arguments.get("context_latents") or [])]
+    return tuple(_tokens((1, *x.shape[2:]), _patch(transformer))[0] for x in images)
 
 
 def from_ids(ids: Tensor) -> Grids | str:
@@ -92,6 +116,22 @@ def of_image_ids(arguments: Arguments, transformer: Any) -> Grids | str:
     return from_ids(arguments["img_ids"])
 
 
+def of_vision_tokens(arguments: Arguments, transformer: Any) -> Grids:
+    """From `vision_token_shapes` of the images and videos that follow the text of a packed sequence."""
+    return tuple(tuple(shape) for shape in arguments["vision_token_shapes"])
+
+
+def of_condition_ids(arguments: Arguments, transformer: Any) -> Grids | str:
+    """From `img_ids`, and `image_cond_ids` of further images."""
+    grids: Grids = ()
+    for ids in (arguments["img_ids"], arguments.get("image_cond_ids")):
+        found = from_ids(ids) if ids is not None else ()
+        if isinstance(found, str):
+            return found
+        grids += found
+    return grids
+
+
 def of_trailing_ids(arguments: Arguments, transformer: Any) -> Grids | str:
     """From the last `position_ids`, as many as there are image tokens."""
     ids: Tensor = arguments["position_ids"]
@@ -103,6 +143,21 @@ def of_capacity(arguments: Arguments, transformer: Any) -> Grids | str:
     if arguments.get("img_sizes") is not None:
         return "patches that were made outside of the transformer"
     return of_latents(arguments, transformer)
+
+
+def text_of_packed(arguments: Arguments, transformer: Any) -> int:
+    """Tokens of the text in front of a packed sequence."""
+    return int(arguments["und_len"])
+
+
+def history_of_framepack(arguments: Arguments, transformer: Any) -> int:
+    """Tokens of the earlier frames, which are patched more coarsely the older they are."""
+    total = 0
+    for name, patch in (("latents_clean", (1, 2, 2)), ("latents_history_2x", (2, 4, 4)), ("latents_history_4x", (4, 8, 8))):
+        frames, indices = arguments.get(name), arguments.get("indices_" + name)
+        if frames is not None and indices is not None:
+            total += sequence_length(_tokens(tuple(frames.shape[2:]), patch))
+    return total
 
 
 def sequence_length(grids: Grids) -> int:

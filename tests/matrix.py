@@ -72,16 +72,16 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def families(outcomes: dict[str, Outcomes]) -> str:
-    """A row per tiny pipeline that the tests build."""
-    from test_families import NAMES, Tiny
+    """A row per tiny pipeline that the tests build, or loop in its place."""
+    from test_families import LOOPS, NAMES, Tiny
 
     rows = []
     for name in sorted(NAMES):
         tiny = Tiny(name)
         classes = ", ".join(dict.fromkeys(type(t).__name__ for t in tiny.transformers))
-        pipeline = type(tiny.pipe).__name__
+        pipeline = "a loop of steps" if name in LOOPS else f"`{type(tiny.pipe).__name__}`"
         cells = [_cell(outcomes[f"family {name}"][column]) for column in COLUMNS]
-        rows.append([name.replace("_", " "), f"`{pipeline}`", f"`{classes}`", *cells])
+        rows.append([name.replace("_", " "), pipeline, f"`{classes}`", *cells])
     return _table(["tested as", "pipeline", "transformer", *COLUMNS], rows)
 
 

@@ -1,5 +1,6 @@
-"""Every family through its real pipeline: a tiny random transformer, two steps, sizes that no block divides."""
+"""Every family through its real pipeline or a loop of steps: a tiny random transformer, two steps, sizes that no block divides."""
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -18,13 +19,15 @@ import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, pipelines
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.patch import patches_of
-from dit_accel.pipelines import FAMILIES, LINEAR
+from dit_accel.pipelines import FAMILIES, UNSUPPORTED, family_of
 
-for part in ("tiny_image", "tiny_video"):
+for part in ("tiny_image", "tiny_video", "tiny_transformers", "tiny_pipelines"):
     importlib.import_module(part)
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name in BUILDERS if name != "sana"]
-ALONE = {"longcat_image", "qwen_image_edit_plus", "wan_vace"}  # their pipelines take no two prompts, or no two generators
+LOOPS = {name for name, build in BUILDERS.items() if build.__module__ == "tiny_transformers"}
+# pipelines that take no two prompts, or no two generators
+ALONE = {"longcat_image", "qwen_image_edit_plus", "wan_vace", "prx_pipeline", "framepack_pipeline", "joy_image_pipeline"}
 # every key kept: the original to rounding
 WHOLE = {"fovea": Fovea(1.0, tile=(4, 4)), "clear": CLEAR(1000.0, tile=(2, 4, 4)), "sla": SLA(1.0, block=(16, 16))}
 SPARSE = {
@@ -35,7 +38,7 @@ every_family = pytest.mark.parametrize("name", NAMES)
 
 
 class Tiny:
-    """A pipeline of one family and the way to run it."""
+    """A pipeline of one family, or a loop in its place, and the way to run it."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
@@ -106,12 +109,12 @@ def twice(call: dict[str, Any]) -> dict[str, Any]:
     def doubled(name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and "prompt" in name:
             return torch.cat([value, value])
-        return value * 2 if name == "class_labels" else value
+        return value * 2 if name == "class_labels" or (isinstance(value, list) and "prompt" in name) else value
 
     return {name: doubled(name, value) for name, value in call.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ALONE])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ALONE | LOOPS])
 def test_two_at_a_time_are_two_alone(tiny: Tiny) -> None:
     dit_accel.accelerate(tiny.pipe, SPARSE["clear"], strict=True)
     together = tiny.run(**twice(tiny.call), generator=[torch.Generator().manual_seed(n) for n in range(2)])
@@ -142,11 +145,29 @@ def test_every_class_is_one_of_diffusers() -> None:
     assert missing == []
 
 
+def test_every_transformer_of_diffusers_has_a_family_or_a_reason_to_have_none() -> None:
+    import diffusers
+
+    known = {name for family in FAMILIES for name in family.classes} | UNSUPPORTED.keys()
+    named = [name for name in dir(diffusers) if re.search("Transformer|DiT", name) and "ControlNet" not in name]
+    models = [cls for name in named if isinstance(cls := getattr(diffusers, name), type) and issubclass(cls, diffusers.ModelMixin)]
+    assert len(models) > 60
+    assert [cls.__name__ for cls in models if not known & {base.__name__ for base in cls.__mro__}] == []
+    assert not UNSUPPORTED.keys() & {name for family in FAMILIES for name in family.classes}
+    assert [name for name in UNSUPPORTED if not hasattr(diffusers, name)] == []
+
+
 def test_a_class_has_one_family() -> None:
     names = [name for family in FAMILIES for name in family.classes]
     assert len(names) == len(set(names))
     with pytest.raises(ValueError, match=r"wanted classes that no family has, got \{'FluxTransformer2DModel': 'flux'\}"):
         pipelines.register(FAMILIES[0])
+
+
+@pytest.mark.parametrize("field", ["classes", "ids", "per_token"])
+def test_names_are_a_tuple(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is a tuple of names, got 'img_ids'"):
+        dataclasses.replace(FAMILIES[0], **{field: "img_ids"})
 
 
 def test_the_sample_adds_a_family() -> None:
@@ -160,8 +181,29 @@ def test_the_sample_adds_a_family() -> None:
     assert len(lines) < 40
 
 
+@every_family
+def test_no_other_attention_is_touched(tiny: Tiny) -> None:
+    dit_accel.accelerate(tiny.pipe, SPARSE["clear"])
+    other = re.compile(r"cross|refiner|embedder|text_|txt_|audio|face_adapter|image_cond|perceiver|attn2")
+    for transformer in tiny.transformers:
+        family: Any = family_of(transformer)
+        touched = [name.removesuffix(".dit_accel") for name, _ in transformer.named_modules() if name.endswith(".dit_accel")]
+        assert touched
+        assert [name for name in touched if other.search(name) and family.name != "sd3"] == []
+        assert [name for name in touched if hasattr(transformer.get_submodule(name).processor, "_dit_accel_base")] == touched
+
+
+def test_a_class_that_has_no_family_is_refused_with_the_reason() -> None:
+    from diffusers import AnyFlowFARTransformer3DModel
+
+    transformer = AnyFlowFARTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+                                               freq_dim=8, ffn_dim=8, num_layers=1)  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="AnyFlowFARTransformer3DModel's self-attention is causal"):
+        dit_accel.accelerate(transformer)
+
+
 def test_linear_attention_is_left_alone() -> None:
     tiny = Tiny("sana")
-    assert type(tiny.pipe.transformer).__name__ in LINEAR
+    assert type(tiny.pipe.transformer).__name__ in UNSUPPORTED
     with pytest.raises(UnsupportedModelError, match="SanaTransformer2DModel's self-attention is linear already"):
         dit_accel.accelerate(tiny.pipe)

@@ -13,7 +13,9 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, masks
 
 # pipelines whose padded text changes nothing without us: the others attend to it or pool it, and so do we
-MASKED = ("qwen_image", "krea2", "hunyuan_video", "hunyuan_video15", "hunyuan_image")
+MASKED = (
+    "qwen_image", "krea2", "hunyuan_video", "hunyuan_video15", "hunyuan_image", "nucleus_pipeline", "motif_video_pipeline",
+)  # fmt: skip
 PADDING = 4
 
 
@@ -41,7 +43,7 @@ def two_prompts(call: dict[str, Any]) -> dict[str, Any]:
     return batched
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "prx_pipeline"])
 @pytest.mark.parametrize("spec", SPARSE.values(), ids=SPARSE)
 def test_padded_text_changes_nothing(name: str, spec: AttentionSpec) -> None:
     tiny = Tiny(name)
@@ -97,10 +99,20 @@ def test_numbers_are_a_bias_against_that_of_image_keys() -> None:
     assert masks.differs_by_row(pairs)
 
 
+def test_a_mask_is_rolled_as_its_tokens_are() -> None:
+    keys = torch.cat([KEYS[:, :1], torch.ones(2, 6, dtype=torch.bool), KEYS[:, 1:]], dim=1)  # one token stands before the image
+    pairs = (keys[:, :, None] & keys[:, None])[:, None]
+    moved = torch.cat([keys[:, 1:], keys[:, :1]], dim=1)
+    assert torch.equal(masks.rolled(keys, -1), moved)
+    assert torch.equal(masks.rolled(keys[:, None, None], -1), moved[:, None, None])
+    assert torch.equal(masks.rolled(pairs, -1), (moved[:, :, None] & moved[:, None])[:, None])
+
+
 @pytest.mark.parametrize(
     ("mask", "kind", "text", "says"),
     [
         pytest.param(None, None, 4, None, id="no-mask"),
+        pytest.param(torch.ones(1, 2, 10, 10), "ones", 0, None, id="ones"),
         pytest.param(torch.ones(1, 10), None, 4, "an attention mask$", id="undeclared"),
         pytest.param("causal", "keys", 4, "an attention mask$", id="no-tensor"),
         pytest.param(torch.ones(1, 10), "keys", 0, "an attention mask over image tokens", id="no-text"),

@@ -5,7 +5,7 @@ Text comes as embeddings, so that no text encoder or tokenizer is needed. Each b
 
 import diffusers as D
 import torch
-from tiny_parts import STEPS, Tiny, builder, emb, flow, kl, qwen_vae
+from tiny_parts import STEPS, Tiny, builder, emb, flow, flux2_vae, kl, qwen_vae
 
 # fmt: off
 # configurations, many numbers on few lines
@@ -36,10 +36,7 @@ def flux2() -> Tiny:
     t = D.Flux2Transformer2DModel(patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
                                   num_attention_heads=2, joint_attention_dim=32, timestep_guidance_channels=32,
                                   axes_dims_rope=(4, 4, 4, 4))
-    v = D.AutoencoderKLFlux2(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
-                             norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                             up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32)
-    p = D.Flux2Pipeline(scheduler=flow(use_dynamic_shifting=True), vae=v, text_encoder=None, tokenizer=None, transformer=t)
+    p = D.Flux2Pipeline(scheduler=flow(use_dynamic_shifting=True), vae=flux2_vae(), text_encoder=None, tokenizer=None, transformer=t)
     return p, dict(prompt_embeds=emb(1, 12, 32), height=32, width=48, **STEPS)
 
 

@@ -52,5 +52,11 @@ def qwen_vae() -> Any:
                                     temperal_downsample=[False, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 
 
+def flux2_vae() -> Any:
+    return D.AutoencoderKLFlux2(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
+                                norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                                up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32)
+
+
 def flow(**kw: Any) -> Any:
     return D.FlowMatchEulerDiscreteScheduler(**kw)
