@@ -67,7 +67,7 @@ def _bounds(pattern: Window | Box, grid: Grid, axis: int) -> tuple[Tensor, int]:
     length = grid[axis]
     if isinstance(pattern, Box):
         place, reach = torch.arange(length), pattern.radii[axis] - 1
-        return torch.stack([(place - reach).clamp_min(0), (place + reach).clamp_max(length - 1)], dim=1), 1
+        return torch.stack([(place - reach).clamp_min(0), place + reach], dim=1), 1  # a reference may be larger than the grid
     size, stride, dilation = (pattern.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
     return window_table(length, size, stride, dilation), dilation
 
