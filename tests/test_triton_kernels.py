@@ -101,6 +101,25 @@ def test_every_gradient(spec: AttentionSpec, dtype: torch.dtype) -> None:
     assert_close_as_eager(*(flat(grads) for grads in (got, exact, eager)), "all")
 
 
+@pytest.mark.parametrize("scale", [2.0**11, 2.0**-8], ids=["large", "small"])
+@pytest.mark.parametrize("name", ["sla", "linear-mass"])
+def test_float16_gradients_of_a_linear_rest_at_any_scale(name: str, scale: float) -> None:
+    """Gradients of 1/32 at a loss scale of 2¹⁶, and small ones: neither passes float16's end on the way, nor gets lost below it."""
+    spec, half = SPECS[name], torch.float16
+    exact, eager = (
+        gradients(lambda qkv, p, d=d: oracle(*qkv, spec, SMALL.layout, p, dtype=d), spec, SMALL, d) for d in (torch.float64, half)
+    )
+
+    def scaled(qkv: list[Tensor], params: Any) -> tuple[Tensor, ...]:
+        return tuple(scale * x for x in run(qkv, spec, SMALL.layout, params.float()))
+
+    got = gradients(scaled, spec, SMALL, half)
+    for names in (("query", "key", "value"), sorted(got)):
+        assert_close_as_eager(
+            *(flat({name: grads[name] for name in names}) for grads in ({k: x / scale for k, x in got.items()}, exact, eager))
+        )
+
+
 @pytest.mark.parametrize("shape", [Shape(2, 2, 8, (1, 5, 7)), Shape(1, 2, 72, (2, 4, 7), 33, False)], ids=["no-text", "video-text-last"])
 @pytest.mark.parametrize("name", ["fovea", "clear", "clear-downsample", "sla", "linear-mass"])
 def test_gradients_at_odd_shapes(name: str, shape: Shape) -> None:
