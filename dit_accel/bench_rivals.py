@@ -51,7 +51,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     if refusal := _uneven(spec, layout, plan):
         raise ValueError(refusal)
     image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
-    blocks = visited_blocks(*(x[:, :, image].flatten(0, 1) for x in (q, k)), spec, plan)
+    blocks = visited_blocks(q[:, :, image].flatten(0, 1), k[:, :, image].flatten(0, 1), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial
     keys = len(plan.k_blocks.count)
     some = BlockMap(blocks.index, partial).kept(keys)
@@ -87,7 +87,7 @@ def _kept_pairs(plan: Plan, start: int) -> Pairs:
     def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # the text lies outside: its blocks are whole, but eager FlexAttention asks for them too
         q, k = ((x - start).clamp(0, len(plan.coords) - 1) for x in (query, key))
-        inside = sum((g.coords[axis, q] - g.coords[axis, k]) ** 2 for axis in range(3)) <= g.reach
+        inside = functools.reduce(torch.add, [(g.coords[axis, q] - g.coords[axis, k]) ** 2 for axis in range(3)]) <= g.reach
         for bounds in () if g.windows is None else g.windows:
             axes = [
                 (g.coords[axis, k] >= bounds[axis, 0, q])
@@ -129,10 +129,10 @@ def natten(window: Window, layout: TokenLayout) -> Attention:
     """NATTEN's attention on `[B, H, N, D]` with the tokens in raster order."""
     from natten.functional import na2d, na3d
 
-    video = layout.grid[0] > 1
-    axes = slice(0 if video else 1, None)
-    function, grid = (na3d if video else na2d), layout.grid[axes]
-    given = {"kernel_size": window.per_axis("size")[axes], **{name: window.per_axis(name)[axes] for name in ("stride", "dilation")}}
+    skipped = 0 if layout.grid[0] > 1 else 1
+    function, grid = (na2d if skipped else na3d), layout.grid[skipped:]
+    names = {"kernel_size": "size", "stride": "stride", "dilation": "dilation"}
+    given = {theirs: window.per_axis(ours)[skipped:] for theirs, ours in names.items()}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_last = (x.transpose(1, 2).unflatten(1, grid) for x in (q, k, v))
