@@ -21,6 +21,7 @@ from dit_accel.operator import attention
 from dit_accel.presets import SLA, Fovea
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE, OTHER = tuned.Gpu("NVIDIA H100", "9.0", "3.9.0"), tuned.Gpu("NVIDIA A100", "8.0", "3.9.0")
 HOPPER = Machine("sm_90", 132)
 ROWS = Work("rows", "bfloat16", 64)
@@ -102,6 +103,7 @@ def test_what_is_shown_names_every_skipped_tile(capsys: pytest.CaptureFixture[st
 # A trial
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["dense", "linear", "gradient_columns"])
 def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KERNELS, kernel, bench_tune.Kernel(KERNELS[kernel].functions, ("sla",)))
@@ -114,7 +116,7 @@ def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str,
         measured.append(one)
         return 0.5
 
-    arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": CPU, "grid": (1, 4, 8), "text": 3, "heads": 1}
+    arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": DEVICE, "grid": (1, 4, 8), "text": 3, "heads": 1}
     work, tile = Work(kernel, "float16", 64), Tile(32, 16, 2, 2)
     assert bench_tune.run_trial(work, tile, measure=measure, **arguments) == 0.5
     (one,) = measured
@@ -232,6 +234,7 @@ def test_a_machine_without_a_gpu_is_refused(interpreted: bool, triton: bool, say
 # What a tile changes
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("spec", [Fovea(0.3, tile=(4, 8)), SLA(0.3, block=(32, 32))], ids=str)
 def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
     shape = Shape(1, 1, 16, (1, 8, 11), 5)
@@ -244,12 +247,13 @@ def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
             seen[name].add(one.warps)
             launch.execute(one)
 
+        def call(qkv: list[Tensor], params: Any) -> tuple[Tensor, Tensor]:
+            moved = [x.to(DEVICE) for x in qkv]
+            out, lse = attention(*moved, spec, shape.layout, params=params.to(DEVICE), backend="triton", return_lse=True)
+            return out.cpu(), lse.cpu()
+
         with calls.redirected(machine, execute), torch.autograd.set_multithreading_enabled(False):
-            out = attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")
-
-            def call(qkv: list[Tensor], params: Any) -> tuple[Tensor, Tensor]:
-                return attention(*qkv, spec, shape.layout, params=params, backend="triton", return_lse=True)
-
+            out, _ = call(shape.inputs(), random_parameters(spec, shape))
             return out.detach(), flat(gradients(call, spec, shape, torch.float32))
 
     results = {"default": compute("default", default), "own": compute("own", own)}
