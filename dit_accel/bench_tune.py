@@ -22,6 +22,7 @@ from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import start_values
 from dit_accel.plan import make_plan
+from dit_accel.spec import Linear
 
 if TYPE_CHECKING:
     from dit_accel.kernels.triton.launch import Launch
@@ -70,6 +71,11 @@ class Work:
     dtype: str
     head_dim: int
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Its place among a machine's tuned tiles."""
+        return self.kernel, self.dtype, self.head_dim
+
 
 @dataclass
 class Result:
@@ -90,18 +96,22 @@ class Result:
 
 def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None = None) -> list[Work]:
     """Every kernel for these dtypes and head dimensions, unless given bfloat16 and 64, 128. Raises ValueError at one that is not known."""
-    given = [["bfloat16"] if dtypes is None else list(dtypes), [64, 128] if head_dims is None else list(head_dims)]
-    for name, some, known in zip(("dtype", "head_dim"), given, (tuple(DTYPES), HEAD_DIMS), strict=True):
-        wrong = [x for x in some if x not in known]  # type: ignore[operator]
-        if wrong:
-            raise ValueError(f"{name} is one of {list(known)}, got {wrong[0]!r}")
+    dtypes = ["bfloat16"] if dtypes is None else dtypes
+    head_dims = [64, 128] if head_dims is None else head_dims
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
+    for head_dim in head_dims:
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
     return [
-        Work(kernel, str(dtype), int(head_dim))
-        for dtype in given[0]
-        for head_dim in given[1]
-        for kernel, row in KERNELS.items()
-        if int(head_dim) <= dispatch.LINEAR_LIMIT or "sla" not in row.methods[0]
+        Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
     ]
+
+
+def methods_of(kernel: str, head_dim: int) -> list[str]:
+    """The methods that run a kernel at a head dimension."""
+    return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not isinstance(METHODS[m].rest, Linear)]
 
 
 def candidates(work: Work, machine: Machine) -> list[Tile]:
@@ -111,7 +121,7 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
     for held, streamed in shapes:
         queries, keys = (streamed, held) if KERNELS[work.kernel].holds_keys else (held, streamed)
         for warps, stages in STEPS:
-            own = Machine(machine.arch, machine.units, {(work.kernel, work.dtype, work.head_dim): Tile(queries, keys, warps, stages)})
+            own = Machine(machine.arch, machine.units, {work.key: Tile(queries, keys, warps, stages)})
             found.append(table_tile(work, own))
     return list(dict.fromkeys(found))
 
@@ -143,7 +153,7 @@ def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, dev
     from dit_accel.kernels.triton import calls, launch
 
     kernel = KERNELS[work.kernel]
-    own = Machine(machine.arch, machine.units, {(work.kernel, work.dtype, work.head_dim): tile})
+    own = Machine(machine.arch, machine.units, {work.key: tile})
     total = 0.0
 
     def run(one: "Launch") -> None:
@@ -159,7 +169,7 @@ def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, dev
     try:
         # in one thread, where the redirection holds
         with torch.autograd.set_multithreading_enabled(False), calls.redirected(own, run):
-            for method in kernel.methods:
+            for method in methods_of(work.kernel, work.head_dim):
                 _forward_backward(method, work, device, grid, text, heads)
     except Unusable as reason:
         return str(reason)
@@ -177,30 +187,13 @@ def _forward_backward(method: str, work: Work, device: torch.device, grid: tuple
     out.backward(torch.ones_like(out))
 
 
-def on_gpu(one: "Launch") -> float | str:
-    """Compile and run a launch: its median seconds, or why its tile is of no use."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-    from triton.testing import do_bench
-
-    from dit_accel.kernels.triton import launch
-
-    try:
-        compiled = one.kernel[one.grid](**one.arguments, num_warps=one.warps)
-    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:  # the last from the passes between
-        return f"does not compile: {' '.join(str(error).split())[:200]}"
-    if compiled.n_spills:
-        return f"spills {compiled.n_spills} registers"
-    return float(do_bench(lambda: launch.execute(one), return_mode="median")) / 1e3
-
-
 def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]:
     """Tune, print, and keep what is faster than the table where launches look for it; also as JSON where `out` is given.
 
     Raises BackendError without a CUDA device, ValueError where the file of tiles is damaged or can't be written: before any work.
     """
     device = _device()
-    from dit_accel.kernels.triton import calls, tuned
+    from dit_accel.kernels.triton import calls, timing, tuned
 
     path = tuned.cache_file()
     files.check_folder(path.parent)
@@ -209,13 +202,14 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     console = Console()
 
     def trial(one: Work, tile: Tile) -> float | str:
-        return run_trial(one, tile, machine=machine, measure=on_gpu, device=device)
+        return run_trial(one, tile, machine=machine, measure=timing.seconds, device=device)
 
-    results = []
+    results: list[Result] = []
     for one in work:
         console.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")
         results.append(tune(one, machine, trial))
-    files.write_json(path, tuned.merged(old, entries(results, gpu), gpu, {(w.kernel, w.dtype, w.head_dim) for w in work}))
+        # after each, so that an interruption loses no more than one
+        files.write_json(path, tuned.merged(old, entries(results, gpu), gpu, {result.work.key for result in results}))
     show(results, console)
     console.print(f"wrote {path}; new processes read it")
     if out is not None:
@@ -239,7 +233,7 @@ def entries(results: Sequence[Result], gpu: "Gpu") -> list["Entry"]:
     from dit_accel.kernels.triton.tuned import Entry
 
     chosen = [(result.work, result.chosen) for result in results if result.chosen not in (None, result.table)]
-    return [Entry(*gpu, **asdict(work), **asdict(tile)) for work, tile in chosen if tile is not None]
+    return [Entry(**gpu._asdict(), **asdict(work), **asdict(tile)) for work, tile in chosen if tile is not None]
 
 
 def _plain(result: Result) -> dict[str, Any]:

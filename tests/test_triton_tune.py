@@ -15,7 +15,7 @@ from dit_accel import bench_tune
 from dit_accel.bench_tune import KERNELS, Result, Work
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton import calls, launch, tables, tuned
+from dit_accel.kernels.triton import calls, launch, tables, timing, tuned
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
 from dit_accel.operator import attention
 from dit_accel.presets import SLA, Fovea
@@ -126,6 +126,30 @@ def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str,
     assert bench_tune.run_trial(work, tile, measure=lambda one: "spills 8 registers", **arguments) == "spills 8 registers"
 
 
+class Compiled:
+    """A kernel as Triton shows it: started on a grid it gives what was compiled, or fails."""
+
+    def __init__(self, spills: int = 0, error: Exception | None = None) -> None:
+        self.n_spills, self.error = spills, error
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.start
+
+    def start(self, num_warps: int) -> "Compiled":
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+def test_a_kernel_that_spills_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: {"median": 250.0}[return_mode])
+    assert timing.seconds(launch.Launch(Compiled(), (1,), {}, 4)) == 0.25
+    monkeypatch.setattr(timing, "do_bench", lambda *_, **__: pytest.fail("timed"))
+    assert timing.seconds(launch.Launch(Compiled(3), (1,), {}, 4)) == "spills 3 registers"
+    for error in (timing.OutOfResources(300_000, 232_448, "shared memory"), timing.PTXASError("a\nb"), RuntimeError("no pass")):
+        assert str(timing.seconds(launch.Launch(Compiled(error=error), (1,), {}, 4))).startswith("does not compile: ")
+
+
 # The file
 
 
@@ -192,6 +216,16 @@ def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monk
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert Tile(**row["chosen"]) == fast
     assert Tile(**row["table"]) == own
+
+    def interrupted(work: Work, tile: Tile, **_: Any) -> float:
+        if work.kernel == "dense":
+            raise KeyboardInterrupt
+        return 2.0 - (tile == own)
+
+    monkeypatch.setattr(bench_tune, "run_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_tune.bench_tune([ROWS, Work("dense", "bfloat16", 64)])
+    assert tuned.tiles_of(HERE) == {}  # the table's tile is the fastest now, and that is kept
     cache.write_text("{")
     with pytest.raises(ValueError, match="is a JSON file of tiles"):
         bench_tune.bench_tune([ROWS])

@@ -1,10 +1,10 @@
 """Tile sizes, warps and pipeline stages, by kernel, architecture and head dimension.
 
 Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
-stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared memory, for
-every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check). Large tiles first, because a tile's arithmetic
-intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the products'
-operands. Not one has been timed. What `dit-accel bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
+stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
+memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check). Large tiles first, because a tile's
+arithmetic intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the
+products' operands. Not one has been timed. What `dit-accel bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
 """
 
 from collections.abc import Mapping
