@@ -2,9 +2,9 @@
 
 Apart from the exact keys' kernels, because both together would not fit the registers.
 
-A pull is a gradient over a mass: at a loss scale of 2¹⁶ it is past float16, without one below it. So rows are stored with a largest entry
-of 1 beside their `size`, and where rows are summed the features carry the sizes, relative to the largest of the head: float16 multiplies
-numbers of at most their features' size, and every product is accumulated in float32.
+A pull is a gradient divided by a mass: at a loss scale of 2¹⁶ it exceeds float16. So each row is stored with a largest entry of 1 and its
+`size` beside it, and where rows are summed the features carry the sizes, relative to the largest of the head: no operand of a product in
+float16 is larger than its features or values make it, and every product is accumulated in float32.
 """
 
 import triton
