@@ -1,4 +1,7 @@
-"""`dit-accel bench kernels`: the operator by itself against PyTorch's attention, alternating in one run."""
+"""`dit-accel bench kernels`: the operator by itself against PyTorch's attention, alternating in one run.
+
+On a GPU also against FlexAttention over the same blocks and NATTEN (`bench_rivals`); a column that is missing says why.
+"""
 
 import math
 import statistics
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel import bench_rivals
 from dit_accel.bench import machine, timed
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
@@ -20,10 +24,13 @@ from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
 from dit_accel.plan import multiply_adds
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.spec import AttentionSpec
+from dit_accel.spec import AttentionSpec, Window
 
+CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 4, 64
 LARGE = 32768  # tokens from which one run of PyTorch's attention takes the better part of a minute on two cores
+ON_GPU: dict[str, Any] = {"heads": 24, "head_dim": 128, "dtype": torch.bfloat16}  # FLUX's
+RIVALS = {"flex": "FlexAttention", "natten": "NATTEN"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Case:
     text: int = 0
     dtype: torch.dtype = torch.float32
     backward: bool = False
+    heads: int = HEADS
+    head_dim: int = HEAD_DIM
+    device: torch.device = CPU
 
     @property
     def layout(self) -> TokenLayout:
@@ -61,11 +71,24 @@ CASES = (
 SCALING = (CLEAR(16), (64, 128, 256, 512))  # the method and the sides over which its growth is measured
 
 
-def runner(case: Case, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], None]:
+def cases_on(device: torch.device) -> list[Case]:
+    """The cases of a device: on a GPU each with FLUX's heads in bfloat16."""
+    if device.type == "cpu":
+        return list(CASES)
+    return [replace(case, device=device, **ON_GPU) for case in CASES if case.dtype == torch.float32]
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """Query, key and value: random, the same ones at each call."""
+    seed = torch.Generator(case.device).manual_seed(0)
+    size = (1, case.heads, case.layout.tokens, case.head_dim)
+    made = (torch.randn(size, generator=seed, device=case.device) for _ in range(3))
+    return [x.to(case.dtype).requires_grad_(case.backward) for x in made]
+
+
+def runner(case: Case, function: bench_rivals.Attention) -> Callable[[], None]:
     """One forward, or forward and backward, on random inputs."""
-    seed = torch.Generator().manual_seed(0)
-    size = (1, HEADS, case.layout.tokens, HEAD_DIM)
-    qkv = [torch.randn(size, generator=seed).to(case.dtype).requires_grad_(case.backward) for _ in range(3)]
+    qkv = inputs(case)
 
     def run() -> None:
         with torch.set_grad_enabled(case.backward):
@@ -78,71 +101,108 @@ def runner(case: Case, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> 
 
 def accelerated(case: Case) -> Callable[[], None]:
     """The case by the library's own choice of backend, selection, linear branch and merge included."""
-    params = case.spec.make_parameters(heads=HEADS, head_dim=HEAD_DIM).requires_grad_(case.backward)
+    params = case.spec.make_parameters(heads=case.heads, head_dim=case.head_dim).to(case.device).requires_grad_(case.backward)
     return runner(case, lambda q, k, v: attention(q, k, v, case.spec, case.layout, params=params))
 
 
 def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
     """PyTorch's attention on as many tokens, and the dtype it runs in.
 
-    Without AVX-512 PyTorch multiplies bfloat16 hundreds of times slower than float32, so that float32 is the fair rival there.
+    On a CPU without AVX-512 it multiplies bfloat16 hundreds of times slower than float32, so that float32 is the fair rival there.
     """
-    capable = dispatch.CPU_TARGET.startswith("avx512")
+    capable = case.device.type != "cpu" or dispatch.CPU_TARGET.startswith("avx512")
     dtype = case.dtype if capable else torch.float32
     return runner(replace(case, dtype=dtype), F.scaled_dot_product_attention), dtype
+
+
+def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
+    """What else is measured beside a case, by the names of RIVALS, or why it is not."""
+    found: dict[str, Callable[[], None] | str] = {}
+    refusals = {"flex": bench_rivals.flex_refusal, "natten": bench_rivals.natten_refusal}
+    for name, refusal in refusals.items():
+        reason = refusal(case.spec, case.layout, case.device)
+        try:
+            found[name] = reason or _warmed(_rival(name, case))
+        except (RuntimeError, ValueError) as error:  # what their compilers raise
+            found[name] = f"failed: {str(error).splitlines()[0]}"
+    return found
+
+
+def _rival(name: str, case: Case) -> Callable[[], None]:
+    (pattern, *_) = case.spec.keep
+    if name == "natten" and isinstance(pattern, Window):
+        return runner(case, bench_rivals.natten(pattern, case.layout))
+    q, k, _ = inputs(case)
+    return runner(case, bench_rivals.flex(q, k, case.spec, case.layout))
+
+
+def _warmed(function: Callable[[], None]) -> Callable[[], None]:
+    function()
+    return function
 
 
 def arithmetic(case: Case) -> float:
     """Floating-point operations that the case needs: image pairs by the method, text pairs in full; backward is 2.5 forwards."""
     image, total = case.layout.image, case.layout.tokens
-    pairs = multiply_adds(case.spec, case.layout, HEAD_DIM) * image**2 + total**2 - image**2
-    return 4 * HEADS * HEAD_DIM * pairs * (3.5 if case.backward else 1)
+    pairs = multiply_adds(case.spec, case.layout, case.head_dim) * image**2 + total**2 - image**2
+    return 4 * case.heads * case.head_dim * pairs * (3.5 if case.backward else 1)
 
 
 def error_of(case: Case) -> float:
     """Relative error of the output against the reference in float64, on 24 × 20 tokens of the same method."""
     layout = TokenLayout((1, 24, 20), case.text, order=case.spec.order)
     seed = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 2, layout.tokens, HEAD_DIM, generator=seed).to(case.dtype) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, layout.tokens, case.head_dim, generator=seed).to(case.device, case.dtype) for _ in range(3))
     with torch.no_grad():
         exact = attention(q.double(), k.double(), v.double(), case.spec, layout, backend="reference")
         return ((attention(q, k, v, case.spec, layout).double() - exact).norm() / exact.norm()).item()
 
 
 def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
-    """Rows for cases that share one baseline: all of them and it in turns, medians."""
-    rival, dtype = baseline(cases[0])
-    functions = [rival, *(accelerated(case) for case in cases)]
-    large = cases[0].layout.tokens >= LARGE
+    """Rows for cases that share one baseline: all of them, it and their rivals in turns, medians."""
+    dense, dtype = baseline(cases[0])
+    others = [rivals(case) for case in cases]
+    functions = [dense, *(accelerated(case) for case in cases), *(f for found in others for f in found.values() if callable(f))]
+    large = cases[0].device.type == "cpu" and cases[0].layout.tokens >= LARGE
     for function in functions[1:] if large else functions:  # plans and allocations
         function()
     rounds = [[timed(f) for f in functions] for _ in range(1 if large else repeats)]
     slow, *fast = (statistics.median(times) for times in zip(*rounds, strict=True))
-    rows = []
-    for case, seconds in zip(cases, fast, strict=True):
-        share = arithmetic(case) / (4 * HEADS * HEAD_DIM * case.layout.tokens**2 * (3.5 if case.backward else 1))
-        rows.append(
-            {
-                "method": case.name,
-                "spec": str(case.spec),
-                "tokens": case.layout.tokens,
-                "text": case.text,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "pass": "forward + backward" if case.backward else "forward",
-                "seconds": seconds,
-                "sdpa_seconds": slow,
-                "sdpa_dtype": str(dtype).removeprefix("torch."),
-                "ratio": slow / seconds,
-                "ideal": 1 / share,
-                "gflops": arithmetic(case) / seconds / 1e9,
-                "error": error_of(case),
-            }
-        )
-    return rows
+    beside = iter(fast[len(cases) :])
+    times = [{f"{name}_seconds": next(beside) if callable(f) else None for name, f in found.items()} for found in others]
+    missing = [{name: f for name, f in found.items() if isinstance(f, str)} for found in others]
+    return [
+        _row(case, seconds, {"sdpa_seconds": slow, "sdpa_dtype": str(dtype).removeprefix("torch."), **own, "missing": reasons})
+        for case, seconds, own, reasons in zip(cases, fast, times, missing, strict=False)
+    ]
 
 
-def peak_bytes(function: Callable[[], None]) -> int | None:
-    """Bytes that a call takes beyond what the process held, its result included; the most of a few calls. None where Linux isn't."""
+def _row(case: Case, seconds: float, beside: dict[str, Any]) -> dict[str, Any]:
+    """A case's line of the result; `beside`: what its rivals took."""
+    share = arithmetic(case) / (4 * case.heads * case.head_dim * case.layout.tokens**2 * (3.5 if case.backward else 1))
+    return {
+        "method": case.name,
+        "spec": str(case.spec),
+        "tokens": case.layout.tokens,
+        "text": case.text,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "pass": "forward + backward" if case.backward else "forward",
+        "seconds": seconds,
+        **beside,
+        "ratio": beside["sdpa_seconds"] / seconds,
+        "ideal": 1 / share,
+        "gflops": arithmetic(case) / seconds / 1e9,
+        "error": error_of(case),
+    }
+
+
+def peak_bytes(function: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes that a call takes beyond what was held, its result included; on a CPU the most of a few calls, None where Linux isn't."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - held
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def line(name: str) -> int:
@@ -160,35 +220,38 @@ def peak_bytes(function: Callable[[], None]) -> int | None:
         return None
 
 
-def growth(repeats: int) -> dict[str, Any]:
+def growth(repeats: int, device: torch.device) -> dict[str, Any]:
     """Seconds of one method over growing grids, the exponent of the time between the first and the last, and the last one's memory."""
     spec, sides = SCALING
-    functions = [accelerated(Case(str(spec), spec, side)) for side in sides]
+    cases = [Case(str(spec), spec, side, device=device, **(ON_GPU if device.type == "cuda" else {})) for side in sides]
+    functions = [accelerated(case) for case in cases]
     for function in functions:
         function()
     rounds = [[timed(f) for f in functions] for _ in range(repeats)]
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
     tokens = [side * side for side in sides]
     exponent = math.log(seconds[-1] / seconds[0]) / math.log(tokens[-1] / tokens[0])
-    peak, tensor = peak_bytes(functions[-1]), 4 * HEADS * HEAD_DIM * tokens[-1]
+    peak, tensor = peak_bytes(functions[-1], device), cases[-1].dtype.itemsize * cases[-1].heads * cases[-1].head_dim * tokens[-1]
     beyond = None if peak is None else (peak - tensor) / (4 * tensor)  # the result is one of the four tensors
     return {"method": str(spec), "tokens": tokens, "seconds": seconds, "exponent": exponent, "memory_beyond_qkvo": beyond}
 
 
 def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None = None) -> dict[str, Any]:
-    """The table of CASES up to `largest` tokens, printed, and written as JSON where `out` is given."""
+    """The table of CASES up to `largest` tokens, on a GPU where there is one, printed, and written as JSON where `out` is given."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = [case for case in cases_on(device) if case.layout.tokens <= largest]
     groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in CASES:
-        if case.layout.tokens <= largest:
-            groups.setdefault((case.layout.tokens, baseline(case)[1], case.backward), []).append(case)
+    for case in wanted:
+        groups.setdefault((case.layout.tokens, baseline(case)[1], case.backward), []).append(case)
     rows = [row for cases in groups.values() for row in measure(cases, repeats)]
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     result = {
-        "machine": machine() | {"target": dispatch.CPU_TARGET},
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
+        "machine": machine() | {"target": dispatch.CPU_TARGET} | gpu,
+        "heads": ON_GPU["heads"] if gpu else HEADS,
+        "head_dim": ON_GPU["head_dim"] if gpu else HEAD_DIM,
         "repeats": repeats,
         "rows": rows,
-        "growth": growth(repeats) if largest >= max(SCALING[1]) ** 2 else None,
+        "growth": growth(repeats, device) if largest >= max(SCALING[1]) ** 2 else None,
     }
     show(result)
     if out is not None:
@@ -197,20 +260,27 @@ def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None 
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    view = Table("method", "tokens", "dtype", "pass", "ms", "SDPA ms", "ratio", "FLOP-ideal", "GFLOP/s", "error vs float64")
+    """Print the table, and why a rival is missing."""
+    names = [f"{name} ms" for name in RIVALS.values()]
+    view = Table("method", "tokens", "dtype", "pass", "ms", "SDPA ms", *names, "ratio", "FLOP-ideal", "GFLOP/s", "error vs float64")
     for row in result["rows"]:
+        beside = [row[f"{name}_seconds"] for name in RIVALS]
         view.add_row(
             row["method"], str(row["tokens"]), row["dtype"], row["pass"], f"{row['seconds'] * 1e3:.1f}",
             f"{row['sdpa_seconds'] * 1e3:.0f}" + ("" if row["sdpa_dtype"] == row["dtype"] else f" ({row['sdpa_dtype']})"),
+            *("-" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in beside),
             f"{row['ratio']:.2f}×", f"{row['ideal']:.1f}×", f"{row['gflops']:.0f}", f"{row['error']:.1e}",
         )  # fmt: skip
     console = Console()
     console.print(view)
+    for name, title in RIVALS.items():
+        for reason in dict.fromkeys(row["missing"][name] for row in result["rows"] if name in row["missing"]):
+            console.print(f"no {title} where: {reason}")
     if result["growth"]:
-        g = result["growth"]
-        console.print(f"{g['method']}: time grows as N^{g['exponent']:.3f} from {g['tokens'][0]} to {g['tokens'][-1]} tokens")
-        if g["memory_beyond_qkvo"] is not None:
-            console.print(
-                f"memory beyond query, key, value and output at {g['tokens'][-1]} tokens: {g['memory_beyond_qkvo']:.1%} of theirs"
-            )
+        _show_growth(console, result["growth"])
+
+
+def _show_growth(console: Console, g: dict[str, Any]) -> None:
+    console.print(f"{g['method']}: time grows as N^{g['exponent']:.3f} from {g['tokens'][0]} to {g['tokens'][-1]} tokens")
+    if g["memory_beyond_qkvo"] is not None:
+        console.print(f"memory beyond query, key, value and output at {g['tokens'][-1]} tokens: {g['memory_beyond_qkvo']:.1%} of theirs")

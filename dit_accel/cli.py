@@ -275,13 +275,18 @@ def kernels(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case below 32,768 tokens; above it is one.")] = 5,
     largest: Annotated[int, typer.Option(min=4096, help="Leave out cases of more tokens than this.")] = 1 << 20,
     aot: Annotated[bool, typer.Option("--aot", help="Compile the GPU kernels instead, for GPUs that need not be here.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Time the GPU kernels' tiles on this GPU instead, and keep the fastest.")] = False,
     arch: Annotated[list[str] | None, typer.Option(help="With --aot: sm_80, sm_90, sm_100, sm_120 or gfx942; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="With --aot: only these methods; may be repeated.")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="With --aot: 64, 128 or 256; may be repeated.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="With --aot: bfloat16 or float16; may be repeated.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="With --aot or --tune: 64, 128 or 256; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="With --aot or --tune: bfloat16 or float16; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
 ) -> None:
-    """Measure the operator by itself against PyTorch's attention, or show what the GPU kernels compile to."""
+    """Measure the operator by itself against PyTorch's attention, show what the GPU kernels compile to, or tune them for this GPU."""
+    if aot and tune:
+        raise ValueError("one of --aot and --tune is wanted, got both")
+    if tune and (arch or method):
+        raise ValueError("arch and method want --aot: --tune takes this GPU and every method, got one of them")
     if out:
         options.check_file(out)
     if aot:
@@ -289,8 +294,13 @@ def kernels(
 
         bench_aot(jobs(method, arch, head_dim, dtype), out=out)
         return
+    if tune:
+        from dit_accel.bench_tune import bench_tune, work_of
+
+        bench_tune(work_of(dtype, head_dim), out=out)
+        return
     if arch or method or head_dim or dtype:
-        raise ValueError("arch, method, head-dim and dtype want --aot, got none")
+        raise ValueError("arch, method, head-dim and dtype want --aot (the last two --aot or --tune), got neither")
     from dit_accel.bench_kernels import bench_kernels
 
     bench_kernels(repeats=repeats, largest=largest, out=out)

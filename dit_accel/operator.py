@@ -179,7 +179,7 @@ def _attend_image(
     q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, ...] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
     params: Values, scale: float, dense: Dense,
 ) -> Partial:  # fmt: skip
-    blocks = _visited_blocks(q, k, spec, plan)
+    blocks = visited_blocks(q, k, spec, plan)
     exact = [
         reference.block_sparse_attention(
             q, k, v, blocks, plan.q_blocks, plan.k_blocks, scale=scale, predicate=plan.predicate, coords=plan.coords
@@ -201,7 +201,7 @@ def _attend_image(
     return out, lse
 
 
-def _visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
+def visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
     """The static lists of the spec's patterns and, where it has a TopK, the blocks chosen for this call beside them."""
     top = next((p for p in spec.keep if isinstance(p, TopK)), None)
     if top is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dit_accel.demo as demo
-from dit_accel import bench_kernels
+from dit_accel import bench_kernels, bench_rivals
 from dit_accel.bench import attention_errors, bench_quality, capture_qkv, record_step, spread
 from dit_accel.bench_step import bench_step, step_times
 from dit_accel.errors import NotAcceleratedError
@@ -157,18 +157,57 @@ def test_the_demo_refuses_a_folder_it_cannot_write(tmp_path: Path) -> None:
         demo.run_demo(tmp_path / "file" / "out")
 
 
-def test_kernel_benchmarks_write_what_they_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_benchmarks_write_what_they_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = [dataclasses.replace(case, side=case.side // 8) for case in bench_kernels.CASES if case.side <= 128]
     monkeypatch.setattr(bench_kernels, "CASES", small)
     monkeypatch.setattr(bench_kernels, "SCALING", (CLEAR(3), (8, 16)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = bench_kernels.bench_kernels(repeats=2, out=tmp_path / "k.json")
     assert json.loads((tmp_path / "k.json").read_text())["rows"] == result["rows"]
     assert {(row["method"], row["pass"]) for row in result["rows"]} == {
-        (case.name, "forward + backward" if case.backward else "forward") for case in small
+        (case.name, "forward + backward" if case.backward else "forward") for case in bench_kernels.cases_on(device)
     }
     assert all(row["error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5) for row in result["rows"])
     assert all(row["seconds"] > 0 and row["sdpa_seconds"] > 0 for row in result["rows"])
     assert result["growth"]["tokens"] == [64, 256]
+    if device.type == "cpu":
+        assert all(
+            row["flex_seconds"] is row["natten_seconds"] is None and row["missing"].keys() == {"flex", "natten"} for row in result["rows"]
+        )
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "no FlexAttention where: FlexAttention is compiled on CUDA devices" in shown
+        assert "no NATTEN where: NATTEN computes windows (GNA) alone" in shown
+
+
+def test_rivals_take_their_turns_and_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench_kernels.Case("clear", CLEAR(3), 16)
+    runs = []
+
+    def attention(q: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        runs.append(q.shape)
+        return q
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(bench_rivals, "flex_refusal", lambda *_: None)
+    monkeypatch.setattr(bench_rivals, "flex", lambda *_: attention)
+    (row,) = bench_kernels.measure([case], 3)
+    assert runs == [(1, 4, 256, 64)] * 5  # once to compile, once with the others, and three times measured
+    assert row["flex_seconds"] > 0
+    assert row["missing"] == {"natten": "NATTEN computes windows (GNA) alone"}
+    monkeypatch.setattr(bench_rivals, "flex", broken)
+    (row,) = bench_kernels.measure([case], 1)
+    assert row["flex_seconds"] is None
+    assert row["missing"]["flex"] == "failed: no kernel image"
+
+
+def test_a_gpu_measures_in_bfloat16() -> None:
+    cases = bench_kernels.cases_on(torch.device("cuda"))
+    assert {(case.dtype, case.heads, case.head_dim, case.device.type) for case in cases} == {(torch.bfloat16, 24, 128, "cuda")}
+    assert len({(case.name, case.side, case.backward) for case in cases}) == len(cases)
 
 
 def test_the_arithmetic_of_a_kept_whole_is_that_of_dense_attention() -> None:

@@ -167,6 +167,9 @@ def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
 def test_bad_settings(prompts: Path, tmp_path: Path) -> None:
     text = fail("distill", "--prompts", prompts, "--out", tmp_path / "d", "--learning-rate", "0")
     assert text == "learning_rate is a number > 0, got 0.0"
+    assert fail("bench", "kernels", "--tune", "--aot") == "one of --aot and --tune is wanted, got both"
+    assert "--tune takes this GPU and every method, got one" in fail("bench", "kernels", "--tune", "--method", "fovea")
+    assert "want --aot (the last two --aot or --tune), got neither" in fail("bench", "kernels", "--dtype", "float16")
     for arguments in (["generate", "x", "--steps", "0"], ["generate", "x", "--dtype", "int8"], ["generate"], ["nonsense"]):
         result = run(*arguments)
         assert result.exit_code == 2
@@ -329,7 +332,7 @@ def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None
 
 
 def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import bench, bench_kernels, bench_step, demo
+    from dit_accel import bench, bench_kernels, bench_step, bench_tune, demo
 
     calls: list[dict[str, Any]] = []
 
@@ -341,17 +344,20 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(bench, "bench_quality", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(bench_step, "bench_step", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(bench_kernels, "bench_kernels", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(bench_tune, "bench_tune", lambda work, **settings: calls.append({"kernels": len(work), **settings}))
     monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
     succeed("bench", "kernels", "--repeats", 3, "--largest", 4096, "--out", tmp_path / "k.json")
+    succeed("bench", "kernels", "--tune", "--dtype", "float16", "--head-dim", 64, "--out", tmp_path / "t.json")
     shown = ["a panda", "a cat on a blue background"]
     assert calls == [
         {"out": tmp_path / "demo", "quick": True, "seed": 3},
         {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32},
         {"sizes": [(32, 64), (32, 32)], "methods": [CLEAR(3)], "repeats": 2, "out": None, "max_sequence_length": None},
         {"repeats": 3, "largest": 4096, "out": tmp_path / "k.json"},
+        {"kernels": len(bench_tune.KERNELS), "out": tmp_path / "t.json"},
     ]
 
 

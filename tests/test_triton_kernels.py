@@ -108,6 +108,29 @@ def test_every_gradient(spec: AttentionSpec, dtype: torch.dtype) -> None:
     assert_close_as_eager(*(flat(grads) for grads in (got, exact, eager)), "all")
 
 
+@pytest.mark.parametrize("scale", [2.0**11, 2.0**-4], ids=["large", "small"])
+@pytest.mark.parametrize("name", ["sla", "linear-mass"])
+def test_float16_gradients_of_a_linear_rest_at_any_scale(name: str, scale: float) -> None:
+    """Gradients of 1/32 at a loss scale of 2¹⁶, and small ones, rows up to 2⁸ apart: none passes float16's end on the way or gets lost."""
+    spec, layout = SPECS[name], SMALL.layout
+    row = 2.0 ** torch.linspace(-8, 0, layout.tokens)
+
+    def weighted(found: tuple[Tensor, Tensor], factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        out, lse = found
+        weight = (factor * row).to(out.dtype)
+        return out * weight[:, None], lse * weight.to(lse.dtype)
+
+    exact, eager = (
+        gradients(lambda qkv, p, d=d: weighted(oracle(*qkv, spec, layout, p, dtype=d)), spec, SMALL, d)
+        for d in (torch.float64, torch.float16)
+    )
+    got = gradients(lambda qkv, p: weighted(run(qkv, spec, layout, p.float()), scale), spec, SMALL, torch.float16)
+    back = {name: x.double() / scale for name, x in got.items()}
+    for names in (["query", "key", "value"], sorted(got)):
+        own, *wanted = (flat({name: grads[name] for name in names}) for grads in (back, exact, eager))
+        assert_close_as_eager(own.half(), *wanted)
+
+
 @pytest.mark.parametrize("shape", [Shape(2, 2, 8, (1, 5, 7)), Shape(1, 2, 72, (2, 4, 7), 33, False)], ids=["no-text", "video-text-last"])
 @pytest.mark.parametrize("name", ["fovea", "clear", "clear-downsample", "sla", "linear-mass"])
 def test_gradients_at_odd_shapes(name: str, shape: Shape) -> None:
@@ -245,13 +268,10 @@ def test_columns_are_the_lists_turned_around() -> None:
 # The launches
 
 
-def launches(spec: AttentionSpec, shape: Shape, *, backward: bool = False) -> list[launch.Launch]:
-    """What a call would launch, without running any of it."""
-    params = random_parameters(spec, shape)
-    with calls.recorded(Machine("sm_90", 132)) as found, torch.set_grad_enabled(backward):
-        out = attention(*shape.inputs(grad=backward), spec, shape.layout, params=params, backend="triton")
-        if backward:
-            out.sum().backward()
+def launches(spec: AttentionSpec, shape: Shape) -> list[launch.Launch]:
+    """What a forward would launch, without running any of it."""
+    with calls.recorded(Machine("sm_90", 132)) as found, torch.no_grad():
+        run(shape.inputs(), spec, shape.layout, random_parameters(spec, shape))
     return found
 
 

@@ -1,6 +1,10 @@
 """Backward of the linear rest: what each query pulls at the rest's numerator and mass, and what follows for queries, keys and values.
 
 Apart from the exact keys' kernels, because both together would not fit the registers.
+
+A pull is a gradient divided by a mass: at a loss scale of 2¹⁶ it exceeds float16. So each row is stored with a largest entry of 1 and its
+`size` beside it, and where rows are summed the features carry the sizes, relative to the largest of the head: no operand of a product in
+float16 is larger than its features or values make it, and every product is accumulated in float32.
 """
 
 import triton
@@ -8,17 +12,19 @@ import triton.language as tl
 from dit_accel.kernels.triton.forward import rest_of
 from dit_accel.kernels.triton.primitives import LOG2E, SIZES, feature, feature_gradient, put, split_dot, tile, vector
 
+TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
+
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_gradient(
-    q, k, v, dout, lse, delta, dnum, dden, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
+    q, k, v, dout, lse, delta, dnum, dden, size, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
     lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, state_low, total, weight, weight_low, bias,
     heads, tokens, image, image_start, k_blocks,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     MAP: tl.constexpr, ALL: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dnum `[BH, image, D]` and dden `[BH, image]`: gradients of the rest's numerator and mass, times the number of keys; `more`
-    `[BH, image, D]` float32: what they add to dq.
+    """dnum `[BH, image, D]` and dden `[BH, image]` float32: gradients of the rest's numerator and mass, times the number of keys, over
+    their row's `size` `[BH, image]` float32 (0: no gradient); `more` `[BH, image, D]` float32: what they add to dq.
 
     Under the residual merge also the rest's `mean` `[BH, image, D]`, and delta without the residual's share; else doffset `[BH, programs]`.
     `state` is without the projection. Grid: (query blocks · SUB_Q, batch · heads).
@@ -72,9 +78,13 @@ def linear_gradient(
         if offset is not None:
             change = tl.sum(weights * den * (tl.sum(wide * rest, 1) - mine), 0)
             tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), change)
-    put(dnum + bh * image * D, token, D, valid, numerator, D, DP)
+    largest = tl.maximum(tl.max(tl.abs(numerator), 1), tl.abs(mass))
+    shrink = 1.0 / tl.maximum(largest, TINY)
+    mass *= shrink
+    low = (numerator * shrink[:, None]).to(dnum.dtype.element_ty)
+    put(dnum + bh * image * D, token, D, valid, low, D, DP)
     tl.store(dden + bh * image + token, mass, mask=valid)
-    low = numerator.to(dnum.dtype.element_ty)
+    tl.store(size + bh * image + token, largest, mask=valid)
     dphi = tl.zeros([BQ, DP], tl.float32)
     if not ALL:
         for n in tl.range(0, listed * SUB_K, num_stages=STAGES):
@@ -87,7 +97,7 @@ def linear_gradient(
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=PRECISION)
     state_rest = state_low if state_low is None else state_low + bh * D * D
     dphi = split_dot(low, state + bh * D * D, state_rest, True, D, DP, PRECISION) - dphi * (1.0 / keys)
-    dphi += mass[:, None] * vector(total + bh * D, D, DP)[None, :]
+    dphi = (dphi + mass[:, None] * vector(total + bh * D, D, DP)[None, :]) * largest[:, None]
     again = tile(q_base, token + image_start, q_n, valid, D, DP)
     # nothing left means no mass and no pull
     put(more + bh * image * D, token, D, valid, feature_gradient(again, feature(again, D, DP, MAP), dphi, MAP), D, DP)
@@ -95,16 +105,17 @@ def linear_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_columns(
-    q, k, v, dnum, dden, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
-    q_starts, k_starts, pull_state, pull_state_low, pull_total, heads, image, image_start,
+    q, k, v, dnum, dden, relative, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
+    q_starts, k_starts, pull_state, pull_state_low, pull_total, pull_size, pull_unit, heads, image, image_start,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     MAP: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the linear rest adds to dk and dv: more_k, more_v `[BH, image, D]` float32. Sums over all queries,
     less those that visit the block.
 
-    `entries`, `borders` as in `gradient_columns`; `pull_state` `[BH, D, D]` (in two parts), `pull_total` `[BH, D]`: sums of phi(q)·dnum and
-    phi(q)·dden over all queries. Grid: (key blocks · SUB_K, batch · heads).
+    `entries`, `borders` as in `gradient_columns`; `relative` `[BH, image]`: the rows' sizes over the largest of the head, `pull_unit`
+    `[BH]`. `pull_state` `[BH, D, D]` (in two parts, times `pull_size` `[BH]`), `pull_total` `[BH, D]`: sums of phi(q)·dnum and phi(q)·dden
+    over all queries in those units. Grid: (key blocks · SUB_K, batch · heads).
     """
     block, sub = tl.program_id(0) // SUB_K, tl.program_id(0) % SUB_K
     bh = tl.program_id(1).to(tl.int64)
@@ -127,7 +138,8 @@ def linear_columns(
             inside = row < tl.load(q_starts + i + 1)
             num = tile(dnum + bh * image * D, row, D, inside, D, DP)
             den = tl.load(dden + bh * image + row, mask=inside, other=0.0)
-            mapped = tl.where(inside[:, None], feature(tile(q_base, row, q_n, inside, D, DP), D, DP, MAP), 0.0).to(kind)
+            weight = tl.load(relative + bh * image + row, mask=inside, other=0.0)
+            mapped = (feature(tile(q_base, row, q_n, inside, D, DP), D, DP, MAP) * weight[:, None]).to(kind)
             product = tl.dot(phi, tl.trans(mapped), input_precision=PRECISION)
             taken = tl.dot(product.to(kind), num, taken, input_precision=PRECISION)
             change = tl.dot(wide, tl.trans(num), input_precision=PRECISION) + den[None, :]
@@ -138,21 +150,24 @@ def linear_columns(
     # read again, and said to be another read: held through the loop, the features would cost registers
     again = tile(k_base, token + image_start, k_n, valid, D, DP, "evict_first")
     mapped_again = feature(again, D, DP, MAP)
-    dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) + vector(pull_total + bh * D, D, DP)[None, :] - dphi * share
+    scale, unit = tl.load(pull_size + bh), tl.load(pull_unit + bh)
+    dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) * scale + vector(pull_total + bh * D, D, DP)[None, :] - dphi * share
+    dphi *= unit
     put(more_k + bh * image * D, token, D, valid, feature_gradient(again, mapped_again, dphi, MAP), D, DP)
-    dv = split_dot(mapped_again.to(value.dtype), pulls, low, False, D, DP, PRECISION) - taken * share
-    put(more_v + bh * image * D, token, D, valid, dv, D, DP)
+    dv = split_dot(mapped_again.to(value.dtype), pulls, low, False, D, DP, PRECISION) * scale - taken * share
+    put(more_v + bh * image * D, token, D, valid, dv * unit, D, DP)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def outer_sums(
-    a, b, factor, products, sums, a_b, a_h, a_n, b_b, b_h, b_n, heads, first, rows, chunk, share,
+    a, b, relative, factor, products, sums, a_b, a_h, a_n, b_b, b_h, b_n, heads, first, rows, chunk, share,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over one chunk of rows: Σ f(a)·bᵀ `[chunks, BH, D, D]` and Σ factor·f(a) `[chunks, BH, D]`, times `share`; f is phi, or nothing at
-    MAP -1.
+    """Over one chunk of rows: Σ f(a)·bᵀ `[chunks, BH, D, D]` and Σ factor·f(a) `[chunks, BH, D]`, times `share`; f is `relative`·phi, or
+    nothing at MAP -1.
 
-    `a` is read from row `first` on, b `[BH, rows, D]` and factor `[BH, rows]` (None: 1) from row 0. Grid: (chunks, batch · heads).
+    `a` is read from row `first` on, b `[BH, rows, D]`, relative and factor `[BH, rows]` (None at MAP -1) from row 0.
+    Grid: (chunks, batch · heads).
     """
     bh = tl.program_id(1).to(tl.int64)
     a_base, b_base = a + (bh // heads) * a_b + (bh % heads) * a_h, b + (bh // heads) * b_b + (bh % heads) * b_h
@@ -165,12 +180,10 @@ def outer_sums(
         right = tile(b_base, row, b_n, valid, D, DP)
         left = tile(a_base, row + first, a_n, valid, D, DP)
         if MAP >= 0:
-            left = tl.where(valid[:, None], feature(left, D, DP, MAP), 0.0)
-        wide = left.to(tl.float32)
-        if factor is not None:
-            total += tl.sum(wide * tl.load(factor + bh * rows + row, mask=valid, other=0.0)[:, None], 0)
+            left = feature(left, D, DP, MAP) * tl.load(relative + bh * rows + row, mask=valid, other=0.0)[:, None]
+            total += tl.sum(left * tl.load(factor + bh * rows + row, mask=valid, other=0.0)[:, None], 0)
         else:
-            total += tl.sum(wide, 0)
+            total += tl.sum(left.to(tl.float32), 0)
         product = tl.dot(tl.trans(left.to(right.dtype)), right, product, input_precision=PRECISION)
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
     channel = tl.arange(0, DP)

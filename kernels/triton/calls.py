@@ -4,46 +4,73 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import triton
 from dit_accel.kernels.arguments import Arguments
-from dit_accel.kernels.triton import launch, launch_backward
+from dit_accel.kernels.triton import launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
 INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
-_recording: ContextVar[tuple[Machine, list[Launch]] | None] = ContextVar("recording", default=None)
+
+
+class Redirected(NamedTuple):
+    """The machine whose tiles are taken, what is done with a launch, and whether that runs it."""
+
+    machine: Machine
+    run: Run
+    runs: bool
+
+
+_redirected: ContextVar[Redirected | None] = ContextVar("redirected", default=None)
+
+
+@contextlib.contextmanager
+def redirected(machine: Machine, run: Run, *, runs: bool = True) -> Iterator[None]:
+    """Inside, this thread's launches have the tiles of `machine` and go to `run`."""
+    token = _redirected.set(Redirected(machine, run, runs))
+    try:
+        yield
+    finally:
+        _redirected.reset(token)
 
 
 @contextlib.contextmanager
 def recorded(machine: Machine) -> Iterator[list[Launch]]:
     """Collect what would be launched on `machine`, on tensors of any device, and run nothing: results hold whatever memory held."""
     found: list[Launch] = []
-    token = _recording.set((machine, found))
-    try:
+    with redirected(machine, found.append, runs=False):
         yield found
-    finally:
-        _recording.reset(token)
 
 
 def _where(device: torch.device) -> tuple[Machine, Run]:
-    recording = _recording.get()
-    return (machine_of(device), launch.execute) if recording is None else (recording[0], recording[1].append)
+    elsewhere = _redirected.get()
+    return (machine_of(device), launch.execute) if elsewhere is None else (elsewhere.machine, elsewhere.run)
 
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """The architecture whose tiles suit a device, and its number of multiprocessors."""
+    """The architecture whose tiles suit a device, its number of multiprocessors, and the tiles that were timed on it."""
     if device.type == "cpu":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
+    timed = tuned.tiles_of(gpu_of(device))
     if torch.version.hip:
-        return Machine("gfx942", properties.multi_processor_count)
+        return Machine("gfx942", properties.multi_processor_count, timed)
     # 8.6 and 8.9 are consumer chips: tensor cores as on 8.0, shared memory as on 12.0
     exact = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
-    return Machine(exact.get((properties.major, properties.minor), "sm_120"), properties.multi_processor_count)
+    return Machine(exact.get((properties.major, properties.minor), "sm_120"), properties.multi_processor_count, timed)
+
+
+def gpu_of(device: torch.device) -> tuned.Gpu:
+    """What tiles timed on a device are kept under."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
+    return tuned.Gpu(properties.name, capability, triton.__version__)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -69,4 +96,5 @@ def select_blocks(
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
     chosen = launch.select_blocks(_dense(q), _dense(k), q_starts, k_starts, weight, top, widths, *_where(q.device))
-    return chosen if _recording.get() is None else chosen.zero_()  # lists must name blocks that there are
+    elsewhere = _redirected.get()
+    return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are

@@ -93,9 +93,7 @@ class Call:
         """The kernel's tile for this call's widths and types."""
         if self.linear and kernel == "rows":
             kernel = "rows_linear"
-        return tile_for(
-            kernel, self.machine.arch, self.padded, self.a.q.dtype.itemsize, self.q_width, self.k_width, windows=self.a.windows is not None
-        )
+        return tile_for(kernel, self.machine, self.padded, self.a.q.dtype, self.q_width, self.k_width, windows=self.a.windows is not None)
 
     def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
         """Launch with the tile's constants; those that the kernel does not take are left out."""
@@ -250,7 +248,7 @@ def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) ->
     batch, heads, tokens, channels = x.shape
     blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())
     means = x.new_empty((batch * heads, blocks, channels), dtype=torch.float32)
-    tile = tile_for("summarise", machine.arch, padded, x.dtype.itemsize, width, width)
+    tile = tile_for("summarise", machine, padded, x.dtype, width, width)
     arguments = {
         "k": x, "v": x, "k_mean": means, "v_mean": None, "k_half": None, "states": None, "totals": None, **strides("k", x),
         **strides("v", x), "heads": heads, "image_start": 0, "starts": starts, "blocks": blocks, "group": 1, "keys": tokens,

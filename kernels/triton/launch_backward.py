@@ -10,6 +10,8 @@ from dit_accel.kernels.triton import backward, backward_linear
 from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, strides, up
 from dit_accel.kernels.triton.tables import Machine
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class Gradients(NamedTuple):
     """Gradients of the first eight arguments; None where there is none."""
@@ -77,44 +79,47 @@ class Pooled(NamedTuple):
 def _linear(call: Call, pull: dict[str, Any], rests: Rests, turned: Columns) -> Linear:
     """`turned`: the lists by key block."""
     a = call.a
-    # float16 has no room for gradients divided by a mass of thousands of keys
-    kind = torch.float32 if a.q.dtype == torch.float16 else a.q.dtype
-    dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=kind) for _ in range(2))
-    dden = call.empty(call.bh, call.image)
+    dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=a.q.dtype) for _ in range(2))
+    dden, size = (call.empty(call.bh, call.image) for _ in range(2))
     more_q, more_k, more_v = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
     programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
         backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden,
-        more=more_q, mean=mean,
-        doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
+        size=size, more=more_q, mean=mean, doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
         **halves("state", rests.state, a.q.dtype), **halves("weight", a.weight, a.q.dtype),
         tokens=call.tokens, image=call.image, image_start=call.image_start, k_blocks=call.k_blocks, RESIDUAL=call.residual,
     )  # fmt: skip
-    state, total = _outer(call, a.q, call.image_start, dnum, dden, call.flags["MAP"], 1 / call.image)
+    unit = size.amax(1).clamp_min(TINY)
+    relative = size / unit[:, None]
+    state, total = _outer(call, a.q, dnum, relative, dden, call.flags["MAP"], 1 / call.image)
+    largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
-        **call.rows("q", "k", "v"), dnum=dnum, dden=dden, more_k=more_k, more_v=more_v, **_turned(turned), q_starts=a.q_starts,
-        k_starts=a.k_starts, pull_total=total, **halves("pull_state", state, a.q.dtype), image=call.image, image_start=call.image_start,
+        **call.rows("q", "k", "v"), dnum=dnum, dden=dden, relative=relative, more_k=more_k, more_v=more_v, **_turned(turned),
+        q_starts=a.q_starts, k_starts=a.k_starts, **halves("pull_state", state / largest[:, None, None], a.q.dtype), pull_total=total,
+        pull_size=largest, pull_unit=unit, image=call.image, image_start=call.image_start,
     )  # fmt: skip
     shared: tuple[Tensor | None, Tensor | None] = (None, None)
     if call.residual:
-        products, sums = _outer(call, pull["dout"], call.image_start, mean, None, -1, 1.0)
+        products, sums = _outer(call, pull["dout"], mean, None, None, -1, 1.0)
         shared = (products.sum(0), sums.sum(0))
     per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
     return Linear(more_q, more_k, more_v, *shared, per_head)
 
 
-def _outer(call: Call, x: Tensor, first: int, y: Tensor, factor: Tensor | None, feature_map: int, share: float) -> tuple[Tensor, Tensor]:
-    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows."""
+def _outer(
+    call: Call, x: Tensor, y: Tensor, relative: Tensor | None, factor: Tensor | None, feature_map: int, share: float
+) -> tuple[Tensor, Tensor]:
+    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows, times `share`; see `outer_sums`."""
     tile = call.tile("outer")
     chunk = up(up(call.image, STATE_GROUPS), tile.queries) * tile.queries
     chunks = up(call.image, chunk)
     products, sums = call.empty(chunks, call.bh, call.channels, call.channels), call.empty(chunks, call.bh, call.channels)
     y = y.view(call.batch, call.heads, call.image, call.channels)
     call.start(
-        backward_linear.outer_sums, "outer", (chunks, call.bh), a=x, b=y, factor=factor, products=products, sums=sums, **strides("a", x),
-        **strides("b", y), first=first, rows=call.image, chunk=chunk, share=share, MAP=feature_map,
+        backward_linear.outer_sums, "outer", (chunks, call.bh), a=x, b=y, relative=relative, factor=factor, products=products, sums=sums,
+        **strides("a", x), **strides("b", y), first=call.image_start, rows=call.image, chunk=chunk, share=share, MAP=feature_map,
     )  # fmt: skip
     return products.sum(0), sums.sum(0)
 

@@ -1,13 +1,16 @@
 """Tile sizes, warps and pipeline stages, by kernel, architecture and head dimension.
 
 Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
-stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 without spilling a register and within the architecture's shared memory, for
-every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check). Large tiles first, because a tile's arithmetic
-intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the products'
-operands. Not one has been timed.
+stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
+memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check). Large tiles first, because a tile's
+arithmetic intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the
+products' operands. Not one has been timed. What `dit-accel bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a program can ask for
@@ -23,12 +26,16 @@ class Tile:
     stages: int
 
 
+Tuned = Mapping[tuple[str, str, int], Tile]  # by kernel, dtype ("bfloat16") and padded head dimension
+
+
 @dataclass(frozen=True)
 class Machine:
-    """What the launches depend on: one of ARCHITECTURES and the number of multiprocessors (compute units)."""
+    """What the launches depend on: one of ARCHITECTURES, the number of multiprocessors (compute units), and tiles timed there."""
 
     arch: str
     units: int
+    tuned: Tuned = field(default_factory=dict, hash=False)
 
 
 # (kernel, head dimension in 16-bit numbers): query rows, key rows, warps, stages for each of ARCHITECTURES
@@ -45,7 +52,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("merge", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("merge", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("summarise", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
+    ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
     ("summarise", 256): ((64, 32, 8, 2),) * 5,  # means alone: the linear rest ends at head dimension 128
     ("gradient_rows", 64): ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
     ("gradient_rows", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
@@ -61,7 +68,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("gradient_shared", 256): ((32, 64, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
     ("pooled", 128): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
-    ("pooled", 256): ((32, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    ("pooled", 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
     ("linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 3)),
     ("linear", 128): ((32, 16, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("linear_columns", 64): ((32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
@@ -69,20 +76,30 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("outer", 64): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("outer", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
 }
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
 _MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there
 _LAST = (16, 16, 8, 2)
 
 
-def tile_for(kernel: str, arch: str, head_dim: int, itemsize: int, q_width: int, k_width: int, *, windows: bool = False) -> Tile:
-    """The kernel's tile on an architecture for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide."""
-    size = min(256, max(64, head_dim * itemsize // 2))
-    row = _TILES.get((kernel, size))
-    queries, keys, warps, stages = _LAST if row is None else row[ARCHITECTURES.index(arch)]
-    if head_dim * itemsize > 512:  # float32 of more than 128 channels
-        queries, keys = min(queries, 16), min(keys, 16)
+def tile_for(
+    kernel: str, machine: Machine, head_dim: int, dtype: torch.dtype, q_width: int, k_width: int, *, windows: bool = False
+) -> Tile:
+    """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide."""
+    tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or _listed(kernel, machine.arch, head_dim, dtype)
+    queries, keys, warps, stages = tile.queries, tile.keys, tile.warps, tile.stages
     if windows and kernel in _MASKED:
         queries, keys = max(16, queries // 2), max(16, keys // 2)
     if kernel not in _ANY_WIDTH:
         queries, keys = (min(x, max(16, 1 << (width - 1).bit_length())) for x, width in ((queries, q_width), (keys, k_width)))
+    return Tile(queries, keys, warps, stages)
+
+
+def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The table's tile."""
+    size = min(256, max(64, head_dim * dtype.itemsize // 2))
+    row = _TILES.get((kernel, size))
+    queries, keys, warps, stages = _LAST if row is None else row[ARCHITECTURES.index(arch)]
+    if head_dim * dtype.itemsize > 512:  # float32 of more than 128 channels
+        queries, keys = min(queries, 16), min(keys, 16)
     return Tile(queries, keys, warps, stages)

@@ -1,0 +1,305 @@
+"""Tuning without a GPU: which tiles are tried, which stay, the file they are kept in, and that launches take them from it."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from rich.console import Console
+from torch import Tensor
+
+from dit_accel import bench_tune
+from dit_accel.bench_tune import KERNELS, Result, Work
+from dit_accel.errors import BackendError
+from dit_accel.kernels import dispatch
+from dit_accel.kernels.triton import calls, launch, tables, timing, tuned
+from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
+from dit_accel.operator import attention
+from dit_accel.presets import SLA, Fovea
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HERE, OTHER = tuned.Gpu("NVIDIA H100", "9.0", "3.9.0"), tuned.Gpu("NVIDIA A100", "8.0", "3.9.0")
+HOPPER = Machine("sm_90", 132)
+ROWS = Work("rows", "bfloat16", 64)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of tiles, in a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dit_accel" / "tiles.json"
+
+
+# What is tried
+
+
+def test_every_row_of_the_table_can_be_tuned() -> None:
+    assert tuple(KERNELS) == tables.KERNELS
+    assert {work.kernel for work in bench_tune.work_of(head_dims=[128])} == set(KERNELS)
+    assert not {"rows_linear", "linear", "linear_columns", "outer"} & {work.kernel for work in bench_tune.work_of(head_dims=[256])}
+
+
+@pytest.mark.parametrize("work", bench_tune.work_of(["float16"], [64, 128, 256]), ids=str)
+def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
+    for arch in ARCHITECTURES:
+        tried = bench_tune.candidates(work, Machine(arch, 132))
+        assert tried[0] == tile_for(work.kernel, Machine(arch, 132), work.head_dim, torch.float16, 64, 64)
+        assert len(set(tried)) == len(tried)
+        assert 8 <= len(tried) <= 17
+
+
+def test_unknown_work_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dtype is one of .*got 'float32'"):
+        bench_tune.work_of(["float32"])
+    with pytest.raises(ValueError, match=r"head_dim is one of .*got 72"):
+        bench_tune.work_of(None, [72])
+
+
+# What stays
+
+
+def timer(times: dict[Tile, float | str], otherwise: float | str = 9.0) -> Any:
+    return lambda work, tile: times.get(tile, otherwise)
+
+
+def test_the_fastest_tile_stays_and_those_of_no_use_are_listed() -> None:
+    own, fast, broken = (bench_tune.candidates(ROWS, HOPPER)[i] for i in (0, 2, 3))
+    result = bench_tune.tune(ROWS, HOPPER, timer({own: 2.0, fast: 1.0, broken: "spills 8 registers"}))
+    assert result.chosen == fast
+    assert result.skipped == {broken: "spills 8 registers"}
+    (entry,) = bench_tune.entries([result], HERE)
+    assert (entry.gpu, entry.key, entry.tile) == (HERE, ("rows", "bfloat16", 64), fast)
+
+
+def test_the_tables_tile_stays_where_none_is_clearly_faster() -> None:
+    own, near = bench_tune.candidates(ROWS, HOPPER)[:2]
+    result = bench_tune.tune(ROWS, HOPPER, timer({own: 1.0, near: 0.98}))
+    assert result.chosen == own
+    assert bench_tune.entries([result], HERE) == []
+
+
+def test_another_tile_stays_where_the_tables_is_of_no_use() -> None:
+    own, other = bench_tune.candidates(ROWS, HOPPER)[:2]
+    assert bench_tune.tune(ROWS, HOPPER, timer({own: "does not compile", other: 1.0})).chosen == other
+    nothing = bench_tune.tune(ROWS, HOPPER, timer({}, "does not compile"))
+    assert nothing.chosen is None
+    assert bench_tune.entries([nothing], HERE) == []
+
+
+def test_what_is_shown_names_every_skipped_tile(capsys: pytest.CaptureFixture[str]) -> None:
+    own, fast, broken = bench_tune.candidates(ROWS, HOPPER)[:3]
+    result = Result(ROWS, own, {own: 0.002, fast: 0.001}, {broken: "spills 8 registers"})
+    bench_tune.show([result, Result(ROWS, own)], Console(width=200))
+    shown = capsys.readouterr().out
+    assert "2.00×" in shown
+    assert "skipped: rows, bfloat16, D 64" in shown
+    assert "spills 8 registers" in shown
+
+
+# A trial
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["dense", "linear", "gradient_columns"])
+def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, kernel, bench_tune.Kernel(KERNELS[kernel].functions, ("sla",)))
+    measured: list[launch.Launch] = []
+
+    def measure(one: launch.Launch) -> float:
+        launch.execute(one)
+        given = [one.arguments[name] for name in ("q", "k", "v", "lse", "delta") if name in one.arguments]
+        assert all(bool(x.isfinite().all()) for x in given)
+        measured.append(one)
+        return 0.5
+
+    arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": DEVICE, "grid": (1, 4, 8), "text": 3, "heads": 1}
+    work, tile = Work(kernel, "float16", 64), Tile(32, 16, 2, 2)
+    assert bench_tune.run_trial(work, tile, measure=measure, **arguments) == 0.5
+    (one,) = measured
+    assert one.kernel.__name__ in KERNELS[kernel].functions
+    assert {one.arguments[name] for name in ("BQ", "BK") if name in one.arguments} == {32, 16}
+    assert (one.warps, one.arguments["STAGES"]) == (2, 2)
+    assert bench_tune.run_trial(work, tile, measure=lambda one: "spills 8 registers", **arguments) == "spills 8 registers"
+
+
+class Compiled:
+    """A kernel as Triton shows it: started on a grid it gives what was compiled, or fails."""
+
+    def __init__(self, spills: int = 0, error: Exception | None = None) -> None:
+        self.n_spills, self.error = spills, error
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.start
+
+    def start(self, num_warps: int) -> "Compiled":
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+def test_a_kernel_that_spills_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: {"median": 250.0}[return_mode])
+    assert timing.seconds(launch.Launch(Compiled(), (1,), {}, 4)) == 0.25
+    monkeypatch.setattr(timing, "do_bench", lambda *_, **__: pytest.fail("timed"))
+    assert timing.seconds(launch.Launch(Compiled(3), (1,), {}, 4)) == "spills 3 registers"
+    for error in (timing.OutOfResources(300_000, 232_448, "shared memory"), timing.PTXASError("a\nb"), RuntimeError("no pass")):
+        assert str(timing.seconds(launch.Launch(Compiled(error=error), (1,), {}, 4))).startswith("does not compile: ")
+
+
+# The file
+
+
+def entry(**change: Any) -> tuned.Entry:
+    return tuned.Entry(**{**HERE._asdict(), "kernel": "rows", "dtype": "bfloat16", "head_dim": 64, "queries": 32, "keys": 64, "warps": 8,
+                          "stages": 3, **change})  # fmt: skip
+
+
+def test_only_the_same_gpu_and_triton_read_a_tile(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(tuned.merged([], [entry(), entry(device="NVIDIA A100", warps=4)], HERE, set())))
+    assert tuned.tiles_of(HERE) == {("rows", "bfloat16", 64): Tile(32, 64, 8, 3)}
+    assert tuned.tiles_of(HERE._replace(triton="4.0")) == {}
+    assert tuned.tiles_of(HERE._replace(capability="10.0")) == {}
+
+
+def test_tuning_again_replaces_what_was_tuned_and_nothing_else() -> None:
+    old = [entry(), entry(kernel="dense"), entry(device="NVIDIA A100")]
+    content = tuned.merged(old, [entry(kernel="merge")], HERE, {("rows", "bfloat16", 64), ("merge", "bfloat16", 64)})
+    assert [(row["device"], row["kernel"]) for row in content["tiles"]] == [
+        ("NVIDIA H100", "dense"), ("NVIDIA A100", "rows"), ("NVIDIA H100", "merge")
+    ]  # fmt: skip
+
+
+def test_without_a_file_there_is_nothing(cache: Path) -> None:
+    assert tuned.cache_file() == cache
+    assert tuned.tiles_of(HERE) == {}
+
+
+def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuned.cache_file() == tmp_path / ".cache" / "dit_accel" / "tiles.json"
+
+
+DAMAGED = {
+    "no-json": ("{", "got Expecting property name"),
+    "no-text": (b"\xff\xfe\xfa", "got 'utf-8' codec"),
+    "another-format": ('{"format": 2, "tiles": []}', "an object of format 1"),
+    "a-list": ("[]", "an object of format 1"),
+    "a-field-missing": ('{"format": 1, "tiles": [{"kernel": "rows"}]}', "a tile has the fields device"),
+    "a-word-for-a-number": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "warps": "8"}]}), "a tile has the fields device"),
+    "an-unknown-kernel": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "kernel": "row"}]}), "a kernel is one of .* got 'row'"),
+    "an-odd-tile": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "queries": 48}]}), "a tile has sides of"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: str | bytes, says: str) -> None:
+    cache.parent.mkdir()
+    cache.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match=f"tuned tiles are left out: .*{says}"):
+        assert tuned.tiles_of(HERE) == {}
+
+
+def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
+    monkeypatch.setattr(calls, "gpu_of", lambda device: HERE)
+    own, fast = bench_tune.candidates(ROWS, calls.INTERPRETED)[:2]
+    monkeypatch.setattr(bench_tune, "run_trial", lambda work, tile, **_: 1.0 if tile == fast else 2.0)
+    bench_tune.bench_tune([ROWS], out=tmp_path / "out.json")
+    assert tuned.tiles_of(HERE) == {ROWS_KEY: fast}
+    assert [path.name for path in cache.parent.iterdir()] == ["tiles.json"]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert Tile(**row["chosen"]) == fast
+    assert Tile(**row["table"]) == own
+
+    def interrupted(work: Work, tile: Tile, **_: Any) -> float:
+        if work.kernel == "dense":
+            raise KeyboardInterrupt
+        return 2.0 - (tile == own)
+
+    monkeypatch.setattr(bench_tune, "run_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_tune.bench_tune([ROWS, Work("dense", "bfloat16", 64)])
+    assert tuned.tiles_of(HERE) == {}  # the table's tile is the fastest now, and that is kept
+    cache.write_text("{")
+    with pytest.raises(ValueError, match="is a JSON file of tiles"):
+        bench_tune.bench_tune([ROWS])
+    assert cache.read_text() == "{"
+
+
+ROWS_KEY = ("rows", "bfloat16", 64)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
+    monkeypatch.setattr(bench_tune, "run_trial", lambda *_, **__: pytest.fail("worked"))
+    cache.parent.write_text("a file")
+    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
+        bench_tune.bench_tune([ROWS])
+    assert stat.S_ISREG(cache.parent.stat().st_mode)
+
+
+def test_a_cuda_device_reads_its_tiles(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(tuned.merged([], [entry(triton=calls.triton.__version__)], HERE, set())))
+    properties = type("Properties", (), {"name": HERE.device, "major": 9, "minor": 0, "multi_processor_count": 132, "gcnArchName": ""})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    machine = calls.machine_of.__wrapped__(torch.device("cuda"))
+    assert machine == Machine("sm_90", 132, {ROWS_KEY: Tile(32, 64, 8, 3)})
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "triton", "says"),
+    [(True, True, "TRITON_INTERPRET unset"), (False, True, "a CUDA device, and there is none"), (False, False, "triton, which is not")],
+)
+def test_a_machine_without_a_gpu_is_refused(interpreted: bool, triton: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    monkeypatch.setattr(dispatch, "TRITON", triton)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=says):
+        bench_tune.bench_tune([ROWS])
+
+
+# What a tile changes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [Fovea(0.3, tile=(4, 8)), SLA(0.3, block=(32, 32))], ids=str)
+def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
+    shape = Shape(1, 1, 16, (1, 8, 11), 5)
+    tiles = {(kernel, "float32", 16): Tile(16, 32, 2, 2) for kernel in KERNELS}
+    default, own = Machine("sm_90", 4), Machine("sm_90", 4, tiles)
+    seen: dict[str, set[int]] = {"default": set(), "own": set()}
+
+    def compute(name: str, machine: Machine) -> tuple[Tensor, Tensor]:
+        def execute(one: launch.Launch) -> None:
+            seen[name].add(one.warps)
+            launch.execute(one)
+
+        def call(qkv: list[Tensor], params: Any) -> tuple[Tensor, Tensor]:
+            moved = [x.to(DEVICE) for x in qkv]
+            out, lse = attention(*moved, spec, shape.layout, params=params.to(DEVICE), backend="triton", return_lse=True)
+            return out.cpu(), lse.cpu()
+
+        with calls.redirected(machine, execute), torch.autograd.set_multithreading_enabled(False):
+            out, _ = call(shape.inputs(), random_parameters(spec, shape))
+            return out.detach(), flat(gradients(call, spec, shape, torch.float32))
+
+    results = {"default": compute("default", default), "own": compute("own", own)}
+    exact, eager = (
+        (
+            oracle(*shape.inputs(), spec, shape.layout, random_parameters(spec, shape), dtype=d)[0].detach(),
+            flat(gradients(lambda qkv, p, d=d: oracle(*qkv, spec, shape.layout, p, dtype=d), spec, shape, d)),
+        )
+        for d in (torch.float64, torch.float32)
+    )
+    for found in results.values():
+        for got, *wanted in zip(found, exact, eager, strict=True):
+            assert_close_as_eager(got, *wanted)
+    assert seen["own"] - {1} == {2}
+    assert seen["default"] - {1, 2}
