@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
+    from dit_accel.pipelines.hires import generate_hires
     from dit_accel.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.spec import AttentionSpec
 
@@ -35,6 +36,7 @@ _HOMES = {
     "TokenLayout": "layout",
     "attention": "operator",
     "builtin_pipeline": "pipelines.builtin",
+    "generate_hires": "pipelines.hires",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "builtin_pipeline",
     "dense",
     "distill",
+    "generate_hires",
     "load_adapter",
     "restore",
     "save_adapter",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 HINTS = {
-    "generate": "no picture was written",
+    "generate": "no picture was written; with --hires the same command continues after the last finished stage",
     "collect": "the same command continues with the prompts that are missing",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
@@ -88,19 +88,28 @@ def generate(
         bool,
         typer.Option("--strict", help="Run the method even where it is slower; fail where it can't run."),
     ] = False,
+    hires: options.Hires = False,
+    base: options.Base = None,
+    strength: options.Strength = None,
+    ntk: options.Ntk = None,
+    proportional: options.Proportional = False,
     out: Annotated[Path, typer.Option(help="Picture file to write; its ending names the format.")] = Path("image.png"),
 ) -> None:
     """Draw one picture with an accelerated pipeline, and show what ran in each layer."""
     if adapter is not None and (method is not None or dense_steps):
         raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    recipe = options.hires_arguments(hires, base, strength, ntk, proportional)
     from dit_accel.method_text import parse_method
 
     spec = parse_method(method or "fovea")
     options.check_picture(out)
+    stages = out.with_name(f"{out.stem}-stages")
+    if hires:
+        files.check_folder(stages)
     import torch
 
-    from dit_accel import accelerate, load_adapter, summary
+    from dit_accel import accelerate, generate_hires, load_adapter, summary
     from dit_accel.cli_models import load_pipeline
 
     pipe = load_pipeline(model, dtype, device)
@@ -108,7 +117,10 @@ def generate(
         load_adapter(pipe, adapter, strict=strict)
     elif spec is not None:
         accelerate(pipe, spec, dense_steps=dense_steps, strict=strict)
-    image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **call).images[0]
+    if hires:
+        image = generate_hires(pipe, prompt, seed=seed, folder=stages, **recipe, **call)
+    else:
+        image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **call).images[0]
     _save_picture(image, out)
     if adapter is not None or spec is not None:
         summary(pipe)

@@ -32,6 +32,19 @@ TextLength = Annotated[
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
+Hires = Annotated[
+    bool,
+    typer.Option("--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages."),
+]
+Base = Annotated[int | None, typer.Option(min=1, help="With --hires: the first picture's longer side, at most.", show_default="1024")]
+Strength = Annotated[
+    float | None, typer.Option(min=0, max=1, help="With --hires: share of the steps that each doubling draws anew.", show_default="0.7")
+]
+Ntk = Annotated[
+    float | None,
+    typer.Option(min=0, help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
+]
+Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale the logits by the tokens, as CLEAR does.")]
 PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
 
 
@@ -103,3 +116,12 @@ def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: floa
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
     length = text_length(model, length)
     return call if length is None else {**call, "max_sequence_length": length}
+
+
+def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: float | None, proportional: bool) -> dict[str, Any]:
+    """Arguments of generate_hires beyond those of a call. Raises ValueError where they were given without --hires."""
+    given = {"base": base, "strength": strength, "ntk": ntk, "proportional": proportional or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not hires:
+        raise ValueError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
+    return given

@@ -51,18 +51,19 @@ class Context:
 
     `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
     student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
-    weights belong to the operators, so nothing else will do. `active`: the operators run in the forward at hand. `grids`: of the images
-    in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens there are, or None
-    where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`, `plan`: of the last
-    sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the model was trained on, where
+    logits are to be scaled for longer ones, which the original attention does not do. `active`: the operators run in the forward at hand.
+    `grids`: of the images in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens
+    there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`,
+    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
     """
 
     def __init__(
         self, family: Family, spec: AttentionSpec, names: list[str], head_dim: int, steps: Steps, *, dense_steps: int, backend: str,
-        strict: bool,
+        strict: bool, trained_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.family, self.spec, self.names, self.head_dim, self.steps = family, spec, names, head_dim, steps
-        self.dense_steps, self.backend, self.strict = dense_steps, backend, strict
+        self.dense_steps, self.backend, self.strict, self.trained_tokens = dense_steps, backend, strict, trained_tokens
         self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
         self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
@@ -93,9 +94,15 @@ class Context:
     @property
     def leaves(self) -> bool:
         """Whether the grid at hand is left to the original attention because that is faster."""
-        if self.crossover is None or self.always or self.trained or torch.is_grad_enabled():
+        if self.crossover is None or self.always or self.trained or self.trained_tokens is not None or torch.is_grad_enabled():
             return False
         return self.crossover.loses
+
+    def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:
+        """The scale of the logits in a sequence of so many tokens: as given, or CLEAR's proportional one (arXiv 2412.16112)."""
+        if self.trained_tokens is None:
+            return scale
+        return (head_dim**-0.5 if scale is None else scale) * math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
 
     def current(self) -> tuple[TokenLayout, Plan]:
         """Layout and plan of the last sequence."""

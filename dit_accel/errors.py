@@ -29,5 +29,9 @@ class AdapterError(DitAccelError):
     """An adapter on disk is damaged or belongs to another model."""
 
 
+class StageError(DitAccelError):
+    """A finished stage of a high-resolution picture is damaged, or its folder belongs to other settings; the message says which."""
+
+
 class DistillationError(DitAccelError):
     """Distillation can't start or continue; the message says why."""

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -69,6 +69,7 @@ def accelerate(
     dense_steps: int = 0,
     backend: str = "auto",
     strict: bool = False,
+    trained_tokens: int | None = None,
 ) -> P:
     """Replace the image self-attention of a stock pipeline (all its transformers) or of a bare transformer; returns the same object.
 
@@ -78,6 +79,9 @@ def accelerate(
         dense_steps: the first denoising steps of every run that keep the original attention.
         backend: which implementation; "auto" chooses, and `summary` tells.
         strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower.
+        trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
+            logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
+            resolution, and the method runs even where it is slower.
 
     Where the original attention is faster (measured once per size, on a CPU) an untrained patch runs it under backend "auto".
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
@@ -88,6 +92,7 @@ def accelerate(
         raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...), got {spec!r}")
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
+    check_trained_tokens(trained_tokens)
     dispatch.check(backend)
     models = find_transformers(pipe_or_transformer)
     for model in models:
@@ -96,13 +101,21 @@ def accelerate(
             raise AlreadyAcceleratedError(
                 f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first"
             )
-    settings: dict[str, Any] = {"steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict}
+    settings: dict[str, Any] = {
+        "steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict, "trained_tokens": trained_tokens,
+    }  # fmt: skip
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
         _install(model, context, modules)
     if backend == "auto" and models[0].device.type == "cpu" and dispatch.CPU_TARGET == "none":
         warnings.warn(f"{dispatch.NOT_BUILT}; until then the slower reference runs", stacklevel=2)
     return pipe_or_transformer
+
+
+def check_trained_tokens(tokens: int | None) -> None:
+    """Raise ValueError unless it is None or a number of tokens whose logarithm can divide."""
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2):
+        raise ValueError(f"trained_tokens is a number of tokens >= 2 or None, got {tokens!r}")
 
 
 def find_transformers(pipe_or_transformer: object) -> list[Any]:
@@ -287,6 +300,24 @@ def always(pipe_or_transformer: P) -> Iterator[P]:
             context.always = value
 
 
+@contextlib.contextmanager
+def proportional(pipe_or_transformer: P, trained_tokens: int) -> Iterator[P]:
+    """`trained_tokens` of `accelerate`, for the length of a `with` block, where the patch has none.
+
+    Raises ValueError or NotAcceleratedError.
+    """
+    check_trained_tokens(trained_tokens)
+    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
+    before = [context.trained_tokens for context in contexts]
+    for context, tokens in zip(contexts, before, strict=True):
+        context.trained_tokens = trained_tokens if tokens is None else tokens
+    try:
+        yield pipe_or_transformer
+    finally:
+        for context, tokens in zip(contexts, before, strict=True):
+            context.trained_tokens = tokens
+
+
 def _swap_weights(model: Any, patch: Patch) -> None:
     """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
     for name, other in patch.weights.items():
@@ -335,16 +366,23 @@ def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return {name: originals.get(plain_name(name), value) for name, value in kept.items()}
 
 
+def weights_hash(transformer: nn.Module) -> str:
+    """SHA-256 of all weights that a forward uses, a method's own and every LoRA's among them."""
+    return _hash((name, name, tensor) for name, tensor in transformer.state_dict().items())
+
+
 def teacher_hash(transformer: nn.Module) -> str:
     """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
-    digest = hashlib.sha256()
     patch = getattr(transformer, CONTEXT, None)
     originals = patch.weights if patch and patch.context.enabled else {}
-    for name, tensor in sorted(transformer.state_dict().items()):
-        if ".dit_accel." in name:
-            continue
-        plain = plain_name(name)
-        tensor = originals.get(plain, tensor)
-        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if ".dit_accel." not in name]
+    return _hash((name, plain, originals.get(plain, tensor)) for name, plain, tensor in own)
+
+
+def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
+    """Of (name to sort by, name, tensor)."""
+    digest = hashlib.sha256()
+    for _, name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -71,6 +71,7 @@ class AcceleratedAttention(nn.Module):
         layout, plan = self.context.current()
         if self.context.family.mask == "ones":
             mask = None
+        scale = self.context.scaled(scale, key.shape[2], self.head_dim)
         history, absent = self.context.history, key.shape[2] - query.shape[2]
         before = absent if layout.text_first or history else 0
         if absent:  # queries of zeros for text that has none; their rows are dropped

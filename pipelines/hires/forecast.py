@@ -1,0 +1,168 @@
+"""What a high-resolution picture will take, said before it starts: memory from shapes, time from one forward at the base size."""
+
+import contextlib
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dit_accel.context import Context
+from dit_accel.layout import TokenLayout
+from dit_accel.patch import heads_of
+from dit_accel.pipelines import family_of
+from dit_accel.plan import multiply_adds
+from dit_accel.spec import AttentionSpec
+
+Size = tuple[int, int]
+# Tensors of tokens × width that live together in a block: its input and residual, q, k, v, the output, and the MLP's hidden layer
+# (four widths) before and after its activation. Nothing here knows a family's true count.
+LIVE = 14
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage to come: its size in pixels, its forwards, and the method, or None for the original attention."""
+
+    size: Size
+    steps: int
+    spec: AttentionSpec | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the figures are made of. `layers`: (heads, channels per head) of each attention module; `unit`: side of a token in pixels;
+    `text`: tokens beside the image; `text_first`: where they stand."""
+
+    layers: tuple[tuple[int, int], ...]
+    unit: int
+    text: int
+    text_first: bool
+
+    @classmethod
+    def of(cls, transformer: Any, unit: int, text: int) -> "Shape":
+        family: Any = family_of(transformer)
+        layers = tuple(heads_of(name, m) for name, m in transformer.named_modules() if re.fullmatch(family.modules, name))
+        return cls(layers, unit, text, family.text_first)
+
+    def layout(self, size: Size) -> TokenLayout:
+        """The sequence of a picture of this size."""
+        return TokenLayout((1, size[0] // self.unit, size[1] // self.unit), self.text, self.text_first)
+
+    def attention(self, size: Size, spec: AttentionSpec | None) -> float:
+        """Multiply-adds of all layers' attention in one forward."""
+        layout, total = self.layout(size), 0.0
+        for heads, head_dim in self.layers:
+            share = 1.0 if spec is None else multiply_adds(spec, layout, head_dim)
+            pairs = share * layout.image**2 + layout.text * (layout.tokens + layout.image)
+            total += 2 * pairs * heads * head_dim
+        return total
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One forward of the original model at the base size: its seconds, and its linear layers' multiply-adds by the rows they saw."""
+
+    seconds: float
+    linear: dict[int, float]
+
+
+def timed_forward(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timed:
+    """The faster of two forwards; the caller switches acceleration off."""
+    linear: Counter[int] = Counter()
+    with _counting(transformer, linear):
+        first = _seconds(transformer, args, kwargs)
+    return Timed(min(first, _seconds(transformer, args, kwargs)), dict(linear))
+
+
+@contextlib.contextmanager
+def _counting(transformer: Any, linear: "Counter[int]") -> Iterator[None]:
+    def count(module: Any, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0]
+        linear[x.shape[-2] if x.ndim > 2 else 1] += math.prod(x.shape[:-1]) * module.in_features * module.out_features
+
+    hooks = [module.register_forward_pre_hook(count) for module in transformer.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _seconds(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    fresh = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}  # models take entries out
+    start = _clock()
+    with torch.no_grad():
+        transformer(*args, **fresh)
+    return _clock() - start
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, spec: AttentionSpec | None) -> float:
+    """Seconds of one forward at another size, were every multiply-add as fast as at the base size."""
+    before, after = shape.layout(base), shape.layout(size)
+    grown = {before.image: after.image / before.image, before.tokens: after.tokens / before.tokens}
+    linear = sum(work * grown.get(rows, 1.0) for rows, work in timed.linear.items())
+    work = sum(timed.linear.values()) + shape.attention(base, None)
+    return timed.seconds * (linear + shape.attention(size, spec)) / work
+
+
+def memory_bytes(pipe: Any, transformer: Any, shape: Shape, size: Size, tile: int | None, batch: int) -> dict[str, int]:
+    """Peak bytes of the parts of a stage: weights, one denoising step, the autoencoder. `tile`: its side in pixels where it is tiled."""
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+    width = max(heads * head_dim for heads, head_dim in shape.layers)
+    tokens = batch * shape.layout(size).tokens
+    pixels = size[0] * size[1]
+    channels = list(getattr(pipe.vae.config, "block_out_channels", None) or (128,))[:2]
+    level = 3 * max(channels) * min(pixels, tile * tile if tile else pixels)  # a block's input, hidden layer and output at full size
+    return {
+        "weights": weights,
+        "denoising": LIVE * tokens * width * transformer.dtype.itemsize,
+        "autoencoder": level * pipe.vae.dtype.itemsize + 2 * 3 * pixels * 4,
+    }
+
+
+def show(
+    pipe: Any, transformer: Any, shape: Shape, timed: Timed, base: Size, stages: Sequence[Stage], tile: int | None, batch: int
+) -> None:
+    """Print the forecast of the stages to come."""
+    view = Table(
+        "stage", "method", "tokens", "forwards", "seconds", "denoising, GB", "autoencoder, GB", title="Forecast, not a measurement"
+    )
+    total, peak, weights = 0.0, 0, 0
+    for stage in stages:
+        seconds = stage.steps * forward_seconds(timed, shape, base, stage.size, stage.spec)
+        memory = memory_bytes(pipe, transformer, shape, stage.size, tile if stage.size != base else None, batch)
+        weights, total = memory["weights"], total + seconds
+        peak = max(peak, weights + max(memory["denoising"], memory["autoencoder"]))
+        view.add_row(
+            f"{stage.size[1]}×{stage.size[0]}", "original" if stage.spec is None else str(stage.spec),
+            f"{shape.layout(stage.size).tokens:,}", str(stage.steps), f"{seconds:,.1f}",
+            f"{memory['denoising'] / 1e9:.2f}", f"{memory['autoencoder'] / 1e9:.2f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(view)
+    console.print(
+        f"Forecast: {total:,.0f} s of denoising, {peak / 1e9:.1f} GB at the peak, {weights / 1e9:.1f} GB of them weights. One "
+        f"forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "
+        "guidance in two passes takes twice that. Encoding text and pictures comes on top."
+    )
+
+
+def spec_of(context: Context | None) -> AttentionSpec | None:
+    """The method of an accelerated transformer."""
+    return None if context is None else context.spec

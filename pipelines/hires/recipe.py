@@ -1,0 +1,102 @@
+"""The settings of a high-resolution picture and the sizes that it is drawn at on the way."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import UnsupportedModelError
+from dit_accel.pipelines import family_of
+from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
+
+NTK = 10.0  # CLEAR's factor for FLUX.1 at every size above 1024 (arXiv 2412.16112, released code)
+# rotary embeddings that read `theta` at every forward; elsewhere it goes into tables when the model is made
+ROTARY = ("FluxPosEmbed", "OvisImagePosEmbed", "LongCatImagePosEmbed", "BriaEmbedND")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `generate_hires` was asked for; sizes in pixels. Every field is checked."""
+
+    height: int
+    width: int
+    base: int
+    strength: float
+    num_inference_steps: int
+    seed: int
+    ntk: float | None
+    proportional: bool
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "base", "num_inference_steps"):
+            self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
+        self._check("seed", type(self.seed) is int and self.seed >= 0, "an int >= 0")
+        self._check("strength", type(self.strength) in (int, float) and 0 < self.strength <= 1, "a share of the steps in (0, 1]")
+        positive = type(self.ntk) in (int, float) and 0 < self.ntk < math.inf  # type: ignore[operator]
+        self._check("ntk", self.ntk is None or positive, "a factor > 0 or None")
+        self._check("proportional", type(self.proportional) is bool, "True or False")
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} is {wanted}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready."""
+        return asdict(self)
+
+    def sizes(self, unit: int) -> list[tuple[int, int]]:
+        """(height, width) of each stage in multiples of a token's side: the first with no side above `base`, then about doubled.
+
+        Raises ValueError where the picture or the base does not fit.
+        """
+        if self.height % unit or self.width % unit:
+            raise ValueError(f"height and width are multiples of {unit} pixels, one token's side, got {self.height} and {self.width}")
+        if self.base < unit:
+            raise ValueError(f"base is at least {unit} pixels, one token's side, got {self.base}")
+        doublings = max(0, math.ceil(math.log2(max(self.height, self.width) / self.base)))
+        steps = (2**n for n in range(doublings, -1, -1))
+        return [(_rounded(self.height / step, unit), _rounded(self.width / step, unit)) for step in steps]
+
+
+def _rounded(side: float, unit: int) -> int:
+    return max(1, round(side / unit)) * unit
+
+
+def rotary_factor(transformer: Any, asked: float | None) -> float:
+    """What a transformer's rotary base is multiplied with above the base size: as asked, else CLEAR's for FLUX and 1 for others.
+
+    Raises UnsupportedModelError where a factor was asked for and can't be applied.
+    """
+    embedding = getattr(transformer, "pos_embed", None)
+    fits = type(embedding).__name__ in ROTARY
+    if asked is not None:
+        if not fits and asked != 1:
+            name = type(transformer).__name__
+            raise UnsupportedModelError(
+                f"ntk wants rotary embeddings that read their base at every forward ({', '.join(ROTARY)}), which {name} does not have: "
+                "leave ntk out, and its positions are not rescaled"
+            )
+        return asked
+    family = family_of(transformer)
+    # the built-in model stretches its positions over a fixed canvas by itself
+    apply = fits and family is not None and family.name == "flux" and not isinstance(transformer, BuiltinTransformer2DModel)
+    return NTK if apply else 1.0
+
+
+def plain(value: Any) -> Any:
+    """A call's argument as JSON: tensors as their checksum. Raises ValueError where it can't be kept and compared."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"with a folder, the call's arguments are numbers, strings, tensors, lists or dicts of them, got {type(value).__name__}"
+    )
