@@ -66,7 +66,7 @@ def generate_hires(
     """
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
-    _check_call(pipe, call)
+    _check_call(pipe, prompt, call)
     sizes = recipe.sizes(forms.token_pixels(pipe, transformer))
     if prompt is not None:
         call = {"prompt": prompt, **call}
@@ -90,7 +90,7 @@ def generate_hires(
     return pipe.image_processor.postprocess(picture, output_type="pil")[0]
 
 
-def _check_call(pipe: Any, call: dict[str, Any]) -> None:
+def _check_call(pipe: Any, prompt: object, call: dict[str, Any]) -> None:
     """Raise ValueError for arguments that the pipeline's call does not take or that are not the user's to set."""
     names = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     unknown = sorted(set(call) - names)
@@ -99,8 +99,8 @@ def _check_call(pipe: Any, call: dict[str, Any]) -> None:
     taken = sorted(set(call) & set(OURS))
     if taken:
         raise ValueError(f"generate_hires sets {taken} itself: wanted a call without, got {taken}")
-    if isinstance(call.get("prompt"), list):
-        raise ValueError("one prompt is wanted, got a list")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"prompt is one text or None, got {prompt!r}")
 
 
 class _Run:
