@@ -1,5 +1,6 @@
 """What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,11 +39,14 @@ Hires = Annotated[
 ]
 Base = Annotated[int | None, typer.Option(min=1, help="With --hires: the first picture's longer side, at most.", show_default="1024")]
 Strength = Annotated[
-    float | None, typer.Option(min=0, max=1, help="With --hires: share of the steps that each doubling draws anew.", show_default="0.7")
+    float | None,
+    typer.Option(
+        help="With --hires: share of the steps, above 0 to 1, that each doubling draws anew: less keeps more.", show_default="0.7"
+    ),
 ]
 Ntk = Annotated[
     float | None,
-    typer.Option(min=0, help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
+    typer.Option(help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
 ]
 Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale the logits by the tokens, as CLEAR does.")]
 PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
@@ -119,9 +123,13 @@ def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: floa
 
 
 def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: float | None, proportional: bool) -> dict[str, Any]:
-    """Arguments of generate_hires beyond those of a call. Raises ValueError where they were given without --hires."""
+    """Arguments of generate_hires beyond those of a call. Raises ValueError where they were given without --hires or are out of range."""
     given = {"base": base, "strength": strength, "ntk": ntk, "proportional": proportional or None}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not hires:
         raise ValueError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength is a share of the steps in (0, 1], got {strength}")
+    if ntk is not None and not 0 < ntk < math.inf:
+        raise ValueError(f"ntk is a factor > 0, got {ntk}")
     return given

@@ -378,6 +378,31 @@ def test_notices_are_kept_back_and_warnings_are_not(caplog: pytest.LogCaptureFix
 # Samples
 
 
+def test_wrong_high_resolution_is_refused_before_a_model_is_loaded(no_models: None, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "a.png"]
+    assert fail("generate", "x", "--base", "64", "--proportional", *out) == "--base, --proportional wants --hires, got none"
+    assert fail("generate", "x", "--hires", "--strength", "0", *out) == "strength is a share of the steps in (0, 1], got 0.0"
+    assert fail("generate", "x", "--hires", "--ntk", "nan", *out) == "ntk is a factor > 0, got nan"
+    (tmp_path / "b-stages").write_text("")
+    assert "wanted a folder that can be written to" in fail("generate", "x", "--hires", "--out", tmp_path / "b.png")
+
+
+def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> None:
+    arguments = ["generate", "a panda", "--hires", "--base", 128, "--method", "clear:2", "--strength", 0.5, "--steps", 2, *SMALL]
+    arguments += ["--model", model, "--strict", "--proportional", "--out", tmp_path / "a.png"]
+    text = succeed(*arguments)
+    assert "Forecast, not a measurement" in text
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (256, 128)
+    stages = tmp_path / "a-stages"
+    names = sorted(file.name for file in stages.glob("stage-*.safetensors"))
+    assert names == ["stage-0-128x64.safetensors", "stage-1-256x128.safetensors"]
+    (tmp_path / "a.png").unlink()
+    assert "Forecast" not in succeed(*arguments)  # nothing is left to draw
+    assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
+    assert "seed: wanted 0 as before, got 1" in fail(*arguments, "--seed", 1)
+
+
 @pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec"])
 def test_samples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FluxPipeline
