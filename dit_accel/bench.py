@@ -90,9 +90,9 @@ def capture_qkv(pipe: Any, forward: Forward) -> Iterator[Captured]:
     found: list[tuple[str, tuple[Tensor, Tensor, Tensor]]] = []
 
     def dense_instead(layer: str) -> Callable[..., Tensor]:
-        def forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        def forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
             found.append((layer, (query, key, value)))
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
         return forward
 

@@ -36,10 +36,15 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to a temporary name beside `path`, then rename."""
+    with _temporary(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary name beside `path`, then rename."""
-    with _temporary(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1))
+    write_text(path, json.dumps(data, indent=1))
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:
