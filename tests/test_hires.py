@@ -1,73 +1,21 @@
-"""High resolution on a tiny FLUX with a tiny autoencoder: sizes, the start of each stage, resuming, refusals, and what is left behind."""
+"""High resolution on a tiny FLUX with a tiny autoencoder: sizes, the start of each stage, what is left behind, what is refused."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tiny_image import chroma, flux, pixart_sigma, qwen_image, sd3
-from torch import Tensor
+from hires_fixtures import SIZE, TEXT, Forwards, draw, in_large_tiles, make, same
+from tiny_image import chroma, pixart_sigma, qwen_image, sd3
 
 import dit_accel
-from dit_accel import CLEAR, Fovea, accelerate, generate_hires, restore
-from dit_accel.context import Context
-from dit_accel.errors import NotAcceleratedError, StageError, UnsupportedModelError
+from dit_accel import CLEAR, accelerate
+from dit_accel.errors import NotAcceleratedError, UnsupportedModelError
 from dit_accel.patch import CONTEXT, operators_of
 from dit_accel.pipelines import hires
-from dit_accel.pipelines.hires import forecast, latents
+from dit_accel.pipelines.hires import latents
 from dit_accel.pipelines.hires.recipe import NTK, Recipe
-from dit_accel.plan import multiply_adds
-
-SIZE: dict[str, Any] = {"height": 32, "width": 48}
-ASKED: dict[str, Any] = {**SIZE, "base": 24, "num_inference_steps": 4, "forecast": False}
-TEXT = 12
-
-
-def make(builder: Any = flux, seed: int = 0, **parts: Any) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline, and the embeddings that stand for its prompt."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        pipe, call = builder()
-    pipe.register_modules(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    sizes = ("height", "width", "num_inference_steps", "output_type")
-    return pipe, {name: value for name, value in call.items() if name not in sizes}
-
-
-def in_large_tiles(pipe: Any) -> None:
-    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 128, 64
-
-
-def draw(pipe: Any, call: dict[str, Any], **asked: Any) -> Image.Image:
-    return generate_hires(pipe, **{**ASKED, **call, **asked})
-
-
-def same(a: Image.Image, b: Image.Image) -> bool:
-    return a.size == b.size and a.tobytes() == b.tobytes()
-
-
-class Forwards:
-    """What a pipeline's transformer is called with, forward by forward."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.tokens: list[int] = []
-        self.latents: list[Tensor] = []
-        self.times: list[float] = []
-        self.thetas: list[float] = []
-        self.fail_at = -1
-        pipe.transformer.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if len(self.tokens) == self.fail_at:
-            raise KeyboardInterrupt
-        self.tokens.append(kwargs["hidden_states"].shape[1])
-        self.latents.append(kwargs["hidden_states"].clone())
-        self.times.append(float(kwargs["timestep"][0]))
-        self.thetas.append(module.pos_embed.theta)
-
 
 # Sizes
 
@@ -180,188 +128,6 @@ def test_rotary_base_elsewhere() -> None:
     assert rotary_factor(pipe.transformer, None) == 1.0
     with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel does not have: leave ntk out"):
         draw(pipe, call, ntk=4.0)
-
-
-# The scale of the logits
-
-
-def scales(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:
-    """Grows by (tokens, scale) at every call of an operator."""
-    from dit_accel import processor
-
-    found: list[tuple[int, float | None]] = []
-    original: Any = processor.attend
-
-    def noted(
-        query: Tensor, key: Tensor, value: Tensor, spec: Any, layout: Any, plan: Any, params: Any, scale: Any, *more: Any, **k: Any
-    ) -> Any:
-        found.append((query.shape[2], scale))
-        return original(query, key, value, spec, layout, plan, params, scale, *more, **k)
-
-    monkeypatch.setattr(processor, "attend", noted)
-    return found
-
-
-def test_proportional_scale_is_clears_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, call = make()
-    accelerate(pipe, CLEAR(3.0))
-    found = scales(pipe, monkeypatch)
-    draw(pipe, call, strength=0.5, proportional=True)
-    trained, tokens = 4 * 6 + TEXT, 8 * 12 + TEXT
-    assert {n for n, _ in found} == {tokens}
-    assert [scale for _, scale in found] == pytest.approx([math.sqrt(math.log(tokens, trained) / 16)] * len(found))
-    assert getattr(pipe.transformer, CONTEXT).context.trained_tokens is None
-
-
-def test_accelerate_scales_the_logits_as_the_operator_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, call = make()
-    run = {**call, **SIZE, "num_inference_steps": 2, "output_type": "latent"}
-
-    def latents_with(**settings: Any) -> Tensor:
-        accelerate(pipe, CLEAR(30.0), **settings)  # all of the picture: dense attention
-        try:
-            found: Tensor = pipe(**run, generator=torch.Generator().manual_seed(0)).images
-        finally:
-            restore(pipe)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        off = scales(pipe, patch)
-        plain = latents_with()
-        assert {scale for _, scale in off} == {None}  # the operator's own: not one bit changes
-    tokens = 8 * 12 + TEXT
-    assert torch.equal(latents_with(trained_tokens=tokens), plain)  # sqrt(log N / log N) is 1
-    scaled = latents_with(trained_tokens=30)
-    factor = math.sqrt(math.log(tokens) / math.log(30))
-    for module in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
-        for name in ("norm_q", "norm_added_q"):  # what multiplies the queries multiplies the logits
-            if getattr(module.attn, name, None) is not None:
-                getattr(module.attn, name).weight.data *= factor
-    assert not torch.allclose(scaled, plain, rtol=1e-3)
-    torch.testing.assert_close(latents_with(), scaled, rtol=0, atol=1e-5 * float(scaled.abs().max()))
-
-
-@pytest.mark.parametrize("tokens", [1, 0, -3, True, 4608.0, "4608"])
-def test_wrong_trained_tokens_are_refused(tokens: Any) -> None:
-    pipe, _ = make()
-    with pytest.raises(ValueError, match="trained_tokens is a number of tokens >= 2 or None"):
-        accelerate(pipe, trained_tokens=tokens)
-    assert not hasattr(pipe.transformer, CONTEXT)
-
-
-@pytest.mark.crossover
-def test_scaled_logits_are_not_left_to_the_original() -> None:
-    pipe, _ = make()
-    context: Context = getattr(accelerate(pipe, Fovea(), trained_tokens=30).transformer, CONTEXT).context
-
-    class Loses:
-        loses = True
-
-    context.crossover = Loses()  # type: ignore[assignment]
-    with torch.no_grad():
-        assert not context.leaves
-        context.trained_tokens = None
-        assert context.leaves
-
-
-# Stopping and resuming
-
-
-def test_the_same_arguments_draw_the_same_picture() -> None:
-    pipe, call = make()
-    accelerate(pipe, CLEAR(3.0))
-    torch.manual_seed(1)
-    first = draw(pipe, call)
-    torch.manual_seed(2)
-    assert same(draw(pipe, call), first)
-    assert not same(draw(pipe, call, seed=1), first)
-    assert not same(draw(pipe, call, strength=0.3), first)
-
-
-def test_a_stopped_picture_continues_to_the_same_bits(tmp_path: Path) -> None:
-    pipe, call = make()
-    accelerate(pipe, CLEAR(3.0))
-    asked = {"base": 12, "folder": tmp_path / "stages", "strength": 0.75}  # three stages of 4, 3 and 3 steps
-    wanted = draw(pipe, call, **{**asked, "folder": None})
-    seen = Forwards(pipe)
-    seen.fail_at = 5  # in the second stage
-    with pytest.raises(KeyboardInterrupt):
-        draw(pipe, call, **asked)
-    assert sorted(file.name for file in (tmp_path / "stages").iterdir()) == [
-        "settings.json",
-        "stage-0-12x8.json",
-        "stage-0-12x8.safetensors",
-    ]
-    assert pipe.transformer.pos_embed.theta == 10000
-    again, call = make()  # another process
-    accelerate(again, CLEAR(3.0))
-    seen = Forwards(again)
-    assert same(draw(again, call, **asked), wanted)
-    assert len(seen.tokens) == 6
-    seen.tokens.clear()
-    assert same(draw(again, call, **asked), wanted)  # all of it is there
-    assert seen.tokens == []
-
-
-def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
-    pipe, call = make()
-    draw(pipe, call, folder=tmp_path)
-    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    seen = Forwards(pipe)
-    for changed, words in [
-        ({"strength": 0.6}, "strength: wanted 0.7 as before, got 0.6"),
-        ({"seed": 3}, "seed: wanted 0 as before, got 3"),
-        ({"ntk": 2.0}, "ntk: wanted 10.0 as before, got 2.0"),
-        ({"guidance_scale": 5.0}, "call: wanted"),
-        ({"prompt_embeds": call["prompt_embeds"] + 1}, "call: wanted"),
-    ]:
-        with pytest.raises(StageError, match="other settings") as error:
-            draw(pipe, {**call, **changed}, folder=tmp_path)
-        assert words in str(error.value)
-        assert str(error.value).count("as before") == 1
-    accelerate(pipe, CLEAR(3.0))
-    with pytest.raises(StageError, match="method: wanted None as before"):
-        draw(pipe, call, folder=tmp_path)
-    restore(pipe)
-    pipe.transformer.proj_out.weight.data[0, 0] += 1
-    with pytest.raises(StageError, match=r"weights: wanted '[0-9a-f]+' as before"):
-        draw(pipe, call, folder=tmp_path)
-    assert seen.tokens == []
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == kept
-
-
-@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "record", "settings"])
-def test_a_damaged_stage_is_named(damage: str, tmp_path: Path) -> None:
-    pipe, call = make()
-    draw(pipe, call, folder=tmp_path)
-    file = tmp_path / {"record": "stage-1-48x32.json", "settings": "settings.json"}.get(damage, "stage-1-48x32.safetensors")
-    data = bytearray(file.read_bytes())
-    if damage == "bit":
-        data[-1] ^= 1
-    file.write_bytes(data if damage == "bit" else data[: len(data) // 2])
-    if damage == "missing":
-        file.unlink()
-    seen = Forwards(pipe)
-    with pytest.raises(StageError, match=file.name):
-        draw(pipe, call, folder=tmp_path)
-    assert seen.tokens == []
-
-
-def test_stages_without_their_settings_are_refused(tmp_path: Path) -> None:
-    pipe, call = make()
-    draw(pipe, call, folder=tmp_path)
-    (tmp_path / "settings.json").unlink()
-    with pytest.raises(StageError, match=r"settings.json is missing, but \['stage-0"):
-        draw(pipe, call, folder=tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    pipe, call = make()
-    seen = Forwards(pipe)
-    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
-        draw(pipe, call, folder=tmp_path / "file")
-    assert seen.tokens == []
 
 
 # What is left behind
@@ -477,75 +243,6 @@ def test_proportional_wants_a_method() -> None:
     pipe, call = make()
     with pytest.raises(NotAcceleratedError, match="proportional wants a pipeline patched"):
         draw(pipe, call, proportional=True)
-
-
-# The forecast
-
-
-def test_the_forecast_names_what_is_to_come(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pipe, call = make()
-    accelerate(pipe, CLEAR(3.0))
-    seen = Forwards(pipe)
-    draw(pipe, call, forecast=True, strength=0.5, folder=tmp_path)
-    text = capsys.readouterr().out
-    assert "Forecast, not a measurement" in text
-    assert "24×16" in text
-    assert "48×32" in text
-    assert seen.tokens == [24, 24] + [24] * 4 + [96] * 2  # two forwards, then the stages
-    (tmp_path / "stage-1-48x32.json").unlink()
-    draw(pipe, call, forecast=True, strength=0.5, folder=tmp_path)
-    rows = [line for line in capsys.readouterr().out.splitlines() if "×" in line and "│" in line]
-    assert len(rows) == 1
-    assert "48×32" in rows[0]
-
-
-def test_forecast_counts_what_torch_counts() -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    pipe, call = make()
-    shape = forecast.Shape.of(pipe.transformer, 4, TEXT)
-
-    def first(size: tuple[int, int]) -> tuple[Any, Any]:
-        return latents.first_forward(pipe, pipe.transformer, {**call, "height": size[0], "width": size[1], "num_inference_steps": 1})
-
-    timed = forecast.timed_forward(pipe.transformer, *first((16, 24)))
-    counts = []
-    for size in ((16, 24), (32, 48)):
-        args, kwargs = first(size)
-        # torch counts no fused attention on a CPU
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            pipe.transformer(*args, **kwargs)
-        counts.append(counter.get_total_flops())
-    wanted = counts[1] / counts[0]
-    assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(wanted, rel=1e-6)
-    original, method = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), spec) for spec in (None, CLEAR(2.0)))
-    share = multiply_adds(CLEAR(2.0), shape.layout((128, 128)), 16)
-    saved = (1 - share) * 2 * 1024**2 * 32 * 4 / (counts[0] / 2)
-    assert (original - method) / timed.seconds == pytest.approx(saved, rel=1e-6)
-    assert 0 < share < 1
-
-
-def test_memory_grows_with_the_picture_and_shrinks_with_tiles() -> None:
-    pipe, _ = make()
-    shape = forecast.Shape.of(pipe.transformer, 4, 0)
-    small, large, tiled = (
-        forecast.memory_bytes(pipe, pipe.transformer, shape, (side, side), tile, 1) for side, tile in ((32, None), (64, None), (64, 32))
-    )
-    assert large["denoising"] == 4 * small["denoising"] == 4 * forecast.LIVE * 64 * 32 * 4
-    assert large["autoencoder"] == 4 * small["autoencoder"] == 64 * 64 * (3 * 8 * 4 + 24)
-    assert tiled["autoencoder"] == 32 * 32 * 3 * 8 * 4 + 64 * 64 * 24
-    wanted = sum(p.numel() * 4 for part in (pipe.transformer, pipe.vae) for p in part.parameters())
-    assert small["weights"] == large["weights"] == wanted
-
-
-def test_settings_are_readable_json(tmp_path: Path) -> None:
-    pipe, call = make()
-    draw(pipe, call, folder=tmp_path, strength=0.5)
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    assert (settings["height"], settings["width"], settings["strength"], settings["version"]) == (32, 48, 0.5, hires.VERSION)
-    record = json.loads((tmp_path / "stage-1-48x32.json").read_text())
-    assert (record["height"], record["width"], record["steps"], record["sigma"], record["seed"]) == (32, 48, 2, 0.5, 1)
 
 
 def test_the_public_name() -> None:

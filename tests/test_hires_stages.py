@@ -1,0 +1,183 @@
+"""Finished stages on disk: the same call continues to the same bits, another is refused, damage is named; and the forecast before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hires_fixtures import TEXT, Forwards, draw, make, same
+
+from dit_accel import CLEAR, accelerate, restore
+from dit_accel.errors import StageError
+from dit_accel.pipelines import hires
+from dit_accel.pipelines.hires import forecast, latents
+from dit_accel.plan import multiply_adds
+
+# Stopping and resuming
+
+
+def test_the_same_arguments_draw_the_same_picture() -> None:
+    pipe, call = make()
+    accelerate(pipe, CLEAR(3.0))
+    torch.manual_seed(1)
+    first = draw(pipe, call)
+    torch.manual_seed(2)
+    assert same(draw(pipe, call), first)
+    assert not same(draw(pipe, call, seed=1), first)
+    assert not same(draw(pipe, call, strength=0.3), first)
+
+
+def test_a_stopped_picture_continues_to_the_same_bits(tmp_path: Path) -> None:
+    pipe, call = make()
+    accelerate(pipe, CLEAR(3.0))
+    asked = {"base": 12, "folder": tmp_path / "stages", "strength": 0.75}  # three stages of 4, 3 and 3 steps
+    wanted = draw(pipe, call, **{**asked, "folder": None})
+    seen = Forwards(pipe)
+    seen.fail_at = 5  # in the second stage
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, call, **asked)
+    assert sorted(file.name for file in (tmp_path / "stages").iterdir()) == [
+        "settings.json",
+        "stage-0-12x8.json",
+        "stage-0-12x8.safetensors",
+    ]
+    assert pipe.transformer.pos_embed.theta == 10000
+    again, call = make()  # another process
+    accelerate(again, CLEAR(3.0))
+    seen = Forwards(again)
+    assert same(draw(again, call, **asked), wanted)
+    assert len(seen.tokens) == 6
+    seen.tokens.clear()
+    assert same(draw(again, call, **asked), wanted)  # all of it is there
+    assert seen.tokens == []
+
+
+def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
+    pipe, call = make()
+    draw(pipe, call, folder=tmp_path)
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    seen = Forwards(pipe)
+    for changed, words in [
+        ({"strength": 0.6}, "strength: wanted 0.7 as before, got 0.6"),
+        ({"seed": 3}, "seed: wanted 0 as before, got 3"),
+        ({"ntk": 2.0}, "ntk: wanted 10.0 as before, got 2.0"),
+        ({"guidance_scale": 5.0}, "call: wanted"),
+        ({"prompt_embeds": call["prompt_embeds"] + 1}, "call: wanted"),
+    ]:
+        with pytest.raises(StageError, match="other settings") as error:
+            draw(pipe, {**call, **changed}, folder=tmp_path)
+        assert words in str(error.value)
+        assert str(error.value).count("as before") == 1
+    accelerate(pipe, CLEAR(3.0))
+    with pytest.raises(StageError, match="method: wanted None as before"):
+        draw(pipe, call, folder=tmp_path)
+    restore(pipe)
+    pipe.transformer.proj_out.weight.data[0, 0] += 1
+    with pytest.raises(StageError, match=r"weights: wanted '[0-9a-f]+' as before"):
+        draw(pipe, call, folder=tmp_path)
+    assert seen.tokens == []
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "record", "settings"])
+def test_a_damaged_stage_is_named(damage: str, tmp_path: Path) -> None:
+    pipe, call = make()
+    draw(pipe, call, folder=tmp_path)
+    file = tmp_path / {"record": "stage-1-48x32.json", "settings": "settings.json"}.get(damage, "stage-1-48x32.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "bit":
+        data[-1] ^= 1
+    file.write_bytes(data if damage == "bit" else data[: len(data) // 2])
+    if damage == "missing":
+        file.unlink()
+    seen = Forwards(pipe)
+    with pytest.raises(StageError, match=file.name):
+        draw(pipe, call, folder=tmp_path)
+    assert seen.tokens == []
+
+
+def test_stages_without_their_settings_are_refused(tmp_path: Path) -> None:
+    pipe, call = make()
+    draw(pipe, call, folder=tmp_path)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(StageError, match=r"settings.json is missing, but \['stage-0"):
+        draw(pipe, call, folder=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    pipe, call = make()
+    seen = Forwards(pipe)
+    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
+        draw(pipe, call, folder=tmp_path / "file")
+    assert seen.tokens == []
+
+
+def test_settings_are_readable_json(tmp_path: Path) -> None:
+    pipe, call = make()
+    draw(pipe, call, folder=tmp_path, strength=0.5)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert (settings["height"], settings["width"], settings["strength"], settings["version"]) == (32, 48, 0.5, hires.VERSION)
+    record = json.loads((tmp_path / "stage-1-48x32.json").read_text())
+    assert (record["height"], record["width"], record["steps"], record["sigma"], record["seed"]) == (32, 48, 2, 0.5, 1)
+
+
+# The forecast
+
+
+def test_the_forecast_names_what_is_to_come(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pipe, call = make()
+    accelerate(pipe, CLEAR(3.0))
+    seen = Forwards(pipe)
+    draw(pipe, call, forecast=True, strength=0.5, folder=tmp_path)
+    text = capsys.readouterr().out
+    assert "Forecast, not a measurement" in text
+    assert "24×16" in text
+    assert "48×32" in text
+    assert seen.tokens == [24, 24] + [24] * 4 + [96] * 2  # two forwards, then the stages
+    (tmp_path / "stage-1-48x32.json").unlink()
+    draw(pipe, call, forecast=True, strength=0.5, folder=tmp_path)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "×" in line and "│" in line]
+    assert len(rows) == 1
+    assert "48×32" in rows[0]
+
+
+def test_forecast_counts_what_torch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipe, call = make()
+    shape = forecast.Shape.of(pipe.transformer, 4, TEXT)
+
+    def first(size: tuple[int, int]) -> tuple[Any, Any]:
+        return latents.first_forward(pipe, pipe.transformer, {**call, "height": size[0], "width": size[1], "num_inference_steps": 1})
+
+    timed = forecast.timed_forward(pipe.transformer, *first((16, 24)))
+    counts = []
+    for size in ((16, 24), (32, 48)):
+        args, kwargs = first(size)
+        # torch counts no fused attention on a CPU
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            pipe.transformer(*args, **kwargs)
+        counts.append(counter.get_total_flops())
+    wanted = counts[1] / counts[0]
+    assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(wanted, rel=1e-6)
+    original, method = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), spec) for spec in (None, CLEAR(2.0)))
+    share = multiply_adds(CLEAR(2.0), shape.layout((128, 128)), 16)
+    saved = (1 - share) * 2 * 1024**2 * 32 * 4 / (counts[0] / 2)
+    assert (original - method) / timed.seconds == pytest.approx(saved, rel=1e-6)
+    assert 0 < share < 1
+
+
+def test_memory_grows_with_the_picture_and_shrinks_with_tiles() -> None:
+    pipe, _ = make()
+    shape = forecast.Shape.of(pipe.transformer, 4, 0)
+    small, large, tiled = (
+        forecast.memory_bytes(pipe, pipe.transformer, shape, (side, side), tile, 1) for side, tile in ((32, None), (64, None), (64, 32))
+    )
+    assert large["denoising"] == 4 * small["denoising"] == 4 * forecast.LIVE * 64 * 32 * 4
+    assert large["autoencoder"] == 4 * small["autoencoder"] == 64 * 64 * (3 * 8 * 4 + 24)
+    assert tiled["autoencoder"] == 32 * 32 * 3 * 8 * 4 + 64 * 64 * 24
+    wanted = sum(p.numel() * 4 for part in (pipe.transformer, pipe.vae) for p in part.parameters())
+    assert small["weights"] == large["weights"] == wanted
