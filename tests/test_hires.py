@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 import torch
 from hires_fixtures import SIZE, TEXT, Forwards, draw, in_large_tiles, make, same
-from tiny_image import chroma, pixart_sigma, qwen_image, sd3
+from tiny_image import (
+    auraflow,
+    chroma,
+    flux,
+    flux2,
+    hunyuan_image,
+    longcat_image,
+    lumina2,
+    ovis_image,
+    pixart_sigma,
+    qwen_image,
+    sd3,
+    z_image,
+)
 
 import dit_accel
 from dit_accel import CLEAR, accelerate
@@ -16,6 +29,8 @@ from dit_accel.patch import CONTEXT, operators_of
 from dit_accel.pipelines import hires
 from dit_accel.pipelines.hires import latents
 from dit_accel.pipelines.hires.recipe import NTK, Recipe
+
+FAMILIES = [flux, chroma, ovis_image, longcat_image, z_image, sd3, auraflow, lumina2, hunyuan_image]
 
 # Sizes
 
@@ -61,11 +76,19 @@ def test_the_steps_that_are_left() -> None:
 # What a stage starts from
 
 
-def test_the_base_is_the_pipelines_own_picture() -> None:
-    pipe, call = make()
-    wanted = pipe(**call, **SIZE, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+@pytest.mark.parametrize("builder", FAMILIES, ids=lambda b: b.__name__)
+def test_the_base_is_the_pipelines_own_picture(builder: Any) -> None:
+    pipe, call = make(builder)
+    if builder is auraflow:
+        pipe.vae.register_to_config(shift_factor=None)  # its autoencoder has none, and its pipeline applies none
+    size = {name: side * latents.token_pixels(pipe, pipe.transformer) // 4 for name, side in SIZE.items()}
+    wanted = pipe(**call, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     accelerate(pipe, CLEAR(2.0))
-    assert same(draw(pipe, call, base=48, seed=5), wanted)
+    assert same(draw(pipe, call, **size, base=size["width"], seed=5), wanted)
+    picture = draw(pipe, call, **size, base=size["width"] // 2)
+    assert picture.size == (size["width"], size["height"])
+    darkest, brightest = picture.convert("L").getextrema()
+    assert darkest < brightest
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -182,20 +205,14 @@ def test_the_autoencoder_works_in_tiles_above_the_base_size(monkeypatch: pytest.
 # What it runs on, and what it refuses
 
 
-@pytest.mark.parametrize("builder", [sd3, chroma], ids=lambda b: b.__name__)
-def test_other_flow_families(builder: Any) -> None:
-    pipe, call = make(builder)
-    accelerate(pipe, CLEAR(2.0))
-    unit = latents.token_pixels(pipe, pipe.transformer)
-    picture = draw(pipe, call, height=8 * unit, width=12 * unit, base=6 * unit)
-    assert picture.size == (12 * unit, 8 * unit)
-    assert picture.convert("L").getextrema()[0] < picture.convert("L").getextrema()[1]
-
-
 @pytest.mark.parametrize(
     ("builder", "words"),
-    [(pixart_sigma, "a FlowMatchEulerDiscreteScheduler"), (qwen_image, "an autoencoder with encode, latent_channels and scaling_factor")],
-    ids=["pixart_sigma", "qwen_image"],
+    [
+        (pixart_sigma, "a FlowMatchEulerDiscreteScheduler"),
+        (qwen_image, "an autoencoder with encode, latent_channels and scaling_factor"),
+        (flux2, "packed as FLUX packs them"),
+    ],
+    ids=["pixart_sigma", "qwen_image", "flux2"],
 )
 def test_unsupported_pipelines_are_refused_with_a_reason(builder: Any, words: str) -> None:
     pipe, call = make(builder)
@@ -247,3 +264,20 @@ def test_proportional_wants_a_method() -> None:
 
 def test_the_public_name() -> None:
     assert dit_accel.generate_hires is hires.generate_hires
+
+
+def test_rising_noise_levels_are_refused() -> None:
+    pipe, call = make()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, invert_sigmas=True)
+    with pytest.raises(UnsupportedModelError, match="noise levels fall"):
+        draw(pipe, call)
+
+
+def test_half_precision() -> None:
+    pipe, call = make()
+    pipe.to(torch.bfloat16)
+    call = {name: value.bfloat16() for name, value in call.items()}
+    wanted = pipe(**call, **SIZE, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+    accelerate(pipe, CLEAR(3.0))
+    assert same(draw(pipe, call, base=48, seed=5), wanted)
+    assert same(draw(pipe, call), draw(pipe, call))

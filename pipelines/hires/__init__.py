@@ -154,8 +154,8 @@ class _Run:
             "call": plain(self.call),
             "pipeline": type(self.pipe).__name__,
             "scheduler": {k: plain(v) for k, v in dict(self.pipe.scheduler.config).items() if not k.startswith("_")},
-            "weights": weights_hash(self.transformer),
-            "autoencoder": weights_hash(self.pipe.vae),
+            "weights": _hash(self.transformer),
+            "autoencoder": _hash(self.pipe.vae),
             "method": None if context is None else context.spec.to_dict(),
             "dense_steps": 0 if context is None else context.dense_steps,
             "trained_tokens": None if context is None else context.trained_tokens,
@@ -209,6 +209,13 @@ class _Run:
                 yield
             finally:
                 pipe.scheduler = scheduler
+
+
+def _hash(model: Any) -> str:
+    """SHA-256 of a model's weights. Raises ValueError where offloading keeps them away."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(f"a folder for stages wants weights that can be read, {type(model).__name__} is offloaded: leave the folder out")
+    return weights_hash(model)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def check_pipeline(pipe: Any) -> Any:
         "one transformer": len(found) == 1 and found[0] is not pipe,
         "a call that takes latents, sigmas, height and width": {"latents", "sigmas", "height", "width", "output_type"} <= set(names),
         "pictures, not videos": "num_frames" not in names,
-        "a FlowMatchEulerDiscreteScheduler": isinstance(scheduler, FlowMatchEulerDiscreteScheduler),
+        "a FlowMatchEulerDiscreteScheduler whose noise levels fall": isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        and not scheduler.config.invert_sigmas,
         "an autoencoder with encode, latent_channels and scaling_factor": hasattr(vae, "encode") and bool(latent_channels and factor),
         "latents of [B, C, H, W], or packed as FLUX packs them": _packing(pipe) is not None,
         "an image_processor": hasattr(pipe, "image_processor"),
@@ -55,8 +56,8 @@ def _packing(pipe: Any) -> bool | None:
 
 def token_pixels(pipe: Any, transformer: Any) -> int:
     """Side of one token in pixels."""
-    patch = 2 if _packing(pipe) else getattr(transformer.config, "patch_size", None) or max(transformer.config.all_patch_size)
-    return int(pipe.vae_scale_factor * patch)
+    patch = 2 if _packing(pipe) else getattr(transformer.config, "patch_size", None) or transformer.config.all_patch_size
+    return int(pipe.vae_scale_factor * (patch if isinstance(patch, int) else max(patch)))
 
 
 def latent_shape(pipe: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -66,12 +67,13 @@ def latent_shape(pipe: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """The picture `[1, 3, H, W]` in [-1, 1] of a pipeline's final latents, in the autoencoder's dtype."""
+    latents = latents.to(pipe._execution_device)  # first: stages read from disk must meet the same arithmetic
     if _packing(pipe):
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     config = pipe.vae.config
     with torch.no_grad():
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        decoded: Tensor = pipe.vae.decode(scaled.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
+        decoded: Tensor = pipe.vae.decode(scaled.to(pipe.vae.dtype), return_dict=False)[0]
     return decoded
 
 
