@@ -135,6 +135,7 @@ def test_the_forecast_names_what_is_to_come(capsys: pytest.CaptureFixture[str], 
     assert "Forecast, not a measurement" in text
     assert "24×16" in text
     assert "48×32" in text
+    assert f"method: {CLEAR(3.0)}" in text
     assert seen.tokens == [24, 24] + [24] * 4 + [96] * 2  # two forwards, then the stages
     (tmp_path / "stage-1-48x32.json").unlink()
     draw(pipe, call, forecast=True, strength=0.5, folder=tmp_path)

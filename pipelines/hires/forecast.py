@@ -112,7 +112,7 @@ def _clock() -> float:
 
 
 def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, spec: AttentionSpec | None) -> float:
-    """Seconds of one forward at another size, were every multiply-add as fast as at the base size."""
+    """Seconds of one forward at another size, were every multiply-add as fast as at the base size: too many where that one is tiny."""
     before, after = shape.layout(base), shape.layout(size)
     grown = {before.image: after.image / before.image, before.tokens: after.tokens / before.tokens}
     linear = sum(work * grown.get(rows, 1.0) for rows, work in timed.linear.items())
@@ -141,7 +141,7 @@ def show(
 ) -> None:
     """Print the forecast of the stages to come."""
     view = Table(
-        "stage", "method", "tokens", "forwards", "seconds", "denoising, GB", "autoencoder, GB", title="Forecast, not a measurement"
+        "stage", "attention", "tokens", "forwards", "seconds", "denoising GB", "autoencoder GB", title="Forecast, not a measurement"
     )
     total, peak, weights = 0.0, 0, 0
     for stage in stages:
@@ -150,12 +150,14 @@ def show(
         weights, total = memory["weights"], total + seconds
         peak = max(peak, weights + max(memory["denoising"], memory["autoencoder"]))
         view.add_row(
-            f"{stage.size[1]}×{stage.size[0]}", "original" if stage.spec is None else str(stage.spec),
+            f"{stage.size[1]}×{stage.size[0]}", "original" if stage.spec is None else "method",
             f"{shape.layout(stage.size).tokens:,}", str(stage.steps), f"{seconds:,.1f}",
             f"{memory['denoising'] / 1e9:.2f}", f"{memory['autoencoder'] / 1e9:.2f}",
         )  # fmt: skip
     console = Console()
     console.print(view)
+    if method := next((stage.spec for stage in stages if stage.spec), None):
+        console.print(f"method: {method}")
     console.print(
         f"Forecast: {total:,.0f} s of denoising, {peak / 1e9:.1f} GB at the peak, {weights / 1e9:.1f} GB of them weights. One "
         f"forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "

@@ -106,7 +106,7 @@ def partial_sigmas(steps: int, strength: float) -> list[float]:
 def scheduler_for(scheduler: Any, tokens: int) -> Any:
     """The scheduler itself, or one with its largest shift where a sequence of image tokens is longer than its shift was fitted for.
 
-    The shift that depends on size is a line through two lengths, within an exponential: at 4096² it would be exp(11), with every step
+    The shift that depends on size is a line through two lengths, within an exponential: at 4096² it would be exp(11.5), with every step
     at pure noise. CLEAR's release leaves that line as well, for FLUX.1's own constant shift of 3; exp(max_shift) is 3.16 there.
     """
     config = scheduler.config

@@ -14,7 +14,7 @@ from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
 NTK = 10.0  # CLEAR's factor for FLUX.1 at every size above 1024 (arXiv 2412.16112, released code)
 # rotary embeddings that read `theta` at every forward; elsewhere it goes into tables when the model is made
-ROTARY = ("FluxPosEmbed", "OvisImagePosEmbed", "LongCatImagePosEmbed", "BriaEmbedND")
+ROTARY = ("FluxPosEmbed", "OvisImagePosEmbed", "LongCatImagePosEmbed")
 
 
 @dataclass(frozen=True)
