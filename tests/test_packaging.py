@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "layout", "spec"},
-    "pipelines.hires": {"context", "errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
+    "pipelines.hires": {"errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
     "saving": set(),
     "patch": {
         "context",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import NotAcceleratedError, UnsupportedModelError
+from dit_accel.files import check_folder
 from dit_accel.patch import CONTEXT, dense, forward_names, proportional, weights_hash
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import forecast as forecasting
@@ -51,7 +52,7 @@ def generate_hires(
         pipe: a flow-matching image pipeline, accelerated or not; it is left as it was.
         prompt: None where `call` has embeddings.
         height, width: pixels, multiples of one token's side.
-        base: the first stage has no side above it, in pixels.
+        base: the first stage has no side above it, in pixels, to within one token.
         strength: share of the steps that each later stage draws anew, in (0, 1].
         seed: of the base picture's noise, which is that of `torch.Generator().manual_seed(seed)`; later stages count up from it.
         ntk: factor of the rotary base above the base size; unless given 10 for FLUX, as in CLEAR's release, and 1 for the built-in
@@ -68,6 +69,8 @@ def generate_hires(
     transformer = forms.check_pipeline(pipe)
     _check_call(pipe, prompt, call)
     sizes = recipe.sizes(forms.token_pixels(pipe, transformer))
+    if folder is not None:
+        check_folder(Path(folder))
     if prompt is not None:
         call = {"prompt": prompt, **call}
     run = _Run(pipe, transformer, recipe, sizes, call)
@@ -169,7 +172,7 @@ class _Run:
         stages = []
         for number in range(finished, len(self.sizes)):
             call = self._call(number)
-            spec = forecasting.spec_of(self.context) if number else None
+            spec = self.context.spec if number and self.context else None
             stages.append(forecasting.Stage(self.sizes[number], call["num_inference_steps"], spec))
         tile = getattr(self.pipe.vae, "tile_sample_min_size", None) if _tiles(self.pipe.vae) else None
         forecasting.show(self.pipe, self.transformer, shape, timed, self.sizes[0], stages, tile, self.batch)

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dit_accel.context import Context
 from dit_accel.layout import TokenLayout
 from dit_accel.patch import heads_of
 from dit_accel.pipelines import family_of
@@ -163,8 +162,3 @@ def show(
         f"forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "
         "guidance in two passes takes twice that. Encoding text and pictures comes on top."
     )
-
-
-def spec_of(context: Context | None) -> AttentionSpec | None:
-    """The method of an accelerated transformer."""
-    return None if context is None else context.spec

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel.errors import StageError
-from dit_accel.files import check_folder, write_json, write_tensors
+from dit_accel.files import write_json, write_tensors
 
 SETTINGS = "settings.json"
 
@@ -23,11 +23,10 @@ class Stages:
     """The stages in a folder, or none at all where the folder is None."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
-        """Raises ValueError where the folder can't be written to, StageError where it belongs to other settings."""
+        """The folder is there already. Raises StageError where it belongs to other settings."""
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        check_folder(self.folder)
         path = self.folder / SETTINGS
         settings = json.loads(json.dumps(settings))
         if not path.exists():
