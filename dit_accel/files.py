@@ -36,10 +36,16 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write to a temporary name beside `path`, then rename."""
+    with _temporary(path) as temporary:
+        temporary.write_bytes(data)
+    return path
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary name beside `path`, then rename."""
-    with _temporary(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1))
+    write_bytes(path, json.dumps(data, indent=1).encode())
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:
