@@ -14,7 +14,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest --matrix docs/models.md
+	$(BIN)/pytest tests --matrix docs/models.md
 
 # the stamps: nothing is installed again until what is to be installed changes
 .venv/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip

@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, written from what the tests of this run said: `pytest --matrix docs/models.md`.
+"""The tables of docs/models.md, written from what the tests of this run said: `pytest tests --matrix docs/models.md`.
 
 A row's cell is "yes" where every test of it passed, "no" where one failed, "-" where there is none. conftest takes these hooks.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_parts import BUILDERS
 
 # columns of the families' table: heading -> the tests that fill it
 COLUMNS = {
@@ -37,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
     report: Any = yield
     if item.config.getoption("--matrix") and (report.when == "call" or not report.passed):
+        from tiny_parts import BUILDERS  # it imports triton, which reads the environment that conftest has yet to set
+
         outcomes, models = item.config.stash[KEY]
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         name = parameters.get("name")
