@@ -7,6 +7,8 @@ and the third is the noise floor: what is closer than that can't be told from ro
 """
 
 import contextlib
+import inspect
+import json
 import statistics
 import tempfile
 from collections import Counter
@@ -56,17 +58,16 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
     return (error / size.clamp_min(1e-30)).sqrt()
 
 
-def evaluate(
-    pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, adapter: str | None = None, **call: Any
-) -> dict[str, Any]:  # fmt: skip
+def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, adapter: str | None = None, **call: Any) -> dict[str, Any]:
     """Compare an accelerated pipeline with its own original, into the folder `out`; returns what `results.json` holds there.
 
     Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
     `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the
     original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn where prompts are missing,
-    the folder can't be written to, or the pipeline is not accelerated; FallbackError where no layer runs the method.
+    the folder can't be written to, the pipeline is not accelerated, or it takes no such arguments; FallbackError where no layer runs the
+    method.
     """
-    _check(pipe, prompts)
+    _check(pipe, prompts, call)
     check_folder(out)
     bootstrap = Bootstrap()
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as folder:
@@ -90,12 +91,23 @@ def evaluate(
     return record
 
 
-def _check(pipe: Any, prompts: Sequence[str]) -> None:
+def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
     patches_of(pipe)
+    kind = type(pipe)
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise ValueError(f"wanted a pipeline, which draws pictures, got {type(pipe).__name__}")
+        raise ValueError(f"wanted a pipeline, which draws pictures, got {kind.__name__}")
+    if ours := sorted({"prompt", "generator", "output_type"} & set(call)):
+        raise ValueError(f"prompts, seed and the output's type are set for every run, got {', '.join(ours)} among the call's arguments")
+    taken = inspect.signature(kind.__call__).parameters
+    missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
+    if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        raise ValueError(f"wanted a pipeline that takes {', '.join(missing)}, got {kind.__name__}")
+    try:
+        json.dumps(call)
+    except TypeError as error:
+        raise ValueError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
 
 
 def _sides(pipe: Any) -> dict[str, Side]:

@@ -33,6 +33,13 @@ def test_refusals(idle: Any, tmp_path: Path) -> None:
             evaluate(idle, prompts, tmp_path / "out", **CALL)
     with pytest.raises(ValueError, match="wanted a pipeline, which draws pictures, got FluxTransformer2DModel"):
         evaluate(idle.transformer, PROMPTS, tmp_path / "out", **CALL)
+    for call, message in (
+        ({"num_frames": 9}, "wanted a pipeline that takes num_frames, got FluxPipeline"),
+        ({"output_type": "pil"}, "set for every run, got output_type among the call's arguments"),
+        ({"sigmas": {1, 2}}, "call arguments are numbers, strings, lists or None, got .*'sigmas'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(idle, PROMPTS, tmp_path / "out", **(CALL | call))
     with pytest.raises(NotAcceleratedError):
         evaluate(restore(idle), PROMPTS, tmp_path / "out", **CALL)
     assert not (tmp_path / "out").exists()
