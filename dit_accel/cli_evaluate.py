@@ -44,8 +44,12 @@ def evaluate(
     files.check_folder(out)
     from dit_accel import accelerate, load_adapter
     from dit_accel.cli_models import load_pipeline
+    from dit_accel.evaluation import NO_DISTANCE, ONE_PROMPT
     from dit_accel.evaluation import evaluate as run_evaluation
+    from dit_accel.pictures import DISTANCE_SIDE
 
+    for limit in [ONE_PROMPT] * (len(texts) == 1) + [NO_DISTANCE] * (min(call["height"], call["width"]) < DISTANCE_SIDE):
+        typer.echo(limit)  # before the work, so that it can be changed
     pipe = load_pipeline(model, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:

@@ -33,6 +33,8 @@ from dit_accel.patch import always, dense, find_transformers, forward_names, ope
 from dit_accel.pictures import DISTANCE_SIDE, compare, save_picture
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison
+ONE_PROMPT = "One prompt: there is no interval over prompts."
+NO_DISTANCE = f"No 1 − MS-SSIM: multi-scale SSIM wants sides of {DISTANCE_SIDE} pixels or more."
 ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 
@@ -245,11 +247,11 @@ def _notes(pipe: Any, rows: list[Row]) -> list[str]:
     """What the numbers lack, and why."""
     notes = []
     if len(rows) == 1:
-        notes.append("One prompt: there is no interval over prompts.")
+        notes.append(ONE_PROMPT)
     if not _is_wide(pipe):
         notes.append("The weights are in half precision already: there is no run in bfloat16 to compare with.")
     if "distance" not in rows[0].pictures["method"]:
-        notes.append(f"No 1 − MS-SSIM: multi-scale SSIM wants sides of {DISTANCE_SIDE} pixels or more.")
+        notes.append(NO_DISTANCE)
     if steps := patches_of(pipe)[0][1].context.dense_steps:
         notes.append(f"The first {steps} steps of every picture keep the original attention; other errors are of the method itself.")
     if any(row.velocity["again"][t] for row in rows for t in row.velocity["again"]) or any(r.pictures["again"]["difference"] for r in rows):

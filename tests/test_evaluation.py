@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_parts import emb
 from torch import Tensor
 
-from dit_accel import CLEAR, accelerate, dense, evaluation, restore
+from dit_accel import CLEAR, accelerate, crossover, dense, evaluation, restore
 from dit_accel.bench import Captured, capture_inputs, deviation, exact_attention
 from dit_accel.evaluation import attention_forwards, evaluate
 from dit_accel.evaluation_statistics import Bootstrap
@@ -61,7 +61,7 @@ def test_pictures_are_compared_by_the_formulas(result: tuple[dict[str, Any], Pat
     assert found["difference"]["by_prompt"] == pytest.approx([10 ** (-d / 20) for d in wanted], rel=1e-5)
     assert 0 < found["ssim"]["mean"] < 1
     assert "distance" not in found
-    assert any("176 pixels" in note for note in record["notes"])
+    assert evaluation.NO_DISTANCE in record["notes"]
 
 
 def test_velocity_errors_are_those_of_recorded_forwards(result: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -178,6 +178,16 @@ def test_the_pipeline_is_left_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(draw(restore(pipe)), original)
 
 
+@pytest.mark.crossover
+@pytest.mark.usefixtures("numbers_only")
+def test_the_method_is_measured_even_where_it_is_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossover, "measured", lambda *_: crossover.Crossover(accelerated=2.0, original=1.0))
+    pipe = accelerate(picture_pipe(), METHOD)
+    found = evaluate(pipe, PROMPTS[:1], tmp_path, **CALL)["measures"]["method"]
+    assert all(found[name]["mean"] > 1e-3 for name in ("difference", "velocity_error", "attention_error"))
+    assert torch.equal(draw(pipe), draw(picture_pipe()))  # which is left to the original
+
+
 @pytest.mark.usefixtures("numbers_only")
 def test_dense_steps_are_in_the_pictures_alone(tmp_path: Path) -> None:
     record = evaluate(accelerate(picture_pipe(), METHOD, dense_steps=2), PROMPTS[:1], tmp_path, **CALL)
@@ -192,7 +202,7 @@ def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
     summary = record["measures"]["method"]["velocity_error"]
     assert summary["low"] is summary["high"] is None
     assert summary["mean"] == summary["by_prompt"][0] > 0
-    assert "One prompt: there is no interval over prompts." in record["notes"]
+    assert evaluation.ONE_PROMPT in record["notes"]
     assert "One prompt, so there are no intervals." in (tmp_path / "report.html").read_text()
 
 

@@ -142,6 +142,21 @@ def test_the_command_checks_before_it_loads(
     assert [file.name for file in tmp_path.iterdir()] == ["empty.txt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "limits"),
+    [
+        (["a cat", "--size", "176x160"], [evaluation.ONE_PROMPT, evaluation.NO_DISTANCE]),
+        (["a cat", "a dog", "--size", "176x192"], []),
+    ],
+)
+def test_limits_are_said_before_the_work(arguments: list[str], limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(cli_models, "load_pipeline", stop)
+    assert run(*arguments, "--out", tmp_path).stdout.splitlines() == limits
+
+
 @pytest.mark.usefixtures("tiny_model")
 def test_frames_go_to_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
