@@ -11,7 +11,7 @@ import pytest
 import tiny_video
 import torch
 from conftest import fill_randomly
-from distill_fixtures import CALL, PROMPTS, draw, half_pipe, picture_pipe
+from distill_fixtures import CALL, LORA_SPEC, PROMPTS, draw, half_pipe, learn, picture_pipe
 from helpers import oracle
 from PIL import Image
 from tiny_parts import emb
@@ -176,6 +176,20 @@ def test_the_pipeline_is_left_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(draw(pipe), before)
     assert not torch.equal(before, original)
     assert torch.equal(draw(restore(pipe)), original)
+
+
+@pytest.mark.usefixtures("numbers_only")
+@pytest.mark.parametrize("mode", ["lora", "attention"])
+def test_a_distilled_pipeline_is_compared_with_the_weights_it_had(mode: str, tmp_path: Path) -> None:
+    original = [paint(picture_pipe(), prompt, i) for i, prompt in enumerate(PROMPTS[:2])]
+    pipe = accelerate(picture_pipe(), LORA_SPEC)
+    learn(pipe, tmp_path / "run", PROMPTS[2:], PROMPTS[:1], train=mode)
+    distilled = [paint(pipe, prompt, i) for i, prompt in enumerate(PROMPTS[:2])]
+    record = evaluate(pipe, PROMPTS[:2], tmp_path / "out", **CALL)["measures"]
+    wanted = [decibels(*pair) for pair in zip(distilled, original, strict=True)]
+    assert record["method"]["psnr"]["by_prompt"] == pytest.approx(wanted, rel=1e-4)
+    assert record["again"]["difference"]["mean"] == record["again"]["velocity_error"]["mean"] == 0
+    assert torch.equal(paint(pipe, PROMPTS[0], 0), distilled[0])
 
 
 @pytest.mark.crossover
