@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dit_accel.adapter import load_adapter, save_adapter
+    from dit_accel.adapter import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
     from dit_accel.layers import summary
@@ -27,6 +27,7 @@ _HOMES = {
     "DistillConfig": "finetune.config",
     "save_adapter": "adapter",
     "load_adapter": "adapter",
+    "push_adapter": "adapter",
     "Fovea": "presets",
     "CLEAR": "presets",
     "SLA": "presets",
@@ -51,6 +52,7 @@ __all__ = [
     "dense",
     "distill",
     "load_adapter",
+    "push_adapter",
     "restore",
     "save_adapter",
     "summary",

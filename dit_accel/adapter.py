@@ -26,6 +26,7 @@ from torch import Tensor
 from dit_accel.errors import AdapterError
 from dit_accel.files import write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
+from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import (
     ADAPTER,
     OWN,
@@ -76,7 +77,9 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
 
 
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
-    """Write the adapter of an accelerated pipeline to a folder (made if need be); `training` is a record kept in its config.
+    """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
+
+    `training` is a record kept in the config and shown on the card, as are the pictures that lie in the folder.
 
     Raises NotAcceleratedError, or AdapterError where the folder can't be written.
     """
@@ -113,7 +116,9 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
         )
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
-        write_json(folder / CONFIG, json.loads(adapter.to_json_string()))
+        config = json.loads(adapter.to_json_string())
+        write_json(folder / CONFIG, config)
+        write_card(folder, config)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
@@ -188,6 +193,26 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
         config["dense_steps"],
         (config["base_model_name"], config["base_model_hash"]) if matters else None,
     )
+
+
+def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload an adapter's folder, card and pictures with it, to the hub repository `owner/name` (made if need be); returns its address.
+
+    The folder is checked first as `load_adapter` does. Raises AdapterError where it is damaged, or where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    folder = Path(folder)
+    for name, digest in read_config(folder)["files"].items():
+        _read_tensors(folder / name, digest)
+    api, shown = HfApi(token=token), [f"*{ending}" for ending in PICTURES]
+    try:
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE, CARD, *shown])
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise AdapterError(f"wanted to upload {folder} to {repo!r}, which failed: {error}") from error
+    return address
 
 
 def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:

@@ -348,5 +348,17 @@ def info(
     cli_info.show(rows)
 
 
+@app.command(epilog="Example: dit-accel push clear-r8/adapter your-name/flux-clear-r8")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="A folder made by distill or save_adapter; its pictures go along.")],
+    repo: Annotated[str, typer.Argument(help="The hub repository, owner/name; made if need be.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private; the hub's default unless given.")] = None,
+) -> None:
+    """Share an adapter with its model card on the Hugging Face hub, under the account that `hf auth login` has set."""
+    from dit_accel import push_adapter
+
+    typer.echo(push_adapter(adapter, repo, private=private))
+
+
 if __name__ == "__main__":
     sys.exit(app())

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from dit_accel.files import write_bytes
+from dit_accel.files import write_bytes, write_text
 from dit_accel.report import STYLE, picture, table
 
 SIDES = {"method": "method", "bfloat16": "original in bfloat16", "again": "original again"}
@@ -137,7 +137,7 @@ can't be told from rounding. “Original again” must be equal.</p>{table(*meas
 <h2>Where the error is</h2>{_plot(noise, "Velocity error by noise level")}{_plot(heads, "By layer and head, mean over prompts")}
 <h2>Pictures</h2>{"".join(rows)}
 <p class="small">dit_accel {record["version"]}; {html.escape(made)}.</p></html>"""
-    write_bytes(out / "report.html", page.encode())
+    write_text(out / "report.html", page)
 
 
 def show(record: dict[str, Any]) -> None:

@@ -36,16 +36,20 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> Path:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary name beside `path`, then rename."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
-    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to a temporary name beside `path`, then rename."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary name beside `path`, then rename."""
-    write_bytes(path, json.dumps(data, indent=1).encode())
+    write_text(path, json.dumps(data, indent=1))
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:

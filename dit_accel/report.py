@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from dit_accel.files import write_bytes
+from dit_accel.files import write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1f; }
@@ -102,4 +102,6 @@ seconds per picture at {scale["size"]} px.</p>{_speed(record)}
 <h2>What one query sees</h2><p class="small">Weight of one query (cyan) on every image token in the middle layer; black is unseen.</p>
 <div class="row">{"".join(masks)}</div>
 <p class="small">{html.escape(made)}; {record["minutes"]:.1f} minutes in all; seed {record["seed"]}.</p></html>"""
-    return write_bytes(out / "report.html", page.encode())
+    path = out / "report.html"
+    write_text(path, page)
+    return path

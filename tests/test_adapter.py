@@ -19,6 +19,7 @@ from dit_accel import CLEAR, GNA, AttentionSpec, Fovea, accelerate, dense, load_
 from dit_accel.adapter import CONFIG, FULL, LORA, WEIGHTS
 from dit_accel.errors import AdapterError, AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.finetune.trainables import projection_names
+from dit_accel.model_card import CARD
 from dit_accel.patch import operators_of
 
 Tensors = dict[str, Tensor]
@@ -65,7 +66,7 @@ def edit_tensors(folder: Path, file: str, change: Callable[[Tensors], object]) -
 @pytest.mark.parametrize("mode", MODES)
 def test_what_was_trained_comes_back_to_the_bit(trained: dict[str, tuple[Path, Tensor]], mode: str) -> None:
     folder, picture = trained[mode]
-    assert {path.name for path in folder.iterdir()} == FILES[mode] | {CONFIG}
+    assert {path.name for path in folder.iterdir()} == FILES[mode] | {CONFIG, CARD}
     pipe = prompt_pipe()
     before, original, wants = state(pipe.transformer), draw(pipe), {n: p.requires_grad for n, p in pipe.transformer.named_parameters()}
     with warnings.catch_warnings():
@@ -83,7 +84,7 @@ def test_what_was_trained_comes_back_to_the_bit(trained: dict[str, tuple[Path, T
 def test_saving_what_was_loaded_gives_the_same_tensors(trained: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     for mode, (folder, _) in trained.items():
         again = save_adapter(load_adapter(prompt_pipe(), folder), tmp_path / mode)
-        assert {path.name for path in again.iterdir()} == FILES[mode] | {CONFIG}
+        assert {path.name for path in again.iterdir()} == FILES[mode] | {CONFIG, CARD}
         assert all(same(load_file(again / name), load_file(folder / name)) for name in FILES[mode])
 
 
@@ -152,10 +153,13 @@ def test_the_lora_file_loads_alone(trained: dict[str, tuple[Path, Tensor]], thro
 def test_nothing_is_pickled_and_nothing_is_left_over(trained: dict[str, tuple[Path, Tensor]]) -> None:
     for folder, _ in trained.values():
         files = [path for path in folder.parent.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl"}
+        assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".md"}
         assert list(folder.parent.rglob(".*")) == []
         for path in files:
             head = path.read_bytes()[:9]
+            if path.suffix == ".md":
+                assert head[:4] == b"---\n"
+                continue
             assert head[8:] == b"{" if path.suffix == ".safetensors" else head[:1] == b"{"
         config = json.loads((folder / CONFIG).read_text())
         assert config["files"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}

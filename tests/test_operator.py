@@ -76,6 +76,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 every_implementation = pytest.mark.usefixtures("implementation")
+# what test_cpu_kernels.py asks of every instruction set under a bias
+reference_and_best = pytest.mark.parametrize("implementation", ["reference", *TARGETS[-1:]], indirect=True)
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_method = pytest.mark.parametrize(
@@ -205,7 +207,8 @@ def test_masked_text_might_as_well_be_absent(name: str) -> None:
     assert_close_as_eager(out[:, :, shape.text :], exact, eager)
 
 
-@every_implementation
+@reference_and_best
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_spec
 def test_masked_keys_change_no_bit(spec: AttentionSpec, dtype: torch.dtype) -> None:
@@ -226,7 +229,8 @@ def test_masked_keys_change_no_bit(spec: AttentionSpec, dtype: torch.dtype) -> N
         assert not grad[:, :, : shape.text].transpose(1, 2)[bias == -torch.inf].any()
 
 
-@every_implementation
+@reference_and_best
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @every_method
 def test_a_bias_of_any_floating_dtype(name: str, dtype: torch.dtype) -> None:
@@ -243,7 +247,8 @@ def test_an_empty_bias_is_none() -> None:
     torch.testing.assert_close(got, run(shape.inputs(), spec, shape.layout), rtol=0, atol=0)
 
 
-@every_implementation
+@reference_and_best
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @every_spec
 def test_low_precision_under_a_bias(spec: AttentionSpec, dtype: torch.dtype) -> None:
