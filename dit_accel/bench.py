@@ -27,8 +27,9 @@ from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
 from dit_accel.kernels import reference
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
-from dit_accel.patch import accelerate, always, find_transformers, forward_names, operators_of, patches_of, restore
-from dit_accel.plan import kept_density, multiply_adds
+from dit_accel.parameters import AttentionParameters
+from dit_accel.patch import accelerate, always, find_transformers, forward_names, operators_of, restore
+from dit_accel.plan import Plan, kept_density, multiply_adds
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.spec import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK
 
@@ -75,54 +76,116 @@ def machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Captured:
-    """Queries, keys and values `[B, H, N, D]` of one layer in one forward, and the layout they lie in."""
+    """Queries, keys and values `[B, H, N, D]` of one layer in one forward, and the layout they lie in.
+
+    `scale`: of the logits, 1/sqrt(D) where None. `text_bias` `[B, text]`: added to the text keys' logits, -inf where they are padding.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     layout: TokenLayout
     layer: str
+    scale: float | None = None
+    text_bias: Tensor | None = None
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """`text_bias` over all keys, `[B, N]`."""
+        image = (0, self.layout.image) if self.layout.text_first else (self.layout.image, 0)
+        return None if self.text_bias is None else torch.nn.functional.pad(self.text_bias, image)
+
+
+def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
+    """The attention inputs of every accelerated layer in one recorded forward, computed with exact attention in the method's place."""
+    found: list[Captured] = []
+
+    def dense_instead(layer: str) -> Callable[..., Tensor]:
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+        ) -> Tensor:
+            captured = Captured(query, key, value, layout, layer, scale, bias)
+            found.append(captured)
+            over_keys = captured.key_bias
+            mask = None if over_keys is None else over_keys[:, None, None].to(query.dtype)
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+        return attend
+
+    operators = operators_of(transformer)
+    try:
+        for name, operator in operators.items():
+            operator.attend = dense_instead(name)  # type: ignore[method-assign]
+        with torch.no_grad(), always(transformer):
+            predict(transformer, forward.arguments)
+    finally:
+        for operator in operators.values():
+            vars(operator).pop("attend", None)
+    return found
 
 
 def capture_qkv(pipe: Any, forward: Forward) -> Iterator[Captured]:
     """The attention inputs of every layer while the original model runs one recorded forward."""
     accelerate(pipe, AttentionSpec((TopK(1.0),), order=Tiles()))
-    found: list[tuple[str, tuple[Tensor, Tensor, Tensor]]] = []
-
-    def dense_instead(layer: str) -> Callable[..., Tensor]:
-        def forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-            found.append((layer, (query, key, value)))
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-        return forward
-
     try:
-        for name, operator in operators_of(pipe).items():
-            operator.forward = dense_instead(name)  # type: ignore[method-assign]
-        with torch.no_grad(), always(pipe):
-            predict(find_transformers(pipe)[0], forward.arguments)
-        ((_, patch),) = patches_of(pipe)
-        layout, _ = patch.context.current()
+        found = capture_inputs(find_transformers(pipe)[0], forward)
     finally:
         restore(pipe)
-    for name, (query, key, value) in found:
-        yield Captured(query, key, value, layout, name)
+    yield from found
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Softmax attention of image queries over all keys: output `[B, H, image, D]` and log of the softmax mass `[B, H, image]`, float32."""
+
+    output: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A method against `Exact`, by head `[H]`: squared error and squared size of the output, and the softmax mass that is kept exactly."""
+
+    error: Tensor
+    size: Tensor
+    mass: Tensor
+
+
+def _image(captured: Captured) -> slice:
+    layout = captured.layout
+    return slice(layout.text, None) if layout.text_first else slice(0, layout.image)
+
+
+def exact_attention(captured: Captured) -> Exact:
+    """What the layer's image tokens get from dense attention."""
+    q, k, v = (x.float().flatten(0, 1) for x in (captured.query, captured.key, captured.value))
+    heads = captured.query.shape[1]
+    bias = None if captured.key_bias is None else captured.key_bias.repeat_interleave(heads, 0)
+    scale = captured.query.shape[-1] ** -0.5 if captured.scale is None else captured.scale
+    out, lse = reference.dense_attention(q, k, v, bias, scale=scale)
+    return Exact(*(x.unflatten(0, (-1, heads))[:, :, _image(captured)] for x in (out, lse)))
+
+
+def deviation(captured: Captured, exact: Exact, spec: AttentionSpec, params: AttentionParameters | None = None) -> Deviation:
+    """How far a method is from exact attention in one layer; `params`: what it has learned there, its start values unless given."""
+
+    def run(spec: AttentionSpec, params: AttentionParameters | None) -> tuple[Tensor, Tensor]:
+        q, k, v, more = captured.query, captured.key, captured.value, {"scale": captured.scale, "text_bias": captured.text_bias}
+        out, lse = attention(q, k, v, spec, captured.layout, params=params, return_lse=True, **more)  # type: ignore[call-overload]
+        return out[:, :, _image(captured)].float(), lse[:, :, _image(captured)]
+
+    out, kept = run(spec, params)
+    if spec.rest is not None:
+        _, kept = run(dataclasses.replace(spec, rest=None, merge=None), None)
+    error = (out - exact.output).square().sum((0, 2, 3))
+    return Deviation(error, exact.output.square().sum((0, 2, 3)), (kept - exact.lse).exp().mean((0, 2)))
 
 
 def attention_errors(captured: Captured, specs: dict[str, AttentionSpec]) -> dict[str, tuple[float, float]]:
     """For each spec: relative error of the image tokens' output against dense attention, and the softmax mass of what it keeps exactly."""
-    q, k, v, layout = captured.query, captured.key, captured.value, captured.layout
-    image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
-    full, lse = reference.dense_attention(*(x.float().flatten(0, 1) for x in (q, k, v)), scale=q.shape[-1] ** -0.5)
-    full, lse = full.unflatten(0, q.shape[:2])[:, :, image], lse.unflatten(0, q.shape[:2])[:, :, image]
-    result = {}
-    for name, spec in specs.items():
-        out, kept = attention(q, k, v, spec, layout, return_lse=True)
-        if spec.rest is not None:
-            _, kept = attention(q, k, v, dataclasses.replace(spec, rest=None, merge=None), layout, return_lse=True)
-        error = (out[:, :, image] - full).norm() / full.norm()
-        result[name] = (error.item(), (kept[:, :, image] - lse).exp().mean().item())
-    return result
+    exact = exact_attention(captured)
+    found = {name: deviation(captured, exact, spec) for name, spec in specs.items()}
+    return {name: ((d.error.sum() / d.size.sum()).sqrt().item(), d.mass.mean().item()) for name, d in found.items()}
 
 
 def spread(samples: Samples, levels: int) -> list[Forward]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from dit_accel import cli_evaluate, files
 from dit_accel import cli_options as options
-from dit_accel import files
 from dit_accel.finetune.config import DistillConfig, Trainable
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HINTS = {
     "generate": "no picture was written; with --hires the same command continues after the last finished stage",
     "collect": "the same command continues with the prompts that are missing",
+    "evaluate": "nothing was written; the same command starts anew",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
 BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
@@ -227,6 +228,9 @@ def _count(source: list[str] | Path) -> int:
     from dit_accel.finetune.samples import Samples
 
     return len(Samples(source).manifest["runs"]) if isinstance(source, Path) else len(source)
+
+
+app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)
 
 
 @bench.command(epilog="Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json")

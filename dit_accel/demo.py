@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.logging import tqdm
-from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from dit_accel.bench import Captured, capture_qkv, machine, record_step
 from dit_accel.bench_step import step_times
@@ -32,6 +26,7 @@ from dit_accel.layers import summary
 from dit_accel.layout import raster_order
 from dit_accel.operator import attention
 from dit_accel.patch import accelerate, always, restore
+from dit_accel.pictures import compare, save_picture
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, RELATIONS, article
 from dit_accel.presets import CLEAR, SLA, Fovea
@@ -138,19 +133,6 @@ def generate(pipe: Any, scale: Scale, seed: int, out: Path, name: str) -> tuple[
     for index, picture in enumerate(pictures):
         save_picture(picture[0], out / f"{name}-{index}.png")
     return torch.cat(pictures).float(), seconds
-
-
-def save_picture(picture: Tensor, path: Path) -> None:
-    """Write `[3, H, W]` in [0, 1] as PNG."""
-    Image.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
-
-
-def compare(pictures: Tensor, originals: Tensor) -> dict[str, float]:
-    """PSNR (dB), SSIM, and 1 − multi-scale SSIM as a perceptual distance, against the original's pictures."""
-    similarity = structural_similarity_index_measure(pictures, originals, data_range=1.0)
-    scales = multiscale_structural_similarity_index_measure(pictures, originals, data_range=1.0)
-    psnr = peak_signal_noise_ratio(pictures, originals, data_range=1.0)
-    return {"psnr": float(psnr), "ssim": float(torch.as_tensor(similarity)), "distance": 1 - float(torch.as_tensor(scales))}
 
 
 def prepare_training(pipe: Any, scale: Scale, work: Path) -> tuple[Path, Path]:

@@ -36,10 +36,15 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename."""
+    with _temporary(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 to a temporary name beside `path`, then rename."""
-    with _temporary(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -26,7 +26,9 @@ from torch import Tensor
 from dit_accel import masks
 from dit_accel.context import Context
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend
+from dit_accel.plan import Plan
 from dit_accel.spec import AttentionSpec
 
 
@@ -80,13 +82,18 @@ class AcceleratedAttention(nn.Module):
             query, key, value = (x.roll(-history, 2) for x in (query, key, value))
             mask = None if mask is None else masks.rolled(mask, -history)
         bias = None if mask is None else masks.text_bias(mask, layout, len(query))
-        arguments = (query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend)
-        out = attend(*arguments, text_bias=bias)[0]
+        out = self.attend(query, key, value, layout, plan, scale, bias)
         if mask is not None and masks.differs_by_row(mask):
             out = masks.with_text_rows(out, query, key, value, mask, layout, scale)
         if history:
             out = out.roll(history, 2)
         return out.narrow(2, before, out.shape[2] - absent) if absent else out
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+    ) -> Tensor:
+        """The method itself, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
+        return attend(query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend, text_bias=bias)[0]
 
 
 def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:

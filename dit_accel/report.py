@@ -1,4 +1,4 @@
-"""The demo's report: one self-contained HTML page."""
+"""Self-contained HTML pages: their parts, and the demo's report."""
 
 import base64
 import html
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+
+from dit_accel.files import write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1f; }
@@ -17,7 +19,7 @@ figure { margin: 0; } figcaption { font-size: .85rem; color: #555; } .small { co
 """
 
 
-def _picture(path: Path, caption: str) -> str:
+def picture(path: Path, caption: str) -> str:
     """The picture as a figure of at most 512 pixels, embedded."""
     image = Image.open(path).convert("RGB")
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -28,7 +30,8 @@ def _picture(path: Path, caption: str) -> str:
     return f'<figure><img alt="{words}" src="data:image/jpeg;base64,{source}"><figcaption>{words}</figcaption></figure>'
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows of text under a head."""
     cells = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows]
     return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>"
 
@@ -37,8 +40,8 @@ def _pictures(out: Path, record: dict[str, Any], originals: list[str]) -> str:
     parts = []
     for index, prompt in enumerate(record["scale"]["prompts"]):
         for state in ("untrained", "distilled"):
-            figures = [_picture(out / originals[index], "original")]
-            figures += [_picture(out / row[state][index], f"{row['name']}, {state}") for row in record["methods"]]
+            figures = [picture(out / originals[index], "original")]
+            figures += [picture(out / row[state][index], f"{row['name']}, {state}") for row in record["methods"]]
             parts.append(f"<h3>“{html.escape(prompt)}”, {state}</h3><div class='row'>{''.join(figures)}</div>")
     return "".join(parts)
 
@@ -51,7 +54,7 @@ def _quality(record: dict[str, Any]) -> str:
             cells = [f"{row['density']:.1%}", f"{velocity:.4f}", f"{q['psnr']:.1f}", f"{q['ssim']:.3f}", f"{q['distance']:.3f}"]
             rows.append([f"{row['name']}, {state}", *cells])
     head = ["method", "pairs kept exactly", "held-out velocity error", "PSNR dB", "SSIM", "1 − MS-SSIM"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _speed(record: dict[str, Any]) -> str:
@@ -63,7 +66,7 @@ def _speed(record: dict[str, Any]) -> str:
         cells += [f"{s['original_attention']:.3f}", f"{s['accelerated_attention']:.3f}", f"{part:.2f}×"]
         rows.append([row["name"], *cells, f"{row['seconds']:.1f}", f"{row['distill_seconds']:.0f}"])
     head = ["method", "step: original s", "accelerated s", "ratio", "attention call: original s", "accelerated s", "ratio"]
-    return _table([*head, "s per picture", "distillation s"], rows)
+    return table([*head, "s per picture", "distillation s"], rows)
 
 
 def write_sheet(out: Path, record: dict[str, Any], originals: list[str], path: Path, side: int = 256) -> None:
@@ -83,7 +86,7 @@ def write_sheet(out: Path, record: dict[str, Any], originals: list[str], path: P
 def write_report(out: Path, record: dict[str, Any], originals: list[str], mask: str) -> Path:
     """Write `report.html` into `out` from the demo's record and its pictures; returns its path."""
     scale = record["scale"]
-    masks = [_picture(out / mask, "original: every token")] + [_picture(out / row["mask"], row["name"]) for row in record["methods"]]
+    masks = [picture(out / mask, "original: every token")] + [picture(out / row["mask"], row["name"]) for row in record["methods"]]
     made = ", ".join(f"{k} {v}" for k, v in record["machine"].items())
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>dit_accel demo</title><style>{STYLE}</style>
 <h1>dit_accel demo</h1>
@@ -100,6 +103,5 @@ seconds per picture at {scale["size"]} px.</p>{_speed(record)}
 <div class="row">{"".join(masks)}</div>
 <p class="small">{html.escape(made)}; {record["minutes"]:.1f} minutes in all; seed {record["seed"]}.</p></html>"""
     path = out / "report.html"
-    temporary = path.with_suffix(".new")
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(path)
+    write_text(path, page)
+    return path

@@ -122,6 +122,14 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
+@pytest.fixture
+def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations write no page: drawing its plots takes longer than tiny models do."""
+    from dit_accel import evaluation
+
+    monkeypatch.setattr(evaluation, "write_page", lambda *_: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def measured() -> Iterator[Callable[..., Any]]:
     """Tiny models are faster without acceleration: unless a test is about that, nothing is measured and the method runs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import fill_randomly
+from tiny_parts import kl
 from torch import Tensor
 
 from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, accelerate, distill
@@ -57,6 +58,12 @@ def prompt_pipe(**parts: Any) -> Any:
     pipe = FluxPipeline(**{k: v for k, v in whole.items() if k not in ("image_encoder", "feature_extractor")})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def picture_pipe() -> Any:
+    """`prompt_pipe` with an autoencoder, so that it draws pictures."""
+    torch.manual_seed(0)
+    return prompt_pipe(vae=kl(latent=4, factor_log2=3).eval())
 
 
 def half_pipe() -> Any:

@@ -20,7 +20,8 @@ from dit_accel import CLEAR, cli_models, cli_options
 from dit_accel.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["bench", "quality"], ["bench", "step"], ["bench", "kernels"], ["info"]]
+COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"]]
+COMMANDS += [["bench", name] for name in ("quality", "step", "kernels")]
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 # 128 image tokens: two tiles
 SMALL = ["--size", "256x128", "--max-sequence-length", "16"]

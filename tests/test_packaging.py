@@ -68,13 +68,14 @@ ARROWS: dict[str, set[str]] = {
         "spec",
     },
     "method_text": {"presets", "spec"},
-    "report": set(),
+    "pictures": {"files"},
+    "report": {"files"},
     "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
-PROGRAMS = ("bench", "cli", "demo", "estimate")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "finetune", "patch", "pipelines", "processor", "wan_names"}
+PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
+DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
 
 
 def package_files() -> dict[str, Path]:

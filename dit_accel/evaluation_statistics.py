@@ -1,0 +1,36 @@
+"""Means over prompts and how sure they are: percentile bootstrap intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals of a mean over prompts: `level` of the means of `resamples` draws of as many prompts, with replacement, lie inside.
+
+    Every measure draws the same prompts, because the seed is the same: what is compared stays paired.
+    """
+
+    level: float = 0.95
+    resamples: int = 10_000
+    seed: int = 0
+
+    def interval(self, values: Sequence[float]) -> tuple[float, float]:
+        """Low and high end for one value per prompt. Raises ValueError for fewer than two."""
+        if len(values) < 2:
+            raise ValueError(f"an interval wants a value of each of two prompts or more, got {len(values)}")
+        picks = np.random.default_rng(self.seed).integers(len(values), size=(self.resamples, len(values)))
+        means = np.asarray(values, dtype=np.float64)[picks].mean(axis=1)
+        low, high = np.quantile(means, [(1 - self.level) / 2, (1 + self.level) / 2])
+        return float(low), float(high)
+
+    def summary(self, values: Sequence[float]) -> dict[str, Any]:
+        """For JSON: `mean`, `low`, `high` and `by_prompt`; None stands for infinity, and for the ends where there is one prompt."""
+        finite = all(math.isfinite(value) for value in values)
+        low, high = self.interval(values) if finite and len(values) > 1 else (None, None)
+        by_prompt = [value if math.isfinite(value) else None for value in values]
+        return {"mean": float(np.mean(values)) if finite else None, "low": low, "high": high, "by_prompt": by_prompt}

@@ -1,0 +1,168 @@
+"""`evaluate` as users meet it: what is refused before anything runs, and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distill_fixtures import CALL, PROMPTS, SPARSE, perturb, picture_pipe
+from typer.testing import CliRunner, Result
+
+from dit_accel import CLEAR, accelerate, cli_models, evaluation, restore, save_adapter
+from dit_accel.cli import app
+from dit_accel.errors import FallbackError, NotAcceleratedError
+from dit_accel.evaluation import evaluate
+
+METHOD = CLEAR(2)
+
+
+@pytest.fixture
+def idle() -> Any:
+    """An accelerated pipeline that must not draw."""
+    pipe = accelerate(picture_pipe(), METHOD)
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something was drawn before the arguments were checked"))
+    return pipe
+
+
+def test_refusals(idle: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
+        evaluate(idle, PROMPTS, tmp_path / "file" / "out", **CALL)
+    for prompts in ([], [" "], "a panda"):
+        with pytest.raises(ValueError, match="prompts is a non-empty list of non-empty strings"):
+            evaluate(idle, prompts, tmp_path / "out", **CALL)
+    with pytest.raises(ValueError, match="wanted a pipeline, which draws pictures, got FluxTransformer2DModel"):
+        evaluate(idle.transformer, PROMPTS, tmp_path / "out", **CALL)
+    for call, message in (
+        ({"num_frames": 9}, "wanted a pipeline that takes num_frames, got FluxPipeline"),
+        ({"output_type": "pil"}, "set for every run, got output_type among the call's arguments"),
+        ({"sigmas": {1, 2}}, "call arguments are numbers, strings, lists or None, got .*'sigmas'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(idle, PROMPTS, tmp_path / "out", **(CALL | call))
+    with pytest.raises(NotAcceleratedError):
+        evaluate(restore(idle), PROMPTS, tmp_path / "out", **CALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_runs_nowhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel import context
+
+    def fall_back(self: Any, *_: Any) -> None:
+        self._forget()
+        self.fall_back("no grid today")
+
+    monkeypatch.setattr(context.Context, "_read", fall_back)
+    with pytest.warns(UserWarning, match="no grid today"), pytest.raises(FallbackError, match="calls have no grid today"):
+        evaluate(accelerate(picture_pipe(), METHOD), PROMPTS, tmp_path, **CALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_an_earlier_result_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "results.json").write_text("earlier")
+    monkeypatch.setattr(evaluation, "write_page", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(accelerate(picture_pipe(), METHOD), PROMPTS[:1], tmp_path, **CALL)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.json", "earlier")]
+
+
+# The command
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+SMALL = ["--size", "144x112", "--steps", 2, "--max-sequence-length", 8]
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: picture_pipe())
+
+
+@pytest.mark.usefixtures("numbers_only", "tiny_model")
+def test_the_same_command_gives_the_same_results(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS[:2]))
+    results = []
+    for name, prompts in (("a", ["--prompts", file]), ("b", PROMPTS[:2])):
+        done = run(*prompts, "--method", "clear:2", *SMALL, "--seed", 5, "--out", tmp_path / name)
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert "Disc(radius=2)" in done.stdout
+        assert "95% intervals, paired bootstrap over prompts" in done.stdout
+        assert f"wrote {tmp_path / name / 'report.html'}" in done.stdout
+        results.append((tmp_path / name / "results.json").read_text())
+    assert results[0] == results[1]
+    assert str(tmp_path) not in results[0]
+
+
+@pytest.mark.usefixtures("numbers_only", "tiny_model")
+def test_an_adapter_is_evaluated_with_what_it_learned(tmp_path: Path) -> None:
+    pipe = accelerate(picture_pipe(), SPARSE)
+    perturb(pipe)
+    save_adapter(pipe, tmp_path / "adapter")
+    done = run(PROMPTS[0], "--adapter", tmp_path / "adapter", *SMALL, "--out", tmp_path / "out")
+    assert done.exit_code == 0, (done.output, done.exception)
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["adapter"] == str(tmp_path / "adapter")
+    learned = evaluate(pipe, PROMPTS[:1], tmp_path / "learned", **record["call"])
+    untrained = evaluate(accelerate(restore(pipe), SPARSE), PROMPTS[:1], tmp_path / "untrained", **record["call"])
+    assert record["measures"] == learned["measures"]
+    for measure in ("velocity_error", "attention_error"):
+        assert record["measures"]["method"][measure]["mean"] != pytest.approx(untrained["measures"]["method"][measure]["mean"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "prompts are given either as arguments or as --prompts FILE, got neither"),
+        (["a cat", "--prompts", "x.txt"], "prompts are given either as arguments or as --prompts FILE, got both"),
+        ([" "], "a prompt is a text that is not empty, got an empty one"),
+        (["--prompts", "missing.txt"], "prompts is a text file with one prompt per line, got missing.txt: No such file or directory"),
+        (["--prompts", "empty.txt"], "prompts is a text file with one prompt per line, got no prompt in empty.txt"),
+        (["a cat", "--method", "none"], "evaluate wants an accelerated method, got 'none'"),
+        (["a cat", "--method", "fovea", "--adapter", "x"], "--adapter names the method itself: wanted it alone, got --method beside it"),
+        (["a cat", "--size", "100x64"], "width and height are multiples of 16 pixels, one token's side, as in 96x64, got '100x64'"),
+        (["a cat", "--out", "empty.txt/below"], "wanted a folder that can be written to, got empty.txt/below: Not a directory"),
+    ],
+)
+def test_the_command_checks_before_it_loads(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: pytest.fail("a model was loaded before the arguments were checked"))
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert done.stderr.strip() == f"error: {message}"
+    assert [file.name for file in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits"),
+    [
+        (["a cat", "--size", "176x160"], [evaluation.ONE_PROMPT, evaluation.NO_DISTANCE]),
+        (["a cat", "a dog", "--size", "176x192"], []),
+    ],
+)
+def test_limits_are_said_before_the_work(arguments: list[str], limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(cli_models, "load_pipeline", stop)
+    assert run(*arguments, "--out", tmp_path).stdout.splitlines() == limits
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_frames_go_to_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda pipe, prompts, out, **settings: calls.append(settings))
+    assert run("a cat", "--frames", 9, "--size", "64x32", "--model", "other", "--out", tmp_path).exit_code == 0
+    (settings,) = calls
+    assert settings == {
+        "seed": 0, "adapter": None, "height": 32, "width": 64, "num_inference_steps": 8, "guidance_scale": 3.5, "num_frames": 9,
+    }  # fmt: skip
