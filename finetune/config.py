@@ -17,7 +17,8 @@ class DistillConfig:
     """
 
     steps: int = 1000
-    batch_size: int = 1  # recorded forwards per step, one after the other
+    parameter_steps: int | None = None  # before them, of the first stage; None: 16 where untrained parameters of the method's own are there
+    batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"
     lora_rank: int = 16
     learning_rate: float = 1e-3  # of LoRA or weights
@@ -40,6 +41,8 @@ class DistillConfig:
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
         for name in ("warmup_steps", "evaluate_every", "seed"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int >= 0")
+        steps = self.parameter_steps
+        self._check("parameter_steps", steps is None or (type(steps) is int and steps >= 0), "None or an int >= 0")
         for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm"):
             self._check(name, type(getattr(self, name)) in (int, float) and 0 < getattr(self, name) < float("inf"), "a number > 0")
         for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):

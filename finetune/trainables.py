@@ -1,17 +1,12 @@
 """What a distillation trains, and where it is kept between steps and between runs."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_accel.errors import DistillationError
-from dit_accel.files import replace_folder
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.patch import ADAPTER, OWN, PROJECTIONS, Patch, activate_lora, plain_name
 
@@ -61,21 +56,17 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
 
 
-def save_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
-    """Write parameters, the optimizer's moments and a JSON record to `folder`, whole or not at all."""
+def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and the optimizer's moments by name, as `put_back` takes them."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"value/{name}"] = parameter
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    replace_folder(folder, {"state.safetensors": tensors, "record.json": record})
+    return tensors
 
 
-def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Restore what `save_state` wrote, exactly."""
-    try:
-        tensors = load_file(folder / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise DistillationError(f"{folder} is damaged: {error}; delete it to resume from the one before") from error
+def put_back(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Restore what `optimizer_tensors` gave, exactly."""
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"value/{name}"])
