@@ -164,6 +164,10 @@ def distill(
         Trainable, typer.Option(help="parameters (the method's own), lora (also a LoRA on the attention) or attention (also its weights).")
     ] = DistillConfig.train,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DistillConfig.steps,
+    parameter_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla and 0 for others."),
+    ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
     parameter_learning_rate: Annotated[float, typer.Option(help="Of the method's own parameters.")] = DistillConfig.parameter_learning_rate,
@@ -182,7 +186,7 @@ def distill(
 ) -> None:
     """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped."""
     config = DistillConfig(
-        steps=steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
+        steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
         checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip

@@ -17,7 +17,7 @@ class DistillConfig:
     """
 
     steps: int = 1000
-    parameter_steps: int | None = None  # before them, of the first stage; None: 16 where untrained parameters of the method's own are there
+    parameter_steps: int | None = None  # before them, to fit the method's own parameters; None: 48 for an untrained projection, else 0
     batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"
     lora_rank: int = 16

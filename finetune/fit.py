@@ -29,7 +29,7 @@ from dit_accel.processor import AcceleratedAttention
 
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
-RIDGE = 1e-6  # of the regressors' mean square
+RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
 
 
 class Fitter(Protocol):

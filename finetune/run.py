@@ -18,7 +18,9 @@ from dit_accel.finetune.samples import Samples, collect
 from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, teacher_hash
 from dit_accel.processor import AcceleratedAttention
 
-PARAMETER_STEPS = 16  # of the first stage, unless the config says
+# of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
+# from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)
+PARAMETER_STEPS = 48
 
 
 @dataclass
@@ -101,7 +103,7 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:
-    """Steps of the first stage: none where there is nothing to fit, and unless they are asked for none where it was trained before."""
+    """Steps of the first stage; unless they are asked for, none but where there is a projection that was never trained."""
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
@@ -111,7 +113,8 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    return PARAMETER_STEPS if begun or all(_fresh(operator) for operator in operators) else 0
+    projected = all(operator.params.proj is not None for operator in operators)
+    return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 
 def _fresh(operator: AcceleratedAttention) -> bool:
