@@ -148,7 +148,15 @@ def collect(
     from dit_accel.finetune.samples import collect as collect_samples
 
     samples = collect_samples(load_pipeline(model, dtype, device), texts, out, seed=seed, **call)
-    typer.echo(f"{len(samples)} forwards in {out}")
+    if _is_main_process():
+        typer.echo(f"{len(samples)} forwards in {out}")
+
+
+def _is_main_process() -> bool:
+    """Whether this process writes and speaks; the others that `accelerate launch` starts only share the work."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 @app.command(epilog="Example: dit-accel distill --prompts prompts.txt --method clear:8 --steps 500 --out clear-r8")
@@ -184,7 +192,10 @@ def distill(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped."""
+    """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped.
+
+    On several GPUs: accelerate launch -m dit_accel.cli distill ...
+    """
     config = DistillConfig(
         steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
@@ -201,12 +212,15 @@ def distill(
 
     pipe = accelerate(load_pipeline(model, dtype, device), spec)
     result = run_distillation(pipe, source, config, held_out=aside, **call)
+    if not _is_main_process():
+        return
     record = {
         # where the run lay on this machine means nothing elsewhere
         "config": {name: value for name, value in config.to_dict().items() if name != "output_dir"},
         "prompts": _count(source),
         "sampling": call,
         "held_out_error_before": result.error_before,
+        "held_out_error_fitted": result.error_fitted,
         "held_out_error_after": result.error_after,
     }
     folder = save_adapter(pipe, out / "adapter", training=record)

@@ -61,6 +61,7 @@ def distill(
 
     First the method's own parameters are fitted layer by layer, then everything that the config trains is trained end to end. Under
     `accelerate launch` every process calls it alike: they share samples and batches, and the main one alone writes checkpoints and logs.
+    What is done with the trained pipeline (`save_adapter`) is the main process's to do, too.
 
     Args:
         prompts_or_dataset: prompts, which the pipeline samples first (cached in the output folder), or samples made by `collect`: a

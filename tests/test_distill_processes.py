@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -134,8 +135,6 @@ def test_all_resume(two: Path, results: list[dict[str, Any]]) -> None:
 
 
 def test_one_process_continues_what_two_began(tmp_path: Path, two: Path, results: list[dict[str, Any]]) -> None:
-    import shutil
-
     shutil.copytree(two / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-0000004")
     got = learn(accelerate(prompt_pipe(), tiny.SPARSE), tmp_path / "run", train="lora", **RUN)
