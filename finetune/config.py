@@ -2,7 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dit_accel.spec import AttentionSpec
 
 Trainable = Literal["parameters", "lora", "attention"]
 
@@ -21,6 +24,7 @@ class DistillConfig:
     batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"
     lora_rank: int = 16
+    specs: "tuple[AttentionSpec, ...]" = ()  # one is drawn for each step, so that one adapter serves all; none: the pipeline's own
     learning_rate: float = 1e-3  # of LoRA or weights
     parameter_learning_rate: float = 1e-2  # of the method's own parameters
     warmup_steps: int = 20
@@ -41,6 +45,9 @@ class DistillConfig:
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
         for name in ("warmup_steps", "evaluate_every", "seed"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int >= 0")
+        object.__setattr__(self, "specs", tuple(self.specs) if isinstance(self.specs, list | tuple) else self.specs)
+        specs = isinstance(self.specs, tuple) and all(callable(getattr(spec, "make_parameters", None)) for spec in self.specs)
+        self._check("specs", specs, "a tuple of AttentionSpec")
         steps = self.parameter_steps
         self._check("parameter_steps", steps is None or (type(steps) is int and steps >= 0), "None or an int >= 0")
         for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm"):
@@ -60,4 +67,5 @@ class DistillConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"specs": [spec.to_dict() for spec in self.specs]}

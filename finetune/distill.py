@@ -127,9 +127,10 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     shown = progress and run.accelerator.is_main_process
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distill", disable=None if shown else True)
     for step in bar:
-        losses = _train_step(run, list(parameters.values()), prepared, step)
+        with run.spec_drawn(checkpoints.STEPS, step) as drawn:
+            losses = _train_step(run, list(parameters.values()), prepared, step)
         bar.set_postfix(loss=f"{losses['loss']:.4f}")
-        _after_step(run, parameters, optimizer, step + 1, losses)
+        _after_step(run, parameters, optimizer, step + 1, losses | drawn)
     return start
 
 

@@ -62,9 +62,10 @@ def fit(run: Run, progress: bool) -> None:
     steps, shown = range(start, run.parameter_steps), progress and run.accelerator.is_main_process
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
-        error = _step(run, fitter, step)
+        with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn:
+            error = _step(run, fitter, step)
         bar.set_postfix(attention=f"{error:.4f}")
-        row = {"step": step + 1, "attention": error}
+        row = {"step": step + 1, "attention": error, **drawn}
         run.parameter_history.append(row)
         run.write_log("parameters.jsonl", [row])
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == run.parameter_steps:

@@ -1,7 +1,9 @@
 """One distillation under way: what it works on, and what is checked and collected before it starts."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
-from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, teacher_hash
+from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, running, teacher_hash
 from dit_accel.processor import AcceleratedAttention
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
@@ -46,6 +48,16 @@ class Run:
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
         return float(sum(errors) / len(errors))
 
+    @contextlib.contextmanager
+    def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:
+        """The method that a step runs, for the length of a `with` block; gives what the log says of it."""
+        if not self.config.specs:
+            yield {}
+            return
+        number = random.Random(f"{self.config.seed} {stage} {step} spec").randrange(len(self.config.specs))
+        with running(self.transformer, self.config.specs[number]):
+            yield {"spec": number}
+
     def write_log(self, name: str, rows: Sequence[dict[str, float]], *, anew: bool = False) -> None:
         """Append rows to a log in the folder, or begin it with them."""
         if self.accelerator.is_main_process:
@@ -59,6 +71,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if len(patches) != 1:
         raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
     transformer, patch = patches[0]
+    _check_specs(transformer, patch, config)
     if any(p.device.type == "meta" for p in transformer.parameters()):
         raise DistillationError(f"{type(transformer).__name__} is offloaded layer by layer: distil before offloading")
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
@@ -100,6 +113,17 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
     if isinstance(source, Samples):
         return source
     return Samples(source) if isinstance(source, str | Path) else collect(pipe, list(source), folder, seed=seed, **call)
+
+
+def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
+    """Raise DistillationError unless every spec of the config can take the place of the pipeline's own."""
+    own = patch.context.spec
+    for operator in operators_of(transformer).values():
+        for spec in config.specs:
+            both = [s.make_parameters(heads=operator.heads, head_dim=operator.head_dim).state_dict() for s in (own, spec)]
+            shapes = [{name: value.shape for name, value in parameters.items()} for parameters in both]
+            if shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
+                raise DistillationError(f"specs have the parameters, order and blocks of the pipeline's own, here {own}, got {spec}")
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:
