@@ -178,7 +178,9 @@ def distill(
     ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
-    parameter_learning_rate: Annotated[float, typer.Option(help="Of the method's own parameters.")] = DistillConfig.parameter_learning_rate,
+    parameter_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the method's own parameters; unless given, 0.001 for sla and 0.01 for others.")
+    ] = DistillConfig.parameter_learning_rate,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
     mixed_precision: Annotated[

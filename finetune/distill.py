@@ -114,12 +114,12 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     """The loop, from the start or from a checkpoint; returns the step it started at."""
     config = run.config
     parameters = set_trainable(run.transformer, run.patch, config)
-    optimizer = make_optimizer(parameters, config)
+    tensors = None if checkpoint is None else checkpoints.load(run, checkpoint)
+    optimizer = make_optimizer(parameters, config, run.parameter_rate)
     optimizer.zero_grad()  # an interrupted run leaves its last gradients
-    start = 0
-    if checkpoint is not None:
-        put_back(checkpoints.load(run, checkpoint), parameters, optimizer)
-        start = len(run.history)
+    if tensors is not None:
+        put_back(tensors, parameters, optimizer)
+    start = len(run.history)
     run.write_log("log.jsonl", run.history, anew=True)
     if config.gradient_checkpointing:
         run.transformer.enable_gradient_checkpointing()

@@ -52,8 +52,7 @@ def fit(run: Run, progress: bool) -> None:
     for parameter in own.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    projected = any(op.params.proj is not None for op in operators.values())
-    fitter: Fitter = LeastSquares(operators) if projected else Descent(own, run)
+    fitter: Fitter = LeastSquares(operators) if run.projected else Descent(own, run)
     start, found = 0, checkpoints.newest(run, checkpoints.PARAMETERS)
     if found is not None:
         fitter.load(checkpoints.load(run, found))
@@ -204,7 +203,7 @@ class Descent:
 
     def __init__(self, parameters: dict[str, nn.Parameter], run: Run) -> None:
         self.parameters, self.run = parameters, run
-        self.optimizer = torch.optim.AdamW(parameters.values(), run.config.parameter_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters.values(), run.parameter_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizer.zero_grad()  # an interrupted run leaves its last gradients
 
     def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, wanted: Tensor) -> None:
@@ -212,9 +211,7 @@ class Descent:
 
     def update(self, step: int) -> None:
         sum_gradients(self.parameters.values())
-        config = self.run.config
-        factor = cosine_factor(step, self.run.parameter_steps, warmup=0)
-        self.optimizer.param_groups[0]["lr"] = config.parameter_learning_rate * factor
+        self.optimizer.param_groups[0]["lr"] = self.run.parameter_rate * cosine_factor(step, self.run.parameter_steps, warmup=0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

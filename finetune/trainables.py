@@ -47,11 +47,11 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig) -> torch.optim.AdamW:
-    """AdamW with one group for the method's own parameters and one for the rest."""
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig, parameter_rate: float) -> torch.optim.AdamW:
+    """AdamW with one group for the method's own parameters, at a rate of theirs, and one for the rest."""
     own = [p for name, p in parameters.items() if OWN in name]
     rest = [p for name, p in parameters.items() if OWN not in name]
-    rates = ((own, config.parameter_learning_rate), (rest, config.learning_rate))
+    rates = ((own, parameter_rate), (rest, config.learning_rate))
     groups = [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in rates if params]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
 

@@ -207,6 +207,28 @@ def test_how_many_steps_it_has(
     assert asked == [wanted] * (wanted > 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "given", "wanted"),
+    [("sla", 2, None, 1e-3), ("sla", 0, None, 1e-2), ("fovea", 2, None, 1e-2), ("fovea", 0, None, 1e-2), ("sla", 2, 0.5, 0.5)],
+)
+def test_parameters_that_were_solved_for_are_trained_gently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int, given: float | None, wanted: float
+) -> None:
+    rates: list[float] = []
+    real = distillation.make_optimizer
+
+    def watched(*arguments: Any) -> Any:
+        optimizer = real(*arguments)
+        rates.append(optimizer.param_groups[0]["initial_lr"])
+        return optimizer
+
+    monkeypatch.setattr(distillation, "make_optimizer", watched)
+    settings: dict[str, Any] = {"steps": 1, "parameter_steps": steps, "parameter_learning_rate": given, "train": "parameters"}
+    learn(accelerate(prompt_pipe(), METHODS[method]), tmp_path, **settings)
+    learn(accelerate(prompt_pipe(), METHODS[method]), tmp_path, **settings)  # resumed
+    assert rates == [wanted, wanted]
+
+
 def test_steps_with_nothing_to_fit_are_refused(tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), tiny.LORA_SPEC)
     with unchanged(pipe), pytest.raises(DistillationError, match="parameter_steps=3 has nothing to fit"):
