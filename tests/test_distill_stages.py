@@ -3,13 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distill_fixtures as tiny
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error as relative_norm
 from distill_fixtures import flags, learn, prompt_pipe, same, state, unchanged
+from test_families import Tiny as Family
 from torch import Tensor
 
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, accelerate
@@ -22,7 +25,7 @@ from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.run import PARAMETER_STEPS
 from dit_accel.finetune.samples import Samples
 from dit_accel.operator import attention
-from dit_accel.patch import operators_of
+from dit_accel.patch import always, operators_of, patches_of
 
 METHODS: dict[str, AttentionSpec] = {
     "sla": tiny.SPARSE, "sla-tiles": SLA(0.25, tile=(4, 4)), "fovea": Fovea(0.25, tile=(4, 4)), "clear-pooled": CLEAR(2.0, downsample=2),
@@ -138,6 +141,38 @@ def test_the_teacher_goes_its_way_without_gradients(tmp_path: Path, monkeypatch:
     changed = {name for name, tensor in state(pipe.transformer).items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(".dit_accel.params." in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "name", ["flux", "sd3", "wan", "chroma", "hunyuan_video", "qwen_image", "framepack", "prx", "nucleus", "motif_video", "fibo", "lumina"]
+)
+def test_every_kind_of_mask_and_sequence_leaves_the_teacher_as_it_is(name: str) -> None:
+    model = Family(name)
+    wanted, seen = model.run(), []
+    accelerate(model.pipe, SLA(0.3, tile=(2, 4, 2)))
+    ((transformer, patch),) = patches_of(model.pipe)
+    run: Any = SimpleNamespace(transformer=transformer, patch=patch)
+    least = fitting.LeastSquares(operators_of(transformer))
+
+    def learn(operator: Any, arguments: tuple[Any, ...], out: Tensor, original: Tensor) -> None:
+        seen.append(float(relative_error(out, original)))
+        least.learn(operator, arguments, out, original)
+
+    with always(transformer), fitting._beside_the_teacher(run, learn):
+        got = model.run()
+    assert relative_norm(got, wanted) < 2e-5
+    assert len(seen) >= 2
+    assert max(seen) > 1e-4  # the operators did run
+    least.update(0)
+    assert all(bool(p.isfinite().all()) and bool(p.any()) for op in operators_of(transformer).values() for p in op.params.parameters())
+
+
+def test_a_bfloat16_pipeline_is_fitted_in_float32(tmp_path: Path) -> None:
+    pipe = accelerate(tiny.half_pipe(), tiny.SPARSE)
+    rows = learn(pipe, tmp_path, **STAGE, steps=1).parameter_history
+    exact = learn(accelerate(prompt_pipe(), tiny.SPARSE), tmp_path / "exact", **STAGE, steps=1).parameter_history
+    assert {p.dtype for op in operators_of(pipe).values() for p in op.params.parameters()} == {torch.float32}
+    assert [row["attention"] for row in rows] == pytest.approx([row["attention"] for row in exact], rel=0.1)
 
 
 # Resuming
