@@ -164,6 +164,10 @@ def distill(
     prompts: Annotated[Path, typer.Option(help=options.PROMPTS_OR_SAMPLES)],
     out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints and log to OUT/run.")],
     method: Annotated[str, typer.Option(help=options.METHOD_FORMS.removeprefix("none (the original attention), ") + ".")] = "fovea",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="A method like --method's, of another density or radius, to draw one from at each step; may be repeated."),
+    ] = None,
     model: options.Model = "builtin",
     held_out: Annotated[
         Path | None, typer.Option(help=f"For evaluation only: {options.PROMPTS_OR_SAMPLES} Unless given, a tenth of the prompts.")
@@ -198,8 +202,10 @@ def distill(
 
     On several GPUs: accelerate launch -m dit_accel.cli distill ...
     """
+    varied = [options.parse_spec(text, reason="--vary wants accelerated methods") for text in vary or []]
     config = DistillConfig(
-        steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
+        specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
+        lora_rank=lora_rank, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
         checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip
@@ -222,7 +228,7 @@ def distill(
         "prompts": _count(source),
         "sampling": call,
         "held_out_error_before": result.error_before,
-        "held_out_error_fitted": result.error_fitted,
+        **({} if result.error_fitted is None else {"held_out_error_fitted": result.error_fitted}),
         "held_out_error_after": result.error_after,
     }
     folder = save_adapter(pipe, out / "adapter", training=record)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.logging import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
@@ -29,7 +29,7 @@ from dit_accel.finetune.losses import attention_loss, cosine_factor, relative_er
 from dit_accel.finetune.processes import share, sum_gradients, summed
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
-from dit_accel.finetune.trainables import make_optimizer, optimizer_tensors, put_back, set_trainable
+from dit_accel.finetune.trainables import Masters, make_optimizer, optimizer_tensors, put_back, set_trainable
 from dit_accel.patch import always, dense, operators_of, plain_name
 
 
@@ -113,12 +113,13 @@ def _distill(run: Run, progress: bool) -> DistillResult:
 def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     """The loop, from the start or from a checkpoint; returns the step it started at."""
     config = run.config
-    parameters = set_trainable(run.transformer, run.patch, config)
+    masters = Masters(set_trainable(run.transformer, run.patch, config))
+    parameters = masters.parameters
     tensors = None if checkpoint is None else checkpoints.load(run, checkpoint)
     optimizer = make_optimizer(parameters, config, run.parameter_rate)
-    optimizer.zero_grad()  # an interrupted run leaves its last gradients
     if tensors is not None:
         put_back(tensors, parameters, optimizer)
+        masters.give_values()
     start = len(run.history)
     run.write_log("log.jsonl", run.history, anew=True)
     if config.gradient_checkpointing:
@@ -128,7 +129,7 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distill", disable=None if shown else True)
     for step in bar:
         with run.spec_drawn(checkpoints.STEPS, step) as drawn:
-            losses = _train_step(run, list(parameters.values()), prepared, step)
+            losses = _train_step(run, masters, prepared, step)
         bar.set_postfix(loss=f"{losses['loss']:.4f}")
         _after_step(run, parameters, optimizer, step + 1, losses | drawn)
     return start
@@ -147,7 +148,7 @@ def _first_error(run: Run) -> float:
     return error
 
 
-def _train_step(run: Run, parameters: list[nn.Parameter], optimizer: Any, step: int) -> dict[str, float]:
+def _train_step(run: Run, masters: Masters, optimizer: Any, step: int) -> dict[str, float]:
     """One optimizer step over `batch_size` recorded forwards, of which each process takes its share; returns the mean of each loss."""
     config = run.config
     factor = cosine_factor(step, config.steps, warmup=config.warmup_steps)
@@ -159,15 +160,17 @@ def _train_step(run: Run, parameters: list[nn.Parameter], optimizer: Any, step: 
         draw = random.Random(f"{config.seed} {step} {item}")
         losses = _losses(run, draw.randrange(len(run.samples)), draw)
         run.accelerator.backward(losses["loss"] / config.batch_size)
+        masters.take_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
     run.transformer.eval()
     means = {k: float(v) for k, v in zip(totals, summed(list(totals.values())), strict=True)}
     if not math.isfinite(means["loss"]):
         raise DistillationError(f"the loss at step {step} is {means['loss']}; lower the learning rate or resume from a checkpoint")
-    sum_gradients(parameters)
-    run.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    sum_gradients(masters.parameters.values())
+    run.accelerator.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+    masters.give_values()
     return means
 
 

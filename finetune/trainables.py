@@ -20,7 +20,7 @@ def projection_names(transformer: Any, patch: Patch) -> list[str]:
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Freeze everything, then open what the config trains; returns it by name. A LoRA and the method's own
-    parameters are float32; full weights keep the model's dtype.
+    parameters are float32; full weights keep the model's dtype, see `Masters`.
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
@@ -45,6 +45,32 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
         if ours or full:
             parameter.requires_grad_(True)
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+class Masters:
+    """What the optimizer trains: float32 copies of weights of fewer bits, in which a small step is not lost, and the other parameters
+    themselves. `parameters` holds them by name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for parameter in parameters.values():
+            parameter.grad = None  # an interrupted run leaves its last gradients
+        wide = {name: p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+        self.parameters = wide
+        self._copies = [(p, wide[name]) for name, p in parameters.items() if wide[name] is not p]
+
+    def take_gradients(self) -> None:
+        """Add the gradients of the model's weights to their copies'; to be called after each backward."""
+        for parameter, master in self._copies:
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+    @torch.no_grad()
+    def give_values(self) -> None:
+        """Round the copies to the model's weights; to be called after each step and after loading."""
+        for parameter, master in self._copies:
+            parameter.copy_(master)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: DistillConfig, parameter_rate: float) -> torch.optim.AdamW:
