@@ -322,6 +322,17 @@ def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> 
     assert f"held_out_error_before: {record['held_out_error_before']}" in text
 
 
+def test_each_launched_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.cli_models import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for environment, index in (({"LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "0"}, 0), ({}, 0)):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert _device("auto") == torch.device("cuda", index)
+
+
 def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None:
     arguments = ["distill", "--prompts", prompts, "--model", model, "--steps", "1", "--sampling-steps", "1", *SMALL]
     varied = ["--vary", "clear:2,downsample=2", "--vary", "clear:4,downsample=2", "--parameter-steps", "1"]
