@@ -161,7 +161,15 @@ def collect(
     from dit_accel.finetune.samples import collect as collect_samples
 
     samples = collect_samples(load_pipeline(model, dtype, device), texts, out, seed=seed, **call)
-    typer.echo(f"{len(samples)} forwards in {out}")
+    if _is_main_process():
+        typer.echo(f"{len(samples)} forwards in {out}")
+
+
+def _is_main_process() -> bool:
+    """Whether this process writes and speaks; the others that `accelerate launch` starts only share the work."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 @app.command(epilog="Example: dit-accel distill --prompts prompts.txt --method clear:8 --steps 500 --out clear-r8")
@@ -169,6 +177,10 @@ def distill(
     prompts: Annotated[Path, typer.Option(help=options.PROMPTS_OR_SAMPLES)],
     out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints and log to OUT/run.")],
     method: Annotated[str, typer.Option(help=options.METHOD_FORMS.removeprefix("none (the original attention), ") + ".")] = "fovea",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="A method like --method's, of another density or radius, to draw one from at each step; may be repeated."),
+    ] = None,
     model: options.Model = "builtin",
     held_out: Annotated[
         Path | None, typer.Option(help=f"For evaluation only: {options.PROMPTS_OR_SAMPLES} Unless given, a tenth of the prompts.")
@@ -177,9 +189,15 @@ def distill(
         Trainable, typer.Option(help="parameters (the method's own), lora (also a LoRA on the attention) or attention (also its weights).")
     ] = DistillConfig.train,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DistillConfig.steps,
+    parameter_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla and 0 for others."),
+    ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
-    parameter_learning_rate: Annotated[float, typer.Option(help="Of the method's own parameters.")] = DistillConfig.parameter_learning_rate,
+    parameter_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the method's own parameters; unless given, 0.001 for sla and 0.01 for others.")
+    ] = DistillConfig.parameter_learning_rate,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
     mixed_precision: Annotated[
@@ -193,9 +211,14 @@ def distill(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped."""
+    """Fine-tune a method towards the model's own original attention, and save it as an adapter. Continues where it was stopped.
+
+    On several GPUs: accelerate launch -m dit_accel.cli distill ...
+    """
+    varied = [options.parse_spec(text, reason="--vary wants accelerated methods") for text in vary or []]
     config = DistillConfig(
-        steps=steps, batch_size=batch_size, train=train, lora_rank=lora_rank, learning_rate=learning_rate,
+        specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
+        lora_rank=lora_rank, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
         checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip
@@ -210,12 +233,15 @@ def distill(
 
     pipe = accelerate(load_pipeline(model, dtype, device), spec)
     result = run_distillation(pipe, source, config, held_out=aside, **call)
+    if not _is_main_process():
+        return
     record = {
         # where the run lay on this machine means nothing elsewhere
         "config": {name: value for name, value in config.to_dict().items() if name != "output_dir"},
         "prompts": _count(source),
         "sampling": call,
         "held_out_error_before": result.error_before,
+        **({} if result.error_fitted is None else {"held_out_error_fitted": result.error_fitted}),
         "held_out_error_after": result.error_after,
     }
     folder = save_adapter(pipe, out / "adapter", training=record)

@@ -91,6 +91,11 @@ class Context:
         twin._forget()
         return {**state, **twin.__dict__, "steps": Steps()}
 
+    def switch(self, spec: AttentionSpec) -> None:
+        """Go on with another spec of the same order; what was made for the one before is made anew at the next forward."""
+        self.spec = spec
+        self._forget()
+
     @property
     def leaves(self) -> bool:
         """Whether the grid at hand is left to the original attention because that is faster."""

@@ -318,6 +318,28 @@ def proportional(pipe_or_transformer: P, trained_tokens: int) -> Iterator[P]:
             context.trained_tokens = tokens
 
 
+@contextlib.contextmanager
+def running(pipe_or_transformer: P, spec: AttentionSpec) -> Iterator[P]:
+    """Another spec with the same parameters, order and blocks, for the length of a `with` block. Raises NotAcceleratedError."""
+    patches = patches_of(pipe_or_transformer)
+    before = [patch.context.spec for _, patch in patches]
+    try:
+        for model, patch in patches:
+            _switch(model, patch, spec)
+        yield pipe_or_transformer
+    finally:
+        for (model, patch), own in zip(patches, before, strict=True):
+            _switch(model, patch, own)
+
+
+def _switch(model: Any, patch: Patch, spec: AttentionSpec) -> None:
+    if patch.context.spec == spec:
+        return
+    patch.context.switch(spec)
+    for name in patch.originals:
+        model.get_submodule(name).dit_accel.spec = spec
+
+
 def _swap_weights(model: Any, patch: Patch) -> None:
     """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
     for name, other in patch.weights.items():

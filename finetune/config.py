@@ -2,7 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dit_accel.spec import AttentionSpec
 
 Trainable = Literal["parameters", "lora", "attention"]
 
@@ -17,11 +20,13 @@ class DistillConfig:
     """
 
     steps: int = 1000
-    batch_size: int = 1  # recorded forwards per step, one after the other
+    parameter_steps: int | None = None  # before them, to fit the method's own parameters; None: 48 for an untrained projection, else 0
+    batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"
     lora_rank: int = 16
+    specs: "tuple[AttentionSpec, ...]" = ()  # one is drawn for each step, so that one adapter serves all; none: the pipeline's own
     learning_rate: float = 1e-3  # of LoRA or weights
-    parameter_learning_rate: float = 1e-2  # of the method's own parameters
+    parameter_learning_rate: float | None = None  # of the method's own parameters; None: 1e-2, and 1e-3 after least squares found them
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -40,8 +45,20 @@ class DistillConfig:
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
         for name in ("warmup_steps", "evaluate_every", "seed"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int >= 0")
-        for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm"):
+        object.__setattr__(self, "specs", tuple(self.specs) if isinstance(self.specs, list | tuple) else self.specs)
+        self._check("specs", isinstance(self.specs, tuple), "a tuple of AttentionSpec")
+        if self.specs:
+            from dit_accel.spec import AttentionSpec  # it needs torch, which the command line's help does without
+
+            self._check("specs", all(isinstance(spec, AttentionSpec) for spec in self.specs), "a tuple of AttentionSpec")
+        steps = self.parameter_steps
+        self._check("parameter_steps", steps is None or (type(steps) is int and steps >= 0), "None or an int >= 0")
+        for name in ("learning_rate", "max_grad_norm"):
             self._check(name, type(getattr(self, name)) in (int, float) and 0 < getattr(self, name) < float("inf"), "a number > 0")
+        rate = self.parameter_learning_rate
+        self._check(
+            "parameter_learning_rate", rate is None or (type(rate) in (int, float) and 0 < rate < float("inf")), "None or a number > 0"
+        )
         for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):
             self._check(name, type(getattr(self, name)) in (int, float) and 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
@@ -57,4 +74,5 @@ class DistillConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"specs": [spec.to_dict() for spec in self.specs]}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_accel.errors import DistillationError
 from dit_accel.files import write_json, write_tensors
+from dit_accel.finetune.processes import gathered, processes
 from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
 
 FORMAT = "dit_accel samples 1"
@@ -185,7 +186,8 @@ def _original(pipe: Any) -> Iterator[None]:
 def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int = 0, **call: Any) -> Samples:
     """Record the pipeline sampling each prompt (seed, seed + 1, ...) with its original attention; `call` goes to the pipeline.
 
-    What the folder holds already is skipped, so an interrupted run continues. Raises DistillationError where the folder was made by other
+    What the folder holds already is skipped, so an interrupted run continues. Several processes (`accelerate launch`) share the prompts and
+    the folder. Raises DistillationError where the folder was made by other
     weights or with other call arguments, or where there are no prompts.
     """
     prompts = list(prompts)
@@ -205,18 +207,26 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
         for name, value in settings.items():
             if manifest[name] != value:
                 raise DistillationError(f"{folder} holds samples of {name} {manifest[name]!r}, wanted {value!r}; name another folder")
+    state = processes(next(transformer.parameters()).device)
     manifest["runs"] = [run for run in manifest["runs"] if (folder / run["file"]).exists()]
+    state.wait_for_everyone()  # all have read the folder before one writes to it
     have = {(run["prompt"], run["seed"]) for run in manifest["runs"]}
     todo = [(p, seed + i) for i, p in enumerate(prompts) if (p, seed + i) not in have]
     quiet = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    rounds = range(0, len(todo), state.num_processes)  # in each, every process samples one prompt
     try:
-        for prompt, run_seed in tqdm(todo, desc="collect", disable=None):
-            manifest["runs"].append(_collect_one(pipe, transformer, folder, prompt, run_seed, call))
-            write_json(folder / "manifest.json", manifest)
+        for first in tqdm(rounds, desc="collect", disable=None if state.is_main_process else True):
+            mine = todo[first : first + state.num_processes][state.process_index :][:1]
+            made = [_collect_one(pipe, transformer, folder, prompt, run_seed, call) for prompt, run_seed in mine]
+            manifest["runs"] += gathered(made)
+            if state.is_main_process:
+                write_json(folder / "manifest.json", manifest)
     finally:
         pipe.set_progress_bar_config(**quiet)
-    write_json(folder / "manifest.json", manifest)
+    if state.is_main_process:
+        write_json(folder / "manifest.json", manifest)
+    state.wait_for_everyone()
     return Samples(folder).only([(p, seed + i) for i, p in enumerate(prompts)])
 
 

@@ -96,7 +96,15 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def quick(folder: Path, **settings: Any) -> DistillConfig:
     """A few fast steps."""
-    base = {"steps": 3, "warmup_steps": 0, "lora_rank": 2, "learning_rate": 1e-2, "checkpoint_every": 100, "output_dir": str(folder)}
+    base = {
+        "steps": 3,
+        "parameter_steps": 0,
+        "warmup_steps": 0,
+        "lora_rank": 2,
+        "learning_rate": 1e-2,
+        "checkpoint_every": 100,
+        "output_dir": str(folder),
+    }
     return DistillConfig(**(base | settings))
 
 

@@ -323,9 +323,25 @@ def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> 
     assert f"held_out_error_before: {record['held_out_error_before']}" in text
 
 
+def test_each_launched_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.cli_models import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for environment, index in (({"LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "0"}, 0), ({}, 0)):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert _device("auto") == torch.device("cuda", index)
+
+
 def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None:
     arguments = ["distill", "--prompts", prompts, "--model", model, "--steps", "1", "--sampling-steps", "1", *SMALL]
-    succeed(*arguments, "--method", "clear:2,downsample=2", "--train", "parameters", "--out", tmp_path / "a")
+    varied = ["--vary", "clear:2,downsample=2", "--vary", "clear:4,downsample=2", "--parameter-steps", "1"]
+    succeed(*arguments, "--method", "clear:2,downsample=2", "--train", "parameters", *varied, "--out", tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "adapter" / "dit_accel_config.json").read_text())["training"]
+    assert [spec["keep"][0]["radius"] for spec in record["config"]["specs"]] == [2, 4]
+    assert record["config"]["parameter_steps"] == 1
+    assert record["held_out_error_fitted"] > 0
     assert (tmp_path / "a" / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
     result = run(*arguments, "--method", "clear:1000", "--out", tmp_path / "b")
     assert result.exit_code == 2

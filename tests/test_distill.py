@@ -330,7 +330,8 @@ NUMBERS = [-1, float("nan"), float("inf"), "x", None, True]
 BAD: dict[str, list[Any]] = {
     **{name: [0, -1, 1.5, "3", None, True] for name in ("steps", "batch_size", "lora_rank", "checkpoint_every")},
     **{name: [-1, 0.5, "3", None, True] for name in ("warmup_steps", "evaluate_every", "seed")},
-    **{name: [0, *NUMBERS] for name in ("learning_rate", "parameter_learning_rate", "max_grad_norm")},
+    **{name: [0, *NUMBERS] for name in ("learning_rate", "max_grad_norm")},
+    "parameter_learning_rate": [0, *(x for x in NUMBERS if x is not None)],
     **{name: list(NUMBERS) for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight")},
     "train": ["all", None, "LoRA", ["lora"]], "mixed_precision": ["fp32", None, True], "gradient_checkpointing": ["yes", 1, None],
     "output_dir": [None, 3, ""],

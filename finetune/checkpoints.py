@@ -1,0 +1,70 @@
+"""Checkpoints of both stages: written whole or not at all by the main process, read by all, refused to any other run."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_accel.errors import DistillationError
+from dit_accel.files import replace_folder
+from dit_accel.finetune.run import Run
+
+STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
+KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "error_fitted")  # of a run, beside what it trains
+
+
+def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write the state after `step` finished steps of a stage; the two newest are kept."""
+    if not run.accelerator.is_main_process:
+        return
+    record = {**_identity(run), **{name: getattr(run, name) for name in KEPT}}
+    replace_folder(run.folder / f"{stage}-{step:07d}", {"state.safetensors": tensors, "record.json": record})
+    for old in _found(run, stage)[:-2]:
+        shutil.rmtree(old)
+
+
+def newest(run: Run, stage: str) -> Path | None:
+    """The newest checkpoint of a stage. Raises DistillationError where it belongs to another run."""
+    found = _found(run, stage)
+    if not found:
+        return None
+    record = json.loads((found[-1] / "record.json").read_text())
+    for name, value in _identity(run).items():
+        if record[name] != json.loads(json.dumps(value)):
+            raise DistillationError(
+                f"{found[-1]} belongs to another run: wanted {name} {value}, got {record[name]}; name another output_dir"
+            )
+    return found[-1]
+
+
+def load(run: Run, checkpoint: Path) -> dict[str, Tensor]:
+    """Its tensors; what else it holds of a run goes back into it."""
+    try:
+        tensors = load_file(checkpoint / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DistillationError(f"{checkpoint} is damaged: {error}; delete it to resume from the one before") from error
+    record = json.loads((checkpoint / "record.json").read_text())
+    for name in KEPT:
+        setattr(run, name, record[name])
+    return tensors
+
+
+def _found(run: Run, stage: str) -> list[Path]:
+    return sorted(p for p in run.folder.glob(f"{stage}-*") if (p / "record.json").exists())
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What two runs must share to be one. The number of processes is not of it: their batches are the same."""
+    config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
+    parts = (run.samples, run.held_out)
+    prompts = [[[r["prompt"], r["seed"]] for r in part.manifest["runs"]] for part in parts]
+    return {
+        "config": config, "spec": run.patch.context.spec.to_dict(),
+        "layers": sorted(run.patch.originals), "teacher": run.samples.teacher, "prompts": prompts,
+        "calls": [part.manifest["call"] for part in parts],
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Several processes of one run, as `accelerate launch` starts them: each takes its share of the work, and all learn what came of it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+
+
+def processes(device: torch.device) -> PartialState:
+    """The processes of this run; a program that was started alone is one."""
+    return PartialState(cpu=device.type == "cpu")
+
+
+def share(count: int) -> range:
+    """Which of so many pieces of work are this process's: every n-th."""
+    state = PartialState()
+    return range(state.process_index, count, state.num_processes)
+
+
+def gathered(items: Sequence[Any]) -> list[Any]:
+    """The items of all processes, those of `share` in their order: each gives what it has, as many as another or one fewer."""
+    parts = gather_object([list(items)])  # one list per process
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor summed over the processes, in one message."""
+    if PartialState().num_processes == 1:
+        return list(tensors)
+    flat = reduce(torch.cat([t.flatten() for t in tensors]), "sum")
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Put the sum over the processes, taken in float32, in the place of every gradient."""
+    if PartialState().num_processes == 1:
+        return
+    parameters = list(parameters)
+    sums = summed([(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in parameters])
+    for parameter, total in zip(parameters, sums, strict=True):
+        if parameter.grad is not None or bool(total.any()):  # the optimizer leaves alone what has no gradient
+            parameter.grad = total.to(parameter.dtype)
