@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore, summary
     from dit_accel.pipelines.builtin import builtin_pipeline
+    from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.spec import AttentionSpec
 
@@ -34,6 +35,7 @@ _HOMES = {
     "TokenLayout": "layout",
     "attention": "operator",
     "builtin_pipeline": "pipelines.builtin",
+    "builtin_video_pipeline": "pipelines.builtin_video",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "accelerate",
     "attention",
     "builtin_pipeline",
+    "builtin_video_pipeline",
     "dense",
     "distill",
     "load_adapter",

@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
     "processor": {"context", "errors", "layout", "operator", "parameters", "plan", "spec"},
-    "pipelines": {"errors", "layout", "spec"},
+    "pipelines": {"errors", "files", "layout", "spec"},
     "patch": {"context", "errors", "kernels.dispatch", "layout", "parameters", "pipelines", "plan", "presets", "processor", "spec"},
     "adapter": {"context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
     "method_text": {"presets", "spec"},

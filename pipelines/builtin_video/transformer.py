@@ -40,7 +40,8 @@ class StretchedRotary(WanRotaryPosEmbed):
 class BuiltinWanTransformer3DModel(WanTransformer3DModel):
     """`WanTransformer3DModel` with `StretchedRotary` for its positions; everything else is inherited."""
 
-    @functools.wraps(WanTransformer3DModel.__init__)  # diffusers reads the configuration's keys from the signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rope = StretchedRotary(self.config.attention_head_dim, self.config.patch_size, self.config.rope_max_seq_len)
+
+    functools.update_wrapper(__init__, WanTransformer3DModel.__init__)  # diffusers reads the configuration's keys from the signature
