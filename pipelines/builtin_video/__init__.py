@@ -13,7 +13,7 @@ TEXT_TOKENS = 24  # `max_sequence_length` that its captions need; Wan's default 
 def builtin_video_pipeline(**kwargs: Any) -> "WanPipeline":
     """`WanPipeline.from_pretrained` on the folder that ships with the package; `kwargs` (dtype, ...) go to it.
 
-    It films the things of its captions in motion ("a panda moving left on a blue background", "a spinning star"): 17 frames, 128 to 512
+    It films the things of its captions in motion ("a panda moving left on a blue background", "a star spinning"): 17 frames, 128 to 512
     pixels. Pass `max_sequence_length=24` and `guidance_scale=3` or so.
     """
     from diffusers import WanPipeline

@@ -1,6 +1,6 @@
 """Training clips for the built-in video model: Fluent emoji drawings (Microsoft, MIT) in motion over coloured backgrounds, with captions.
 
-A clip is (pixels, caption): "a panda moving left on a blue background", "a spinning star", "a car moving right above a still cactus on a
+A clip is (pixels, caption): "a panda moving left on a blue background", "a star spinning", "a car moving right above a still cactus on a
 green background". What moves follows a path of centre, side and angle, one entry per frame, and is resampled from the vector drawing's
 renderings for each frame, so motion is smooth to a fraction of a pixel and any length, size and shape of clip can be made. A clip of one
 frame is a picture, whose caption says nothing of motion.
