@@ -67,15 +67,17 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
     def fit(self, groups: Tensor) -> None:
         """Set the projection from sample groups `[M, 64]` (frame, coefficient order), by PCA.
 
-        Channels are scaled by the square root of their deviation, as the image model's are, then all of them to a mean variance of one:
-        the last steps of a sampler would otherwise decide all detail at once.
+        Channels keep their share of the coarsest one's deviation to the power of 0.35, and a mean variance of one over all. The
+        image model keeps the square root; here colour would be ten times louder than detail, and the transformer's norms, which divide a token
+        by its own size, would tie the noise it must see to the colour beneath.
         """
         self.mean.copy_(groups.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov((groups - self.mean).T.double()))
         top = values.argsort(descending=True)[: self.config.z_dim]
         self.basis.copy_(vectors[:, top].T)
         deviation = values[top].clamp_min(1e-8).sqrt()
-        self.deviation.copy_((deviation * deviation.mean()).sqrt())
+        kept = (deviation / deviation[0]) ** 0.35
+        self.deviation.copy_(deviation / kept * kept.square().mean().sqrt())
 
     def group(self, x: Tensor) -> Tensor:
         """Coefficients `[B, 64, k + 1, H/8, W/8]` of pixels. Raises ValueError unless there are 4k + 1 frames."""
