@@ -67,9 +67,9 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
     def fit(self, groups: Tensor) -> None:
         """Set the projection from sample groups `[M, 64]` (frame, coefficient order), by PCA.
 
-        Channels keep their share of the coarsest one's deviation to the power of 0.35, and a mean variance of one over all. The
-        image model keeps the square root; here colour would be ten times louder than detail, and the transformer's norms, which divide a token
-        by its own size, would tie the noise it must see to the colour beneath.
+        Channels keep their share of the coarsest one's deviation to the power of 0.35, and a mean variance of one over all. With the
+        image model's square root, colour would be ten times louder than detail, and the transformer's norms, which divide a token by its
+        own size, would tie the noise that it must see to the colour beneath.
         """
         self.mean.copy_(groups.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov((groups - self.mean).T.double()))
