@@ -158,6 +158,33 @@ def test_sizes_span_the_same_canvas() -> None:
     assert torch.allclose(angle(64).view(32, 2).mean(1), angle(32), atol=1e-4)
 
 
+def test_a_token_knows_its_place(pipe: WanPipeline) -> None:
+    """Places follow the axes, and a larger raster of the same shape samples the same ones more finely."""
+    embedding = pipe.transformer.patch_embedding
+
+    def added(height: int, width: int) -> Tensor:
+        empty = torch.zeros(1, embedding.in_channels, 2, 2 * height, 2 * width)
+        with torch.no_grad():
+            return (embedding(empty) - embedding.bias.view(1, -1, 1, 1, 1))[0]  # [inner, T, H, W]
+
+    small, large = added(8, 8), added(24, 24)
+    assert torch.allclose(small, large[:, :, 1::3, 1::3], atol=1e-4)
+    ends = [small[:, 1, 0, 0] - small[:, 0, 0, 0], small[:, 0, 7, 0] - small[:, 0, 0, 0], small[:, 0, 0, 7] - small[:, 0, 0, 0]]
+    assert all(float(end.norm()) > 0.01 * float(small[:, 0, 0, 0].norm()) for end in ends)
+
+
+def test_an_untrained_transformer_hands_half_of_its_input_through() -> None:
+    torch.manual_seed(0)
+    transformer = train.make_pipeline(0, num_layers=1).transformer
+    for parameter in (transformer.scale_shift_table, transformer.blocks[0].scale_shift_table):
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(1, transformer.config.in_channels, 2, 16, 16)
+    with torch.no_grad():
+        (velocity,) = transformer(x, torch.tensor([500.0]), torch.zeros(1, 4, transformer.config.text_dim), return_dict=False)
+    assert float((velocity - 0.5 * x).norm() / (0.5 * x).norm()) < 0.25
+    assert float((velocity * x).sum() / (velocity.norm() * x.norm())) > 0.99
+
+
 # Captions and clips
 
 

@@ -10,15 +10,15 @@ from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
 from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_tokenizer
 from dit_accel.pipelines.builtin_video.autoencoder import CHANNELS, ClipAutoencoder
 from dit_accel.pipelines.builtin_video.motion import vocabulary
-from dit_accel.pipelines.builtin_video.transformer import BuiltinWanTransformer3DModel
+from dit_accel.pipelines.builtin_video.transformer import FEATURES, BuiltinWanTransformer3DModel
 
 
 def make_transformer(num_layers: int = 6) -> BuiltinWanTransformer3DModel:
     """Blocks with 4 heads of 64, 1.05 million parameters each.
 
     It starts by handing half of its input through: a velocity is mostly the noise that came in, all 128 numbers of a token, and a random
-    start takes a thousand steps to learn that. Tokens enter by an isometry and leave by its transpose, modulations by time and what the
-    text adds start at zero.
+    start takes a thousand steps to learn that. Tokens enter by an isometry and leave by its transpose, their places beside them;
+    modulations by time and what the text adds start at zero.
     """
     transformer = BuiltinWanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=CHANNELS, out_channels=CHANNELS,
@@ -28,14 +28,18 @@ def make_transformer(num_layers: int = 6) -> BuiltinWanTransformer3DModel:
         if isinstance(module, nn.Linear):
             start = nn.init.zeros_ if name.endswith(("time_proj", "attn2.to_out.0")) else nn.init.xavier_uniform_
             start(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    embedding = transformer.patch_embedding
+    inner, values = embedding.weight.flatten(1).shape
     with torch.no_grad():
-        nn.init.orthogonal_(entry := transformer.patch_embedding.weight.flatten(1))
-        transformer.patch_embedding.weight.copy_(entry.view_as(transformer.patch_embedding.weight))
-        nn.init.zeros_(transformer.patch_embedding.bias)
-        inner, values = entry.shape
+        for parameter in embedding.parameters():
+            parameter.zero_()
+        axes = nn.init.orthogonal_(torch.empty(inner, values + FEATURES))
+        embedding.weight.copy_(axes[:, :values].view_as(embedding.weight))
+        embedding.place.weight.copy_(2 * axes[:, values:])
         # a patch goes in as (channel, row, column) and comes out as (row, column, channel), from norm inner ** 0.5 back to values ** 0.5
-        leave = entry.view(inner, CHANNELS, 4).transpose(1, 2).reshape(inner, values).T
+        leave = axes[:, :values].view(inner, CHANNELS, 4).transpose(1, 2).reshape(inner, values).T
         transformer.proj_out.weight.copy_(0.5 * (values / inner) ** 0.5 * leave)
     return transformer
 

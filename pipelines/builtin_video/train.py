@@ -35,12 +35,12 @@ from dit_accel.pipelines.builtin_video.components import make_pipeline
 from dit_accel.pipelines.builtin_video.motion import film
 
 Kind = tuple[int, int]  # frames, pixels of a side
-BATCH: dict[Kind, int] = {(1, 128): 32, (1, 256): 10, (17, 128): 8, (17, 256): 2, (17, 512): 1}
+BATCH: dict[Kind, int] = {(1, 128): 16, (1, 256): 6, (17, 128): 4, (17, 256): 2, (17, 512): 1}
 # sigma' = s·sigma / (1 + (s - 1)·sigma) of a uniform sigma
 SHIFT: dict[Kind, float] = {(1, 128): 1.2, (1, 256): 1.8, (17, 128): 1.8, (17, 256): 2.5, (17, 512): 3.5}
 # (share of the budget at which the phase ends, how often each kind is drawn)
 PHASES: list[tuple[float, dict[Kind, float]]] = [
-    (0.15, {(1, 128): 0.7, (17, 128): 0.3}),
+    (0.20, {(1, 128): 0.5, (1, 256): 0.2, (17, 128): 0.3}),
     (0.60, {(17, 128): 0.75, (1, 128): 0.10, (1, 256): 0.15}),
     (0.85, {(17, 128): 0.50, (17, 256): 0.35, (1, 256): 0.15}),
     (1.01, {(17, 128): 0.25, (17, 256): 0.62, (1, 256): 0.08, (17, 512): 0.05}),
