@@ -16,9 +16,9 @@ from dit_accel.pipelines.builtin_video.transformer import FEATURES, BuiltinWanTr
 def make_transformer(num_layers: int = 6) -> BuiltinWanTransformer3DModel:
     """Blocks with 4 heads of 64, 1.05 million parameters each.
 
-    It starts by handing half of its input through: a velocity is mostly the noise that came in, all 128 numbers of a token, and a random
-    start takes a thousand steps to learn that. Tokens enter by an isometry and leave by its transpose, their places beside them;
-    modulations by time and what the text adds start at zero.
+    It starts by handing nearly half of its input through: a velocity is mostly the noise that came in, all 128 numbers of a token, which
+    a random start has to learn first. Tokens enter by an isometry and leave by its transpose, their places beside them; what time and
+    text add to the blocks starts at zero.
     """
     transformer = BuiltinWanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=CHANNELS, out_channels=CHANNELS,
