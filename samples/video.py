@@ -1,7 +1,7 @@
 """One clip twice, from the same noise: with Fovea in tiles of frames, rows and columns, and with the model's original attention beside it.
 
     pip install "dit-accel[video]"
-    python samples/video.py ["a panda moving left on a blue background"]
+    python samples/video.py ["a panda moving left on a blue background" [SIZE]]
 
 For Wan 2.1 put `WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")` in place of `builtin_video_pipeline()`; the rest stays.
 """
