@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
-    "pipelines": {"errors", "layout", "spec"},
+    "pipelines": {"errors", "files", "layout", "spec"},
     "pipelines.hires": {"errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
     "saving": set(),
     "patch": {

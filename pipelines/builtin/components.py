@@ -14,10 +14,10 @@ TEXT_WIDTH = 256
 PAD, UNK, BOS, EOS = range(4)
 
 
-def make_tokenizer(max_length: int, *, begin: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(max_length: int, words: list[str], *, begin: bool) -> PreTrainedTokenizerFast:
     """A lower-casing word-level tokenizer over the captions' words; unknown words become one token, never an error."""
-    words = ["<pad>", "<unk>", "<bos>", "<eos>", *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    known = ["<pad>", "<unk>", "<bos>", "<eos>", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     template = "<bos> $A <eos>" if begin else "$A <eos>"
@@ -68,7 +68,7 @@ def make_transformer() -> BuiltinTransformer2DModel:
 def make_pipeline(seed: int = 0) -> FluxPipeline:
     """An untrained built-in pipeline (random weights from `seed`)."""
     torch.manual_seed(seed)
-    clip_tokenizer, t5_tokenizer = make_tokenizer(32, begin=True), make_tokenizer(512, begin=False)
+    clip_tokenizer, t5_tokenizer = make_tokenizer(32, vocabulary(), begin=True), make_tokenizer(512, vocabulary(), begin=False)
     clip, t5 = make_text_encoders(len(clip_tokenizer))
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.8, max_shift=1.5

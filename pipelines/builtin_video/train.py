@@ -1,0 +1,295 @@
+"""Train the built-in video model on a CPU, within a time budget, resumable.
+
+    npm pack @iconify-json/fluent-emoji      (MIT; unpack it, the folder is FLUENT)
+    python -m dit_accel.pipelines.builtin_video.train FLUENT OUT --minutes 90
+
+The recipe is the image model's where it can be: latents by PCA, flow matching with a noise shift that grows with the number of tokens,
+Muon on the block matrices, AdamW on the rest, captions dropped for guidance. Single frames teach what things look like at a fifth of a
+clip's price, clips of 17 frames at 128 pixels how they move, 256 pixels and a few clips of 512 come last. The text encoder starts from the
+image model's and learns on. OUT/state.safetensors is the training state, OUT/log.jsonl the log, OUT/model the pipeline with averaged
+weights. A run that was stopped goes on where its state was written, with the same numbers as if it had not been.
+"""
+
+import argparse
+import copy
+import json
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import WanPipeline
+from safetensors import safe_open
+from torch import Tensor
+
+from dit_accel.files import write_tensors
+from dit_accel.pipelines.builtin.drawings import Renderings, render
+from dit_accel.pipelines.builtin.muon import Muon
+from dit_accel.pipelines.builtin_video import TEXT_TOKENS
+from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
+from dit_accel.pipelines.builtin_video.components import make_pipeline
+from dit_accel.pipelines.builtin_video.motion import film
+
+Kind = tuple[int, int]  # frames, pixels of a side
+BATCH: dict[Kind, int] = {(1, 128): 16, (1, 256): 6, (17, 128): 4, (17, 256): 2, (17, 512): 1}
+# sigma' = s·sigma / (1 + (s - 1)·sigma) of a uniform sigma
+SHIFT: dict[Kind, float] = {(1, 128): 1.2, (1, 256): 1.8, (17, 128): 1.8, (17, 256): 2.5, (17, 512): 3.5}
+# (share of the budget at which the phase ends, how often each kind is drawn)
+PHASES: list[tuple[float, dict[Kind, float]]] = [
+    (0.20, {(1, 128): 0.5, (1, 256): 0.2, (17, 128): 0.3}),
+    (0.60, {(17, 128): 0.75, (1, 128): 0.10, (1, 256): 0.15}),
+    (0.85, {(17, 128): 0.50, (17, 256): 0.35, (1, 256): 0.15}),
+    (1.01, {(17, 128): 0.25, (17, 256): 0.62, (1, 256): 0.08, (17, 512): 0.05}),
+]
+RATES = (2e-3, 1e-3)  # Muon's and AdamW's learning rates
+EMA_DECAY = 0.99
+SIZES = (128, 256, 512)
+
+
+@dataclass
+class Batch:
+    """Latents `[B, C, T, h, w]` of one kind, their captions and the padded text length."""
+
+    latents: Tensor
+    captions: list[str]
+    text: int
+    kind: Kind
+
+
+@dataclass
+class Run:
+    """All that changes while training: the model, its average, the optimizers, the random numbers, steps and seconds so far."""
+
+    pipe: WanPipeline
+    average: WanPipeline
+    optimizers: list[torch.optim.Optimizer]
+    rng: random.Random
+    step: int = 0
+    spent: float = 0.0
+
+
+def trained_modules(pipe: WanPipeline) -> dict[str, nn.Module]:
+    """The modules that learn here."""
+    return {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+
+
+def parameters(pipe: WanPipeline) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {f"{key}.{name}": p for key, module in trained_modules(pipe).items() for name, p in module.named_parameters()}
+
+
+def new_run(renderings: Renderings, seed: int, num_layers: int = 6) -> Run:
+    """The run before its first step."""
+    rng = random.Random(seed)
+    pipe = make_pipeline(seed, num_layers)
+    fit_encoder(pipe, renderings, rng)
+    return Run(pipe, copy.deepcopy(pipe), make_optimizers(pipe), rng)
+
+
+def fit_encoder(pipe: WanPipeline, renderings: Renderings, rng: random.Random, count: int = 48) -> None:
+    """PCA over time of clips of two sizes; patches without an edge would drown everything else."""
+    found = []
+    for size in [128, 256] * (count // 2):
+        pixels, _ = film(rng, renderings, 17, size, size)
+        with torch.no_grad():
+            groups = pipe.vae.group(pixels[None])[0].flatten(1).T
+        detail = groups.view(len(groups), 4, -1)[:, :, 3:].abs().amax((1, 2))  # the first three coefficients are about the colour
+        groups = groups[detail > 0.05]
+        found.append(groups[torch.randperm(len(groups))[:1500]])
+    pipe.vae.fit(torch.cat(found))
+
+
+def train_decoder(vae: ClipAutoencoder, renderings: Renderings, minutes: float, rng: random.Random, log: Path) -> None:
+    """Train the autoencoder's refining network to give the coefficients that the projection lost, on clips of all motions."""
+    vae.refine.requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.refine.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    start, step = time.time(), 0
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        size, count = rng.choice([(128, 4), (256, 1)])
+        with torch.no_grad():
+            pixels = torch.stack([film(rng, renderings, 17, size, size)[0] for _ in range(count)])
+            target, latents = vae.group(pixels), vae.encode(pixels).latents
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - progress)
+        loss = F.mse_loss(vae.ungroup(latents), target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.refine.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            with log.open("a") as file:
+                file.write(json.dumps({"decoder_step": step, "size": size, "coefficient_error": round(loss.item(), 6)}) + "\n")
+        step += 1
+    vae.refine.requires_grad_(False)
+
+
+def make_optimizers(pipe: WanPipeline) -> list[torch.optim.Optimizer]:
+    """Muon for the transformer blocks' matrices, AdamW for everything else."""
+    matrices = {name: p for name, p in parameters(pipe).items() if name.startswith("transformer.blocks.") and p.ndim == 2}
+    others = [p for name, p in parameters(pipe).items() if name not in matrices]
+    return [Muon(matrices.values(), lr=RATES[0]), torch.optim.AdamW(others, lr=RATES[1], betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def draw_batch(run: Run, renderings: Renderings, progress: float) -> Batch:
+    """A batch of one kind and shape for this point of the schedule."""
+    rng = run.rng
+    mix = next(kinds for end, kinds in PHASES if progress < end)
+    kind = rng.choices(list(mix), list(mix.values()))[0]
+    frames, size = kind
+    text, count = TEXT_TOKENS, BATCH[kind]
+    if rng.random() < 0.10:  # WanPipeline pads text to 512 with zeros unless told otherwise
+        text = rng.choice([16, 32, 64, 128, 512])
+    side, ratio = size // 16, rng.choice([1, 1, 1, 1, 4 / 3, 3 / 4])
+    height, width = round(side / ratio**0.5) * 16, round(side * ratio**0.5) * 16
+    share = 0.15 if frames > 1 or size > 128 else 0.0
+    clips = [film(rng, renderings, frames, height, width, pairs=share) for _ in range(count)]
+    with torch.no_grad():
+        latents = torch.cat([run.pipe.vae.encode(pixels[None]).latents for pixels, _ in clips])
+    return Batch(latents, ["" if rng.random() < 0.1 else caption for _, caption in clips], text, kind)
+
+
+def loss_of(pipe: WanPipeline, batch: Batch) -> Tensor:
+    """Flow-matching loss at one noise level per clip."""
+    noise = torch.randn_like(batch.latents)
+    shift = SHIFT[batch.kind]
+    # uniform: a logit-normal hardly ever shows noise below a tenth, where the last steps clean up
+    sigma = torch.rand(len(batch.captions))
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    share = sigma[:, None, None, None, None]
+    text, _ = pipe.encode_prompt(batch.captions, do_classifier_free_guidance=False, max_sequence_length=batch.text)
+    velocity = pipe.transformer((1 - share) * batch.latents + share * noise, sigma * 1000, text, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - batch.latents)
+
+
+def rate(step: int, progress: float) -> float:
+    """Learning-rate factor: 100 steps of warm-up, constant to 55 % of the budget, then linear to 3 %."""
+    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.55 else 1 - 0.97 * min(1.0, (progress - 0.55) / 0.45))
+
+
+def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool) -> tuple[Kind, float, float]:
+    """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's kind, loss, gradient norm."""
+    batch = draw_batch(run, renderings, progress)
+    for optimizer, base in zip(run.optimizers, RATES, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = base * rate(run.step, progress)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = loss_of(run.pipe, batch)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))  # a shorter memory at the start
+    with torch.no_grad():
+        torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
+    run.step += 1
+    return batch.kind, loss.item(), norm.item()
+
+
+def save_state(run: Run, path: Path) -> None:
+    """Write all that a run needs to go on, as safetensors."""
+    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
+    for part, pipe in (("model", run.pipe), ("average", run.average)):
+        tensors |= {f"{part}.{name}": p for name, p in parameters(pipe).items()}
+    tensors |= {f"vae.{name}": value for name, value in run.pipe.vae.state_dict().items()}
+    for number, optimizer in enumerate(run.optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in values.items()}
+    numbers = {"step": run.step, "spent": run.spent, "rng": run.rng.getstate()}
+    write_tensors(path, tensors, {"numbers": json.dumps(numbers)})
+
+
+def load_state(run: Run, path: Path) -> None:
+    """Bring a new run to where `save_state` left another."""
+    with safe_open(path, "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
+        numbers = json.loads(file.metadata()["numbers"])
+    with torch.no_grad():
+        for part, pipe in (("model", run.pipe), ("average", run.average)):
+            for name, parameter in parameters(pipe).items():
+                parameter.copy_(saved[f"{part}.{name}"])
+            for name, value in pipe.vae.state_dict().items():
+                value.copy_(saved[f"vae.{name}"])
+    for number, optimizer in enumerate(run.optimizers):
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    run.step, run.spent = numbers["step"], numbers["spent"]
+    version, internal, gauss = numbers["rng"]
+    run.rng.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(saved["torch_rng"])
+
+
+def save_pipeline(pipe: WanPipeline, folder: Path) -> None:
+    """Write the pipeline with the transformer's matrices in bfloat16, half the size and read back as float32, to a temporary name; rename.
+
+    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
+    """
+    half = copy.copy(pipe)
+    half.transformer = copy.deepcopy(pipe.transformer)
+    for module in half.transformer.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    half.save_pretrained(temporary)
+    if folder.exists():
+        folder.replace(old)
+    temporary.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(run: Run, out: Path) -> None:
+    """Write the state and the averaged pipeline."""
+    save_state(run, out / "state.safetensors")
+    save_pipeline(run.average, out / "model")
+
+
+def train(run: Run, renderings: Renderings, out: Path, minutes: float, *, bf16: bool) -> None:
+    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes."""
+    start, saved_at = time.time() - run.spent, run.spent
+    recent: dict[Kind, list[float]] = {}
+    while (progress := run.spent / (60 * minutes)) < 1:
+        kind, loss, norm = train_step(run, renderings, progress, bf16=bf16)
+        run.spent = time.time() - start
+        recent.setdefault(kind, []).append(loss)
+        if run.step % 20 == 0:
+            losses = {f"{frames}x{size}": round(sum(found) / len(found), 4) for (frames, size), found in sorted(recent.items())}
+            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
+            with (out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            recent = {}
+        if run.spent - saved_at > 180:
+            save(run, out)
+            saved_at = run.spent
+    save(run, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fluent", type=Path, help="folder of the unpacked @iconify-json/fluent-emoji package")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer; the decoder takes 7 % more")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    renderings = render(args.fluent, SIZES)
+    run = new_run(renderings, args.seed)
+    if (args.out / "state.safetensors").exists():
+        load_state(run, args.out / "state.safetensors")
+    train(run, renderings, args.out, args.minutes, bf16=args.bf16)
+    train_decoder(run.pipe.vae, renderings, args.minutes * 0.07, run.rng, args.out / "log.jsonl")
+    run.average.vae.load_state_dict(run.pipe.vae.state_dict())
+    save(run, args.out)
+
+
+if __name__ == "__main__":
+    main()

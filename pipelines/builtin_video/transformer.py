@@ -1,0 +1,80 @@
+"""The built-in video model's transformer: Wan's own class that is told where its tokens are on a fixed canvas.
+
+Wan numbers rows and columns 0, 1, 2, ...; a model trained at one size then reads a larger clip as a larger scene. Here row and column k of
+a grid whose longer side has n tokens stand at (k + 1/2)·32/n − 1/2, as in the built-in image model; at 512 pixels (n = 32) and in time they
+are unchanged. Rotary positions tell tokens only where they are from one another, which takes a large model to make a scene of (FLUX has its
+text at the origin). So the patch embedding adds a token's place. The blocks, and their attention, are Wan's.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks ModelMixin up in a component's own module
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor
+
+CANVAS = 32
+THETA = 10000.0
+WAVES = (64.0, 32.0, 16.0, 8.0)  # lengths, in places on the canvas
+FEATURES = 3 * 2 * len(WAVES)
+
+
+def places(grid: tuple[int, int, int]) -> list[Tensor]:
+    """Where the frames, rows and columns of a grid are, float64: frames as they are numbered, rows and columns on the canvas."""
+    step = CANVAS / max(grid[1:])
+    frames, rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
+    return [frames, (rows + 0.5) * step - 0.5, (columns + 0.5) * step - 0.5]
+
+
+def over(grid: tuple[int, int, int], axes: list[Tensor]) -> Tensor:
+    """Features of each axis `[size, C_axis]`, side by side for each token: `[T, H, W, ΣC]`."""
+    shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+    return torch.cat([x.view(*shape, x.shape[1]).expand(*grid, x.shape[1]) for x, shape in zip(axes, shapes, strict=True)], -1)
+
+
+class StretchedRotary(WanRotaryPosEmbed):
+    """Wan's rotary embedding at stretched positions; a grid has no largest size."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[1, T·H·W, 1, head_dim]`, float32, for latents `[B, C, F, H', W']`."""
+        frames, height, width = (size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        angles = []
+        # float64 on the CPU, as the stock tables are made: not every device has it
+        for axis, dims in zip(places((frames, height, width)), (self.t_dim, self.h_dim, self.w_dim), strict=True):
+            frequencies = 1.0 / THETA ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+            angles.append(torch.outer(axis, frequencies).repeat_interleave(2, 1))
+        every = over((frames, height, width), angles).reshape(1, -1, 1, self.attention_head_dim)
+        return every.cos().float().to(hidden_states.device), every.sin().float().to(hidden_states.device)
+
+
+class PlacedPatches(nn.Conv3d):
+    """Wan's patch embedding, plus a projection of the sines and cosines of each token's place."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+        self.place = nn.Linear(FEATURES, out_channels, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Latents `[B, C, F, H', W']` to tokens `[B, inner, T, H, W]`."""
+        tokens = super().forward(input)
+        frames, height, width = tokens.shape[2:]
+        waves = 2 * math.pi / torch.tensor(WAVES, dtype=torch.float64)
+        angles = [torch.outer(axis, waves) for axis in places((frames, height, width))]
+        features = over((frames, height, width), [torch.cat([x.sin(), x.cos()], 1) for x in angles])
+        return tokens + self.place(features.to(tokens)).movedim(-1, 0)
+
+
+class BuiltinWanTransformer3DModel(WanTransformer3DModel):
+    """`WanTransformer3DModel` with `StretchedRotary` and `PlacedPatches`; everything else is inherited."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.rope = StretchedRotary(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+        inner = config.num_attention_heads * config.attention_head_dim
+        self.patch_embedding = PlacedPatches(config.in_channels, inner, tuple(config.patch_size))
+
+    functools.update_wrapper(__init__, WanTransformer3DModel.__init__)  # diffusers reads the configuration's keys from the signature

@@ -1,0 +1,352 @@
+"""The small video model: its loading by unmodified diffusers, its clips, its training. No trained weights ship yet."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill_randomly
+from diffusers import WanPipeline
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor
+
+from dit_accel import SLA, AttentionSpec, Fovea, accelerate, restore, summary
+from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, Renderings, article
+from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabulary
+from dit_accel.pipelines.builtin_video import TEXT_TOKENS, train, video_pipeline
+from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
+from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
+from dit_accel.pipelines.builtin_video.transformer import CANVAS, StretchedRotary
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": TEXT_TOKENS}
+SPECS = {
+    "fovea-cubes": Fovea(density=0.3, tile=(4, 4, 4)),
+    "fovea-slabs": Fovea(density=0.3, tile=(2, 8, 8)),
+    "sla-cubes": SLA(0.3, tile=(4, 4, 4)),
+    "sla-slabs": SLA(0.3, tile=(2, 8, 8)),
+}
+
+
+@pytest.fixture(scope="module")
+def renderings() -> Renderings:
+    """Discs of a colour each in place of drawings."""
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    inside = ((rows**2 + columns**2) < 0.9)[None]
+    colours = torch.rand(len(CONCEPTS), 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    return Renderings({64: [torch.cat([c * inside, inside]).mul(255).byte() for c in colours]}, list(CONCEPTS.values()))
+
+
+@pytest.fixture(scope="module")
+def pipe(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> WanPipeline:
+    """Two blocks with noise in every weight, an autoencoder fitted to the discs, through a folder."""
+    made = train.make_pipeline(0, num_layers=2)
+    train.fit_encoder(made, renderings, random.Random(0), count=8)
+    fill_randomly(made.transformer)
+    folder = tmp_path_factory.mktemp("video") / "model"
+    train.save_pipeline(made, folder)
+    loaded = video_pipeline(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def draw(pipe: WanPipeline, prompt: str = "a cat moving left", **call: Any) -> Tensor:
+    """Latents of a small clip from fixed noise."""
+    call = {"height": 64, "width": 96, "num_frames": 17, "output_type": "latent"} | CALL | call
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **call).frames
+
+
+# What it films
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "grid"),
+    [(48, 80, 17, (5, 6, 10)), (64, 64, 1, (1, 8, 8)), (32, 32, 9, (3, 4, 4))],
+    ids=["odd-tokens", "picture", "short"],
+)
+def test_sizes_and_frames(pipe: WanPipeline, height: int, width: int, frames: int, grid: tuple[int, int, int]) -> None:
+    latents = draw(pipe, height=height, width=width, num_frames=frames)
+    assert latents.shape == (1, pipe.vae.config.z_dim, *grid)
+    clip = draw(pipe, height=height, width=width, num_frames=frames, output_type="pt")
+    assert clip.shape == (1, frames, 3, height, width)
+    assert bool(clip.isfinite().all())
+
+
+@pytest.mark.parametrize("words", ["zzz qqq !!", "", "a panda " * 60], ids=["unknown", "empty", "too-long"])
+def test_any_words_make_a_clip(pipe: WanPipeline, words: str) -> None:
+    assert bool(draw(pipe, words, guidance_scale=2.0).isfinite().all())
+
+
+def test_the_same_noise_gives_the_same_clip(pipe: WanPipeline) -> None:
+    assert torch.equal(draw(pipe), draw(pipe))
+    assert not torch.equal(draw(pipe), draw(pipe, "a cat moving right"))
+
+
+@pytest.mark.parametrize("spec", list(SPECS.values()), ids=list(SPECS))
+def test_accelerated_and_restored(pipe: WanPipeline, spec: AttentionSpec) -> None:
+    before = draw(pipe, height=128, width=144)
+    accelerate(pipe, spec)
+    try:
+        changed = draw(pipe, height=128, width=144)
+        layers = summary(pipe, show=False)
+    finally:
+        restore(pipe)
+    assert len(layers) == len(pipe.transformer.blocks)
+    error = float((changed - before).norm() / before.norm())
+    assert 0 < error < 1
+    assert torch.equal(draw(pipe, height=128, width=144), before)
+
+
+@pytest.mark.parametrize("spec", [Fovea(1.0, tile=(4, 4, 4)), Fovea(radius=1000.0, tile=(2, 8, 8))], ids=["density", "radius"])
+def test_all_keys_kept_is_the_original(pipe: WanPipeline, spec: AttentionSpec) -> None:
+    before = draw(pipe)
+    accelerate(pipe, spec)
+    try:
+        after = draw(pipe)
+    finally:
+        restore(pipe)
+    assert float((after - before).norm() / before.norm()) < 1e-4
+
+
+# Positions
+
+
+def rotations(rope: WanRotaryPosEmbed, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rope(torch.empty(1, 1, frames, 2 * height, 2 * width))
+    return cos, sin
+
+
+@pytest.mark.parametrize(("height", "width"), [(CANVAS, CANVAS), (CANVAS, 20), (7, CANVAS)])
+def test_on_the_canvas_positions_are_wans_own(height: int, width: int) -> None:
+    ours, stock = (rotations(cls(64, (1, 2, 2), 1024), 5, height, width) for cls in (StretchedRotary, WanRotaryPosEmbed))
+    assert torch.equal(ours[0], stock[0])
+    assert torch.equal(ours[1], stock[1])
+
+
+def test_sizes_span_the_same_canvas() -> None:
+    rope = StretchedRotary(64, (1, 2, 2), 1024)
+
+    def angle(side: int) -> Tensor:
+        """Angles of the fastest row frequency along the first column, which stay below π between neighbours of the larger grid."""
+        cos, sin = (x.view(side, side, 64)[:, 0, 24 + 2] for x in rotations(rope, 1, side, side))
+        steps = torch.atan2(sin[1:] * cos[:-1] - cos[1:] * sin[:-1], cos[1:] * cos[:-1] + sin[1:] * sin[:-1])
+        return torch.cat([torch.atan2(sin[:1], cos[:1]), steps]).cumsum(0)
+
+    assert torch.allclose(angle(64).view(32, 2).mean(1), angle(32), atol=1e-4)
+
+
+def test_a_token_knows_its_place(pipe: WanPipeline) -> None:
+    """Places follow the axes, and a larger raster of the same shape samples the same ones more finely."""
+    embedding = pipe.transformer.patch_embedding
+
+    def added(height: int, width: int) -> Tensor:
+        empty = torch.zeros(1, embedding.in_channels, 2, 2 * height, 2 * width)
+        with torch.no_grad():
+            return (embedding(empty) - embedding.bias.view(1, -1, 1, 1, 1))[0]  # [inner, T, H, W]
+
+    small, large = added(8, 8), added(24, 24)
+    assert torch.allclose(small, large[:, :, 1::3, 1::3], atol=1e-4)
+    ends = [small[:, 1, 0, 0] - small[:, 0, 0, 0], small[:, 0, 7, 0] - small[:, 0, 0, 0], small[:, 0, 0, 7] - small[:, 0, 0, 0]]
+    assert all(float(end.norm()) > 0.01 * float(small[:, 0, 0, 0].norm()) for end in ends)
+
+
+def test_an_untrained_transformer_hands_its_input_through() -> None:
+    transformer = train.make_pipeline(0, num_layers=1).transformer
+    last = transformer.condition_embedder.time_embedder.linear_2
+    for parameter in (transformer.scale_shift_table, transformer.blocks[0].scale_shift_table, last.weight, last.bias):
+        torch.nn.init.zeros_(parameter)  # what varies with time
+    x = torch.randn(1, transformer.config.in_channels, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (velocity,) = transformer(x, torch.tensor([500.0]), torch.zeros(1, 4, transformer.config.text_dim), return_dict=False)
+    share = float((velocity * x).sum() / x.square().sum())
+    assert 0.4 < share < 0.5
+    assert float((velocity - share * x).norm() / (share * x).norm()) < 0.1
+
+
+# Captions and clips
+
+
+def test_words() -> None:
+    words = vocabulary()
+    assert words[: len(picture_vocabulary())] == picture_vocabulary()
+    assert len(set(words)) == len(words)
+    for phrase in (*map(article, NOUNS), *BACKGROUNDS, *MOTIONS, "a above below left of right of an on background"):
+        assert set(phrase.split()) <= set(words), phrase
+    assert set(NOUNS) <= set(CONCEPTS.values())
+
+
+def test_every_word_of_a_caption_is_a_token(pipe: WanPipeline, renderings: Renderings) -> None:
+    rng = random.Random(0)
+    unknown = pipe.tokenizer.unk_token_id
+    for frames in (1, 5):
+        for _ in range(60):
+            _, caption = film(rng, renderings, frames, 16, 16, pairs=0.5)
+            ids = pipe.tokenizer(caption).input_ids
+            assert unknown not in ids, caption
+            assert len(ids) <= TEXT_TOKENS, caption
+
+
+def test_clips_are_the_seeds(renderings: Renderings) -> None:
+    first, second = (film(random.Random(3), renderings, 5, 32, 48) for _ in range(2))
+    assert first[1] == second[1]
+    assert torch.equal(first[0], second[0])
+    assert first[0].shape == (3, 5, 32, 48)
+    assert not torch.equal(first[0], film(random.Random(4), renderings, 5, 32, 48)[0])
+
+
+def test_held_out_pairs_are_never_filmed(renderings: Renderings) -> None:
+    rng = random.Random(0)
+    kept = {(n, m) for n in NOUNS for m in MOTIONS if not held_out(n, m)}
+    assert 0.03 < 1 - len(kept) / (len(NOUNS) * len(MOTIONS)) < 0.15
+    for _ in range(300):
+        _, caption = film(rng, renderings, 2, 8, 8, pairs=0.0)
+        thing = caption.split(" on a")[0]
+        noun = next(n for n in NOUNS if n in thing)
+        assert (noun, next(m for m in MOTIONS if m in thing)) in kept, caption
+
+
+@pytest.mark.parametrize(
+    ("motion", "attribute", "sign"),
+    [("moving left", "columns", -1), ("moving right", "columns", 1), ("moving up", "rows", -1), ("moving down", "rows", 1),
+     ("growing", "sides", 1), ("shrinking", "sides", -1), ("spinning", "angles", 1)],
+)  # fmt: skip
+def test_paths_do_what_the_caption_says(motion: str, attribute: str, sign: int) -> None:
+    path = moving(random.Random(0), motion, 17, (32.0, 32.0), 20.0, (64, 64))
+    for name in ("rows", "columns", "sides", "angles"):
+        steps = getattr(path, name).diff()
+        assert bool((steps * sign > 0).all()) if name == attribute else bool((steps == 0).all()), name
+
+
+def test_a_jump_ends_where_it_began() -> None:
+    path = moving(random.Random(0), "jumping", 17, (32.0, 32.0), 20.0, (64, 64))
+    assert path.rows[0] == path.rows[-1]
+    assert int(path.rows.argmin()) == 8
+    assert bool((path.columns == 32).all())
+
+
+def test_a_drawing_lands_on_its_path(renderings: Renderings) -> None:
+    """The centre of what differs from a flat background follows the caption's direction."""
+    rng = random.Random(1)
+    clips = [film(rng, renderings, 9, 64, 64, pairs=0.0) for _ in range(120)]
+    pixels = next(p for p, caption in clips if "moving right" in caption)
+    ink = (pixels - pixels[:, :1, :1, :1]).abs().amax(0) > 0.3  # [F, H, W]
+    columns = torch.arange(64.0)
+    centres = [float((frame.any(0) * columns).sum() / frame.any(0).sum()) for frame in ink if bool(frame.any())]
+    assert centres[-1] - centres[0] > 0.25 * 64
+
+
+# The autoencoder
+
+
+def small_autoencoder(renderings: Renderings) -> tuple[ClipAutoencoder, Tensor]:
+    vae = train.make_pipeline(0, num_layers=1).vae
+    clips = torch.stack([film(random.Random(i), renderings, 9, 64, 64)[0] for i in range(6)])
+    return vae, clips
+
+
+def test_the_projection_inverts_on_its_subspace(renderings: Renderings) -> None:
+    vae, clips = small_autoencoder(renderings)
+    groups = vae.group(clips)
+    torch.manual_seed(0)
+    within = torch.randn(500, 32) @ torch.randn(32, 64)
+    vae.fit(within)
+    spread = (within - vae.mean) @ vae.basis.T / vae.deviation
+    assert float(spread.square().mean()) == pytest.approx(1.0, abs=1e-2)
+    assert bool((spread.std(0).diff() <= 1e-3).all())
+    latents = torch.einsum("kp,mp->mk", vae.basis, within - vae.mean) / vae.deviation
+    assert torch.allclose(vae.ungroup(latents.view(500, 32, 1, 1, 1)).flatten(1), within, atol=1e-3)
+    assert groups.shape == (6, 64, 3, 8, 8)
+
+
+def test_the_first_frame_stands_alone(pipe: WanPipeline, renderings: Renderings) -> None:
+    _, clips = small_autoencoder(renderings)
+    other = copy.deepcopy(clips)
+    other[:, :, 1:] = 0.0
+    assert torch.equal(pipe.vae.encode(clips).latents[:, :, 0], pipe.vae.encode(other).latents[:, :, 0])
+    assert torch.equal(pipe.vae.encode(clips[:, :, :1]).latents[:, :, 0], pipe.vae.encode(clips).latents[:, :, 0])
+
+
+def test_decoding_gives_back_the_clip(pipe: WanPipeline, renderings: Renderings) -> None:
+    clip, _ = film(random.Random(0), renderings, 9, 128, 128)
+    with torch.no_grad():
+        (decoded,) = pipe.vae.decode(pipe.vae.encode(clip[None]).latents, return_dict=False)
+    error = float((decoded[0] - clip).square().mean() / (clip - clip.mean((1, 2, 3), keepdim=True)).square().mean())
+    assert decoded.shape == (1, *clip.shape)
+    assert error < 0.05
+
+
+def test_wrong_frames_are_refused(pipe: WanPipeline) -> None:
+    with pytest.raises(ValueError, match=r"wanted 4k \+ 1 frames, got 8"):
+        pipe.vae.encode(torch.zeros(1, 3, 8, 16, 16))
+
+
+# Training
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BATCH", {(1, 32): 2, (5, 32): 2})
+    monkeypatch.setattr(train, "SHIFT", {(1, 32): 1.5, (5, 32): 2.0})
+    monkeypatch.setattr(train, "PHASES", [(1.01, {(1, 32): 0.5, (5, 32): 0.5})])
+
+
+def toy_run(renderings: Renderings, seed: int = 0) -> train.Run:
+    pipe = train.make_pipeline(seed, num_layers=1)
+    clips = torch.stack([film(random.Random(i), renderings, 5, 32, 32)[0] for i in range(8)])
+    pipe.vae.fit(pipe.vae.group(clips).transpose(0, 1).flatten(1).T)
+    return train.Run(pipe, copy.deepcopy(pipe), train.make_optimizers(pipe), random.Random(seed))
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_resumed_run_is_the_same_run(renderings: Renderings, tmp_path: Path) -> None:
+    run = toy_run(renderings)
+    for _ in range(2):
+        train.train_step(run, renderings, 0.3, bf16=False)
+    run.spent = 12.5
+    train.save_state(run, tmp_path / "state.safetensors")
+    there = [train.train_step(run, renderings, 0.6, bf16=False) for _ in range(3)]
+
+    other = toy_run(renderings, seed=1)
+    train.load_state(other, tmp_path / "state.safetensors")
+    assert (other.step, other.spent) == (2, 12.5)
+    assert [train.train_step(other, renderings, 0.6, bf16=False) for _ in range(3)] == there
+    for pipe, resumed in ((run.pipe, other.pipe), (run.average, other.average)):
+        pairs = zip(train.parameters(pipe).items(), train.parameters(resumed).values(), strict=True)
+        assert [name for (name, left), right in pairs if not torch.equal(left, right)] == []
+
+
+@pytest.mark.usefixtures("toy")
+def test_training_lowers_the_loss(renderings: Renderings) -> None:
+    run = toy_run(renderings)
+    batch = train.draw_batch(run, renderings, 0.0)
+
+    def loss() -> float:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            return float(train.loss_of(run.pipe, batch))
+
+    before, run.step = loss(), 100  # past the warm-up
+    for _ in range(60):
+        train.train_step(run, renderings, 0.0, bf16=False)
+    assert loss() < 0.9 * before
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_whole_run_leaves_a_pipeline_that_loads(renderings: Renderings, tmp_path: Path) -> None:
+    run = toy_run(renderings)
+    train.train(run, renderings, tmp_path, minutes=0.02, bf16=False)
+    assert run.step > 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "log.jsonl") == ["model", "state.safetensors"]
+    loaded = train.parameters(WanPipeline.from_pretrained(tmp_path / "model"))
+    linear = {f"transformer.{name}" for name, m in run.average.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, average in train.parameters(run.average).items():
+        assert loaded[name].dtype == torch.float32
+        wanted = average.bfloat16().float() if name.rpartition(".")[0] in linear else average
+        assert torch.equal(loaded[name], wanted), name
+
+
+def test_learning_rate() -> None:
+    assert train.rate(0, 0.0) == pytest.approx(0.01)
+    assert train.rate(500, 0.3) == 1.0
+    assert train.rate(5000, 1.0) == pytest.approx(0.03)
