@@ -284,20 +284,27 @@ def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
 
 
 @contextlib.contextmanager
+def _set(pipe_or_transformer: object, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """An attribute of all patches' contexts changed for the length of a `with` block."""
+    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
+    before = [getattr(context, name) for context in contexts]
+    for context, value in zip(contexts, before, strict=True):
+        setattr(context, name, change(value))
+    try:
+        yield
+    finally:
+        for context, value in zip(contexts, before, strict=True):
+            setattr(context, name, value)
+
+
+@contextlib.contextmanager
 def always(pipe_or_transformer: P) -> Iterator[P]:
     """The method at every size, even where the original attention is faster, for the length of a `with` block. For training and measuring.
 
     Raises NotAcceleratedError.
     """
-    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
-    before = [context.always for context in contexts]
-    for context in contexts:
-        context.always = True
-    try:
+    with _set(pipe_or_transformer, "always", lambda _: True):
         yield pipe_or_transformer
-    finally:
-        for context, value in zip(contexts, before, strict=True):
-            context.always = value
 
 
 @contextlib.contextmanager
@@ -307,15 +314,8 @@ def proportional(pipe_or_transformer: P, trained_tokens: int) -> Iterator[P]:
     Raises ValueError or NotAcceleratedError.
     """
     check_trained_tokens(trained_tokens)
-    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
-    before = [context.trained_tokens for context in contexts]
-    for context, tokens in zip(contexts, before, strict=True):
-        context.trained_tokens = trained_tokens if tokens is None else tokens
-    try:
+    with _set(pipe_or_transformer, "trained_tokens", lambda own: trained_tokens if own is None else own):
         yield pipe_or_transformer
-    finally:
-        for context, tokens in zip(contexts, before, strict=True):
-            context.trained_tokens = tokens
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["pytest_addoption", "pytest_configure", "pytest_runtest_makereport", "pytest_sessionfinish"]  # hooks of every run
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other. What is about threads sets their number
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton and dit_accel's dispatch read it at import
 

@@ -33,9 +33,10 @@ def make_tiny() -> Any:
 
     from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
     from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+    from dit_accel.pipelines.builtin.drawings import vocabulary
 
     torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = make_tokenizer(32, begin=True), make_tokenizer(512, begin=False)
+    clip_tokenizer, t5_tokenizer = make_tokenizer(32, vocabulary(), begin=True), make_tokenizer(512, vocabulary(), begin=False)
     clip, t5 = make_text_encoders(len(clip_tokenizer))
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
