@@ -40,6 +40,7 @@ from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, accelerate, dense, 
 from dit_accel.adapter import CONFIG, FULL, WEIGHTS, WHOLE
 from dit_accel.errors import AdapterError
 from dit_accel.importers import Entry, match_header
+from dit_accel.model_card import CARD
 from dit_accel.patch import operators_of
 
 RELEASED = {
@@ -146,7 +147,7 @@ def test_clear_beside_a_users_lora(tmp_path: Path) -> None:
 def test_clear_goes_on_as_an_adapter_of_ours(tmp_path: Path) -> None:
     pipe = load_adapter(flux_pipe(), saved(clear_tensors(4), tmp_path, "clear_local_8_down_4"))
     folder = save_adapter(pipe, tmp_path / "adapter")
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, FULL}
+    assert {path.name for path in folder.iterdir()} == {CARD, CONFIG, WEIGHTS, FULL}
     again = load_adapter(flux_pipe(), folder)
     assert same(state(again.transformer), state(pipe.transformer))
     assert torch.equal(picture(again), picture(pipe))
@@ -221,7 +222,7 @@ def test_turbo_goes_on_as_an_adapter_of_ours(tmp_path: Path, recwarn: pytest.War
     pipe, call = wan_pipe()
     load_adapter(pipe, saved(turbo_tensors("official"), tmp_path))
     folder = save_adapter(pipe, tmp_path / "adapter")
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, WHOLE}
+    assert {path.name for path in folder.iterdir()} == {CARD, CONFIG, WEIGHTS, WHOLE}
     again, _ = wan_pipe()
     with torch.no_grad():
         again.transformer.proj_out.bias += 1  # all weights are the adapter's: another base changes nothing
@@ -270,7 +271,7 @@ def test_a_shared_projection_goes_to_all_layers(tmp_path: Path) -> None:
         put_in(by_hand.transformer, {prefix + key.replace("proj_l", "proj"): x for key, x in shared_tensors().items()})
     assert torch.equal(film(pipe, call), film(by_hand, call))
     folder = save_adapter(pipe, tmp_path / "adapter")
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    assert {path.name for path in folder.iterdir()} == {CARD, CONFIG, WEIGHTS}
     again, _ = wan_pipe()
     assert torch.equal(film(load_adapter(again, folder), call), film(pipe, call))
     with dense(pipe):
