@@ -3,8 +3,10 @@
 - CLEAR's files (arXiv 2412.16112) for FLUX.1: q, k, v and output weights of every attention, and the pooling weights of the `down`
   variants. Radius and factor stand in the file's name.
 - TurboDiffusion's weights (arXiv 2512.16093) for Wan: the whole transformer and the projection of SLA's linear part in every layer, as
-  floats or int8 tiles, under any of the names in `wan_names`.
-- One SLA projection for all layers, as SimpleTuner trains it: the state of one module of SLA's released code (arXiv 2509.24006).
+  floats or int8 tiles, under any of the names in `wan_names`. They are distilled to one to four steps as well, so they want a few-step
+  sampler beside the method.
+- One SLA projection for all layers, as SimpleTuner trains it: the state of one module of SLA's released code (arXiv 2509.24006). Where
+  text and image share the attention, that code put the text into blocks too, and ours never does: there it is a start for a distillation.
 
 Every tensor must have its place and every place its tensor; names, shapes and types are compared before a value is read. Only safetensors
 are read: a pickle can run code.
@@ -109,12 +111,11 @@ def local_file(path_or_repo: str | Path) -> Path | None:
 
 def _refuse_pickle(path: Path) -> NoReturn:
     raise AdapterError(
-        f"wanted a {SUFFIX} file, got {path}: a pickle, which can run code when it is read. Convert it once, if you trust its origin:\n"
-        "    import torch\n"
-        "    from safetensors.torch import save_file\n"
-        f'    tensors = torch.load("{path.name}", map_location="cpu", weights_only=True)\n'
-        '    # SimpleTuner\'s sla_attention.pt: tensors = tensors["state"]["128:bf16"], the entry of the model\'s head size\n'
-        f'    save_file({{name: x.clone() for name, x in tensors.items()}}, "{path.stem}{SUFFIX}")'
+        f"wanted a {SUFFIX} file, got {path}: a pickle, which can run code when it is read. Convert it once, if you trust its origin: "
+        "python -c 'import torch; from safetensors.torch import save_file; "
+        f'tensors = torch.load("{path}", map_location="cpu", weights_only=True); '
+        f'save_file({{name: x.clone() for name, x in tensors.items()}}, "{path.with_suffix(SUFFIX)}")\'. '
+        'Of SimpleTuner\'s sla_attention.pt save tensors["state"]["128:bf16"], the entry of the model\'s head size'
     )
 
 

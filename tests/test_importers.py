@@ -79,6 +79,7 @@ def test_clear_loads_by_its_name(tmp_path: Path, original: Tensor, name: str) ->
     assert load_adapter(pipe, saved(tensors, tmp_path, name)) is pipe
     assert pipe.transformer._dit_accel.context.spec == RELEASED[name]
     assert len(operators_of(pipe)) == DOUBLE + SINGLE
+    assert pipe.transformer._dit_accel.context.trained  # nothing else will do for these weights, however fast it is
 
     pooling = {k.replace(".processor.", ".dit_accel.params."): v.reshape(4, 4) for k, v in tensors.items() if "spatial" in k}
     put_in(by_hand.transformer, {k: v for k, v in tensors.items() if "spatial" not in k} | pooling)
@@ -168,6 +169,7 @@ def test_turbo_loads_in_every_dialect(tmp_path: Path, dialect: str, matrix: bool
     load_adapter(pipe, saved(tensors, tmp_path))
     assert same(state(pipe.transformer), state(turbo_by_hand(*turbo_values()).transformer))
     assert pipe.transformer._dit_accel.context.spec == TURBO
+    assert pipe.transformer._dit_accel.context.trained
 
 
 def test_turbo_draws_as_by_hand_and_gives_the_model_back(tmp_path: Path) -> None:

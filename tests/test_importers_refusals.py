@@ -167,7 +167,7 @@ def test_a_pickle_is_refused_unread_with_the_way_to_convert_it(tmp_path: Path, s
     assert not (tmp_path / "ran").exists()
     with pytest.raises(AdapterError, match="a pickle"):
         load_adapter(pipe, f"owner/name/TurboWan{suffix}")
-    assert "weights_only=True)\n" in str(refusal.value)
+    assert f'torch.load("{file}"' in str(refusal.value)
 
 
 def test_the_way_to_convert_a_pickle_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,7 @@ def test_the_way_to_convert_a_pickle_works(tmp_path: Path, monkeypatch: pytest.M
     torch.save(turbo_tensors("official"), "TurboWan.pth")
     with pytest.raises(AdapterError) as refusal:
         load_adapter(pipe, "TurboWan.pth")
-    _, *lines = str(refusal.value).splitlines()
-    exec("\n".join(line.removeprefix("    ") for line in lines))
+    exec(str(refusal.value).split("'")[1])  # of python -c '...'
     load_adapter(pipe, "TurboWan.safetensors")
     assert same(state(pipe.transformer), state(turbo_by_hand(*turbo_values()).transformer))
 
