@@ -10,7 +10,7 @@ published.
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,6 @@ from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import (
     ADAPTER,
     OWN,
-    PROJECTIONS,
     Patch,
     accelerate,
     activate_lora,
@@ -38,6 +37,7 @@ from dit_accel.patch import (
     operators_of,
     patches_of,
     plain_name,
+    projection_names,
     restore,
     teacher_hash,
 )
@@ -129,7 +129,7 @@ def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, nn.Parameter
     parameters = plain_parameters(model)
     if set(patch.weights) == set(parameters):
         return WHOLE, parameters
-    projections = _projections(model, patch.originals)
+    projections = projection_names(model, patch.originals)
     return FULL, {name: p for name, p in parameters.items() if name.rpartition(".")[0] in projections}
 
 
@@ -293,7 +293,7 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
-    projections = _projections(model, config["layers"])
+    projections = projection_names(model, config["layers"])
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
         wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
@@ -304,12 +304,6 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
         _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
     if WHOLE in tensors:
         _compare(WHOLE, parameters, tensors[WHOLE])
-
-
-def _projections(model: Any, layers: Collection[str]) -> list[str]:
-    """Full names of the projections that the attention modules have."""
-    modules = dict(model.named_modules())
-    return [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS if f"{layer}.{leaf}" in modules]
 
 
 def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_accel.errors import AdapterError
-from dit_accel.patch import OWN, heads_of, plain_name
-from dit_accel.pipelines import class_of, family_of
+from dit_accel.patch import OWN, attention_layers, heads_of, plain_name
+from dit_accel.pipelines import class_of
 from dit_accel.presets import CLEAR, SLA
 from dit_accel.spec import AttentionSpec, Disc, Downsampled, Linear, Residual
 from dit_accel.wan_names import INT8, SCALE, bare, dequantised, is_wan, schemes, tile_grid, wan_parameter
@@ -161,7 +161,7 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
     wanted_class = {Kind.CLEAR: "FluxTransformer2DModel", Kind.TURBO: "WanTransformer3DModel"}.get(kind)
     if wanted_class not in (None, class_of(model).__name__):
         raise AdapterError(f"{file} holds {kind.value}, got a {type(model).__name__}")
-    layers = attention_layers(model)
+    layers = {name: heads_of(name, module) for name, module in attention_layers(model).items()}
     shapes = {name: tuple(p.shape) for name, p in plain_parameters(model).items()}
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
     match kind:
@@ -178,13 +178,6 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
 
 def _learned(spec: AttentionSpec, heads: int, head_dim: int) -> Iterable[tuple[str, nn.Parameter]]:
     return spec.make_parameters(heads=heads, head_dim=head_dim).named_parameters()
-
-
-def attention_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """The attention modules that `accelerate` would replace: name -> (heads, channels per head)."""
-    family = family_of(model)
-    pattern = family.modules if family else ""
-    return {name: heads_of(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)}
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

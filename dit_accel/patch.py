@@ -162,10 +162,10 @@ def _prepare(
     family = family_of(model)
     if family is None:  # find_transformers lets none through
         raise UnsupportedModelError(f"{type(model).__name__} belongs to no supported family")
-    every = [(name, m) for name, m in model.named_modules() if re.fullmatch(family.modules, name)]
-    chosen = [(name, m) for name, m in every if layers is None or layers(name, m)]
+    every = attention_layers(model)
+    chosen = [(name, m) for name, m in every.items() if layers is None or layers(name, m)]
     if not chosen:
-        raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {[n for n, _ in every]}")
+        raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {list(every)}")
     if any(p.device.type == "meta" for _, m in chosen for p in m.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
@@ -179,6 +179,19 @@ def _prepare(
         operator = AcceleratedAttention(spec, context, name, heads=heads, head_dim=head_dim, alone=alone)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules
+
+
+def attention_layers(model: Any) -> dict[str, Any]:
+    """The attention modules that `accelerate` replaces in a transformer, by name; none where no family fits."""
+    family = family_of(model)
+    return {name: m for name, m in model.named_modules() if family is not None and re.fullmatch(family.modules, name)}
+
+
+def projection_names(model: Any, layers: Iterable[str]) -> list[str]:
+    """Full names of the linear projections of those attention modules: what distillation trains."""
+    modules = dict(model.named_modules())
+    names = [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS]
+    return [n for n in names if isinstance(modules.get(n), nn.Linear) or hasattr(modules.get(n), "base_layer")]
 
 
 def heads_of(name: str, module: Any) -> tuple[int, int]:
@@ -378,11 +391,21 @@ def _unwrap_lora(model: Any) -> None:
         model._hf_peft_config_loaded = False
 
 
+def _ours(name: str) -> bool:
+    """Whether a name in a state dict is a method's own parameter or of the LoRA that distillation trains."""
+    return f".{ADAPTER}." in name
+
+
+def _original_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The user's own values of weights that stand changed in the model."""
+    patch: Patch | None = getattr(model, CONTEXT, None)
+    return patch.weights if patch and patch.context.enabled else {}
+
+
 def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of an accelerated transformer as it would be without `accelerate` and `distill`; a user's own LoRA stays in it."""
-    patch: Patch = getattr(model, CONTEXT)
-    originals = patch.weights if patch.context.enabled else {}
-    kept = {name: value for name, value in state.items() if OWN not in name and f".{ADAPTER}." not in name}
+    originals = _original_weights(model)
+    kept = {name: value for name, value in state.items() if not _ours(name)}
     if set(getattr(model, "peft_config", {})) <= {ADAPTER}:
         kept = {plain_name(name): value for name, value in kept.items()}
     return {name: originals.get(plain_name(name), value) for name, value in kept.items()}
@@ -395,9 +418,8 @@ def weights_hash(transformer: nn.Module) -> str:
 
 def teacher_hash(transformer: nn.Module) -> str:
     """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
-    patch = getattr(transformer, CONTEXT, None)
-    originals = patch.weights if patch and patch.context.enabled else {}
-    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if ".dit_accel." not in name]
+    originals = _original_weights(transformer)
+    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if not _ours(name)]
     return _hash((name, plain, originals.get(plain, tensor)) for name, plain, tensor in own)
 
 

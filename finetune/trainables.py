@@ -8,14 +8,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from dit_accel.finetune.config import DistillConfig
-from dit_accel.patch import ADAPTER, OWN, PROJECTIONS, Patch, activate_lora, plain_name
-
-
-def projection_names(transformer: Any, patch: Patch) -> list[str]:
-    """Full names of the linear projections of the accelerated attention modules."""
-    names = [f"{layer}.{leaf}" for layer in patch.originals for leaf in PROJECTIONS]
-    modules = dict(transformer.named_modules())
-    return [n for n in names if (n in modules and isinstance(modules[n], nn.Linear)) or hasattr(modules.get(n), "base_layer")]
+from dit_accel.patch import ADAPTER, OWN, Patch, activate_lora, plain_name, projection_names
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
@@ -24,7 +17,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
-    names = projection_names(transformer, patch)
+    names = projection_names(transformer, patch.originals)
     patch.context.trained |= config.train != "parameters"
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):
         active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []

@@ -18,9 +18,8 @@ from torch import Tensor
 from dit_accel import CLEAR, GNA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter
 from dit_accel.adapter import CONFIG, FULL, LORA, WEIGHTS
 from dit_accel.errors import AdapterError, AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
-from dit_accel.finetune.trainables import projection_names
 from dit_accel.model_card import CARD
-from dit_accel.patch import operators_of
+from dit_accel.patch import operators_of, projection_names
 
 Tensors = dict[str, Tensor]
 FILES = {"parameters": {WEIGHTS}, "lora": {WEIGHTS, LORA}, "attention": {WEIGHTS, FULL}}
@@ -114,7 +113,7 @@ def test_a_bare_transformer_has_adapters_too(trained: dict[str, tuple[Path, Tens
 
 def test_bfloat16_comes_back_to_the_bit(tmp_path: Path) -> None:
     pipe = accelerate(half_pipe(), SPARSE)
-    names = projection_names(pipe.transformer, pipe.transformer._dit_accel)
+    names = projection_names(pipe.transformer, pipe.transformer._dit_accel.originals)
     pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=names), adapter_name="dit_accel")
     for name, parameter in pipe.transformer.named_parameters():  # as distillation leaves them
         if ".dit_accel." in name:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
-from dit_accel.patch import heads_of
+from dit_accel.patch import attention_layers, heads_of
 from dit_accel.pipelines import family_of
 from dit_accel.plan import multiply_adds
 from dit_accel.spec import AttentionSpec
@@ -49,7 +48,7 @@ class Shape:
     @classmethod
     def of(cls, transformer: Any, unit: int, text: int) -> "Shape":
         family: Any = family_of(transformer)
-        layers = tuple(heads_of(name, m) for name, m in transformer.named_modules() if re.fullmatch(family.modules, name))
+        layers = tuple(heads_of(name, module) for name, module in attention_layers(transformer).items())
         return cls(layers, unit, text, family.text_first)
 
     def layout(self, size: Size) -> TokenLayout:
