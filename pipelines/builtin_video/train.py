@@ -35,15 +35,15 @@ from dit_accel.pipelines.builtin_video.components import make_pipeline
 from dit_accel.pipelines.builtin_video.motion import film
 
 Kind = tuple[int, int]  # frames, pixels of a side
-BATCH: dict[Kind, int] = {(1, 128): 16, (1, 256): 6, (17, 128): 4, (17, 256): 2, (17, 512): 1}
+BATCH: dict[Kind, int] = {(1, 128): 16, (1, 256): 6, (1, 512): 2, (17, 128): 5, (17, 256): 2, (17, 512): 1}
 # sigma' = s·sigma / (1 + (s - 1)·sigma) of a uniform sigma
-SHIFT: dict[Kind, float] = {(1, 128): 1.2, (1, 256): 1.8, (17, 128): 1.8, (17, 256): 2.5, (17, 512): 3.5}
+SHIFT: dict[Kind, float] = {(1, 128): 1.2, (1, 256): 1.8, (1, 512): 2.5, (17, 128): 1.8, (17, 256): 2.5, (17, 512): 3.5}
 # (share of the budget at which the phase ends, how often each kind is drawn)
 PHASES: list[tuple[float, dict[Kind, float]]] = [
     (0.20, {(1, 128): 0.5, (1, 256): 0.2, (17, 128): 0.3}),
     (0.60, {(17, 128): 0.75, (1, 128): 0.10, (1, 256): 0.15}),
-    (0.85, {(17, 128): 0.50, (17, 256): 0.35, (1, 256): 0.15}),
-    (1.01, {(17, 128): 0.25, (17, 256): 0.62, (1, 256): 0.08, (17, 512): 0.05}),
+    (0.82, {(17, 128): 0.50, (17, 256): 0.35, (1, 256): 0.10, (1, 512): 0.05}),
+    (1.01, {(17, 128): 0.20, (17, 256): 0.55, (1, 512): 0.05, (17, 512): 0.20}),
 ]
 RATES = (2e-3, 1e-3)  # Muon's and AdamW's learning rates
 EMA_DECAY = 0.99
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer; the decoder takes 7 % more")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: 1.6 times the steps, where there is a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -285,6 +286,9 @@ def main() -> None:
     run = new_run(renderings, args.seed)
     if (args.out / "state.safetensors").exists():
         load_state(run, args.out / "state.safetensors")
+    if args.compile:
+        for block in run.pipe.transformer.blocks:
+            block.compile(dynamic=True)
     train(run, renderings, args.out, args.minutes, bf16=args.bf16)
     train_decoder(run.pipe.vae, renderings, args.minutes * 0.07, run.rng, args.out / "log.jsonl")
     run.average.vae.load_state_dict(run.pipe.vae.state_dict())
