@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
+    from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
+    from dit_accel.pipelines.video import save_video
     from dit_accel.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.spec import AttentionSpec
 
@@ -37,7 +39,9 @@ _HOMES = {
     "TokenLayout": "layout",
     "attention": "operator",
     "builtin_pipeline": "pipelines.builtin",
+    "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
+    "save_video": "pipelines.video",
 }
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "accelerate",
     "attention",
     "builtin_pipeline",
+    "builtin_video_pipeline",
     "dense",
     "distill",
     "generate_hires",
@@ -58,6 +63,7 @@ __all__ = [
     "push_adapter",
     "restore",
     "save_adapter",
+    "save_video",
     "summary",
 ]
 

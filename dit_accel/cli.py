@@ -1,22 +1,18 @@
 """The command line: a thin layer over the public names. Whatever needs torch is imported inside the commands, so that help is instant."""
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from dit_accel import cli_evaluate, files
+from dit_accel import cli_evaluate, cli_generate, files
 from dit_accel import cli_options as options
 from dit_accel.finetune.config import DistillConfig, Trainable
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 HINTS = {
-    "generate": "no picture was written; with --hires the same command continues after the last finished stage",
+    "generate": "nothing was written; with --hires the same command continues after the last finished stage",
     "collect": "the same command continues with the prompts that are missing",
     "evaluate": "nothing was written; the same command starts anew",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
@@ -69,75 +65,7 @@ def demo(
     typer.echo(f"wrote {report}")
 
 
-@app.command(epilog='Example: dit-accel generate "a panda on a blue background" --method clear:16 --size 1024x768 --out panda.png')
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    model: options.Model = "builtin",
-    method: Annotated[str | None, typer.Option(help=f"{options.METHOD_FORMS}. Unless given: fovea, or the adapter's.")] = None,
-    size: options.Size = "1024x1024",
-    steps: options.Steps = 16,
-    seed: options.Seed = 0,
-    guidance: options.Guidance = 3.5,
-    max_sequence_length: options.TextLength = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder of save_adapter, its hub id, or a published file; it names the method itself.")
-    ] = None,
-    dense_steps: Annotated[int, typer.Option(min=0, help="First steps that keep the original attention.")] = 0,
-    dtype: options.Weights = "auto",
-    device: options.Device = "auto",
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Run the method even where it is slower; fail where it can't run."),
-    ] = False,
-    hires: options.Hires = False,
-    base: options.Base = None,
-    strength: options.Strength = None,
-    ntk: options.Ntk = None,
-    proportional: options.Proportional = False,
-    out: Annotated[Path, typer.Option(help="Picture file to write; its ending names the format.")] = Path("image.png"),
-) -> None:
-    """Draw one picture with an accelerated pipeline, and show what ran in each layer."""
-    if adapter is not None and (method is not None or dense_steps):
-        raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
-    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
-    recipe = options.hires_arguments(hires, base, strength, ntk, proportional)
-    from dit_accel.method_text import parse_method
-
-    spec = parse_method(method or "fovea")
-    options.check_picture(out)
-    stages = out.with_name(f"{out.stem}-stages")
-    if hires:
-        files.check_folder(stages)
-    import torch
-
-    from dit_accel import accelerate, generate_hires, load_adapter, summary
-    from dit_accel.cli_models import load_pipeline
-
-    pipe = load_pipeline(model, dtype, device)
-    if adapter is not None:
-        load_adapter(pipe, adapter, strict=strict)
-    elif spec is not None:
-        accelerate(pipe, spec, dense_steps=dense_steps, strict=strict)
-    if hires:
-        image = generate_hires(pipe, prompt, seed=seed, folder=stages, **recipe, **call)
-    else:
-        image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **call).images[0]
-    _save_picture(image, out)
-    if adapter is not None or spec is not None:
-        summary(pipe)
-    else:
-        typer.echo("the original attention in every layer")
-    typer.echo(f"wrote {out}")
-
-
-def _save_picture(image: "Image", path: Path) -> None:
-    """Write under a temporary name, then rename: no reader ever sees half a picture."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: it names the format
-    try:
-        image.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+app.command(epilog=cli_generate.EPILOG)(cli_generate.generate)
 
 
 @app.command(epilog="Example: dit-accel collect --prompts prompts.txt --out samples --size 512x512 --steps 8")

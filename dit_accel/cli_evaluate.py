@@ -21,7 +21,7 @@ def evaluate(
         str | None, typer.Option(help="Folder of save_adapter, its hub id, or a published file; it names the method itself.")
     ] = None,
     size: options.Size = "512x512",
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video; only for pipelines that make videos.")] = None,
+    frames: options.Frames = None,
     steps: options.Steps = 8,
     seed: options.Seed = 0,
     guidance: options.Guidance = 3.5,
@@ -35,22 +35,21 @@ def evaluate(
     if bool(prompt) == (prompts is not None):
         raise ValueError(f"prompts are given either as arguments or as --prompts FILE, got {'both' if prompt else 'neither'}")
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
-    if frames is not None:
-        call["num_frames"] = frames
     texts = options.read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
     if not all(texts):
         raise ValueError("a prompt is a text that is not empty, got an empty one")
     spec = None if adapter is not None else options.parse_spec(method or "fovea", reason="evaluate wants an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, load_adapter
-    from dit_accel.cli_models import load_pipeline
+    from dit_accel.cli_models import frames_call, load_pipeline
     from dit_accel.evaluation import NO_DISTANCE, ONE_PROMPT
     from dit_accel.evaluation import evaluate as run_evaluation
     from dit_accel.pictures import DISTANCE_SIDE
 
     for limit in [ONE_PROMPT] * (len(texts) == 1) + [NO_DISTANCE] * (min(call["height"], call["width"]) < DISTANCE_SIDE):
         typer.echo(limit)  # before the work, so that it can be changed
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    call |= frames_call(pipe, frames)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:
         load_adapter(pipe, adapter)

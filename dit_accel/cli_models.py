@@ -6,18 +6,20 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# logger -> words that make up a notice to keep back; everything else these loggers say still reaches the user
-NOTICES = {
-    "transformers.utils.import_utils": ("ImageProcessor", "requires torchvision (not installed)"),
-    "diffusers.pipelines.pipeline_utils": ("Expected types for vae", "PatchAutoencoder"),
-}
+# loggers with the words that make up a notice to keep back; everything else these loggers say still reaches the user
+NOTICES = (
+    ("transformers.utils.import_utils", ("ImageProcessor", "requires torchvision (not installed)")),
+    ("diffusers.pipelines.pipeline_utils", ("Expected types for vae", "PatchAutoencoder")),
+    ("diffusers.pipelines.pipeline_utils", ("Expected types for vae", "ClipAutoencoder")),
+    ("diffusers.pipelines.pipeline_utils", ("Expected types for text_encoder", "UMT5EncoderModel", "got", "T5EncoderModel")),
+)
 
 
 @contextlib.contextmanager
 def without_notices() -> Iterator[None]:
-    """Keep back `NOTICES`: FLUX pipelines use no image processor, and the built-in autoencoder is no AutoencoderKL by design."""
+    """Keep back `NOTICES`: no pipeline here uses an image processor, and the built-in autoencoders are of classes of their own."""
     added = []
-    for name, words in NOTICES.items():
+    for name, words in NOTICES:
         logger = logging.getLogger(name)
 
         def passes(record: logging.LogRecord, words: tuple[str, ...] = words) -> bool:
@@ -32,8 +34,11 @@ def without_notices() -> Iterator[None]:
             logger.removeFilter(passes)
 
 
-def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
-    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none."""
+def load_pipeline(model: str, dtype: str = "auto", device: str = "auto", *, video: bool = False) -> Any:
+    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none.
+
+    `video`: the built-in one for videos; another has to be one that makes them.
+    """
     import torch
 
     target = _device(device)
@@ -44,15 +49,30 @@ def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
 
         # a saved copy of the built-in model loads only where the modules of its own classes have been imported
         import dit_accel.pipelines.builtin.autoencoder
-        import dit_accel.pipelines.builtin.transformer  # noqa: F401
-        from dit_accel import builtin_pipeline
+        import dit_accel.pipelines.builtin.transformer
+        import dit_accel.pipelines.builtin_video.autoencoder
+        import dit_accel.pipelines.builtin_video.transformer  # noqa: F401
+        from dit_accel import builtin_pipeline, builtin_video_pipeline
 
         settings = {_dtype_argument(): getattr(torch, dtype)}
+        builtin = builtin_video_pipeline if video else builtin_pipeline
         try:
-            made = builtin_pipeline(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
-            return made.to(target)
+            made = builtin(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
+            pipe = made.to(target)
         except (OSError, ValueError) as error:
             raise ValueError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+    return pipe
+
+
+def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:
+    """The argument for a video of so many frames, or for a picture where it is None. ValueError where the pipeline makes the other."""
+    from dit_accel.pipelines.video import frames_argument
+
+    name = frames_argument(pipe)
+    if (name is None) != (frames is None):
+        wanted, got = ("pictures, as no frames were asked for", "videos") if frames is None else ("videos", "pictures")
+        raise ValueError(f"wanted a model that makes {wanted}, got {type(pipe).__name__}, which makes {got}")
+    return {} if name is None or frames is None else {name: frames}
 
 
 def _dtype_argument() -> str:

@@ -22,13 +22,18 @@ METHOD_FORMS = (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Model = Annotated[str, typer.Option(help="'builtin' (ships with the package), a folder in diffusers' format, or a hub id.")]
-Size = Annotated[str, typer.Option(help=f"Picture as WIDTHxHEIGHT in pixels, both multiples of {PIXELS}.")]
+SIZE = f"WIDTHxHEIGHT in pixels, both multiples of {PIXELS}."
+Size = Annotated[str, typer.Option(help=SIZE)]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed gives the same result.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale: how closely the picture follows the prompt.")]
 TextLength = Annotated[
     int | None,
     typer.Option("--max-sequence-length", min=1, help="Text tokens; unless given, the pipeline's default, and 32 for builtin."),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
 ]
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
@@ -108,8 +113,16 @@ def check_picture(path: Path) -> None:
     check_file(path)
 
 
+def check_clip(path: Path) -> None:
+    """Raise ValueError where no clip can be written at a path."""
+    from dit_accel.pipelines.video import check_ending
+
+    check_ending(path)
+    check_file(path)
+
+
 def text_length(model: str, length: int | None) -> int | None:
-    """Text tokens as asked for; None leaves the pipeline's default."""
+    """Text tokens as asked for; None leaves the pipeline's default. Both built-in models' captions fit."""
     from dit_accel.pipelines.builtin import TEXT_TOKENS
 
     return TEXT_TOKENS if length is None and model == "builtin" else length

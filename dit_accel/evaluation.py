@@ -31,6 +31,7 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder
 from dit_accel.patch import always, dense, find_transformers, forward_names, operators_of, patches_of
 from dit_accel.pictures import DISTANCE_SIDE, compare, save_picture
+from dit_accel.pipelines.video import compare_motion, frames_argument
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison
 ONE_PROMPT = "One prompt: there is no interval over prompts."
@@ -177,6 +178,8 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
         with enter():
             pictures[side] = draw(pipe, prompt, seed, call)
         row.pictures[side] = compare(pictures[side], pictures["original"])
+        if frames_argument(pipe) is not None and len(pictures[side]) > 1:
+            row.pictures[side] |= compare_motion(pictures[side], pictures["original"])
     return row, {side: pictures[side] for side in pictures if side != "again"}
 
 

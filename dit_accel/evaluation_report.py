@@ -21,6 +21,8 @@ MEASURES = {
     "ssim": ("SSIM", ".4f"),
     "distance": ("1 − MS-SSIM", ".4f"),
     "difference": ("RMS difference of pixels", ".5f"),
+    "change": ("change from frame to frame, of the original's", ".3f"),
+    "change_difference": ("RMS difference of that change", ".5f"),
     "velocity_error": ("velocity error", ".5f"),
     "attention_error": ("attention error", ".5f"),
     "kept_mass": ("softmax mass kept exactly", ".4f"),

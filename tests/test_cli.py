@@ -90,7 +90,7 @@ def fail(*arguments: object) -> str:
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is a test failure: an error has to be found before."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded before the arguments were checked")
 
     monkeypatch.setattr(cli_models, "load_pipeline", refuse)
@@ -199,7 +199,7 @@ def test_traceback_on_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "hint"),
-    [("generate", "no picture was written"), ("collect", "continues with the prompts that are missing"), ("distill", "newest checkpoint")],
+    [("generate", "nothing was written"), ("collect", "continues with the prompts that are missing"), ("distill", "newest checkpoint")],
 )
 def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:

@@ -35,19 +35,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: one gradient, one step
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():  # together: one matrix alone leaves a CPU's matrix units waiting
-                updates = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
-                for parameter, update in zip(parameters, updates, strict=True):
+                    pair = parameter, self._momentum(parameter, parameter.grad, group["momentum"])
+                    shapes.setdefault(parameter.shape, []).append(pair)
+            for shape, pairs in shapes.items():  # together: one matrix alone leaves a CPU's matrix units waiting
+                updates = orthogonalise(torch.stack([direction for _, direction in pairs]))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Take the gradient into the running mean; the gradient of Nesterov's step."""
-        state, gradient = self.state[parameter], parameter.grad
+    def _momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        """Take a gradient into the running mean; the direction of Nesterov's step."""
+        state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - momentum)

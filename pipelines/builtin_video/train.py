@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer; the decoder takes 7 % more")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: 1.6 times the steps, where there is a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, where there is a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
