@@ -17,13 +17,11 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 from dit_accel.patch import attention_layers, heads_of
 from dit_accel.pipelines import family_of
+from dit_accel.pipelines.hires.memory import memory_bytes
 from dit_accel.plan import multiply_adds
 from dit_accel.spec import AttentionSpec
 
 Size = tuple[int, int]
-# Tensors of tokens × width that live together in a block: its input and residual, q, k, v, the output, and the MLP's hidden layer
-# (four widths) before and after its activation. Nothing here knows a family's true count.
-LIVE = 14
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,11 @@ class Shape:
         family: Any = family_of(transformer)
         layers = tuple(heads_of(name, module) for name, module in attention_layers(transformer).items())
         return cls(layers, unit, text, family.text_first)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token within the blocks."""
+        return max(heads * head_dim for heads, head_dim in self.layers)
 
     def layout(self, size: Size) -> TokenLayout:
         """The sequence of a picture of this size."""
@@ -118,22 +121,6 @@ def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, spec: At
     return timed.seconds * (linear + shape.attention(size, spec)) / work
 
 
-def memory_bytes(pipe: Any, transformer: Any, shape: Shape, size: Size, tile: int | None, batch: int) -> dict[str, int]:
-    """Peak bytes of the parts of a stage: weights, one denoising step, the autoencoder. `tile`: its side in pixels where it is tiled."""
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    weights = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-    width = max(heads * head_dim for heads, head_dim in shape.layers)
-    tokens = batch * shape.layout(size).tokens
-    pixels = size[0] * size[1]
-    channels = list(getattr(pipe.vae.config, "block_out_channels", None) or (128,))[:2]
-    level = 3 * max(channels) * min(pixels, tile * tile if tile else pixels)  # a block's input, hidden layer and output at full size
-    return {
-        "weights": weights,
-        "denoising": LIVE * tokens * width * transformer.dtype.itemsize,
-        "autoencoder": level * pipe.vae.dtype.itemsize + 2 * 3 * pixels * 4,
-    }
-
-
 def show(
     pipe: Any, transformer: Any, shape: Shape, timed: Timed, base: Size, stages: Sequence[Stage], tile: int | None, batch: int
 ) -> None:
@@ -144,7 +131,8 @@ def show(
     total, peak, weights = 0.0, 0, 0
     for stage in stages:
         seconds = stage.steps * forward_seconds(timed, shape, base, stage.size, stage.spec)
-        memory = memory_bytes(pipe, transformer, shape, stage.size, tile if stage.size != base else None, batch)
+        tokens, side = batch * shape.layout(stage.size).tokens, tile if stage.size != base else None
+        memory = memory_bytes(pipe, transformer, shape.width, tokens, stage.size, side)
         weights, total = memory["weights"], total + seconds
         peak = max(peak, weights + max(memory["denoising"], memory["autoencoder"]))
         view.add_row(
@@ -157,7 +145,7 @@ def show(
     if method := next((stage.spec for stage in stages if stage.spec), None):
         console.print(f"method: {method}")
     console.print(
-        f"Forecast: {total:,.0f} s of denoising, {peak / 1e9:.1f} GB at the peak, {weights / 1e9:.1f} GB of them weights. One "
-        f"forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "
+        f"Forecast: {total:,.0f} s of denoising, {peak / 1e9:.1f} GB in tensors at the peak, {weights / 1e9:.1f} GB of them weights. "
+        f"One forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "
         "guidance in two passes takes twice that. Encoding text and pictures comes on top."
     )
