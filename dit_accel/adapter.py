@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_accel.errors import AdapterError
-from dit_accel.files import write_json, write_tensors
+from dit_accel.base_model import base_model_name
+from dit_accel.errors import AdapterError, WriteError
+from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import (
@@ -93,35 +94,40 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
         own = {f"layers.{name.replace('.', '__')}.{k}": v for name, op in operators.items() for k, v in op.params.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = {WEIGHTS: write_tensors(folder / WEIGHTS, {**own, "format": torch.tensor(VERSION)}, {"format": "pt"})}
-        if ADAPTER in getattr(model, "peft_config", {}):
-            lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
-            settings = model.peft_config[ADAPTER].to_dict()
-            kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
-            meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
-            written[LORA] = write_tensors(folder / LORA, lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)})
-        if patch.weights:
-            name, full = _full_weights(model, patch)
-            written[name] = write_tensors(folder / name, full, {"format": "pt"})
-        files = {name: _sha256(path) for name, path in written.items()}
-        adapter = DitAccelAdapter(
-            spec=patch.context.spec.to_dict(),
-            layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
-            base_model_class=class_of(model).__name__,
-            base_model_name=str(model.config.get("_name_or_path") or ""),
-            base_model_hash=teacher_hash(model),
-            dense_steps=patch.context.dense_steps,
-            training=training,
-            files=files,
-        )
+        with staged(folder) as stage:  # what is there already stays whole until all is written
+            written = {WEIGHTS: write_tensors(stage / WEIGHTS, {**own, "format": torch.tensor(VERSION)}, {"format": "pt"})}
+            if ADAPTER in getattr(model, "peft_config", {}):
+                written[LORA] = write_tensors(stage / LORA, *_lora(model))
+            if patch.weights:
+                name, full = _full_weights(model, patch)
+                written[name] = write_tensors(stage / name, full, {"format": "pt"})
+            adapter = DitAccelAdapter(
+                spec=patch.context.spec.to_dict(),
+                layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
+                base_model_class=class_of(model).__name__,
+                base_model_name=base_model_name(pipe_or_transformer, model),
+                base_model_hash=teacher_hash(model),
+                dense_steps=patch.context.dense_steps,
+                training=training,
+                files={name: _sha256(path) for name, path in written.items()},
+            )
+            config = json.loads(adapter.to_json_string())
+            write_json(stage / CONFIG, config)
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
-        config = json.loads(adapter.to_json_string())
-        write_json(folder / CONFIG, config)
         write_card(folder, config)
-    except (OSError, SafetensorError) as error:
+    except (OSError, WriteError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
+
+
+def _lora(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The trained LoRA as diffusers stores one: tensors and metadata."""
+    lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
+    settings = model.peft_config[ADAPTER].to_dict()
+    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
+    meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
+    return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
 
 
 def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, nn.Parameter]]:

@@ -137,7 +137,7 @@ def generate(pipe: Any, scale: Scale, seed: int, out: Path, name: str) -> tuple[
 
 def prepare_training(pipe: Any, scale: Scale, work: Path) -> tuple[Path, Path]:
     """Record the original sampling the training and held-out prompts; every method learns from the same samples."""
-    call = {"height": scale.train_size, "width": scale.train_size, "num_inference_steps": scale.train_sampling_steps}
+    call: dict[str, Any] = {"height": scale.train_size, "width": scale.train_size, "num_inference_steps": scale.train_sampling_steps}
     folders = (work / "samples", work / "held-out")
     prompts = (training_prompts(scale.train_prompts, [*HELD_OUT, *scale.prompts]), HELD_OUT)
     for folder, captions, seed in zip(folders, prompts, (1000, 2000), strict=True):

@@ -35,3 +35,7 @@ class StageError(DitAccelError):
 
 class DistillationError(DitAccelError):
     """Distillation can't start or continue; the message says why."""
+
+
+class WriteError(DitAccelError):
+    """A file can't be written: the disk is full, say, or the folder read-only. What was there before is there still."""

@@ -1,13 +1,17 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import WriteError
 
 if TYPE_CHECKING:
     from torch import Tensor  # the command line checks folders without waiting for torch
@@ -23,13 +27,32 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"wanted a folder that can be written to, got {folder}: {error.strerror}") from error
 
 
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def failing_as_write_error(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while writing becomes a WriteError that names the file, its folder and the reason (a full disk, say)."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"wanted to write {path.name} in {path.parent}, which failed: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end; nothing is left behind where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A name beside `path` to write to, which takes its place at the end; nothing is left behind where that fails, and what was there
+    stays."""
+    temporary = _beside(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        with failing_as_write_error(path):
+            yield temporary
+            temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -52,24 +75,75 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1))
 
 
+def create_json(path: Path, data: Any) -> None:
+    """Write JSON unless the file is there. Of several processes that try at once one does, and no reader sees half of it."""
+    temporary = _beside(path)
+    with failing_as_write_error(path):
+        try:
+            temporary.write_text(json.dumps(data, indent=1))
+            with contextlib.suppress(FileExistsError):
+                try:
+                    os.link(temporary, path)  # unlike a rename, it fails where another process was first
+                except OSError as error:
+                    if error.errno not in NO_LINKS:
+                        raise
+                    with path.open("x") as file:  # as exclusive; only a kill within this moment would leave half
+                        file.write(temporary.read_text())
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append UTF-8 to a file, made if need be; for logs, which a reader may see growing."""
+    with failing_as_write_error(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:
     """Write safetensors to a temporary name beside `path`, then rename. Tensors are written as they are, from any device."""
+    with _temporary(path) as temporary:
+        _save(temporary, tensors, metadata)
+    return path
+
+
+def _save(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _temporary(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    return path
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # it tells of a full disk in its own class
+        raise OSError(str(error)) from error
 
 
 def replace_folder(path: Path, files: Mapping[str, Any]) -> None:
     """Write a folder of safetensors (a mapping of tensors) and JSON files beside `path`, then put it in place."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = _beside(path)
     try:
-        for name, content in files.items():
-            (write_tensors if name.endswith(".safetensors") else write_json)(temporary / name, content)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with failing_as_write_error(path):
+            temporary.mkdir()
+            for name, content in files.items():
+                if name.endswith(".safetensors"):
+                    _save(temporary / name, content)
+                else:
+                    (temporary / name).write_text(json.dumps(content, indent=1))
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A hidden folder within `folder` to write several files to, which take their places together once all are written, or none does."""
+    stage = _beside(folder / "stage")
+    try:
+        with failing_as_write_error(folder):
+            stage.mkdir()
+            yield stage
+            for file in stage.iterdir():
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 
@@ -25,6 +25,14 @@ def gathered(items: Sequence[Any]) -> list[Any]:
     parts = gather_object([list(items)])  # one list per process
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in all processes."""
+    if PartialState().num_processes == 1:
+        return value
+    (value,) = broadcast_object_list([value])
+    return value
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:

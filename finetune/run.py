@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dit_accel.errors import DistillationError
+from dit_accel.files import append_text, check_folder, write_text
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.processes import gathered, share
@@ -74,8 +75,7 @@ class Run:
     def write_log(self, name: str, rows: Sequence[dict[str, float]], *, anew: bool = False) -> None:
         """Append rows to a log in the folder, or begin it with them."""
         if self.accelerator.is_main_process:
-            with (self.folder / name).open("w" if anew else "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            (write_text if anew else append_text)(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: dict[str, Any]) -> Run:
@@ -98,10 +98,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             f"batch_size is shared evenly by the processes: wanted a multiple of {accelerator.num_processes}, got {config.batch_size}"
         )
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DistillationError(f"wanted a folder that can be written, got output_dir={config.output_dir!r}: {error}") from error
+    check_folder(folder)
     if held_out is None:
         if isinstance(source, Samples | str | Path):
             raise DistillationError("samples on disk want held_out samples beside them, got none")
@@ -116,7 +113,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
-    both = {run["prompt"] for run in samples.manifest["runs"]} & {run["prompt"] for run in aside.manifest["runs"]}
+    both = {run.prompt for run in samples.entries} & {run.prompt for run in aside.entries}
     if both:
         raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
     return Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))

@@ -1,41 +1,30 @@
 """Self-generated training data: what the denoiser was called with while the pipeline itself sampled with its original attention.
 
-One safetensors file per prompt and seed holds every forward of that run: its arguments (tensors that several forwards share are stored
-once), the teacher's prediction, and the final latents. All conditioning, timestep and sign conventions are the pipeline's own, so nothing
-here knows a model family. A manifest beside the files names prompts, seeds, call arguments and the teacher's hash.
+Every forward of a run is kept with its arguments and the teacher's prediction, and the run's final latents. All conditioning, timestep
+and sign conventions are the pipeline's own, so nothing here knows a model family, nor whether it makes pictures or videos. How a folder of
+runs is kept, and shared by several processes, is told in `cache`.
 """
 
 import contextlib
-import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils.logging import tqdm
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dit_accel.base_model import base_model_name, licence_of
 from dit_accel.errors import DistillationError
-from dit_accel.files import write_json, write_tensors
-from dit_accel.finetune.processes import gathered, processes
+from dit_accel.files import check_folder
+from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, maker_of, read_manifest, remove_leftovers, write_index, write_run
+from dit_accel.finetune.processes import from_main, gathered, processes, share
+from dit_accel.finetune.run_file import Forward, Key, Size, damage
 from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
 
-FORMAT = "dit_accel samples 1"
-
-
-@dataclass
-class Forward:
-    """One recorded forward: keyword arguments of the denoiser, the teacher's prediction, and where it comes from."""
-
-    arguments: dict[str, Any]
-    prediction: Tensor
-    latents: Tensor  # the run's final latents, in the denoiser's own token form
-    prompt: str
-    seed: int
-    index: int
+__all__ = ["Forward", "Recorder", "Samples", "collect", "damaged_runs", "write_run"]
 
 
 def _copied(value: Any) -> Any:
@@ -74,107 +63,6 @@ class Recorder:
         self.forwards.append((self.arguments, prediction.detach().cpu().clone()))
 
 
-class _Packer:
-    """Turns nested arguments into JSON with references to tensors, each distinct tensor kept once."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._seen: dict[str, str] = {}
-
-    def pack(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            cpu = value.detach().cpu().contiguous()
-            # by content: pipelines pass equal embeddings as new tensors at every step
-            raw = cpu.flatten().view(torch.uint8).numpy().tobytes() if cpu.numel() else b""
-            key = hashlib.sha256(raw + f"{cpu.dtype}{tuple(cpu.shape)}".encode()).hexdigest()
-            if key not in self._seen:
-                self._seen[key] = f"t{len(self.tensors)}"
-                self.tensors[self._seen[key]] = cpu
-            return {"tensor": self._seen[key]}
-        if isinstance(value, list | tuple):
-            return [self.pack(item) for item in value]
-        if isinstance(value, dict):
-            return {"dict": {k: self.pack(v) for k, v in value.items()}}
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        raise DistillationError(f"wanted tensors, numbers, strings, lists or dicts as the denoiser's arguments, got {type(value).__name__}")
-
-
-def _unpack(value: Any, read: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"tensor"}:
-        return read(value["tensor"])
-    if isinstance(value, dict):
-        return {k: _unpack(v, read) for k, v in value["dict"].items()}
-    return [_unpack(item, read) for item in value] if isinstance(value, list) else value
-
-
-class Samples:
-    """A folder of recorded runs, read lazily. `len` counts forwards; `teacher` is the hash of the weights that made them.
-
-    Raises DistillationError where the folder holds no readable manifest.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DistillationError(f"wanted a folder of samples made by collect, got {self.folder}: {error}") from error
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        if found != FORMAT or not {"teacher", "model", "call", "runs"} <= set(manifest):
-            raise DistillationError(f"{self.folder} wants a manifest of the format {FORMAT!r}, got {found!r} or one with fields missing")
-        self.manifest = manifest
-        self.teacher: str = manifest["teacher"]
-        self._number(manifest["runs"])
-
-    def _number(self, runs: list[dict[str, Any]]) -> None:
-        """Hold these runs, their forwards numbered one after the other."""
-        self.manifest["runs"] = runs
-        self._index = [(run, i) for run in runs for i in range(run["forwards"])]
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, position: int) -> Forward:
-        run, index = self._index[position]
-        path = self.folder / run["file"]
-        with _opened(path) as file:
-            meta = json.loads(file.metadata()["run"])
-            arguments = _unpack({"dict": meta["forwards"][index]["arguments"]}, file.get_tensor)
-            prediction = file.get_tensor(meta["forwards"][index]["prediction"]["tensor"])
-            return Forward(arguments, prediction, file.get_tensor("latents"), run["prompt"], run["seed"], index)
-
-    def only(self, wanted: Sequence[tuple[str, int]]) -> "Samples":
-        """Narrow to the runs of these prompts and seeds, in this order; returns itself."""
-        runs = {(run["prompt"], run["seed"]): run for run in self.manifest["runs"]}
-        self._number([runs[key] for key in wanted])
-        return self
-
-    def runs(self) -> list[list[int]]:
-        """Positions of the forwards of each run, in order."""
-        positions: dict[str, list[int]] = {}
-        for position, (run, _) in enumerate(self._index):
-            positions.setdefault(run["file"], []).append(position)
-        return list(positions.values())
-
-    def timesteps(self, position: int, name: str) -> list[float]:
-        """The values of argument `name` over the run that a forward belongs to."""
-        run, _ = self._index[position]
-        with _opened(self.folder / run["file"]) as file:
-            forwards = json.loads(file.metadata()["run"])["forwards"]
-            return [float(file.get_tensor(f["arguments"][name]["tensor"]).flatten()[0]) for f in forwards]
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A sample's file; whatever is wrong with it names it."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; delete it and collect again") from error
-
-
 @contextlib.contextmanager
 def _original(pipe: Any) -> Iterator[None]:
     """The original model, whether or not the pipeline is accelerated."""
@@ -183,66 +71,92 @@ def _original(pipe: Any) -> Iterator[None]:
         yield
 
 
-def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int = 0, **call: Any) -> Samples:
+@contextlib.contextmanager
+def _without_progress_bar(pipe: Any) -> Iterator[None]:
+    quiet = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**quiet)
+
+
+def collect(
+    pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int = 0, sizes: Sequence[Size] | None = None, **call: Any
+) -> Samples:
     """Record the pipeline sampling each prompt (seed, seed + 1, ...) with its original attention; `call` goes to the pipeline.
 
-    What the folder holds already is skipped, so an interrupted run continues. Several processes (`accelerate launch`) share the prompts and
-    the folder. Raises DistillationError where the folder was made by other
-    weights or with other call arguments, or where there are no prompts.
+    Runs that the folder holds whole are skipped, so an interrupted collection continues; damaged ones are made again. Processes that
+    `accelerate launch` starts share the prompts. Others, on any machine that sees the folder, may be started and stopped at will: they take
+    the prompts in orders of their own and look again before each whether another has made it meanwhile.
+
+    Args:
+        sizes: (height, width) in pixels, several of them in turn: prompt i is sampled at sizes[i % len(sizes)]. `height` and `width` among
+            the call's arguments are one size. Runs of several sizes may lie in one folder.
+
+    Raises DistillationError where the folder was made by other weights or with other call arguments or where there are no prompts, and
+    ValueError where nothing can be written to the folder, before anything is sampled.
     """
     prompts = list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
-    (transformer,) = find_transformers(pipe)
+    (transformer, *others) = find_transformers(pipe)
+    if others:
+        raise DistillationError(f"wanted a pipeline with one transformer, got {1 + len(others)}")
+    shapes, call = _sizes(sizes, call)
     try:
         stored = json.loads(json.dumps(call))
     except TypeError as error:
         raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
-    manifest: dict[str, Any] = {**settings, "runs": []}
-    if (folder / "manifest.json").exists():
-        manifest = Samples(folder).manifest
-        for name, value in settings.items():
-            if manifest[name] != value:
-                raise DistillationError(f"{folder} holds samples of {name} {manifest[name]!r}, wanted {value!r}; name another folder")
+    folder, name = Path(folder), base_model_name(pipe, transformer)
+    check_folder(folder)
+    made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
+    claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
+    keys = [Key(prompt, seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(prompts)]
     state = processes(next(transformer.parameters()).device)
-    manifest["runs"] = [run for run in manifest["runs"] if (folder / run["file"]).exists()]
-    state.wait_for_everyone()  # all have read the folder before one writes to it
-    have = {(run["prompt"], run["seed"]) for run in manifest["runs"]}
-    todo = [(p, seed + i) for i, p in enumerate(prompts) if (p, seed + i) not in have]
-    quiet = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**quiet, "disable": True})
-    rounds = range(0, len(todo), state.num_processes)  # in each, every process samples one prompt
-    try:
-        for first in tqdm(rounds, desc="collect", disable=None if state.is_main_process else True):
-            mine = todo[first : first + state.num_processes][state.process_index :][:1]
-            made = [_collect_one(pipe, transformer, folder, prompt, run_seed, call) for prompt, run_seed in mine]
-            manifest["runs"] += gathered(made)
-            if state.is_main_process:
-                write_json(folder / "manifest.json", manifest)
-    finally:
-        pipe.set_progress_bar_config(**quiet)
     if state.is_main_process:
-        write_json(folder / "manifest.json", manifest)
+        remove_leftovers(folder)
+    todo = _todo(folder, keys)
+    rounds = range(0, len(todo), state.num_processes)  # in each, every process samples one prompt
+    maker = maker_of(read_manifest(folder))
+    with _without_progress_bar(pipe):
+        for first in tqdm(rounds, desc="collect", disable=None if state.is_main_process else True):
+            for key in todo[first : first + state.num_processes][state.process_index :][:1]:
+                if damage(folder / key.file, maker) is not None:  # still: another process may have made it meanwhile
+                    _collect_one(pipe, transformer, folder, key, call)
+            state.wait_for_everyone()
+    if state.is_main_process:
+        write_index(folder)
     state.wait_for_everyone()
-    return Samples(folder).only([(p, seed + i) for i, p in enumerate(prompts)])
+    return Samples(folder, keys)
 
 
-def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
-    """Sample one prompt and write its file; returns its manifest entry."""
-    names = forward_names(transformer)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with _original(pipe), Recorder(transformer, names) as recorder, torch.no_grad():
-        latents = pipe(prompt, generator=generator, output_type="latent", **call).images
-    packer = _Packer()
-    forwards = [
-        {"arguments": {k: packer.pack(v) for k, v in arguments.items()}, "prediction": packer.pack(prediction)}
-        for arguments, prediction in recorder.forwards
-    ]
-    name = f"run-{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:16]}.safetensors"
-    write_tensors(
-        folder / name, {**packer.tensors, "latents": latents.clone()}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})}
-    )
-    return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(forwards)}
+def _sizes(sizes: Sequence[Size] | None, call: dict[str, Any]) -> tuple[list[Size | None], dict[str, Any]]:
+    """The sizes to sample at in turn, and the call's other arguments. Raises DistillationError where they are none."""
+    if sizes is None:
+        if call.get("height") is None or call.get("width") is None:
+            return [None], call
+        sizes = [(call["height"], call["width"])]
+    elif {"height", "width"} & set(call):
+        raise DistillationError(f"wanted sizes or height and width, got both: {sizes!r} and {sorted({'height', 'width'} & set(call))}")
+    shapes: list[Size | None] = [(s[0], s[1]) for s in sizes if isinstance(s, list | tuple) and len(s) == 2]
+    if not shapes or len(shapes) != len(sizes) or not all(type(side) is int and side > 0 for s in shapes for side in s or ()):
+        raise DistillationError(f"sizes are (height, width) in pixels, one or more, got {sizes!r}")
+    return shapes, {name: value for name, value in call.items() if name not in ("height", "width")}
+
+
+def _todo(folder: Path, keys: list[Key]) -> list[Key]:
+    """The runs that are missing or damaged, in an order that this program's processes share and others don't."""
+    maker = maker_of(read_manifest(folder))
+    missing = gathered([keys[i] for i in share(len(keys)) if damage(folder / keys[i].file, maker) is not None])
+    random.Random().shuffle(missing)
+    return list(from_main(missing))
+
+
+def _collect_one(pipe: Any, transformer: Any, folder: Path, key: Key, call: dict[str, Any]) -> None:
+    """Sample one prompt and write its file."""
+    shape = {} if key.size is None else {"height": key.size[0], "width": key.size[1]}
+    generator = torch.Generator("cpu").manual_seed(key.seed)
+    with _original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
+        latents = pipe(key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
+    write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)

@@ -19,7 +19,7 @@ MAX_LINES = 450
 # room -> the rooms of dit_accel that it may import besides its own; the package itself and the programs of the CLI may import all
 ARROWS: dict[str, set[str]] = {
     "errors": {"layout", "parameters", "spec"},
-    "files": set(),
+    "files": {"errors"},
     "layout": {"errors", "parameters", "spec"},
     "parameters": {"errors", "layout", "spec"},
     "spec": {"errors", "layout", "parameters"},
@@ -52,8 +52,10 @@ ARROWS: dict[str, set[str]] = {
     "layers": {"kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"patch"},
     "importers": {"errors", "patch", "pipelines", "presets", "spec", "wan_names"},
-    "model_card": {"files", "spec"},
+    "base_model": set(),
+    "model_card": {"base_model", "files", "spec"},
     "adapter": {
+        "base_model",
         "context",
         "errors",
         "files",
@@ -70,7 +72,20 @@ ARROWS: dict[str, set[str]] = {
     "method_text": {"presets", "spec"},
     "pictures": {"files"},
     "report": {"files"},
-    "finetune": {"adapter", "context", "errors", "files", "layout", "operator", "parameters", "patch", "pipelines", "processor", "spec"},
+    "finetune": {
+        "adapter",
+        "base_model",
+        "context",
+        "errors",
+        "files",
+        "layout",
+        "operator",
+        "parameters",
+        "patch",
+        "pipelines",
+        "processor",
+        "spec",
+    },
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}

@@ -1,0 +1,180 @@
+"""One recorded run on disk: a safetensors file whose name, record and tensors prove each other.
+
+The header's metadata is one entry, the SHA-256 of the run's record and the record, as JSON: prompt, seed, size, what made it, and the
+arguments and prediction of every forward. Tensors are named by the SHA-256 of their content, so that what several forwards share is stored
+once, and so that the record's checksum vouches for every number. The file's name is made from prompt, seed and size. Nothing in a file
+tells when or where it was written: two processes that record one run write the same bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dit_accel.errors import DistillationError
+from dit_accel.files import write_tensors
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells the runs of one folder apart. `size` is None where the pipeline chose it."""
+
+    prompt: str
+    seed: int
+    size: Size | None
+
+    @property
+    def file(self) -> str:
+        """The name of the run's file."""
+        shape = "" if self.size is None else f"{self.size[0]}x{self.size[1]}"
+        return f"run-{hashlib.sha256(f'{self.seed} {shape} {self.prompt}'.encode()).hexdigest()[:24]}.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry(Key):
+    """A run as the header of its file tells it; `sha256` is its record's, which covers all of its contents."""
+
+    forwards: int
+    sha256: str
+
+
+@dataclass
+class Forward:
+    """One recorded forward: keyword arguments of the denoiser, the teacher's prediction, and where it comes from."""
+
+    arguments: dict[str, Any]
+    prediction: Tensor
+    latents: Tensor  # the run's final latents, in the denoiser's own token form
+    prompt: str
+    seed: int
+    index: int
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and numbers."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.numel():
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Nested arguments as JSON with references to tensors, which are added by content: pipelines pass equal embeddings as new tensors."""
+    if isinstance(value, Tensor):
+        cpu = value.detach().cpu().contiguous()
+        name = checksum(cpu)
+        tensors.setdefault(name, cpu)
+        return {"tensor": name}
+    if isinstance(value, list | tuple):
+        return [_pack(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return {"dict": {k: _pack(v, tensors) for k, v in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise DistillationError(f"wanted tensors, numbers, strings, lists or dicts as the denoiser's arguments, got {type(value).__name__}")
+
+
+def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor) -> Path:
+    """Write one run, all at once; returns its path. `maker` is what `StoredRun` compares."""
+    tensors: dict[str, Tensor] = {}
+    record = {
+        "prompt": key.prompt, "seed": key.seed, "size": key.size, "maker": maker, "latents": _pack(latents, tensors),
+        "forwards": [
+            {"arguments": {k: _pack(v, tensors) for k, v in arguments.items()}, "prediction": _pack(prediction, tensors)}
+            for arguments, prediction in forwards
+        ],
+    }  # fmt: skip
+    text = json.dumps(record)
+    return write_tensors(folder / key.file, tensors, {"run": f"{hashlib.sha256(text.encode()).hexdigest()} {text}"})
+
+
+class StoredRun:
+    """An open run file; what is read of it is checked. `maker`: of the folder it lies in. Raises ValueError, saying what is wrong."""
+
+    def __init__(self, file: Any, name: str, maker: str) -> None:
+        self._file = file
+        digest, _, text = (file.metadata() or {}).get("run", "").partition(" ")
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise ValueError("its record has another checksum than it should")
+        record = json.loads(text)
+        size = None if record["size"] is None else (record["size"][0], record["size"][1])
+        self.forwards, self.latents = record["forwards"], record["latents"]
+        self.entry = Entry(record["prompt"], record["seed"], size, len(self.forwards), digest)
+        if self.entry.file != name:
+            raise ValueError(f"it is the run of the prompt {self.entry.prompt!r}, seed {self.entry.seed}, size {size} under another's name")
+        if record["maker"] != maker:
+            raise ValueError("it was made by other weights or with other call arguments than the folder's manifest says")
+
+    def _tensor(self, name: str) -> Tensor:
+        value: Tensor = self._file.get_tensor(name)
+        if checksum(value) != name:
+            raise ValueError(f"tensor {name[:16]} has another checksum than it should")
+        return value
+
+    def _unpack(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._unpack(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return self._tensor(value["tensor"]) if "tensor" in value else {k: self._unpack(v) for k, v in value["dict"].items()}
+
+    def read(self, index: int) -> Forward:
+        """One forward."""
+        stored, entry = self.forwards[index], self.entry
+        arguments = {k: self._unpack(v) for k, v in stored["arguments"].items()}
+        return Forward(arguments, self._unpack(stored["prediction"]), self._unpack(self.latents), entry.prompt, entry.seed, index)
+
+    def argument(self, name: str) -> list[Any]:
+        """The value of one argument in every forward."""
+        return [self._unpack(forward["arguments"][name]) for forward in self.forwards]
+
+    def check(self) -> None:
+        """Read every tensor, one at a time."""
+        names = set(self._file.keys())
+        for name in sorted(names):
+            self._tensor(name)
+        if lost := set(_references([self.latents, self.forwards])) - names:
+            raise ValueError(f"tensor {min(lost)[:16]} is missing")
+
+
+def _references(value: Any) -> Iterator[str]:
+    """Names of the tensors that packed values refer to."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _references(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("tensor"), str):
+            yield value["tensor"]
+        else:
+            yield from _references(list(value.values()))
+
+
+@contextlib.contextmanager
+def opened(path: Path, maker: str) -> Iterator[StoredRun]:
+    """A run's file. Raises DistillationError for whatever is wrong with it, by name."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield StoredRun(file, path.name, maker)
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; collect again to replace it") from error
+
+
+def damage(path: Path, maker: str) -> str | None:
+    """What is wrong with a run's file, every byte of it read, or None."""
+    if not path.exists():
+        return f"{path.name} is not there"
+    try:
+        with opened(path, maker) as run:
+            run.check()
+    except DistillationError as error:
+        return str(error)
+    return None
