@@ -70,10 +70,16 @@ app.command(epilog=cli_generate.EPILOG)(cli_generate.generate)
 
 @app.command(epilog="Example: dit-accel collect --prompts prompts.txt --out samples --size 512x512 --steps 8")
 def collect(
-    prompts: options.Prompts,
-    out: Annotated[Path, typer.Option(help="Folder for the samples; what it holds already is skipped.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the samples; what it holds whole is skipped. Several machines may fill it at once.")
+    ],
+    prompts: options.SomePrompts = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only read every sample in the folder, and name those that are damaged; then exit with 1.")
+    ] = False,
     model: options.Model = "builtin",
-    size: options.Size = "512x512",
+    size: options.Sizes = None,
+    frames: options.Frames = None,
     steps: options.Steps = 8,
     seed: options.Seed = 0,
     guidance: options.Guidance = 3.5,
@@ -82,15 +88,38 @@ def collect(
     device: options.Device = "auto",
 ) -> None:
     """Record the original model drawing prompts, as training data for distill (prompt i with seed + i)."""
-    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    if check and prompts is not None:
+        raise ValueError(f"--check reads what is there: wanted no --prompts beside it, got {prompts}")
+    if check:
+        _check_samples(out)
+        return
+    if prompts is None:
+        raise ValueError("--prompts is wanted, a text file with one prompt per line, or --check; got neither")
+    call = options.sampling_arguments(model, size, steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts)
     files.check_folder(out)
-    from dit_accel.cli_models import load_pipeline
+    from dit_accel.cli_models import frames_call, load_pipeline
     from dit_accel.finetune.samples import collect as collect_samples
 
-    samples = collect_samples(load_pipeline(model, dtype, device), texts, out, seed=seed, **call)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    call |= frames_call(pipe, frames)
+    samples = collect_samples(pipe, texts, out, seed=seed, **call)
     if _is_main_process():
-        typer.echo(f"{len(samples)} forwards in {out}")
+        typer.echo(f"{len(samples)} forwards in {out}; licence of the base model: {samples.manifest['licence']}")
+
+
+def _check_samples(folder: Path) -> None:
+    """Name the damaged runs of a folder; exit code 1 where there are some."""
+    from dit_accel.finetune.samples import Samples, damaged_runs
+
+    damaged = damaged_runs(folder)
+    for name, wrong in damaged.items():
+        typer.echo(f"{name}: {wrong}")
+    count = len(list(folder.glob("run-*.safetensors")))
+    if damaged:
+        typer.echo(f"{len(damaged)} of {count} runs are damaged; collecting their prompts again replaces them")
+        raise typer.Exit(1)
+    typer.echo(f"{count} runs, all whole; licence of the base model: {Samples(folder).manifest['licence']}")
 
 
 def _is_main_process() -> bool:
@@ -132,7 +161,8 @@ def distill(
         Literal["no", "bf16"], typer.Option(help="Arithmetic of the training passes.")
     ] = DistillConfig.mixed_precision,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each recorded run.")] = 8,
-    size: options.Size = "512x512",
+    size: options.Sizes = None,
+    frames: options.Frames = None,
     guidance: options.Guidance = 3.5,
     max_sequence_length: options.TextLength = None,
     seed: options.Seed = DistillConfig.seed,
@@ -150,23 +180,28 @@ def distill(
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
         checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip
-    call = options.call_arguments(model, options.parse_size(size), sampling_steps, guidance, max_sequence_length)
+    call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
     aside = options.read_prompts_or_samples(held_out) if held_out else None
     spec = options.parse_spec(method, reason="distill wants an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, save_adapter
     from dit_accel import distill as run_distillation
-    from dit_accel.cli_models import load_pipeline
+    from dit_accel.cli_models import frames_call, load_pipeline
+    from dit_accel.finetune.samples import Samples
 
-    pipe = accelerate(load_pipeline(model, dtype, device), spec)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    call |= frames_call(pipe, frames)
+    accelerate(pipe, spec)
     result = run_distillation(pipe, source, config, held_out=aside, **call)
     if not _is_main_process():
         return
+    trained_on = Samples(source if isinstance(source, Path) else out / "run" / "samples")
     record = {
         # where the run lay on this machine means nothing elsewhere
         "config": {name: value for name, value in config.to_dict().items() if name != "output_dir"},
-        "prompts": _count(source),
+        "prompts": len(trained_on.entries) if isinstance(source, Path) else len(source),
+        "licence": trained_on.manifest["licence"],
         "sampling": call,
         "held_out_error_before": result.error_before,
         **({} if result.error_fitted is None else {"held_out_error_fitted": result.error_fitted}),
@@ -175,13 +210,6 @@ def distill(
     folder = save_adapter(pipe, out / "adapter", training=record)
     typer.echo(f"held-out relative error of the prediction: {result.error_before:.4f} before, {result.error_after:.4f} after")
     typer.echo(f"wrote {folder}")
-
-
-def _count(source: list[str] | Path) -> int:
-    """Number of prompts in a list or in a folder of samples."""
-    from dit_accel.finetune.samples import Samples
-
-    return len(Samples(source).manifest["runs"]) if isinstance(source, Path) else len(source)
 
 
 app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)

@@ -24,6 +24,10 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Model = Annotated[str, typer.Option(help="'builtin' (ships with the package), a folder in diffusers' format, or a hub id.")]
 SIZE = f"WIDTHxHEIGHT in pixels, both multiples of {PIXELS}."
 Size = Annotated[str, typer.Option(help=SIZE)]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help=f"{SIZE} May be repeated: prompts take the sizes in turn.", show_default="512x512"),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed gives the same result.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale: how closely the picture follows the prompt.")]
@@ -38,6 +42,7 @@ Frames = Annotated[
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
+SomePrompts = Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
 Hires = Annotated[
     bool,
     typer.Option("--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages."),
@@ -133,6 +138,15 @@ def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: floa
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
     length = text_length(model, length)
     return call if length is None else {**call, "max_sequence_length": length}
+
+
+def sampling_arguments(model: str, sizes: list[str] | None, steps: int, guidance: float, length: int | None) -> dict[str, Any]:
+    """Arguments of collect: those of a call at one size, or at several in turn."""
+    pixels = [parse_size(text) for text in sizes or ["512x512"]]
+    call = call_arguments(model, pixels[0], steps, guidance, length)
+    if len(pixels) == 1:
+        return call
+    return {**{name: value for name, value in call.items() if name not in ("height", "width")}, "sizes": pixels}
 
 
 def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: float | None, proportional: bool) -> dict[str, Any]:

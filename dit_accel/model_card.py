@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from dit_accel.base_model import UNKNOWN, licence_of
 from dit_accel.files import write_text
 from dit_accel.spec import AttentionSpec
 
@@ -17,13 +18,16 @@ PICTURES = (".png", ".jpg", ".gif")
 def model_card(config: Mapping[str, Any], pictures: list[str]) -> str:
     """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files beside it."""
     spec, name, record = AttentionSpec.from_dict(config["spec"]), config["base_model_name"], config["training"] or {}
+    licence = str(record.get("licence") or licence_of(name))
     on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
     data = ModelCardData(
         base_model=name if on_hub else None,
+        license=None if licence == UNKNOWN else licence,
         library_name="diffusers",
         tags=["dit_accel", "attention", "lora"] if "pytorch_lora_weights.safetensors" in config["files"] else ["dit_accel", "attention"],
     )
     base = f"`{name}`" if name else "A model without a name"
+    under = "its licence unknown where this was saved" if licence == UNKNOWN else f"under the licence `{licence}`"
     shown = "".join(f"![{picture}]({picture})\n\n" for picture in pictures)
     rows = "".join(f"| {what} | {value} |\n" for what, value in _flat(record))
     training = f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was trained: the method's own start values.\n"
@@ -47,7 +51,8 @@ dit_accel.load_adapter(pipe, "this repository's owner/name")
 
 {shown}## Base model and licence
 
-{base}, weights with SHA-256 `{config["base_model_hash"][:16]}`. What is learned here derives from them: the base model's licence holds.
+{base}, {under}, weights with SHA-256 `{config["base_model_hash"][:16]}`.
+What is learned here derives from them: the base model's licence holds.
 
 ## Training and what was measured
 

@@ -67,7 +67,8 @@ def distill(
         prompts_or_dataset: prompts, which the pipeline samples first (cached in the output folder), or samples made by `collect`: a
             `Samples` object or the path of its folder.
         held_out: the same for evaluation, never trained on; unless given, a tenth of the prompts (at least one) is set aside.
-        call: arguments of the pipeline's call while it samples (height, width, num_inference_steps, ...).
+        call: arguments of `collect`: of the pipeline's call while it samples (height, width, num_inference_steps, ...), or `sizes`, several
+            (height, width) that the prompts take in turn; recorded forwards of all sizes are drawn alike.
 
     Continues from the newest checkpoint in `config.output_dir`, on a pipeline loaded afresh. `dense_steps` are not replayed: every
     recorded forward is learned from. Raises NotAcceleratedError, or DistillationError where teacher and student agree to rounding before
@@ -209,15 +210,17 @@ def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random)
     σ is drawn between the levels that the run itself visited, so it follows the shift used at inference.
     """
     name = run.patch.context.family.timestep
-    levels = [*sorted(run.samples.timesteps(position, name), reverse=True), 0.0]
+    levels = [*sorted(set(run.samples.timesteps(position, name)), reverse=True), 0.0]  # guidance may have visited each twice
+    unit = 1 if levels[0] <= 1 else 1000  # what the family calls the time of pure noise
     place = draw.uniform(0, len(levels) - 1)
     low = int(place)
-    sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
+    time = levels[low] + (place - low) * (levels[low + 1] - levels[low])
+    sigma = time / unit
     noise = torch.randn(forward.latents.shape, generator=torch.Generator().manual_seed(draw.getrandbits(62)))
     x0 = forward.latents.float()
     arguments = on_device(forward.arguments, torch.device("cpu"))
     arguments["hidden_states"] = ((1 - sigma) * x0 + sigma * noise).to(forward.latents.dtype)
-    arguments[name] = torch.full_like(arguments[name], sigma)
+    arguments[name] = torch.full_like(arguments[name], time)
     return arguments, noise - x0
 
 

@@ -202,7 +202,7 @@ def test_traceback_on_request(tmp_path: Path) -> None:
     [("generate", "nothing was written"), ("collect", "continues with the prompts that are missing"), ("distill", "newest checkpoint")],
 )
 def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_models, "load_pipeline", interrupt)
@@ -215,7 +215,7 @@ def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, mo
 
 
 def test_other_exceptions_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: 1 / 0)
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: 1 / 0)
     assert isinstance(run("generate", "x", "--out", tmp_path / "a.png").exception, ZeroDivisionError)
 
 

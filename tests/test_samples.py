@@ -1,7 +1,8 @@
 """Recording a pipeline's own forwards: what is stored, what is skipped, what is refused."""
 
 import contextlib
-import json
+import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from dit_accel import accelerate, dense, distill
 from dit_accel.errors import DistillationError
 from dit_accel.finetune.evaluate import predict, velocity_error, velocity_errors
-from dit_accel.finetune.samples import Samples, collect
+from dit_accel.finetune.samples import Samples, collect, damaged_runs
 from dit_accel.patch import teacher_hash
 
 ARGUMENTS = {
@@ -58,6 +59,7 @@ def assert_stored(samples: Samples, seen: list[tuple[dict[str, Any], Tensor]]) -
 def test_forwards_are_stored_as_they_were(tmp_path: Path) -> None:
     pipe = prompt_pipe()
     with watched(pipe.transformer) as seen:
+        collect(pipe, PROMPTS[:1], tmp_path, seed=5, **CALL)  # of two at once, either may come first
         samples = collect(pipe, PROMPTS[:2], tmp_path, seed=5, **CALL)
     assert_stored(samples, seen)
     assert set(samples[0].arguments) == ARGUMENTS
@@ -79,7 +81,7 @@ def test_replaying_gives_the_stored_prediction(tmp_path: Path) -> None:
 
 def test_tensors_that_forwards_share_are_stored_once(tmp_path: Path) -> None:
     samples = collect(prompt_pipe(), PROMPTS[:1], tmp_path, **CALL | {"num_inference_steps": 4})
-    stored = load_file(tmp_path / samples.manifest["runs"][0]["file"])
+    stored = load_file(tmp_path / samples.entries[0].file)
     shared = len({"guidance", "pooled_projections", "encoder_hidden_states", "txt_ids", "img_ids"})
     assert len(stored) == shared + 4 * len({"hidden_states", "timestep", "prediction"}) + len({"latents"})
 
@@ -173,12 +175,10 @@ def test_what_is_there_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_missing_entry_alone_is_collected(tmp_path: Path, lost: int) -> None:
+def test_a_missing_run_alone_is_collected(tmp_path: Path, lost: int) -> None:
     whole = collect(prompt_pipe(), PROMPTS, tmp_path, **CALL)
     predictions = {(f.prompt, f.index): f.prediction for f in map(whole.__getitem__, range(6))}
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    del manifest["runs"][lost]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / whole.entries[lost].file).unlink()
     pipe = prompt_pipe()
     with watched(pipe.transformer) as seen:
         samples = collect(pipe, PROMPTS, tmp_path, **CALL)
@@ -211,7 +211,7 @@ def test_an_interrupted_collection_continues(tmp_path: Path) -> None:
 
 def test_a_sample_whose_file_is_gone_is_collected_again(tmp_path: Path) -> None:
     samples = collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL)
-    (tmp_path / samples.manifest["runs"][0]["file"]).unlink()  # what the error about a damaged file tells the user to do
+    (tmp_path / samples.entries[0].file).unlink()
     again = collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL)
     assert sorted((f.prompt, f.index) for f in map(again.__getitem__, range(len(again)))) == [(p, i) for p in PROMPTS[:2] for i in (0, 1)]
 
@@ -248,7 +248,7 @@ def with_lora() -> Any:
     [
         pytest.param(other_weights, {}, "teacher", id="one-weight"),
         pytest.param(with_lora, {}, "teacher", id="lora"),
-        pytest.param(prompt_pipe, {"height": 128}, "call.*128", id="height"),
+        pytest.param(prompt_pipe, {"num_inference_steps": 3}, "call.*3", id="steps"),
         pytest.param(prompt_pipe, {"guidance_scale": 2.0}, "call.*guidance_scale", id="one-more-argument"),
     ],
 )
@@ -287,6 +287,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "garbage": lambda data: b"\x00\xff" * 50,
     "header": lambda data: flipped(data, 9),
     "another-file": lambda data: save({"latents": torch.zeros(1)}),
+    "trailing": lambda data: data + b"x",
     "gone": lambda data: None,
 }
 READS: dict[str, Callable[[Samples], object]] = {"forward": lambda s: s[1], "timesteps": lambda s: s.timesteps(0, "timestep")}
@@ -296,16 +297,55 @@ READS: dict[str, Callable[[Samples], object]] = {"forward": lambda s: s[1], "tim
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes | None], read: Callable[[Samples], object]) -> None:
     samples = collect(prompt_pipe(), PROMPTS[:1], tmp_path, **CALL)
-    path = tmp_path / samples.manifest["runs"][0]["file"]
-    data = damage(path.read_bytes())
+    path = tmp_path / samples.entries[0].file
+    whole = path.read_bytes()
+    data = damage(whole)
     path.unlink()
     if data is not None:
         path.write_bytes(data)
+        assert list(damaged_runs(tmp_path)) == [path.name]
+        with pytest.raises(DistillationError, match=path.name):
+            read(Samples(tmp_path))
     with pytest.raises(DistillationError, match=path.name):
-        read(Samples(tmp_path))
+        read(samples)
+    collect(prompt_pipe(), PROMPTS[:1], tmp_path, **CALL)
+    assert path.read_bytes() == whole
+    assert damaged_runs(tmp_path) == {}
 
 
-MANIFESTS = [b"", b"{", b"[]", b"null", b"{}", b'{"format": "dit_accel samples 1"}', b'{"format": "dit_accel samples 9"}', b"\xff\xfe"]
+def test_no_flipped_bit_is_taken_for_good(tmp_path: Path) -> None:
+    path = tmp_path / collect(prompt_pipe(), PROMPTS[:1], tmp_path, **CALL).entries[0].file
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        at, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        assert list(damaged_runs(tmp_path)) == [path.name], (at, bit)
+    path.write_bytes(flipped(whole, len(whole) - 1))
+    assert len(Samples(tmp_path)) == 2  # headers alone don't show it
+    with pytest.raises(DistillationError, match=f"{path.name}.*has another checksum"):
+        [samples[i] for samples in [Samples(tmp_path)] for i in (0, 1)]
+
+
+def test_a_run_under_anothers_name_is_named(tmp_path: Path) -> None:
+    first, second = (tmp_path / entry.file for entry in collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL).entries)
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(DistillationError, match=f"{first.name}.*is the run of the prompt '{PROMPTS[1]}'"):
+        Samples(tmp_path)
+    collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL)
+    assert first.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("make", "call"), [(other_weights, {}), (prompt_pipe, {"guidance_scale": 2.0})], ids=["weights", "call"])
+def test_a_run_copied_from_another_folder_is_named(tmp_path: Path, make: Callable[[], Any], call: dict[str, Any]) -> None:
+    (entry,) = collect(prompt_pipe(), PROMPTS[:1], tmp_path / "a", **CALL).entries
+    collect(make(), PROMPTS[:1], tmp_path / "b", **CALL | call)
+    shutil.copy(tmp_path / "b" / entry.file, tmp_path / "a")
+    with pytest.raises(DistillationError, match=f"{entry.file}.*other weights or with other call arguments"):
+        Samples(tmp_path / "a")
+
+
+MANIFESTS = [b"", b"{", b"[]", b"null", b"{}", b'{"format": "dit_accel samples 1"}', b'{"format": "dit_accel samples 2"}', b"\xff\xfe"]
 
 
 @pytest.mark.parametrize("text", MANIFESTS, ids=str)
