@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Run:
     parameter_history: list[dict[str, float]] = field(default_factory=list)
     error_before: float = 0.0
     error_fitted: float | None = None
+    seconds: float = 0.0  # that the steps of both stages have taken, over all resumptions; the main process's clock
 
     @property
     def projected(self) -> bool:
@@ -60,6 +62,18 @@ class Run:
         """Mean relative error of the prediction on the held-out forwards, of which each process evaluates its share."""
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
         return float(sum(errors) / len(errors))
+
+    @contextlib.contextmanager
+    def timed_step(self) -> Iterator[None]:
+        """Adds the time of a `with` block to `seconds`. A GPU's last work on a step is counted in the step after it."""
+        start = time.perf_counter()
+        yield
+        self.seconds += gathered([time.perf_counter() - start])[0]
+
+    def add_row(self, row: dict[str, float]) -> None:
+        """Put a row, with the seconds so far, at the end of the history and of its log."""
+        self.history.append(row | {"seconds": self.seconds})
+        self.write_log("log.jsonl", self.history[-1:])
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_accel.files import write_tensors
+from dit_accel.finetune.muon import Muon
 from dit_accel.pipelines.builtin.drawings import Renderings, render
-from dit_accel.pipelines.builtin.muon import Muon
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.components import make_pipeline
@@ -278,7 +278,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer; the decoder takes 7 % more")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: 1.6 times the steps, where there is a C++ compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the blocks: 1.6 times the steps, where there is a C++ compiler"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

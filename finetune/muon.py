@@ -3,12 +3,16 @@
 `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 instructions multiplies hundreds of times slower than float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon: an optimizer for hidden layers"
+TOGETHER = (
+    1 << 24
+)  # elements that are orthogonalised at once: one small matrix leaves a CPU's units waiting, all large ones fill its memory
 
 
 def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
@@ -29,25 +33,33 @@ class Muon(torch.optim.Optimizer):
     Takes parameters `[M, N]`, float32. `lr` means what it means for AdamW (factor 0.2·sqrt(max(M, N)), Liu et al. 2025, eq. 4).
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: one gradient, one step
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():  # together: one matrix alone leaves a CPU's matrix units waiting
-                updates = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    shapes.setdefault(parameter.shape, []).append((parameter, parameter.grad))
+            for shape, pairs in shapes.items():
+                count = max(1, TOGETHER // shape.numel())
+                for first in range(0, len(pairs), count):
+                    self._move(pairs[first : first + count], group)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """Step with parameters of one shape and their gradients."""
+        updates = orthogonalise(torch.stack([self._momentum(p, gradient, group["momentum"]) for p, gradient in pairs]))
+        for (parameter, _), update in zip(pairs, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+
+    def _momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         """Take the gradient into the running mean; the gradient of Nesterov's step."""
-        state, gradient = self.state[parameter], parameter.grad
+        state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - momentum)
