@@ -175,7 +175,7 @@ def _is_main_process() -> bool:
 @app.command(epilog="Example: dit-accel distill --prompts prompts.txt --method clear:8 --steps 500 --out clear-r8")
 def distill(
     prompts: Annotated[Path, typer.Option(help=options.PROMPTS_OR_SAMPLES)],
-    out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints and log to OUT/run.")],
+    out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints, log and curve.png to OUT/run.")],
     method: Annotated[str, typer.Option(help=options.METHOD_FORMS.removeprefix("none (the original attention), ") + ".")] = "fovea",
     vary: Annotated[
         list[str] | None,

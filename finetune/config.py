@@ -38,9 +38,9 @@ class DistillConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     evaluate_every: int = 0  # steps; 0: at start and end only
-    checkpoint_every: int = 100  # steps
+    checkpoint_every: int = 100  # steps; the curve is drawn then, too
     seed: int = 0
-    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log
+    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log, curve
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lora_rank", "checkpoint_every"):

@@ -227,7 +227,7 @@ def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random)
 
 
 def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]) -> None:
-    """Log, evaluate and checkpoint where the config says so. `step` counts finished steps."""
+    """Log, evaluate, checkpoint and draw the curve where the config says so. `step` counts finished steps."""
     config = run.config
     row = {"step": step, **losses}
     if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
@@ -235,3 +235,4 @@ def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Opti
     run.add_row(row)
     if step % config.checkpoint_every == 0 or step == config.steps:
         checkpoints.save(run, checkpoints.STEPS, step, optimizer_tensors(parameters, optimizers))
+        run.write_curve()

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon: an optimizer for hidden layers"
-TOGETHER = (
-    1 << 24
-)  # elements that are orthogonalised at once: one small matrix leaves a CPU's units waiting, all large ones fill its memory
+TOGETHER = 1 << 24  # elements that are orthogonalised at once: small matrices alone leave a CPU waiting, large ones fill memory
 
 
 def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dit_accel.errors import DistillationError
+from dit_accel.files import write_bytes
 from dit_accel.finetune.config import DistillConfig
+from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
@@ -74,6 +76,11 @@ class Run:
         """Put a row, with the seconds so far, at the end of the history and of its log."""
         self.history.append(row | {"seconds": self.seconds})
         self.write_log("log.jsonl", self.history[-1:])
+
+    def write_curve(self) -> None:
+        """Draw the history so far as curve.png in the folder."""
+        if self.accelerator.is_main_process:
+            write_bytes(self.folder / "curve.png", draw_curve(self.history))
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What the logs of a training say: the seconds that it took, and the errors from which its curve is drawn."""
+"""What the logs of a training say: the seconds that it took, the errors from which its curve is drawn, and the curve."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,11 @@ import distill_fixtures as tiny
 import pytest
 import torch
 from distill_fixtures import learn
+from PIL import Image
 
+from dit_accel.finetune import curve
 from dit_accel.finetune import run as runs
+from dit_accel.finetune.curve import recovered
 
 RUN: dict[str, Any] = {"steps": 5, "parameter_steps": 3, "evaluate_every": 2, "checkpoint_every": 2, "train": "parameters"}
 
@@ -66,3 +69,47 @@ def test_the_clock_goes_on_after_a_kill(tmp_path: Path, clock: list[float], forw
     learn(tiny.student(), tmp_path, **RUN)
     assert [row["seconds"] for row in logged(tmp_path)] == [0, 3, 4, 5, 6, 7, 8]
     assert [row["seconds"] for row in logged(tmp_path, "parameters.jsonl")] == [1, 2, 3]
+
+
+# The curve
+
+ROWS = [
+    {"step": 0, "held_out_error": 0.5, "seconds": 0.0},
+    {"step": 0, "held_out_error": 0.4, "seconds": 30.0},
+    {"step": 1, "loss": 0.3, "seconds": 60.0},
+    {"step": 2, "loss": 0.2, "held_out_error": 0.1, "seconds": 90.0},
+]
+
+
+def test_recovery_is_a_share_of_the_untrained_error() -> None:
+    assert recovered(ROWS) == [(0, 0), (0.5, pytest.approx(0.2)), (1.5, pytest.approx(0.8))]
+
+
+@pytest.mark.parametrize("count", [1, 2, 400])
+def test_the_curve_shows_loss_and_recovery(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(curve, "as_png", lambda figure: figures.append(figure) or b"")
+    steps = [{"step": i, "loss": 1 / i, "seconds": 30.0 + i} for i in range(1, count + 1)]
+    curve.draw_curve([*ROWS[:2], *steps[:-1], steps[-1] | {"held_out_error": 0.1}])
+    left, right = figures[0].axes
+    assert left.lines[0].get_xydata().tolist() == [[i, 1 / i] for i in range(1, count + 1)]
+    assert len(left.lines) == (2 if count == 400 else 1)
+    if count == 400:
+        assert left.lines[1].get_xydata()[0].tolist() == [10, pytest.approx(sum(1 / i for i in range(1, 11)) / 10)]
+    assert right.lines[0].get_xydata().tolist() == [[0, 0], [0.5, pytest.approx(0.2)], [(30 + count) / 60, pytest.approx(0.8)]]
+
+
+def test_it_is_drawn_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    real = runs.draw_curve
+
+    def watched(history: Any) -> bytes:
+        drawn.append(int(history[-1]["step"]))
+        return real(history)
+
+    monkeypatch.setattr(runs, "draw_curve", watched)
+    learn(tiny.student(), tmp_path, **RUN)
+    assert drawn == [2, 4, 5]
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10

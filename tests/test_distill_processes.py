@@ -153,7 +153,8 @@ def test_the_main_process_alone_writes_logs_and_checkpoints(two: Path, results: 
         assert [json.loads(line) for line in (two / "run" / name).read_text().splitlines()] == results[0]["resumed"][key]
     names = sorted(p.name for p in (two / "run").iterdir())
     assert names == [
-        "checkpoint-0000002", "checkpoint-0000004", "held-out", "log.jsonl", "parameters-0000002", "parameters.jsonl", "samples",
+        "checkpoint-0000002", "checkpoint-0000004", "curve.png", "held-out", "log.jsonl", "parameters-0000002", "parameters.jsonl",
+        "samples",
     ]  # fmt: skip
 
 
