@@ -25,6 +25,7 @@ from dit_accel.finetune.capture import capture
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.evaluate import on_device, predict
 from dit_accel.finetune.fit import fit
+from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import attention_loss, cosine_factor, relative_error
 from dit_accel.finetune.processes import share, sum_gradients, summed
 from dit_accel.finetune.run import Run, prepare
@@ -194,7 +195,7 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
         losses["attention"] = attention_loss(learnt, taught)
         total = total + config.attention_weight * losses["attention"]
     if flow_target is not None:
-        losses["flow"] = relative_error(prediction, flow_target.to(prediction.device))
+        losses["flow"] = relative_error(prediction, repeated(flow_target, prediction.shape).to(prediction.device))
         total = total + config.flow_weight * losses["flow"]
     return {"loss": total, **{k: v.detach() for k, v in losses.items()}}
 
@@ -209,21 +210,18 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
 
 
 def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor]:
-    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, and the flow-matching target noise − x0.
+    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, and the flow-matching target, noise − x0 or its negative.
 
     σ is drawn between the levels that the run itself visited, so it follows the shift used at inference.
     """
-    name = run.patch.context.family.timestep
-    levels = [*sorted(run.samples.timesteps(position, name), reverse=True), 0.0]
+    levels = run.flow.levels(run.samples, position)
     place = draw.uniform(0, len(levels) - 1)
     low = int(place)
     sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
     noise = torch.randn(forward.latents.shape, generator=torch.Generator().manual_seed(draw.getrandbits(62)))
     x0 = forward.latents.float()
-    arguments = on_device(forward.arguments, torch.device("cpu"))
-    arguments["hidden_states"] = ((1 - sigma) * x0 + sigma * noise).to(forward.latents.dtype)
-    arguments[name] = torch.full_like(arguments[name], sigma)
-    return arguments, noise - x0
+    arguments = run.flow.at(on_device(forward.arguments, torch.device("cpu")), sigma, (1 - sigma) * x0 + sigma * noise)
+    return arguments, run.flow.sign * (noise - x0)
 
 
 def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]) -> None:

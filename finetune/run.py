@@ -1,6 +1,7 @@
 """One distillation under way: what it works on, and what is checked and collected before it starts."""
 
 import contextlib
+import functools
 import json
 import random
 import time
@@ -18,6 +19,7 @@ from dit_accel.files import write_bytes
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.evaluate import velocity_errors
+from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, running, teacher_hash
@@ -46,6 +48,11 @@ class Run:
     error_before: float = 0.0
     error_fitted: float | None = None
     seconds: float = 0.0  # that the steps of both stages have taken, over all resumptions; the main process's clock
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """How the samples name noise levels, for flow matching."""
+        return recorded_flow(self.pipe, self.patch.context.family, self.samples)
 
     @property
     def projected(self) -> bool:
@@ -140,7 +147,10 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     both = {run["prompt"] for run in samples.manifest["runs"]} & {run["prompt"] for run in aside.manifest["runs"]}
     if both:
         raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
-    return Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))
+    run = Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))
+    if config.flow_weight > 0:
+        _ = run.flow  # refused here or not at all
+    return run
 
 
 def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, Any]) -> Samples:
