@@ -70,8 +70,13 @@ class Recorder:
         self.arguments = {k: _copied(v) for k, v in arguments.items() if k != "return_dict"}
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        prediction = output[0] if isinstance(output, tuple) else output.sample
+        prediction = as_one(output[0] if isinstance(output, tuple) else output.sample)
         self.forwards.append((self.arguments, prediction.detach().cpu().clone()))
+
+
+def as_one(prediction: Any) -> Tensor:
+    """A prediction as one tensor; some denoisers give a list of its items."""
+    return prediction if isinstance(prediction, Tensor) else torch.stack(list(prediction))
 
 
 class _Packer:
@@ -83,7 +88,7 @@ class _Packer:
 
     def pack(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            cpu = value.detach().cpu().contiguous()
+            cpu = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # of one expanded item, contiguous() keeps stride 0
             # by content: pipelines pass equal embeddings as new tensors at every step
             raw = cpu.flatten().view(torch.uint8).numpy().tobytes() if cpu.numel() else b""
             key = hashlib.sha256(raw + f"{cpu.dtype}{tuple(cpu.shape)}".encode()).hexdigest()
@@ -176,7 +181,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _original(pipe: Any) -> Iterator[None]:
+def original(pipe: Any) -> Iterator[None]:
     """The original model, whether or not the pipeline is accelerated."""
     accelerated = any(hasattr(m, CONTEXT) for m in find_transformers(pipe))
     with dense(pipe) if accelerated else contextlib.nullcontext():
@@ -232,17 +237,21 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
 
 def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
     """Sample one prompt and write its file; returns its manifest entry."""
-    names = forward_names(transformer)
     generator = torch.Generator("cpu").manual_seed(seed)
-    with _original(pipe), Recorder(transformer, names) as recorder, torch.no_grad():
-        latents = pipe(prompt, generator=generator, output_type="latent", **call).images
+    with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
+        output = pipe(prompt, generator=generator, output_type="latent", **call)
+    return write_run(folder, prompt, seed, recorder.forwards, output.images if hasattr(output, "images") else output.frames)
+
+
+def write_run(folder: Path, prompt: str, seed: int, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor) -> dict[str, Any]:
+    """Write the file of one run, its forwards as (arguments, prediction); returns its manifest entry."""
     packer = _Packer()
-    forwards = [
+    packed = [
         {"arguments": {k: packer.pack(v) for k, v in arguments.items()}, "prediction": packer.pack(prediction)}
-        for arguments, prediction in recorder.forwards
+        for arguments, prediction in forwards
     ]
     name = f"run-{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:16]}.safetensors"
     write_tensors(
-        folder / name, {**packer.tensors, "latents": latents.clone()}, {"run": json.dumps({"prompt": prompt, "forwards": forwards})}
+        folder / name, {**packer.tensors, "latents": latents.clone()}, {"run": json.dumps({"prompt": prompt, "forwards": packed})}
     )
-    return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(forwards)}
+    return {"file": name, "prompt": prompt, "seed": seed, "forwards": len(packed)}
