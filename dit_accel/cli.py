@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from dit_accel import cli_evaluate, cli_generate, files
 from dit_accel import cli_options as options
-from dit_accel.finetune.config import DistillConfig, Trainable
+from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
 HINTS = {
     "generate": "nothing was written; with --hires the same command continues after the last finished stage",
@@ -132,7 +132,7 @@ def _is_main_process() -> bool:
 @app.command(epilog="Example: dit-accel distill --prompts prompts.txt --method clear:8 --steps 500 --out clear-r8")
 def distill(
     prompts: Annotated[Path, typer.Option(help=options.PROMPTS_OR_SAMPLES)],
-    out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints and log to OUT/run.")],
+    out: Annotated[Path, typer.Option(help="Folder: the adapter goes to OUT/adapter; samples, checkpoints, log and curve.png to OUT/run.")],
     method: Annotated[str, typer.Option(help=options.METHOD_FORMS.removeprefix("none (the original attention), ") + ".")] = "fovea",
     vary: Annotated[
         list[str] | None,
@@ -151,6 +151,9 @@ def distill(
         typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla and 0 for others."),
     ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
+    optimizer: Annotated[
+        OptimizerName, typer.Option(help="adamw, or muon for the attention's weights: wants --train attention.")
+    ] = DistillConfig.optimizer,
     learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
     parameter_learning_rate: Annotated[
         float | None, typer.Option(help="Of the method's own parameters; unless given, 0.001 for sla and 0.01 for others.")
@@ -176,7 +179,7 @@ def distill(
     varied = [options.parse_spec(text, reason="--vary wants accelerated methods") for text in vary or []]
     config = DistillConfig(
         specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
-        lora_rank=lora_rank, learning_rate=learning_rate,
+        lora_rank=lora_rank, optimizer=optimizer, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
         checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip

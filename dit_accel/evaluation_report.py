@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_accel.files import write_bytes, write_text
+from dit_accel.finetune.curve import as_png
 from dit_accel.report import STYLE, picture, table
 
 SIDES = {"method": "method", "bfloat16": "original in bfloat16", "again": "original again"}
@@ -81,7 +81,7 @@ def plot_noise_levels(record: dict[str, Any]) -> bytes:
         axes.legend()
     axes.set(xlabel="timestep that the denoiser is given", ylabel="‖velocity − original‖ / ‖original‖")
     axes.grid(alpha=0.3)
-    return _png(figure)
+    return as_png(figure)
 
 
 def plot_heads(record: dict[str, Any]) -> bytes:
@@ -98,13 +98,7 @@ def plot_heads(record: dict[str, Any]) -> bytes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yticks(range(len(layers)), [layer["layer"] if name == "error" else "" for layer in layers], fontsize=6)
         figure.colorbar(shown, ax=axes)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    return data.getvalue()
+    return as_png(figure)
 
 
 def _plot(data: bytes, caption: str) -> str:

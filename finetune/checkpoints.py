@@ -15,7 +15,7 @@ from dit_accel.files import replace_folder
 from dit_accel.finetune.run import Run
 
 STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
-KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "error_fitted")  # of a run, beside what it trains
+KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "error_fitted", "seconds")  # of a run, beside what it trains
 
 
 def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dit_accel.spec import AttentionSpec
 
 Trainable = Literal["parameters", "lora", "attention"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DistillConfig:
     train: Trainable = "lora"
     lora_rank: int = 16
     specs: "tuple[AttentionSpec, ...]" = ()  # one is drawn for each step, so that one adapter serves all; none: the pipeline's own
+    optimizer: OptimizerName = "adamw"  # "muon": orthogonalised momentum for the matrices that train="attention" opens, else AdamW
     learning_rate: float = 1e-3  # of LoRA or weights
     parameter_learning_rate: float | None = None  # of the method's own parameters; None: 1e-2, and 1e-3 after least squares found them
     warmup_steps: int = 20
@@ -36,9 +38,9 @@ class DistillConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     evaluate_every: int = 0  # steps; 0: at start and end only
-    checkpoint_every: int = 100  # steps
+    checkpoint_every: int = 100  # steps; the curve is drawn then, too
     seed: int = 0
-    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log
+    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log, curve
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lora_rank", "checkpoint_every"):
@@ -62,6 +64,9 @@ class DistillConfig:
         for name in ("weight_decay", "prediction_weight", "attention_weight", "flow_weight"):
             self._check(name, type(getattr(self, name)) in (int, float) and 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
+        self._check("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'")
+        if self.optimizer == "muon" and self.train != "attention":
+            raise ValueError(f"optimizer='muon' is for the matrices that train='attention' opens, got train={self.train!r}")
         self._check("mixed_precision", self.mixed_precision in ("no", "bf16"), "'no' or 'bf16'")
         self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "True or False")
         self._check("output_dir", isinstance(self.output_dir, str) and self.output_dir != "", "a path as a string")

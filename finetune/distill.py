@@ -25,11 +25,12 @@ from dit_accel.finetune.capture import capture
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.evaluate import on_device, predict
 from dit_accel.finetune.fit import fit
+from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import attention_loss, cosine_factor, relative_error
 from dit_accel.finetune.processes import share, sum_gradients, summed
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
-from dit_accel.finetune.trainables import Masters, make_optimizer, optimizer_tensors, put_back, set_trainable
+from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
 from dit_accel.patch import always, dense, operators_of, plain_name
 
 
@@ -37,6 +38,8 @@ from dit_accel.patch import always, dense, operators_of, plain_name
 class DistillResult:
     """Held-out relative velocity error before and after, every logged row, and the step it resumed from (0: none).
 
+    `history`: the rows of log.jsonl, one for each step, before them one of step 0 with the first error and, after a first stage, another
+    with the error at its end. `seconds`: what the steps of both stages took until then, without evaluation, sampling and checkpoints.
     `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no such stage.
     """
 
@@ -93,12 +96,15 @@ def _distill(run: Run, progress: bool) -> DistillResult:
     checkpoint = checkpoints.newest(run, checkpoints.STEPS)
     if checkpoint is None and checkpoints.newest(run, checkpoints.PARAMETERS) is None:
         run.error_before = _first_error(run)
+        run.write_log("log.jsonl", [], anew=True)
+        run.add_row({"step": 0, "held_out_error": run.error_before})
     flags = {plain_name(name): p.requires_grad for name, p in run.transformer.named_parameters()}
     before = (run.transformer.training, run.transformer.is_gradient_checkpointing)
     try:
         if checkpoint is None and run.parameter_steps:
             fit(run, progress)
             run.error_fitted = run.held_out_error()
+            run.add_row({"step": 0, "held_out_error": run.error_fitted})
         start = _train(run, checkpoint, progress)
     finally:
         for name, parameter in run.transformer.named_parameters():
@@ -106,9 +112,8 @@ def _distill(run: Run, progress: bool) -> DistillResult:
         run.transformer.train(before[0])
         if not before[1]:
             run.transformer.disable_gradient_checkpointing()
-    error_after = run.held_out_error()
     run.accelerator.wait_for_everyone()  # until the last checkpoint is written
-    return DistillResult(run.error_before, error_after, run.history, start, run.parameter_history, run.error_fitted)
+    return DistillResult(run.error_before, run.history[-1]["held_out_error"], run.history, start, run.parameter_history, run.error_fitted)
 
 
 def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
@@ -117,22 +122,22 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     masters = Masters(set_trainable(run.transformer, run.patch, config))
     parameters = masters.parameters
     tensors = None if checkpoint is None else checkpoints.load(run, checkpoint)
-    optimizer = make_optimizer(parameters, config, run.parameter_rate)
+    optimizers = make_optimizers(parameters, config, run.parameter_rate)
     if tensors is not None:
-        put_back(tensors, parameters, optimizer)
+        put_back(tensors, parameters, optimizers)
         masters.give_values()
-    start = len(run.history)
+    start = int(run.history[-1]["step"])
     run.write_log("log.jsonl", run.history, anew=True)
     if config.gradient_checkpointing:
         run.transformer.enable_gradient_checkpointing()
-    prepared = run.accelerator.prepare(optimizer)
+    prepared = [run.accelerator.prepare(optimizer) for optimizer in optimizers]
     shown = progress and run.accelerator.is_main_process
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distill", disable=None if shown else True)
     for step in bar:
-        with run.spec_drawn(checkpoints.STEPS, step) as drawn:
+        with run.spec_drawn(checkpoints.STEPS, step) as drawn, run.timed_step():
             losses = _train_step(run, masters, prepared, step)
         bar.set_postfix(loss=f"{losses['loss']:.4f}")
-        _after_step(run, parameters, optimizer, step + 1, losses | drawn)
+        _after_step(run, parameters, optimizers, step + 1, losses | drawn)
     return start
 
 
@@ -149,11 +154,11 @@ def _first_error(run: Run) -> float:
     return error
 
 
-def _train_step(run: Run, masters: Masters, optimizer: Any, step: int) -> dict[str, float]:
+def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int) -> dict[str, float]:
     """One optimizer step over `batch_size` recorded forwards, of which each process takes its share; returns the mean of each loss."""
     config = run.config
     factor = cosine_factor(step, config.steps, warmup=config.warmup_steps)
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["initial_lr"] * factor
     totals: dict[str, Tensor] = {}
     run.transformer.train()
@@ -169,8 +174,9 @@ def _train_step(run: Run, masters: Masters, optimizer: Any, step: int) -> dict[s
         raise DistillationError(f"the loss at step {step} is {means['loss']}; lower the learning rate or resume from a checkpoint")
     sum_gradients(masters.parameters.values())
     run.accelerator.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     masters.give_values()
     return means
 
@@ -190,7 +196,7 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
         losses["attention"] = attention_loss(learnt, taught)
         total = total + config.attention_weight * losses["attention"]
     if flow_target is not None:
-        losses["flow"] = relative_error(prediction, flow_target.to(prediction.device))
+        losses["flow"] = relative_error(prediction, repeated(flow_target, prediction.shape).to(prediction.device))
         total = total + config.flow_weight * losses["flow"]
     return {"loss": total, **{k: v.detach() for k, v in losses.items()}}
 
@@ -205,32 +211,27 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
 
 
 def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor]:
-    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, and the flow-matching target noise − x0.
+    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, and the flow-matching target, noise − x0 or its negative.
 
     σ is drawn between the levels that the run itself visited, so it follows the shift used at inference.
     """
-    name = run.patch.context.family.timestep
-    levels = [*sorted(set(run.samples.timesteps(position, name)), reverse=True), 0.0]  # guidance may have visited each twice
-    unit = 1 if levels[0] <= 1 else 1000  # what the family calls the time of pure noise
+    levels = run.flow.levels(run.samples, position)
     place = draw.uniform(0, len(levels) - 1)
     low = int(place)
-    time = levels[low] + (place - low) * (levels[low + 1] - levels[low])
-    sigma = time / unit
+    sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
     noise = torch.randn(forward.latents.shape, generator=torch.Generator().manual_seed(draw.getrandbits(62)))
     x0 = forward.latents.float()
-    arguments = on_device(forward.arguments, torch.device("cpu"))
-    arguments["hidden_states"] = ((1 - sigma) * x0 + sigma * noise).to(forward.latents.dtype)
-    arguments[name] = torch.full_like(arguments[name], time)
-    return arguments, noise - x0
+    arguments = run.flow.at(on_device(forward.arguments, torch.device("cpu")), sigma, (1 - sigma) * x0 + sigma * noise)
+    return arguments, run.flow.sign * (noise - x0)
 
 
-def _after_step(run: Run, parameters: Any, optimizer: torch.optim.Optimizer, step: int, losses: dict[str, float]) -> None:
-    """Log, evaluate and checkpoint where the config says so. `step` counts finished steps."""
+def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]) -> None:
+    """Log, evaluate, checkpoint and draw the curve where the config says so. `step` counts finished steps."""
     config = run.config
     row = {"step": step, **losses}
-    if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
+    if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
         row["held_out_error"] = run.held_out_error()
-    run.history.append(row)
-    run.write_log("log.jsonl", [row])
+    run.add_row(row)
     if step % config.checkpoint_every == 0 or step == config.steps:
-        checkpoints.save(run, checkpoints.STEPS, step, optimizer_tensors(parameters, optimizer))
+        checkpoints.save(run, checkpoints.STEPS, step, optimizer_tensors(parameters, optimizers))
+        run.write_curve()

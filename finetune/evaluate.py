@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.finetune.samples import Forward, Samples
+from dit_accel.finetune.samples import Forward, Samples, as_one
 from dit_accel.patch import find_transformers
 
 
@@ -22,7 +22,7 @@ def on_device(value: Any, device: torch.device) -> Any:
 def predict(transformer: Any, arguments: dict[str, Any]) -> Tensor:
     """The denoiser's prediction for recorded arguments."""
     moved = on_device(arguments, next(transformer.parameters()).device)
-    return transformer(**moved, return_dict=False)[0]
+    return as_one(transformer(**moved, return_dict=False)[0])
 
 
 def velocity_errors(pipe_or_transformer: Any, forwards: Iterable[Forward]) -> list[float]:

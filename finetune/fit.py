@@ -61,10 +61,10 @@ def fit(run: Run, progress: bool) -> None:
     steps, shown = range(start, run.parameter_steps), progress and run.accelerator.is_main_process
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
-        with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn:
+        with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn, run.timed_step():
             error = _step(run, fitter, step)
         bar.set_postfix(attention=f"{error:.4f}")
-        row = {"step": step + 1, "attention": error, **drawn}
+        row = {"step": step + 1, "attention": error, **drawn, "seconds": run.seconds}
         run.parameter_history.append(row)
         run.write_log("parameters.jsonl", [row])
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == run.parameter_steps:
@@ -216,7 +216,7 @@ class Descent:
         self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.parameters, self.optimizer)
+        return optimizer_tensors(self.parameters, [self.optimizer])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        put_back(tensors, self.parameters, self.optimizer)
+        put_back(tensors, self.parameters, [self.optimizer])

@@ -1,8 +1,10 @@
 """One distillation under way: what it works on, and what is checked and collected before it starts."""
 
 import contextlib
+import functools
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dit_accel.errors import DistillationError
-from dit_accel.files import append_text, check_folder, write_text
+from dit_accel.files import append_text, check_folder, write_bytes, write_text
 from dit_accel.finetune.config import DistillConfig
+from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.evaluate import velocity_errors
+from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, running, teacher_hash
@@ -43,6 +47,12 @@ class Run:
     parameter_history: list[dict[str, float]] = field(default_factory=list)
     error_before: float = 0.0
     error_fitted: float | None = None
+    seconds: float = 0.0  # that the steps of both stages have taken, over all resumptions; the main process's clock
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """How the samples name noise levels, for flow matching."""
+        return recorded_flow(self.pipe, self.patch.context.family, self.samples)
 
     @property
     def projected(self) -> bool:
@@ -61,6 +71,23 @@ class Run:
         """Mean relative error of the prediction on the held-out forwards, of which each process evaluates its share."""
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
         return float(sum(errors) / len(errors))
+
+    @contextlib.contextmanager
+    def timed_step(self) -> Iterator[None]:
+        """Adds the time of a `with` block to `seconds`. A GPU's last work on a step is counted in the step after it."""
+        start = time.perf_counter()
+        yield
+        self.seconds += gathered([time.perf_counter() - start])[0]
+
+    def add_row(self, row: dict[str, float]) -> None:
+        """Put a row, with the seconds so far, at the end of the history and of its log."""
+        self.history.append(row | {"seconds": self.seconds})
+        self.write_log("log.jsonl", self.history[-1:])
+
+    def write_curve(self) -> None:
+        """Draw the history so far as curve.png in the folder."""
+        if self.accelerator.is_main_process:
+            write_bytes(self.folder / "curve.png", draw_curve(self.history))
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:
@@ -116,7 +143,10 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     both = {run.prompt for run in samples.entries} & {run.prompt for run in aside.entries}
     if both:
         raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
-    return Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))
+    run = Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))
+    if config.flow_weight > 0:
+        _ = run.flow  # refused here or not at all
+    return run
 
 
 def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, Any]) -> Samples:

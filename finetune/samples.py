@@ -24,7 +24,7 @@ from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.run_file import Forward, Key, Size, damage
 from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
 
-__all__ = ["Forward", "Recorder", "Samples", "collect", "damaged_runs", "write_run"]
+__all__ = ["Forward", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "write_run"]
 
 
 def _copied(value: Any) -> Any:
@@ -59,12 +59,17 @@ class Recorder:
         self.arguments = {k: _copied(v) for k, v in arguments.items() if k != "return_dict"}
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        prediction = output[0] if isinstance(output, tuple) else output.sample
+        prediction = as_one(output[0] if isinstance(output, tuple) else output.sample)
         self.forwards.append((self.arguments, prediction.detach().cpu().clone()))
 
 
+def as_one(prediction: Any) -> Tensor:
+    """A prediction as one tensor; some denoisers give a list of its items."""
+    return prediction if isinstance(prediction, Tensor) else torch.stack(list(prediction))
+
+
 @contextlib.contextmanager
-def _original(pipe: Any) -> Iterator[None]:
+def original(pipe: Any) -> Iterator[None]:
     """The original model, whether or not the pipeline is accelerated."""
     accelerated = any(hasattr(m, CONTEXT) for m in find_transformers(pipe))
     with dense(pipe) if accelerated else contextlib.nullcontext():
@@ -157,6 +162,6 @@ def _collect_one(pipe: Any, transformer: Any, folder: Path, key: Key, call: dict
     """Sample one prompt and write its file."""
     shape = {} if key.size is None else {"height": key.size[0], "width": key.size[1]}
     generator = torch.Generator("cpu").manual_seed(key.seed)
-    with _original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
+    with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
         latents = pipe(key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
     write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)

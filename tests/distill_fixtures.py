@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,17 @@ def quick(folder: Path, **settings: Any) -> DistillConfig:
 def learn(pipe: Any, folder: Path, prompts: Any = PROMPTS, held_out: Any = None, **settings: Any) -> DistillResult:
     """Distil in place, quickly."""
     return distill(pipe, prompts, quick(folder, **settings), held_out=held_out, progress=False, **CALL)
+
+
+def steps_of(result: DistillResult) -> list[dict[str, float]]:
+    """The rows of training steps, without those of the errors before them."""
+    return [row for row in result.history if row["step"] > 0]
+
+
+def untimed(result: DistillResult) -> DistillResult:
+    """The result without `seconds`, which no two runs share."""
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in part] for part in (result.history, result.parameter_history)]
+    return dataclasses.replace(result, history=rows[0], parameter_history=rows[1])
 
 
 def student_forwards(pipe: Any) -> list[tuple[dict[str, Any], Tensor]]:

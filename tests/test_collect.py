@@ -255,7 +255,7 @@ def test_a_batch_of_several_sizes_is_learned_from_and_resumed(tmp_path: Path, fl
         learn_sizes(stopped, tmp_path / "stopped", flow_weight=flow)
     got = learn_sizes(resumed, tmp_path / "stopped", flow_weight=flow)
     assert got.resumed_from == 2
-    assert dataclasses.replace(got, resumed_from=0) == whole
+    assert dataclasses.replace(tiny.untimed(got), resumed_from=0) == tiny.untimed(whole)
     assert same(state(resumed.transformer), state(pipe.transformer))
 
 
@@ -308,7 +308,7 @@ def test_videos_are_recorded_with_both_passes_of_guidance(tmp_path: Path) -> Non
 def test_videos_are_learned_from(tmp_path: Path, spec: Any) -> None:
     pipe = accelerate(video_pipe(), spec)
     steps = 1 if spec.rest == SLA(0.3).rest else 0
-    config = tiny.quick(tmp_path, steps=4, train="lora", parameter_steps=steps, flow_weight=0.5)
+    config = tiny.quick(tmp_path, steps=4, train="lora", parameter_steps=steps)
     call = CLIP | {"height": 64, "width": 96}
     prompts = ["a panda moving left", "a star spinning", "a rocket moving up"]
     seen = tiny.student_forwards(pipe)
@@ -317,12 +317,9 @@ def test_videos_are_learned_from(tmp_path: Path, spec: Any) -> None:
     assert len(samples) == 8
     assert result.error_before > 1e-4
     assert all(math.isfinite(value) for row in result.history for value in row.values())
-    latents = {tiny.text_of(forward.arguments): forward.latents for forward in map(samples.__getitem__, range(8))}
-    for arguments, _ in seen[-4:]:
-        sigma = float(arguments["timestep"].flatten()[0]) / 1000  # Wan counts the time to 1000
-        noise = [(arguments["hidden_states"] - (1 - sigma) * x) / sigma for x in latents.values()]
-        assert 0 < sigma <= 1
-        assert min(abs(float(n.std()) - 1) for n in noise) < 0.3 or sigma < 0.05
+    texts = {tiny.text_of(forward.arguments) for forward in map(samples.__getitem__, range(8))}
+    assert len(texts) == 3  # two prompts and the empty one
+    assert {tiny.text_of(arguments) for arguments, _ in seen} <= texts
 
 
 def test_two_transformers_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import distill_fixtures as tiny
 import pytest
 import torch
-from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, prompt_pipe, same, state, student, unchanged
+from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, prompt_pipe, same, state, student, unchanged, untimed
 
 from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, distill, restore
 from dit_accel.errors import DistillationError, NotAcceleratedError
@@ -29,16 +29,16 @@ def test_losses_and_held_out_error_fall(tmp_path: Path, mode: Any) -> None:
     pipe = student(mode)
     tiny.perturb(pipe)
     result = learn(pipe, tmp_path, steps=24, train=mode, evaluate_every=10, learning_rate=5e-3, parameter_learning_rate=1e-2, lora_rank=8)
-    rows = result.history
-    assert [row["step"] for row in rows] == list(range(1, 25))
+    rows = tiny.steps_of(result)
+    assert [row["step"] for row in result.history] == list(range(25))
     weight = DistillConfig.attention_weight
     assert all(row["loss"] == pytest.approx(row["prediction"] + weight * row["attention"], rel=1e-5) for row in rows)
-    assert [row["step"] for row in rows if "held_out_error" in row] == [10, 20]
+    assert [row["step"] for row in rows if "held_out_error" in row] == [10, 20, 24]
     for name in ("loss", "attention"):
         assert sum(row[name] for row in rows[-4:]) < 0.9 * sum(row[name] for row in rows[:4]), name
     assert result.error_after < 0.99 * result.error_before
     assert result.resumed_from == 0
-    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.history
 
 
 WEIGHTINGS = {"prediction": (1.0, 0.0, 0.0), "attention": (0.0, 2.0, 0.0), "flow": (0.0, 0.0, 1.0), "all": (0.5, 2.0, 3.0)}
@@ -47,14 +47,15 @@ WEIGHTINGS = {"prediction": (1.0, 0.0, 0.0), "attention": (0.0, 2.0, 0.0), "flow
 @pytest.mark.parametrize("weights", WEIGHTINGS.values(), ids=WEIGHTINGS)
 def test_each_loss_is_logged_apart(tmp_path: Path, weights: tuple[float, float, float]) -> None:
     named = dict(zip(("prediction", "attention", "flow"), weights, strict=True))
-    (row,) = learn(student(), tmp_path, steps=1, train="parameters", **{f"{name}_weight": w for name, w in named.items()}).history
-    assert set(row) == {"step", "loss", "prediction"} | {name for name, weight in named.items() if weight}
+    result = learn(student(), tmp_path, steps=1, train="parameters", **{f"{name}_weight": w for name, w in named.items()})
+    (row,) = tiny.steps_of(result)
+    assert set(row) == {"step", "loss", "prediction", "held_out_error", "seconds"} | {name for name, weight in named.items() if weight}
     assert row["loss"] == pytest.approx(sum(w * row[name] for name, w in named.items() if w), rel=1e-5)
 
 
 def test_layers_are_compared_in_one_order_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "_first_error", lambda run: 1.0)  # or it would refuse a student that is its teacher
-    (row,) = learn(accelerate(prompt_pipe(), Fovea(1.0)), tmp_path, steps=1).history
+    (row,) = tiny.steps_of(learn(accelerate(prompt_pipe(), Fovea(1.0)), tmp_path, steps=1))
     assert row["attention"] < 1e-9  # 7 × 9 tokens are two tiles side by side
     assert row["prediction"] < 1e-9
 
@@ -86,16 +87,14 @@ def test_parameters_mode_leaves_a_lora_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_checkpointing_changes_no_value(tmp_path: Path, mode: Any) -> None:
     plain, saving = student(mode), student(mode)
-    rows = [
-        learn(p, tmp_path / name, train=mode, gradient_checkpointing=g).history for p, name, g in ((plain, "a", False), (saving, "b", True))
-    ]
+    results = [learn(p, tmp_path / name, train=mode, gradient_checkpointing=g) for p, name, g in ((plain, "a", False), (saving, "b", True))]
     assert same(state(plain.transformer), state(saving.transformer))
-    assert rows[0] == rows[1]
+    assert untimed(results[0]) == untimed(results[1])
     assert not saving.transformer.is_gradient_checkpointing
 
 
 def test_a_batch_is_the_mean_of_its_forwards(tmp_path: Path) -> None:
-    rows = {n: learn(student(), tmp_path / str(n), steps=1, train="parameters", batch_size=n).history[0] for n in (1, 2, 64)}
+    rows = {n: learn(student(), tmp_path / str(n), steps=1, train="parameters", batch_size=n).history[-1] for n in (1, 2, 64)}
     samples, transformer = Samples(tmp_path / "1" / "samples"), student().transformer
     means = []
     for forward in (samples[i] for i in range(len(samples))):
@@ -111,7 +110,7 @@ def test_flow_matching_draws_levels_of_the_run_and_learns_noise_minus_latents(tm
     seen = tiny.student_forwards(pipe := student())
     call = CALL | {"sigmas": [0.9, 0.8]}
     config = tiny.quick(tmp_path, steps=24, train="parameters", flow_weight=1.0, attention_weight=0.0, parameter_learning_rate=1e-6)
-    rows = distill(pipe, PROMPTS, config, progress=False, **call).history
+    rows = tiny.steps_of(distill(pipe, PROMPTS, config, progress=False, **call))
     samples, sigmas = Samples(tmp_path / "samples"), []
     latents = {tiny.text_of(f.arguments): f.latents for f in map(samples.__getitem__, range(len(samples)))}
     assert len(seen) == len(rows) == 24
@@ -145,7 +144,7 @@ def test_prompts_added_to_an_interrupted_run_stay_apart(tmp_path: Path) -> None:
     seen = tiny.student_forwards(pipe := student())
     late, fresh = learn(pipe, tmp_path / "a", steps=12, train="parameters"), learn(student(), tmp_path / "b", steps=12, train="parameters")
     assert len({tiny.text_of(arguments) for arguments, _ in seen}) == 2
-    assert late == fresh
+    assert untimed(late) == untimed(fresh)
 
 
 @pytest.mark.parametrize(("prompts", "aside"), [([PROMPTS[0]] * 2, None), (PROMPTS, PROMPTS[1:2])], ids=["twice", "in-both"])
@@ -163,7 +162,7 @@ def test_other_prompts_are_another_run(tmp_path: Path) -> None:
 def test_samples_on_disk_give_the_same_result(tmp_path: Path) -> None:
     first = learn(pipe := student(), tmp_path / "a", train="parameters")
     given = learn(other := student(), tmp_path / "b", tmp_path / "a" / "samples", Samples(tmp_path / "a" / "held-out"), train="parameters")
-    assert first == given
+    assert untimed(first) == untimed(given)
     assert same(state(pipe.transformer), state(other.transformer))
 
 
@@ -216,9 +215,9 @@ def assert_resumes(folder: Path, mode: Any, **settings: Any) -> None:
     wanted, got = learn(whole, folder.parent / "whole", train=mode, **settings), learn(resumed, folder, train=mode, **settings)
     assert 0 < got.resumed_from < settings["steps"]
     assert same(state(resumed.transformer), state(whole.transformer))
-    assert got == dataclasses.replace(wanted, resumed_from=got.resumed_from)
+    assert untimed(got) == dataclasses.replace(untimed(wanted), resumed_from=got.resumed_from)
     rows = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, settings["steps"] + 1))
+    assert rows == list(range(settings["steps"] + 1))
 
 
 @pytest.mark.parametrize(("number", "mode"), [(signal.SIGKILL, "lora"), (signal.SIGINT, "attention")], ids=["killed", "interrupted"])
@@ -312,9 +311,10 @@ def test_bfloat16_tells_rounding_from_a_difference(tmp_path: Path) -> None:
 
 
 def test_each_run_has_its_precision(tmp_path: Path) -> None:
-    rows = [learn(student(), tmp_path / p, steps=1, train="parameters", mixed_precision=p).history[0] for p in ("no", "bf16", "no")]
-    assert rows[0] == rows[2] != rows[1]
-    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)
+    results = [learn(student(), tmp_path / p, steps=1, train="parameters", mixed_precision=p) for p in ("no", "bf16", "no")]
+    no, half, again = (untimed(result).history[-1] for result in results)
+    assert no == again != half
+    assert half["loss"] == pytest.approx(no["loss"], rel=0.05)
 
 
 def test_a_nan_loss_is_an_error_and_leaves_the_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

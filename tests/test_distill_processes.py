@@ -16,6 +16,7 @@ from distill_fixtures import learn, prompt_pipe, state
 from safetensors.torch import load_file
 
 from dit_accel import accelerate
+from dit_accel.finetune.distill import DistillResult
 from dit_accel.finetune.samples import Samples, collect
 
 RUN: dict[str, Any] = {
@@ -40,7 +41,7 @@ folder = Path(sys.argv[1])
 main = PartialState(cpu=True).is_main_process
 if not main:
     import dit_accel.finetune.checkpoints, dit_accel.finetune.samples
-    dit_accel.finetune.checkpoints.replace_folder = dit_accel.finetune.samples.write_json = None
+    dit_accel.finetune.checkpoints.replace_folder = dit_accel.finetune.samples.write_index = None
 whole = learn(pipe := accelerate(prompt_pipe(), SPARSE), folder / "run", train="lora", **RUN)
 if main:
     shutil.rmtree(folder / "run" / "checkpoint-0000004")
@@ -60,8 +61,8 @@ PartialState().destroy_process_group()
 """
 
 
-def launch(folder: Path, count: int = 2) -> None:
-    """Run CHILD in so many processes, in the environment that `accelerate launch` gives them."""
+def launch(folder: Path, count: int = 2, child: str = CHILD) -> None:
+    """Run a program in so many processes, in the environment that `accelerate launch` gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +74,7 @@ def launch(folder: Path, count: int = 2) -> None:
     }  # fmt: skip
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)], env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", child, str(folder)], env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(count)
@@ -109,10 +110,15 @@ def close(left: Any, right: Any) -> bool:
     return left == (pytest.approx(right, rel=1e-4) if isinstance(right, float) else right)
 
 
+def untimed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result read back from JSON, without the seconds."""
+    return vars(tiny.untimed(DistillResult(**result)))
+
+
 def test_two_processes_learn_what_one_does(tmp_path: Path, two: Path, results: list[dict[str, Any]]) -> None:
     one = learn(pipe := accelerate(prompt_pipe(), tiny.SPARSE), tmp_path, train="lora", **RUN)
-    assert close(results[0]["whole"], vars(one))
-    assert [row["loss"] for row in one.history] != [one.history[0]["loss"]] * 4
+    assert close(untimed(results[0]["whole"]), vars(tiny.untimed(one)))
+    assert len({row["loss"] for row in tiny.steps_of(one)}) > 1
     start, theirs = state(accelerate(prompt_pipe(), tiny.SPARSE).transformer), load_file(two / "whole-0.safetensors")
     moved = 0
     for name, wanted in state(pipe.transformer).items():
@@ -130,7 +136,7 @@ def test_the_processes_agree_to_the_bit(two: Path, results: list[dict[str, Any]]
 
 def test_all_resume(two: Path, results: list[dict[str, Any]]) -> None:
     for result in results:
-        assert result["resumed"] == result["whole"] | {"resumed_from": 2}
+        assert untimed(result["resumed"]) == untimed(result["whole"]) | {"resumed_from": 2}
     assert tiny.same(load_file(two / "resumed-1.safetensors"), load_file(two / "whole-0.safetensors"))
 
 
@@ -139,15 +145,16 @@ def test_one_process_continues_what_two_began(tmp_path: Path, two: Path, results
     shutil.rmtree(tmp_path / "run" / "checkpoint-0000004")
     got = learn(accelerate(prompt_pipe(), tiny.SPARSE), tmp_path / "run", train="lora", **RUN)
     assert got.resumed_from == 2
-    assert close(vars(got), results[0]["whole"] | {"resumed_from": 2})
+    assert close(vars(tiny.untimed(got)), untimed(results[0]["whole"]) | {"resumed_from": 2})
 
 
 def test_the_main_process_alone_writes_logs_and_checkpoints(two: Path, results: list[dict[str, Any]]) -> None:
     for name, key in (("log.jsonl", "history"), ("parameters.jsonl", "parameter_history")):
-        assert [json.loads(line) for line in (two / "run" / name).read_text().splitlines()] == results[0]["whole"][key]
+        assert [json.loads(line) for line in (two / "run" / name).read_text().splitlines()] == results[0]["resumed"][key]
     names = sorted(p.name for p in (two / "run").iterdir())
     assert names == [
-        "checkpoint-0000002", "checkpoint-0000004", "held-out", "log.jsonl", "parameters-0000002", "parameters.jsonl", "samples",
+        "checkpoint-0000002", "checkpoint-0000004", "curve.png", "held-out", "log.jsonl", "parameters-0000002", "parameters.jsonl",
+        "samples",
     ]  # fmt: skip
 
 
@@ -156,6 +163,7 @@ def test_prompts_are_shared_and_recorded_as_by_one(tmp_path: Path, two: Path) ->
         alone = collect(prompt_pipe(), prompts, tmp_path / name, seed=seed, **tiny.CALL)
         shared = Samples(two / "run" / name)
         assert shared.manifest == alone.manifest
+        assert [(e.file, e.prompt, e.forwards) for e in shared.entries] == [(e.file, e.prompt, e.forwards) for e in alone.entries]
         assert sorted(p.name for p in shared.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
         for i in range(len(alone)):
             assert torch.allclose(shared[i].prediction, alone[i].prediction, atol=1e-5)

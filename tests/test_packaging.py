@@ -34,6 +34,8 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
+    "pipelines.builtin.train": {"finetune.muon", "pipelines"},
+    "pipelines.builtin_video.train": {"files", "finetune.muon", "pipelines"},
     "pipelines.hires": {"errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
     "saving": set(),
     "patch": {
@@ -130,7 +132,7 @@ def forbidden(name: str, imported: str) -> bool:
     if library == "dit_accel":
         target = imported.removeprefix("dit_accel.")
         free = room == "" or room.startswith(PROGRAMS)
-        # the recipe stands above the patch, though it lives beside the families that the patch stands on
+        # the recipe and the trainers stand above the patch, though they live beside the families that the patch stands on
         home = next((r for r in ARROWS if "." in r and within(name, {r})), room)
         return not (free or target == "__version__" or within(target, ARROWS.get(home, set()) | {home}))
     if library in sys.stdlib_module_names:
@@ -168,6 +170,8 @@ def test_every_module_has_its_arrows() -> None:
         ("plan", "dit_accel.Fovea"),
         ("pipelines.families", "dit_accel.patch"),
         ("pipelines.hires.latents", "dit_accel.finetune.distill"),
+        ("pipelines.builtin.train", "dit_accel.finetune.distill"),
+        ("pipelines.builtin.components", "dit_accel.finetune.muon"),
     ],
 )
 def test_wrong_arrows_are_seen(name: str, imported: str) -> None:

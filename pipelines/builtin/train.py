@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from dit_accel.finetune.muon import Muon
 from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.drawings import Renderings, compose, render
-from dit_accel.pipelines.builtin.muon import Muon
 
 GUIDANCE_FROM = 0.75  # share of the budget after which the guidance embedding is trained
 BATCH = {128: 32, 256: 12, 512: 3, 1024: 1}

@@ -3,12 +3,14 @@
 `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 instructions multiplies hundreds of times slower than float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon: an optimizer for hidden layers"
+TOGETHER = 1 << 24  # elements that are orthogonalised at once: small matrices alone leave a CPU waiting, large ones fill memory
 
 
 def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
@@ -29,7 +31,9 @@ class Muon(torch.optim.Optimizer):
     Takes parameters `[M, N]`, float32. `lr` means what it means for AdamW (factor 0.2·sqrt(max(M, N)), Liu et al. 2025, eq. 4).
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -38,16 +42,21 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    pair = parameter, self._momentum(parameter, parameter.grad, group["momentum"])
-                    shapes.setdefault(parameter.shape, []).append(pair)
-            for shape, pairs in shapes.items():  # together: one matrix alone leaves a CPU's matrix units waiting
-                updates = orthogonalise(torch.stack([direction for _, direction in pairs]))
-                for (parameter, _), update in zip(pairs, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    shapes.setdefault(parameter.shape, []).append((parameter, parameter.grad))
+            for shape, pairs in shapes.items():
+                count = max(1, TOGETHER // shape.numel())
+                for first in range(0, len(pairs), count):
+                    self._move(pairs[first : first + count], group)
+
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """Step with parameters of one shape and their gradients."""
+        updates = orthogonalise(torch.stack([self._momentum(p, gradient, group["momentum"]) for p, gradient in pairs]))
+        for (parameter, _), update in zip(pairs, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
 
     def _momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-        """Take a gradient into the running mean; the direction of Nesterov's step."""
+        """Take the gradient into the running mean; the gradient of Nesterov's step."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
