@@ -21,7 +21,7 @@ from dit_accel.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"]]
-COMMANDS += [["bench", name] for name in ("quality", "step", "kernels")]
+COMMANDS += [["bench", name] for name in ("quality", "step", "draw", "kernels")]
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 # 128 image tokens: two tiles
 SMALL = ["--size", "256x128", "--max-sequence-length", "16"]
@@ -202,7 +202,7 @@ def test_traceback_on_request(tmp_path: Path) -> None:
     [("generate", "nothing was written"), ("collect", "continues with the prompts that are missing"), ("distill", "newest checkpoint")],
 )
 def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_models, "load_pipeline", interrupt)
@@ -215,7 +215,7 @@ def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, mo
 
 
 def test_other_exceptions_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: 1 / 0)
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: 1 / 0)
     assert isinstance(run("generate", "x", "--out", tmp_path / "a.png").exception, ZeroDivisionError)
 
 
