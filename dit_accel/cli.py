@@ -271,6 +271,39 @@ def step(
     bench_step(pipe, sizes=sizes, methods=specs, repeats=repeats, out=out, max_sequence_length=length)
 
 
+@bench.command(epilog="Example: dit-accel bench draw --frames 17 --size 768x768 --method sla:0.05,tile=4x4x4")
+def draw(
+    prompt: Annotated[str, typer.Argument(help="What is drawn.")] = "a panda moving left on a blue background",
+    model: options.Model = "builtin",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
+    ] = None,
+    size: options.Size = "1024x1024",
+    frames: options.Frames = None,
+    steps: options.Steps = 16,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = 3.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
+    max_sequence_length: options.TextLength = None,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+) -> None:
+    """Measure the time of a whole picture or video, with each method and with the original attention."""
+    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    reason = "bench draw wants accelerated methods (the original is always measured)"
+    specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
+    if out:
+        options.check_file(out)
+    from dit_accel.bench_draw import bench_draw
+    from dit_accel.cli_models import frames_call, load_pipeline
+
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe.set_progress_bar_config(disable=True)
+    bench_draw(pipe, prompt, methods=specs, repeats=repeats, seed=seed, out=out, **call, **frames_call(pipe, frames))
+
+
 @bench.command(epilog="Example: dit-accel bench kernels --out kernels.json")
 def kernels(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case below 32,768 tokens; above it is one.")] = 5,

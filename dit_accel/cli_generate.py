@@ -12,10 +12,7 @@ from dit_accel import files
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EPILOG = (
-    'Examples: dit-accel generate "a panda on a blue background" --method clear:16 --size 1024x768 --out panda.png · '
-    'dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4'
-)
+EPILOG = 'Example: dit-accel generate "a panda on a blue background" --method clear:16 --size 1024x768 --out panda.png'
 
 
 def generate(
@@ -49,7 +46,10 @@ def generate(
         Path | None, typer.Option(help="File to write; its ending names the format.", show_default="image.png, with --video video.mp4")
     ] = None,
 ) -> None:
-    """Draw one picture or video with an accelerated pipeline, and show what ran in each layer."""
+    """Draw one picture or video with an accelerated pipeline, and show what ran in each layer.
+
+    A video: dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4
+    """
     if adapter is not None and (method is not None or dense_steps):
         raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
     if not video and (frames is not None or fps is not None):

@@ -21,7 +21,7 @@ from dit_accel.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"]]
-COMMANDS += [["bench", name] for name in ("quality", "step", "kernels")]
+COMMANDS += [["bench", name] for name in ("quality", "step", "draw", "kernels")]
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 # 128 image tokens: two tiles
 SMALL = ["--size", "256x128", "--max-sequence-length", "16"]

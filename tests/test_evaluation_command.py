@@ -81,7 +81,7 @@ SMALL = ["--size", "144x112", "--steps", 2, "--max-sequence-length", 8]
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: picture_pipe())
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: picture_pipe())
 
 
 @pytest.mark.usefixtures("numbers_only", "tiny_model")
@@ -135,7 +135,7 @@ def test_the_command_checks_before_it_loads(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: pytest.fail("a model was loaded before the arguments were checked"))
+    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded before the arguments were checked"))
     done = run(*arguments)
     assert done.exit_code == 2
     assert done.stderr.strip() == f"error: {message}"
@@ -150,7 +150,7 @@ def test_the_command_checks_before_it_loads(
     ],
 )
 def test_limits_are_said_before_the_work(arguments: list[str], limits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise ValueError("stopped")
 
     monkeypatch.setattr(cli_models, "load_pipeline", stop)
@@ -160,6 +160,7 @@ def test_limits_are_said_before_the_work(arguments: list[str], limits: list[str]
 @pytest.mark.usefixtures("tiny_model")
 def test_frames_go_to_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("dit_accel.pipelines.video.frames_argument", lambda pipe: "num_frames")
     monkeypatch.setattr(evaluation, "evaluate", lambda pipe, prompts, out, **settings: calls.append(settings))
     assert run("a cat", "--frames", 9, "--size", "64x32", "--model", "other", "--out", tmp_path).exit_code == 0
     (settings,) = calls

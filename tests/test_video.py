@@ -1,6 +1,9 @@
 """Videos from the command line, their files, and how their motion compares with the original's."""
 
+import json
 import random
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ import torch
 from conftest import fill_randomly
 from PIL import Image, ImageSequence
 from test_builtin_video import renderings  # noqa: F401  a fixture
-from test_cli import fail, make_tiny, run, succeed
+from test_cli import ROOT, fail, make_tiny, run, succeed
 from torch import Tensor
 
+import dit_accel
 from dit_accel import Fovea, accelerate, save_video
 from dit_accel.evaluation import evaluate
 from dit_accel.pipelines.builtin.drawings import Renderings
@@ -127,6 +131,18 @@ def test_evaluate_a_video(model: str, tmp_path: Path) -> None:
     assert "RMS difference of that change" in (tmp_path / "report.html").read_text()
 
 
+def test_bench_draw(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "draw.json"
+    methods = ["--method", "sla:0.3,tile=4x4x4", "--method", "fovea:1.0,tile=4x4x4"]
+    text = succeed("bench", "draw", "a cat", "--frames", 9, "--model", model, *SMALL, *methods, "--repeats", 1, "--out", out)
+    assert "9 frames, 2 steps, medians of 1" in text
+    sparse, whole = json.loads(out.read_text())["rows"]
+    assert sparse["psnr"] < 60 < whole["psnr"]
+    assert whole["change"] == pytest.approx(1, abs=1e-3)
+    assert min(sparse["original"], sparse["accelerated"]) > 0
+    assert fail("bench", "draw", "--method", "none").startswith("bench draw wants accelerated methods")
+
+
 def test_errors_before_a_model_is_loaded(tmp_path: Path) -> None:
     out = ["--out", tmp_path / "a.gif"]
     assert fail("generate", "x", "--frames", 9, *out) == "--frames and --fps want --video, got none"
@@ -147,3 +163,21 @@ def test_pictures_and_videos_are_not_taken_for_each_other(model: str, tmp_path: 
 def test_frames_argument(model: str) -> None:
     assert frames_argument(builtin_video_pipeline(model)) == "num_frames"
     assert frames_argument(make_tiny()) is None
+
+
+def test_the_sample_runs(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import WanPipeline
+
+    call = WanPipeline.__call__
+
+    def small(self: Any, prompt: str, **settings: Any) -> Any:
+        return call(self, prompt, **{**settings, "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 1})
+
+    monkeypatch.setattr(WanPipeline, "__call__", small)
+    monkeypatch.setattr(dit_accel, "builtin_video_pipeline", lambda: builtin_video_pipeline(model))
+    monkeypatch.setattr(sys, "argv", ["video.py", "1"])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "samples" / "video.py"), run_name="__main__")
+    with Image.open(tmp_path / "video" / "video.gif") as image:
+        assert (image.size, image.n_frames) == ((3 * 96, 64), 9)
+    assert (tmp_path / "video" / "video.mp4").stat().st_size > 0
