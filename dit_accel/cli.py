@@ -142,8 +142,12 @@ def _save_picture(image: "Image", path: Path) -> None:
 
 @app.command(epilog="Example: dit-accel collect --prompts prompts.txt --out samples --size 512x512 --steps 8")
 def collect(
-    prompts: options.Prompts,
     out: Annotated[Path, typer.Option(help="Folder for the samples; what it holds already is skipped.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Instead: folder of png, jpg or webp files, captions in .txt files of the same names or in metadata.jsonl."),
+    ] = None,
     model: options.Model = "builtin",
     size: options.Size = "512x512",
     steps: options.Steps = 8,
@@ -153,14 +157,25 @@ def collect(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Record the original model drawing prompts, as training data for distill (prompt i with seed + i)."""
+    """Record the original model drawing prompts, or on pictures of your own, as training data for distill (number i with seed + i)."""
+    if (prompts is None) == (pictures is None):
+        raise ValueError(f"one of --prompts and --pictures is wanted, got {'neither' if prompts is None else 'both'}")
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
-    texts = options.read_prompts(prompts)
+    texts = options.read_prompts(prompts) if prompts is not None else []
+    if pictures is not None and not pictures.is_dir():
+        raise ValueError(f"pictures is a folder, got {pictures}")
     files.check_folder(out)
     from dit_accel.cli_models import load_pipeline
-    from dit_accel.finetune.samples import collect as collect_samples
 
-    samples = collect_samples(load_pipeline(model, dtype, device), texts, out, seed=seed, **call)
+    pipe = load_pipeline(model, dtype, device)
+    if pictures is not None:
+        from dit_accel.finetune.pictures import collect_pictures
+
+        samples = collect_pictures(pipe, pictures, out, seed=seed, **call)
+    else:
+        from dit_accel.finetune.samples import collect as collect_samples
+
+        samples = collect_samples(pipe, texts, out, seed=seed, **call)
     if _is_main_process():
         typer.echo(f"{len(samples)} forwards in {out}")
 

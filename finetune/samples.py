@@ -8,7 +8,7 @@ here knows a model family. A manifest beside the files names prompts, seeds, cal
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,19 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
     (transformer,) = find_transformers(pipe)
+
+    def make(number: int) -> dict[str, Any]:
+        return _collect_one(pipe, transformer, Path(folder), prompts[number], seed + number, call)
+
+    return record_runs(pipe, folder, [(prompt, seed + i) for i, prompt in enumerate(prompts)], make, call)
+
+
+def record_runs(
+    pipe: Any, folder: str | Path, wanted: Sequence[tuple[str, int]], make: Callable[[int], dict[str, Any]], call: dict[str, Any]
+) -> Samples:
+    """Have `make(i)` write the run of the i-th (prompt, seed) and give its manifest entry, for all that the folder lacks; what `collect`
+    says of the folder and of several processes holds."""
+    (transformer,) = find_transformers(pipe)
     try:
         stored = json.loads(json.dumps(call))
     except TypeError as error:
@@ -216,15 +229,14 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
     manifest["runs"] = [run for run in manifest["runs"] if (folder / run["file"]).exists()]
     state.wait_for_everyone()  # all have read the folder before one writes to it
     have = {(run["prompt"], run["seed"]) for run in manifest["runs"]}
-    todo = [(p, seed + i) for i, p in enumerate(prompts) if (p, seed + i) not in have]
+    todo = [i for i, key in enumerate(wanted) if key not in have]
     quiet = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
-    rounds = range(0, len(todo), state.num_processes)  # in each, every process samples one prompt
+    rounds = range(0, len(todo), state.num_processes)  # in each, every process makes one run
     try:
         for first in tqdm(rounds, desc="collect", disable=None if state.is_main_process else True):
             mine = todo[first : first + state.num_processes][state.process_index :][:1]
-            made = [_collect_one(pipe, transformer, folder, prompt, run_seed, call) for prompt, run_seed in mine]
-            manifest["runs"] += gathered(made)
+            manifest["runs"] += gathered([make(i) for i in mine])
             if state.is_main_process:
                 write_json(folder / "manifest.json", manifest)
     finally:
@@ -232,7 +244,7 @@ def collect(pipe: Any, prompts: Sequence[str], folder: str | Path, *, seed: int 
     if state.is_main_process:
         write_json(folder / "manifest.json", manifest)
     state.wait_for_everyone()
-    return Samples(folder).only([(p, seed + i) for i, p in enumerate(prompts)])
+    return Samples(folder).only(list(wanted))
 
 
 def _collect_one(pipe: Any, transformer: Any, folder: Path, prompt: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
