@@ -73,7 +73,11 @@ def collect(
     out: Annotated[
         Path, typer.Option(help="Folder for the samples; what it holds whole is skipped. Several machines may fill it at once.")
     ],
-    prompts: options.SomePrompts = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Instead: folder of png, jpg or webp files, captions in .txt files of the same names or in metadata.jsonl."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only read every sample in the folder, and name those that are damaged; then exit with 1.")
     ] = False,
@@ -87,23 +91,34 @@ def collect(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Record the original model drawing prompts, as training data for distill (prompt i with seed + i)."""
-    if check and prompts is not None:
-        raise ValueError(f"--check reads what is there: wanted no --prompts beside it, got {prompts}")
+    """Record the original model drawing prompts, or on pictures of your own, as training data for distill (number i with seed + i)."""
+    if [prompts is not None, pictures is not None, check].count(True) != 1:
+        given = [
+            name for name, value in (("--prompts", prompts), ("--pictures", pictures), ("--check", check or None)) if value is not None
+        ]
+        raise ValueError(f"one of --prompts, --pictures and --check is wanted, got {' and '.join(given) or 'none'}")
     if check:
         _check_samples(out)
         return
-    if prompts is None:
-        raise ValueError("--prompts is wanted, a text file with one prompt per line, or --check; got neither")
     call = options.sampling_arguments(model, size, steps, guidance, max_sequence_length)
-    texts = options.read_prompts(prompts)
+    texts = options.read_prompts(prompts) if prompts is not None else []
+    if pictures is not None and not pictures.is_dir():
+        raise ValueError(f"pictures is a folder, got {pictures}")
+    if pictures is not None and "sizes" in call:
+        raise ValueError(f"--pictures takes one --size, got {' and '.join(size or [])}")
     files.check_folder(out)
     from dit_accel.cli_models import frames_call, load_pipeline
-    from dit_accel.finetune.samples import collect as collect_samples
 
     pipe = load_pipeline(model, dtype, device, video=frames is not None)
     call |= frames_call(pipe, frames)
-    samples = collect_samples(pipe, texts, out, seed=seed, **call)
+    if pictures is not None:
+        from dit_accel.finetune.pictures import collect_pictures
+
+        samples = collect_pictures(pipe, pictures, out, seed=seed, **call)
+    else:
+        from dit_accel.finetune.samples import collect as collect_samples
+
+        samples = collect_samples(pipe, texts, out, seed=seed, **call)
     if _is_main_process():
         typer.echo(f"{len(samples)} forwards in {out}; licence of the base model: {samples.manifest['licence']}")
 
@@ -117,7 +132,7 @@ def _check_samples(folder: Path) -> None:
         typer.echo(f"{name}: {wrong}")
     count = len(list(folder.glob("run-*.safetensors")))
     if damaged:
-        typer.echo(f"{len(damaged)} of {count} runs are damaged; collecting their prompts again replaces them")
+        typer.echo(f"{len(damaged)} of {count} runs are damaged; collecting them again replaces them")
         raise typer.Exit(1)
     typer.echo(f"{count} runs, all whole; licence of the base model: {Samples(folder).manifest['licence']}")
 

@@ -42,7 +42,6 @@ Frames = Annotated[
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
-SomePrompts = Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
 Hires = Annotated[
     bool,
     typer.Option("--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages."),

@@ -11,6 +11,7 @@ anew from the files' headers whenever a collection ends.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
@@ -41,13 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != FORMAT or set(manifest) != {*SHARED, *NOTES}:
         raise DistillationError(
-            f"{folder} wants a manifest of the format {FORMAT!r} with the fields {[*SHARED, *NOTES]}, got {found!r} or other fields"
+            f"{folder} wants a manifest of the format {FORMAT!r} with the fields {[*SHARED, *NOTES]}, got {found!r} or other fields: "
+            "collect into a new folder"
         )
     return dict(manifest)
 
 
-def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make the folder's manifest, or compare: of several processes that come at once, one makes it and all others find it.
+def claim(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Make the folder's manifest, or compare: of several processes that come at once, one makes it and all others find it. Returns
+    `maker_of` it.
 
     Raises DistillationError where the folder holds runs of another teacher or call.
     """
@@ -57,6 +60,7 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name in SHARED:
         if found[name] != manifest[name]:
             raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, wanted {manifest[name]!r}; name another folder")
+    return maker_of(found)
 
 
 def maker_of(manifest: Mapping[str, Any]) -> str:
@@ -66,7 +70,7 @@ def maker_of(manifest: Mapping[str, Any]) -> str:
 
 def write_run(
     folder: str | Path, prompt: str, seed: int, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor, *,
-    size: Size | None = None,
+    size: Size | None = None, picture: str | None = None,
 ) -> Path:  # fmt: skip
     """Write one run to a folder that has a manifest; returns its file.
 
@@ -74,10 +78,10 @@ def write_run(
         forwards: of each forward the denoiser's keyword arguments (tensors, numbers, strings, lists and dicts of them) and the teacher's
             prediction.
         latents: the run's final latents, in the form of the denoiser's own input.
-        size: (height, width) in pixels, part of what tells runs apart.
+        size, picture: parts of what tells runs apart, see `Key`.
     """
     folder = Path(folder)
-    return run_file.write(folder, Key(prompt, seed, size), maker_of(read_manifest(folder)), forwards, latents)
+    return run_file.write(folder, Key(prompt, seed, size, picture), maker_of(read_manifest(folder)), forwards, latents)
 
 
 def run_paths(folder: Path) -> list[Path]:
@@ -155,10 +159,7 @@ def _index_row(path: Path, maker: str) -> dict[str, Any]:
         entry = _entry(path, maker)
     except DistillationError as error:
         return {"file": path.name, "damaged": str(error)}
-    return {
-        "file": entry.file, "prompt": entry.prompt, "seed": entry.seed, "size": entry.size, "forwards": entry.forwards,
-        "sha256": entry.sha256,
-    }  # fmt: skip
+    return {"file": entry.file, **dataclasses.asdict(entry)}
 
 
 def remove_leftovers(folder: Path) -> None:

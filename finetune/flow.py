@@ -58,8 +58,8 @@ class Flow:
 def in_place_of(own: Tensor | Sequence[Tensor], x: Tensor) -> Any:
     """Latents `[B, ...]` in the form of a forward's own: repeated over a batch that guidance doubles, or as a list of items."""
     if isinstance(own, Tensor):
-        return repeated(x, own.shape).to(own.dtype)
-    return list(repeated(x, (len(own), *own[0].shape)).to(own[0].dtype).unbind(0))
+        return repeated(x, own.shape).to(own)
+    return list(repeated(x, (len(own), *own[0].shape)).to(own[0]).unbind(0))
 
 
 def repeated(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ tells when or where it was written: two processes that record one run write the 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -26,20 +27,23 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class Key:
-    """What tells the runs of one folder apart. `size` is None where the pipeline chose it."""
+    """What tells the runs of one folder apart. `size` is None where the pipeline chose it; `picture`: the SHA-256 of a picture's file, None
+    where the pipeline sampled."""
 
     prompt: str
     seed: int
-    size: Size | None
+    size: Size | None = None
+    picture: str | None = None
 
     @property
     def file(self) -> str:
         """The name of the run's file."""
         shape = "" if self.size is None else f"{self.size[0]}x{self.size[1]}"
-        return f"run-{hashlib.sha256(f'{self.seed} {shape} {self.prompt}'.encode()).hexdigest()[:24]}.safetensors"
+        text = f"{self.seed} {shape} {self.picture or ''} {self.prompt}"
+        return f"run-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry(Key):
     """A run as the header of its file tells it; `sha256` is its record's, which covers all of its contents."""
 
@@ -88,7 +92,7 @@ def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str,
     """Write one run, all at once; returns its path. `maker` is what `StoredRun` compares."""
     tensors: dict[str, Tensor] = {}
     record = {
-        "prompt": key.prompt, "seed": key.seed, "size": key.size, "maker": maker, "latents": _pack(latents, tensors),
+        **dataclasses.asdict(key), "maker": maker, "latents": _pack(latents, tensors),
         "forwards": [
             {"arguments": {k: _pack(v, tensors) for k, v in arguments.items()}, "prediction": _pack(prediction, tensors)}
             for arguments, prediction in forwards
@@ -109,7 +113,9 @@ class StoredRun:
         record = json.loads(text)
         size = None if record["size"] is None else (record["size"][0], record["size"][1])
         self.forwards, self.latents = record["forwards"], record["latents"]
-        self.entry = Entry(record["prompt"], record["seed"], size, len(self.forwards), digest)
+        self.entry = Entry(
+            record["prompt"], record["seed"], size, record["picture"], forwards=len(self.forwards), sha256=digest,
+        )  # fmt: skip
         if self.entry.file != name:
             raise ValueError(f"it is the run of the prompt {self.entry.prompt!r}, seed {self.entry.seed}, size {size} under another's name")
         if record["maker"] != maker:

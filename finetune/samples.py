@@ -8,7 +8,7 @@ runs is kept, and shared by several processes, is told in `cache`.
 import contextlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from dit_accel.base_model import base_model_name, licence_of
 from dit_accel.errors import DistillationError
 from dit_accel.files import check_folder
-from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, maker_of, read_manifest, remove_leftovers, write_index, write_run
+from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
 from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.run_file import Forward, Key, Size, damage
 from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
 
-__all__ = ["Forward", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "write_run"]
+__all__ = ["Forward", "Key", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "record_runs", "write_run"]
 
 
 def _copied(value: Any) -> Any:
@@ -105,10 +105,22 @@ def collect(
     prompts = list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
-    (transformer, *others) = find_transformers(pipe)
+    shapes, call = _sizes(sizes, call)
+
+    def make(key: Key) -> None:
+        _collect_one(pipe, Path(folder), key, call)
+
+    return record_runs(pipe, folder, [Key(prompt, seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(prompts)], make, call)
+
+
+def record_runs(pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callable[[Key], None], call: dict[str, Any]) -> Samples:
+    """Have `make` write all runs that the folder lacks; what `collect` says of the folder, its processes and errors holds.
+
+    `call`: what else the runs depend on, the same for all of the folder.
+    """
+    transformer, *others = find_transformers(pipe)
     if others:
         raise DistillationError(f"wanted a pipeline with one transformer, got {1 + len(others)}")
-    shapes, call = _sizes(sizes, call)
     try:
         stored = json.loads(json.dumps(call))
     except TypeError as error:
@@ -116,19 +128,18 @@ def collect(
     folder, name = Path(folder), base_model_name(pipe, transformer)
     check_folder(folder)
     made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
-    claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
-    keys = [Key(prompt, seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(prompts)]
+    maker = claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
     state = processes(next(transformer.parameters()).device)
+    shown = None if state.is_main_process else True  # to tqdm: unless this is no terminal
     if state.is_main_process:
         remove_leftovers(folder)
-    todo = _todo(folder, keys)
-    rounds = range(0, len(todo), state.num_processes)  # in each, every process samples one prompt
-    maker = maker_of(read_manifest(folder))
+    todo = _todo(folder, keys, maker, shown)
     with _without_progress_bar(pipe):
-        for first in tqdm(rounds, desc="collect", disable=None if state.is_main_process else True):
+        # in each round, every process makes one run
+        for first in tqdm(range(0, len(todo), state.num_processes), desc="collect", disable=shown):
             for key in todo[first : first + state.num_processes][state.process_index :][:1]:
                 if damage(folder / key.file, maker) is not None:  # still: another process may have made it meanwhile
-                    _collect_one(pipe, transformer, folder, key, call)
+                    make(key)
             state.wait_for_everyone()
     if state.is_main_process:
         write_index(folder)
@@ -150,16 +161,17 @@ def _sizes(sizes: Sequence[Size] | None, call: dict[str, Any]) -> tuple[list[Siz
     return shapes, {name: value for name, value in call.items() if name not in ("height", "width")}
 
 
-def _todo(folder: Path, keys: list[Key]) -> list[Key]:
+def _todo(folder: Path, keys: Sequence[Key], maker: str, shown: bool | None) -> list[Key]:
     """The runs that are missing or damaged, in an order that this program's processes share and others don't."""
-    maker = maker_of(read_manifest(folder))
-    missing = gathered([keys[i] for i in share(len(keys)) if damage(folder / keys[i].file, maker) is not None])
+    mine = tqdm(share(len(keys)), desc="check", disable=shown, leave=False)
+    missing = gathered([keys[i] for i in mine if damage(folder / keys[i].file, maker) is not None])
     random.Random().shuffle(missing)
     return list(from_main(missing))
 
 
-def _collect_one(pipe: Any, transformer: Any, folder: Path, key: Key, call: dict[str, Any]) -> None:
+def _collect_one(pipe: Any, folder: Path, key: Key, call: dict[str, Any]) -> None:
     """Sample one prompt and write its file."""
+    (transformer,) = find_transformers(pipe)
     shape = {} if key.size is None else {"height": key.size[0], "width": key.size[1]}
     generator = torch.Generator("cpu").manual_seed(key.seed)
     with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():

@@ -117,8 +117,8 @@ def test_what_another_made_meanwhile_is_not_made_again(tmp_path: Path, monkeypat
     made: list[str] = []
     real = collecting._collect_one
 
-    def watched(pipe: Any, transformer: Any, folder: Path, key: Any, call: Any) -> None:
-        real(pipe, transformer, folder, key, call)
+    def watched(pipe: Any, folder: Path, key: Any, call: Any) -> None:
+        real(pipe, folder, key, call)
         made.append(key.prompt)
         if len(made) == 1:  # the others come from another process, one of them broken
             for path in (tmp_path / "other").glob("run-*"):
@@ -137,7 +137,7 @@ def test_each_process_has_an_order_of_its_own(tmp_path: Path, monkeypatch: pytes
     keys = [cache.Key(prompt, i, None) for i, prompt in enumerate(prompts)]
     cache.claim(tmp_path, manifest("mine"))
     collecting.processes(torch.device("cpu"))
-    orders = [collecting._todo(tmp_path, keys) for _ in range(3)]
+    orders = [collecting._todo(tmp_path, keys, "", True) for _ in range(3)]
     assert all(sorted(order, key=keys.index) == keys for order in orders)
     assert orders[0] != orders[1] != orders[2]  # two equal ones: 1 in 30!
 
@@ -159,7 +159,7 @@ def test_leftovers_of_the_dead_are_cleared_and_never_read(tmp_path: Path) -> Non
 
 def test_the_index_tells_the_files(tmp_path: Path) -> None:
     samples = collect(prompt_pipe(), PROMPTS, tmp_path, seed=7, **CALL)
-    assert rows(tmp_path) == [{**dataclasses.asdict(entry), "file": entry.file, "size": [112, 144]} for entry in samples.entries]
+    assert rows(tmp_path) == [{"file": entry.file, **dataclasses.asdict(entry), "size": [112, 144]} for entry in samples.entries]
     assert [(row["prompt"], row["seed"], row["forwards"]) for row in rows(tmp_path)] == [(p, 7 + i, 2) for i, p in enumerate(PROMPTS)]
     (tmp_path / cache.INDEX).unlink()
     assert [e.file for e in Samples(tmp_path).entries] == [e.file for e in samples.entries]
@@ -384,8 +384,11 @@ def test_collect_shows_the_licence_and_checks(model: str, prompts: Path, tmp_pat
     assert "1 of 2 runs are damaged" in result.stdout
     succeed(*arguments)
     assert path.read_bytes() == whole
-    assert fail("collect", "--check", "--out", out, "--prompts", prompts).startswith("--check reads what is there")
-    assert fail("collect", "--out", out).startswith("--prompts is wanted")
+    wanted = "one of --prompts, --pictures and --check is wanted, got"
+    assert fail("collect", "--check", "--out", out, "--prompts", prompts) == f"{wanted} --prompts and --check"
+    assert fail("collect", "--out", out) == f"{wanted} none"
+    sizes = ["--size", "256x128", "--size", "128x128"]
+    assert fail("collect", "--pictures", tmp_path, "--out", out, *sizes) == "--pictures takes one --size, got 256x128 and 128x128"
     assert "wanted a folder of samples made by collect" in fail("collect", "--check", "--out", tmp_path / "nowhere")
 
 

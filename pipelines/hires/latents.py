@@ -93,8 +93,12 @@ def enlarged(picture: Tensor, size: tuple[int, int]) -> Tensor:
 def noised(pipe: Any, latents: Tensor, sigma: float, seed: int) -> Tensor:
     """x = (1 - sigma) x0 + sigma noise, in the form that the pipeline takes; the noise is drawn on the CPU, for any device alike."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
-    mixed = (1 - sigma) * latents + sigma * noise
-    return pipe._pack_latents(mixed, *mixed.shape) if _packing(pipe) else mixed
+    return packed(pipe, (1 - sigma) * latents + sigma * noise)
+
+
+def packed(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents `[1, C, H, W]` in the form that the pipeline takes."""
+    return pipe._pack_latents(latents, *latents.shape) if _packing(pipe) else latents
 
 
 def partial_sigmas(steps: int, strength: float) -> list[float]:
