@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distill_fixtures as tiny
@@ -20,7 +21,7 @@ from test_cli import fail, make_tiny, run, succeed
 from tiny_video import wan22_two_experts
 
 from dit_accel import SLA, Fovea, accelerate, distill, files
-from dit_accel.base_model import UNKNOWN, licence_of
+from dit_accel.base_model import UNKNOWN, base_model_name, licence_of
 from dit_accel.errors import DistillationError, WriteError
 from dit_accel.finetune import cache
 from dit_accel.finetune import samples as collecting
@@ -346,6 +347,14 @@ def test_the_licence_is_what_a_card_on_this_machine_names(tmp_path: Path) -> Non
     assert licence_of(str(tmp_path / "part")) == UNKNOWN  # of what lies above it, unless that is its pipeline
 
 
+def test_the_base_model_has_one_name_wherever_it_lies() -> None:
+    transformer = SimpleNamespace(config={"_name_or_path": "/cache/models--owner--some-model/snapshots/0a1b2c/transformer"})
+    assert base_model_name(transformer, transformer) == "owner/some-model"
+    assert base_model_name(SimpleNamespace(config={"_name_or_path": "owner/name"}), transformer) == "owner/name"
+    assert base_model_name(SimpleNamespace(config={}), SimpleNamespace(config={"_name_or_path": "folder/of/mine"})) == "folder/of/mine"
+    assert base_model_name(prompt_pipe(), prompt_pipe().transformer) == ""
+
+
 # The commands
 
 SMALL = ["--steps", "2", "--max-sequence-length", "16"]
@@ -404,3 +413,17 @@ def test_sizes_and_licence_reach_the_adapter(model: str, prompts: Path, tmp_path
     card = (out / "adapter" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
     assert "under the licence `mit`" in card
+
+
+def test_videos_from_the_command_line(prompts: Path, tmp_path: Path) -> None:
+    video_pipe().save_pretrained(tmp_path / "model")
+    out, common = tmp_path / "out", ["--model", tmp_path / "model", "--frames", 9, "--size", "96x64", "--max-sequence-length", 8]
+    arguments = ["--prompts", prompts, *common, "--guidance", 3]
+    assert f"8 forwards in {out}" in succeed("collect", "--out", out, *arguments, "--steps", 2)
+    assert Samples(out).manifest["call"]["num_frames"] == 9
+    arguments += ["--method", "clear:1", "--steps", 2, "--sampling-steps", 2, "--lora-rank", 2]
+    assert "after" in succeed("distill", "--out", tmp_path / "trained", *arguments)
+    record = json.loads((tmp_path / "trained" / "adapter" / "dit_accel_config.json").read_text())["training"]
+    assert (record["sampling"]["num_frames"], record["licence"]) == (9, UNKNOWN)
+    assert "its licence unknown" in (tmp_path / "trained" / "adapter" / "README.md").read_text()
+    assert "which makes videos" in run("collect", "--out", tmp_path / "b", "--prompts", prompts, "--model", tmp_path / "model").stderr
