@@ -87,10 +87,20 @@ def create_json(path: Path, data: Any) -> None:
                 except OSError as error:
                     if error.errno not in NO_LINKS:
                         raise
-                    with path.open("x") as file:  # as exclusive; only a kill within this moment would leave half
-                        file.write(temporary.read_text())
+                    _create(path, temporary.read_text())
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a file that must not be there. As exclusive as a link, but a kill within this moment leaves half."""
+    with path.open("x") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def append_text(path: Path, text: str) -> None:

@@ -22,6 +22,8 @@ def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None
     """Write the state after `step` finished steps of a stage; the two newest are kept."""
     if not run.accelerator.is_main_process:
         return
+    for left in run.folder.glob(f".{stage}-*"):  # a process that was killed while it wrote one; no other writes here
+        shutil.rmtree(left)
     record = {**_identity(run), **{name: getattr(run, name) for name in KEPT}}
     replace_folder(run.folder / f"{stage}-{step:07d}", {"state.safetensors": tensors, "record.json": record})
     for old in _found(run, stage)[:-2]:

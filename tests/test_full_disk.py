@@ -68,8 +68,15 @@ def test_samples(tmp_path: Path, name: str) -> None:
     assert len(collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL)) == 4
 
 
-def test_a_new_folder_of_samples(tmp_path: Path) -> None:
-    with full_from("manifest.json"), pytest.raises(WriteError, match=f"manifest.json in {tmp_path}, {SAID}"):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_folder_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(source: Any, target: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refuse)
+    with full_from("manifest.json", 64 if links else 10_000), pytest.raises(WriteError, match=f"manifest.json in {tmp_path}, {SAID}"):
         collect(prompt_pipe(), PROMPTS, tmp_path, **CALL)
     assert contents(tmp_path) == {}
 

@@ -20,7 +20,7 @@ from distill_fixtures import CALL, PROMPTS, learn, prompt_pipe, state
 from dit_accel import CLEAR, accelerate, files
 from dit_accel.finetune.samples import Samples, collect, damaged_runs
 
-MANY = [f"{prompt} {number}" for number in range(3) for prompt in PROMPTS]
+MANY = [f"{prompt} {number}" for number in range(4) for prompt in PROMPTS]
 RUN: dict[str, Any] = {"steps": 6, "parameter_steps": 6, "checkpoint_every": 2}
 
 
@@ -37,7 +37,7 @@ def _distill(folder: Path, before: Callable[..., None]) -> tuple[Any, dict[str, 
     pipe.transformer.register_forward_pre_hook(before)
     result = learn(pipe, folder, train="lora", **RUN)
     logs = {name: len((folder / name).read_text().splitlines()) for name in ("log.jsonl", "parameters.jsonl")}
-    assert {path.name[0] for path in folder.iterdir()} >= {"c", "p"}
+    assert not any(path.name.startswith(".") for path in folder.iterdir())
     weights = {name: tensor.flatten().tolist() for name, tensor in state(pipe.transformer).items()}
     return dataclasses.replace(tiny.untimed(result), resumed_from=0), {"logs": list(logs.items()), **weights}
 
