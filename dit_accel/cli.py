@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dit_accel import cli_evaluate, files
+from dit_accel import cli_evaluate, cli_recovery, files
 from dit_accel import cli_options as options
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
@@ -41,7 +41,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True, help="Measure methods on a model: their quality, or the time of a denoising step.")
+bench = typer.Typer(no_args_is_help=True, help="Measure methods on a model: quality, what training recovers, or a denoising step's time.")
 app.add_typer(bench, name="bench")
 
 
@@ -275,6 +275,7 @@ def _count(source: list[str] | Path) -> int:
 
 
 app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)
+bench.command(epilog=cli_recovery.EPILOG)(cli_recovery.recovery)
 
 
 @bench.command(epilog="Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json")
