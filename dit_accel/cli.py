@@ -218,6 +218,12 @@ def distill(
     ] = DistillConfig.parameter_learning_rate,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
+    evaluate_every: Annotated[
+        int, typer.Option(min=0, help="Training steps between held-out evaluations, the points of the curve; 0: at start and end only.")
+    ] = DistillConfig.evaluate_every,
+    flow_weight: Annotated[
+        float, typer.Option(min=0, help="Above 0: also learn the samples themselves, at drawn noise levels, as for pictures of your own.")
+    ] = DistillConfig.flow_weight,
     mixed_precision: Annotated[
         Literal["no", "bf16"], typer.Option(help="Arithmetic of the training passes.")
     ] = DistillConfig.mixed_precision,
@@ -238,7 +244,7 @@ def distill(
         specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
         lora_rank=lora_rank, optimizer=optimizer, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
-        checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
+        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, flow_weight=flow_weight, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip
     call = options.call_arguments(model, options.parse_size(size), sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
