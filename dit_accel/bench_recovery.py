@@ -34,7 +34,7 @@ from dit_accel.patch import accelerate, always, operators_of, restore
 from dit_accel.pictures import compare
 from dit_accel.spec import AttentionSpec
 
-TIMED = 4  # steps that are timed; the first makes plans and caches and does not count
+TIMED = 6  # steps that are timed; the first makes plans and caches and does not count
 POINTS = 10  # of a curve
 # full weights take smaller steps than a LoRA does
 RATES: dict[Trainable, float] = {"parameters": 1e-3, "lora": 1e-3, "attention": 6e-4}
