@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dit_accel import cli_evaluate, cli_generate, files
+from dit_accel import cli_evaluate, cli_generate, cli_recovery, files
 from dit_accel import cli_options as options
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
@@ -37,7 +37,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True, help="Measure methods on a model: their quality, or the time of a denoising step.")
+bench = typer.Typer(no_args_is_help=True, help="Measure methods on a model: quality, what training recovers, or a denoising step's time.")
 app.add_typer(bench, name="bench")
 
 
@@ -109,7 +109,7 @@ def collect(
     files.check_folder(out)
     from dit_accel.cli_models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device)
     call |= frames_call(pipe, frames)
     if pictures is not None:
         from dit_accel.finetune.pictures import collect_pictures
@@ -175,6 +175,12 @@ def distill(
     ] = DistillConfig.parameter_learning_rate,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
+    evaluate_every: Annotated[
+        int, typer.Option(min=0, help="Training steps between held-out evaluations, the points of the curve; 0: at start and end only.")
+    ] = DistillConfig.evaluate_every,
+    flow_weight: Annotated[
+        float, typer.Option(min=0, help="Above 0: also learn the samples themselves, at drawn noise levels, as for pictures of your own.")
+    ] = DistillConfig.flow_weight,
     mixed_precision: Annotated[
         Literal["no", "bf16"], typer.Option(help="Arithmetic of the training passes.")
     ] = DistillConfig.mixed_precision,
@@ -196,7 +202,7 @@ def distill(
         specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
         lora_rank=lora_rank, optimizer=optimizer, learning_rate=learning_rate,
         parameter_learning_rate=parameter_learning_rate, mixed_precision=mixed_precision,
-        checkpoint_every=checkpoint_every, seed=seed, output_dir=str(out / "run"),
+        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, flow_weight=flow_weight, seed=seed, output_dir=str(out / "run"),
     )  # fmt: skip
     call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
@@ -208,7 +214,7 @@ def distill(
     from dit_accel.cli_models import frames_call, load_pipeline
     from dit_accel.finetune.samples import Samples
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device)
     call |= frames_call(pipe, frames)
     accelerate(pipe, spec)
     result = run_distillation(pipe, source, config, held_out=aside, **call)
@@ -231,6 +237,7 @@ def distill(
 
 
 app.command(epilog=cli_evaluate.EPILOG)(cli_evaluate.evaluate)
+bench.command(epilog=cli_recovery.EPILOG)(cli_recovery.recovery)
 
 
 @bench.command(epilog="Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json")
@@ -286,9 +293,9 @@ def step(
     bench_step(pipe, sizes=sizes, methods=specs, repeats=repeats, out=out, max_sequence_length=length)
 
 
-@bench.command(epilog="Example: dit-accel bench draw --frames 17 --size 768x768 --method sla:0.05,tile=4x4x4")
+@bench.command(epilog="Example: dit-accel bench draw --size 2048x2048 --method fovea --method clear:8")
 def draw(
-    prompt: Annotated[str, typer.Argument(help="What is drawn.")] = "a panda moving left on a blue background",
+    prompt: Annotated[str, typer.Argument(help="What is drawn.")] = "a panda on a blue background",
     model: options.Model = "builtin",
     method: Annotated[
         list[str] | None,
@@ -314,7 +321,7 @@ def draw(
     from dit_accel.bench_draw import bench_draw
     from dit_accel.cli_models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     bench_draw(pipe, prompt, methods=specs, repeats=repeats, seed=seed, out=out, **call, **frames_call(pipe, frames))
 

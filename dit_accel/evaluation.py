@@ -28,7 +28,7 @@ from dit_accel.evaluation_report import show, write_page
 from dit_accel.evaluation_statistics import Bootstrap
 from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.evaluate import velocity_errors
-from dit_accel.finetune.samples import Forward, Recorder
+from dit_accel.finetune.samples import Forward, Recorder, original
 from dit_accel.patch import always, dense, find_transformers, forward_names, operators_of, patches_of
 from dit_accel.pictures import DISTANCE_SIDE, compare, save_picture
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -115,20 +115,20 @@ def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
 
 def _sides(pipe: Any) -> dict[str, Side]:
     """What is compared with the original's first run, as ways to run the pipeline."""
-    device = find_transformers(pipe)[0].device.type
-
-    @contextlib.contextmanager
-    def in_bfloat16() -> Iterator[None]:
-        with dense(pipe), torch.autocast(device, torch.bfloat16):
-            yield
-
-    sides: dict[str, Side] = {"method": lambda: always(pipe), "bfloat16": in_bfloat16, "again": lambda: dense(pipe)}
-    if not _is_wide(pipe):
+    sides: dict[str, Side] = {"method": lambda: always(pipe), "bfloat16": lambda: in_bfloat16(pipe), "again": lambda: dense(pipe)}
+    if not is_wide(pipe):
         del sides["bfloat16"]
     return sides
 
 
-def _is_wide(pipe: Any) -> bool:
+@contextlib.contextmanager
+def in_bfloat16(pipe: Any) -> Iterator[None]:
+    """The original, whether or not the pipeline is accelerated, in bfloat16 arithmetic."""
+    with original(pipe), torch.autocast(find_transformers(pipe)[0].device.type, torch.bfloat16):
+        yield
+
+
+def is_wide(pipe: Any) -> bool:
     """Whether bfloat16 arithmetic is less than what the pipeline computes in."""
     return all(transformer.dtype == torch.float32 for transformer in find_transformers(pipe))
 
@@ -251,7 +251,7 @@ def _notes(pipe: Any, rows: list[Row]) -> list[str]:
     notes = []
     if len(rows) == 1:
         notes.append(ONE_PROMPT)
-    if not _is_wide(pipe):
+    if not is_wide(pipe):
         notes.append("The weights are in half precision already: there is no run in bfloat16 to compare with.")
     if "distance" not in rows[0].pictures["method"]:
         notes.append(NO_DISTANCE)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_accel import SLA, AttentionSpec, Fovea, accelerate, restore, summary
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, Renderings, article
 from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabulary
-from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
+from dit_accel.pipelines.builtin_video import TEXT_TOKENS, train, video_pipeline
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
 from dit_accel.pipelines.builtin_video.transformer import CANVAS, StretchedRotary
@@ -46,7 +46,7 @@ def pipe(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> Wa
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
     train.save_pipeline(made, folder)
-    loaded = builtin_video_pipeline(folder)
+    loaded = video_pipeline(folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -350,3 +350,21 @@ def test_learning_rate() -> None:
     assert train.rate(0, 0.0) == pytest.approx(0.01)
     assert train.rate(500, 0.3) == 1.0
     assert train.rate(5000, 1.0) == pytest.approx(0.03)
+
+
+def test_a_step_without_a_finite_gradient_changes_no_weight(renderings: Renderings, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = toy_run(renderings)
+    train.train_step(run, renderings, 0.0, bf16=False)
+    before = [p.detach().clone() for pipe in (run.pipe, run.average) for p in train.parameters(pipe).values()]
+    good = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda pipe, batch: good(pipe, batch) * float("nan"))
+    for _ in range(train.MOST_DROPPED):
+        train.train_step(run, renderings, 0.0, bf16=False)
+    after = [p for pipe in (run.pipe, run.average) for p in train.parameters(pipe).values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(ArithmeticError, match="wanted finite gradients, got 6 steps in a row without"):
+        train.train_step(run, renderings, 0.0, bf16=False)
+    monkeypatch.setattr(train, "loss_of", good)
+    train.train_step(run, renderings, 0.0, bf16=False)
+    assert run.dropped == 0
+    assert all(bool(p.isfinite().all()) for p in train.parameters(run.pipe).values())

@@ -13,6 +13,7 @@ import tiny_image
 import torch
 from distill_fixtures import learn
 from PIL import Image
+from test_distill_processes import launch
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -146,6 +147,9 @@ def test_the_original_predicts_at_every_level_of_the_picture(tmp_path: Path, nam
     levels = flow.levels(samples, 0)
     assert levels == flow.levels(sampled, 0)
     assert len(levels) == 4
+    for run in samples.runs():  # guidance in two calls shows both the same
+        seen = [next(iter(samples[position].arguments[flow.latents])) for position in run]
+        assert len({item.numpy().tobytes() for item in seen}) == 3
 
 
 def same_value(left: Any, right: Any) -> bool:
@@ -187,6 +191,35 @@ def test_what_is_there_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert calls == ["another"]
     assert len(more) == 3 * CALL["num_inference_steps"]
     assert all(torch.equal(more[i].prediction, kept[i]) for i in range(len(kept)))
+
+
+# Each of two processes: it records its share and leaves what it can read.
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from distill_fixtures import CALL, picture_pipe
+from dit_accel.finetune.pictures import collect_pictures
+torch.set_num_threads(1)
+PartialState(cpu=True)
+folder = Path(sys.argv[1])
+samples = collect_pictures(picture_pipe(), folder / "pictures", folder / "shared", **CALL)
+(folder / f"{PartialState().process_index}.txt").write_text(str(len(samples)))
+PartialState().destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_pictures(tmp_path: Path) -> None:
+    pictures = fill(tmp_path / "pictures", 3)
+    launch(tmp_path, child=CHILD)
+    alone = collect_pictures(tiny.picture_pipe(), pictures, tmp_path / "alone", **CALL)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [str(len(alone))] * 2
+    shared = Samples(tmp_path / "shared")
+    assert shared.manifest == alone.manifest
+    for i in range(len(alone)):
+        assert torch.equal(shared[i].arguments["hidden_states"], alone[i].arguments["hidden_states"])
+        assert torch.allclose(shared[i].prediction, alone[i].prediction, atol=1e-5)
 
 
 # A distillation takes it

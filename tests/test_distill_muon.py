@@ -173,7 +173,12 @@ def test_the_command_takes_it(tmp_path: Path) -> None:
     refused = CliRunner().invoke(cli.app, [str(a) for a in [*arguments, *small]])
     assert refused.exit_code == 2
     assert "got train='lora'" in refused.stderr
-    done = CliRunner().invoke(cli.app, [str(a) for a in [*arguments, "--train", "attention", *small]])
+    more = ["--train", "attention", "--steps", "2", "--evaluate-every", "1", "--flow-weight", "0.5"]
+    done = CliRunner().invoke(cli.app, [str(a) for a in [*arguments, *small, *more]])
     assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "out" / "adapter" / "dit_accel_config.json").read_text())["training"]
-    assert record["config"]["optimizer"] == "muon"
+    config = json.loads((tmp_path / "out" / "adapter" / "dit_accel_config.json").read_text())["training"]["config"]
+    assert (config["optimizer"], config["evaluate_every"], config["flow_weight"]) == ("muon", 1, 0.5)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    assert all("held_out_error" in row for row in rows)
+    assert ["flow" in row for row in rows] == [False, True, True]
+    assert (tmp_path / "out" / "run" / "curve.png").is_file()

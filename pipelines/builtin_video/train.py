@@ -13,6 +13,7 @@ with averaged weights. A run that was stopped goes on where its state was writte
 import argparse
 import copy
 import json
+import math
 import random
 import shutil
 import time
@@ -52,6 +53,7 @@ PHASES: list[tuple[float, dict[Kind, float]]] = [
 RATES = (2e-3, 1e-3)  # Muon's and AdamW's learning rates
 EMA_DECAY = 0.99
 SIZES = (128, 256, 512)
+MOST_DROPPED = 5  # steps in a row
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Run:
     rng: random.Random
     step: int = 0
     spent: float = 0.0
+    dropped: int = 0  # steps in a row whose gradient was not finite
 
 
 def trained_modules(pipe: WanPipeline) -> dict[str, nn.Module]:
@@ -184,6 +187,9 @@ def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool)
         loss = loss_of(run.pipe, batch)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
+    if not norm.isfinite():
+        return drop(run, batch.kind)
+    run.dropped = 0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
         for optimizer in run.optimizers:
             optimizer.step()
@@ -193,6 +199,20 @@ def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool)
         torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
     run.step += 1
     return batch.kind, loss.item(), norm.item()
+
+
+def drop(run: Run, kind: Kind) -> tuple[Kind, float, float]:
+    """Leave out a step whose gradient is not finite: one is bad luck in bfloat16, and taken it would make every weight NaN.
+
+    Raises ArithmeticError after MOST_DROPPED in a row; the state on disk is then the last good one.
+    """
+    run.dropped += 1
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    if run.dropped > MOST_DROPPED:
+        raise ArithmeticError(f"wanted finite gradients, got {run.dropped} steps in a row without, the last at step {run.step} on {kind}")
+    run.step += 1
+    return kind, math.nan, math.nan
 
 
 def save_state(run: Run, path: Path) -> None:
@@ -263,7 +283,8 @@ def train(run: Run, renderings: Renderings, out: Path, minutes: float, *, bf16: 
     while (progress := run.spent / (60 * minutes)) < 1:
         kind, loss, norm = train_step(run, renderings, progress, bf16=bf16)
         run.spent = time.time() - start
-        recent.setdefault(kind, []).append(loss)
+        if math.isfinite(loss):
+            recent.setdefault(kind, []).append(loss)
         if run.step % 20 == 0:
             losses = {f"{frames}x{size}": round(sum(found) / len(found), 4) for (frames, size), found in sorted(recent.items())}
             row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
