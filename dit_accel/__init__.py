@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dit_accel.operator import attention
     from dit_accel.patch import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
+    from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
     from dit_accel.presets import CLEAR, GNA, SLA, Fovea
@@ -38,6 +39,7 @@ _HOMES = {
     "TokenLayout": "layout",
     "attention": "operator",
     "builtin_pipeline": "pipelines.builtin",
+    "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
     "save_video": "pipelines.video",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "accelerate",
     "attention",
     "builtin_pipeline",
+    "builtin_video_pipeline",
     "dense",
     "distill",
     "generate_hires",

@@ -109,7 +109,7 @@ def collect(
     files.check_folder(out)
     from dit_accel.cli_models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
     call |= frames_call(pipe, frames)
     if pictures is not None:
         from dit_accel.finetune.pictures import collect_pictures
@@ -214,7 +214,7 @@ def distill(
     from dit_accel.cli_models import frames_call, load_pipeline
     from dit_accel.finetune.samples import Samples
 
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
     call |= frames_call(pipe, frames)
     accelerate(pipe, spec)
     result = run_distillation(pipe, source, config, held_out=aside, **call)
@@ -321,7 +321,7 @@ def draw(
     from dit_accel.bench_draw import bench_draw
     from dit_accel.cli_models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
     pipe.set_progress_bar_config(disable=True)
     bench_draw(pipe, prompt, methods=specs, repeats=repeats, seed=seed, out=out, **call, **frames_call(pipe, frames))
 

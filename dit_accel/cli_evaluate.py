@@ -48,7 +48,7 @@ def evaluate(
 
     for limit in [ONE_PROMPT] * (len(texts) == 1) + [NO_DISTANCE] * (min(call["height"], call["width"]) < DISTANCE_SIDE):
         typer.echo(limit)  # before the work, so that it can be changed
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=frames is not None)
     call |= frames_call(pipe, frames)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:

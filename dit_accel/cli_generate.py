@@ -34,7 +34,7 @@ def generate(
         bool,
         typer.Option("--strict", help="Run the method even where it is slower; fail where it can't run."),
     ] = False,
-    video: Annotated[bool, typer.Option("--video", help="Make a video, with a --model for videos (none is built in).")] = False,
+    video: Annotated[bool, typer.Option("--video", help="Make a video; the built-in model is then the one for video.")] = False,
     frames: Annotated[int | None, typer.Option(min=1, help="With --video: frames, of most models 4k + 1.", show_default="17")] = None,
     fps: Annotated[int | None, typer.Option(min=1, max=100, help="With --video: frames a second.", show_default="8")] = None,
     hires: options.Hires = False,
@@ -48,7 +48,7 @@ def generate(
 ) -> None:
     """Draw one picture or video with an accelerated pipeline, and show what ran in each layer.
 
-    A video: dit-accel generate "a panda" --video --model FOLDER --size 832x480 --frames 81 --out panda.mp4
+    A video: dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4
     """
     if adapter is not None and (method is not None or dense_steps):
         raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
@@ -72,7 +72,7 @@ def generate(
     from dit_accel import accelerate, generate_hires, load_adapter, summary
     from dit_accel.cli_models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, video=video)
     call |= frames_call(pipe, (frames or 17) if video else None)
     if adapter is not None:
         load_adapter(pipe, adapter, strict=strict)

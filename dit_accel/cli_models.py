@@ -34,8 +34,11 @@ def without_notices() -> Iterator[None]:
             logger.removeFilter(passes)
 
 
-def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
-    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none."""
+def load_pipeline(model: str, dtype: str = "auto", device: str = "auto", *, video: bool = False) -> Any:
+    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none.
+
+    `video`: the built-in one for videos; another has to be one that makes them.
+    """
     import torch
 
     target = _device(device)
@@ -49,11 +52,12 @@ def load_pipeline(model: str, dtype: str = "auto", device: str = "auto") -> Any:
         import dit_accel.pipelines.builtin.transformer
         import dit_accel.pipelines.builtin_video.autoencoder
         import dit_accel.pipelines.builtin_video.transformer  # noqa: F401
-        from dit_accel import builtin_pipeline
+        from dit_accel import builtin_pipeline, builtin_video_pipeline
 
         settings = {_dtype_argument(): getattr(torch, dtype)}
+        builtin = builtin_video_pipeline if video else builtin_pipeline
         try:
-            made = builtin_pipeline(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
+            made = builtin(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
             pipe = made.to(target)
         except (OSError, ValueError) as error:
             raise ValueError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error

@@ -37,7 +37,7 @@ TextLength = Annotated[
 ]
 Frames = Annotated[
     int | None,
-    typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1, with a --model for videos (none is built in)."),
+    typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
 ]
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]

@@ -1,24 +1,22 @@
 """A video three times from the same noise, side by side: the original, SLA as it starts, and SLA after learning from the original.
 
-    python samples/video.py FOLDER [STEPS]
+    python samples/video.py [STEPS]
 
-FOLDER (or a hub id) holds a Wan text-to-video pipeline. SLA keeps 5 % of the key blocks, 4×4×4 tiles of time and space. At this size
-attention is most of the work; smaller videos gain little.
+SLA keeps 5 % of the key blocks, 4×4×4 tiles of time and space. At this size attention is most of the work; smaller videos gain little.
 """
 
 import sys
 import time
 
 import torch
-from diffusers import WanPipeline
 
-from dit_accel import SLA, DistillConfig, accelerate, dense, distill, save_video, summary
+from dit_accel import SLA, DistillConfig, accelerate, builtin_video_pipeline, dense, distill, save_video, summary
 
-steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
-call = {"num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0, "max_sequence_length": 64}
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+call = {"num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0, "max_sequence_length": 24}
 things, motions = ["cat", "car", "ghost", "rocket"], ["moving left", "moving up", "spinning", "growing", "jumping"]
 prompts = [f"a {thing} {motion} on a {colour} background" for thing in things for motion in motions for colour in ("blue", "pink")]
-pipe = accelerate(WanPipeline.from_pretrained(sys.argv[1]), SLA(0.05, tile=(4, 4, 4)))
+pipe = accelerate(builtin_video_pipeline(), SLA(0.05, tile=(4, 4, 4)))
 
 
 def film(side: int = 768) -> torch.Tensor:

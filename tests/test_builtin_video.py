@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_accel import SLA, AttentionSpec, Fovea, accelerate, restore, summary
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, Renderings, article
 from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabulary
-from dit_accel.pipelines.builtin_video import TEXT_TOKENS, train, video_pipeline
+from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
 from dit_accel.pipelines.builtin_video.transformer import CANVAS, StretchedRotary
@@ -46,7 +46,7 @@ def pipe(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> Wa
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
     train.save_pipeline(made, folder)
-    loaded = video_pipeline(folder)
+    loaded = builtin_video_pipeline(folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

@@ -16,10 +16,11 @@ from test_builtin_video import renderings  # noqa: F401  a fixture
 from test_cli import ROOT, fail, make_tiny, run, succeed
 from torch import Tensor
 
+import dit_accel
 from dit_accel import Fovea, accelerate, save_video
 from dit_accel.evaluation import evaluate
 from dit_accel.pipelines.builtin.drawings import Renderings
-from dit_accel.pipelines.builtin_video import TEXT_TOKENS, train, video_pipeline
+from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 SMALL = ["--size", "128x96", "--max-sequence-length", TEXT_TOKENS, "--steps", 2]
@@ -120,7 +121,7 @@ def test_generate_a_video(model: str, method: str, tmp_path: Path) -> None:
 
 
 def test_evaluate_a_video(model: str, tmp_path: Path) -> None:
-    pipe = accelerate(video_pipeline(model), Fovea(0.3, tile=(4, 4, 4)))
+    pipe = accelerate(builtin_video_pipeline(model), Fovea(0.3, tile=(4, 4, 4)))
     call: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": TEXT_TOKENS}
     record = evaluate(pipe, ["a cat moving left"], tmp_path, **call)
     ours, again = (record["measures"][side] for side in ("method", "again"))
@@ -160,7 +161,7 @@ def test_pictures_and_videos_are_not_taken_for_each_other(model: str, tmp_path: 
 
 
 def test_frames_argument(model: str) -> None:
-    assert frames_argument(video_pipeline(model)) == "num_frames"
+    assert frames_argument(builtin_video_pipeline(model)) == "num_frames"
     assert frames_argument(make_tiny()) is None
 
 
@@ -173,7 +174,8 @@ def test_the_sample_runs(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return call(self, prompt, **{**settings, "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 1})
 
     monkeypatch.setattr(WanPipeline, "__call__", small)
-    monkeypatch.setattr(sys, "argv", ["video.py", model, "1"])
+    monkeypatch.setattr(dit_accel, "builtin_video_pipeline", lambda: builtin_video_pipeline(model))
+    monkeypatch.setattr(sys, "argv", ["video.py", "1"])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "samples" / "video.py"), run_name="__main__")
     with Image.open(tmp_path / "video" / "video.gif") as image:
