@@ -32,6 +32,8 @@ METHODS: dict[str, AttentionSpec] = {
     "sla": SLA(0.1),
     "sla, all": SLA(0.1, "elu", "all"),
 }
+# with a number added to each text key's logit, as where prompts of a batch are padded
+PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "sla")}
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = 132  # multiprocessors: they change grids, not code
@@ -51,13 +53,14 @@ class Job:
         torch.set_num_threads(1)  # as many jobs run as there are processors
         from dit_accel.kernels.triton import aot, calls
 
-        spec = METHODS[self.method]
+        spec = (METHODS | PADDED)[self.method]
         layout = TokenLayout((1, 32, 32), 64, order=spec.order)
+        bias = torch.zeros(1, layout.text) if self.method in PADDED else None
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=DTYPES[self.dtype], requires_grad=True) for _ in range(3))
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS)) as launches:
             plan = make_plan(spec, layout, q.device)
-            fused.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")[0].sum().backward()
+            fused.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
@@ -73,7 +76,7 @@ def jobs(
     dtypes: Sequence[str] | None = None,
 ) -> list[Job]:
     """Every combination; None is all of them. Raises ValueError at one that is not known."""
-    known: tuple[Sequence[Any], ...] = (tuple(METHODS), ARCHITECTURES, HEAD_DIMS, tuple(DTYPES))
+    known: tuple[Sequence[Any], ...] = (tuple(METHODS | PADDED), ARCHITECTURES, HEAD_DIMS, tuple(DTYPES))
     given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dit_accel.adapter import load_adapter
 from dit_accel.bench import machine, timed
 from dit_accel.evaluation import draw
 from dit_accel.files import write_json
@@ -19,35 +20,37 @@ from dit_accel.spec import AttentionSpec
 
 
 def bench_draw(
-    pipe: Any, prompt: str, *, methods: Sequence[AttentionSpec], repeats: int = 3, seed: int = 0, out: Path | None = None, **call: Any
-) -> list[dict[str, Any]]:
+    pipe: Any, prompt: str, *, methods: Sequence[AttentionSpec] = (), adapters: Sequence[str] = (), repeats: int = 3, seed: int = 0,
+    out: Path | None = None, **call: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Median seconds of one call of the pipeline, the original and all methods in turns, from the same noise; `call` goes to it.
 
-    Beside them stands how close the result is to the original's (see `pictures.compare`, and `compare_motion` for a video). Methods run
-    even where the original is faster. Prints a table; writes it as JSON where `out` is given.
+    `adapters`: folders of `save_adapter` and the like, measured as methods are. Beside the times stands how close the result is to the
+    original's (see `pictures.compare`, and `compare_motion` for a video). Methods run even where the original is faster. Prints a table;
+    writes it as JSON where `out` is given.
     """
     made: dict[int, torch.Tensor] = {}
 
-    def seconds(number: int, spec: AttentionSpec | None) -> float:
+    def seconds(number: int, side: AttentionSpec | str | None) -> float:
         def run() -> None:
             made[number] = draw(pipe, prompt, seed, call)
 
-        if spec is None:
+        if side is None:
             return timed(run)
-        with always(accelerate(pipe, spec)):
+        with always(load_adapter(pipe, side) if isinstance(side, str) else accelerate(pipe, side)):
             measured = timed(run)
         restore(pipe)
         return measured
 
-    sides = [None, *methods]
-    rounds = [[seconds(number, spec) for number, spec in enumerate(sides)] for _ in range(repeats)]
+    sides = [None, *methods, *adapters]
+    rounds = [[seconds(number, side) for number, side in enumerate(sides)] for _ in range(repeats)]
     original, *others = (statistics.median(each) for each in zip(*rounds, strict=True))
     rows = []
-    for number, (spec, median) in enumerate(zip(methods, others, strict=True), 1):
+    for number, (side, median) in enumerate(zip(sides[1:], others, strict=True), 1):
         close = compare(made[number], made[0])
         if frames_argument(pipe) is not None and len(made[0]) > 1:
             close |= compare_motion(made[number], made[0])
-        rows.append({"method": str(spec), "original": original, "accelerated": median, **close})
+        rows.append({"method": str(side), "original": original, "accelerated": median, **close})
     _show(rows, f"{call['width']}×{call['height']}, {len(made[0])} frames, {call['num_inference_steps']} steps, medians of {repeats}")
     if out is not None:
         write_json(out, {"machine": machine(), "prompt": prompt, "call": call, "repeats": repeats, "rows": rows})

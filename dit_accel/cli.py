@@ -301,6 +301,9 @@ def draw(
         list[str] | None,
         typer.Option(help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
     ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter as in generate, measured beside the methods, or alone; may be repeated.")
+    ] = None,
     size: options.Size = "1024x1024",
     frames: options.Frames = None,
     steps: options.Steps = 16,
@@ -315,7 +318,7 @@ def draw(
     """Measure the time of a whole picture or video, with each method and with the original attention."""
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
     reason = "bench draw wants accelerated methods (the original is always measured)"
-    specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
+    specs = [options.parse_spec(text, reason=reason) for text in method or ([] if adapter else ["fovea"])]
     if out:
         options.check_file(out)
     from dit_accel.bench_draw import bench_draw
@@ -323,7 +326,8 @@ def draw(
 
     pipe = load_pipeline(model, dtype, device, video=frames is not None)
     pipe.set_progress_bar_config(disable=True)
-    bench_draw(pipe, prompt, methods=specs, repeats=repeats, seed=seed, out=out, **call, **frames_call(pipe, frames))
+    call |= frames_call(pipe, frames)
+    bench_draw(pipe, prompt, methods=specs, adapters=adapter or [], repeats=repeats, seed=seed, out=out, **call)
 
 
 @bench.command(epilog="Example: dit-accel bench kernels --out kernels.json")

@@ -17,8 +17,9 @@ from test_cli import ROOT, fail, make_tiny, run, succeed
 from torch import Tensor
 
 import dit_accel
-from dit_accel import Fovea, accelerate, save_video
+from dit_accel import SLA, Fovea, accelerate, save_adapter, save_video
 from dit_accel.evaluation import evaluate
+from dit_accel.patch import OWN
 from dit_accel.pipelines.builtin.drawings import Renderings
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -141,6 +142,23 @@ def test_bench_draw(model: str, tmp_path: Path) -> None:
     assert whole["change"] == pytest.approx(1, abs=1e-3)
     assert min(sparse["original"], sparse["accelerated"]) > 0
     assert fail("bench", "draw", "--method", "none").startswith("bench draw wants accelerated methods")
+
+
+def test_bench_draw_of_an_adapter(model: str, tmp_path: Path) -> None:
+    pipe = accelerate(builtin_video_pipeline(model), SLA(0.3, tile=(4, 4, 4)))
+    for name, parameter in pipe.transformer.named_parameters():
+        if OWN in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(pipe, tmp_path / "adapter")
+    out, sides = tmp_path / "draw.json", ["--method", "sla:0.3,tile=4x4x4", "--adapter", tmp_path / "adapter"]
+    succeed("bench", "draw", "a cat", "--frames", 9, "--model", model, *SMALL, *sides, "--repeats", 1, "--out", out)
+    untrained, adapter = json.loads(out.read_text())["rows"]
+    assert adapter["method"] == str(tmp_path / "adapter")
+    assert adapter["psnr"] != untrained["psnr"]
+    alone = ["--adapter", tmp_path / "adapter", "--repeats", 1, "--out", out]
+    succeed("bench", "draw", "a cat", "--frames", 9, "--model", model, *SMALL, *alone)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["psnr"] == adapter["psnr"]
 
 
 def test_errors_before_a_model_is_loaded(tmp_path: Path) -> None:
