@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from dit_accel import SLA, DistillConfig, accelerate, builtin_video_pipeline, dense, distill, save_video, summary
+from dit_accel import SLA, DistillConfig, accelerate, builtin_video_pipeline, dense, distill, save_adapter, save_video, summary
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 call = {"num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0, "max_sequence_length": 24}
@@ -29,8 +29,9 @@ def film(side: int = 768) -> torch.Tensor:
 with dense(pipe):
     original = film()
 untrained = film()
-config = DistillConfig(steps=steps, train="lora", output_dir="video/run")
+config = DistillConfig(steps=steps, train="attention", optimizer="muon", learning_rate=6e-4, attention_weight=0.0, output_dir="video/run")
 result = distill(pipe, prompts, config, height=512, width=512, **call | {"num_inference_steps": 4})
+save_adapter(pipe, "video/adapter")
 print(f"held-out relative error: {result.error_before:.4f} before, {result.error_after:.4f} after {steps} steps")
 distilled = film()
 summary(pipe)
