@@ -44,6 +44,12 @@ def failing_as_write_error(path: Path) -> Iterator[None]:
         raise WriteError(f"wanted to write {path.name} in {path.parent}, which failed: {error.strerror or error}") from error
 
 
+def _to_disk(path: Path) -> None:
+    """Wait until a file's contents are on the disk. A new name may get there first, and after a power cut stand for nothing."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place at the end; nothing is left behind where that fails, and what was there
@@ -52,6 +58,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         with failing_as_write_error(path):
             yield temporary
+            _to_disk(temporary)
             temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -81,6 +88,7 @@ def create_json(path: Path, data: Any) -> None:
     with failing_as_write_error(path):
         try:
             temporary.write_text(json.dumps(data, indent=1))
+            _to_disk(temporary)
             with contextlib.suppress(FileExistsError):
                 try:
                     os.link(temporary, path)  # unlike a rename, it fails where another process was first
@@ -128,7 +136,7 @@ def _save(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] 
 
 def replace_folder(path: Path, files: Mapping[str, Any]) -> None:
     """Write a folder of safetensors (a mapping of tensors) and JSON files beside `path`, then put it in place."""
-    temporary = _beside(path)
+    temporary, old = _beside(path), _beside(path)
     try:
         with failing_as_write_error(path):
             temporary.mkdir()
@@ -137,10 +145,14 @@ def replace_folder(path: Path, files: Mapping[str, Any]) -> None:
                     _save(temporary / name, content)
                 else:
                     (temporary / name).write_text(json.dumps(content, indent=1))
+                _to_disk(temporary / name)
             if path.exists():
-                shutil.rmtree(path)
+                path.replace(old)
             temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not path.exists():
+            old.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -153,7 +165,10 @@ def staged(folder: Path) -> Iterator[Path]:
         with failing_as_write_error(folder):
             stage.mkdir()
             yield stage
-            for file in stage.iterdir():
+            written = list(stage.iterdir())
+            for file in written:
+                _to_disk(file)
+            for file in written:
                 file.replace(folder / file.name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
