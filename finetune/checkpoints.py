@@ -37,10 +37,9 @@ def newest(run: Run, stage: str) -> Path | None:
         return None
     record = json.loads((found[-1] / "record.json").read_text())
     for name, value in _identity(run).items():
-        if record[name] != json.loads(json.dumps(value)):
-            raise DistillationError(
-                f"{found[-1]} belongs to another run: wanted {name} {value}, got {record[name]}; name another output_dir"
-            )
+        kept = record.get(name)
+        if kept != json.loads(json.dumps(value)):
+            raise DistillationError(f"{found[-1]} belongs to another run: wanted {name} {value}, got {kept}; name another output_dir")
     return found[-1]
 
 
@@ -68,5 +67,5 @@ def _identity(run: Run) -> dict[str, Any]:
     return {
         "config": config, "spec": run.patch.context.spec.to_dict(),
         "layers": sorted(run.patch.originals), "teacher": run.samples.teacher, "prompts": prompts,
-        "calls": [part.manifest["call"] for part in parts],
+        "calls": [part.manifest["call"] for part in parts], "contents": [part.contents for part in parts],
     }  # fmt: skip

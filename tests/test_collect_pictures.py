@@ -234,6 +234,22 @@ def test_a_distillation_learns_from_pictures(tmp_path: Path) -> None:
     assert result.error_after < 0.97 * result.error_before
 
 
+def test_other_pictures_under_the_same_captions_are_another_run(tmp_path: Path) -> None:
+    """Each time the same captions, seeds and call; `first` tells the pictures apart."""
+    recorded = []
+    for first in (0, 5):
+        folder = fill(tmp_path / f"pictures-{first}", 2, first)
+        for i in range(2):
+            (folder / f"{first + i}.txt").write_text(f"picture number {i}")
+        recorded.append(collect_pictures(tiny.picture_pipe(), folder, tmp_path / f"samples-{first}", **CALL))
+    held_out = collect_pictures(tiny.picture_pipe(), fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **CALL)
+    run: dict[str, Any] = {"held_out": held_out, "train": "parameters", "steps": 2, "checkpoint_every": 1}
+    learn(tiny.student(), tmp_path / "run", recorded[0], **run)
+    with pytest.raises(DistillationError, match="another run: wanted prompts"):
+        learn(tiny.student(), tmp_path / "run", recorded[1], **run)
+    assert learn(tiny.student(), tmp_path / "run", recorded[0], **run).resumed_from == 2
+
+
 def test_flow_matching_learns_the_pictures_themselves(tmp_path: Path) -> None:
     """A trained model knows the way from noise to pictures of its kind: an error of 1 would be one that knows nothing of them."""
     pipe = builtin_pipeline()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, pr
 from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, distill, restore
 from dit_accel.errors import DistillationError, NotAcceleratedError
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune.samples import Samples, collect
+from dit_accel.finetune.samples import Samples, collect, write_run
 
 # It learns
 
@@ -157,6 +158,25 @@ def test_other_prompts_are_another_run(tmp_path: Path) -> None:
     learn(student(), tmp_path, PROMPTS[:2], train="parameters")
     with pytest.raises(DistillationError, match="another run"):
         learn(student(), tmp_path, PROMPTS[1:], train="parameters")
+
+
+@pytest.mark.parametrize("part", ["samples", "held-out"])
+def test_other_numbers_under_the_same_prompts_and_seeds_are_another_run(tmp_path: Path, part: str) -> None:
+    learn(student(), tmp_path / "a", train="parameters")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    samples = Samples(tmp_path / "b" / part)
+    entry, forwards = samples.entries[-1], [samples[i] for i in samples.runs()[-1]]
+    forwards[-1].prediction[0, -1, -1] += 1
+    pairs = [(forward.arguments, forward.prediction) for forward in forwards]
+    write_run(samples.folder, entry.prompt, entry.seed, pairs, forwards[0].latents, size=entry.size)
+    assert Samples(samples.folder).contents != samples.contents
+    with pytest.raises(DistillationError, match="another run: wanted contents"):  # of samples that it recorded itself,
+        learn(student(), tmp_path / "b", train="parameters")
+    folders = {name: tmp_path / ("b" if name == part else "a") / name for name in ("samples", "held-out")}
+    with pytest.raises(DistillationError, match="another run: wanted contents"):  # or that it was given
+        learn(student(), tmp_path / "a", *folders.values(), train="parameters")
+    copies = [Samples(shutil.copytree(tmp_path / "a" / name, tmp_path / "moved" / name)) for name in ("samples", "held-out")]
+    assert learn(student(), tmp_path / "a", *copies, train="parameters").resumed_from == 3
 
 
 def test_samples_on_disk_give_the_same_result(tmp_path: Path) -> None:

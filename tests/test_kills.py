@@ -17,7 +17,7 @@ import hires_fixtures as stages
 import pytest
 from distill_fixtures import CALL, PROMPTS, learn, prompt_pipe, state
 
-from dit_accel import CLEAR, accelerate, files
+from dit_accel import CLEAR, AttentionSpec, Fovea, accelerate, files
 from dit_accel.finetune.samples import Samples, collect, damaged_runs
 
 MANY = [f"{prompt} {number}" for number in range(4) for prompt in PROMPTS]
@@ -32,14 +32,18 @@ def _collect(folder: Path, before: Callable[..., None]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def _distill(folder: Path, before: Callable[..., None]) -> tuple[Any, dict[str, list[Any]]]:
-    pipe = tiny.student()
+def _distill(folder: Path, before: Callable[..., None], spec: AttentionSpec = tiny.SPARSE) -> tuple[Any, dict[str, list[Any]]]:
+    pipe = accelerate(prompt_pipe(), spec)
     pipe.transformer.register_forward_pre_hook(before)
     result = learn(pipe, folder, train="lora", **RUN)
     logs = {name: len((folder / name).read_text().splitlines()) for name in ("log.jsonl", "parameters.jsonl")}
     assert not any(path.name.startswith(".") for path in folder.iterdir())
     weights = {name: tensor.flatten().tolist() for name, tensor in state(pipe.transformer).items()}
     return dataclasses.replace(tiny.untimed(result), resumed_from=0), {"logs": list(logs.items()), **weights}
+
+
+def _descend(folder: Path, before: Callable[..., None]) -> Any:
+    return _distill(folder, before, Fovea(0.25, tile=(4, 4)))
 
 
 def _draw(folder: Path, before: Callable[..., None]) -> bytes:
@@ -60,7 +64,8 @@ class Program:
 
 PROGRAMS = {
     "collect": Program(_collect, "run-*", ".run-"),
-    "first-stage": Program(_distill, "parameters-0000002", ".parameters-0000004"),
+    "least-squares": Program(_distill, "parameters-0000002", ".parameters-0000004"),
+    "descent": Program(_descend, "parameters-0000002", ".parameters-0000004"),
     "second-stage": Program(_distill, "checkpoint-0000002", ".checkpoint-0000004"),
     "hires": Program(_draw, "stage-0-*.json", ".stage-1-"),
 }
@@ -119,8 +124,8 @@ def test_what_a_killed_process_left_continues_to_the_bit(tmp_path: Path, wanted:
     kill(start(name, folder, half=half), lambda: any((tmp_path if half else folder).glob("half" if half else program.begun)), delay)
     left = [path for path in folder.iterdir() if path.name.startswith(".")]
     assert len(left) == 1 or not half
-    assert name != "first-stage" or not any(folder.glob("checkpoint-*"))
-    assert name != "second-stage" or not (folder / "checkpoint-0000006").exists()
+    assert "parameters" not in program.half or not any(folder.glob("checkpoint-*"))
+    assert "checkpoint" not in program.half or not (folder / "checkpoint-0000006").exists()
     assert program.run(folder, lambda *_: None) == wanted[name], delay
 
 
