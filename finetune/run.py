@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ class Run:
     def write_curve(self) -> None:
         """Draw the history so far as curve.png in the folder."""
         if self.accelerator.is_main_process:
-            write_bytes(self.folder / "curve.png", draw_curve(self.history))
+            with ThreadPoolExecutor(1) as drawing:  # an interrupt is raised in the main thread alone; what matplotlib imports loses some
+                picture = drawing.submit(draw_curve, self.history).result()
+            write_bytes(self.folder / "curve.png", picture)
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:

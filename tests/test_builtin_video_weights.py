@@ -63,12 +63,13 @@ def test_the_background_is_the_prompts(pipe: WanPipeline) -> None:
         assert int(corner.argmax()) == index, f"the corner on {name} is {corner}"
 
 
-@pytest.mark.parametrize(("word", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
-def test_things_move_where_the_prompt_says(pipe: WanPipeline, word: str, axis: int, sign: int) -> None:
-    path = centre(film(pipe, f"a panda moving {word} on a blue background"))
-    way = path[-1] - path[0]
-    assert sign * float(way[axis]) > 0.1, f"moving {word} went {way.tolist()} (rows, columns)"
-    assert abs(float(way[axis])) > 2 * abs(float(way[1 - axis]))
+@pytest.mark.parametrize("noun", ["panda", "star"])
+def test_things_move_where_the_prompt_says(pipe: WanPipeline, noun: str) -> None:
+    for word, sign in (("left", -1), ("right", 1)):
+        path = centre(film(pipe, f"a {noun} moving {word} on a blue background"))
+        rows, columns = (path[-1] - path[0]).tolist()
+        assert sign * columns > 0.2, f"moving {word} went {rows:.2f} rows, {columns:.2f} columns"
+        assert abs(rows) < 0.1
 
 
 def test_the_command_line_films_with_it(tmp_path: Path) -> None:
