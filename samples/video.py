@@ -1,8 +1,8 @@
-"""A video three times from the same noise, side by side: the original, SLA as it starts, and SLA after learning from the original.
+"""A video three times from the same noise, side by side: the original, Fovea untrained, and Fovea after learning from the original.
 
     python samples/video.py [STEPS]
 
-SLA keeps 5 % of the key blocks, 4×4×4 tiles of time and space. At this size attention is most of the work; smaller videos gain little.
+Fovea keeps 10 % of the key blocks, 2×8×8 tiles of time and space. At this size attention is most of the work; smaller videos gain little.
 """
 
 import sys
@@ -10,13 +10,13 @@ import time
 
 import torch
 
-from dit_accel import SLA, DistillConfig, accelerate, builtin_video_pipeline, dense, distill, save_adapter, save_video, summary
+from dit_accel import DistillConfig, Fovea, accelerate, builtin_video_pipeline, dense, distill, save_adapter, save_video, summary
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 call = {"num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0, "max_sequence_length": 24}
 things, motions = ["cat", "car", "ghost", "rocket"], ["moving left", "spinning", "growing"]
 prompts = [f"a {thing} {motion} on a pink background" for thing in things for motion in motions]
-pipe = accelerate(builtin_video_pipeline(), SLA(0.05, tile=(4, 4, 4)))
+pipe = accelerate(builtin_video_pipeline(), Fovea(0.1, tile=(2, 8, 8)))
 
 
 def film(side: int = 768) -> torch.Tensor:
@@ -29,7 +29,7 @@ def film(side: int = 768) -> torch.Tensor:
 with dense(pipe):
     original = film()
 untrained = film()
-config = DistillConfig(steps=steps, train="attention", optimizer="muon", learning_rate=6e-4, attention_weight=0.0, output_dir="video/run")
+config = DistillConfig(steps=steps, train="attention", optimizer="muon", learning_rate=3e-4, attention_weight=0.0, output_dir="video/run")
 result = distill(pipe, prompts, config, height=512, width=512, **call | {"num_inference_steps": 4})
 save_adapter(pipe, "video/adapter")
 print(f"held-out relative error: {result.error_before:.4f} before, {result.error_after:.4f} after {steps} steps")
