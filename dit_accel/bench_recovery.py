@@ -23,9 +23,9 @@ from torch import Tensor
 from dit_accel import __version__
 from dit_accel.bench import machine
 from dit_accel.evaluation import draw, in_bfloat16, is_wide
-from dit_accel.files import check_folder, write_json
+from dit_accel.files import check_folder, write_bytes, write_json
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
-from dit_accel.finetune.curve import recovered
+from dit_accel.finetune.curve import draw_recovery, recovered
 from dit_accel.finetune.distill import DistillResult, distill
 from dit_accel.finetune.evaluate import velocity_error
 from dit_accel.finetune.run import PARAMETER_STEPS
@@ -81,7 +81,8 @@ class Recovery:
 
 
 def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
-    """Measure every combination that the JSON file `out` lacks, print the table, and return what the file holds.
+    """Measure every combination that the JSON file `out` lacks, draw the curves beside it as PNG, print the table, and return what the
+    file holds.
 
     Samples and the runs' logs and curves go to the recovery's folder, where an interrupted training continues too. Raises ValueError
     where the file holds a measurement with other settings.
@@ -99,6 +100,7 @@ def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], tra
         row = _measure(recovery, name, methods[name], train, samples, aside, originals)
         record["rows"].append(row)
         write_json(out, record)
+    write_bytes(out.with_suffix(".png"), draw_recovery(record))
     show(record)
     return record
 

@@ -35,7 +35,7 @@ def recovery(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
     out: Annotated[
-        Path, typer.Option(help="JSON file for the result, which the same command continues; samples and curves go to OUT-runs.")
+        Path, typer.Option(help="JSON file for the result, which the same command continues; the curves are drawn beside it as PNG, samples go to OUT-runs.")
     ] = Path("recovery.json"),
 ) -> None:
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""
@@ -53,6 +53,8 @@ def recovery(
     names = method or ["fovea:0.05", "clear:8", "sla:0.05"]
     specs = {name: options.parse_spec(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
     options.check_file(out)
+    if out.suffix == ".png":
+        raise ValueError(f"out is a JSON file, beside which the curves are drawn as .png, got {out}")
     from dit_accel.bench_recovery import Recovery, bench_recovery
     from dit_accel.cli_models import load_pipeline
     from dit_accel.demo import HELD_OUT, training_prompts

@@ -1,7 +1,8 @@
-"""The curve of a training as a picture: its loss, and how much of the quality is back."""
+"""Curves as pictures: a training's loss, and how much of the quality is back, of one training or of several beside each other."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,6 +27,30 @@ def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
     right.axhline(0, color="gray", linewidth=0.8)
     right.set(xlabel="minutes of training", ylabel="1 − held-out error / untrained", title=f"recovered: {shares[-1]:.1%}", ylim=(None, 1))
     right.grid(alpha=0.3)
+    return as_png(figure)
+
+
+def draw_recovery(record: Mapping[str, Any]) -> bytes:
+    """A record of `bench recovery` as PNG: a panel per method with the share recovered over minutes, a line for each of what is trained,
+    and the share at which the original in bfloat16 lies. Methods that nothing was trained for are left out."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if "impossible" not in row:
+            methods.setdefault(row["method"], []).append(row)
+    count = max(1, len(methods))
+    figure = Figure(figsize=(4 * count, 3.6), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, (method, rows) in zip(panels, methods.items(), strict=False):
+        for row in rows:
+            minutes, shares = ([point[key] for point in row["curve"]] for key in ("minutes", "recovered"))
+            axes.plot(minutes, shares, marker="o", markersize=3, label=f"{row['train']}: {shares[-1]:.0%}")
+        if record.get("floor") is not None:
+            share = 1 - record["floor"]["error"] / rows[0]["error_untrained"]
+            axes.axhline(share, color="gray", linestyle="--", linewidth=0.8, label="original in bfloat16")
+        axes.set(title=method, xlabel="minutes of training", ylim=(None, 1))
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("1 − held-out error / untrained")
     return as_png(figure)
 
 

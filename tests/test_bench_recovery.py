@@ -9,11 +9,13 @@ import distill_fixtures as tiny
 import pytest
 import torch
 from distill_fixtures import CALL, PROMPTS, same, state
+from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel import CLEAR, SLA, Fovea, accelerate, bench_recovery, cli
 from dit_accel.bench_recovery import Recovery
 from dit_accel.evaluation import draw
+from dit_accel.finetune import curve
 from dit_accel.finetune import run as runs
 from dit_accel.finetune.evaluate import velocity_error
 from dit_accel.finetune.samples import Samples
@@ -125,6 +127,29 @@ def test_the_table_says_all_of_it(whole: tuple[dict[str, Any], Path], capsys: py
     assert "original in bfloat16" in text
 
 
+def test_the_curves_are_drawn_by_method(whole: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    record, folder = whole
+    with Image.open(folder / "out.png") as picture:
+        assert picture.format == "PNG"
+    figures: list[Any] = []
+    monkeypatch.setattr(curve, "as_png", lambda figure: figures.append(figure) or b"")
+    curve.draw_recovery(record)
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == list(METHODS)
+    for panel in panels:
+        rows = [row for (name, _), row in rows_of(record).items() if name == panel.get_title() and "impossible" not in row]
+        *lines, floor = panel.lines
+        for line, row in zip(lines, rows, strict=True):
+            assert line.get_label() == f"{row['train']}: {row['recovered']:.0%}"
+            assert line.get_xydata().tolist() == [[point["minutes"], point["recovered"]] for point in row["curve"]]
+        assert floor.get_ydata()[0] == pytest.approx(1 - record["floor"]["error"] / rows[0]["error_untrained"])
+
+
+def test_methods_without_a_curve_are_left_out(whole: tuple[dict[str, Any], Path]) -> None:
+    none = [row for row in whole[0]["rows"] if "impossible" in row]
+    assert curve.draw_recovery(whole[0] | {"rows": none}).startswith(b"\x89PNG")
+
+
 def test_the_pipeline_is_left_as_it_was(tmp_path: Path) -> None:
     pipe = tiny.picture_pipe()
     before = state(pipe.transformer)
@@ -219,6 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "train": (lambda _: ["--train", "all"], "train is parameters, lora, attention, got 'all'"),
     "model": (lambda _: ["--model", "somewhere"], "--prompts is wanted for another model than builtin"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),
+    "picture": (lambda path: ["--out", path.with_suffix(".png")], "out is a JSON file, beside which the curves are drawn as .png"),
     "original": (lambda _: ["--method", "none"], "bench recovery trains accelerated methods, got 'none'"),
 }
 
@@ -226,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
 @pytest.mark.parametrize(("arguments", "says"), REFUSED.values(), ids=REFUSED)
 def test_the_command_refuses(tmp_path: Path, arguments: Callable[[Path], list[object]], says: str) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na cat\n")
-    result = run(*arguments(tmp_path / "prompts.txt"), "--out", tmp_path / "out.json")
+    result = run("--out", tmp_path / "out.json", *arguments(tmp_path / "prompts.txt"))
     assert result.exit_code == 2
     assert says in result.stderr
 
