@@ -35,7 +35,10 @@ def recovery(
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
     out: Annotated[
-        Path, typer.Option(help="JSON file for the result, which the same command continues; the curves are drawn beside it as PNG, samples go to OUT-runs.")
+        Path,
+        typer.Option(
+            help="JSON file for the result, which the same command continues; the curves go beside it as PNG, samples to OUT-runs."
+        ),
     ] = Path("recovery.json"),
 ) -> None:
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""

@@ -1,18 +1,19 @@
-"""The small video model: its loading by unmodified diffusers, its clips, its training."""
+"""The small video model: its loading by unmodified diffusers, its clips, its pieces."""
 
 import copy
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builtin_fixtures import discs
 from conftest import fill_randomly
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
 from dit_accel import SLA, AttentionSpec, Fovea, accelerate, restore, summary
+from dit_accel.pipelines import training
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, Renderings, article
 from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabulary
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
@@ -31,11 +32,7 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def renderings() -> Renderings:
-    """Discs of a colour each in place of drawings."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    inside = ((rows**2 + columns**2) < 0.9)[None]
-    colours = torch.rand(len(CONCEPTS), 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    return Renderings({64: [torch.cat([c * inside, inside]).mul(255).byte() for c in colours]}, list(CONCEPTS.values()))
+    return discs()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def pipe(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> Wa
     train.fit_encoder(made, renderings, random.Random(0), count=8)
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
-    train.save_pipeline(made, folder)
+    training.save_pipeline(made, folder)
     loaded = builtin_video_pipeline(folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -279,92 +276,3 @@ def test_decoding_gives_back_the_clip(pipe: WanPipeline, renderings: Renderings)
 def test_wrong_frames_are_refused(pipe: WanPipeline) -> None:
     with pytest.raises(ValueError, match=r"wanted 4k \+ 1 frames, got 8"):
         pipe.vae.encode(torch.zeros(1, 3, 8, 16, 16))
-
-
-# Training
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "BATCH", {(1, 32): 2, (5, 32): 2})
-    monkeypatch.setattr(train, "SHIFT", {(1, 32): 1.5, (5, 32): 2.0})
-    monkeypatch.setattr(train, "PHASES", [(1.01, {(1, 32): 0.5, (5, 32): 0.5})])
-
-
-def toy_run(renderings: Renderings, seed: int = 0) -> train.Run:
-    pipe = train.make_pipeline(seed, num_layers=1)
-    clips = torch.stack([film(random.Random(i), renderings, 5, 32, 32)[0] for i in range(8)])
-    pipe.vae.fit(pipe.vae.group(clips).transpose(0, 1).flatten(1).T)
-    return train.Run(pipe, copy.deepcopy(pipe), train.make_optimizers(pipe), random.Random(seed))
-
-
-@pytest.mark.usefixtures("toy")
-def test_a_resumed_run_is_the_same_run(renderings: Renderings, tmp_path: Path) -> None:
-    run = toy_run(renderings)
-    for _ in range(2):
-        train.train_step(run, renderings, 0.3, bf16=False)
-    run.spent = 12.5
-    train.save_state(run, tmp_path / "state.safetensors")
-    there = [train.train_step(run, renderings, 0.6, bf16=False) for _ in range(3)]
-
-    other = toy_run(renderings, seed=1)
-    train.load_state(other, tmp_path / "state.safetensors")
-    assert (other.step, other.spent) == (2, 12.5)
-    assert [train.train_step(other, renderings, 0.6, bf16=False) for _ in range(3)] == there
-    for pipe, resumed in ((run.pipe, other.pipe), (run.average, other.average)):
-        pairs = zip(train.parameters(pipe).items(), train.parameters(resumed).values(), strict=True)
-        assert [name for (name, left), right in pairs if not torch.equal(left, right)] == []
-
-
-@pytest.mark.usefixtures("toy")
-def test_training_lowers_the_loss(renderings: Renderings) -> None:
-    run = toy_run(renderings)
-    batch = train.draw_batch(run, renderings, 0.0)
-
-    def loss() -> float:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            return float(train.loss_of(run.pipe, batch))
-
-    before, run.step = loss(), 100  # past the warm-up
-    for _ in range(60):
-        train.train_step(run, renderings, 0.0, bf16=False)
-    assert loss() < 0.9 * before
-
-
-@pytest.mark.usefixtures("toy")
-def test_a_whole_run_leaves_a_pipeline_that_loads(renderings: Renderings, tmp_path: Path) -> None:
-    run = toy_run(renderings)
-    train.train(run, renderings, tmp_path, minutes=0.02, bf16=False)
-    assert run.step > 0
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "log.jsonl") == ["model", "state.safetensors"]
-    loaded = train.parameters(WanPipeline.from_pretrained(tmp_path / "model"))
-    linear = {f"transformer.{name}" for name, m in run.average.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    for name, average in train.parameters(run.average).items():
-        assert loaded[name].dtype == torch.float32
-        wanted = average.bfloat16().float() if name.rpartition(".")[0] in linear else average
-        assert torch.equal(loaded[name], wanted), name
-
-
-def test_learning_rate() -> None:
-    assert train.rate(0, 0.0) == pytest.approx(0.01)
-    assert train.rate(500, 0.3) == 1.0
-    assert train.rate(5000, 1.0) == pytest.approx(0.03)
-
-
-def test_a_step_without_a_finite_gradient_changes_no_weight(renderings: Renderings, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = toy_run(renderings)
-    train.train_step(run, renderings, 0.0, bf16=False)
-    before = [p.detach().clone() for pipe in (run.pipe, run.average) for p in train.parameters(pipe).values()]
-    good = train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda pipe, batch: good(pipe, batch) * float("nan"))
-    for _ in range(train.MOST_DROPPED):
-        train.train_step(run, renderings, 0.0, bf16=False)
-    after = [p for pipe in (run.pipe, run.average) for p in train.parameters(pipe).values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    with pytest.raises(ArithmeticError, match="wanted finite gradients, got 6 steps in a row without"):
-        train.train_step(run, renderings, 0.0, bf16=False)
-    monkeypatch.setattr(train, "loss_of", good)
-    train.train_step(run, renderings, 0.0, bf16=False)
-    assert run.dropped == 0
-    assert all(bool(p.isfinite().all()) for p in train.parameters(run.pipe).values())

@@ -34,8 +34,9 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
-    "pipelines.builtin.train": {"finetune.muon", "pipelines"},
-    "pipelines.builtin_video.train": {"files", "finetune.muon", "pipelines"},
+    "pipelines.training": {"files", "finetune.muon"},
+    "pipelines.builtin.train": {"files", "pipelines"},
+    "pipelines.builtin_video.train": {"files", "pipelines"},
     "pipelines.hires": {"errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
     "saving": set(),
     "patch": {
@@ -170,7 +171,7 @@ def test_every_module_has_its_arrows() -> None:
         ("plan", "dit_accel.Fovea"),
         ("pipelines.families", "dit_accel.patch"),
         ("pipelines.hires.latents", "dit_accel.finetune.distill"),
-        ("pipelines.builtin.train", "dit_accel.finetune.distill"),
+        ("pipelines.training", "dit_accel.finetune.distill"),
         ("pipelines.builtin.components", "dit_accel.finetune.muon"),
     ],
 )

@@ -5,12 +5,12 @@
 
 The recipe: latents from the PCA encoder; flow matching with a noise shift that grows with the size; sizes 128 -> 256 -> 512 -> 1024 px,
 earlier sizes mixed into later phases; text encoders trained jointly; Muon on the block matrices, AdamW on the rest; then guidance
-distillation: the guidance embedding learns to give in one pass what classifier-free guidance gives in two. OUT/state.pt is the training
-state (this script alone reads it), OUT/log.jsonl the log, OUT/model the pipeline with averaged weights.
+distillation: the guidance embedding learns to give in one pass what classifier-free guidance gives in two. OUT/state.safetensors is the
+training state, OUT/log.jsonl the log, OUT/model the pipeline with averaged weights. A run that was stopped goes on where its state was
+written, with the same numbers as if it had not been.
 """
 
 import argparse
-import copy
 import json
 import math
 import random
@@ -24,14 +24,16 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from dit_accel.finetune.muon import Muon
+from dit_accel.files import append_text
+from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
 from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.drawings import Renderings, compose, render
+from dit_accel.pipelines.training import LOG, STATE, Run, load_state, new_run, save, train, update
 
 GUIDANCE_FROM = 0.75  # share of the budget after which the guidance embedding is trained
 BATCH = {128: 32, 256: 12, 512: 3, 1024: 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
-EMA_DECAY = 0.99
+RATES = (2e-3, 1e-3)  # Muon's and AdamW's learning rates
 # (share of the budget at which the phase ends, how often each size is drawn)
 PHASES = [
     (0.20, {128: 1.0}),
@@ -58,8 +60,9 @@ def pack(latents: Tensor) -> Tensor:
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def draw_batch(rng: random.Random, renderings: Renderings, pipe: FluxPipeline, progress: float) -> Batch:
+def draw_batch(run: Run, renderings: Renderings, progress: float) -> Batch:
     """A batch of one size and shape for this point of the schedule."""
+    rng = run.rng
     mix = next(sizes for end, sizes in PHASES if progress < end)
     size = rng.choices(list(mix), list(mix.values()))[0]
     text, count = 16, BATCH[size]
@@ -71,7 +74,7 @@ def draw_batch(rng: random.Random, renderings: Renderings, pipe: FluxPipeline, p
     share = 0.2 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
     pairs = [compose(rng, renderings, height * 16, width * 16, pairs=share) for _ in range(count)]
     with torch.no_grad():
-        latents = pipe.vae.encode(torch.stack([pixels for pixels, _ in pairs])).latents
+        latents = run.pipe.vae.encode(torch.stack([pixels for pixels, _ in pairs])).latents
     captions = ["" if rng.random() < 0.1 else caption for _, caption in pairs]
     return Batch(pack(latents), (height, width), captions, text, size)
 
@@ -95,7 +98,7 @@ def velocity(pipe: FluxPipeline, x: Tensor, sigma: Tensor, batch: Batch, caption
     )[0]  # fmt: skip
 
 
-def loss_of(pipe: FluxPipeline, average: FluxPipeline, batch: Batch, progress: float, rng: random.Random) -> Tensor:
+def loss_of(run: Run, batch: Batch, progress: float) -> Tensor:
     """Flow-matching loss; once guidance is trained, most samples match the averaged model's guided prediction instead."""
     count = len(batch.captions)
     noise = torch.randn_like(batch.tokens)
@@ -104,14 +107,14 @@ def loss_of(pipe: FluxPipeline, average: FluxPipeline, batch: Batch, progress: f
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     x = (1 - sigma[:, None, None]) * batch.tokens + sigma[:, None, None] * noise
     target, guidance = noise - batch.tokens, torch.ones(count)
-    if progress >= GUIDANCE_FROM and rng.random() < 0.65:
+    if progress >= GUIDANCE_FROM and run.rng.random() < 0.65:
         guidance = torch.empty(count).uniform_(1.0, 5.0)
         with torch.no_grad():
             one = torch.ones(count)
-            conditional = velocity(average, x, sigma, batch, batch.captions, one)
-            free = velocity(average, x, sigma, batch, [""] * count, one)
+            conditional = velocity(run.average, x, sigma, batch, batch.captions, one)
+            free = velocity(run.average, x, sigma, batch, [""] * count, one)
         target = guided(conditional.float(), free.float(), x, sigma, guidance)
-    return F.mse_loss(velocity(pipe, x, sigma, batch, batch.captions, guidance).float(), target)
+    return F.mse_loss(velocity(run.pipe, x, sigma, batch, batch.captions, guidance).float(), target)
 
 
 def guided(conditional: Tensor, free: Tensor, x: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
@@ -120,39 +123,19 @@ def guided(conditional: Tensor, free: Tensor, x: Tensor, sigma: Tensor, scale: T
     Velocities and `x` are `[B, N, C]`, `sigma` and `scale` [B]. Source: Sadat et al. 2024, "Eliminating oversaturation", eq. 8-9 (η = 0).
     """
     clean = (x - sigma[:, None, None] * conditional).flatten(1)
-    update = (conditional - free).flatten(1)
-    along = (update * clean).sum(1, keepdim=True) / clean.square().sum(1, keepdim=True).clamp_min(1e-8)
-    return conditional + (scale[:, None, None] - 1) * (update - along * clean).view_as(conditional)
+    pull = (conditional - free).flatten(1)
+    along = (pull * clean).sum(1, keepdim=True) / clean.square().sum(1, keepdim=True).clamp_min(1e-8)
+    return conditional + (scale[:, None, None] - 1) * (pull - along * clean).view_as(conditional)
 
 
-def trained_modules(pipe: FluxPipeline) -> dict[str, nn.Module]:
-    """The modules that learn here; the autoencoder's decoder has a loop of its own."""
-    return {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
-
-
-def make_optimizers(pipe: FluxPipeline) -> list[torch.optim.Optimizer]:
-    """Muon for the transformer blocks' matrices, AdamW for everything else."""
-    named = [(f"{key}.{name}", p) for key, module in trained_modules(pipe).items() for name, p in module.named_parameters()]
-    is_matrix = [p.ndim == 2 and "transformer_blocks" in name and "norm" not in name for name, p in named]
-    matrices = [p for (_, p), m in zip(named, is_matrix, strict=True) if m]
-    others = [p for (_, p), m in zip(named, is_matrix, strict=True) if not m]
-    return [
-        Muon(matrices, lr=2e-3),
-        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def rate(step: int, progress: float) -> float:
-    """Learning-rate factor: 100 steps of warm-up, constant to 50 % of the budget, then linear to 3 %."""
-    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else 1 - 0.97 * min(1.0, (progress - 0.5) / 0.5))
-
-
-def update_average(average: FluxPipeline, pipe: FluxPipeline, step: int) -> None:
-    """Exponential moving average of the trained weights, with a shorter memory at the start."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    for key, module in trained_modules(average).items():
-        with torch.no_grad():
-            torch._foreach_lerp_(list(module.parameters()), list(getattr(pipe, key).parameters()), 1 - decay)
+def begin(renderings: Renderings, seed: int, start: Path | None = None) -> Run:
+    """The run before its first step. `start`: a folder of saved weights to train further; unless given, random ones."""
+    rng = random.Random(seed)
+    if start is not None:
+        return new_run(FluxPipeline.from_pretrained(start, torch_dtype=torch.float32), rng, RATES)
+    pipe = make_pipeline(seed)
+    fit_encoder(pipe, renderings, rng)
+    return new_run(pipe, rng, RATES)
 
 
 def fit_encoder(pipe: FluxPipeline, renderings: Renderings, rng: random.Random) -> None:
@@ -166,9 +149,9 @@ def fit_encoder(pipe: FluxPipeline, renderings: Renderings, rng: random.Random) 
     pipe.vae.fit(torch.cat(patches))
 
 
-def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rng: random.Random, log: Path, *, bf16: bool) -> None:
+def train_decoder(vae: PatchAutoencoder, renderings: Renderings, minutes: float, rng: random.Random, log: Path, *, bf16: bool) -> None:
     """Train the decoder's network to invert the fixed encoder on random crops."""
-    optimizer = torch.optim.AdamW(pipe.vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.98))
     start, step = time.time(), 0
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         crops = []
@@ -181,28 +164,25 @@ def train_decoder(pipe: FluxPipeline, renderings: Renderings, minutes: float, rn
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - progress)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            (decoded,) = pipe.vae.decode(pipe.vae.encode(target).latents, return_dict=False)
+            (decoded,) = vae.decode(vae.encode(target).latents, return_dict=False)
         difference = decoded.float() - target
         loss = difference.abs().mean() + 2 * difference.square().mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(pipe.vae.decoder.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
             psnr = 10 * math.log10(4 / difference.square().mean().item())
-            with log.open("a") as file:
-                file.write(json.dumps({"decoder_step": step, "loss": round(loss.item(), 4), "psnr": round(psnr, 2)}) + "\n")
+            append_text(log, json.dumps({"decoder_step": step, "loss": round(loss.item(), 4), "psnr": round(psnr, 2)}) + "\n")
         step += 1
 
 
-def save_pipeline(pipe: FluxPipeline, folder: Path) -> None:
-    """Write the pipeline with a bfloat16 transformer: half the size, and read back as float32.
-
-    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
-    """
-    half = copy.copy(pipe)
-    half.transformer = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
-    half.save_pretrained(folder)
+def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool) -> tuple[str, float, float]:
+    """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's size, loss, gradient norm."""
+    batch = draw_batch(run, renderings, progress)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = loss_of(run, batch, progress)
+    return str(batch.size), *update(run, loss, progress, bf16=bf16)
 
 
 def main() -> None:
@@ -217,63 +197,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    state_file, log = args.out / "state.pt", args.out / "log.jsonl"
-
-    rng = random.Random(args.seed)
     renderings = render(args.fluent)
-    pipe = FluxPipeline.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else make_pipeline(args.seed)
-    optimizers = make_optimizers(pipe)
-    step, spent = 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        for key, module in trained_modules(pipe).items():
-            module.load_state_dict(state["weights"][key])
-        pipe.vae.load_state_dict(state["vae"])
-        average = copy.deepcopy(pipe)
-        for key, module in trained_modules(average).items():
-            module.load_state_dict(state["average"][key])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        rng.seed(args.seed + step)
-        torch.manual_seed(args.seed + step)
-    else:
-        if args.start is None:
-            fit_encoder(pipe, renderings, rng)
-        average = copy.deepcopy(pipe)
-
-    start, saved_at, recent = time.time() - spent, spent, []
-    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
-        batch = draw_batch(rng, renderings, pipe, progress)
-        for optimizer, base in zip(optimizers, (2e-3, 1e-3), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate(step, progress)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(pipe, average, batch, progress, rng)
-        loss.backward()
-        parameters = [p for module in trained_modules(pipe).values() for p in module.parameters()]
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, pipe, step)
-        step += 1
-        recent.append(loss.item())
-        spent = time.time() - start
-        if step % 20 == 0:
-            row = {"step": step, "minutes": round(spent / 60, 2), "size": batch.size, "loss": round(sum(recent) / len(recent), 4)}
-            with log.open("a") as file:
-                file.write(json.dumps({**row, "grad_norm": round(norm.item(), 3)}) + "\n")
-            recent = []
-        if spent - saved_at > 120:
-            state = {"weights": {k: m.state_dict() for k, m in trained_modules(pipe).items()}, "vae": pipe.vae.state_dict()}
-            state |= {"average": {k: m.state_dict() for k, m in trained_modules(average).items()}, "step": step, "spent": spent}
-            torch.save(state | {"optimizers": [o.state_dict() for o in optimizers]}, state_file.with_suffix(".new"))
-            state_file.with_suffix(".new").replace(state_file)
-            save_pipeline(average, args.out / "model")
-            saved_at = spent
-    train_decoder(average, renderings, args.minutes * 0.04, rng, log, bf16=args.bf16)
-    save_pipeline(average, args.out / "model")
+    run = begin(renderings, args.seed, args.start)
+    if (args.out / STATE).exists():
+        load_state(run, args.out / STATE)
+    train(run, lambda progress: train_step(run, renderings, progress, bf16=args.bf16), args.out, args.minutes)
+    train_decoder(run.pipe.vae, renderings, args.minutes * 0.04, run.rng, args.out / LOG, bf16=args.bf16)
+    run.average.vae.load_state_dict(run.pipe.vae.state_dict())
+    save(run, args.out)
 
 
 if __name__ == "__main__":

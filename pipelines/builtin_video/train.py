@@ -11,11 +11,8 @@ with averaged weights. A run that was stopped goes on where its state was writte
 """
 
 import argparse
-import copy
 import json
-import math
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +21,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import WanPipeline
-from safetensors import safe_open
 from torch import Tensor
 
-from dit_accel.files import write_tensors
-from dit_accel.finetune.muon import Muon
+from dit_accel.files import append_text
 from dit_accel.pipelines.builtin.drawings import Renderings, render
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.components import make_pipeline
 from dit_accel.pipelines.builtin_video.motion import film
+from dit_accel.pipelines.training import LOG, STATE, Run, load_state, new_run, save, train, update
 
 Kind = tuple[int, int]  # frames, pixels of a side
 BATCH: dict[Kind, int] = {
@@ -51,9 +47,7 @@ PHASES: list[tuple[float, dict[Kind, float]]] = [
     (1.01, {(17, 128): 0.15, (17, 256): 0.48, (1, 512): 0.06, (1, 768): 0.03, (17, 512): 0.25, (17, 768): 0.03}),
 ]
 RATES = (1.6e-3, 8e-4)  # Muon's and AdamW's learning rates
-EMA_DECAY = 0.99
 SIZES = (128, 256, 512)
-MOST_DROPPED = 5  # steps in a row
 
 
 @dataclass
@@ -66,35 +60,12 @@ class Batch:
     kind: Kind
 
 
-@dataclass
-class Run:
-    """All that changes while training: the model, its average, the optimizers, the random numbers, steps and seconds so far."""
-
-    pipe: WanPipeline
-    average: WanPipeline
-    optimizers: list[torch.optim.Optimizer]
-    rng: random.Random
-    step: int = 0
-    spent: float = 0.0
-    dropped: int = 0  # steps in a row whose gradient was not finite
-
-
-def trained_modules(pipe: WanPipeline) -> dict[str, nn.Module]:
-    """The modules that learn here."""
-    return {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
-
-
-def parameters(pipe: WanPipeline) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name."""
-    return {f"{key}.{name}": p for key, module in trained_modules(pipe).items() for name, p in module.named_parameters()}
-
-
-def new_run(renderings: Renderings, seed: int, num_layers: int = 6) -> Run:
+def begin(renderings: Renderings, seed: int) -> Run:
     """The run before its first step."""
     rng = random.Random(seed)
-    pipe = make_pipeline(seed, num_layers)
+    pipe = make_pipeline(seed)
     fit_encoder(pipe, renderings, rng)
-    return Run(pipe, copy.deepcopy(pipe), make_optimizers(pipe), rng)
+    return new_run(pipe, rng, RATES)
 
 
 def fit_encoder(pipe: WanPipeline, renderings: Renderings, rng: random.Random, count: int = 48) -> None:
@@ -128,17 +99,9 @@ def train_decoder(vae: ClipAutoencoder, renderings: Renderings, minutes: float, 
         nn.utils.clip_grad_norm_(vae.refine.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0:
-            with log.open("a") as file:
-                file.write(json.dumps({"decoder_step": step, "size": size, "coefficient_error": round(loss.item(), 6)}) + "\n")
+            append_text(log, json.dumps({"decoder_step": step, "size": size, "coefficient_error": round(loss.item(), 6)}) + "\n")
         step += 1
     vae.refine.requires_grad_(False)
-
-
-def make_optimizers(pipe: WanPipeline) -> list[torch.optim.Optimizer]:
-    """Muon for the transformer blocks' matrices, AdamW for everything else."""
-    matrices = {name: p for name, p in parameters(pipe).items() if name.startswith("transformer.blocks.") and p.ndim == 2}
-    others = [p for name, p in parameters(pipe).items() if name not in matrices]
-    return [Muon(matrices.values(), lr=RATES[0]), torch.optim.AdamW(others, lr=RATES[1], betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def draw_batch(run: Run, renderings: Renderings, progress: float) -> Batch:
@@ -172,129 +135,12 @@ def loss_of(pipe: WanPipeline, batch: Batch) -> Tensor:
     return F.mse_loss(velocity.float(), noise - batch.latents)
 
 
-def rate(step: int, progress: float) -> float:
-    """Learning-rate factor: 100 steps of warm-up, constant to half of the budget, then linear to 3 %."""
-    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else 1 - 0.97 * min(1.0, (progress - 0.5) / 0.5))
-
-
-def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool) -> tuple[Kind, float, float]:
+def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool) -> tuple[str, float, float]:
     """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's kind, loss, gradient norm."""
     batch = draw_batch(run, renderings, progress)
-    for optimizer, base in zip(run.optimizers, RATES, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = base * rate(run.step, progress)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = loss_of(run.pipe, batch)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
-    if not norm.isfinite():
-        return drop(run, batch.kind)
-    run.dropped = 0
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))  # a shorter memory at the start
-    with torch.no_grad():
-        torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
-    run.step += 1
-    return batch.kind, loss.item(), norm.item()
-
-
-def drop(run: Run, kind: Kind) -> tuple[Kind, float, float]:
-    """Leave out a step whose gradient is not finite: one is bad luck in bfloat16, and taken it would make every weight NaN.
-
-    Raises ArithmeticError after MOST_DROPPED in a row; the state on disk is then the last good one.
-    """
-    run.dropped += 1
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()
-    if run.dropped > MOST_DROPPED:
-        raise ArithmeticError(f"wanted finite gradients, got {run.dropped} steps in a row without, the last at step {run.step} on {kind}")
-    run.step += 1
-    return kind, math.nan, math.nan
-
-
-def save_state(run: Run, path: Path) -> None:
-    """Write all that a run needs to go on, as safetensors."""
-    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
-    for part, pipe in (("model", run.pipe), ("average", run.average)):
-        tensors |= {f"{part}.{name}": p for name, p in parameters(pipe).items()}
-    tensors |= {f"vae.{name}": value for name, value in run.pipe.vae.state_dict().items()}
-    for number, optimizer in enumerate(run.optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in values.items()}
-    numbers = {"step": run.step, "spent": run.spent, "rng": run.rng.getstate()}
-    write_tensors(path, tensors, {"numbers": json.dumps(numbers)})
-
-
-def load_state(run: Run, path: Path) -> None:
-    """Bring a new run to where `save_state` left another."""
-    with safe_open(path, "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
-        numbers = json.loads(file.metadata()["numbers"])
-    with torch.no_grad():
-        for part, pipe in (("model", run.pipe), ("average", run.average)):
-            for name, parameter in parameters(pipe).items():
-                parameter.copy_(saved[f"{part}.{name}"])
-            for name, value in pipe.vae.state_dict().items():
-                value.copy_(saved[f"vae.{name}"])
-    for number, optimizer in enumerate(run.optimizers):
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in saved.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, key = name.split(".")
-                states.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    run.step, run.spent = numbers["step"], numbers["spent"]
-    version, internal, gauss = numbers["rng"]
-    run.rng.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(saved["torch_rng"])
-
-
-def save_pipeline(pipe: WanPipeline, folder: Path) -> None:
-    """Write the pipeline with the transformer's matrices in bfloat16, half the size and read back as float32, to a temporary name; rename.
-
-    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
-    """
-    half = copy.copy(pipe)
-    half.transformer = copy.deepcopy(pipe.transformer)
-    for module in half.transformer.modules():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
-    temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    half.save_pretrained(temporary)
-    if folder.exists():
-        folder.replace(old)
-    temporary.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save(run: Run, out: Path) -> None:
-    """Write the state and the averaged pipeline."""
-    save_state(run, out / "state.safetensors")
-    save_pipeline(run.average, out / "model")
-
-
-def train(run: Run, renderings: Renderings, out: Path, minutes: float, *, bf16: bool) -> None:
-    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes."""
-    start, saved_at = time.time() - run.spent, run.spent
-    recent: dict[Kind, list[float]] = {}
-    while (progress := run.spent / (60 * minutes)) < 1:
-        kind, loss, norm = train_step(run, renderings, progress, bf16=bf16)
-        run.spent = time.time() - start
-        if math.isfinite(loss):
-            recent.setdefault(kind, []).append(loss)
-        if run.step % 20 == 0:
-            losses = {f"{frames}x{size}": round(sum(found) / len(found), 4) for (frames, size), found in sorted(recent.items())}
-            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
-            with (out / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            recent = {}
-        if run.spent - saved_at > 180:
-            save(run, out)
-            saved_at = run.spent
-    save(run, out)
+    return "x".join(map(str, batch.kind)), *update(run, loss, progress, bf16=bf16)
 
 
 def main() -> None:
@@ -308,14 +154,14 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     renderings = render(args.fluent, SIZES)
-    run = new_run(renderings, args.seed)
-    if (args.out / "state.safetensors").exists():
-        load_state(run, args.out / "state.safetensors")
+    run = begin(renderings, args.seed)
+    if (args.out / STATE).exists():
+        load_state(run, args.out / STATE)
     if args.compile:
         for block in run.pipe.transformer.blocks:
             block.compile(dynamic=True)
-    train(run, renderings, args.out, args.minutes, bf16=args.bf16)
-    train_decoder(run.pipe.vae, renderings, args.minutes * 0.07, run.rng, args.out / "log.jsonl")
+    train(run, lambda progress: train_step(run, renderings, progress, bf16=args.bf16), args.out, args.minutes)
+    train_decoder(run.pipe.vae, renderings, args.minutes * 0.07, run.rng, args.out / LOG)
     run.average.vae.load_state_dict(run.pipe.vae.state_dict())
     save(run, args.out)
 

@@ -1,0 +1,181 @@
+"""What the trainers of the built-in models share: a run's state, its update, its loop and its files."""
+
+import copy
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from torch import Tensor
+
+from dit_accel.files import append_text, write_tensors
+from dit_accel.finetune.muon import Muon
+
+PARTS = ("transformer", "text_encoder", "text_encoder_2")  # what learns, where a pipeline has it; the autoencoder is fitted apart
+EMA_DECAY = 0.99
+MOST_DROPPED = 5  # steps in a row
+STATE = "state.safetensors"
+LOG = "log.jsonl"
+
+
+@dataclass
+class Run:
+    """All that changes while training: the model, its average, the optimizers, the random numbers, steps and seconds so far."""
+
+    pipe: Any
+    average: Any
+    optimizers: list[torch.optim.Optimizer]
+    rng: random.Random
+    step: int = 0
+    spent: float = 0.0
+    dropped: int = 0  # steps in a row whose gradient was not finite
+
+
+def parameters(pipe: Any) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    modules = {part: pipe.components[part] for part in PARTS if part in pipe.components}
+    return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+
+
+def new_run(pipe: Any, rng: random.Random, rates: tuple[float, float]) -> Run:
+    """The run before its first step: Muon for the transformer blocks' matrices, AdamW for everything else, with those learning rates."""
+    named = parameters(pipe)
+    matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("transformer.") and "blocks." in n and "norm" not in n}
+    others = [p for name, p in named.items() if name not in matrices]
+    optimizers = [Muon(matrices.values(), lr=rates[0]), torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return Run(pipe, copy.deepcopy(pipe), optimizers, rng)
+
+
+def rate(step: int, progress: float) -> float:
+    """Learning-rate factor: 100 steps of warm-up, constant to half of the budget, then linear to 3 %."""
+    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else 1 - 0.97 * min(1.0, (progress - 0.5) / 0.5))
+
+
+def update(run: Run, loss: Tensor, progress: float, *, bf16: bool) -> tuple[float, float]:
+    """One update by a loss; `progress` is the share of the budget that is spent. Gives the loss and the gradient's norm.
+
+    A step whose gradient is not finite is left out, and gives NaN: one is bad luck in bfloat16, and taken it would make every weight NaN.
+    Raises ArithmeticError after MOST_DROPPED in a row; the state on disk is then the last good one.
+    """
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
+    finite = bool(norm.isfinite())
+    run.dropped = 0 if finite else run.dropped + 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(run.step, progress)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+    if run.dropped > MOST_DROPPED:
+        raise ArithmeticError(f"wanted finite gradients, got {run.dropped} steps in a row without, the last at step {run.step}")
+    if finite:
+        _average(run)
+    run.step += 1
+    return (loss.item(), norm.item()) if finite else (math.nan, math.nan)
+
+
+def _average(run: Run) -> None:
+    """Move the averaged weights towards the trained ones."""
+    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))  # a shorter memory at the start
+    with torch.no_grad():
+        torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
+
+
+def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out: Path, minutes: float) -> None:
+    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes.
+
+    `take_step` is given the share of the budget that is spent, and gives a batch's kind, its loss and the gradient's norm.
+    """
+    start, saved_at = time.time() - run.spent, run.spent
+    recent: dict[str, list[float]] = {}
+    while (progress := run.spent / (60 * minutes)) < 1:
+        kind, loss, norm = take_step(progress)
+        run.spent = time.time() - start
+        if math.isfinite(loss):
+            recent.setdefault(kind, []).append(loss)
+        if run.step % 20 == 0:
+            losses = {kind: round(sum(found) / len(found), 4) for kind, found in sorted(recent.items())}
+            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
+            append_text(out / LOG, json.dumps(row) + "\n")
+            recent = {}
+        if run.spent - saved_at > 180:
+            save(run, out)
+            saved_at = run.spent
+    save(run, out)
+
+
+# Files
+
+
+def save(run: Run, out: Path) -> None:
+    """Write the state and the averaged pipeline."""
+    save_state(run, out / STATE)
+    save_pipeline(run.average, out / "model")
+
+
+def save_state(run: Run, path: Path) -> None:
+    """Write all that a run needs to go on, as safetensors."""
+    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
+    for part, pipe in (("model", run.pipe), ("average", run.average)):
+        tensors |= {f"{part}.{name}": p for name, p in parameters(pipe).items()}
+    tensors |= {f"vae.{name}": value for name, value in run.pipe.vae.state_dict().items()}
+    for number, optimizer in enumerate(run.optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in values.items()}
+    numbers = {"step": run.step, "spent": run.spent, "rng": run.rng.getstate()}
+    write_tensors(path, tensors, {"numbers": json.dumps(numbers)})
+
+
+def load_state(run: Run, path: Path) -> None:
+    """Bring a new run to where `save_state` left another."""
+    with safe_open(path, "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
+        numbers = json.loads(file.metadata()["numbers"])
+    with torch.no_grad():
+        for part, pipe in (("model", run.pipe), ("average", run.average)):
+            for name, parameter in parameters(pipe).items():
+                parameter.copy_(saved[f"{part}.{name}"])
+            for name, value in pipe.vae.state_dict().items():
+                value.copy_(saved[f"vae.{name}"])
+    for number, optimizer in enumerate(run.optimizers):
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    run.step, run.spent = numbers["step"], numbers["spent"]
+    version, internal, gauss = numbers["rng"]
+    run.rng.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(saved["torch_rng"])
+
+
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """Write the pipeline with the transformer's matrices in bfloat16, half the size and read back as float32, to a temporary name; rename.
+
+    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
+    """
+    half = copy.copy(pipe)
+    half.transformer = copy.deepcopy(pipe.transformer)
+    for module in half.transformer.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    half.save_pretrained(temporary)
+    if folder.exists():
+        folder.replace(old)
+    temporary.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
