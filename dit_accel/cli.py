@@ -249,7 +249,7 @@ def quality(
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+    out: options.Result = None,
 ) -> None:
     """Measure how far each method is from the original attention, on the same prompts and noise."""
     pixels = options.parse_size(size)
@@ -270,15 +270,12 @@ def step(
         list[str] | None,
         typer.Option(help=f"WIDTHxHEIGHT in pixels, multiples of {options.PIXELS}; may be repeated.", show_default="1024x1024"),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
-    ] = None,
+    method: options.Methods = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+    out: options.Result = None,
 ) -> None:
     """Measure the time of one denoising step, with each method and with the original attention."""
     sizes = [options.parse_size(text) for text in size or ["1024x1024"]]
@@ -297,10 +294,7 @@ def step(
 def draw(
     prompt: Annotated[str, typer.Argument(help="What is drawn.")] = "a panda on a blue background",
     model: options.Model = "builtin",
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
-    ] = None,
+    method: options.Methods = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="An adapter as in generate, measured beside the methods, or alone; may be repeated.")
     ] = None,
@@ -313,7 +307,7 @@ def draw(
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+    out: options.Result = None,
 ) -> None:
     """Measure the time of a whole picture or video, with each method and with the original attention."""
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
@@ -340,7 +334,7 @@ def kernels(
     method: Annotated[list[str] | None, typer.Option(help="With --aot: only these methods; may be repeated.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="With --aot or --tune: 64, 128 or 256; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="With --aot or --tune: bfloat16 or float16; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+    out: options.Result = None,
 ) -> None:
     """Measure the operator by itself against PyTorch's attention, show what the GPU kernels compile to, or tune them for this GPU."""
     if aot and tune:
@@ -373,7 +367,7 @@ def estimate(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = "4096",
     frames: Annotated[int, typer.Option(help="Frames of a video.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="fovea")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; unless given, it is only printed.")] = None,
+    out: options.Result = None,
 ) -> None:
     """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
     pixels = options.parse_size(size if "x" in size else f"{size}x{size}")

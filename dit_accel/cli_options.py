@@ -58,6 +58,11 @@ Ntk = Annotated[
     typer.Option(help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
 ]
 Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale the logits by the tokens, as CLEAR does.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
+]
+Result = Annotated[Path | None, typer.Option("--out", help="JSON file for the result; unless given, it is only printed.")]
 PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
 
 

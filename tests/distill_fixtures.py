@@ -68,6 +68,17 @@ def picture_pipe() -> Any:
     return prompt_pipe(vae=kl(latent=4, factor_log2=3).eval())
 
 
+def stop_training(pipe: Any, count: int) -> None:
+    """Interrupt a training, as Ctrl+C does, before its forward number `count` (from 0) that has gradients."""
+    calls = iter(range(1_000_000))
+
+    def stop(module: Any, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and next(calls) == count:
+            raise KeyboardInterrupt
+
+    pipe.transformer.register_forward_pre_hook(stop)
+
+
 def half_pipe() -> Any:
     """`prompt_pipe` in bfloat16."""
     parts = {name: copy.deepcopy(_template().components[name]) for name in ("text_encoder", "text_encoder_2")}

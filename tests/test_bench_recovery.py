@@ -174,13 +174,8 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_interrupted_training_continues_with_its_steps(tmp_path: Path, whole: tuple[dict[str, Any], Path]) -> None:
-    pipe, calls = tiny.picture_pipe(), iter(range(1000))
-
-    def stop(module: Any, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and next(calls) == bench_recovery.TIMED + 8:
-            raise KeyboardInterrupt
-
-    pipe.transformer.register_forward_pre_hook(stop)
+    pipe = tiny.picture_pipe()
+    tiny.stop_training(pipe, bench_recovery.TIMED + 8)
     one = {"clear:2": METHODS["clear:2"]}
     with pytest.raises(KeyboardInterrupt):
         bench(tmp_path, one, ["attention"], pipe=pipe)

@@ -245,13 +245,8 @@ def test_a_batch_of_several_sizes_is_learned_from_and_resumed(tmp_path: Path, fl
     assert {arguments["hidden_states"].shape[1] for arguments, _ in seen} == {63, 65}
     assert {entry.size for entry in Samples(tmp_path / "whole" / "held-out").entries} == set(SIZES)
     assert all(math.isfinite(value) for row in whole.history for value in row.values())
-    stopped, resumed, calls = student(), student(), iter(range(100))
-
-    def stop(module: Any, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and next(calls) == 7:
-            raise KeyboardInterrupt
-
-    stopped.transformer.register_forward_pre_hook(stop)
+    stopped, resumed = student(), student()
+    tiny.stop_training(stopped, 7)
     with pytest.raises(KeyboardInterrupt):
         learn_sizes(stopped, tmp_path / "stopped", flow_weight=flow)
     got = learn_sizes(resumed, tmp_path / "stopped", flow_weight=flow)

@@ -45,13 +45,7 @@ def test_a_run_resumes_to_the_bit_and_is_undone(tmp_path: Path) -> None:
     whole, stopped, resumed = half_student(), half_student(), half_student()
     before = state(tiny.half_pipe().transformer)
     wanted = learn(whole, tmp_path / "whole", **RUN)
-    calls = iter(range(100))
-
-    def stop(module: Any, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and next(calls) == 7:
-            raise KeyboardInterrupt
-
-    stopped.transformer.register_forward_pre_hook(stop)
+    tiny.stop_training(stopped, 7)
     with pytest.raises(KeyboardInterrupt):
         learn(stopped, tmp_path / "stopped", **RUN)
     got = learn(resumed, tmp_path / "stopped", **RUN)
