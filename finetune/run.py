@@ -5,10 +5,11 @@ import functools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -88,9 +89,7 @@ class Run:
     def write_curve(self) -> None:
         """Draw the history so far as curve.png in the folder."""
         if self.accelerator.is_main_process:
-            with ThreadPoolExecutor(1) as drawing:  # an interrupt is raised in the main thread alone; what matplotlib imports loses some
-                picture = drawing.submit(draw_curve, self.history).result()
-            write_bytes(self.folder / "curve.png", picture)
+            write_bytes(self.folder / "curve.png", _in_thread(functools.partial(draw_curve, self.history)))
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:
@@ -189,3 +188,25 @@ def _fresh(operator: AcceleratedAttention) -> bool:
     start = operator.spec.make_parameters(heads=operator.heads, head_dim=operator.head_dim)
     pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
     return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
+
+
+def _in_thread(work: Callable[[], bytes]) -> bytes:
+    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, and what matplotlib imports loses some.
+
+    The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.
+    """
+    future: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # raised where the result is waited for
+            future.set_exception(error)
+
+    thread = Thread(target=run)
+    try:
+        thread.start()
+        return future.result()
+    finally:
+        if thread.is_alive():
+            thread.join()
