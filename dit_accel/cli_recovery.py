@@ -22,7 +22,10 @@ def recovery(
     minutes: Annotated[float, typer.Option(help="Minutes of training for each method and each of what is trained.")] = 5.0,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file with one prompt per line, of which a tenth is held out; unless given, 62 that builtin knows."),
+        typer.Option(help="Text file with one prompt per line, of which the last are held out; unless given, 62 that builtin knows."),
+    ] = None,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="So many of the prompts, the last, measure alone.", show_default="a tenth, and 2 of the 62")
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most, that are drawn for the PSNR.")] = 2,
     model: options.Model = "builtin",
@@ -63,7 +66,9 @@ def recovery(
     from dit_accel.demo import HELD_OUT, training_prompts
 
     texts = list(dict.fromkeys(texts)) or [*training_prompts(60, HELD_OUT), *HELD_OUT]
-    count = max(1, len(texts) // 10) if prompts is not None else len(HELD_OUT)
+    count = held_out or (max(1, len(texts) // 10) if prompts is not None else len(HELD_OUT))
+    if count >= len(texts):
+        raise ValueError(f"held-out is less than the {len(texts)} different prompts, got {count}")
     pipe = load_pipeline(model, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     measurement = Recovery(
