@@ -185,6 +185,21 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
     torch.library.opcheck(real, given)
 
 
+def test_the_default_dtype_changes_nothing() -> None:
+    """The compiled kernels read the weights of short blocks by address."""
+    shape, spec = Shape(1, 2, 16, (1, 19, 31), 4), Fovea(0.1)
+    wanted = run(shape.inputs(), spec, shape.layout)
+    qkv = shape.inputs()
+    make_plan.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = run(qkv, spec, shape.layout)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        make_plan.cache_clear()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def test_channels_apart_are_said_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile lays out what follows by the fake kernel's strides."""
     found: list[tuple[Any, ...]] = []

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, reference
-from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.cpu import native
 from dit_accel.layout import TokenLayout, memory_order, raster_order
 from dit_accel.operator import attention
 from dit_accel.parameters import AttentionParameters
-from dit_accel.plan import kept_density, listed_beside, make_plan
+from dit_accel.plan import kept_density
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 
@@ -429,35 +428,6 @@ def test_clear_keeps_as_many_pairs_as_published(radius: int, published: float) -
     assert disc_pairs(((1, side, side),), radius).sum() == pairs
     assert round(kept_density(CLEAR(radius), TokenLayout((1, side, side), text)) * side**4) == pairs
     assert round(4 * width * (text * (side**2 + text) + side**2 * text + pairs) / 1e9, 1) == published
-
-
-def test_frames_beside_chosen_blocks_make_no_mask_of_all_pairs() -> None:
-    """Lists of 4 + 4 among 1,000 blocks."""
-    chosen = torch.rand(2, 1000, 1000, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :4]
-    fixed = torch.arange(4).expand(1000, -1)
-    static = BlockMap(fixed, torch.ones_like(fixed, dtype=torch.bool))
-    with Largest() as seen:
-        both = listed_beside(static, chosen)
-    assert 0 < seen.elements < 2 * 1000 * 1000 // 10
-    twice = (fixed[..., None] == chosen[..., None, :]).any(-1)
-    assert twice.any()
-    assert torch.equal(both.valid, torch.cat([~twice, torch.ones_like(chosen, dtype=torch.bool)], -1))
-    assert torch.equal(both.index, torch.cat([fixed.expand(2, -1, -1), chosen], -1))
-
-
-def test_the_default_dtype_changes_nothing() -> None:
-    """The compiled kernels read the weights of short blocks by address."""
-    shape, spec = Shape(1, 2, 16, (1, 19, 31), 4), Fovea(0.1)
-    wanted = run(shape.inputs(), spec, shape.layout)
-    qkv = shape.inputs()
-    make_plan.cache_clear()
-    torch.set_default_dtype(torch.float64)
-    try:
-        got = run(qkv, spec, shape.layout)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        make_plan.cache_clear()
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["fovea", "fovea-radius", "clear", "clear-downsample", "sla", "sla-all", "gna", "linear-mass"])
