@@ -79,7 +79,7 @@ class Context:
         self.plan: Plan | None = None
         self.crossover: Crossover | None = None
         self._device = torch.device("cpu")
-        self._layouts: dict[tuple[int, Grids], tuple[TokenLayout, Plan]] = {}
+        self._layouts: dict[tuple[int, Grids, torch.device], tuple[TokenLayout, Plan]] = {}
         self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: tuple[Any, ...] = ()
         self._reason: str | None = None
@@ -127,17 +127,18 @@ class Context:
             return grids * 2, 2 * self.image, 0
         return grids, self.image, self.text
 
-    def use(self, text: int, grids: Grids) -> None:
-        """Make the layout of these images with that many tokens beside them the current one."""
-        if (text, grids) not in self._layouts:
-            self._add_layout(text, grids)
-        self.layout, self.plan = self._layouts[text, grids]
+    def use(self, text: int, grids: Grids, device: torch.device) -> None:
+        """Make the layout of these images with that many tokens beside them the current one, with its plan on the device of the layer
+        that asks: a transformer's layers may be spread over several."""
+        if (text, grids, device) not in self._layouts:
+            self._add_layout(text, grids, device)
+        self.layout, self.plan = self._layouts[text, grids, device]
 
     @torch.compiler.disable
-    def _add_layout(self, text: int, grids: Grids) -> None:
+    def _add_layout(self, text: int, grids: Grids, device: torch.device) -> None:
         order = self.spec.order if self.family.per_token else Raster()
         layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
-        self._layouts[text, grids] = layout, make_plan(self.spec, layout, self._device)
+        self._layouts[text, grids, device] = layout, make_plan(self.spec, layout, device)
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -222,7 +223,7 @@ class Context:
         if grids is None:
             return
         self.image = sum(math.prod(grid) for grid in grids)
-        self.use(text or 0, grids)
+        self.use(text or 0, grids, self._device)
         if self.family.per_token and not isinstance(self.spec.order, Raster):
             inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]

@@ -96,7 +96,7 @@ def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan:
     )
     if plan.static is None:
         return Lists.of_chosen(chosen)
-    return Lists.from_map(listed_beside(plan.static, chosen.long(), len(plan.k_blocks.count)))
+    return Lists.from_map(listed_beside(plan.static, chosen.long()))
 
 
 def downsample(x: Tensor, plan: Plan, factor: int, weight: Tensor | None) -> Tensor:

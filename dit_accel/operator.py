@@ -210,7 +210,7 @@ def visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> Blo
     with torch.no_grad():
         q_mean, k_mean = pool_blocks(q, plan.q_blocks)[0], pool_blocks(k, plan.k_blocks)[0]
     chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight)
-    return chosen if plan.static is None else listed_beside(plan.static, chosen.index, len(plan.k_blocks.count))
+    return chosen if plan.static is None else listed_beside(plan.static, chosen.index)
 
 
 def _rest(

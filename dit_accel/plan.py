@@ -186,7 +186,7 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         static=_moved(static, device) if static else None,
         predicate=_predicate(exact, grids, device) if exact else None,
         top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
-        short_weight=None if k_blocks.even else (k_blocks.count / spec.block[1]).sqrt().to(device),
+        short_weight=None if k_blocks.even else (k_blocks.count.float() / spec.block[1]).sqrt().to(device),
         patch=None if patch is None else patch.to(device),
         patches=patches,
         geometry=_moved(geometry, device),
@@ -222,15 +222,20 @@ def _reach(patterns: list[Exact]) -> int:
     return max((p.reach for p in patterns if isinstance(p, Disc)), default=-1)
 
 
-def listed_beside(static: BlockMap, chosen: Tensor, key_blocks: int) -> BlockMap:
-    """Static lists and the chosen blocks `[BH, Tq, n]`; a block on both is visited once, as a chosen one: whole."""
-    mine = BlockMap(chosen, torch.ones_like(chosen, dtype=torch.bool))
-    index = torch.cat([static.index.expand(len(chosen), -1, -1), chosen], -1)
-    alone = static.valid & ~mine.kept(key_blocks).gather(-1, index[..., : static.index.shape[-1]])
-    valid = torch.cat([alone, mine.valid], -1)
+def listed_beside(static: BlockMap, chosen: Tensor) -> BlockMap:
+    """Static lists and the chosen blocks `[BH, Tq, n]`; a block on both is visited once, as a chosen one: whole.
+
+    Memory is that of the lists: a mask of all pairs of blocks would grow with the square of the tokens.
+    """
+    listed = static.index.expand(len(chosen), -1, -1).contiguous()
+    ordered = chosen.sort(-1).values
+    place = torch.searchsorted(ordered, listed).clamp_max(chosen.shape[-1] - 1)
+    mine = torch.ones_like(chosen, dtype=torch.bool)
+    index = torch.cat([listed, chosen], -1)
+    valid = torch.cat([static.valid & (ordered.gather(-1, place) != listed), mine], -1)
     if static.partial is None:
         return BlockMap(index, valid)
-    return BlockMap(index, valid, torch.cat([static.partial.expand(len(chosen), -1, -1), torch.zeros_like(mine.valid)], -1))
+    return BlockMap(index, valid, torch.cat([static.partial.expand(len(chosen), -1, -1), torch.zeros_like(mine)], -1))
 
 
 def _moved(value: T, device: torch.device) -> T:

@@ -18,6 +18,7 @@ import linecache
 import textwrap
 from typing import Any
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -41,7 +42,7 @@ class AcceleratedAttention(nn.Module):
         self.heads, self.head_dim, self.alone = heads, head_dim, alone
         self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
 
-    def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
+    def takes(self, q_len: int, kv_len: int, mask: object, special: str | None, device: torch.device) -> bool:
         """Whether this call is the image self-attention of a forward that is to be accelerated; then its layout is the current one."""
         context = self.context
         if not context.active:
@@ -59,7 +60,7 @@ class AcceleratedAttention(nn.Module):
         special = special or masks.refusal(mask, context.family.mask, kv_len, kv_len - image)
         fits = kv_len >= image + context.history if text is None else kv_len == image + text
         if special is None and fits and q_len == kv_len - self._absent(kv_len - image):
-            context.use(kv_len - image, grids)
+            context.use(kv_len - image, grids, device)
             return True
         context.fall_back(special or f"a sequence of {kv_len} tokens where the grid makes {image} and the text {text or 'any number'}")
         return False
@@ -120,7 +121,7 @@ class AcceleratedProcessor:
         *, backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[1], key.shape[1], attn_mask, _special(dropout_p, is_causal, parallel_config)):
+        if operator.takes(query.shape[1], key.shape[1], attn_mask, _special(dropout_p, is_causal, parallel_config), query.device):
             q, k, v = _with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
             return operator(q, k, v, scale, attn_mask).transpose(1, 2)
         return dispatch_attention_fn(
@@ -133,7 +134,7 @@ class AcceleratedProcessor:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[2], key.shape[2], attn_mask, _special(dropout_p, is_causal, None)):
+        if operator.takes(query.shape[2], key.shape[2], attn_mask, _special(dropout_p, is_causal, None), query.device):
             return operator(*_with_all_heads(query, key, value), scale, attn_mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 

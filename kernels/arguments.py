@@ -22,6 +22,11 @@ class Method(NamedTuple):
     k_width: int
 
 
+def dense(x: Tensor) -> Tensor:
+    """The tensor with its channels contiguous, which is all that compiled kernels ask; itself where they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class Arguments(NamedTuple):
     """The arguments of `dit_accel::attention`, in its order and with its meaning, but for the implementation's name."""
 

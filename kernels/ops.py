@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.arguments import Arguments, dense
 from dit_accel.kernels.cpu import calls
 
 
@@ -47,7 +47,7 @@ def attention(
 
 @attention.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(dense(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("dit_accel::attention_backward", mutates_args=())

@@ -1,6 +1,7 @@
 """What the compiled CPU kernels promise besides equality with the oracle (test_operator.py): every width and odd grid, any number of
 threads, strided and poisoned inputs, PyTorch's operator rules, and clear refusals."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -12,6 +13,7 @@ from helpers import Shape, assert_close_as_eager, gradients, oracle, random_para
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
@@ -181,6 +183,36 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in calls[0])
     torch.library.opcheck(real, given)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    """The compiled kernels read the weights of short blocks by address."""
+    shape, spec = Shape(1, 2, 16, (1, 19, 31), 4), Fovea(0.1)
+    wanted = run(shape.inputs(), spec, shape.layout)
+    qkv = shape.inputs()
+    make_plan.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = run(qkv, spec, shape.layout)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        make_plan.cache_clear()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_channels_apart_are_said_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile lays out what follows by the fake kernel's strides."""
+    found: list[tuple[Any, ...]] = []
+    shape, spec, real = Shape(1, 2, 8, (1, 7, 9), 3), CLEAR(3), ops.attention
+    layout = dataclasses.replace(shape.layout, order=spec.order)  # so that nothing is copied into order
+    monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
+    run([x.mT.contiguous().mT for x in shape.inputs()], spec, layout)
+    q = found[0][0]
+    assert q.stride(-1) > 1
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in found[0]]
+        said = real(*fake)
+    assert [x.stride() for x in said] == [x.stride() for x in real(*found[0])]
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])

@@ -1,13 +1,15 @@
-"""Tile order: a permutation whose inverse is exact, whose tiles are boxes, never larger than asked for and never slivers."""
+"""Tile order: a permutation whose inverse is exact, whose tiles are boxes, never larger than asked for, never slivers; lists of blocks."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
-from helpers import Grid, block_of
+from helpers import Grid, Largest, block_of
 
+from dit_accel.kernels.blocks import BlockMap
 from dit_accel.layout import TokenLayout, coordinates, memory_order, partition, raster_order
+from dit_accel.plan import listed_beside
 from dit_accel.spec import Order, Raster, Tiles
 
 GRIDS = [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 64, 64)]
@@ -109,3 +111,17 @@ def test_layout_takes_a_grid_from_json() -> None:
 def test_layout_refuses(arguments: dict[str, Any], shown: str) -> None:
     with pytest.raises(ValueError, match=shown):
         TokenLayout(**arguments)
+
+
+def test_frames_beside_chosen_blocks_make_no_mask_of_all_pairs() -> None:
+    """Lists of 4 + 4 among 1,000 blocks."""
+    chosen = torch.rand(2, 1000, 1000, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :4]
+    fixed = torch.arange(4).expand(1000, -1)
+    static = BlockMap(fixed, torch.ones_like(fixed, dtype=torch.bool))
+    with Largest() as seen:
+        both = listed_beside(static, chosen)
+    assert 0 < seen.elements < 2 * 1000 * 1000 // 10
+    twice = (fixed[..., None] == chosen[..., None, :]).any(-1)
+    assert twice.any()
+    assert torch.equal(both.valid, torch.cat([~twice, torch.ones_like(chosen, dtype=torch.bool)], -1))
+    assert torch.equal(both.index, torch.cat([fixed.expand(2, -1, -1), chosen], -1))

@@ -115,6 +115,20 @@ def test_forms_of_one_forward_agree(form: str) -> None:
     assert torch.equal(got, wanted)
 
 
+def test_layers_on_another_device_have_their_plan_there() -> None:
+    """A transformer spread over several devices: the plan follows the layer, the layout is one."""
+    transformer = dit_accel.accelerate(tiny_transformer(), Fovea(0.3))
+    transformer(**forward_arguments())
+    operator = next(iter(operators_of(transformer).values()))
+    layout, near = operator.context.current()
+    operator.context.active = True
+    assert operator.takes(layout.tokens, layout.tokens, None, None, torch.device("meta"))
+    there, far = operator.context.current()
+    assert there == layout
+    assert {near.coords.device.type, near.geometry.coords.device.type} == {"cpu"}
+    assert {far.coords.device.type, far.geometry.coords.device.type} == {"meta"}
+
+
 # The built-in pipeline
 
 

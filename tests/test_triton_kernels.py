@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
+from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import calls, launch, launch_backward
 from dit_accel.kernels.triton.tables import Machine
@@ -248,6 +249,25 @@ def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
     assert got.tolist() == wanted.tolist()
 
 
+def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = Shape(2, 3, 8, (1, 8, 12)).inputs()[0].to(DEVICE)
+    starts = torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
+    wanted = calls.select_blocks(q, q, starts, starts, None, 2, [16, 16])
+    monkeypatch.setattr(launch, "SCORES", 4 * 36 + 35)  # heads in fours, and two that are left
+    torch.testing.assert_close(calls.select_blocks(q, q, starts, starts, None, 2, [16, 16]), wanted, rtol=0, atol=0)
+
+
+def test_scores_of_a_long_video_fit() -> None:
+    """80 heads of a million tokens: the scores of all pairs of blocks would be 78 GB."""
+    q, starts = torch.empty(2, 40, 10**6, 128, dtype=torch.bfloat16, device="meta"), torch.empty(15626, dtype=torch.int32, device="meta")
+    found: list[launch.Launch] = []
+    chosen = launch.select_blocks(q, q, starts, starts, None, 781, [64, 64], Machine("sm_90", 132), found.append)
+    choices = [one for one in found if one.kernel is launch.summary.choose_blocks]
+    assert chosen.shape == (80, 15625, 781)
+    assert sum(one.grid[0] for one in choices) == 80 * 15625
+    assert max(one.arguments["scores"].numel() for one in choices) <= 2**28
+
+
 def test_choice_among_extremes() -> None:
     scores = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 1e-45, -3.0, 5.0]], device=DEVICE)
     for top in range(1, 8):
@@ -285,6 +305,48 @@ def test_passes_over_memory(spec: AttentionSpec, passes: int) -> None:
         seen = {x.data_ptr() for x in one.arguments.values() if isinstance(x, Tensor) and x.numel() >= size}
         found += len(seen)
     assert found <= passes
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts a kernel on the current device, wherever its tensors are; a model may lie on the second."""
+    current, seen = [0], []
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], device if device >= 0 else current[0]
+        return before
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    for module, name in ((launch, "attend"), (launch_backward, "gradients"), (launch, "select_blocks")):
+        monkeypatch.setattr(module, name, lambda *_: seen.append(current[0]) or [])
+    with FakeTensorMode(), calls.redirected(Machine("sm_90", 132), seen.append):
+        q = torch.empty(1, 2, 32, 8, device="cuda:1")
+        a = Arguments(q, q, q, *[None] * 5, *[q] * 6, None, None, 0, True, -1, [], 0.0, 1.0)
+        calls.attend(a)
+        calls.gradients(q, None, q, q, a)
+        calls.select_blocks(q, q, q, q, None, 1, [])
+    assert seen == [1, 1, 1]
+    assert current == [0]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("setting", ["older", "newer"])
+def test_either_setting_of_tf32_is_followed(setting: str, allowed: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    try:
+        if setting == "older":
+            torch.set_float32_matmul_precision("high" if allowed else "highest")
+        elif hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "tf32" if allowed else "ieee"
+        else:
+            pytest.skip("torch has it since 2.9")
+        with calls.recorded(Machine("sm_90", 132)) as found, torch.no_grad():
+            run(SMALL.inputs(), SPECS["clear"], SMALL.layout)
+    finally:
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert {one.arguments["PRECISION"] for one in found if "PRECISION" in one.arguments} == {"tf32" if allowed else "ieee"}
 
 
 @every_spec

@@ -128,6 +128,18 @@ def test_nothing_waits_for_the_card(spec: AttentionSpec) -> None:
     step.assert_right(got)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two CUDA devices")
+def test_a_second_card_computes_what_the_first_does() -> None:
+    spec, (first, second) = SPECS["fovea"], (torch.device("cuda", n) for n in range(2))
+    found = []
+    for device in (first, second):
+        qkv = [x.to(device, torch.bfloat16).requires_grad_() for x in STEP.inputs()]
+        out = attention(*qkv, spec, STEP.layout, backend="triton")
+        out.float().square().sum().backward()
+        found.append([out.detach().cpu(), *(x.grad.cpu() for x in qkv if x.grad is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @every_spec
 def test_compiles_without_a_break(spec: AttentionSpec) -> None:
     step = Step(spec, torch.bfloat16)

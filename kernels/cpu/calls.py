@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import Arguments, Method
+from dit_accel.kernels.arguments import Arguments, Method, dense
 from dit_accel.kernels.cpu import native
 
 
@@ -13,13 +13,8 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Channels contiguous, which is all the kernels ask."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _with_dense_rows(a: Arguments) -> Arguments:
-    return a._replace(q=_dense(a.q), k=_dense(a.k), v=_dense(a.v))
+    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
 
 
 def _problem(a: Arguments) -> native.Problem:
@@ -51,7 +46,7 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
     """Gradients of the first eight arguments; absent ones are empty."""
-    a, dout, out = _with_dense_rows(a), _dense(dout), _dense(out)
+    a, dout, out = _with_dense_rows(a), dense(dout), dense(out)
     problem = _problem(a)
     dlse = None if dlse is None else dlse.contiguous()
     (batch, heads, _, channels), make = a.q.shape, lambda *size: torch.zeros(size, dtype=torch.float32)
@@ -77,7 +72,7 @@ def select_blocks(
     q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
-    q, k = _dense(q), _dense(k)
+    q, k = dense(q), dense(k)
     batch, heads, _, channels = q.shape
     lists = torch.empty(batch * heads, len(q_starts) - 1, top, dtype=torch.int32)
     native.call(

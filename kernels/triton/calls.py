@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import triton
-from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.arguments import Arguments, dense
 from dit_accel.kernels.triton import launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
@@ -73,21 +73,21 @@ def gpu_of(device: torch.device) -> tuned.Gpu:
     return tuned.Gpu(properties.name, capability, triton.__version__)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Channels contiguous, which is all the kernels ask."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+# Triton starts a kernel on the current device, wherever its tensors are: hence `device_of`, which is nothing to tensors on the CPU.
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
-    return launch.attend(a._replace(q=_dense(a.q), k=_dense(a.k), v=_dense(a.v)), *_where(a.q.device))
+    with torch.cuda.device_of(a.q):
+        return launch.attend(a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v)), *_where(a.q.device))
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
     """Gradients of the first eight arguments; absent ones are empty."""
-    a = a._replace(q=_dense(a.q), k=_dense(a.k), v=_dense(a.v))
-    dlse = None if dlse is None else dlse.contiguous()
-    grads = launch_backward.gradients(_dense(dout), dlse, _dense(out), lse, a, *_where(a.q.device))
+    with torch.cuda.device_of(a.q):
+        a = a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = launch_backward.gradients(dense(dout), dlse, dense(out), lse, a, *_where(a.q.device))
     return [a.q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads]
 
 
@@ -95,6 +95,7 @@ def select_blocks(
     q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
-    chosen = launch.select_blocks(_dense(q), _dense(k), q_starts, k_starts, weight, top, widths, *_where(q.device))
+    with torch.cuda.device_of(q):
+        chosen = launch.select_blocks(dense(q), dense(k), q_starts, k_starts, weight, top, widths, *_where(q.device))
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are

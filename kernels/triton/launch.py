@@ -17,6 +17,7 @@ from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
 
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
+SCORES = 1 << 28  # block scores held at once, 1 GiB: those of all heads would be 78 GB for 80 heads of a million tokens
 
 
 class Launch(NamedTuple):
@@ -44,6 +45,16 @@ def up(a: int, b: int) -> int:
 def strides(letter: str, x: Tensor) -> dict[str, int]:
     """The strides of the first three axes of `[B, H, N, D]`, as kernels name them."""
     return {f"{letter}_{axis}": x.stride(place) for place, axis in enumerate("bhn")}
+
+
+def tf32_allowed() -> bool:
+    """Whether products of float32 matrices may round their operands, as torch's own on a GPU.
+
+    Asked of the setting that torch has since 2.9, which the older one writes too: once a user writes the newer, torch raises at reading
+    the older.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,7 @@ class Call:
             "COUNT": bool(method.log_count), "VARIANCE": bool(method.variance), "MAP": method.feature_map, "ALL": bool(method.linear_all),
         }  # fmt: skip
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
-        precise = torch.get_float32_matmul_precision() == "highest" or a.q.dtype != torch.float32
-        self.precision = "ieee" if precise else "tf32"
+        self.precision = "tf32" if a.q.dtype == torch.float32 and tf32_allowed() else "ieee"
 
     def tile(self, kernel: str) -> Tile:
         """The kernel's tile for this call's widths and types."""
@@ -234,12 +244,13 @@ def select_blocks(
 ) -> Tensor:  # fmt: skip
     """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
     means = [_means(x, starts, width, machine, run) for x, starts, width in zip((q, k), (q_starts, k_starts), widths, strict=True)]
-    scores = torch.bmm(means[0], means[1].transpose(1, 2))
-    blocks = scores.shape[-1]
-    chosen = torch.empty(*scores.shape[:2], top, dtype=torch.int32, device=q.device)
+    (bh, rows, _), blocks = means[0].shape, means[1].shape[1]
+    chosen = torch.empty(bh, rows, top, dtype=torch.int32, device=q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
-    arguments = {"scores": scores, "weight": weight, "chosen": chosen, "blocks": blocks, "top": top, "W": wide}
-    run(Launch(summary.choose_blocks, (scores.shape[0] * scores.shape[1],), arguments, min(16, max(1, wide // 512))))
+    for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
+        scores = torch.bmm(q_mean, k_mean.transpose(1, 2))
+        arguments = {"scores": scores, "weight": weight, "chosen": some, "blocks": blocks, "top": top, "W": wide}
+        run(Launch(summary.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen
 
 
