@@ -73,7 +73,7 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    _choose(backend, spec, text_bias, query, key, value)
+    _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
     plan = make_plan(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out
@@ -85,7 +85,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks of all but `text_bias`, for callers that hold the plan already: output and lse."""
     check_text_bias(text_bias, query, layout)
-    chosen = _choose(backend, spec, text_bias, query, key, value)
+    chosen = _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
@@ -99,9 +99,9 @@ def attend(
         return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
 
 
-def _choose(backend: str, spec: AttentionSpec, text_bias: Tensor | None, *qkv: Tensor) -> str:
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
-    query = qkv[0]
+def _choose(backend: str, spec: AttentionSpec, text_bias: Tensor | None, query: Tensor, *others: Tensor | None) -> str:
+    """The backend for this call. `others`: all else that keys and values are made of, whose gradients pass through the attention."""
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, *others))
     linear = isinstance(spec.rest, Linear)
     return dispatch.choose(
         backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None

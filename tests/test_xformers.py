@@ -3,6 +3,7 @@
 import math
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,18 @@ def test_a_gradient_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(1, 1, 16, (1, 4, 4), 2)
     with pytest.raises(BackendError, match="no gradient of the lse"):
         attention(*shape.inputs(grad=True), CLEAR(2), shape.layout, backend="xformers")
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_learned_pooling_wants_a_gradient_though_its_inputs_are_frozen(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def choose(*args: Any, gradient: bool, **others: Any) -> tuple[str, str]:
+        seen.append(gradient)
+        return "reference", ""
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    spec, shape = CLEAR(3, downsample=2), Shape(1, 2, 16, (1, 8, 8))
+    params = random_parameters(spec, shape).requires_grad_(learned)
+    attention(*(x.detach() for x in shape.inputs()), spec, shape.layout, params=params)
+    assert set(seen) == {learned}
