@@ -34,7 +34,9 @@ from dit_accel.patch import (
     Patch,
     accelerate,
     activate_lora,
+    attention_layers,
     find_transformers,
+    heads_of,
     operators_of,
     patches_of,
     plain_name,
@@ -292,9 +294,9 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
     modules: dict[str, Any] = dict(model.named_modules())
+    layers = attention_layers(model)
     for name, (heads, width) in config["layers"].items():
-        module: Any = modules.get(name)
-        got = (module.heads, module.inner_dim // module.heads) if hasattr(module, "heads") else None
+        got = heads_of(name, layers[name]) if name in layers else None
         if got != (heads, width):
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])

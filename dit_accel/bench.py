@@ -259,7 +259,7 @@ def record_step(pipe: Any, size: tuple[int, int], max_sequence_length: int | Non
         call["max_sequence_length"] = max_sequence_length
     recorder = Recorder(transformer, forward_names(transformer))
     with recorder, contextlib.suppress(_Recorded), torch.no_grad(), _stop_before_forward(transformer):
-        pipe("a panda on a blue background", generator=torch.Generator().manual_seed(0), **call)
+        pipe(prompt="a panda on a blue background", generator=torch.Generator().manual_seed(0), **call)
     return recorder.arguments
 
 

@@ -80,11 +80,11 @@ def generate(
         accelerate(pipe, spec, dense_steps=dense_steps, strict=strict)
     generator = torch.Generator("cpu").manual_seed(seed)
     if video:
-        _write_video(pipe(prompt, generator=generator, output_type="pt", **call), out, fps or 8)
+        _write_video(pipe(prompt=prompt, generator=generator, output_type="pt", **call), out, fps or 8)
     elif hires:
         _write_picture(generate_hires(pipe, prompt, seed=seed, folder=stages, **recipe, **call), out)
     else:
-        _write_picture(pipe(prompt, generator=generator, **call).images[0], out)
+        _write_picture(pipe(prompt=prompt, generator=generator, **call).images[0], out)
     if adapter is not None or spec is not None:
         summary(pipe)
     else:

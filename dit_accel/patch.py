@@ -32,6 +32,8 @@ PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj",
     "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
+    "to_q_t", "to_k_t", "to_v_t", "to_out_t", "to_out", "to_gate",
+    "to_qkv_mlp_proj",  # of FLUX.2's parallel blocks, with their MLP's first layer in one
 )  # fmt: skip
 
 

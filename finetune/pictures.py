@@ -169,7 +169,7 @@ def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Pat
         # in front of the recorder, which so sees what the denoiser gets
         hook = transformer.register_forward_pre_hook(exchange, with_kwargs=True, prepend=True)
         try:
-            pipe(picture.caption, generator=generator, output_type="latent", **call)
+            pipe(prompt=picture.caption, generator=generator, output_type="latent", **call)
         finally:
             hook.remove()
     write_run(folder, key.prompt, key.seed, recorder.forwards, x0.to(transformer.dtype), size=key.size, picture=key.picture)

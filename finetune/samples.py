@@ -175,5 +175,6 @@ def _collect_one(pipe: Any, folder: Path, key: Key, call: dict[str, Any]) -> Non
     shape = {} if key.size is None else {"height": key.size[0], "width": key.size[1]}
     generator = torch.Generator("cpu").manual_seed(key.seed)
     with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
-        latents = pipe(key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
+        # by name: edit models, FLUX.2 among them, take pictures first
+        latents = pipe(prompt=key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
     write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)

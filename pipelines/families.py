@@ -42,7 +42,7 @@ FLUX = Family(
     per_token=("hidden_states", "img_ids", *CONTROL),
 )  # fmt: skip
 FLUX2 = Family(
-    "flux2", ("Flux2Transformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",),
+    "flux2", ("Flux2Transformer2DModel",), BOTH, grids.of_image_ids_uncached, text=text_states, ids=("img_ids",),
     per_token=("hidden_states", "img_ids"),
 )  # fmt: skip
 CHROMA = Family(

@@ -116,6 +116,13 @@ def of_image_ids(arguments: Arguments, transformer: Any) -> Grids | str:
     return from_ids(arguments["img_ids"])
 
 
+def of_image_ids_uncached(arguments: Arguments, transformer: Any) -> Grids | str:
+    """From `img_ids`, unless the keys of reference images are kept from one step for the others: the output lacks their tokens then."""
+    if arguments.get("kv_cache_mode") is not None:
+        return "a cache of the reference images' keys"
+    return from_ids(arguments["img_ids"])
+
+
 def of_vision_tokens(arguments: Arguments, transformer: Any) -> Grids:
     """From `vision_token_shapes` of the images and videos that follow the text of a packed sequence."""
     return tuple(tuple(shape) for shape in arguments["vision_token_shapes"])

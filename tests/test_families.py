@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill_randomly, relative_error
+from diffusers import Flux2KleinKVPipeline
+from PIL import Image
 from tiny_parts import BUILDERS
 from torch import Tensor
 
@@ -136,6 +138,22 @@ def test_the_first_steps_are_dense(tiny: Tiny, sparse_calls: list[Any]) -> None:
     assert [counts[1, n] * 3 for n in range(2)] == [counts[0, n] * 2 for n in range(2)]
     assert [counts[3, n] for n in range(2)] == [0, 0]
     assert counts[0, 0] > 0
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_cached_keys_of_reference_images_run_the_original(reference: bool, sparse_calls: list[Any]) -> None:
+    stock = Tiny("flux2")
+    parts = {name: part for name, part in stock.pipe.components.items() if name != "is_distilled"}
+    stock.pipe = Flux2KleinKVPipeline(**parts)
+    stock.pipe.set_progress_bar_config(disable=True)
+    call = {name: value for name, value in stock.call.items() if name != "guidance_scale"}
+    stock.call = call | ({"image": [Image.new("RGB", (64, 64), (90, 20, 200))]} if reference else {})
+    wanted = stock.run()
+    dit_accel.accelerate(stock.pipe, SPARSE["clear"])
+    got = stock.run()
+    assert torch.equal(got, wanted) == reference
+    assert (len(sparse_calls) == 0) == reference
+    assert list(stock.context().fallbacks) == (["a cache of the reference images' keys"] if reference else [])
 
 
 def test_every_class_is_one_of_diffusers() -> None:

@@ -150,6 +150,17 @@ def test_the_forecast_names_what_is_to_come(capsys: pytest.CaptureFixture[str], 
     assert "48×32" in rows[0]
 
 
+def test_after_the_forecast_an_offloaded_transformer_has_left_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = make()
+    events: list[str] = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: events.append("freed"))
+    timed = forecast.timed_forward
+    monkeypatch.setattr(forecast, "timed_forward", lambda *args: events.append("timed") or timed(*args))
+    pipe.transformer.register_forward_pre_hook(lambda *_: events.append("forward"))
+    draw(pipe, call, forecast=True)
+    assert events[events.index("timed") :][:4] == ["timed", "forward", "forward", "freed"]
+
+
 def test_forecast_counts_what_torch_counts() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

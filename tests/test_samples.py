@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from distill_fixtures import CALL, MODES, PROMPTS, SPARSE, SPECS, add_lora, draw, prompt_pipe, quick, same, state
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -374,3 +374,21 @@ def test_velocity_errors_compare_with_the_recorded_teacher(tmp_path: Path) -> No
         wanted = [((predict(student, f.arguments) - f.prediction).norm() / f.prediction.norm()).item() for f in samples]
     assert velocity_errors(student, [samples[i] for i in range(4)]) == pytest.approx(wanted, rel=1e-6)
     assert velocity_error(student, samples) == pytest.approx(sum(wanted) / 4, rel=1e-6)
+
+
+class PictureFirst(FluxPipeline):
+    """Takes a picture before the prompt, as edit models and FLUX.2 do."""
+
+    def __call__(self, image: Any = None, prompt: Any = None, **call: Any) -> Any:
+        if image is not None:
+            raise TypeError(f"wanted a picture, got {image!r}")
+        return super().__call__(prompt, **call)
+
+
+def test_a_pipeline_that_takes_a_picture_first_is_given_its_prompt(tmp_path: Path) -> None:
+    parts = {k: v for k, v in prompt_pipe().components.items() if k not in ("image_encoder", "feature_extractor")}
+    pipe = PictureFirst(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    samples = collect(pipe, PROMPTS[:1], tmp_path / "first", **CALL)
+    wanted = collect(prompt_pipe(), PROMPTS[:1], tmp_path / "stock", **CALL)
+    assert [torch.equal(a.prediction, b.prediction) for a, b in zip(samples, wanted, strict=True)] == [True] * len(wanted)

@@ -169,6 +169,7 @@ class _Run:
         shape = forecasting.Shape.of(self.transformer, self.unit, self.text or 0)
         with dense(self.pipe) if self.context else contextlib.nullcontext():
             timed = forecasting.timed_forward(self.transformer, self.args, self.kwargs)
+        self.pipe.maybe_free_model_hooks()  # an offloaded pipeline finds the device free again
         stages = []
         for number in range(finished, len(self.sizes)):
             call = self._call(number)
