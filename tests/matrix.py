@@ -18,6 +18,7 @@ COLUMNS = {
     "first steps dense": {"test_the_first_steps_are_dense"},
     "two prompts at once": {"test_two_at_a_time_are_two_alone"},
     "padded text masked": {"test_padded_text_changes_nothing", "test_prompts_of_two_lengths_equal_the_original"},
+    "adapter loads again": {"test_an_adapter_loads_again"},
 }
 
 Outcomes = defaultdict[str, list[bool]]
