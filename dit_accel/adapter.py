@@ -35,6 +35,7 @@ from dit_accel.patch import (
     accelerate,
     activate_lora,
     attention_layers,
+    check_unfused,
     find_transformers,
     heads_of,
     operators_of,
@@ -168,6 +169,8 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     (model,) = models
     file = local_file(path_or_repo)
     found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
+    if found.weights or found.lora:
+        check_unfused(model, found.layers, AdapterError)
     accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:
         _install_weights(model, found)

@@ -24,7 +24,7 @@ def evaluate(
     frames: options.Frames = None,
     steps: options.Steps = 8,
     seed: options.Seed = 0,
-    guidance: options.Guidance = 3.5,
+    guidance: options.Guidance = None,
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",

@@ -22,7 +22,7 @@ def generate(
     size: Annotated[str | None, typer.Option(help=options.SIZE, show_default="1024x1024, with --video 512x512")] = None,
     steps: options.Steps = 16,
     seed: options.Seed = 0,
-    guidance: options.Guidance = 3.5,
+    guidance: options.Guidance = None,
     max_sequence_length: options.TextLength = None,
     adapter: Annotated[
         str | None, typer.Option(help="Folder of save_adapter, its hub id, or a published file; it names the method itself.")

@@ -12,6 +12,7 @@ from dit_accel import files
 if TYPE_CHECKING:
     from dit_accel.spec import AttentionSpec
 
+BUILTIN_GUIDANCE = 3.5
 PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
 
 METHOD_FORMS = (
@@ -30,7 +31,13 @@ Sizes = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed gives the same result.")]
-Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale: how closely the picture follows the prompt.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance scale: how closely the picture follows the prompt; unless given, the pipeline's default, and 3.5 for builtin.",
+    ),
+]
 TextLength = Annotated[
     int | None,
     typer.Option("--max-sequence-length", min=1, help="Text tokens; unless given, the pipeline's default, and 32 for builtin."),
@@ -137,14 +144,15 @@ def text_length(model: str, length: int | None) -> int | None:
     return TEXT_TOKENS if length is None and model == "builtin" else length
 
 
-def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: float, length: int | None) -> dict[str, Any]:
-    """Arguments of the pipeline's call."""
-    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
-    length = text_length(model, length)
-    return call if length is None else {**call, "max_sequence_length": length}
+def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: float | None, length: int | None) -> dict[str, Any]:
+    """Arguments of the pipeline's call; without a guidance scale where none was asked for, as some pipelines take none."""
+    guidance = BUILTIN_GUIDANCE if guidance is None and model == "builtin" else guidance
+    further = {"guidance_scale": guidance, "max_sequence_length": text_length(model, length)}
+    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    return call | {name: value for name, value in further.items() if value is not None}
 
 
-def sampling_arguments(model: str, sizes: list[str] | None, steps: int, guidance: float, length: int | None) -> dict[str, Any]:
+def sampling_arguments(model: str, sizes: list[str] | None, steps: int, guidance: float | None, length: int | None) -> dict[str, Any]:
     """Arguments of collect: those of a call at one size, or at several in turn."""
     pixels = [parse_size(text) for text in sizes or ["512x512"]]
     call = call_arguments(model, pixels[0], steps, guidance, length)

@@ -33,7 +33,7 @@ def recovery(
     steps: options.Steps = 8,
     optimizer: Annotated[OptimizerName, typer.Option(help="For the attention's weights.")] = "adamw",
     seed: options.Seed = 0,
-    guidance: options.Guidance = 3.5,
+    guidance: options.Guidance = None,
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dit_accel.context import Context, Steps
-from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
+from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 from dit_accel.presets import Fovea
@@ -194,6 +194,16 @@ def projection_names(model: Any, layers: Iterable[str]) -> list[str]:
     modules = dict(model.named_modules())
     names = [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS]
     return [n for n in names if isinstance(modules.get(n), nn.Linear) or hasattr(modules.get(n), "base_layer")]
+
+
+def check_unfused(model: Any, layers: Iterable[str], error: type[DitAccelError]) -> None:
+    """Raise `error` where the q, k and v projections of those attention modules are fused: a LoRA or trained weights would do nothing."""
+    fused = [name for name in layers if getattr(model.get_submodule(name), "fused_projections", False)]
+    if fused:
+        raise error(
+            f"wanted projections that are not fused, as fused ones run neither a LoRA nor trained weights, got {len(fused)} fused layers "
+            f"({fused[0]} the first): call unfuse_qkv_projections() before"
+        )
 
 
 def heads_of(name: str, module: Any) -> tuple[int, int]:

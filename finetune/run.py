@@ -24,7 +24,7 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
-from dit_accel.patch import ADAPTER, Patch, operators_of, patches_of, running, teacher_hash
+from dit_accel.patch import ADAPTER, Patch, check_unfused, operators_of, patches_of, running, teacher_hash
 from dit_accel.processor import AcceleratedAttention
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
@@ -119,6 +119,10 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
         raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
+    if config.train != "parameters":
+        check_unfused(transformer, patch.originals, DistillationError)
+    if isinstance(source, str | Path) and Path(source).is_file():
+        raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(alone)  # or a second run could not have another precision or device
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=next(transformer.parameters()).device.type == "cpu")

@@ -17,10 +17,11 @@ import pytest
 import torch
 from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, prompt_pipe, same, state, student, unchanged, untimed
 
-from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, distill, restore
-from dit_accel.errors import DistillationError, NotAcceleratedError
+from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, distill, load_adapter, restore, save_adapter
+from dit_accel.errors import AdapterError, DistillationError, NotAcceleratedError
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune.samples import Samples, collect, write_run
+from dit_accel.patch import CONTEXT
 
 # It learns
 
@@ -367,3 +368,25 @@ def test_dense_steps_do_not_hide_the_method_from_the_training(tmp_path: Path) ->
     result = learn(pipe, tmp_path, steps=1)
     assert result.error_before > 1e-4
     assert pipe.transformer._dit_accel.context.dense_steps == 1
+
+
+# What is refused beside fused projections
+
+
+def test_trained_weights_are_not_put_beside_fused_projections(tmp_path: Path) -> None:
+    trained, fused = student("lora"), prompt_pipe()
+    learn(trained, tmp_path / "run", train="lora", steps=1)
+    save_adapter(trained, tmp_path / "adapter")
+    fused.transformer.fuse_qkv_projections()
+    with pytest.raises(AdapterError, match=r"projections that are not fused.*got 2 fused layers"):
+        load_adapter(fused, tmp_path / "adapter")
+    assert not hasattr(fused.transformer, CONTEXT)
+    with pytest.raises(DistillationError, match="projections that are not fused"):
+        learn(accelerate(fused, SPECS["lora"]), tmp_path / "other", train="lora")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_file_of_prompts_is_no_folder_of_samples(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    with pytest.raises(DistillationError, match=r"wanted prompts or a folder made by collect, got the file .*prompts\.txt"):
+        learn(student("lora"), tmp_path / "run", str(tmp_path / "prompts.txt"), train="lora")

@@ -8,7 +8,7 @@ import pytest
 from distill_fixtures import CALL, PROMPTS, SPARSE, perturb, picture_pipe
 from typer.testing import CliRunner, Result
 
-from dit_accel import CLEAR, accelerate, cli_models, evaluation, restore, save_adapter
+from dit_accel import CLEAR, accelerate, cli_models, cli_options, evaluation, restore, save_adapter
 from dit_accel.cli import app
 from dit_accel.errors import FallbackError, NotAcceleratedError
 from dit_accel.evaluation import evaluate
@@ -165,5 +165,12 @@ def test_frames_go_to_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run("a cat", "--frames", 9, "--size", "64x32", "--model", "other", "--out", tmp_path).exit_code == 0
     (settings,) = calls
     assert settings == {
-        "seed": 0, "adapter": None, "height": 32, "width": 64, "num_inference_steps": 8, "guidance_scale": 3.5, "num_frames": 9,
+        "seed": 0, "adapter": None, "height": 32, "width": 64, "num_inference_steps": 8, "num_frames": 9,
     }  # fmt: skip
+
+
+def test_a_guidance_scale_goes_to_others_where_it_is_asked_for() -> None:
+    """Some pipelines take none (HunyuanVideo 1.5, HunyuanImage), and others have a default of their own."""
+    assert cli_options.call_arguments("builtin", (64, 64), 2, None, None)["guidance_scale"] == 3.5
+    assert set(cli_options.call_arguments("owner/name", (64, 64), 2, None, None)) == {"height", "width", "num_inference_steps"}
+    assert cli_options.call_arguments("owner/name", (64, 64), 2, 5.0, None)["guidance_scale"] == 5.0

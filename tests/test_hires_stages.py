@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hires_fixtures import TEXT, Forwards, draw, make, same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel import CLEAR, accelerate, builtin_pipeline, restore
 from dit_accel.errors import StageError
@@ -210,7 +212,7 @@ def test_peak_counts_what_lives_together() -> None:
         del x, y
         torch.cat([z, z])  # and 4,000 beside the 2,000
 
-    assert memory.peak_bytes(run) == 8000
+    assert memory.peak_bytes(run, FakeTensorMode()) == 8000
 
 
 def test_an_autoencoders_peak_is_its_widest_layer() -> None:
@@ -219,3 +221,14 @@ def test_an_autoencoders_peak_is_its_widest_layer() -> None:
     found = memory.autoencoder_bytes(pipe, (256, 256))
     assert 2.5 < found / (4 * 32 * 128 * 128) < 5
     assert memory.autoencoder_bytes(pipe, (512, 512)) == pytest.approx(4 * found, rel=0.01)
+
+
+def test_a_forecast_leaves_an_offloaded_autoencoders_weights() -> None:
+    """The hooks of offloading move weights at each call of the autoencoder; here to another type, as there is no other device."""
+    pipe, _ = make()
+    moves = SimpleNamespace(pre_forward=lambda module, *args: module.to(torch.float64))
+    pipe.vae._hf_hook = moves
+    before, numbers = {name: p.clone() for name, p in pipe.vae.state_dict().items()}, torch.get_rng_state()
+    memory.autoencoder_bytes(pipe, (32, 32))
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(p, before[name]) for name, p in pipe.vae.state_dict().items())

@@ -37,20 +37,22 @@ def memory_bytes(pipe: Any, transformer: Any, width: int, tokens: int, size: tup
 
 def autoencoder_bytes(pipe: Any, size: tuple[int, int]) -> int:
     """Peak bytes of tensors while a picture of this size is decoded or encoded, whichever is more; scratch memory of kernels aside."""
-    vae, device = pipe.vae, pipe._execution_device
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:  # made anew: the hooks of an offloaded one would move its own weights here, where they lose their values
+        vae = type(pipe.vae).from_config(pipe.vae.config)
 
     def decode() -> None:
-        vae.decode(torch.empty(forms.latent_shape(pipe, size), dtype=vae.dtype, device=device), return_dict=False)
+        vae.decode(torch.empty(forms.latent_shape(pipe, size), dtype=vae.dtype), return_dict=False)
 
     def encode() -> None:
-        vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype, device=device)).latent_dist.mode()
+        vae.encode(torch.empty(1, 3, *size, dtype=vae.dtype)).latent_dist.mode()
 
-    return max(peak_bytes(decode), peak_bytes(encode))
+    return max(peak_bytes(decode, fake), peak_bytes(encode, fake)) * pipe.vae.dtype.itemsize // vae.dtype.itemsize
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
+def peak_bytes(run: Callable[[], None], fake: FakeTensorMode) -> int:
     """Most bytes that the tensors made by `run` hold together. It runs on tensors without memory: nothing is computed."""
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Peak() as count:
+    with torch.no_grad(), fake, _Peak() as count:
         run()
     return count.peak
 
