@@ -153,6 +153,17 @@ def test_rotary_base_elsewhere() -> None:
         draw(pipe, call, ntk=4.0)
 
 
+@pytest.mark.parametrize(("builder", "largest"), [(sd3, 128), (auraflow, 64)])
+def test_learned_positions_end_somewhere(builder: Any, largest: int) -> None:
+    pipe, call = make(builder)
+    forwards: list[object] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(None))
+    with pytest.raises(UnsupportedModelError, match=f"learned positions for {largest} pixels a side.*got {2 * largest}×{largest}"):
+        draw(pipe, call, height=largest, width=2 * largest, base=32)
+    assert forwards == []
+    assert draw(pipe, call, height=largest, width=largest // 2, base=32).size == (largest // 2, largest)
+
+
 # What is left behind
 
 

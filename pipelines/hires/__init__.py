@@ -20,7 +20,7 @@ from dit_accel.patch import CONTEXT, dense, forward_names, proportional, weights
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
-from dit_accel.pipelines.hires.recipe import Recipe, plain, rotary_factor
+from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_factor
 from dit_accel.pipelines.hires.stages import Stages
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def generate_hires(
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
     _check_call(pipe, prompt, call)
-    sizes = recipe.sizes(forms.token_pixels(pipe, transformer))
+    unit = forms.token_pixels(pipe, transformer)
+    sizes = recipe.sizes(unit)
+    check_positions(transformer, sizes[-1], unit)
     if folder is not None:
         check_folder(Path(folder))
     if prompt is not None:

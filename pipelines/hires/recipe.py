@@ -86,6 +86,20 @@ def rotary_factor(transformer: Any, asked: float | None) -> float:
     return NTK if apply else 1.0
 
 
+def check_positions(transformer: Any, size: tuple[int, int], unit: int) -> None:
+    """Raise UnsupportedModelError where a picture of (height, width) pixels is larger than the transformer's table of learned positions, as
+    SD3 and AuraFlow have. `unit`: pixels of a token's side."""
+    embedding = getattr(transformer, "pos_embed", None)
+    if getattr(embedding, "pos_embed_max_size", None) is None:
+        return
+    largest = math.isqrt(embedding.pos_embed.shape[1]) * unit
+    if max(size) > largest:
+        raise UnsupportedModelError(
+            f"{type(transformer).__name__} has learned positions for {largest} pixels a side: wanted a picture of at most that, "
+            f"got {size[1]}×{size[0]}"
+        )
+
+
 def plain(value: Any) -> Any:
     """A call's argument as JSON: tensors as their checksum. Raises ValueError where it can't be kept and compared."""
     if isinstance(value, Tensor):
