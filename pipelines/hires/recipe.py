@@ -89,7 +89,7 @@ def rotary_factor(transformer: Any, asked: float | None) -> float:
 def check_positions(transformer: Any, size: tuple[int, int], unit: int) -> None:
     """Raise UnsupportedModelError where a picture of (height, width) pixels is larger than the transformer's table of learned positions, as
     SD3 and AuraFlow have. `unit`: pixels of a token's side."""
-    embedding = getattr(transformer, "pos_embed", None)
+    embedding: Any = getattr(transformer, "pos_embed", None)
     if getattr(embedding, "pos_embed_max_size", None) is None:
         return
     largest = math.isqrt(embedding.pos_embed.shape[1]) * unit
