@@ -17,10 +17,10 @@ from typing import Any
 
 import diffusers
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
@@ -248,7 +248,7 @@ def _show_quality(table: dict[str, dict[str, float]], title: str) -> None:
     for name, row in table.items():
         shares = [f"{row[key]:.2%}" for key in ("density_kept", "multiply_adds")]
         view.add_row(name, f"{row['attention_error']:.4f}", f"{row['velocity_error']:.4f}", f"{row['kept_mass']:.3f}", *shares)
-    Console().print(view)
+    console().print(view)
 
 
 def record_step(pipe: Any, size: tuple[int, int], max_sequence_length: int | None = None) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dit_accel import fused
+from dit_accel.console import console
 from dit_accel.errors import BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
@@ -120,4 +120,4 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["kernel"], row["method"], row["arch"], str(row["head_dim"]), row["dtype"], str(row["warps"]), str(row["registers"]),
             str(row["spilled"]), f"{row['shared']:,}", f"{row['occupancy']:.0%}", looped, f"{row['code']:,}",
         )  # fmt: skip
-    Console().print(view)
+    console().print(view)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dit_accel.adapter import load_adapter
 from dit_accel.bench import machine, timed
+from dit_accel.console import console
 from dit_accel.evaluation import draw
 from dit_accel.files import write_json
 from dit_accel.patch import accelerate, always, restore
@@ -65,4 +65,4 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
     for row in rows:
         cells = [f"{row['original']:.2f}", f"{row['accelerated']:.2f}", f"{row['original'] / row['accelerated']:.2f}", f"{row['psnr']:.1f}"]
         view.add_row(row["method"], *cells, *([f"{row['change']:.3f}"] if motion else []))
-    Console().print(view)
+    console().print(view)

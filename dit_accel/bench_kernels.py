@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_accel import bench_rivals
 from dit_accel.bench import machine, timed
+from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.layout import TokenLayout
@@ -271,16 +272,16 @@ def show(result: dict[str, Any]) -> None:
             *("-" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in beside),
             f"{row['ratio']:.2f}×", f"{row['ideal']:.1f}×", f"{row['gflops']:.0f}", f"{row['error']:.1e}",
         )  # fmt: skip
-    console = Console()
-    console.print(view)
+    shown = console()
+    shown.print(view)
     for name, title in RIVALS.items():
         for reason in dict.fromkeys(row["missing"][name] for row in result["rows"] if name in row["missing"]):
-            console.print(f"no {title} where: {reason}")
+            shown.print(f"no {title} where: {reason}")
     if result["growth"]:
-        _show_growth(console, result["growth"])
+        _show_growth(shown, result["growth"])
 
 
-def _show_growth(console: Console, g: dict[str, Any]) -> None:
-    console.print(f"{g['method']}: time grows as N^{g['exponent']:.3f} from {g['tokens'][0]} to {g['tokens'][-1]} tokens")
+def _show_growth(shown: Console, g: dict[str, Any]) -> None:
+    shown.print(f"{g['method']}: time grows as N^{g['exponent']:.3f} from {g['tokens'][0]} to {g['tokens'][-1]} tokens")
     if g["memory_beyond_qkvo"] is not None:
-        console.print(f"memory beyond query, key, value and output at {g['tokens'][-1]} tokens: {g['memory_beyond_qkvo']:.1%} of theirs")
+        shown.print(f"memory beyond query, key, value and output at {g['tokens'][-1]} tokens: {g['memory_beyond_qkvo']:.1%} of theirs")

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from dit_accel import __version__
 from dit_accel.bench import machine
+from dit_accel.console import console
 from dit_accel.evaluation import draw, in_bfloat16, is_wide
 from dit_accel.files import check_folder, write_bytes, write_json
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
@@ -233,7 +233,7 @@ def show(record: dict[str, Any]) -> None:
     if floor is not None:
         view.add_section()
         view.add_row("original in bfloat16", "", "", "", f"{floor['error']:.4f}", *("",) * 4, _decibel(floor["psnr"]))
-    Console().print(view)
+    console().print(view)
 
 
 def _decibel(psnr: float | None) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dit_accel.bench import clock, machine, record_step, timed
+from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict
 from dit_accel.patch import accelerate, always, find_transformers, operators_of, restore
@@ -45,7 +45,7 @@ def bench_step(
             cells += [f"{row['original_attention'] / row['accelerated_attention']:.2f}"]
             cells += [f"{row[k]:.0%}" for k in ("original_share", "accelerated_share")]
             view.add_row(f"{size[1]}×{size[0]}", str(spec), *cells)
-    Console().print(view)
+    console().print(view)
     if out is not None:
         write_json(out, {"machine": machine(), "repeats": repeats, "rows": rows})
     return rows

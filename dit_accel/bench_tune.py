@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dit_accel import files, fused
 from dit_accel.bench_aot import DTYPES, METHODS
+from dit_accel.console import console
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
@@ -199,19 +200,19 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     files.check_folder(path.parent)
     old = tuned.read(path)
     machine, gpu = Machine(calls.machine_of(device).arch, calls.machine_of(device).units), calls.gpu_of(device)
-    console = Console()
+    shown = console()
 
     def trial(one: Work, tile: Tile) -> float | str:
         return run_trial(one, tile, machine=machine, measure=timing.seconds, device=device)
 
     results: list[Result] = []
     for one in work:
-        console.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")
+        shown.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")
         results.append(tune(one, machine, trial))
         # after each, so that an interruption loses no more than one
         files.write_json(path, tuned.merged(old, entries(results, gpu), gpu, {result.work.key for result in results}))
-    show(results, console)
-    console.print(f"wrote {path}; new processes read it")
+    show(results, shown)
+    shown.print(f"wrote {path}; new processes read it")
     if out is not None:
         files.write_json(out, {"gpu": gpu._asdict(), "rows": [_plain(result) for result in results]})
     return results
@@ -251,7 +252,7 @@ def _written(tile: Tile | None) -> str:
     return "-" if tile is None else f"{tile.queries}×{tile.keys}, {tile.warps} warps, {tile.stages} stages"
 
 
-def show(results: Sequence[Result], console: Console) -> None:
+def show(results: Sequence[Result], shown: Console) -> None:
     """Print the table's tile and the chosen one of each kernel, and the tiles that are of no use."""
     view = Table("kernel", "dtype", "D", "table", "ms", "chosen", "ms", "ratio")
     for result in results:
@@ -261,7 +262,7 @@ def show(results: Sequence[Result], console: Console) -> None:
         view.add_row(
             work.kernel, work.dtype, str(work.head_dim), _written(result.table), times[0], _written(result.chosen), times[1], ratio
         )  # fmt: skip
-    console.print(view)
+    shown.print(view)
     for result in results:
         for tile, reason in result.skipped.items():
-            console.print(f"skipped: {result.work.kernel}, {result.work.dtype}, D {result.work.head_dim}, {_written(tile)}: {reason}")
+            shown.print(f"skipped: {result.work.kernel}, {result.work.dtype}, D {result.work.head_dim}, {_written(tile)}: {reason}")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from dit_accel.console import console
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 
@@ -19,7 +20,7 @@ def show(rows: Mapping[str, str]) -> None:
     table = Table.grid("", "", padding=(0, 2))
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
-    Console().print(table)
+    console().print(table)
 
 
 def package_rows() -> dict[str, str]:

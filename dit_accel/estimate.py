@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from dit_accel.console import console
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import kept_density, make_plan, multiply_adds, window_table
 from dit_accel.spec import AttentionSpec, Disc, Linear, Pooled, TopK, Window
@@ -176,9 +176,9 @@ def show(gpu: str, model: str, rows: list[dict[str, Any]]) -> None:
             row["method"], f"{row['gflop_kept']:,.1f}", f"{row['gflop_computed']:,.1f}", f"{row['megabytes']:,.0f}",
             f"{row['floor_ms']:,.2f}", row["bound"], f"{rows[0]['floor_ms'] / row['floor_ms']:.1f}×", published,
         )  # fmt: skip
-    console = Console()
-    console.print(view)
-    console.print(
+    shown = console()
+    shown.print(view)
+    shown.print(
         f"An estimate, not a measurement: {rows[0]['tokens']:,} tokens; GFLOP and MB of one layer, floor of the attention of all "
         f"{shape.layers} layers in one forward at {chip.tflops} TFLOP/s and {chip.bandwidth} GB/s ({chip.source}). No kernel reaches it. "
         "Published: seconds for a whole image by CLEAR's own implementation (arXiv 2412.16112, table 7)."

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from dit_accel.console import console
 from dit_accel.files import write_bytes, write_text
 from dit_accel.finetune.curve import as_png
 from dit_accel.report import STYLE, picture, table
@@ -142,7 +142,7 @@ def show(record: dict[str, Any]) -> None:
     view = Table(*head, title=f"{record['method']} against the original, {len(record['prompts'])} prompts")
     for row in rows:
         view.add_row(*row)
-    console = Console()
-    console.print(view)
+    shown = console()
+    shown.print(view)
     for line in [interval_words(record), *record["notes"]]:
-        console.print(line)
+        shown.print(line)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from dit_accel.console import console
 from dit_accel.kernels import dispatch
 from dit_accel.patch import patches_of
 from dit_accel.plan import kept_density
@@ -64,7 +64,7 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
 
 
 def _print(rows: list[LayerSummary], notes: list[str]) -> None:
-    console = Console()
+    out = console()
     for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):
         table = Table(
             "layer",
@@ -79,6 +79,6 @@ def _print(rows: list[LayerSummary], notes: list[str]) -> None:
             if (row.method, row.backend, row.why) == (method, backend, why):
                 share = [f"{x:.2%}" if x is not None else "-" for x in (row.density_asked, row.density_kept)]
                 table.add_row(row.layer, str(row.tokens or "-"), *share, str(row.parameters))
-        console.print(table)
+        out.print(table)
     for note in notes:
-        console.print(note)
+        out.print(note)

@@ -127,6 +127,12 @@ def test_the_table_says_all_of_it(whole: tuple[dict[str, Any], Path], capsys: py
     assert "original in bfloat16" in text
 
 
+def test_a_log_has_room_for_the_table(whole: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    bench_recovery.show(whole[0])
+    assert "…" not in capsys.readouterr().out
+
+
 def test_the_curves_are_drawn_by_method(whole: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     record, folder = whole
     with Image.open(folder / "out.png") as picture:

@@ -19,6 +19,7 @@ MAX_LINES = 450
 # room -> the rooms of dit_accel that it may import besides its own; the package itself and the programs of the CLI may import all
 ARROWS: dict[str, set[str]] = {
     "errors": {"layout", "parameters", "spec"},
+    "console": set(),
     "files": {"errors"},
     "layout": {"errors", "parameters", "spec"},
     "parameters": {"errors", "layout", "spec"},
@@ -37,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
     "pipelines.builtin_video.train": {"files", "pipelines"},
-    "pipelines.hires": {"errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
+    "pipelines.hires": {"console", "errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
     "saving": set(),
     "patch": {
         "context",
@@ -52,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
         "saving",
         "spec",
     },
-    "layers": {"kernels.dispatch", "patch", "plan", "processor", "spec"},
+    "layers": {"console", "kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"patch"},
     "importers": {"errors", "patch", "pipelines", "presets", "spec", "wan_names"},
     "base_model": set(),

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel.console import console
 from dit_accel.layout import TokenLayout
 from dit_accel.patch import attention_layers, heads_of
 from dit_accel.pipelines import family_of
@@ -140,11 +140,11 @@ def show(
             f"{shape.layout(stage.size).tokens:,}", str(stage.steps), f"{seconds:,.1f}",
             f"{memory['denoising'] / 1e9:.2f}", f"{memory['autoencoder'] / 1e9:.2f}",
         )  # fmt: skip
-    console = Console()
-    console.print(view)
+    out = console()
+    out.print(view)
     if method := next((stage.spec for stage in stages if stage.spec), None):
-        console.print(f"method: {method}")
-    console.print(
+        out.print(f"method: {method}")
+    out.print(
         f"Forecast: {total:,.0f} s of denoising, {peak / 1e9:.1f} GB in tensors at the peak, {weights / 1e9:.1f} GB of them weights. "
         f"One forward took {timed.seconds:.2f} s at {base[1]}×{base[0]}; other sizes follow by multiply-adds, with one forward a step: "
         "guidance in two passes takes twice that. Encoding text and pictures comes on top."
