@@ -27,13 +27,12 @@ from dit_accel.base_model import base_model_name
 from dit_accel.errors import AdapterError, WriteError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
+from dit_accel.lora import ADAPTER, activate_lora
 from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import (
-    ADAPTER,
     OWN,
     Patch,
     accelerate,
-    activate_lora,
     attention_layers,
     check_unfused,
     find_transformers,

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
+from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
@@ -26,7 +26,6 @@ from dit_accel.spec import AttentionSpec
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
 OWN = ".dit_accel.params."  # in the names of a method's own parameters
-ADAPTER = "dit_accel"  # name of the LoRA that distillation trains
 # what distillation trains of an attention module, where it is there
 PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -50,6 +49,8 @@ class Patch:
         """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
         if torch.compiler.is_compiling():
             return
+        if self.context.trained:
+            check_unfused(model, self.originals, UnsupportedModelError)
         for name, pairs in self.originals.items():
             module = model.get_submodule(name)
             if isinstance(module.processor, AcceleratedProcessor):
@@ -243,14 +244,17 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
 def restore(pipe_or_transformer: P) -> P:
     """Undo `accelerate` and `distill`: the original processor objects and weights, no operators, no LoRA of ours, no hooks.
 
-    Raises NotAcceleratedError if there is nothing to undo.
+    Raises NotAcceleratedError if there is nothing to undo, and DitAccelError where `fuse_lora` put our LoRA into the weights.
     """
-    for model, patch in patches_of(pipe_or_transformer):
+    patches = patches_of(pipe_or_transformer)
+    for model, _ in patches:
+        check_apart(model)
+    for model, patch in patches:
         _swap_weights(model, patch)
         if ADAPTER in getattr(model, "peft_config", {}):
             flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
             model.delete_adapters(ADAPTER)
-            _unwrap_lora(model)
+            unwrap_lora(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[plain_name(name)])
         for name, pairs in patch.originals.items():
@@ -289,22 +293,26 @@ def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
     """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
 
     `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
-    a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError.
+    a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError, or
+    DitAccelError where `fuse_lora` put what distillation trained into the weights.
     """
     patches = patches_of(pipe_or_transformer)
+    for model, _ in patches:
+        check_apart(model)
     before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]
+    scales: list[dict[str, float]] = [{} for _ in patches]
     try:
-        for (model, patch), (enabled, _) in zip(patches, before, strict=True):
+        for number, ((model, patch), (enabled, _)) in enumerate(zip(patches, before, strict=True)):
             if enabled:
                 _swap_weights(model, patch)
-                _scale_lora(model, 0.0)
+                scales[number] = silence_lora(model)
             patch.context.enabled, patch.context.in_order = False, in_order
         yield pipe_or_transformer
     finally:
-        for (model, patch), (enabled, ordered) in zip(patches, before, strict=True):
+        for (model, patch), (enabled, ordered), scale in zip(patches, before, scales, strict=True):
             if enabled and not patch.context.enabled:
                 _swap_weights(model, patch)
-                _scale_lora(model, 1.0)
+                scale_lora(model, scale)
             patch.context.enabled, patch.context.in_order = enabled, ordered
 
 
@@ -373,34 +381,9 @@ def _swap_weights(model: Any, patch: Patch) -> None:
         parameter.data = other.to(parameter.device, parameter.dtype)
 
 
-def _scale_lora(model: Any, scale: float) -> None:
-    """Scale our LoRA; at 0 it adds exact zeros. Other adapters are left alone."""
-    for module in model.modules():
-        if ADAPTER in getattr(module, "scaling", {}):
-            module.set_scale(ADAPTER, scale)
-
-
 def plain_name(name: str) -> str:
     """A parameter's name without the level that PEFT puts in."""
     return name.replace(".base_layer.", ".")
-
-
-def activate_lora(model: Any, others: list[str]) -> None:
-    """Ours beside the adapters that were active; their scales stay (diffusers' set_adapters would make them 1)."""
-    for module in model.modules():
-        if others and isinstance(module, BaseTunerLayer):
-            module.set_adapter([*others, ADAPTER])
-
-
-def _unwrap_lora(model: Any) -> None:
-    """Put back the layers that no adapter uses any more."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not getattr(module, "scaling", None):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    if not getattr(model, "peft_config", None):
-        vars(model).pop("peft_config", None)
-        model._hf_peft_config_loaded = False
 
 
 def _ours(name: str) -> bool:
@@ -409,7 +392,8 @@ def _ours(name: str) -> bool:
 
 
 def _original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The user's own values of weights that stand changed in the model."""
+    """The user's own values of weights that stand changed in the model. Raises DitAccelError where they can't be told."""
+    check_apart(model)
     patch: Patch | None = getattr(model, CONTEXT, None)
     return patch.weights if patch and patch.context.enabled else {}
 

@@ -24,7 +24,8 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
-from dit_accel.patch import ADAPTER, Patch, check_unfused, operators_of, patches_of, running, teacher_hash
+from dit_accel.lora import ADAPTER
+from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running, teacher_hash
 from dit_accel.processor import AcceleratedAttention
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error

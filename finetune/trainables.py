@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.muon import Muon
-from dit_accel.patch import ADAPTER, OWN, Patch, activate_lora, plain_name, projection_names
+from dit_accel.lora import ADAPTER, activate_lora
+from dit_accel.patch import OWN, Patch, plain_name, projection_names
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:

@@ -1,0 +1,51 @@
+"""The LoRA that distillation trains, among those that a user has on the same layers."""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from dit_accel.errors import DitAccelError
+
+ADAPTER = "dit_accel"  # its name
+
+
+def activate_lora(model: Any, others: list[str]) -> None:
+    """Ours beside the adapters that were active; their scales stay (diffusers' set_adapters would make them 1)."""
+    for module in model.modules():
+        if others and isinstance(module, BaseTunerLayer):
+            module.set_adapter([*others, ADAPTER])
+
+
+def silence_lora(model: Any) -> dict[str, float]:
+    """Scale ours to 0, where it adds exact zeros; returns the scales that it had, by layer. Other adapters are left alone."""
+    layers = {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "scaling", {})}
+    before = {name: module.scaling[ADAPTER] for name, module in layers.items()}
+    scale_lora(model, dict.fromkeys(layers, 0.0))
+    return before
+
+
+def scale_lora(model: Any, scales: dict[str, float]) -> None:
+    """Give ours these scales, by layer, where it is still there."""
+    for name, module in model.named_modules():
+        if name in scales and ADAPTER in getattr(module, "scaling", {}):
+            module.scaling[ADAPTER] = scales[name]
+
+
+def check_apart(model: Any) -> None:
+    """Raise DitAccelError where `fuse_lora` added ours to the weights: nothing tells the original from what was trained then."""
+    if any(ADAPTER in getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise DitAccelError(
+            f"wanted the LoRA {ADAPTER!r} beside the weights, as the original can't be told from what was trained otherwise, got one that "
+            "fuse_lora() put into them: call unfuse_lora() before"
+        )
+
+
+def unwrap_lora(model: Any) -> None:
+    """Put back the layers that no adapter uses any more."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not getattr(module, "scaling", None):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    if not getattr(model, "peft_config", None):
+        vars(model).pop("peft_config", None)
+        model._hf_peft_config_loaded = False
