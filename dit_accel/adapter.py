@@ -173,10 +173,11 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
+        differs = found.base is not None and teacher_hash(model) != found.base[1]
     except BaseException:
         restore(pipe)
         raise
-    if found.base is not None and teacher_hash(model) != found.base[1]:
+    if found.base is not None and differs:
         name = found.base[0] or "another model"
         warnings.warn(f"the adapter in {path_or_repo} was made with the weights of {name}, which differ from these", stacklevel=2)
     return pipe
@@ -292,6 +293,8 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
+    if LORA in tensors and any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise AdapterError("the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before")
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")

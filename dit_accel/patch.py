@@ -424,5 +424,15 @@ def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for _, name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for part in _stored(tensor.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _stored(tensor: Any) -> Iterator[Tensor]:
+    """A tensor itself, or the plain tensors that a quantised one is made of: torchao's refuse to be seen as bytes."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))

@@ -140,6 +140,15 @@ def _entry(path: Path, maker: str) -> Entry:
         return run.entry
 
 
+def readable_runs(folder: Path) -> list[Entry]:
+    """The runs of a folder whose headers can be read; damaged ones, which a collection makes again, are left out."""
+    maker, entries = maker_of(read_manifest(folder)), []
+    for path in run_paths(folder):
+        with contextlib.suppress(DistillationError):
+            entries.append(_entry(path, maker))
+    return entries
+
+
 def damaged_runs(folder: str | Path) -> dict[str, str]:
     """The damaged run files of a folder and what is wrong with each; every byte is read, one tensor at a time."""
     folder = Path(folder)

@@ -31,7 +31,7 @@ from dit_accel.finetune.processes import share, sum_gradients, summed
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
-from dit_accel.patch import always, dense, operators_of, plain_name
+from dit_accel.patch import always, dense, plain_name
 
 
 @dataclass
@@ -90,9 +90,6 @@ def distill(
 
 def _distill(run: Run, progress: bool) -> DistillResult:
     """Check, train, evaluate; flags and modes of the model are put back whatever happens."""
-    config = run.config
-    if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(run.transformer).values()):
-        raise DistillationError(f"train={config.train!r} leaves nothing to train: {run.patch.context.spec} has no parameters of its own")
     checkpoint = checkpoints.newest(run, checkpoints.STEPS)
     if checkpoint is None and checkpoints.newest(run, checkpoints.PARAMETERS) is None:
         run.error_before = _first_error(run)
@@ -165,7 +162,8 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     for item in share(config.batch_size):
         draw = random.Random(f"{config.seed} {step} {item}")
         losses = _losses(run, draw.randrange(len(run.samples)), draw)
-        run.accelerator.backward(losses["loss"] / config.batch_size)
+        # not by accelerate, which divides by the accumulation steps of a launch's configuration
+        (losses["loss"] / config.batch_size).backward()
         masters.take_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
     run.transformer.eval()
@@ -173,7 +171,9 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     if not math.isfinite(means["loss"]):
         raise DistillationError(f"the loss at step {step} is {means['loss']}; lower the learning rate or resume from a checkpoint")
     sum_gradients(masters.parameters.values())
-    run.accelerator.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm)
+    norm = float(run.accelerator.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm))
+    if not math.isfinite(norm):  # the weights are still as they were, and so is the newest checkpoint
+        raise DistillationError(f"the gradient at step {step} is {norm}; lower the learning rate or resume from a checkpoint")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

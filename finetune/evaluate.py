@@ -14,8 +14,8 @@ def on_device(value: Any, device: torch.device) -> Any:
     """Nested arguments with all tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, list):
-        return [on_device(v, device) for v in value]
+    if isinstance(value, list | tuple):
+        return type(value)(on_device(v, device) for v in value)
     return {k: on_device(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 

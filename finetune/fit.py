@@ -8,6 +8,7 @@ projection is found by least squares, for the output is linear in it; the mass m
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -97,8 +98,13 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
 def _position(run: Run, number: int) -> int:
     """Which recorded forward is the n-th to be learned from: all once in the order that the seed gives, then all in another."""
     count = len(run.samples)
-    order = random.Random(f"{run.config.seed} parameters {number // count}").sample(range(count), count)
-    return order[number % count]
+    return _order(f"{run.config.seed} parameters {number // count}", count)[number % count]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: str, count: int) -> list[int]:
+    """Numbers below `count` in an order that the seed gives; kept, as millions of forwards take seconds to shuffle."""
+    return random.Random(seed).sample(range(count), count)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.finetune.cache import readable_runs
 from dit_accel.finetune.flow import Flow, flow_of, in_place_of
 from dit_accel.finetune.samples import Key, Recorder, Samples, original, record_runs, write_run
 from dit_accel.patch import forward_names
@@ -95,7 +96,7 @@ def _captions_of_metadata(folder: Path) -> dict[Path, str]:
     path = folder / METADATA
     captions: dict[Path, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a caption may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"wanted UTF-8 text in {path}, got {error}") from error
     for number, line in enumerate(lines, 1):
@@ -153,7 +154,7 @@ def _check_digests(folder: Path, pictures: list[Picture], seed: int) -> None:
     """Raise ValueError where samples in a folder were made of another picture than the one that has its caption and place now."""
     if not (folder / "manifest.json").exists():
         return
-    kept = {(run.prompt, run.seed): run.picture for run in Samples(folder).entries}
+    kept = {(run.prompt, run.seed): run.picture for run in readable_runs(folder)}
     for i, picture in enumerate(pictures):
         if kept.get((picture.caption, seed + i), picture.digest) != picture.digest:
             raise ValueError(f"{folder} holds samples of another picture in the place of {picture.path}; name another folder")

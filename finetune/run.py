@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 
 from dit_accel.errors import DistillationError
 from dit_accel.files import append_text, check_folder, write_bytes, write_text
@@ -114,6 +115,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if len(patches) != 1:
         raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
     transformer, patch = patches[0]
+    _check_launch()
     _check_specs(transformer, patch, config)
     if any(p.device.type == "meta" for p in transformer.parameters()):
         raise DistillationError(f"{type(transformer).__name__} is offloaded layer by layer: distil before offloading")
@@ -141,25 +143,42 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         if len(source) < 2:
             raise DistillationError(f"wanted at least two prompts, one to hold out, got {len(source)}")
         source, held_out = source[:-count], source[-count:]
+    source, held_out = (Samples(part) if isinstance(part, str | Path) else part for part in (source, held_out))
+    _check_apart(source, held_out)  # before sampling, which may take days
+    steps = _parameter_steps(transformer, config, folder)
+    if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
+        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = teacher_hash(transformer)
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
-    both = {run.prompt for run in samples.entries} & {run.prompt for run in aside.entries}
-    if both:
-        raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
-    run = Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, _parameter_steps(transformer, config, folder))
+    run = Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, steps)
     if config.flow_weight > 0:
         _ = run.flow  # refused here or not at all
     return run
 
 
 def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, Any]) -> Samples:
-    if isinstance(source, Samples):
-        return source
-    return Samples(source) if isinstance(source, str | Path) else collect(pipe, list(source), folder, seed=seed, **call)
+    return source if isinstance(source, Samples) else collect(pipe, list(source), folder, seed=seed, **call)
+
+
+def _check_launch() -> None:
+    """Raise DistillationError where `accelerate launch` was told to spread the model over the processes."""
+    asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    if asked:
+        raise DistillationError(
+            f"every process trains the whole model: wanted a plain multi-GPU configuration of accelerate, got one with {', '.join(asked)}"
+        )
+
+
+def _check_apart(source: Any, held_out: Any) -> None:
+    """Raise DistillationError where training and evaluation share a prompt; each is Samples or prompts."""
+    told = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
+    first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in told)
+    if both := first & second:
+        raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
 
 
 def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:

@@ -79,13 +79,17 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         name = checksum(cpu)
         tensors.setdefault(name, cpu)
         return {"tensor": name}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_pack(item, tensors) for item in value]
+    if isinstance(value, tuple):  # told apart: some models take a size as a tuple and several sizes as a list
+        return {"tuple": [_pack(item, tensors) for item in value]}
     if isinstance(value, dict):
         return {"dict": {k: _pack(v, tensors) for k, v in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise DistillationError(f"wanted tensors, numbers, strings, lists or dicts as the denoiser's arguments, got {type(value).__name__}")
+    raise DistillationError(
+        f"wanted tensors, numbers, strings, lists, tuples or dicts as the denoiser's arguments, got {type(value).__name__}"
+    )
 
 
 def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor) -> Path:
@@ -132,6 +136,8 @@ class StoredRun:
             return [self._unpack(item) for item in value]
         if not isinstance(value, dict):
             return value
+        if "tuple" in value:
+            return tuple(self._unpack(item) for item in value["tuple"])
         return self._tensor(value["tensor"]) if "tensor" in value else {k: self._unpack(v) for k, v in value["dict"].items()}
 
     def read(self, index: int) -> Forward:

@@ -32,7 +32,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, list | tuple):
-        return [_copied(v) for v in value]
+        return type(value)(_copied(v) for v in value)
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 

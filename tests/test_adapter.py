@@ -324,6 +324,29 @@ def test_an_accelerated_pipeline_takes_no_second(trained: dict[str, tuple[Path, 
             load_adapter(pipe, trained[mode][0])
 
 
+def test_no_lora_is_loaded_where_it_would_be_off(trained: dict[str, tuple[Path, Tensor]]) -> None:
+    add_lora(pipe := prompt_pipe())
+    pipe.transformer.disable_lora()
+    with unchanged(pipe), pytest.raises(AdapterError, match="switched off"):
+        load_adapter(pipe, trained["lora"][0])
+
+
+@pytest.mark.parametrize("mode", ["parameters", "lora"])
+def test_quantised_weights_take_an_adapter(trained: dict[str, tuple[Path, Tensor]], mode: str, tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantised() -> Any:
+        quantize_((pipe := prompt_pipe()).transformer, Int8WeightOnlyConfig())
+        return pipe
+
+    with pytest.warns(UserWarning, match="differ"):
+        load_adapter(pipe := quantised(), trained[mode][0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*differ from these")
+        again = load_adapter(quantised(), save_adapter(pipe, tmp_path / "adapter"))
+    assert torch.equal(draw(again), draw(pipe))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_other_base_weights_are_warned_of(trained: dict[str, tuple[Path, Tensor]], mode: str) -> None:
     pipe = prompt_pipe()

@@ -353,6 +353,24 @@ def test_another_picture_under_a_name_is_refused(tmp_path: Path) -> None:
         collect_pictures(pipe, pictures, tmp_path / "samples", **CALL)
 
 
+def test_a_damaged_sample_is_made_again(tmp_path: Path) -> None:
+    pictures, pipe = fill(tmp_path / "pictures", 2), tiny.picture_pipe()
+    samples = collect_pictures(pipe, pictures, tmp_path / "samples", **CALL)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "samples").glob("run-*")}
+    (samples.folder / samples.entries[0].file).write_bytes(b"half a file")
+    collect_pictures(pipe, pictures, tmp_path / "samples", **CALL)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "samples").glob("run-*")} == whole
+
+
+def test_a_caption_in_metadata_may_hold_any_character(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture(0).save(folder / "0.png")
+    row = {"file_name": "0.png", "text": "a cat\u2028on a\x85mat"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert [found.caption for found in read_pictures(folder)] == ["a cat on a mat"]
+
+
 # The command
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dit_accel import accelerate, dense, distill
 from dit_accel.errors import DistillationError
-from dit_accel.finetune.evaluate import predict, velocity_error, velocity_errors
-from dit_accel.finetune.samples import Samples, collect, damaged_runs
+from dit_accel.finetune import run_file
+from dit_accel.finetune.evaluate import on_device, predict, velocity_error, velocity_errors
+from dit_accel.finetune.samples import Key, Samples, collect, damaged_runs
 from dit_accel.patch import teacher_hash
 
 ARGUMENTS = {
@@ -69,6 +70,19 @@ def test_forwards_are_stored_as_they_were(tmp_path: Path) -> None:
     assert samples.runs() == [[0, 1], [2, 3]]
     assert equal(samples[3].latents, draw(prompt_pipe(), PROMPTS[1], 6))
     assert samples.timesteps(2, "timestep") == [1.0, pytest.approx(seen[3][0]["timestep"].item(), abs=0)]
+
+
+def test_tuples_come_back_as_tuples(tmp_path: Path) -> None:
+    """Nucleus takes the size of each sample as a tuple, and a list as the sizes of several images."""
+    sizes = [(1, 9, 14), (1, 9, 14)]
+    arguments = {"img_shapes": sizes, "nested": ([1, (2,)], {"a": (2.5, None)})}
+    path = run_file.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
+    assert run_file.damage(path, "") is None
+    with run_file.opened(path, "") as run:
+        found = run.read(0).arguments
+    assert equal(found["img_shapes"], sizes)
+    assert equal(found["nested"], arguments["nested"])
+    assert equal(on_device(found, torch.device("cpu"))["nested"], arguments["nested"])
 
 
 def test_replaying_gives_the_stored_prediction(tmp_path: Path) -> None:
