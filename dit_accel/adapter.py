@@ -294,7 +294,9 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
     if LORA in tensors and any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-        raise AdapterError("the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before")
+        raise AdapterError(
+            "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
+        )
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
