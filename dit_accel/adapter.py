@@ -132,9 +132,11 @@ def _lora(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
 
 
-def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, nn.Parameter]]:
+def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, Tensor]]:
     """The file for full weights and what goes in: all of them, or every projection, those too that were left alone."""
-    parameters = plain_parameters(model)
+    parameters: dict[str, Tensor] = dict(plain_parameters(model))
+    if not patch.context.enabled:  # within dense() the patch holds the trained values
+        parameters |= patch.weights
     if set(patch.weights) == set(parameters):
         return WHOLE, parameters
     projections = projection_names(model, patch.originals)

@@ -324,6 +324,13 @@ def test_an_accelerated_pipeline_takes_no_second(trained: dict[str, tuple[Path, 
             load_adapter(pipe, trained[mode][0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_saving_within_dense_writes_what_was_trained(trained: dict[str, tuple[Path, Tensor]], mode: str, tmp_path: Path) -> None:
+    with dense(load_adapter(prompt_pipe(), trained[mode][0])) as pipe:
+        folder = save_adapter(pipe, tmp_path / "adapter")
+    assert torch.equal(draw(load_adapter(prompt_pipe(), folder)), trained[mode][1])
+
+
 def test_no_lora_is_loaded_where_it_would_be_off(trained: dict[str, tuple[Path, Tensor]]) -> None:
     add_lora(pipe := prompt_pipe())
     pipe.transformer.disable_lora()
