@@ -122,6 +122,8 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
         raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
+    if config.train == "lora" and any(getattr(module, "disable_adapters", False) is True for module in transformer.modules()):
+        raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
     if config.train != "parameters":
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from distill_fixtures import SPARSE, draw, learn, prompt_pipe, same, state
+from distill_fixtures import SPARSE, add_lora, draw, learn, prompt_pipe, same, state
 
 from dit_accel import accelerate, dense, load_adapter, restore, save_adapter
-from dit_accel.errors import DitAccelError, UnsupportedModelError
+from dit_accel.errors import DistillationError, DitAccelError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,11 @@ def test_projections_that_are_fused_after_loading_are_refused(adapter: Path) -> 
         draw(pipe)
     pipe.transformer.unfuse_qkv_projections()
     assert torch.equal(draw(pipe), picture)
+
+
+def test_none_is_trained_where_it_would_be_off(tmp_path: Path) -> None:
+    add_lora(pipe := prompt_pipe())
+    pipe.transformer.disable_lora()
+    with pytest.raises(DistillationError, match="switched off"):
+        learn(accelerate(pipe, SPARSE), tmp_path, train="lora")
+    assert not list(tmp_path.iterdir())
