@@ -342,7 +342,7 @@ def _install_weights(model: Any, found: Checkpoint) -> None:
         _load_lora(model, found.lora)
         activate_lora(model, active)
     (_, patch), *_ = patches_of(model)
-    patch.context.trained = bool(found.lora or found.weights)
+    patch.context.trained, patch.lora = bool(found.lora or found.weights), bool(found.lora)
     for name, value in found.weights.items():
         parameter = model.get_parameter(name)
         patch.weights[name] = parameter.detach().clone()

@@ -40,6 +40,13 @@ def check_apart(model: Any) -> None:
         )
 
 
+def works(model: Any) -> bool:
+    """Whether ours is there and switched on, by the first layer that could tell."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    first = next((layer for layer in layers if ADAPTER in getattr(layer, "scaling", {})), None)
+    return first is not None and ADAPTER in first.active_adapters and not first.disable_adapters
+
+
 def unwrap_lora(model: Any) -> None:
     """Put back the layers that no adapter uses any more."""
     for name, module in list(model.named_modules()):

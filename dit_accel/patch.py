@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora
+from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora, works
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
@@ -44,6 +44,7 @@ class Patch:
     originals: dict[str, list[tuple[Any, Any]]]  # module name -> (original processor, ours), the newest last
     hooks: list[Any] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
+    lora: bool = False  # whether a LoRA of ours belongs to the patch and was not found switched off
 
     def take_over(self, model: Any, args: Any = None) -> None:
         """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
@@ -51,6 +52,12 @@ class Patch:
             return
         if self.context.trained:
             check_unfused(model, self.originals, UnsupportedModelError)
+        if self.lora and not works(model):
+            self.lora = False  # said once
+            warnings.warn(
+                f"what was trained is switched off: the LoRA {ADAPTER!r} is not among the active adapters; name it in set_adapters(...)",
+                stacklevel=2,
+            )
         for name, pairs in self.originals.items():
             module = model.get_submodule(name)
             if isinstance(module.processor, AcceleratedProcessor):

@@ -15,7 +15,8 @@ def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, list | tuple):
-        return type(value)(on_device(v, device) for v in value)
+        moved = [on_device(v, device) for v in value]
+        return tuple(moved) if isinstance(value, tuple) else moved
     return {k: on_device(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 

@@ -32,7 +32,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
+        copies = [_copied(v) for v in value]
+        return tuple(copies) if isinstance(value, tuple) else copies
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 

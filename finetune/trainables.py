@@ -21,6 +21,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
     """
     names = projection_names(transformer, patch.originals)
     patch.context.trained |= config.train != "parameters"
+    patch.lora |= config.train == "lora"
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):
         active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=names)

@@ -1,5 +1,6 @@
 """The LoRA that distillation trains, after users fused or rescaled it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,25 @@ def test_none_is_trained_where_it_would_be_off(tmp_path: Path) -> None:
     with pytest.raises(DistillationError, match="switched off"):
         learn(accelerate(pipe, SPARSE), tmp_path, train="lora")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("off", ["set_adapters", "disable_lora", "delete_adapters"])
+def test_one_that_is_switched_off_is_told_of_once(adapter: Path, off: str) -> None:
+    pipe = load_adapter(prompt_pipe(), adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(pipe)
+        with dense(pipe):
+            draw(pipe)
+    if off == "set_adapters":
+        add_lora(pipe)
+        pipe.transformer.set_adapters(["style"])
+    elif off == "disable_lora":
+        pipe.transformer.disable_lora()
+    else:
+        pipe.transformer.delete_adapters("dit_accel")
+    with pytest.warns(UserWarning, match="what was trained is switched off: the LoRA 'dit_accel'"):
+        draw(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(pipe)
