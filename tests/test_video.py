@@ -20,6 +20,7 @@ import dit_accel
 from dit_accel import SLA, Fovea, accelerate, save_adapter, save_video
 from dit_accel.evaluation import evaluate
 from dit_accel.patch import OWN
+from dit_accel.pipelines import training
 from dit_accel.pipelines.builtin.drawings import Renderings
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -34,7 +35,7 @@ def model(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> s
     train.fit_encoder(made, renderings, random.Random(0), count=4)
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
-    train.save_pipeline(made, folder)
+    training.save_pipeline(made, folder)
     return str(folder)
 
 
