@@ -37,13 +37,14 @@ def draw_recovery(record: Mapping[str, Any]) -> bytes:
     for row in record["rows"]:
         if "impossible" not in row:
             methods.setdefault(row["method"], []).append(row)
-    count = max(1, len(methods))
+    count, trained = max(1, len(methods)), list(dict.fromkeys(row["train"] for row in record["rows"]))
     figure = Figure(figsize=(4 * count, 3.6), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes, (method, rows) in zip(panels, methods.items(), strict=False):
         for row in rows:
             minutes, shares = ([point[key] for point in row["curve"]] for key in ("minutes", "recovered"))
-            axes.plot(minutes, shares, marker="o", markersize=3, label=f"{row['train']}: {shares[-1]:.0%}")
+            colour = f"C{trained.index(row['train'])}"  # the same in every panel
+            axes.plot(minutes, shares, color=colour, marker="o", markersize=3, label=f"{row['train']}: {shares[-1]:.0%}")
         if record.get("floor") is not None:
             share = 1 - record["floor"]["error"] / rows[0]["error_untrained"]
             axes.axhline(share, color="gray", linestyle="--", linewidth=0.8, label="original in bfloat16")
