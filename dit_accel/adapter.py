@@ -27,7 +27,7 @@ from dit_accel.base_model import base_model_name
 from dit_accel.errors import AdapterError, WriteError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
-from dit_accel.lora import ADAPTER, activate_lora
+from dit_accel.lora import ADAPTER, activate_lora, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import (
     OWN,
@@ -295,7 +295,7 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
-    if LORA in tensors and any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+    if LORA in tensors and switched_off(model):
         raise AdapterError(
             "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
         )

@@ -40,6 +40,11 @@ def check_apart(model: Any) -> None:
         )
 
 
+def switched_off(model: Any) -> bool:
+    """Whether `disable_lora` switched the model's LoRA off, and so one that is added to it."""
+    return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+
+
 def works(model: Any) -> bool:
     """Whether ours is there and switched on, by the first layer that could tell."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))

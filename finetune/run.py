@@ -25,7 +25,7 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
-from dit_accel.lora import ADAPTER
+from dit_accel.lora import ADAPTER, switched_off
 from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running, teacher_hash
 from dit_accel.processor import AcceleratedAttention
 
@@ -122,7 +122,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
         raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
-    if config.train == "lora" and any(getattr(module, "disable_adapters", False) is True for module in transformer.modules()):
+    if config.train == "lora" and switched_off(transformer):
         raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
     if config.train != "parameters":
         check_unfused(transformer, patch.originals, DistillationError)
