@@ -24,6 +24,7 @@ EMA_DECAY = 0.99
 MOST_DROPPED = 5  # steps in a row
 STATE = "state.safetensors"
 LOG = "log.jsonl"
+LARGE = 1 << 14  # numbers of a tensor that is written in bfloat16
 
 
 @dataclass
@@ -164,18 +165,25 @@ def load_state(run: Run, path: Path) -> None:
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
-    """Write the pipeline with the transformer's matrices in bfloat16, half the size and read back as float32, to a temporary name; rename.
-
-    Everything else stays float32, because transformers reads text encoders in the dtype they were written in.
-    """
-    half = copy.copy(pipe)
-    half.transformer = copy.deepcopy(pipe.transformer)
-    for module in half.transformer.modules():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
+    """Write the pipeline with its large tensors in bfloat16 (see `narrow`), to a temporary name; rename."""
     temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    half.save_pretrained(temporary)
+    pipe.save_pretrained(temporary)
+    for file in temporary.rglob("*.safetensors"):
+        narrow(file)
     if folder.exists():
         folder.replace(old)
     temporary.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def narrow(file: Path) -> None:
+    """Rewrite a file of weights with its float32 tensors of LARGE numbers or more in bfloat16: half the size.
+
+    They load as float32 again: diffusers reads into the modules' own dtype, transformers into the one that the folder's config.json names.
+    Small tensors (norms, biases, the autoencoders' projections) stay as they are, since they take no room.
+    """
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  a safetensors file is no mapping
+        metadata = opened.metadata()
+    large = {name: x for name, x in tensors.items() if x.dtype == torch.float32 and x.numel() >= LARGE}
+    write_tensors(file, tensors | {name: x.bfloat16() for name, x in large.items()}, metadata)

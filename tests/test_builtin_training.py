@@ -11,11 +11,14 @@ import pytest
 import torch
 from builtin_fixtures import discs
 from diffusers import FluxPipeline, WanPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel.pipelines import training
+from dit_accel.pipelines.builtin import WEIGHTS
 from dit_accel.pipelines.builtin import train as pictures
 from dit_accel.pipelines.builtin.drawings import Renderings, compose
+from dit_accel.pipelines.builtin_video import WEIGHTS as VIDEO_WEIGHTS
 from dit_accel.pipelines.builtin_video import train as videos
 from dit_accel.pipelines.builtin_video.motion import film
 from dit_accel.pipelines.training import MOST_DROPPED, Run, parameters
@@ -110,10 +113,9 @@ def test_a_whole_run_leaves_a_pipeline_that_loads(trainer: Trainer, renderings: 
     assert run.step > 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != training.LOG) == ["model", training.STATE]
     loaded = parameters(trainer.loads.from_pretrained(tmp_path / "model"))
-    linear = {f"transformer.{name}" for name, m in run.average.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     for name, average in parameters(run.average).items():
         assert loaded[name].dtype == torch.float32
-        wanted = average.bfloat16().float() if name.rpartition(".")[0] in linear else average
+        wanted = average if average.numel() < training.LARGE else average.bfloat16().float()
         assert torch.equal(loaded[name], wanted), name
 
 
@@ -149,3 +151,28 @@ def test_a_step_without_a_finite_gradient_changes_no_weight(
     trainer.step(run, renderings)
     assert run.dropped == 0
     assert all(bool(p.isfinite().all()) for p in parameters(run.pipe).values())
+
+
+# Files
+
+
+def test_a_saved_pipeline_is_half_the_size_and_its_autoencoder_loads_as_float32(tmp_path: Path) -> None:
+    made = pictures.make_pipeline(0)
+    training.save_pipeline(made, tmp_path / "model")
+    stored: dict[torch.dtype, int] = {}
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        for x in load_file(file).values():
+            stored[x.dtype] = stored.get(x.dtype, 0) + x.numel()
+    assert stored[torch.float32] < 0.01 * stored[torch.bfloat16]
+    loaded, wanted = FluxPipeline.from_pretrained(tmp_path / "model").vae.state_dict(), made.vae.state_dict()
+    assert loaded.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert loaded[name].dtype == torch.float32, name
+        assert torch.equal(loaded[name], x if x.numel() < training.LARGE else x.bfloat16().float()), name
+
+
+@pytest.mark.parametrize("folder", [WEIGHTS, VIDEO_WEIGHTS], ids=["image", "video"])
+def test_the_weights_that_ship_are_narrow(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        wide = [name for name, x in load_file(file).items() if x.dtype == torch.float32 and x.numel() >= training.LARGE]
+        assert not wide, f"{file.parent.name}: {wide}"
