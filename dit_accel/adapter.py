@@ -23,29 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dit_accel.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
 from dit_accel.base_model import base_model_name
 from dit_accel.errors import AdapterError, WriteError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.lora import ADAPTER, activate_lora, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
-from dit_accel.patch import (
-    OWN,
-    Patch,
-    accelerate,
-    attention_layers,
-    check_unfused,
-    find_transformers,
-    heads_of,
-    operators_of,
-    patches_of,
-    plain_name,
-    projection_names,
-    restore,
-    teacher_hash,
-)
+from dit_accel.patch import Patch, accelerate, operators_of, patches_of, restore
 from dit_accel.pipelines import class_of
 from dit_accel.spec import AttentionSpec
+from dit_accel.weights import teacher_hash
 
 P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
+from dit_accel.anatomy import check_unfused
 from dit_accel.errors import DistillationError
 from dit_accel.files import append_text, check_folder, write_bytes, write_text
 from dit_accel.finetune.config import DistillConfig
@@ -26,8 +27,9 @@ from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.lora import ADAPTER, switched_off
-from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running, teacher_hash
+from dit_accel.patch import Patch, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
+from dit_accel.weights import teacher_hash
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
 # from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)

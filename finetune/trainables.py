@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from dit_accel.anatomy import OWN, plain_name, projection_names
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.muon import Muon
 from dit_accel.lora import ADAPTER, activate_lora
-from dit_accel.patch import OWN, Patch, plain_name, projection_names
+from dit_accel.patch import Patch
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
