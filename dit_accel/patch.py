@@ -15,13 +15,13 @@ from dit_accel.anatomy import CONTEXT, attention_layers, check_unfused, find_tra
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora, works
+from dit_accel.lora import ADAPTER, scale_lora, silence_lora, unwrap_lora, works
 from dit_accel.pipelines import family_of
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.saving import SaveOriginal
 from dit_accel.spec import AttentionSpec
-from dit_accel.weights import only_original, swap_weights
+from dit_accel.weights import check_exchange, only_original, swap_weights
 
 P = TypeVar("P")
 
@@ -34,7 +34,11 @@ class Patch:
     originals: dict[str, list[tuple[Any, Any]]]  # module name -> (original processor, ours), the newest last
     hooks: list[Any] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
-    lora: bool = False  # whether a LoRA of ours belongs to the patch and was not found switched off
+    swapped: bool = False  # whether the originals are in the model, as in dense()
+    fused: set[tuple[str, str]] = field(default_factory=set)  # (name in `weights`, LoRA in it) when the original was put aside
+    sealed: list[str] = field(default_factory=list)  # LoRA that were unloaded while fused into trained weights, or that are ours
+    lora: bool = False  # whether a LoRA of ours belongs to the patch
+    told: bool = False  # that it is switched off
 
     def take_over(self, model: Any, args: Any = None) -> None:
         """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
@@ -42,8 +46,8 @@ class Patch:
             return
         if self.context.trained:
             check_unfused(model, self.originals, UnsupportedModelError)
-        if self.lora and not works(model):
-            self.lora = False  # said once
+        if self.lora and not self.told and not works(model):
+            self.told = True
             warnings.warn(
                 f"what was trained is switched off: the LoRA {ADAPTER!r} is not among the active adapters; name it in set_adapters(...)",
                 stacklevel=2,
@@ -164,13 +168,15 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
 def restore(pipe_or_transformer: P) -> P:
     """Undo `accelerate` and `distill`: the original processor objects and weights, no operators, no LoRA of ours, no hooks.
 
-    Raises NotAcceleratedError if there is nothing to undo, and DitAccelError where `fuse_lora` put our LoRA into the weights.
+    Raises NotAcceleratedError if there is nothing to undo, and DitAccelError, before anything is changed, where the original weights can't
+    be put back: `fuse_lora` put a LoRA into trained weights, say, or they were quantised.
     """
     patches = patches_of(pipe_or_transformer)
-    for model, _ in patches:
-        check_apart(model)
     for model, patch in patches:
-        swap_weights(model, patch)
+        check_exchange(model, patch)
+    for model, patch in patches:
+        if not patch.swapped:
+            swap_weights(model, patch)
         if ADAPTER in getattr(model, "peft_config", {}):
             flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
             model.delete_adapters(ADAPTER)
@@ -214,26 +220,35 @@ def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
 
     `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
     a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError, or
-    DitAccelError where `fuse_lora` put what distillation trained into the weights.
+    DitAccelError where the original weights can't be put in, as `restore` does.
     """
     patches = patches_of(pipe_or_transformer)
-    for model, _ in patches:
-        check_apart(model)
-    before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]
-    scales: list[dict[str, float]] = [{} for _ in patches]
-    try:
-        for number, ((model, patch), (enabled, _)) in enumerate(zip(patches, before, strict=True)):
-            if enabled:
-                swap_weights(model, patch)
-                scales[number] = silence_lora(model)
-            patch.context.enabled, patch.context.in_order = False, in_order
+    for model, patch in patches:
+        check_exchange(model, patch)
+    with contextlib.ExitStack() as stack:
+        for model, patch in patches:
+            stack.enter_context(_dense(model, patch, in_order))
         yield pipe_or_transformer
+
+
+@contextlib.contextmanager
+def _dense(model: Any, patch: Patch, in_order: bool) -> Iterator[None]:
+    """`dense` of one transformer. The outermost of several exchanges the weights; none does once `restore` has undone the patch."""
+    context, outermost = patch.context, not patch.swapped
+    before, scales = (context.enabled, context.in_order), {}
+    if outermost:
+        swap_weights(model, patch)
+        scales = silence_lora(model)
+    context.enabled, context.in_order = False, in_order
+    try:
+        yield
     finally:
-        for (model, patch), (enabled, ordered), scale in zip(patches, before, scales, strict=True):
-            if enabled and not patch.context.enabled:
+        if getattr(model, CONTEXT, None) is patch:
+            if outermost:
+                check_exchange(model, patch)  # what was done to the model meanwhile is to be undone first; it is the original until then
                 swap_weights(model, patch)
-                scale_lora(model, scale)
-            patch.context.enabled, patch.context.in_order = enabled, ordered
+                scale_lora(model, scales)
+            context.enabled, context.in_order = before
 
 
 @contextlib.contextmanager

@@ -1,23 +1,83 @@
 """The values of a transformer's weights: exchanging trained ones with the user's own, and hashes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dit_accel.anatomy import CONTEXT, plain_name
+from dit_accel.errors import DitAccelError
+from dit_accel.holders import Holders
 from dit_accel.lora import ADAPTER, check_apart
 
 
+def replace_weights(model: Any, patch: Any, values: Mapping[str, Tensor]) -> None:
+    """Put trained values in, and keep the user's own on the CPU, from where `dense` and `restore` take them.
+
+    Raises DitAccelError where a weight takes no value (quantised ones don't), before anything is changed.
+    """
+    patch.weights = Holders(model).exchange({name: value.cpu() for name, value in values.items()})
+    patch.fused = fused_into(model, patch.weights)
+
+
+def keep_weight(model: Any, patch: Any, name: str) -> None:
+    """Keep the user's own value of a weight that is to be trained in place, on its device: a teacher swaps it in at every step."""
+    parameter = model.get_parameter(name)
+    patch.weights[name] = patch.weights.get(name, parameter).detach().to(parameter.device, copy=True)
+    patch.fused |= fused_into(model, [name])
+
+
 def swap_weights(model: Any, patch: Any) -> None:
-    """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
-    for name, other in patch.weights.items():
-        parameter = model.get_parameter(name)
-        patch.weights[name] = parameter.data
-        parameter.data = other.to(parameter.device, parameter.dtype)
+    """Exchange the trained values of fully trained weights with the original ones; without them, nothing.
+
+    Raises DitAccelError where that can't be done, before anything is changed.
+    """
+    if patch.weights:
+        patch.weights = Holders(model).exchange(patch.weights)
+    patch.swapped = not patch.swapped
+
+
+def check_original(model: nn.Module) -> None:
+    """Raise DitAccelError where the user's own weights can't be told from what was trained, or can't be put back."""
+    check_apart(model)
+    patch = getattr(model, CONTEXT, None)
+    if patch is None:
+        return
+    if patch.sealed:
+        raise DitAccelError(
+            f"the LoRA {', '.join(patch.sealed)} was fused into the weights and then unloaded, so that the original can't be told from it: "
+            "load the pipeline anew, and call unfuse_lora() before unload_lora_weights()"
+        )
+    now = fused_into(model, patch.weights)
+    if changed := now ^ patch.fused:
+        name, adapter = min(changed)
+        way = "fuse_lora() put into" if (name, adapter) in now else "unfuse_lora() took out of"
+        undo = "unfuse_lora()" if (name, adapter) in now else "fuse_lora()"
+        raise DitAccelError(
+            f"the LoRA {adapter!r} is one that {way} trained weights ({name} the first) since they were loaded, so that the original can't "
+            f"be put back: call {undo} before"
+        )
+
+
+def check_exchange(model: Any, patch: Any) -> None:
+    """Raise DitAccelError unless `swap_weights` will work."""
+    check_original(model)
+    if patch.weights:
+        Holders(model).check(patch.weights)
+
+
+def fused_into(model: nn.Module, names: Iterable[str]) -> set[tuple[str, str]]:
+    """(weight, adapter) for each LoRA that was added to one of these weights."""
+    found = set()
+    for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, BaseTunerLayer):
+            found |= {(name, str(adapter)) for adapter in getattr(layer, "merged_adapters", ())}
+    return found
 
 
 def _ours(name: str) -> bool:
@@ -27,36 +87,50 @@ def _ours(name: str) -> bool:
 
 def _original_weights(model: nn.Module) -> dict[str, Tensor]:
     """The user's own values of weights that stand changed in the model. Raises DitAccelError where they can't be told."""
-    check_apart(model)
+    check_original(model)
     patch = getattr(model, CONTEXT, None)
-    return patch.weights if patch and patch.context.enabled else {}
+    return patch.weights if patch and not patch.swapped else {}
 
 
 def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of an accelerated transformer as it would be without `accelerate` and `distill`; a user's own LoRA stays in it."""
-    originals = _original_weights(model)
-    kept = {name: value for name, value in state.items() if not _ours(name)}
-    if set(getattr(model, "peft_config", {})) <= {ADAPTER}:
-        kept = {plain_name(name): value for name, value in kept.items()}
-    return {name: originals.get(plain_name(name), value) for name, value in kept.items()}
+    """A state dict of an accelerated transformer as it would be without `accelerate` and `distill`; a user's own LoRA stays in it.
+
+    Offloaded values are brought in. Raises DitAccelError where the model was quantised over trained weights.
+    """
+    originals, holders = _original_weights(model), Holders(model)
+    holders.check(originals)
+    plain = set(getattr(model, "peft_config", {})) <= {ADAPTER}
+    kept = {}
+    for name, held in state.items():
+        if not _ours(name):
+            original = originals.get(plain_name(name))
+            kept[plain_name(name) if plain else name] = holders.value(name) if original is None else original.to(held.dtype)
+    return kept
 
 
 def weights_hash(transformer: nn.Module) -> str:
-    """SHA-256 of all weights that a forward uses, a method's own and every LoRA's among them."""
-    return _hash((name, name, tensor) for name, tensor in transformer.state_dict().items())
+    """SHA-256 of all weights that a forward uses, a method's own and every LoRA's among them, wherever they are offloaded.
+
+    Raises DitAccelError where they can't be read.
+    """
+    holders = Holders(transformer)
+    return _hash((name, holders.value(name)) for name in sorted(transformer.state_dict()))
 
 
 def teacher_hash(transformer: nn.Module) -> str:
-    """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
-    originals = _original_weights(transformer)
-    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if not _ours(name)]
-    return _hash((name, plain, originals.get(plain, tensor)) for name, plain, tensor in own)
+    """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back.
+
+    Raises DitAccelError where they can't be read.
+    """
+    originals, holders = _original_weights(transformer), Holders(transformer)
+    own = sorted(name for name in transformer.state_dict() if not _ours(name))
+    return _hash((plain := plain_name(name), originals[plain] if plain in originals else holders.value(name)) for name in own)
 
 
-def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
-    """Of (name to sort by, name, tensor)."""
+def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of (name, tensor) in this order."""
     digest = hashlib.sha256()
-    for _, name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for part in _stored(tensor.detach()):
             digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

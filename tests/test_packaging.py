@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "saving": set(),
     "lora": {"errors"},
     "anatomy": {"errors", "pipelines"},
-    "weights": {"anatomy", "lora"},
+    "holders": {"errors", "files"},
+    "weights": {"anatomy", "errors", "holders", "lora"},
     "patch": {
         "anatomy",
         "context",
@@ -70,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "context",
         "errors",
         "files",
+        "holders",
         "importers",
         "layout",
         "lora",
@@ -92,6 +94,7 @@ ARROWS: dict[str, set[str]] = {
         "context",
         "errors",
         "files",
+        "holders",
         "layout",
         "lora",
         "operator",
@@ -106,7 +109,20 @@ ARROWS: dict[str, set[str]] = {
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
+DIFFUSERS = {
+    "adapter",
+    "bench",
+    "cli_info",
+    "cli_models",
+    "demo",
+    "evaluation",
+    "finetune",
+    "holders",
+    "patch",
+    "pipelines",
+    "processor",
+    "wan_names",
+}
 
 
 def package_files() -> dict[str, Path]:
