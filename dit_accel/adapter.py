@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
-from dit_accel.base_model import base_model_name
+from dit_accel.base_model import base_model_name, licence_of, public_name
 from dit_accel.errors import AdapterError, WriteError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.holders import Holders, is_elsewhere, is_plain
@@ -84,7 +84,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     operators = operators_of(model)
     folder = Path(folder)
     _check_complete(model, patch)
-    holders = Holders(model)
+    holders, loaded_from = Holders(model), base_model_name(pipe_or_transformer, model)
     own = {
         f"layers.{name.replace('.', '__')}.{k}": holders.value(f"{name}{OWN}{k}")
         for name, operator in operators.items()
@@ -103,7 +103,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
                 spec=patch.context.spec.to_dict(),
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
-                base_model_name=base_model_name(pipe_or_transformer, model),
+                base_model_name=public_name(loaded_from),
                 base_model_hash=teacher_hash(model),
                 dense_steps=patch.context.dense_steps,
                 training=training,
@@ -113,7 +113,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             write_json(stage / CONFIG, config)
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
-        write_card(folder, config)
+        write_card(folder, config, licence_of(loaded_from))
     except (OSError, WriteError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
@@ -136,7 +136,7 @@ def _check_complete(model: Any, patch: Patch) -> None:
 
 def _lora(model: Any, holders: Holders) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The trained LoRA as diffusers stores one: tensors and metadata."""
-    values = {name: holders.value(name) for name in model.state_dict() if f".{ADAPTER}." in name and OWN not in name}
+    values = {name: holders.value(name) for name, _ in model.named_parameters() if f".{ADAPTER}." in name and OWN not in name}
     lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, values, adapter_name=ADAPTER).items()}
     settings = model.peft_config[ADAPTER].to_dict()
     kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch.nn as nn
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 
 from dit_accel.errors import DitAccelError, UnsupportedModelError
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
@@ -23,23 +25,54 @@ PROJECTIONS = (
 
 
 def find_transformers(pipe_or_transformer: object) -> list[Any]:
-    """The transformers of supported families in a pipeline, or the given transformer. Raises UnsupportedModelError if there is none."""
-    target = getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)  # torch.compile's wrapper
+    """The transformers of supported families in a pipeline, each once, or the given transformer; wrappers are looked into.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    target = unwrapped(pipe_or_transformer)
     components = getattr(target, "components", None)
     if isinstance(target, nn.Module) or not isinstance(components, dict):
         candidates = [target]
     else:
-        candidates = [getattr(c, "_orig_mod", c) for c in components.values() if isinstance(c, nn.Module)]
+        candidates = [unwrapped(c) for c in components.values() if isinstance(c, nn.Module)]
     found = [c for c in candidates if family_of(c)]
     if not found:
         raise UnsupportedModelError(_why_unsupported(candidates))
-    return found
+    return list({id(model): model for model in found}.values())
+
+
+def unwrapped(model: Any) -> Any:
+    """What torch.compile, DistributedDataParallel or PEFT have wrapped, or the object itself."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(model, PeftModel):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def check_not_parallel(pipe_or_transformer: Any) -> None:
+    """Raise UnsupportedModelError where parameters are added behind the back of a wrapper that keeps them equal between processes."""
+    model = getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        name = type(model).__name__
+        raise UnsupportedModelError(f"the transformer is wrapped in {name}: accelerate the transformer itself first, and wrap it then")
 
 
 def _why_unsupported(candidates: list[Any]) -> str:
     """What was found instead of a supported transformer, and what is missing to support it."""
     if reasons := [reason for c in candidates if (reason := why_no_family(c))]:
         return reasons[0]
+    for c in candidates:
+        inside = getattr(c, "module", None) if isinstance(c, nn.Module) else None
+        if inside is not None and family_of(inside):
+            return (
+                f"the {type(inside).__name__} is wrapped in {type(c).__name__}, which is not looked into: "
+                f"pass the transformer itself (the wrapper's .module)"
+            )
     names = [type(c).__name__ for c in candidates]
     found = {type(c).__name__: n for c in candidates if isinstance(c, nn.Module) and (n := _attention_modules(c))}
     if not found:

@@ -173,6 +173,11 @@ def is_elsewhere(model: nn.Module) -> bool:
     )
 
 
+def placed_by_others(model: nn.Module) -> bool:
+    """Whether accelerate has offloaded weights with a module above their own, by names that hold as long as no module is renamed."""
+    return any(hook.offload and hook.place_submodules for module in model.modules() for hook in _align_hooks(module))
+
+
 def _groups(model: nn.Module) -> Iterator[ModuleGroup]:
     """The groups that diffusers offloads."""
     seen = set()

@@ -11,17 +11,25 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dit_accel.anatomy import CONTEXT, attention_layers, check_unfused, find_transformers, forward_names, heads_of, plain_name
+from dit_accel.anatomy import (
+    CONTEXT,
+    attention_layers,
+    check_not_parallel,
+    check_unfused,
+    find_transformers,
+    forward_names,
+    heads_of,
+)
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.lora import ADAPTER, scale_lora, silence_lora, unwrap_lora, works
+from dit_accel.lora import ADAPTER, delete_lora, scale_lora, silence_lora, works
 from dit_accel.pipelines import family_of
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.saving import SaveOriginal
+from dit_accel.saving import SaveOriginal, UnloadLora
 from dit_accel.spec import AttentionSpec
-from dit_accel.weights import check_exchange, only_original, swap_weights
+from dit_accel.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
 
 P = TypeVar("P")
 
@@ -98,6 +106,7 @@ def accelerate(
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
+    check_not_parallel(pipe_or_transformer)
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if hasattr(model, CONTEXT):
@@ -152,17 +161,22 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
     originals = {}
     for name, module, operator, processor in modules:
         originals[name] = [(module.processor, processor)]
-        module.dit_accel = operator.train(module.training)
+        learns = any(p.requires_grad for key, p in module.named_parameters() if ".lora_" not in key)
+        module.dit_accel = operator.train(module.training).requires_grad_(learns)  # a frozen model stays frozen until it is distilled
         module.processor = processor
     patch = Patch(context, originals)
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
         model.register_forward_hook(context.after),
+        model.register_load_state_dict_pre_hook(rename),
+        model.register_load_state_dict_post_hook(tolerate),
+        model.register_state_dict_post_hook(hide),
     ]
     setattr(model, CONTEXT, patch)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SaveOriginal(model, only_original)
+    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, seal)):
+        if hasattr(model, stand_in.name):
+            setattr(model, stand_in.name, stand_in)
 
 
 def restore(pipe_or_transformer: P) -> P:
@@ -174,15 +188,12 @@ def restore(pipe_or_transformer: P) -> P:
     patches = patches_of(pipe_or_transformer)
     for model, patch in patches:
         check_exchange(model, patch)
+        check_removal(model)
     for model, patch in patches:
         if not patch.swapped:
             swap_weights(model, patch)
         if ADAPTER in getattr(model, "peft_config", {}):
-            flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
-            model.delete_adapters(ADAPTER)
-            unwrap_lora(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[plain_name(name)])
+            delete_lora(model)
         for name, pairs in patch.originals.items():
             module = model.get_submodule(name)
             original = next((original for original, ours in pairs if ours is module.processor), None)
@@ -194,7 +205,8 @@ def restore(pipe_or_transformer: P) -> P:
             del module.dit_accel
         for hook in patch.hooks:
             hook.remove()
-        vars(model).pop("save_pretrained", None)
+        for stand_in in (SaveOriginal, UnloadLora):
+            vars(model).pop(stand_in.name, None)
         delattr(model, CONTEXT)
     return pipe_or_transformer
 

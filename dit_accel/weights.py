@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.anatomy import CONTEXT, plain_name
 from dit_accel.errors import DitAccelError
-from dit_accel.holders import Holders
+from dit_accel.holders import Holders, placed_by_others
 from dit_accel.lora import ADAPTER, check_apart
 
 
@@ -63,6 +63,15 @@ def check_original(model: nn.Module) -> None:
         )
 
 
+def check_removal(model: nn.Module) -> None:
+    """Raise DitAccelError where the layers that our LoRA is in can't be taken out of it."""
+    if ADAPTER in getattr(model, "peft_config", {}) and placed_by_others(model):
+        raise DitAccelError(
+            "accelerate offloads whole blocks by the names that their weights have with the LoRA, which is to be removed: call "
+            "accelerate.hooks.remove_hook_from_submodules(transformer) before"
+        )
+
+
 def check_exchange(model: Any, patch: Any) -> None:
     """Raise DitAccelError unless `swap_weights` will work."""
     check_original(model)
@@ -78,6 +87,40 @@ def fused_into(model: nn.Module, names: Iterable[str]) -> set[tuple[str, str]]:
         if isinstance(layer, BaseTunerLayer):
             found |= {(name, str(adapter)) for adapter in getattr(layer, "merged_adapters", ())}
     return found
+
+
+def seal(model: nn.Module) -> None:
+    """Remember which LoRA can't be taken out of the weights once its layers are gone: ours, or one that is in trained weights."""
+    patch: Any = getattr(model, CONTEXT)
+    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    merged = {(plain_name(name), adapter) for name, adapter in fused_into(model, names)}
+    patch.sealed += sorted({adapter for name, adapter in merged - patch.fused if adapter == ADAPTER or name in patch.weights})
+
+
+def tolerate(model: nn.Module, keys: Any) -> None:
+    """Hook after `load_state_dict`: a state dict of the original lacks what acceleration added, which keeps its values."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not _ours(name)]
+
+
+def rename(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook before `load_state_dict`: weights that our LoRA is on are found by the names that they have without it."""
+    if set(getattr(model, "peft_config", {})) == {ADAPTER}:
+        for name, _parameter in model.named_parameters():
+            plain = plain_name(name)
+            if plain != name and f"{prefix}{plain}" in state:
+                state[f"{prefix}{name}"] = state.pop(f"{prefix}{plain}")
+
+
+def hide(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook after `state_dict`: within `dense` it is the original's, and loads into a plain model."""
+    patch: Any = getattr(model, CONTEXT)
+    if patch.swapped:
+        plain = set(getattr(model, "peft_config", {})) <= {ADAPTER}
+        inside = [name for name in state if name.startswith(prefix)]
+        kept = {plain_name(name) if plain else name: state.pop(name) for name in inside if not _ours(name)}
+        for name in [name for name in inside if _ours(name)]:
+            del state[name]
+        state.update(kept)
 
 
 def _ours(name: str) -> bool:
