@@ -23,29 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_accel.base_model import base_model_name
+from dit_accel.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
+from dit_accel.base_model import base_model_name, licence_of, public_name
 from dit_accel.errors import AdapterError, WriteError
 from dit_accel.files import staged, write_json, write_tensors
+from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.lora import ADAPTER, activate_lora, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
-from dit_accel.patch import (
-    OWN,
-    Patch,
-    accelerate,
-    attention_layers,
-    check_unfused,
-    find_transformers,
-    heads_of,
-    operators_of,
-    patches_of,
-    plain_name,
-    projection_names,
-    restore,
-    teacher_hash,
-)
+from dit_accel.patch import Patch, accelerate, operators_of, patches_of, restore
 from dit_accel.pipelines import class_of
 from dit_accel.spec import AttentionSpec
+from dit_accel.weights import replace_weights, teacher_hash
 
 P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
@@ -84,7 +73,9 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
 
     `training` is a record kept in the config and shown on the card, as are the pictures that lie in the folder.
 
-    Raises NotAcceleratedError, or AdapterError where the folder can't be written.
+    Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
+    was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
+    can't be told from it.
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
@@ -92,22 +83,27 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     model, patch = patches[0]
     operators = operators_of(model)
     folder = Path(folder)
-    with torch.no_grad():
-        own = {f"layers.{name.replace('.', '__')}.{k}": v for name, op in operators.items() for k, v in op.params.state_dict().items()}
+    _check_complete(model, patch)
+    holders, loaded_from = Holders(model), base_model_name(pipe_or_transformer, model)
+    own = {
+        f"layers.{name.replace('.', '__')}.{k}": holders.value(f"{name}{OWN}{k}")
+        for name, operator in operators.items()
+        for k in operator.params.state_dict()
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with staged(folder) as stage:  # what is there already stays whole until all is written
             written = {WEIGHTS: write_tensors(stage / WEIGHTS, {**own, "format": torch.tensor(VERSION)}, {"format": "pt"})}
             if ADAPTER in getattr(model, "peft_config", {}):
-                written[LORA] = write_tensors(stage / LORA, *_lora(model))
+                written[LORA] = write_tensors(stage / LORA, *_lora(model, holders))
             if patch.weights:
-                name, full = _full_weights(model, patch)
+                name, full = _full_weights(model, patch, holders)
                 written[name] = write_tensors(stage / name, full, {"format": "pt"})
             adapter = DitAccelAdapter(
                 spec=patch.context.spec.to_dict(),
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
-                base_model_name=base_model_name(pipe_or_transformer, model),
+                base_model_name=public_name(loaded_from),
                 base_model_hash=teacher_hash(model),
                 dense_steps=patch.context.dense_steps,
                 training=training,
@@ -117,30 +113,46 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             write_json(stage / CONFIG, config)
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
-        write_card(folder, config)
+        write_card(folder, config, licence_of(loaded_from))
     except (OSError, WriteError) as error:
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
 
 
-def _lora(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _check_complete(model: Any, patch: Patch) -> None:
+    """Raise AdapterError where what belongs to the adapter is not in the model any more."""
+    if patch.lora and ADAPTER not in getattr(model, "peft_config", {}):
+        raise AdapterError(
+            f"the LoRA {ADAPTER!r} that belongs to the adapter was removed from the model, by unload_lora_weights() or delete_adapters(), "
+            "so that what was trained can't be saved any more: load the adapter again"
+        )
+    trained = {plain_name(name): p for name, p in model.named_parameters() if f".{ADAPTER}." in name or plain_name(name) in patch.weights}
+    quantised = [name for name, p in trained.items() if not is_plain(p)]
+    if quantised:
+        raise AdapterError(
+            f"what was trained was quantised ({quantised[0]} the first), which loses some of it: save the adapter before quantising"
+        )
+
+
+def _lora(model: Any, holders: Holders) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The trained LoRA as diffusers stores one: tensors and metadata."""
-    lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
+    values = {name: holders.value(name) for name, _ in model.named_parameters() if f".{ADAPTER}." in name and OWN not in name}
+    lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, values, adapter_name=ADAPTER).items()}
     settings = model.peft_config[ADAPTER].to_dict()
     kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
     meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
     return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
 
 
-def _full_weights(model: Any, patch: Patch) -> tuple[str, dict[str, Tensor]]:
+def _full_weights(model: Any, patch: Patch, holders: Holders) -> tuple[str, dict[str, Tensor]]:
     """The file for full weights and what goes in: all of them, or every projection, those too that were left alone."""
-    parameters: dict[str, Tensor] = dict(plain_parameters(model))
-    if not patch.context.enabled:  # within dense() the patch holds the trained values
-        parameters |= patch.weights
-    if set(patch.weights) == set(parameters):
-        return WHOLE, parameters
-    projections = projection_names(model, patch.originals)
-    return FULL, {name: p for name, p in parameters.items() if name.rpartition(".")[0] in projections}
+    names = set(plain_parameters(model))
+    file = WHOLE if set(patch.weights) == names else FULL
+    if file == FULL:
+        projections = projection_names(model, patch.originals)
+        names = {name for name in names if name.rpartition(".")[0] in projections}
+    trained = patch.weights if patch.swapped else {}  # within dense() the patch holds the trained values
+    return file, {name: trained[name] if name in trained else holders.value(name) for name in names}
 
 
 def _sha256(path: Path) -> str:
@@ -172,6 +184,8 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
     if found.weights or found.lora:
         check_unfused(model, found.layers, AdapterError)
+        if is_elsewhere(model):
+            raise AdapterError(f"{type(model).__name__} is offloaded: load the adapter before offloading")
     accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
@@ -343,10 +357,7 @@ def _install_weights(model: Any, found: Checkpoint) -> None:
         activate_lora(model, active)
     (_, patch), *_ = patches_of(model)
     patch.context.trained, patch.lora = bool(found.lora or found.weights), bool(found.lora)
-    for name, value in found.weights.items():
-        parameter = model.get_parameter(name)
-        patch.weights[name] = parameter.detach().clone()
-        parameter.data.copy_(value)
+    replace_weights(model, patch, found.weights)
 
 
 def _load_lora(model: Any, lora: dict[str, Tensor]) -> None:

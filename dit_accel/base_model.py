@@ -8,6 +8,8 @@ UNKNOWN = "unknown"
 CARD, PIPELINE = "README.md", "model_index.json"
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+")  # where the hub's cache keeps owner/name
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+
 
 def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
     """The hub id or folder that a pipeline was loaded from, or its transformer where that stands alone; empty where it was made here."""
@@ -17,6 +19,18 @@ def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
             cached = SNAPSHOT.search(name)
             return f"{cached[1]}/{cached[2]}" if cached else name
     return ""
+
+
+def public_name(name: str) -> str:
+    """What may be told to others: the hub id itself, or the last part of a local folder's path, the pipeline's where it is one of its
+    parts'."""
+    folder = Path(name)
+    local = folder.is_dir() or not HUB_ID.fullmatch(name) or name.startswith(".")
+    if not local:
+        return name
+    if not (folder / PIPELINE).exists() and (folder.parent / PIPELINE).exists():
+        folder = folder.parent
+    return re.split(r"[/\\]", str(folder).rstrip("/\\"))[-1].lstrip(".") if name else ""
 
 
 def licence_of(name: str) -> str:

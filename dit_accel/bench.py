@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel.anatomy import find_transformers, forward_names
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
@@ -28,7 +29,7 @@ from dit_accel.kernels import reference
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
 from dit_accel.parameters import AttentionParameters
-from dit_accel.patch import accelerate, always, find_transformers, forward_names, operators_of, restore
+from dit_accel.patch import accelerate, always, operators_of, restore
 from dit_accel.plan import Plan, kept_density, multiply_adds
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.spec import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from dit_accel.anatomy import find_transformers
 from dit_accel.bench import clock, machine, record_step, timed
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict
-from dit_accel.patch import accelerate, always, find_transformers, operators_of, restore
+from dit_accel.patch import accelerate, always, operators_of, restore
 from dit_accel.spec import AttentionSpec
 
 LARGE = 32768  # image tokens from which one step of the original takes minutes on two cores: one round, without a warm-up of the original

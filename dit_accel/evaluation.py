@@ -22,6 +22,7 @@ from diffusers.utils.logging import tqdm
 from torch import Tensor
 
 from dit_accel import __version__
+from dit_accel.anatomy import find_transformers, forward_names
 from dit_accel.bench import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.errors import FallbackError
 from dit_accel.evaluation_report import show, write_page
@@ -29,7 +30,7 @@ from dit_accel.evaluation_statistics import Bootstrap
 from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder, original
-from dit_accel.patch import always, dense, find_transformers, forward_names, operators_of, patches_of
+from dit_accel.patch import always, dense, operators_of, patches_of
 from dit_accel.pictures import DISTANCE_SIDE, compare, save_picture
 from dit_accel.pipelines.video import compare_motion, frames_argument
 

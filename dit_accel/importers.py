@@ -25,8 +25,8 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dit_accel.anatomy import OWN, attention_layers, heads_of, plain_name
 from dit_accel.errors import AdapterError
-from dit_accel.patch import OWN, attention_layers, heads_of, plain_name
 from dit_accel.pipelines import class_of
 from dit_accel.presets import CLEAR, SLA
 from dit_accel.spec import AttentionSpec, Disc, Downsampled, Linear, Residual

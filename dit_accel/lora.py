@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from diffusers.utils.peft_utils import delete_adapter_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from dit_accel.anatomy import plain_name
 from dit_accel.errors import DitAccelError
 
 ADAPTER = "dit_accel"  # its name
@@ -52,8 +54,14 @@ def works(model: Any) -> bool:
     return first is not None and ADAPTER in first.active_adapters and not first.disable_adapters
 
 
-def unwrap_lora(model: Any) -> None:
-    """Put back the layers that no adapter uses any more."""
+def delete_lora(model: Any) -> None:
+    """Remove ours, and the layers that no adapter uses any more.
+
+    Offloading goes on as it is: diffusers' own `delete_adapters` would begin it anew and read files of weights by a numbering that changed.
+    """
+    flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
+    delete_adapter_layers(model, ADAPTER)
+    getattr(model, "peft_config", {}).pop(ADAPTER, None)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer) and not getattr(module, "scaling", None):
             parent, _, leaf = name.rpartition(".")
@@ -61,3 +69,5 @@ def unwrap_lora(model: Any) -> None:
     if not getattr(model, "peft_config", None):
         vars(model).pop("peft_config", None)
         model._hf_peft_config_loaded = False
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[plain_name(name)])

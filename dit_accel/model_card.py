@@ -15,10 +15,11 @@ MARK = "<!-- written by dit_accel from the adapter's config; without this line, 
 PICTURES = (".png", ".jpg", ".gif")
 
 
-def model_card(config: Mapping[str, Any], pictures: list[str]) -> str:
-    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files beside it."""
+def model_card(config: Mapping[str, Any], pictures: list[str], licence: str | None = None) -> str:
+    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files beside it; `licence`: of the base model,
+    unless its record or its name tells it."""
     spec, name, record = AttentionSpec.from_dict(config["spec"]), config["base_model_name"], config["training"] or {}
-    licence = str(record.get("licence") or licence_of(name))
+    licence = str(record.get("licence") or licence or licence_of(name))
     on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
     data = ModelCardData(
         base_model=name if on_hub else None,
@@ -69,10 +70,10 @@ def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str
             yield name, f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def write_card(folder: Path, config: Mapping[str, Any]) -> None:
+def write_card(folder: Path, config: Mapping[str, Any], licence: str | None = None) -> None:
     """Write or renew the card in an adapter's folder; one that a person made their own stays as it is. Raises OSError."""
     path = folder / CARD
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return
     pictures = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    write_text(path, model_card(config, pictures))
+    write_text(path, model_card(config, pictures, licence))

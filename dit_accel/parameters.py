@@ -29,9 +29,9 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(head_dim, head_dim))
         self.bias = nn.Parameter(torch.zeros(head_dim))
 
-    def forward(self) -> Affine:
-        """The tensors, read while offloading hooks have them in place."""
-        return Affine(self.weight, self.bias)
+    def forward(self, device: torch.device | None = None) -> Affine:
+        """Copies of the tensors, see `AttentionParameters.forward`."""
+        return Affine(_copy(self.weight, device), _copy(self.bias, device))
 
 
 class AttentionParameters(nn.Module):
@@ -46,6 +46,14 @@ class AttentionParameters(nn.Module):
         self.offset = nn.Parameter(torch.zeros(offset)) if offset is not None else None
         self.spatial_weight = nn.Parameter(torch.full((factor, factor), 1 / factor**2)) if factor is not None else None
 
-    def forward(self) -> Values:
-        """The tensors, read while offloading hooks have them in place."""
-        return Values(self.proj() if self.proj is not None else None, self.offset, self.spatial_weight)
+    def forward(self, device: torch.device | None = None) -> Values:
+        """Copies of the tensors, made while offloading hooks have them in place: afterwards those change what a parameter holds.
+
+        `device`: where they are used, unless that is where they are. A model that was offloaded before it was accelerated differs.
+        """
+        parts = (None if part is None else _copy(part, device) for part in (self.offset, self.spatial_weight))
+        return Values(None if self.proj is None else self.proj(device), *parts)
+
+
+def _copy(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return tensor.to(device, copy=True)

@@ -1,11 +1,9 @@
 """The only code that touches a user's model: `accelerate`, `restore`, `dense`."""
 
 import contextlib
-import hashlib
-import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,27 +11,27 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dit_accel.anatomy import (
+    CONTEXT,
+    attention_layers,
+    check_not_parallel,
+    check_unfused,
+    find_transformers,
+    forward_names,
+    heads_of,
+)
 from dit_accel.context import Context, Steps
-from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
+from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
-from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora, works
-from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
+from dit_accel.lora import ADAPTER, delete_lora, scale_lora, silence_lora, works
+from dit_accel.pipelines import family_of
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.saving import SaveOriginal
+from dit_accel.saving import SaveOriginal, UnloadLora
 from dit_accel.spec import AttentionSpec
+from dit_accel.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
 
 P = TypeVar("P")
-CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
-OWN = ".dit_accel.params."  # in the names of a method's own parameters
-# what distillation trains of an attention module, where it is there
-PROJECTIONS = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj",
-    "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
-    "to_q_t", "to_k_t", "to_v_t", "to_out_t", "to_out", "to_gate",
-    "to_qkv_mlp_proj",  # of FLUX.2's parallel blocks, with their MLP's first layer in one
-)  # fmt: skip
 
 
 @dataclass
@@ -44,7 +42,11 @@ class Patch:
     originals: dict[str, list[tuple[Any, Any]]]  # module name -> (original processor, ours), the newest last
     hooks: list[Any] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
-    lora: bool = False  # whether a LoRA of ours belongs to the patch and was not found switched off
+    swapped: bool = False  # whether the originals are in the model, as in dense()
+    fused: set[tuple[str, str]] = field(default_factory=set)  # (name in `weights`, LoRA in it) when the original was put aside
+    sealed: list[str] = field(default_factory=list)  # LoRA that were unloaded while fused into trained weights, or that are ours
+    lora: bool = False  # whether a LoRA of ours belongs to the patch
+    told: bool = False  # that it is switched off
 
     def take_over(self, model: Any, args: Any = None) -> None:
         """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
@@ -52,8 +54,8 @@ class Patch:
             return
         if self.context.trained:
             check_unfused(model, self.originals, UnsupportedModelError)
-        if self.lora and not works(model):
-            self.lora = False  # said once
+        if self.lora and not self.told and not works(model):
+            self.told = True
             warnings.warn(
                 f"what was trained is switched off: the LoRA {ADAPTER!r} is not among the active adapters; name it in set_adapters(...)",
                 stacklevel=2,
@@ -104,6 +106,7 @@ def accelerate(
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
+    check_not_parallel(pipe_or_transformer)
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if hasattr(model, CONTEXT):
@@ -126,43 +129,6 @@ def check_trained_tokens(tokens: int | None) -> None:
     """Raise ValueError unless it is None or a number of tokens whose logarithm can divide."""
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2):
         raise ValueError(f"trained_tokens is a number of tokens >= 2 or None, got {tokens!r}")
-
-
-def find_transformers(pipe_or_transformer: object) -> list[Any]:
-    """The transformers of supported families in a pipeline, or the given transformer. Raises UnsupportedModelError if there is none."""
-    target = getattr(pipe_or_transformer, "_orig_mod", pipe_or_transformer)  # torch.compile's wrapper
-    components = getattr(target, "components", None)
-    if isinstance(target, nn.Module) or not isinstance(components, dict):
-        candidates = [target]
-    else:
-        candidates = [getattr(c, "_orig_mod", c) for c in components.values() if isinstance(c, nn.Module)]
-    found = [c for c in candidates if family_of(c)]
-    if not found:
-        raise UnsupportedModelError(_why_unsupported(candidates))
-    return found
-
-
-def _why_unsupported(candidates: list[Any]) -> str:
-    """What was found instead of a supported transformer, and what is missing to support it."""
-    if reasons := [reason for c in candidates if (reason := why_no_family(c))]:
-        return reasons[0]
-    names = [type(c).__name__ for c in candidates]
-    found = {type(c).__name__: n for c in candidates if isinstance(c, nn.Module) and (n := _attention_modules(c))}
-    if not found:
-        supported = ", ".join(name for family in FAMILIES for name in family.classes)
-        return f"no transformer of a supported family: wanted one of {supported}, got {', '.join(sorted(set(names))) or 'nothing'}"
-    kinds = "; ".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
-    return (
-        f"no family is registered for {' or '.join(found)}. Its attention modules are {kinds}. What is missing is a declaration of which "
-        "of them are image self-attention, where the grid comes from and where the text stands: "
-        "dit_accel.pipelines.register(Family(...)), as samples/new_family.py shows"
-    )
-
-
-def _attention_modules(model: nn.Module) -> list[str]:
-    """Names of the modules with an attention processor, numbers as N, and what processes each."""
-    found = {re.sub(r"\d+", "N", name): type(m.processor).__name__ for name, m in model.named_modules() if hasattr(m, "processor")}
-    return [f"{name} ({processor})" for name, processor in found.items()]
 
 
 def _prepare(
@@ -191,79 +157,43 @@ def _prepare(
     return context, modules
 
 
-def attention_layers(model: Any) -> dict[str, Any]:
-    """The attention modules that `accelerate` replaces in a transformer, by name; none where no family fits."""
-    family = family_of(model)
-    return {name: m for name, m in model.named_modules() if family is not None and re.fullmatch(family.modules, name)}
-
-
-def projection_names(model: Any, layers: Iterable[str]) -> list[str]:
-    """Full names of the linear projections of those attention modules: what distillation trains."""
-    modules = dict(model.named_modules())
-    names = [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS]
-    return [n for n in names if isinstance(modules.get(n), nn.Linear) or hasattr(modules.get(n), "base_layer")]
-
-
-def check_unfused(model: Any, layers: Iterable[str], error: type[DitAccelError]) -> None:
-    """Raise `error` where the q, k and v projections of those attention modules are fused: a LoRA or trained weights would do nothing."""
-    fused = [name for name in layers if getattr(model.get_submodule(name), "fused_projections", False)]
-    if fused:
-        raise error(
-            f"wanted projections that are not fused, as fused ones run neither a LoRA nor trained weights, got {len(fused)} fused layers "
-            f"({fused[0]} the first): call unfuse_qkv_projections() before"
-        )
-
-
-def heads_of(name: str, module: Any) -> tuple[int, int]:
-    """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
-    heads = next((n for name in ("heads", "num_heads", "num_attention_heads") if (n := getattr(module, name, None))), None)
-    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
-    width = getattr(module, "inner_dim", None) or getattr(projection, "out_features", None)
-    head_dim = width // heads if isinstance(width, int) and isinstance(heads, int) else getattr(module, "head_dim", None)
-    if not isinstance(heads, int) or not isinstance(head_dim, int):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) tells neither heads and inner_dim nor heads and head_dim")
-    return heads, head_dim
-
-
-def forward_names(model: Any) -> list[str]:
-    """Names of a supported transformer's forward arguments, from its family's class (subclasses may hide them)."""
-    owner: Any = class_of(model)
-    return list(inspect.signature(owner.forward).parameters)[1:]
-
-
 def _install(model: Any, context: Context, modules: list[tuple[str, Any, AcceleratedAttention, Any]]) -> None:
     originals = {}
     for name, module, operator, processor in modules:
         originals[name] = [(module.processor, processor)]
-        module.dit_accel = operator.train(module.training)
+        learns = any(p.requires_grad for key, p in module.named_parameters() if ".lora_" not in key)
+        module.dit_accel = operator.train(module.training).requires_grad_(learns)  # a frozen model stays frozen until it is distilled
         module.processor = processor
     patch = Patch(context, originals)
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
         model.register_forward_hook(context.after),
+        model.register_load_state_dict_pre_hook(rename),
+        model.register_load_state_dict_post_hook(tolerate),
+        model.register_state_dict_post_hook(hide),
     ]
     setattr(model, CONTEXT, patch)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SaveOriginal(model, only_original)
+    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, seal)):
+        if hasattr(model, stand_in.name):
+            setattr(model, stand_in.name, stand_in)
 
 
 def restore(pipe_or_transformer: P) -> P:
     """Undo `accelerate` and `distill`: the original processor objects and weights, no operators, no LoRA of ours, no hooks.
 
-    Raises NotAcceleratedError if there is nothing to undo, and DitAccelError where `fuse_lora` put our LoRA into the weights.
+    Raises NotAcceleratedError if there is nothing to undo, and DitAccelError, before anything is changed, where the original weights can't
+    be put back: `fuse_lora` put a LoRA into trained weights, say, or they were quantised.
     """
     patches = patches_of(pipe_or_transformer)
-    for model, _ in patches:
-        check_apart(model)
     for model, patch in patches:
-        _swap_weights(model, patch)
+        check_exchange(model, patch)
+        check_removal(model)
+    for model, patch in patches:
+        if not patch.swapped:
+            swap_weights(model, patch)
         if ADAPTER in getattr(model, "peft_config", {}):
-            flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
-            model.delete_adapters(ADAPTER)
-            unwrap_lora(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[plain_name(name)])
+            delete_lora(model)
         for name, pairs in patch.originals.items():
             module = model.get_submodule(name)
             original = next((original for original, ours in pairs if ours is module.processor), None)
@@ -275,7 +205,8 @@ def restore(pipe_or_transformer: P) -> P:
             del module.dit_accel
         for hook in patch.hooks:
             hook.remove()
-        vars(model).pop("save_pretrained", None)
+        for stand_in in (SaveOriginal, UnloadLora):
+            vars(model).pop(stand_in.name, None)
         delattr(model, CONTEXT)
     return pipe_or_transformer
 
@@ -301,26 +232,35 @@ def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
 
     `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
     a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError, or
-    DitAccelError where `fuse_lora` put what distillation trained into the weights.
+    DitAccelError where the original weights can't be put in, as `restore` does.
     """
     patches = patches_of(pipe_or_transformer)
-    for model, _ in patches:
-        check_apart(model)
-    before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]
-    scales: list[dict[str, float]] = [{} for _ in patches]
-    try:
-        for number, ((model, patch), (enabled, _)) in enumerate(zip(patches, before, strict=True)):
-            if enabled:
-                _swap_weights(model, patch)
-                scales[number] = silence_lora(model)
-            patch.context.enabled, patch.context.in_order = False, in_order
+    for model, patch in patches:
+        check_exchange(model, patch)
+    with contextlib.ExitStack() as stack:
+        for model, patch in patches:
+            stack.enter_context(_dense(model, patch, in_order))
         yield pipe_or_transformer
+
+
+@contextlib.contextmanager
+def _dense(model: Any, patch: Patch, in_order: bool) -> Iterator[None]:
+    """`dense` of one transformer. The outermost of several exchanges the weights; none does once `restore` has undone the patch."""
+    context, outermost = patch.context, not patch.swapped
+    before, scales = (context.enabled, context.in_order), {}
+    if outermost:
+        swap_weights(model, patch)
+        scales = silence_lora(model)
+    context.enabled, context.in_order = False, in_order
+    try:
+        yield
     finally:
-        for (model, patch), (enabled, ordered), scale in zip(patches, before, scales, strict=True):
-            if enabled and not patch.context.enabled:
-                _swap_weights(model, patch)
-                scale_lora(model, scale)
-            patch.context.enabled, patch.context.in_order = enabled, ordered
+        if getattr(model, CONTEXT, None) is patch:
+            if outermost:
+                check_exchange(model, patch)  # what was done to the model meanwhile is to be undone first; it is the original until then
+                swap_weights(model, patch)
+                scale_lora(model, scales)
+            context.enabled, context.in_order = before
 
 
 @contextlib.contextmanager
@@ -378,68 +318,3 @@ def _switch(model: Any, patch: Patch, spec: AttentionSpec) -> None:
     patch.context.switch(spec)
     for name in patch.originals:
         model.get_submodule(name).dit_accel.spec = spec
-
-
-def _swap_weights(model: Any, patch: Patch) -> None:
-    """Exchange the trained values of fully trained weights with the original ones, in place; without them, nothing."""
-    for name, other in patch.weights.items():
-        parameter = model.get_parameter(name)
-        patch.weights[name] = parameter.data
-        parameter.data = other.to(parameter.device, parameter.dtype)
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the level that PEFT puts in."""
-    return name.replace(".base_layer.", ".")
-
-
-def _ours(name: str) -> bool:
-    """Whether a name in a state dict is a method's own parameter or of the LoRA that distillation trains."""
-    return f".{ADAPTER}." in name
-
-
-def _original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The user's own values of weights that stand changed in the model. Raises DitAccelError where they can't be told."""
-    check_apart(model)
-    patch: Patch | None = getattr(model, CONTEXT, None)
-    return patch.weights if patch and patch.context.enabled else {}
-
-
-def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of an accelerated transformer as it would be without `accelerate` and `distill`; a user's own LoRA stays in it."""
-    originals = _original_weights(model)
-    kept = {name: value for name, value in state.items() if not _ours(name)}
-    if set(getattr(model, "peft_config", {})) <= {ADAPTER}:
-        kept = {plain_name(name): value for name, value in kept.items()}
-    return {name: originals.get(plain_name(name), value) for name, value in kept.items()}
-
-
-def weights_hash(transformer: nn.Module) -> str:
-    """SHA-256 of all weights that a forward uses, a method's own and every LoRA's among them."""
-    return _hash((name, name, tensor) for name, tensor in transformer.state_dict().items())
-
-
-def teacher_hash(transformer: nn.Module) -> str:
-    """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
-    originals = _original_weights(transformer)
-    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if not _ours(name)]
-    return _hash((name, plain, originals.get(plain, tensor)) for name, plain, tensor in own)
-
-
-def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
-    """Of (name to sort by, name, tensor)."""
-    digest = hashlib.sha256()
-    for _, name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in _stored(tensor.detach()):
-            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _stored(tensor: Any) -> Iterator[Tensor]:
-    """A tensor itself, or the plain tensors that a quantised one is made of: torchao's refuse to be seen as bytes."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored(getattr(tensor, name))

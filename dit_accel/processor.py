@@ -94,7 +94,7 @@ class AcceleratedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
     ) -> Tensor:
         """The method itself, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
-        return attend(query, key, value, self.spec, layout, plan, self.params(), scale, self.context.backend, text_bias=bias)[0]
+        return attend(query, key, value, self.spec, layout, plan, self.params(query.device), scale, self.context.backend, text_bias=bias)[0]
 
 
 def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:

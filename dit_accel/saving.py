@@ -1,6 +1,10 @@
-"""`save_pretrained` of an accelerated transformer, and so its pipeline's, writes the original model."""
+"""What stands in for a few methods of a transformer while it is accelerated, so that the patch is not seen from outside.
+
+Held by the instance; each knows its model weakly, or a deleted model would wait for the garbage collector.
+"""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +12,31 @@ import torch.nn as nn
 from torch import Tensor
 
 
-class SaveOriginal:
-    """Stands in for a model's `save_pretrained` while it is accelerated; `save_adapter` writes what acceleration and training added."""
+class _StandIn:
+    """Replaces one method of an instance. `way`: a function of a module, so that copies and pickles find it; it does the work."""
 
-    def __init__(self, model: Any, only_original: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        self.model, self.only_original = model, only_original
+    name: str
+
+    def __init__(self, model: Any, way: Callable[..., Any]) -> None:
+        self._model, self.way = weakref.ref(model), way
+
+    @property
+    def model(self) -> Any:
+        return self._model()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.way)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The method of the class."""
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+
+class SaveOriginal(_StandIn):
+    """`save_pretrained` of an accelerated transformer, and so its pipeline's, writes the original model; `save_adapter` writes what
+    acceleration and training added. `way` makes the original's state dict out of a model and its own."""
+
+    name = "save_pretrained"
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -21,12 +45,22 @@ class SaveOriginal:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def replace(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-            original = self.only_original(model, dict(state))
+            original = self.way(model, dict(state))
             state.clear()
             state.update(original)
 
         handle = self.model.register_state_dict_post_hook(replace)
         try:
-            return type(self.model).save_pretrained(self.model, *args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             handle.remove()
+
+
+class UnloadLora(_StandIn):
+    """`unload_lora`, which leaves a fused LoRA in the weights for good. `way` is told of the model before."""
+
+    name = "unload_lora"
+
+    def __call__(self) -> None:
+        self.way(self.model)
+        self.original()

@@ -17,7 +17,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
-from dit_accel.patch import OWN
+from dit_accel.anatomy import OWN
 
 PREFIXES = ("net.", "net_ema.")
 TILE = 128  # int8 weights have one scale per TILE × TILE values

@@ -19,6 +19,7 @@ import torch
 from diffusers.utils.logging import tqdm
 from torch import Tensor
 
+from dit_accel.anatomy import plain_name
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
 from dit_accel.finetune.capture import capture
@@ -31,7 +32,7 @@ from dit_accel.finetune.processes import share, sum_gradients, summed
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
-from dit_accel.patch import always, dense, plain_name
+from dit_accel.patch import always, dense
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.anatomy import find_transformers
 from dit_accel.finetune.samples import Forward, Samples, as_one
-from dit_accel.patch import find_transformers
 
 
 def on_device(value: Any, device: torch.device) -> Any:

@@ -16,11 +16,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dit_accel.anatomy import forward_names
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.finetune.cache import readable_runs
 from dit_accel.finetune.flow import Flow, flow_of, in_place_of
 from dit_accel.finetune.samples import Key, Recorder, Samples, original, record_runs, write_run
-from dit_accel.patch import forward_names
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import latents as forms
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
+from dit_accel.anatomy import check_unfused, projection_names
 from dit_accel.errors import DistillationError
 from dit_accel.files import append_text, check_folder, write_bytes, write_text
 from dit_accel.finetune.config import DistillConfig
@@ -25,9 +26,11 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
+from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.lora import ADAPTER, switched_off
-from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running, teacher_hash
+from dit_accel.patch import Patch, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
+from dit_accel.weights import teacher_hash
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
 # from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)
@@ -117,8 +120,10 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     transformer, patch = patches[0]
     _check_launch()
     _check_specs(transformer, patch, config)
-    if any(p.device.type == "meta" for p in transformer.parameters()):
-        raise DistillationError(f"{type(transformer).__name__} is offloaded layer by layer: distil before offloading")
+    if is_elsewhere(transformer):
+        raise DistillationError(f"{type(transformer).__name__} is offloaded: distil before offloading")
+    if config.train == "attention":
+        _check_plain(transformer, patch)
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
         raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
@@ -173,6 +178,15 @@ def _check_launch() -> None:
         raise DistillationError(
             f"every process trains the whole model: wanted a plain multi-GPU configuration of accelerate, got one with {', '.join(asked)}"
         )
+
+
+def _check_plain(transformer: Any, patch: Patch) -> None:
+    """Raise DistillationError where the attention's weights are quantised."""
+    holders = Holders(transformer)
+    for name in projection_names(transformer, patch.originals):
+        weight = holders.place(f"{name}.weight").tensor
+        if not is_plain(weight):
+            raise DistillationError(f"{name} is quantised ({type(weight).__name__}) and can't be trained: use train='lora'")
 
 
 def _check_apart(source: Any, held_out: Any) -> None:

@@ -16,13 +16,15 @@ import torch
 from diffusers.utils.logging import tqdm
 from torch import Tensor
 
+from dit_accel.anatomy import CONTEXT, find_transformers, forward_names
 from dit_accel.base_model import base_model_name, licence_of
 from dit_accel.errors import DistillationError
 from dit_accel.files import check_folder
 from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
 from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.run_file import Forward, Key, Size, damage
-from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
+from dit_accel.patch import dense
+from dit_accel.weights import teacher_hash
 
 __all__ = ["Forward", "Key", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "record_runs", "write_run"]
 

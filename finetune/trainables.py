@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from dit_accel.anatomy import OWN, plain_name, projection_names
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.muon import Muon
 from dit_accel.lora import ADAPTER, activate_lora
-from dit_accel.patch import OWN, Patch, plain_name, projection_names
+from dit_accel.patch import Patch
+from dit_accel.weights import keep_weight
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
@@ -34,8 +36,8 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
         ours = OWN in name or (config.train == "lora" and f".{ADAPTER}." in name)
         plain = plain_name(name)
         full = config.train == "attention" and plain.rsplit(".", 1)[0] in names
-        if full and plain not in patch.weights:
-            patch.weights[plain] = parameter.detach().clone()
+        if full:
+            keep_weight(transformer, patch, plain)
         if ours:
             parameter.data = parameter.data.float()
         if ours or full:

@@ -11,12 +11,13 @@ import torch
 
 import dit_accel.demo as demo
 from dit_accel import bench_kernels, bench_rivals
+from dit_accel.anatomy import find_transformers
 from dit_accel.bench import attention_errors, bench_quality, capture_qkv, record_step, spread
 from dit_accel.bench_step import bench_step, step_times
 from dit_accel.errors import NotAcceleratedError
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.layout import TokenLayout
-from dit_accel.patch import find_transformers, patches_of
+from dit_accel.patch import patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
 from dit_accel.plan import kept_density, multiply_adds, visited_density
 from dit_accel.presets import CLEAR, SLA, Fovea

@@ -18,12 +18,13 @@ from tiny_parts import emb
 from torch import Tensor
 
 from dit_accel import CLEAR, accelerate, crossover, dense, evaluation, restore
+from dit_accel.anatomy import forward_names
 from dit_accel.bench import Captured, capture_inputs, deviation, exact_attention
 from dit_accel.evaluation import attention_forwards, evaluate
 from dit_accel.evaluation_statistics import Bootstrap
 from dit_accel.finetune.samples import Recorder, collect
 from dit_accel.layout import TokenLayout, raster_order
-from dit_accel.patch import forward_names, operators_of
+from dit_accel.patch import operators_of
 from dit_accel.pictures import compare
 
 METHOD = CLEAR(2)

@@ -38,10 +38,14 @@ ARROWS: dict[str, set[str]] = {
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
     "pipelines.builtin_video.train": {"files", "pipelines"},
-    "pipelines.hires": {"console", "errors", "files", "layout", "patch", "pipelines", "plan", "spec"},
+    "pipelines.hires": {"anatomy", "console", "errors", "files", "layout", "patch", "pipelines", "plan", "spec", "weights"},
     "saving": set(),
-    "lora": {"errors"},
+    "lora": {"anatomy", "errors"},
+    "anatomy": {"errors", "pipelines"},
+    "holders": {"errors", "files"},
+    "weights": {"anatomy", "errors", "holders", "lora"},
     "patch": {
+        "anatomy",
         "context",
         "errors",
         "kernels.dispatch",
@@ -54,17 +58,20 @@ ARROWS: dict[str, set[str]] = {
         "processor",
         "saving",
         "spec",
+        "weights",
     },
     "layers": {"console", "kernels.dispatch", "patch", "plan", "processor", "spec"},
-    "wan_names": {"patch"},
-    "importers": {"errors", "patch", "pipelines", "presets", "spec", "wan_names"},
+    "wan_names": {"anatomy"},
+    "importers": {"anatomy", "errors", "pipelines", "presets", "spec", "wan_names"},
     "base_model": set(),
     "model_card": {"base_model", "files", "spec"},
     "adapter": {
+        "anatomy",
         "base_model",
         "context",
         "errors",
         "files",
+        "holders",
         "importers",
         "layout",
         "lora",
@@ -75,16 +82,19 @@ ARROWS: dict[str, set[str]] = {
         "pipelines",
         "processor",
         "spec",
+        "weights",
     },
     "method_text": {"presets", "spec"},
     "pictures": {"files"},
     "report": {"files"},
     "finetune": {
         "adapter",
+        "anatomy",
         "base_model",
         "context",
         "errors",
         "files",
+        "holders",
         "layout",
         "lora",
         "operator",
@@ -93,12 +103,27 @@ ARROWS: dict[str, set[str]] = {
         "pipelines",
         "processor",
         "spec",
+        "weights",
     },
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
+DIFFUSERS = {
+    "adapter",
+    "bench",
+    "cli_info",
+    "cli_models",
+    "demo",
+    "evaluation",
+    "finetune",
+    "holders",
+    "lora",
+    "patch",
+    "pipelines",
+    "processor",
+    "wan_names",
+}
 
 
 def package_files() -> dict[str, Path]:

@@ -19,7 +19,7 @@ from dit_accel.errors import DistillationError
 from dit_accel.finetune import run_file
 from dit_accel.finetune.evaluate import on_device, predict, velocity_error, velocity_errors
 from dit_accel.finetune.samples import Key, Samples, collect, damaged_runs
-from dit_accel.patch import teacher_hash
+from dit_accel.weights import teacher_hash
 
 ARGUMENTS = {
     "hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states", "txt_ids", "img_ids", "joint_attention_kwargs",

@@ -13,9 +13,9 @@ import torch.nn as nn
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel.anatomy import attention_layers, heads_of
 from dit_accel.console import console
 from dit_accel.layout import TokenLayout
-from dit_accel.patch import attention_layers, heads_of
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires.memory import memory_bytes
 from dit_accel.plan import multiply_adds
