@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.spec import Order, Raster, Tiles
+from dit_accel.spec import Order, Raster, Tiles, plain, unknown
 
 Grid = tuple[int, int, int]
 
 
 def _grid(name: str, value: Any) -> Grid:
-    grid = tuple(value) if isinstance(value, tuple | list) else ()
+    grid = tuple(plain(value)) if isinstance(value, tuple | list) else ()
     if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
         raise ValueError(f"{name} is (frames, height, width) in tokens, three ints >= 1, got {value!r}")
     return grid
@@ -39,6 +39,7 @@ class TokenLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _grid("grid", self.grid))
         object.__setattr__(self, "references", tuple(_grid("a reference's grid", grid) for grid in self.references))
+        object.__setattr__(self, "text", plain(self.text))
         if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
             raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
         if not isinstance(self.order, Order):
@@ -88,6 +89,8 @@ def partition(grid: Grid, order: Order, block: int) -> Partition:
     if isinstance(order, Raster):
         edges = torch.arange(0, total + block, block).clamp(max=total)
         return Partition(torch.arange(total), edges)
+    if not isinstance(order, Tiles):
+        raise unknown(order, "the partition into blocks")
     raster = torch.arange(total).view(grid)
     cuts = [_split(n, side) for n, side in zip(grid, order.sides, strict=True)]
     tiles = [

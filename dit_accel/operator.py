@@ -19,7 +19,7 @@ from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters, Values
 from dit_accel.plan import Plan, listed_beside, make_plan
-from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
+from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK, unknown
 
 Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
 
@@ -190,15 +190,19 @@ def _attend_image(
     if spec.rest is None:
         return reference.merge_partials(exact)
     rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale, dense)
-    if isinstance(spec.merge, Mass):
-        if params.offset is not None:
-            offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
-            rest = (rest[0], rest[1] + offset[:, None])
-        return reference.merge_partials([*exact, rest])
-    out, lse = reference.merge_partials(exact)
-    if params.proj is not None:
-        out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
-    return out, lse
+    match spec.merge:
+        case Mass():
+            if params.offset is not None:
+                offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
+                rest = (rest[0], rest[1] + offset[:, None])
+            return reference.merge_partials([*exact, rest])
+        case Residual():
+            out, lse = reference.merge_partials(exact)
+            if params.proj is not None:
+                out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
+            return out, lse
+        case _:
+            raise unknown(spec.merge, "the reference")
 
 
 def visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
@@ -234,4 +238,5 @@ def _rest(
             weight = params.spatial_weight
             keys, values = (downsample(x, plan, factor, weight) for x in (k, v))
             return dense(q, keys, values, scale=scale)
-    raise ValueError(f"no such rest: {spec.rest!r}")
+        case _:
+            raise unknown(spec.rest, "the reference")

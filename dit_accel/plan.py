@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from dit_accel.geometry import Geometry, Lists, make_geometry
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.layout import Grid, TokenLayout, coordinates, joint_memory_order, joint_partition
-from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Pooled, TopK, Window
+from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Pooled, TopK, Window, unknown
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 Exact = Disc | Window | Box  # patterns that decide token by token
@@ -85,14 +85,23 @@ def _visits(pattern: Static, grid: Grid, boxes: tuple[Tensor, Tensor, Tensor, Te
 
     `grid`: that of the query blocks.
     """
+    q_low, _, k_low, _ = boxes
+    match pattern:
+        case FirstFrames(count):
+            first = (k_low[:, 0] < count).expand(len(q_low), -1)
+            return first, first
+        case Disc() | DiscBlocks():
+            near, far = _gaps(*boxes)
+            visited = near <= pattern.reach
+            return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
+        case Window() | Box():
+            return _visits_of_window(pattern, grid, boxes)
+        case _:
+            raise unknown(pattern, "the plan of visited blocks")
+
+
+def _visits_of_window(pattern: Window | Box, grid: Grid, boxes: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     q_low, q_high, k_low, k_high = boxes
-    if isinstance(pattern, FirstFrames):
-        first = (k_low[:, 0] < pattern.count).expand(len(q_low), -1)
-        return first, first
-    if isinstance(pattern, Disc | DiscBlocks):
-        near, far = _gaps(*boxes)
-        visited = near <= pattern.reach
-        return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
     visited, full = torch.ones(2, len(q_low), len(k_low), dtype=torch.bool)
     for axis in range(3):
         table, dilation = _bounds(pattern, grid, axis)
@@ -170,9 +179,9 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
     places = torch.cat([pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])
     coords = places[q_part.order]
     q_blocks, k_blocks = Blocks.from_starts(q_part.starts), Blocks.from_starts(k_part.starts)
+    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
     fixed = [p for p in spec.keep if not isinstance(p, TopK)]
     static = _static_lists(fixed, grids, coords, (q_blocks, k_blocks)) if fixed else None
-    density = spec.density
     to_memory = None if layout.order == spec.order else joint_memory_order(grids, layout.order).argsort()[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window | Box)]
     patch, patches = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, 0)
@@ -185,7 +194,7 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         to_raster=None if to_memory is None else to_memory.argsort().to(device),
         static=_moved(static, device) if static else None,
         predicate=_predicate(exact, grids, device) if exact else None,
-        top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
+        top=0 if top is None else top.count(len(k_part.starts[1:])),
         short_weight=None if k_blocks.even else (k_blocks.count.float() / spec.block[1]).sqrt().to(device),
         patch=None if patch is None else patch.to(device),
         patches=patches,
@@ -292,4 +301,8 @@ def multiply_adds(spec: AttentionSpec, layout: TokenLayout, head_dim: int) -> fl
             share += (3 if variance else 2) / 2 * blocks / tokens
         case Downsampled(factor):
             share += 1 / factor**2
+        case None:
+            pass
+        case _:
+            raise unknown(spec.rest, "multiply_adds")
     return share + (blocks * blocks / (2 * tokens * tokens) if spec.density is not None else 0.0)

@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"errors"},
     "geometry": {"kernels"},
     "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
-    "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
+    "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
