@@ -39,6 +39,10 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, l
         return f"the tensors are on {device}"
     elif not torch.version.hip and _capability(device) < (8, 0):
         return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    return _triton_shape_refusal(dtype, head_dim, linear=linear)
+
+
+def _triton_shape_refusal(dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
     if linear and head_dim > LINEAR_LIMIT:
         return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, got {head_dim}"
     return _shape_refusal("Triton", dtype, head_dim)
@@ -61,6 +65,20 @@ def check(backend: str) -> None:
     """Raise BackendError at an unknown name."""
     if backend not in BACKENDS:
         raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
+
+
+def check_model(backend: str, head_dim: int, *, linear: bool) -> None:
+    """Raise BackendError where a backend can't run a model (with a `linear` rest) wherever the model is moved and whatever its dtype is."""
+    check(backend)
+    dtype = torch.float32
+    refusals = {
+        "cpu": lambda: cpu_refusal(torch.device("cpu"), dtype, head_dim),
+        "triton": lambda: "triton is not installed" if not TRITON else _triton_shape_refusal(dtype, head_dim, linear=linear),
+        "xformers": lambda: xformers_rows.refusal(torch.device("cuda"), dtype, head_dim, gradient=False),
+    }
+    refusal = refusals[backend]() if backend in refusals else None
+    if refusal:
+        raise BackendError(f"backend {backend!r} can't run this model: {refusal}")
 
 
 def choose(

@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
         "saving",
         "spec",
     },
-    "layers": {"console", "kernels.dispatch", "patch", "plan", "processor", "spec"},
+    "layers": {"console", "context", "errors", "kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"patch"},
     "importers": {"errors", "patch", "pipelines", "presets", "spec", "wan_names"},
     "base_model": set(),
