@@ -74,6 +74,8 @@ def attention(
     else:
         check_parameters(params, spec, query)
     _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
+    if not torch.compiler.is_compiling():
+        dispatch.warn_of_reference(backend, query.device)
     plan = make_plan(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out

@@ -117,8 +117,7 @@ def accelerate(
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
         _install(model, context, modules)
-    if backend == "auto" and next(models[0].parameters()).device.type == "cpu" and dispatch.CPU_TARGET == "none":
-        warnings.warn(f"{dispatch.NOT_BUILT}; until then the slower reference runs", stacklevel=2)
+    dispatch.warn_of_reference(backend, next(models[0].parameters()).device)
     return pipe_or_transformer
 
 

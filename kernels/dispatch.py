@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 
 import torch
 
@@ -14,7 +15,7 @@ BACKENDS = ("auto", "cpu", "triton", "xformers", "reference")
 CPU_TARGET = native.best_target()
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
+NOT_BUILT = native.refusal() or native.NOT_BUILT
 LINEAR_LIMIT = 128  # beyond, the states of a linear rest don't fit a multiprocessor's registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,12 @@ def check(backend: str) -> None:
     """Raise BackendError at an unknown name."""
     if backend not in BACKENDS:
         raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
+
+
+def warn_of_reference(backend: str, device: torch.device) -> None:
+    """Warn where "auto" runs the slower reference on a CPU because the compiled kernels are missing or stale."""
+    if CPU_TARGET == "none" and backend == "auto" and device.type == "cpu":
+        warnings.warn(f"{NOT_BUILT}; until then the slower reference runs", stacklevel=3)
 
 
 def check_model(backend: str, head_dim: int, *, linear: bool) -> None:
