@@ -1,6 +1,5 @@
 """Where tokens stand: the grid of the image or video, the place of the text, and the order of image tokens in memory."""
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -78,13 +77,9 @@ def _split(length: int, side: int) -> list[int]:
     return [length * i // parts for i in range(parts + 1)]
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors must serve training as well
+@torch.inference_mode(False)  # plans keep the tensors, which must serve training as well
 def partition(grid: Grid, order: Order, block: int) -> Partition:
-    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short).
-
-    A pure function; the cached tensors must not be written to.
-    """
+    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short)."""
     total = math.prod(grid)
     if isinstance(order, Raster):
         edges = torch.arange(0, total + block, block).clamp(max=total)

@@ -18,7 +18,8 @@ from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters, Values
-from dit_accel.plan import Plan, listed_beside, make_plan
+from dit_accel.plan import Plan, listed_beside
+from dit_accel.plans import RECENT
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK, unknown
 
 Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
@@ -76,7 +77,7 @@ def attention(
     _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
     if not torch.compiler.is_compiling():
         dispatch.warn_of_reference(backend, query.device)
-    plan = make_plan(spec, layout, query.device)
+    plan = RECENT.get(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out
 

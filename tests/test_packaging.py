@@ -28,10 +28,11 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"errors"},
     "geometry": {"kernels"},
     "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
+    "plans": {"layout", "plan", "spec"},
     "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
-    "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
+    "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "plans", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
-    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
+    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "plans", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
@@ -96,7 +97,7 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "plans", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
 
