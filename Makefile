@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-KERNELS := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+KERNELS := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .PHONY: demo test
 .NOTPARALLEL:

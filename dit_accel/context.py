@@ -14,7 +14,8 @@ from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
-from dit_accel.plan import Plan, make_plan
+from dit_accel.plan import Plan
+from dit_accel.plans import Plans
 from dit_accel.spec import AttentionSpec, Raster
 
 
@@ -66,6 +67,7 @@ class Context:
         self.dense_steps, self.backend, self.strict, self.trained_tokens = dense_steps, backend, strict, trained_tokens
         self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
+        self.plans = Plans()
         self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
@@ -138,7 +140,7 @@ class Context:
     def _add_layout(self, text: int, grids: Grids, device: torch.device) -> None:
         order = self.spec.order if self.family.per_token else Raster()
         layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
-        self._layouts[text, grids, device] = layout, make_plan(self.spec, layout, device)
+        self._layouts[text, grids, device] = layout, self.plans.get(self.spec, layout, device)
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -225,7 +227,7 @@ class Context:
         self.image = sum(math.prod(grid) for grid in grids)
         self.use(text or 0, grids, self._device)
         if self.family.per_token and not isinstance(self.spec.order, Raster):
-            inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
+            inverse = self.plans.get(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
         if self.backend == "auto" and not self.strict and self._device.type == "cpu":
             self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)

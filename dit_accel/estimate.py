@@ -10,7 +10,7 @@ from rich.table import Table
 from dit_accel.console import console
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import kept_density, make_plan, multiply_adds, window_table
-from dit_accel.spec import AttentionSpec, Disc, Linear, Pooled, TopK, Window
+from dit_accel.spec import AttentionSpec, Disc, Downsampled, Linear, Pooled, TopK, Window, unknown
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,14 @@ def passes(spec: AttentionSpec | None) -> int:
     """Tensors of N × d that a forward reads or writes: q, k, v, out; q and k again to choose blocks; k and v again for the rest."""
     if spec is None:
         return 4
-    return 4 + 2 * any(isinstance(p, TopK) for p in spec.keep) + 2 * isinstance(spec.rest, Linear | Pooled)
+    match spec.rest:
+        case Linear() | Pooled() | Downsampled():
+            again = 2
+        case None:
+            again = 0
+        case _:
+            raise unknown(spec.rest, "the estimate")
+    return 4 + 2 * any(isinstance(p, TopK) for p in spec.keep) + again
 
 
 def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | None, *, frames: int = 1) -> dict[str, Any]:

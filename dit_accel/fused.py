@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from dit_accel.errors import BackendError
 from dit_accel.geometry import Geometry, Lists
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import FEATURES, RESTS, Method
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import Values
 from dit_accel.plan import Plan, listed_beside
-from dit_accel.spec import AttentionSpec, Downsampled, Linear, Pooled, Residual, TopK
+from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK
 
 # stands for -inf in a bias: its difference to any logit is a number, and its weight is exactly 0 beside any other key
 MASKED = -1e30
@@ -66,17 +67,31 @@ def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
 
 
 def _method(spec: AttentionSpec, plan: Plan) -> Method:
-    """The rest, the merge and the blocks as `ops.attention` names them."""
+    """The rest, the merge and the blocks as `ops.attention` names them. Raises BackendError at one that the kernels have no code for."""
     rest, log_count, variance, feature_map, linear_all = "none", False, False, FEATURES[0], False
     match spec.rest:
         case Pooled(log_count, variance, _):
             rest = "pooled"
         case Linear(feature_map, scope):
             rest, linear_all = "linear", scope == "all"
-    residual = isinstance(spec.rest, Linear) and isinstance(spec.merge, Residual)
+        case Downsampled() | None:  # down-sampled keys are computed before and given as further keys
+            pass
+        case _:
+            raise _not_compiled(spec.rest)
+    match spec.merge:
+        case Residual():
+            residual = True
+        case Mass() | None:
+            residual = False
+        case _:
+            raise _not_compiled(spec.merge)
     return Method(
         RESTS.index(rest), int(log_count), int(variance), FEATURES.index(feature_map), int(linear_all), int(residual), *_widths(plan)
     )
+
+
+def _not_compiled(slot: object) -> BackendError:
+    return BackendError(f"the compiled kernels do not support {type(slot).__name__}, got {slot!r}: use backend='reference'")
 
 
 def _widths(plan: Plan) -> list[int]:

@@ -1,11 +1,14 @@
 """`summary`: what runs where in an accelerated pipeline, and why."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from dit_accel.console import console
+from dit_accel.context import Context
+from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.patch import patches_of
 from dit_accel.plan import kept_density
@@ -15,7 +18,10 @@ from dit_accel.spec import Linear
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One accelerated layer: what it computes and what it did in the last forward (None before the first)."""
+    """One accelerated layer: what it computes and what it did in the last forward (None before the first).
+
+    `backend`: "original" where the layer runs its original attention, "none" where the named backend can't run it; `why` says the reason.
+    """
 
     layer: str
     method: str
@@ -30,18 +36,15 @@ class LayerSummary:
 def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSummary]:
     """What runs where: one row per accelerated layer, printed as a table unless `show` is false.
 
-    `density_kept` is the share of image token pairs that the last forward attended to exactly.
+    `density_kept` is the share of image token pairs that the last forward attended to exactly. Raises NotAcceleratedError, nothing else: a
+    backend that can't run is a row that says so.
     """
     rows, notes = [], []
     for model, patch in patches_of(pipe_or_transformer):
         context = patch.context
         for name in patch.originals:
             operator: AcceleratedAttention = model.get_submodule(name).dit_accel
-            linear = isinstance(context.spec.rest, Linear)
-            backend, why = dispatch.choose(context.backend, model.device, model.dtype, operator.head_dim, linear=linear)
-            with torch.no_grad():  # as in a pipeline
-                if context.leaves:
-                    backend, why = "original", f"faster here: {context.crossover}"
+            backend, why = _backend(model, context, operator)
             replaced = not isinstance(model.get_submodule(name).processor, AcceleratedProcessor)
             rows.append(
                 LayerSummary(
@@ -61,6 +64,23 @@ def summary(pipe_or_transformer: object, *, show: bool = True) -> list[LayerSumm
     if show:
         _print(rows, notes)
     return rows
+
+
+def _backend(model: Any, context: Context, operator: AcceleratedAttention) -> tuple[str, str]:
+    """What a layer runs and why."""
+    with torch.no_grad():  # as in a pipeline
+        if context.leaves:
+            return "original", f"faster here: {context.crossover}"
+    linear = isinstance(context.spec.rest, Linear)
+    parameters = list(model.parameters())
+    parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
+    plan = context.plan
+    # weights on the meta device are offloaded; the tokens' device is where the layer runs
+    device = plan.coords.device if plan and parameter.device.type == "meta" else parameter.device
+    try:
+        return dispatch.choose(context.backend, device, getattr(model, "dtype", parameter.dtype), operator.head_dim, linear=linear)
+    except BackendError as error:
+        return "none", f"every call will raise BackendError: {error}"
 
 
 def _print(rows: list[LayerSummary], notes: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Where tokens stand: the grid of the image or video, the place of the text, and the order of image tokens in memory."""
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.spec import Order, Raster, Tiles
+from dit_accel.spec import Order, Raster, Tiles, plain, unknown
 
 Grid = tuple[int, int, int]
 
 
 def _grid(name: str, value: Any) -> Grid:
-    grid = tuple(value) if isinstance(value, tuple | list) else ()
+    grid = tuple(plain(value)) if isinstance(value, tuple | list) else ()
     if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
         raise ValueError(f"{name} is (frames, height, width) in tokens, three ints >= 1, got {value!r}")
     return grid
@@ -39,6 +38,7 @@ class TokenLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _grid("grid", self.grid))
         object.__setattr__(self, "references", tuple(_grid("a reference's grid", grid) for grid in self.references))
+        object.__setattr__(self, "text", plain(self.text))
         if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
             raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
         if not isinstance(self.order, Order):
@@ -77,17 +77,15 @@ def _split(length: int, side: int) -> list[int]:
     return [length * i // parts for i in range(parts + 1)]
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors must serve training as well
+@torch.inference_mode(False)  # plans keep the tensors, which must serve training as well
 def partition(grid: Grid, order: Order, block: int) -> Partition:
-    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short).
-
-    A pure function; the cached tensors must not be written to.
-    """
+    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short)."""
     total = math.prod(grid)
     if isinstance(order, Raster):
         edges = torch.arange(0, total + block, block).clamp(max=total)
         return Partition(torch.arange(total), edges)
+    if not isinstance(order, Tiles):
+        raise unknown(order, "the partition into blocks")
     raster = torch.arange(total).view(grid)
     cuts = [_split(n, side) for n, side in zip(grid, order.sides, strict=True)]
     tiles = [

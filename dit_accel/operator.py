@@ -18,8 +18,9 @@ from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import AttentionParameters, Values
-from dit_accel.plan import Plan, listed_beside, make_plan
-from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, TopK
+from dit_accel.plan import Plan, listed_beside
+from dit_accel.plans import RECENT
+from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK, unknown
 
 Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
 
@@ -74,7 +75,9 @@ def attention(
     else:
         check_parameters(params, spec, query)
     _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
-    plan = make_plan(spec, layout, query.device)
+    if not torch.compiler.is_compiling():
+        dispatch.warn_of_reference(backend, query.device)
+    plan = RECENT.get(spec, layout, query.device)
     out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out
 
@@ -190,15 +193,19 @@ def _attend_image(
     if spec.rest is None:
         return reference.merge_partials(exact)
     rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale, dense)
-    if isinstance(spec.merge, Mass):
-        if params.offset is not None:
-            offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
-            rest = (rest[0], rest[1] + offset[:, None])
-        return reference.merge_partials([*exact, rest])
-    out, lse = reference.merge_partials(exact)
-    if params.proj is not None:
-        out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
-    return out, lse
+    match spec.merge:
+        case Mass():
+            if params.offset is not None:
+                offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
+                rest = (rest[0], rest[1] + offset[:, None])
+            return reference.merge_partials([*exact, rest])
+        case Residual():
+            out, lse = reference.merge_partials(exact)
+            if params.proj is not None:
+                out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
+            return out, lse
+        case _:
+            raise unknown(spec.merge, "the reference")
 
 
 def visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
@@ -234,4 +241,5 @@ def _rest(
             weight = params.spatial_weight
             keys, values = (downsample(x, plan, factor, weight) for x in (k, v))
             return dense(q, keys, values, scale=scale)
-    raise ValueError(f"no such rest: {spec.rest!r}")
+        case _:
+            raise unknown(spec.rest, "the reference")

@@ -28,7 +28,7 @@ from dit_accel.pipelines import family_of
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.saving import SaveOriginal, UnloadLora
-from dit_accel.spec import AttentionSpec
+from dit_accel.spec import AttentionSpec, Linear
 from dit_accel.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
 
 P = TypeVar("P")
@@ -120,8 +120,7 @@ def accelerate(
     prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
     for model, (context, modules) in zip(models, prepared, strict=True):
         _install(model, context, modules)
-    if backend == "auto" and models[0].device.type == "cpu" and dispatch.CPU_TARGET == "none":
-        warnings.warn(f"{dispatch.NOT_BUILT}; until then the slower reference runs", stacklevel=2)
+    dispatch.warn_of_reference(backend, next(models[0].parameters()).device)
     return pipe_or_transformer
 
 
@@ -147,6 +146,8 @@ def _prepare(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
     shapes = {name: heads_of(name, module) for name, module in chosen}
+    for head_dim in {width for _, width in shapes.values()}:
+        dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
     context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:

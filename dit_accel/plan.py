@@ -1,10 +1,11 @@
-"""From a spec and a layout to tensors: blocks, the static part of the block lists, and the token predicate. Computed once per grid."""
+"""From a spec and a layout to tensors: blocks, the static part of the block lists, and the token predicate. `plans` keeps them."""
 
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,12 +14,27 @@ from torch.nn.functional import pad
 from dit_accel.geometry import Geometry, Lists, make_geometry
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.layout import Grid, TokenLayout, coordinates, joint_memory_order, joint_partition
-from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Pooled, TopK, Window
+from dit_accel.spec import (
+    AttentionSpec,
+    Box,
+    Disc,
+    DiscBlocks,
+    Downsampled,
+    FirstFrames,
+    Linear,
+    Order,
+    Pooled,
+    TopK,
+    Window,
+    unknown,
+)
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 Exact = Disc | Window | Box  # patterns that decide token by token
 Static = Exact | DiscBlocks | FirstFrames
+Key = tuple[AttentionSpec, tuple[Grid, ...], Order, torch.device]
 MASK_ELEMENTS = 1 << 20  # pairs of blocks that are looked at together
+COUNTED_PAIRS = 1 << 22  # pairs of tokens that are counted together
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
 
@@ -29,9 +45,11 @@ class Plan:
     `coords` `[N, 4]`: (t, y, x, image) of the image tokens in the spec's memory order; `image` counts the grids of the layout.
     `to_memory`, `to_raster` `[N]`: permutations, or None where the layout is in that order already. `static`: the visited blocks of the
     patterns that depend on coordinates alone. `short_weight` `[Tk]`: factor of a short block's score where blocks differ, or None.
-    `patch` `[N]`: which of the `patches` that down-sampling sums each token is in. `geometry`: the same for compiled kernels.
+    `patch` `[N]`: which of the `patches` that down-sampling sums each token is in. `geometry`: the same for compiled kernels. `key`: see
+    `plan_key`.
     """
 
+    key: Key
     q_blocks: Blocks
     k_blocks: Blocks
     coords: Tensor
@@ -85,14 +103,23 @@ def _visits(pattern: Static, grid: Grid, boxes: tuple[Tensor, Tensor, Tensor, Te
 
     `grid`: that of the query blocks.
     """
+    q_low, _, k_low, _ = boxes
+    match pattern:
+        case FirstFrames(count):
+            first = (k_low[:, 0] < count).expand(len(q_low), -1)
+            return first, first
+        case Disc() | DiscBlocks():
+            near, far = _gaps(*boxes)
+            visited = near <= pattern.reach
+            return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
+        case Window() | Box():
+            return _visits_of_window(pattern, grid, boxes)
+        case _:
+            raise unknown(pattern, "the plan of visited blocks")
+
+
+def _visits_of_window(pattern: Window | Box, grid: Grid, boxes: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     q_low, q_high, k_low, k_high = boxes
-    if isinstance(pattern, FirstFrames):
-        first = (k_low[:, 0] < pattern.count).expand(len(q_low), -1)
-        return first, first
-    if isinstance(pattern, Disc | DiscBlocks):
-        near, far = _gaps(*boxes)
-        visited = near <= pattern.reach
-        return visited, visited if isinstance(pattern, DiscBlocks) else far <= pattern.reach
     visited, full = torch.ones(2, len(q_low), len(k_low), dtype=torch.bool)
     for axis in range(3):
         table, dilation = _bounds(pattern, grid, axis)
@@ -161,23 +188,43 @@ def _static_lists(fixed: list[Static], grids: tuple[Grid, ...], coords: Tensor, 
     return map_from_masks(chunks())
 
 
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # cached tensors must serve training as well
+_alive: WeakValueDictionary[Key, Plan] = WeakValueDictionary()  # so that models and layers share a plan; whoever uses one keeps it alive
+
+
+def plan_key(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Key:
+    """All that a plan depends on: not the text, which has no place in it."""
+    return spec, layout.grids, layout.order, device
+
+
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
-    """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to."""
-    grids = layout.grids
-    q_part, k_part = (joint_partition(grids, spec.order, block) for block in spec.block)
+    """The plan of a spec on a layout: the one that somebody holds already (`plans` says who does), or a new one.
+
+    A pure function of its arguments; the plan's tensors must not be written to.
+    """
+    key = plan_key(spec, layout, device)
+    plan = _alive.get(key)
+    if plan is None:
+        plan = _alive[key] = _new_plan(key)
+    return plan
+
+
+@torch.inference_mode(False)  # the tensors must serve training as well
+def _new_plan(key: Key) -> Plan:
+    spec, grids, layout_order, device = key
+    q_part = joint_partition(grids, spec.order, spec.block[0])
+    k_part = q_part if spec.block[1] == spec.block[0] else joint_partition(grids, spec.order, spec.block[1])
     places = torch.cat([pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])
     coords = places[q_part.order]
     q_blocks, k_blocks = Blocks.from_starts(q_part.starts), Blocks.from_starts(k_part.starts)
+    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
     fixed = [p for p in spec.keep if not isinstance(p, TopK)]
     static = _static_lists(fixed, grids, coords, (q_blocks, k_blocks)) if fixed else None
-    density = spec.density
-    to_memory = None if layout.order == spec.order else joint_memory_order(grids, layout.order).argsort()[q_part.order]
+    to_memory = None if layout_order == spec.order else joint_memory_order(grids, layout_order).argsort()[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window | Box)]
     patch, patches = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, 0)
     geometry = make_geometry(q_part.starts, k_part.starts, coords[:, :3], static, _windows(exact, grids, coords), _reach(exact))
     return Plan(
+        key=key,
         q_blocks=_moved(q_blocks, device),
         k_blocks=_moved(k_blocks, device),
         coords=coords.to(device),
@@ -185,7 +232,7 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
         to_raster=None if to_memory is None else to_memory.argsort().to(device),
         static=_moved(static, device) if static else None,
         predicate=_predicate(exact, grids, device) if exact else None,
-        top=0 if density is None else max(1, int(density * len(k_part.starts[1:]))),
+        top=0 if top is None else top.count(len(k_part.starts[1:])),
         short_weight=None if k_blocks.even else (k_blocks.count.float() / spec.block[1]).sqrt().to(device),
         patch=None if patch is None else patch.to(device),
         patches=patches,
@@ -245,44 +292,58 @@ def _moved(value: T, device: torch.device) -> T:
     return replace(value, **moved)
 
 
-@functools.lru_cache(maxsize=64)
 def kept_density(spec: AttentionSpec, layout: TokenLayout) -> float:
-    """The share of image token pairs that the spec attends to exactly on this grid, counted block list by block list.
-
-    A TopK beside other patterns counts in full: how far the two overlap depends on the content.
-    """
-    plan = make_plan(spec, layout, torch.device("cpu"))
-    total = layout.image**2
-    pairs = 0
-    if plan.static:
-        for row in range(len(plan.static.index)):
-            listed = plan.static.index[row][plan.static.valid[row]]
-            keys = plan.k_blocks.count[listed]
-            queries = plan.coords[plan.q_blocks.index[row][plan.q_blocks.valid[row]]]
-            partial = plan.static.partial[row][plan.static.valid[row]] if plan.static.partial is not None else torch.zeros_like(keys).bool()
-            pairs += len(queries) * int(keys[~partial].sum())
-            if plan.predicate and bool(partial.any()):
-                places = plan.k_blocks.index[listed[partial]][plan.k_blocks.valid[listed[partial]]]
-                pairs += int(plan.predicate(queries, plan.coords[places]).sum())
-    # a chosen block's size depends on the content: its mean is taken where blocks differ
-    return min(1.0, (pairs + plan.top * layout.image * layout.image / len(plan.k_blocks.count)) / total)
+    """The share of image token pairs that the spec attends to exactly on this grid, counted block list by block list."""
+    return _shares(spec, layout.grids).kept
 
 
-@functools.lru_cache(maxsize=64)
 def visited_density(spec: AttentionSpec, layout: TokenLayout) -> float:
     """The share of image token pairs in the blocks that are visited: `kept_density` and what partial blocks compute in vain."""
-    plan = make_plan(spec, layout, torch.device("cpu"))
-    pairs = plan.top * layout.image * layout.image / len(plan.k_blocks.count)
+    return _shares(spec, layout.grids).visited
+
+
+class _Shares(NamedTuple):
+    """Shares of image token pairs, and the number of key blocks."""
+
+    kept: float
+    visited: float
+    blocks: int
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(spec: AttentionSpec, grids: tuple[Grid, ...]) -> _Shares:
+    plan = make_plan(spec, TokenLayout(grids[0], order=spec.order, references=grids[1:]), torch.device("cpu"))
+    tokens, blocks = len(plan.coords), len(plan.k_blocks.count)
+    # a chosen block's size depends on the content: its mean is taken where blocks differ
+    visited = spared = 0
     if plan.static:
-        keys = (plan.k_blocks.count[plan.static.index] * plan.static.valid).sum(-1)
-        pairs += float((keys * plan.q_blocks.count).sum())
-    return min(1.0, pairs / layout.image**2)
+        keys = plan.k_blocks.count[plan.static.index] * plan.static.valid
+        visited = int((keys.sum(-1) * plan.q_blocks.count).sum())
+        spared = visited - _static_pairs(plan, plan.static)
+    chosen = plan.top * tokens * tokens / blocks
+    return _Shares(min(1.0, (visited - spared + chosen) / tokens**2), min(1.0, (visited + chosen) / tokens**2), blocks)
+
+
+def _static_pairs(plan: Plan, static: BlockMap) -> int:
+    """Pairs of tokens in the static lists that are kept: all of a whole block, of a partial one those that the predicate allows."""
+    partial = torch.zeros_like(static.valid) if static.partial is None else static.partial & static.valid
+    whole = plan.k_blocks.count[static.index] * (static.valid & ~partial)
+    pairs = int((whole.sum(-1) * plan.q_blocks.count).sum())
+    row, place = partial.nonzero(as_tuple=True)
+    if plan.predicate is None or not len(row):
+        return pairs
+    column = static.index[row, place]
+    together = max(1, COUNTED_PAIRS // (plan.q_blocks.index.shape[1] * plan.k_blocks.index.shape[1]))
+    for rows, columns in zip(row.split(together), column.split(together), strict=True):
+        allowed = plan.predicate(plan.coords[plan.q_blocks.index[rows]], plan.coords[plan.k_blocks.index[columns]])
+        tokens = plan.q_blocks.valid[rows][..., :, None] & plan.k_blocks.valid[columns][..., None, :]
+        pairs += int((allowed & tokens).sum())
+    return pairs
 
 
 def multiply_adds(spec: AttentionSpec, layout: TokenLayout, head_dim: int) -> float:
     """Multiply-adds of image queries over image keys as a share of dense attention's 2·N²·D: visited pairs, and what the rest costs."""
-    tokens, blocks = layout.image, len(make_plan(spec, layout, torch.device("cpu")).k_blocks.count)
-    share = visited_density(spec, layout)
+    tokens, (_, share, blocks) = layout.image, _shares(spec, layout.grids)
     match spec.rest:
         case Linear(_, "all"):  # states once, then one product with each query
             share += head_dim / tokens
@@ -292,4 +353,8 @@ def multiply_adds(spec: AttentionSpec, layout: TokenLayout, head_dim: int) -> fl
             share += (3 if variance else 2) / 2 * blocks / tokens
         case Downsampled(factor):
             share += 1 / factor**2
+        case None:
+            pass
+        case _:
+            raise unknown(spec.rest, "multiply_adds")
     return share + (blocks * blocks / (2 * tokens * tokens) if spec.density is not None else 0.0)

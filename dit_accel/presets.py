@@ -23,11 +23,13 @@ from dit_accel.spec import (
     Window,
     is_int,
     is_real,
+    plain,
     require,
 )
 
 
 def _frames(count: int) -> tuple[Pattern, ...]:
+    count = plain(count)
     require(is_int(count) and count >= 0, "first_frames is a number of frames >= 0", count)
     return (FirstFrames(count),) if count else ()
 
@@ -80,6 +82,7 @@ def SLA(  # noqa: N802
     `tile` puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
     """
     require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
+    topk = plain(topk)
     require(is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
     require(feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", feature_map)
     order: Order = Raster()

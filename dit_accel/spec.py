@@ -8,6 +8,7 @@ query keeps all text keys, and text queries are dense, in every method. The reso
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,25 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 def require(condition: bool, wanted: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{wanted}, got {got!r}")
+
+
+def unknown(slot: object, where: str) -> ValueError:
+    """The error of code that has no case for a slot's type: what is not known is never computed as nothing."""
+    return ValueError(f"{where} does not support {type(slot).__name__}, got {slot!r}: add a case for it there, or use another type")
+
+
+def plain(value: Any) -> Any:
+    """Numbers, in tuples and lists too, as Python's own int and float: NumPy's then compare, hash and go to JSON alike. Others as given."""
+    if isinstance(value, tuple | list):
+        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _with_plain_numbers(slot: Any) -> None:
+    for field in dataclasses.fields(slot):
+        object.__setattr__(slot, field.name, plain(getattr(slot, field.name)))
 
 
 def is_int(value: object) -> bool:
@@ -62,8 +82,13 @@ class TopK:
     correct_short: bool = False
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
         _flag("correct_short", self.correct_short)
+
+    def count(self, blocks: int) -> int:
+        """How many of so many key blocks are kept; 0.29 of 100 are 29, although the product of floats is a little less."""
+        return max(1, math.floor(self.density * blocks + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,7 @@ class _Round:
     radius: float
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         legal = isinstance(self.radius, int | float) and not isinstance(self.radius, bool) and 0 < self.radius < 1e9
         require(legal, "radius is a number of tokens > 0 (and below 1e9)", self.radius)
 
@@ -105,6 +131,7 @@ class Window:
     dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         for name in ("size", "stride", "dilation"):
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         for size, stride in zip(self.per_axis("size"), self.per_axis("stride"), strict=True):
@@ -129,6 +156,7 @@ class Box:
     radius: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         object.__setattr__(self, "radius", _axes("radius", self.radius))
 
     @property
@@ -147,6 +175,7 @@ class FirstFrames:
     count: int = 1
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         require(is_int(self.count) and self.count >= 1, "count is a number of frames >= 1", self.count)
 
 
@@ -180,6 +209,7 @@ class Pooled:
     cap: float = 2.0
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
         _flag("log_count", self.log_count)
         _flag("variance", self.variance)
@@ -193,6 +223,7 @@ class Downsampled:
     factor: int
 
     def __post_init__(self) -> None:
+        _with_plain_numbers(self)
         require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
 
 
@@ -241,7 +272,7 @@ class Tiles:
     shape: tuple[int, ...] = (8, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _items("shape", self.shape))
+        object.__setattr__(self, "shape", plain(_items("shape", self.shape)))
         ok = len(self.shape) in (2, 3) and all(is_int(side) and side >= 1 for side in self.shape)
         require(ok, "a tile's shape is two or three ints >= 1", self.shape)
 
@@ -273,7 +304,7 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _items("keep", self.keep))
-        object.__setattr__(self, "block", _items("block", self.block))
+        object.__setattr__(self, "block", plain(_items("block", self.block)))
         require(len(self.keep) > 0 and all(isinstance(p, Pattern) for p in self.keep), f"keep holds some of {Pattern}", self.keep)
         require(sum(isinstance(p, TopK) for p in self.keep) <= 1, "keep holds TopK at most once", self.keep)
         require(self.rest is None or isinstance(self.rest, Rest), f"rest is None or one of {Rest}", self.rest)
@@ -290,7 +321,7 @@ class AttentionSpec:
     def _check_combination(self) -> None:
         boxes = [p for p in self.keep if isinstance(p, DiscBlocks)]
         require(not boxes or isinstance(self.order, Tiles), "DiscBlocks wants tile order: a raster block is no box", self.order)
-        exact = [p for p in self.keep if isinstance(p, Disc | Window | Box)]
+        exact = [p for p in self.keep if not isinstance(p, TopK | DiscBlocks | FirstFrames)]
         blockwise = isinstance(self.rest, Pooled) or (isinstance(self.rest, Linear) and self.rest.scope == "complement")
         require(
             not (exact and blockwise), "a rest of the blocks not kept wants patterns of whole blocks (TopK, DiscBlocks, FirstFrames)", exact
@@ -302,11 +333,26 @@ class AttentionSpec:
 
     def make_parameters(self, *, heads: int, head_dim: int) -> AttentionParameters:
         """The learned part at its start values, float32; a module without parameters where the method has none."""
-        return AttentionParameters(
-            projection=head_dim if isinstance(self.merge, Residual) else None,
-            offset=heads if isinstance(self.merge, Mass) and self.merge.offset else None,
-            factor=self.rest.factor if isinstance(self.rest, Downsampled) else None,
-        )
+        projection: int | None = None
+        offset: int | None = None
+        factor: int | None = None
+        match self.merge:
+            case Residual():
+                projection = head_dim
+            case Mass(with_offset):
+                offset = heads if with_offset else None
+            case None:
+                pass
+            case _:
+                raise unknown(self.merge, "make_parameters")
+        match self.rest:
+            case Downsampled(by):
+                factor = by
+            case Linear() | Pooled() | None:
+                pass
+            case _:
+                raise unknown(self.rest, "make_parameters")
+        return AttentionParameters(projection=projection, offset=offset, factor=factor)
 
     @property
     def density(self) -> float | None:

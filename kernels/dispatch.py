@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 
 import torch
 
@@ -14,7 +15,7 @@ BACKENDS = ("auto", "cpu", "triton", "xformers", "reference")
 CPU_TARGET = native.best_target()
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
+NOT_BUILT = native.refusal() or native.NOT_BUILT
 LINEAR_LIMIT = 128  # beyond, the states of a linear rest don't fit a multiprocessor's registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +40,10 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, l
         return f"the tensors are on {device}"
     elif not torch.version.hip and _capability(device) < (8, 0):
         return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    return _triton_shape_refusal(dtype, head_dim, linear=linear)
+
+
+def _triton_shape_refusal(dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
     if linear and head_dim > LINEAR_LIMIT:
         return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, got {head_dim}"
     return _shape_refusal("Triton", dtype, head_dim)
@@ -61,6 +66,26 @@ def check(backend: str) -> None:
     """Raise BackendError at an unknown name."""
     if backend not in BACKENDS:
         raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
+
+
+def warn_of_reference(backend: str, device: torch.device) -> None:
+    """Warn where "auto" runs the slower reference on a CPU because the compiled kernels are missing or stale."""
+    if CPU_TARGET == "none" and backend == "auto" and device.type == "cpu":
+        warnings.warn(f"{NOT_BUILT}; until then the slower reference runs", stacklevel=3)
+
+
+def check_model(backend: str, head_dim: int, *, linear: bool) -> None:
+    """Raise BackendError where a backend can't run a model (with a `linear` rest) wherever the model is moved and whatever its dtype is."""
+    check(backend)
+    dtype = torch.float32
+    refusals = {
+        "cpu": lambda: cpu_refusal(torch.device("cpu"), dtype, head_dim),
+        "triton": lambda: "triton is not installed" if not TRITON else _triton_shape_refusal(dtype, head_dim, linear=linear),
+        "xformers": lambda: xformers_rows.refusal(torch.device("cuda"), dtype, head_dim, gradient=False),
+    }
+    refusal = refusals[backend]() if backend in refusals else None
+    if refusal:
+        raise BackendError(f"backend {backend!r} can't run this model: {refusal}")
 
 
 def choose(

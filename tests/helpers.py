@@ -184,7 +184,7 @@ def top_pairs(q: Tensor, k: Tensor, top: TopK, q_number: Tensor, k_number: Tenso
     score = q_mean @ k_mean.mT
     if top.correct_short:
         score = score * (k_in.sum(0) / block).sqrt()
-    n = max(1, math.floor(top.density * k_in.shape[1]))
+    n = max(1, math.floor(top.density * k_in.shape[1] + 1e-9))
     chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(n, -1).indices, True)
     return chosen[..., q_number, :][..., k_number]
 

@@ -22,6 +22,7 @@ from dit_accel.kernels.cpu import native
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend, attention
 from dit_accel.plan import make_plan
+from dit_accel.plans import RECENT
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 
@@ -190,13 +191,13 @@ def test_the_default_dtype_changes_nothing() -> None:
     shape, spec = Shape(1, 2, 16, (1, 19, 31), 4), Fovea(0.1)
     wanted = run(shape.inputs(), spec, shape.layout)
     qkv = shape.inputs()
-    make_plan.cache_clear()
+    RECENT.clear()
     torch.set_default_dtype(torch.float64)
     try:
         got = run(qkv, spec, shape.layout)
     finally:
         torch.set_default_dtype(torch.float32)
-        make_plan.cache_clear()
+        RECENT.clear()
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 

@@ -28,10 +28,11 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"errors"},
     "geometry": {"kernels"},
     "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
-    "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
-    "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
+    "plans": {"layout", "plan", "spec"},
+    "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
+    "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "plans", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
-    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
+    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "plans", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
@@ -60,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
         "spec",
         "weights",
     },
-    "layers": {"console", "kernels.dispatch", "patch", "plan", "processor", "spec"},
+    "layers": {"console", "context", "errors", "kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"anatomy"},
     "importers": {"anatomy", "errors", "pipelines", "presets", "spec", "wan_names"},
     "base_model": set(),
@@ -107,7 +108,7 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "plans", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
 DIFFUSERS = {
     "adapter",

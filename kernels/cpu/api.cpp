@@ -1,7 +1,12 @@
 // The plain C functions that Python calls. Each picks the code for an instruction set and returns 0, or 1 when memory runs out.
+#include <cstddef>
 #include <new>
 
 #include "problem.h"
+
+#ifndef DIT_ACCEL_SOURCES  // the fingerprint of the sources, from the build
+#define DIT_ACCEL_SOURCES "unknown"
+#endif
 
 #define TARGET_OF(name)                  \
     namespace name {                     \
@@ -34,7 +39,42 @@ static int run(void (*function)(const Argument&), const Argument* argument) {
 #define CHOOSE(function) (static_cast<void>(target), portable::function)
 #endif
 
+// The structs as the compiler laid them out, for Python to compare with its own; a null name ends each table.
+struct Field {
+    const char* name;
+    int64_t offset, size;
+};
+#define FIELD(name) {#name, offsetof(STRUCT, name), sizeof(STRUCT::name)}
+#define END {nullptr, 0, sizeof(STRUCT)}
+
+#define STRUCT Rows
+static const Field ROWS[] = {FIELD(data), FIELD(batch), FIELD(head), FIELD(row), FIELD(bf16), FIELD(unused), END};
+#undef STRUCT
+
+#define STRUCT Problem
+static const Field PROBLEM[] = {
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(text), FIELD(text_start), FIELD(image), FIELD(image_start), FIELD(q_blocks),
+    FIELD(k_blocks), FIELD(list_width), FIELD(lists_per_head), FIELD(extra), FIELD(q), FIELD(k), FIELD(v), FIELD(out), FIELD(q_starts),
+    FIELD(k_starts), FIELD(lists), FIELD(counts), FIELD(full), FIELD(coords), FIELD(windows), FIELD(n_windows), FIELD(reach),
+    FIELD(extra_k), FIELD(extra_v), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest), FIELD(log_count),
+    FIELD(variance), FIELD(feature_map), FIELD(linear_all), FIELD(residual), FIELD(scale), FIELD(cap), FIELD(lse), FIELD(threads),
+    FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v), FIELD(doffset), FIELD(dweight),
+    FIELD(dbias), END,
+};
+#undef STRUCT
+
+#define STRUCT Selection
+static const Field SELECTION[] = {
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(top), FIELD(q), FIELD(k), FIELD(q_starts),
+    FIELD(k_starts), FIELD(weight), FIELD(lists), FIELD(threads), END,
+};
+#undef STRUCT
+
 extern "C" {
+const char* dit_accel_sources() { return DIT_ACCEL_SOURCES; }
+const Field* dit_accel_rows_fields() { return ROWS; }
+const Field* dit_accel_problem_fields() { return PROBLEM; }
+const Field* dit_accel_selection_fields() { return SELECTION; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
@@ -47,6 +87,4 @@ int dit_accel_best_target() {
 int dit_accel_forward(const Problem* problem, int target) { return run(CHOOSE(forward), problem); }
 int dit_accel_backward(const Problem* problem, int target) { return run(CHOOSE(backward), problem); }
 int dit_accel_select(const Selection* selection, int target) { return run(CHOOSE(select_blocks), selection); }
-int64_t dit_accel_problem_size() { return sizeof(Problem); }
-int64_t dit_accel_selection_size() { return sizeof(Selection); }
 }

@@ -3,12 +3,15 @@
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+import sysconfig
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dit_accel.kernels.cpu import sources
 
 TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
@@ -53,26 +56,81 @@ class Selection(Structure):
     ]
 
 
+class Field(Structure):
+    """A row of the library's tables of fields (api.cpp)."""
+
+    _fields_ = [("name", c_char_p), ("offset", c_int64), ("size", c_int64)]
+
+
 def rows(x: Tensor) -> Rows:
     """The tensor `[B, H, N, D]` as the library sees it; the caller keeps it alive."""
     return Rows(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.dtype == torch.bfloat16, 0)
 
 
+NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
+REBUILD = "pip install --force-reinstall --no-deps -e . in its checkout, or by installing its wheel again"
+
+
+def library_file() -> Path:
+    """Where the build puts the library for this interpreter; one for another version of Python is never loaded."""
+    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where the package was built without a compiler."""
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not found:
+    """The compiled kernels, or None where there are none that fit (see `refusal`)."""
+    if refusal() is not None:
         return None
-    lib = ctypes.CDLL(str(found[0]))
+    lib = _loaded(library_file())
     for name, kind in (("forward", Problem), ("backward", Problem), ("select", Selection)):
         getattr(lib, f"dit_accel_{name}").argtypes = [POINTER(kind), c_int32]
-    for name, kind in (("problem", Problem), ("selection", Selection)):
-        size = getattr(lib, f"dit_accel_{name}_size")
-        size.restype = c_int64
-        if size() != ctypes.sizeof(kind):
-            raise RuntimeError(f"{found[0].name} was built from other sources: install dit_accel again")
     return lib
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the compiled kernels can't run here: not built, or built from other sources than these; None where they can."""
+    path = library_file()
+    if not path.exists():
+        return NOT_BUILT
+    wanted, found = sources.fingerprint(path.parent), _built_from(path)
+    if found != wanted:
+        return f"dit_accel's CPU kernels ({path}) were built from other sources ({found}, now {wanted}): build them again by {REBUILD}"
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library, once its structs are found to be laid out as these classes are."""
+    lib = ctypes.CDLL(str(path))
+    for name, kind in (("rows", Rows), ("problem", Problem), ("selection", Selection)):
+        table = getattr(lib, f"dit_accel_{name}_fields")
+        table.restype = POINTER(Field)
+        compare_fields(kind, table())
+    return lib
+
+
+def _built_from(path: Path) -> str:
+    """The fingerprint of the sources that a library was built from."""
+    try:
+        told = ctypes.CDLL(str(path)).dit_accel_sources
+    except (OSError, AttributeError):  # not a library for this machine, or one from before there were fingerprints
+        return "unknown"
+    told.restype = c_char_p
+    return str(told().decode())
+
+
+def compare_fields(kind: type[Structure], table: Any) -> None:
+    """Raise RuntimeError unless a struct's fields have the names, offsets and sizes of the library's table."""
+    theirs: dict[str, tuple[int, int]] = {}
+    while table[len(theirs)].name is not None:
+        row = table[len(theirs)]
+        theirs[row.name.decode()] = row.offset, row.size
+    size = table[len(theirs)].size
+    descriptors = {name: getattr(kind, name) for name, *_ in kind._fields_}
+    ours = {name: (field.offset, field.size) for name, field in descriptors.items()}
+    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if wrong or size != ctypes.sizeof(kind):
+        raise RuntimeError(f"native.{kind.__name__} is not problem.h's: {', '.join(wrong) or f'{ctypes.sizeof(kind)} bytes, not {size}'}")
 
 
 @functools.cache
@@ -94,6 +152,6 @@ def call(name: str, argument: Structure) -> None:
     """Run "forward", "backward" or "select". Raises MemoryError where the machine has no more."""
     lib = library()
     if lib is None:
-        raise RuntimeError("the CPU kernels are not built")
+        raise RuntimeError(refusal())
     if getattr(lib, f"dit_accel_{name}")(ctypes.byref(argument), target()):
         raise MemoryError(f"the CPU kernels found no memory for {name}")

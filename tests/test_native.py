@@ -1,0 +1,156 @@
+"""The compiled library: which file is loaded, whether it is made from these sources, and whether its structs are Python's."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import tiny_pipe
+from helpers import Shape
+
+from dit_accel import CLEAR, accelerate, attention, summary
+from dit_accel.errors import BackendError
+from dit_accel.kernels import arguments, dispatch
+from dit_accel.kernels.cpu import native, sources
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = ROOT / "kernels" / "cpu"
+needs_library = pytest.mark.skipif(not native.library_file().exists(), reason="no compiler when the package was installed")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The sources and the library in a folder of their own, from where the package now loads it."""
+    for file in (*CPU.glob("*.cpp"), *CPU.glob("*.h"), native.library_file()):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    caches = (native.library, native.refusal, native.best_target)
+    for cached in caches:
+        cached.cache_clear()
+    yield tmp_path
+    for cached in caches:
+        cached.cache_clear()
+
+
+@needs_library
+def test_the_library_is_made_from_these_sources() -> None:
+    """Where this fails, the installation is stale: install the package again."""
+    assert native.refusal() is None
+
+
+@needs_library
+def test_only_the_library_of_this_interpreter_is_loaded(folder: Path) -> None:
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for other in (".cpython-301-x86_64-linux-gnu.so", ".so", ".abi3.so"):
+        (folder / f"_native{other}").write_bytes(b"of another version of Python")
+    assert native.library_file() == folder / f"_native{suffix}"
+    assert native.library() is not None
+    native.library_file().unlink()
+    native.library.cache_clear()
+    native.refusal.cache_clear()
+    assert native.library() is None
+    assert "not built" in str(native.refusal())
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["forward.h", "select.h", "avx2.cpp", "problem.h", "new.h"])
+def test_a_library_from_other_sources_is_refused(folder: Path, name: str) -> None:
+    with (folder / name).open("a") as file:
+        file.write("// one line more\n")
+    assert native.library() is None
+    assert native.best_target() == "none"
+    assert re.search(r"built from other sources \([0-9a-f]{16}, now [0-9a-f]{16}\): build them again by pip install", str(native.refusal()))
+
+
+@needs_library
+@pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
+def test_a_file_that_is_no_library_is_refused(folder: Path, content: bytes) -> None:
+    native.library_file().write_bytes(content)
+    assert native.library() is None
+    assert "built from other sources (unknown, now " in str(native.refusal())
+
+
+@needs_library
+def test_line_ends_are_no_other_sources(folder: Path) -> None:
+    for file in folder.glob("*.h"):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert native.refusal() is None
+
+
+def test_what_is_stale_is_told_to_whoever_takes_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "dit_accel's CPU kernels (x.so) were built from other sources (a, now b): build them again by pip install"
+    monkeypatch.setattr(dispatch, "CPU_TARGET", "none")
+    monkeypatch.setattr(dispatch, "NOT_BUILT", sentence)
+    shape, pipe = Shape(1, 1, 8, (1, 4, 4)), tiny_pipe()
+    for call in (lambda: accelerate(pipe), lambda: attention(*shape.inputs(), CLEAR(2), shape.layout)):
+        with pytest.warns(UserWarning, match=re.escape(sentence) + "; until then the slower reference runs"):
+            call()
+    assert {(row.backend, row.why) for row in summary(pipe, show=False)} == {("reference", sentence)}
+    with pytest.raises(BackendError, match=re.escape(sentence)):
+        accelerate(tiny_pipe(), backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*shape.inputs(), CLEAR(2), shape.layout, backend="reference")
+
+
+def table(kind: type[ctypes.Structure], **changed: tuple[int, int]) -> ctypes.Array[native.Field]:
+    """A library's table of a struct's fields, some of them as (offset, size)."""
+    rows = [(name, (getattr(kind, name).offset, getattr(kind, name).size)) for name, *_ in kind._fields_]
+    made = [(name.encode(), *changed.get(name, place)) for name, place in rows]
+    return (native.Field * (len(made) + 1))(*made, (None, 0, ctypes.sizeof(kind)))
+
+
+@pytest.mark.parametrize("kind", [native.Rows, native.Problem, native.Selection])
+def test_equal_tables_pass_and_swapped_or_missing_fields_do_not(kind: type[ctypes.Structure]) -> None:
+    native.compare_fields(kind, table(kind))
+    first, second = (name for name, *_ in kind._fields_[1:3])
+    places = [(getattr(kind, name).offset, getattr(kind, name).size) for name in (first, second)]
+    with pytest.raises(RuntimeError, match=f"{kind.__name__} is not problem.h's: .*{first}"):
+        native.compare_fields(kind, table(kind, **{first: places[1], second: places[0]}))
+    short = table(kind)
+    short[1].name = b"other"
+    with pytest.raises(RuntimeError, match="other"):
+        native.compare_fields(kind, short)
+
+
+def test_two_int32_that_changed_places_are_seen() -> None:
+    """They leave the struct's size as it is."""
+    fields = list(native.Problem._fields_)
+    at = [name for name, *_ in fields].index("log_count")
+    fields[at], fields[at + 1] = fields[at + 1], fields[at]
+    swapped = type("Problem", (ctypes.Structure,), {"_fields_": fields})
+    assert ctypes.sizeof(swapped) == ctypes.sizeof(native.Problem)
+    with pytest.raises(RuntimeError, match="log_count, variance"):
+        native.compare_fields(swapped, table(native.Problem))
+
+
+def test_every_field_of_the_header_is_in_the_librarys_table() -> None:
+    header, api = (CPU / "problem.h").read_text(), (CPU / "api.cpp").read_text()
+    for kind in (native.Rows, native.Problem, native.Selection):
+        body = re.search(rf"struct {kind.__name__} \{{(.*?)\n\}};", header, re.DOTALL)
+        assert body
+        declarations = re.sub(r"//.*", "", body[1]).split(";")
+        declared = [name for line in declarations for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
+        listed = re.search(rf"#define STRUCT {kind.__name__}\n(.*?)#undef", api, re.DOTALL)
+        assert listed
+        assert re.findall(r"FIELD\((\w+)\)", listed[1]) == declared == [name for name, *_ in kind._fields_]
+
+
+def test_numbers_of_rests_and_feature_maps_are_those_of_the_header() -> None:
+    header = (CPU / "problem.h").read_text()
+    for prefix, names in (("REST", arguments.RESTS), ("PHI", arguments.FEATURES)):
+        found = re.findall(rf"{prefix}_(\w+) = (\d+)", header)
+        assert [(name.lower(), int(number)) for name, number in found] == [(name, number) for number, name in enumerate(names)]
+
+
+def test_the_build_tells_the_fingerprint(tmp_path: Path) -> None:
+    """setup.py and the loading compute it alike, from any folder."""
+    done = subprocess.run([sys.executable, CPU / "sources.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == sources.fingerprint(CPU)
+    assert "kernels/cpu" in (ROOT / "MANIFEST.in").read_text()
