@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel.base_model import base_model_name
-from dit_accel.errors import AdapterError, WriteError
+from dit_accel.errors import AdapterError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.lora import ADAPTER, activate_lora, switched_off
@@ -118,7 +118,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_card(folder, config)
-    except (OSError, WriteError) as error:
+    except OSError as error:  # a WriteError is one
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
+from dit_accel.errors import ArgumentError
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
@@ -211,7 +212,7 @@ def bench_quality(
     """
     specs = PRESETS if specs is None else specs
     if steps <= levels:
-        raise ValueError(f"steps is more than the {levels} noise levels compared, got {steps}")
+        raise ArgumentError(f"steps is more than the {levels} noise levels compared, got {steps}")
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     if max_sequence_length is not None:
         call["max_sequence_length"] = max_sequence_length
