@@ -165,7 +165,7 @@ def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Pat
     size, seed = (call["height"], call["width"]), key.seed
     x0 = forms.packed(pipe, forms.encode(pipe, cropped(decoded(picture.path), size))).cpu()
     generator = torch.Generator().manual_seed(seed)
-    with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
+    with original(pipe), Recorder(transformer, forward_names(transformer), to_write=True) as recorder, torch.no_grad():
         exchange = _Exchange(pipe, transformer, x0, seed)
         # in front of the recorder, which so sees what the denoiser gets
         hook = transformer.register_forward_pre_hook(exchange, with_kwargs=True, prepend=True)

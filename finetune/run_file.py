@@ -72,6 +72,23 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise DistillationError where a forward has an argument that no file can hold, as a cache of keys and values."""
+    for name, value in arguments.items():
+        if kind := _foreign(value):
+            raise DistillationError(
+                f"the denoiser's argument {name} holds a {kind}, which samples can't keep: they are made of tensors, numbers, strings, "
+                "lists, tuples and dicts. Models that are called so can't be distilled"
+            )
+
+
+def _foreign(value: Any) -> str | None:
+    """The name of the first class in nested arguments that a file can't hold."""
+    if isinstance(value, list | tuple | dict):
+        return next(filter(None, map(_foreign, value.values() if isinstance(value, dict) else value)), None)
+    return None if value is None or isinstance(value, Tensor | bool | int | float | str) else type(value).__name__
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Nested arguments as JSON with references to tensors, which are added by content: pipelines pass equal embeddings as new tensors."""
     if isinstance(value, Tensor):
@@ -87,13 +104,13 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": {k: _pack(v, tensors) for k, v in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise DistillationError(
-        f"wanted tensors, numbers, strings, lists, tuples or dicts as the denoiser's arguments, got {type(value).__name__}"
-    )
+    raise TypeError(f"not checked before: {type(value).__name__}")
 
 
 def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor) -> Path:
     """Write one run, all at once; returns its path. `maker` is what `StoredRun` compares."""
+    for arguments, _ in forwards:
+        check_arguments(arguments)
     tensors: dict[str, Tensor] = {}
     record = {
         **dataclasses.asdict(key), "maker": maker, "latents": _pack(latents, tensors),
