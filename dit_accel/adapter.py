@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dit_accel.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
 from dit_accel.base_model import base_model_name, licence_of, public_name
-from dit_accel.errors import AdapterError, WriteError
+from dit_accel.errors import AdapterError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
@@ -114,7 +114,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
         for name in {LORA, FULL, WHOLE} - set(written):
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_card(folder, config, licence_of(loaded_from))
-    except (OSError, WriteError) as error:
+    except OSError as error:  # a WriteError is one
         raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
     return folder
 

@@ -7,6 +7,7 @@ on a shared machine.
 import contextlib
 import dataclasses
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from dit_accel.anatomy import find_transformers, forward_names
 from dit_accel.console import console
+from dit_accel.errors import ArgumentError
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
@@ -64,9 +66,22 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def graphics_card() -> dict[str, Any]:
+    """The first GPU: name, memory in GiB, the driver's version where the system tells, and what torch was built for; {} without one."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
+    built = {"cuda": torch.version.cuda} if torch.version.hip is None else {"rocm": torch.version.hip}
+    return {"gpu": found.name, "gpu_memory": round(found.total_memory / 2**30, 1), "driver": driver and driver.group(1)} | built
+
+
 def machine() -> dict[str, Any]:
     """What a measurement was made with."""
-    return {
+    return graphics_card() | {
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -212,7 +227,7 @@ def bench_quality(
     """
     specs = PRESETS if specs is None else specs
     if steps <= levels:
-        raise ValueError(f"steps is more than the {levels} noise levels compared, got {steps}")
+        raise ArgumentError(f"steps is more than the {levels} noise levels compared, got {steps}")
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     if max_sequence_length is not None:
         call["max_sequence_length"] = max_sequence_length
@@ -254,14 +269,16 @@ def _show_quality(table: dict[str, dict[str, float]], title: str) -> None:
 
 def record_step(pipe: Any, size: tuple[int, int], max_sequence_length: int | None = None) -> dict[str, Any]:
     """The denoiser's arguments in the first step of a run at `size` (height, width); the step itself is not computed."""
-    (transformer,) = find_transformers(pipe)
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": 1, "output_type": "latent"}
     if max_sequence_length is not None:
         call["max_sequence_length"] = max_sequence_length
-    recorder = Recorder(transformer, forward_names(transformer))
-    with recorder, contextlib.suppress(_Recorded), torch.no_grad(), _stop_before_forward(transformer):
+    recorders = [Recorder(transformer, forward_names(transformer)) for transformer in find_transformers(pipe)]
+    with contextlib.ExitStack() as stack, contextlib.suppress(_Recorded), torch.no_grad():
+        for recorder in recorders:
+            stack.enter_context(recorder)
+            stack.enter_context(_stop_before_forward(recorder.transformer))
         pipe(prompt="a panda on a blue background", generator=torch.Generator().manual_seed(0), **call)
-    return recorder.arguments
+    return next(recorder.arguments for recorder in recorders if recorder.arguments)
 
 
 class _Recorded(Exception):  # noqa: N818

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dit_accel import fused
 from dit_accel.console import console
-from dit_accel.errors import BackendError
+from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
@@ -81,7 +81,7 @@ def jobs(
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]
         if wrong:
-            raise ValueError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
+            raise ArgumentError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
     return [Job(*combination) for combination in itertools.product(*given)]
 
 

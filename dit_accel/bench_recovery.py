@@ -22,6 +22,7 @@ from torch import Tensor
 from dit_accel import __version__
 from dit_accel.bench import machine
 from dit_accel.console import console
+from dit_accel.errors import ArgumentError
 from dit_accel.evaluation import draw, in_bfloat16, is_wide
 from dit_accel.files import check_folder, write_bytes, write_json
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
@@ -113,11 +114,11 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         record = json.loads(out.read_text())
         kept = record["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"wanted a new file or one of bench recovery, got {out}: {error}") from error
+        raise ArgumentError(f"wanted a new file or one of bench recovery, got {out}: {error}") from error
     differs = [name for name, value in json.loads(json.dumps(settings)).items() if kept.get(name) != value]
     if differs:
         name = differs[0]
-        raise ValueError(f"{out} holds a measurement with {name} {kept.get(name)!r}, wanted {settings[name]!r}; name another file")
+        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, wanted {settings[name]!r}; name another file")
     return dict(record)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from dit_accel.errors import ArgumentError
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import visited_blocks
@@ -46,10 +47,10 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     q, k `[B, H, N, D]` in the method's own order of tokens (`layout.order` = `spec.order`). Raises ValueError where blocks differ in size.
     """
     if layout.order != spec.order:
-        raise ValueError(f"the tokens are wanted in the method's order {spec.order}, got {layout.order}")
+        raise ArgumentError(f"the tokens are wanted in the method's order {spec.order}, got {layout.order}")
     plan = make_plan(spec, layout, q.device)
     if refusal := _uneven(spec, layout, plan):
-        raise ValueError(refusal)
+        raise ArgumentError(refusal)
     image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
     blocks = visited_blocks(q[:, :, image].flatten(0, 1), k[:, :, image].flatten(0, 1), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial

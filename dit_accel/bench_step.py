@@ -1,5 +1,6 @@
 """`dit-accel bench step`: one whole denoising step, original against every method, and how much of it is attention."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dit_accel.anatomy import find_transformers
+from dit_accel.anatomy import attention_layers, find_transformers
 from dit_accel.bench import clock, machine, record_step, timed
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict
-from dit_accel.patch import accelerate, always, operators_of, restore
+from dit_accel.patch import accelerate, always, restore
+from dit_accel.pipelines import family_of
 from dit_accel.spec import AttentionSpec
 
 LARGE = 32768  # image tokens from which one step of the original takes minutes on two cores: one round, without a warm-up of the original
@@ -55,11 +57,11 @@ def bench_step(
 def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[AttentionSpec], repeats: int) -> list[dict[str, float]]:
     """For each method: median seconds of a step and of one attention module's call in it, and the calls' share of the step.
 
-    The original and all methods run in turns.
+    The original and all methods run in turns. `arguments`: of a forward, as `record_step` gives them. Of several transformers, which take
+    the steps in turn and are of one class, the first is measured.
     """
-    (transformer,) = find_transformers(pipe)
-    names = list(operators_of(accelerate(pipe)))
-    restore(pipe)
+    transformer = find_transformers(pipe)[0]
+    names = list(attention_layers(transformer))
 
     def accelerated(spec: AttentionSpec) -> tuple[float, list[float]]:
         with always(accelerate(pipe, spec)):
@@ -67,7 +69,7 @@ def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[Attention
         restore(pipe)
         return measured
 
-    large = arguments["hidden_states"].shape[1] >= LARGE
+    large = image_tokens(transformer, arguments) >= LARGE
     for spec in methods:  # plans, allocations and caches of this size
         accelerated(spec)
     if not large:
@@ -78,6 +80,13 @@ def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[Attention
         {f"{name}{part}": value for name, row in (("original", original), ("accelerated", other)) for part, value in row.items()}
         for other in others
     ]
+
+
+def image_tokens(transformer: Any, arguments: dict[str, Any]) -> int:
+    """Tokens of all images or videos in a forward's sequence, which its family reads off the arguments; 0 where it can't."""
+    family = family_of(transformer)
+    grids: Any = "no family" if family is None else family.grid(arguments, transformer)
+    return 0 if isinstance(grids, str) else sum(math.prod(grid) for grid in grids)
 
 
 def _medians(measured: Sequence[tuple[float, list[float]]]) -> dict[str, float]:

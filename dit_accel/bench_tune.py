@@ -17,7 +17,7 @@ from rich.table import Table
 from dit_accel import files, fused
 from dit_accel.bench_aot import DTYPES, METHODS
 from dit_accel.console import console
-from dit_accel.errors import BackendError
+from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
 from dit_accel.layout import TokenLayout
@@ -101,10 +101,10 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
     head_dims = [64, 128] if head_dims is None else head_dims
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
+            raise ArgumentError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
     for head_dim in head_dims:
         if head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
+            raise ArgumentError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
     return [
         Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
     ]
@@ -198,7 +198,10 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
 
     path = tuned.cache_file()
     files.check_folder(path.parent)
-    old = tuned.read(path)
+    try:
+        old = tuned.read(path)
+    except ValueError as error:
+        raise ArgumentError(f"{error}; delete the file to tune anew") from error
     machine, gpu = Machine(calls.machine_of(device).arch, calls.machine_of(device).units), calls.gpu_of(device)
     shown = console()
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from dit_accel import cli_evaluate, cli_generate, cli_recovery, files
 from dit_accel import cli_options as options
+from dit_accel.errors import ArgumentError, DitAccelError
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
 HINTS = {
@@ -26,7 +27,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ValueError as error:  # every error of dit_accel.errors is one; other exceptions are bugs and keep their traceback
+        except DitAccelError as error:  # a ValueError of another library may be a bug of ours: it keeps its traceback
             if ctx.params.get("traceback"):
                 raise
             typer.echo("error: " + " ".join(str(error).split()), err=True)
@@ -96,16 +97,16 @@ def collect(
         given = [
             name for name, value in (("--prompts", prompts), ("--pictures", pictures), ("--check", check or None)) if value is not None
         ]
-        raise ValueError(f"one of --prompts, --pictures and --check is wanted, got {' and '.join(given) or 'none'}")
+        raise ArgumentError(f"one of --prompts, --pictures and --check is wanted, got {' and '.join(given) or 'none'}")
     if check:
         _check_samples(out)
         return
     call = options.sampling_arguments(model, size, steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else []
     if pictures is not None and not pictures.is_dir():
-        raise ValueError(f"pictures is a folder, got {pictures}")
+        raise ArgumentError(f"pictures is a folder, got {pictures}")
     if pictures is not None and "sizes" in call:
-        raise ValueError(f"--pictures takes one --size, got {' and '.join(size or [])}")
+        raise ArgumentError(f"--pictures takes one --size, got {' and '.join(size or [])}")
     files.check_folder(out)
     from dit_accel.cli_models import frames_call, load_pipeline
 
@@ -338,9 +339,9 @@ def kernels(
 ) -> None:
     """Measure the operator by itself against PyTorch's attention, show what the GPU kernels compile to, or tune them for this GPU."""
     if aot and tune:
-        raise ValueError("one of --aot and --tune is wanted, got both")
+        raise ArgumentError("one of --aot and --tune is wanted, got both")
     if tune and (arch or method):
-        raise ValueError("arch and method want --aot: --tune takes this GPU and every method, got one of them")
+        raise ArgumentError("arch and method want --aot: --tune takes this GPU and every method, got one of them")
     if out:
         options.check_file(out)
     if aot:
@@ -354,7 +355,7 @@ def kernels(
         bench_tune(work_of(dtype, head_dim), out=out)
         return
     if arch or method or head_dim or dtype:
-        raise ValueError("arch, method, head-dim and dtype want --aot (the last two --aot or --tune), got neither")
+        raise ArgumentError("arch, method, head-dim and dtype want --aot (the last two --aot or --tune), got neither")
     from dit_accel.bench_kernels import bench_kernels
 
     bench_kernels(repeats=repeats, largest=largest, out=out)

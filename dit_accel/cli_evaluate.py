@@ -7,6 +7,7 @@ import typer
 
 from dit_accel import cli_options as options
 from dit_accel import files
+from dit_accel.errors import ArgumentError
 
 EPILOG = "Example: dit-accel evaluate --prompts prompts.txt --method clear:8 --size 512x512 --steps 8 --out evaluation"
 
@@ -31,13 +32,13 @@ def evaluate(
 ) -> None:
     """Measure how close an accelerated pipeline is to its own original: pictures, predictions, and every layer and head."""
     if adapter is not None and method is not None:
-        raise ValueError("--adapter names the method itself: wanted it alone, got --method beside it")
+        raise ArgumentError("--adapter names the method itself: wanted it alone, got --method beside it")
     if bool(prompt) == (prompts is not None):
-        raise ValueError(f"prompts are given either as arguments or as --prompts FILE, got {'both' if prompt else 'neither'}")
+        raise ArgumentError(f"prompts are given either as arguments or as --prompts FILE, got {'both' if prompt else 'neither'}")
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
     if not all(texts):
-        raise ValueError("a prompt is a text that is not empty, got an empty one")
+        raise ArgumentError("a prompt is a text that is not empty, got an empty one")
     spec = None if adapter is not None else options.parse_spec(method or "fovea", reason="evaluate wants an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, load_adapter

@@ -8,6 +8,7 @@ import typer
 
 from dit_accel import cli_options as options
 from dit_accel import files
+from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,11 +52,11 @@ def generate(
     A video: dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4
     """
     if adapter is not None and (method is not None or dense_steps):
-        raise ValueError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
+        raise ArgumentError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
     if not video and (frames is not None or fps is not None):
-        raise ValueError("--frames and --fps want --video, got none")
+        raise ArgumentError("--frames and --fps want --video, got none")
     if video and hires:
-        raise ValueError("--hires draws pictures: wanted it or --video, got both")
+        raise ArgumentError("--hires draws pictures: wanted it or --video, got both")
     pixels = options.parse_size(size or ("512x512" if video else "1024x1024"))
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     recipe = options.hires_arguments(hires, base, strength, ntk, proportional)

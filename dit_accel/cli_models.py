@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from dit_accel.errors import ArgumentError
+
 # loggers with the words that make up a notice to keep back; everything else these loggers say still reaches the user
 NOTICES = (
     ("transformers.utils.import_utils", ("ImageProcessor", "requires torchvision (not installed)")),
@@ -58,10 +60,9 @@ def load_pipeline(model: str, dtype: str = "auto", device: str = "auto", *, vide
         builtin = builtin_video_pipeline if video else builtin_pipeline
         try:
             made = builtin(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
-            pipe = made.to(target)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
-    return pipe
+            raise ArgumentError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+    return made.to(target)
 
 
 def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:
@@ -71,7 +72,7 @@ def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:
     name = frames_argument(pipe)
     if (name is None) != (frames is None):
         wanted, got = ("pictures, as no frames were asked for", "videos") if frames is None else ("videos", "pictures")
-        raise ValueError(f"wanted a model that makes {wanted}, got {type(pipe).__name__}, which makes {got}")
+        raise ArgumentError(f"wanted a model that makes {wanted}, got {type(pipe).__name__}, which makes {got}")
     return {} if name is None or frames is None else {name: frames}
 
 
@@ -91,7 +92,7 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is auto, cpu, cuda or another torch device, got {name!r}") from error
+        raise ArgumentError(f"device is auto, cpu, cuda or another torch device, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is one that this machine has ({torch.cuda.device_count()} CUDA devices), got {name!r}")
+        raise ArgumentError(f"device is one that this machine has ({torch.cuda.device_count()} CUDA devices), got {name!r}")
     return device

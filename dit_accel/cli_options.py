@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dit_accel import files
+from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
     from dit_accel.spec import AttentionSpec
@@ -77,11 +78,11 @@ def parse_size(text: str) -> tuple[int, int]:
     """(height, width) in pixels of a text WIDTHxHEIGHT. Raises ValueError unless both are multiples of a token's side."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match:
-        raise ValueError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
+        raise ArgumentError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
     width, height = (int(side) for side in match.groups())
     if not width or not height or width % PIXELS or height % PIXELS:
         near = "x".join(str(max(1, round(side / PIXELS)) * PIXELS) for side in (width, height))
-        raise ValueError(f"width and height are multiples of {PIXELS} pixels, one token's side, as in {near}, got {text!r}")
+        raise ArgumentError(f"width and height are multiples of {PIXELS} pixels, one token's side, as in {near}, got {text!r}")
     return height, width
 
 
@@ -91,7 +92,7 @@ def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
 
     spec = parse_method(text)
     if spec is None:
-        raise ValueError(f"{reason}, got {text!r}")
+        raise ArgumentError(f"{reason}, got {text!r}")
     return spec
 
 
@@ -101,10 +102,10 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"prompts is a text file with one prompt per line, got {path}: {reason}") from error
+        raise ArgumentError(f"prompts is a text file with one prompt per line, got {path}: {reason}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts is a text file with one prompt per line, got no prompt in {path}")
+        raise ArgumentError(f"prompts is a text file with one prompt per line, got no prompt in {path}")
     return prompts
 
 
@@ -116,7 +117,7 @@ def read_prompts_or_samples(path: Path) -> list[str] | Path:
 def check_file(path: Path) -> None:
     """Raise ValueError where no file can be written at a path."""
     if path.is_dir():
-        raise ValueError(f"--out wants a file, got the folder {path}")
+        raise ArgumentError(f"--out wants a file, got the folder {path}")
     files.check_folder(path.parent)
 
 
@@ -125,7 +126,7 @@ def check_picture(path: Path) -> None:
     from PIL import Image
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--out wants the name of a picture, as in image.png or image.jpg, got {path}")
+        raise ArgumentError(f"--out wants the name of a picture, as in image.png or image.jpg, got {path}")
     check_file(path)
 
 
@@ -166,9 +167,9 @@ def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: 
     given = {"base": base, "strength": strength, "ntk": ntk, "proportional": proportional or None}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not hires:
-        raise ValueError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
+        raise ArgumentError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
     if strength is not None and not 0 < strength <= 1:
-        raise ValueError(f"strength is a share of the steps in (0, 1], got {strength}")
+        raise ArgumentError(f"strength is a share of the steps in (0, 1], got {strength}")
     if ntk is not None and not 0 < ntk < math.inf:
-        raise ValueError(f"ntk is a factor > 0, got {ntk}")
+        raise ArgumentError(f"ntk is a factor > 0, got {ntk}")
     return given

@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 import typer
 
 from dit_accel import cli_options as options
+from dit_accel.errors import ArgumentError
 from dit_accel.finetune.config import OptimizerName, Trainable
 
 EPILOG = "Example: dit-accel bench recovery --method clear:8 --method sla:0.05 --train attention --minutes 5 --out recovery.json"
@@ -46,21 +47,21 @@ def recovery(
 ) -> None:
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""
     if not 0 < minutes < math.inf:
-        raise ValueError(f"minutes is a number > 0, got {minutes}")
+        raise ArgumentError(f"minutes is a number > 0, got {minutes}")
     call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else []
     if prompts is None and model != "builtin":
-        raise ValueError(f"--prompts is wanted for another model than builtin, got none for {model!r}")
+        raise ArgumentError(f"--prompts is wanted for another model than builtin, got none for {model!r}")
     if prompts is not None and len(set(texts)) < 2:
-        raise ValueError(f"wanted at least two different prompts, one to hold out, got {len(set(texts))} in {prompts}")
+        raise ArgumentError(f"wanted at least two different prompts, one to hold out, got {len(set(texts))} in {prompts}")
     known: tuple[Trainable, ...] = get_args(Trainable)
     if wrong := sorted(set(train or []) - set(known)):
-        raise ValueError(f"train is {', '.join(known)}, got {wrong[0]!r}")
+        raise ArgumentError(f"train is {', '.join(known)}, got {wrong[0]!r}")
     names = method or ["fovea:0.05", "clear:8", "sla:0.05"]
     specs = {name: options.parse_spec(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
     options.check_file(out)
     if out.suffix == ".png":
-        raise ValueError(f"out is a JSON file, beside which the curves are drawn as .png, got {out}")
+        raise ArgumentError(f"out is a JSON file, beside which the curves are drawn as .png, got {out}")
     from dit_accel.bench_recovery import Recovery, bench_recovery
     from dit_accel.cli_models import load_pipeline
     from dit_accel.demo import HELD_OUT, training_prompts
@@ -68,7 +69,7 @@ def recovery(
     texts = list(dict.fromkeys(texts)) or [*training_prompts(60, HELD_OUT), *HELD_OUT]
     count = held_out or (max(1, len(texts) // 10) if prompts is not None else len(HELD_OUT))
     if count >= len(texts):
-        raise ValueError(f"held-out is less than the {len(texts)} different prompts, got {count}")
+        raise ArgumentError(f"held-out is less than the {len(texts)} different prompts, got {count}")
     pipe = load_pipeline(model, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     measurement = Recovery(

@@ -1,41 +1,48 @@
-"""Every error that a user can meet beyond a plain ValueError for one bad argument; each says what was wanted and what came."""
+"""The errors that a user can meet: each says what is wrong and what to do. One `except DitAccelError` catches them all.
+
+Those that what was given can't be used are ValueErrors too; one that a disk refused is an OSError.
+"""
 
 
-class DitAccelError(ValueError):
-    """Base of the package's errors, so that one `except` can catch them all."""
+class DitAccelError(Exception):
+    """Base of the package's errors."""
 
 
-class UnsupportedModelError(DitAccelError):
+class ArgumentError(DitAccelError, ValueError):
+    """An argument of a function or an option of a command can't be used."""
+
+
+class UnsupportedModelError(DitAccelError, ValueError):
     """The object holds no transformer of a supported family."""
 
 
-class AlreadyAcceleratedError(DitAccelError):
+class AlreadyAcceleratedError(DitAccelError, ValueError):
     """`accelerate` was called on something that is accelerated already."""
 
 
-class NotAcceleratedError(DitAccelError):
+class NotAcceleratedError(DitAccelError, ValueError):
     """An operation that needs an accelerated pipeline got another one."""
 
 
-class BackendError(DitAccelError):
+class BackendError(DitAccelError, ValueError):
     """The backend that was asked for can't run this call; the message says why."""
 
 
-class FallbackError(DitAccelError):
+class FallbackError(DitAccelError, ValueError):
     """Under `strict=True`: a layer would have run its original attention; the message says why."""
 
 
-class AdapterError(DitAccelError):
+class AdapterError(DitAccelError, ValueError):
     """An adapter on disk is damaged or belongs to another model."""
 
 
-class StageError(DitAccelError):
+class StageError(DitAccelError, ValueError):
     """A finished stage of a high-resolution picture is damaged, or its folder belongs to other settings; the message says which."""
 
 
-class DistillationError(DitAccelError):
+class DistillationError(DitAccelError, ValueError):
     """Distillation can't start or continue; the message says why."""
 
 
-class WriteError(DitAccelError):
+class WriteError(DitAccelError, OSError):
     """A file can't be written: the disk is full, say, or the folder read-only. What was there before is there still."""

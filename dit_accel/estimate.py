@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from dit_accel.console import console
+from dit_accel.errors import ArgumentError
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import kept_density, make_plan, multiply_adds, window_table
 from dit_accel.spec import AttentionSpec, Disc, Downsampled, Linear, Pooled, TopK, Window, unknown
@@ -67,7 +68,7 @@ PUBLISHED: dict[tuple[str, str, int], dict[float | None, float]] = {
 def find(kind: str, name: str, known: dict[str, Any]) -> Any:
     """A GPU or a model by name. Raises ValueError at one that is not known."""
     if name not in known:
-        raise ValueError(f"{kind} is one of {list(known)}, got {name!r}")
+        raise ArgumentError(f"{kind} is one of {list(known)}, got {name!r}")
     return known[name]
 
 
@@ -146,10 +147,10 @@ def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | 
     """
     chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
     if any(side < shape.pixels or side % shape.pixels for side in size):
-        raise ValueError(f"height and width are multiples of {shape.pixels} pixels, got {size}")
+        raise ArgumentError(f"height and width are multiples of {shape.pixels} pixels, got {size}")
     if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
         wanted = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1: it makes images"
-        raise ValueError(f"frames of {model} is {wanted}, got {frames}")
+        raise ArgumentError(f"frames of {model} is {wanted}, got {frames}")
     grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
     layout = TokenLayout(grid, shape.text)
     if spec is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dit_accel import __version__
 from dit_accel.anatomy import find_transformers, forward_names
 from dit_accel.bench import Deviation, capture_inputs, deviation, exact_attention, machine
-from dit_accel.errors import FallbackError
+from dit_accel.errors import ArgumentError, FallbackError
 from dit_accel.evaluation_report import show, write_page
 from dit_accel.evaluation_statistics import Bootstrap
 from dit_accel.files import check_folder, write_json
@@ -97,21 +97,21 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
 
 def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ValueError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
+        raise ArgumentError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
     patches_of(pipe)
     kind = type(pipe)
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise ValueError(f"wanted a pipeline, which draws pictures, got {kind.__name__}")
+        raise ArgumentError(f"wanted a pipeline, which draws pictures, got {kind.__name__}")
     if ours := sorted({"prompt", "generator", "output_type"} & set(call)):
-        raise ValueError(f"prompts, seed and the output's type are set for every run, got {', '.join(ours)} among the call's arguments")
+        raise ArgumentError(f"prompts, seed and the output's type are set for every run, got {', '.join(ours)} among the call's arguments")
     taken = inspect.signature(kind.__call__).parameters
     missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise ValueError(f"wanted a pipeline that takes {', '.join(missing)}, got {kind.__name__}")
+        raise ArgumentError(f"wanted a pipeline that takes {', '.join(missing)}, got {kind.__name__}")
     try:
         json.dumps(call)
     except TypeError as error:
-        raise ValueError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
+        raise ArgumentError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
 
 
 def _sides(pipe: Any) -> dict[str, Side]:
@@ -191,10 +191,10 @@ def draw(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Tensor:
     made = output.images if hasattr(output, "images") else getattr(output, "frames", None)
     if not isinstance(made, Tensor) or made.ndim not in (4, 5) or made.shape[-3] != 3:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ValueError(f"wanted a pipeline that returns pictures or frames of three colours as a tensor, got {got}")
+        raise ArgumentError(f"wanted a pipeline that returns pictures or frames of three colours as a tensor, got {got}")
     frames = made.flatten(0, -4).float().cpu().clamp(0, 1)
     if not bool(frames.isfinite().all()):
-        raise ValueError(f"wanted finite pixels for {prompt!r}, got NaN or infinity from {type(pipe).__name__}")
+        raise ArgumentError(f"wanted finite pixels for {prompt!r}, got NaN or infinity from {type(pipe).__name__}")
     return frames
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_accel.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Bootstrap:
@@ -22,7 +24,7 @@ class Bootstrap:
     def interval(self, values: Sequence[float]) -> tuple[float, float]:
         """Low and high end for one value per prompt. Raises ValueError for fewer than two."""
         if len(values) < 2:
-            raise ValueError(f"an interval wants a value of each of two prompts or more, got {len(values)}")
+            raise ArgumentError(f"an interval wants a value of each of two prompts or more, got {len(values)}")
         picks = np.random.default_rng(self.seed).integers(len(values), size=(self.resamples, len(values)))
         means = np.asarray(values, dtype=np.float64)[picks].mean(axis=1)
         low, high = np.quantile(means, [(1 - self.level) / 2, (1 + self.level) / 2])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import WriteError
+from dit_accel.errors import ArgumentError, WriteError
 
 if TYPE_CHECKING:
     from torch import Tensor  # the command line checks folders without waiting for torch
@@ -24,7 +24,7 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"wanted a folder that can be written to, got {folder}: {error.strerror}") from error
+        raise ArgumentError(f"wanted a folder that can be written to, got {folder}: {error.strerror}") from error
 
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
@@ -40,6 +40,8 @@ def failing_as_write_error(path: Path) -> Iterator[None]:
     """Whatever goes wrong while writing becomes a WriteError that names the file, its folder and the reason (a full disk, say)."""
     try:
         yield
+    except WriteError:
+        raise  # of a file within
     except OSError as error:
         raise WriteError(f"wanted to write {path.name} in {path.parent}, which failed: {error.strerror or error}") from error
 
@@ -164,7 +166,8 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         with failing_as_write_error(folder):
             stage.mkdir()
-            yield stage
+        yield stage  # the block's own errors stay what they are; what writes into it tells of its own
+        with failing_as_write_error(folder):
             written = list(stage.iterdir())
             for file in written:
                 _to_disk(file)

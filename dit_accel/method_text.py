@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dit_accel.errors import ArgumentError
 from dit_accel.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.spec import AttentionSpec
 
@@ -82,19 +83,19 @@ def parse_method(text: str) -> AttentionSpec | None:
     name, colon, rest = (part.strip() for part in text.partition(":"))
     name = name.lower()
     if name not in METHODS and name != "none":
-        raise ValueError(f"method is one of {', '.join(['none', *METHODS])}, got {text!r}")
+        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])}, got {text!r}")
     if name == "none":
         if colon:
-            raise ValueError(f"none takes no arguments, got {text!r}")
+            raise ArgumentError(f"none takes no arguments, got {text!r}")
         return None
     method = METHODS[name]
     arguments = _read_arguments(name, method, rest, text) if colon else {}
     if method.required and method.first not in arguments:
-        raise ValueError(f"{name} wants its {method.first}, as in {method.examples[0]}, got {text!r}")
+        raise ArgumentError(f"{name} wants its {method.first}, as in {method.examples[0]}, got {text!r}")
     try:
         return method.preset(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{error} (in {text!r})") from None
+    except ArgumentError as error:
+        raise ArgumentError(f"{error} (in {text!r})") from None
 
 
 def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str, Any]:
@@ -105,14 +106,14 @@ def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str
         if not equals and position == 0:
             key, value = method.first, key
         elif not equals:
-            raise ValueError(f"{name} wants key=value after its first argument, got {part!r} in {text!r}")
+            raise ArgumentError(f"{name} wants key=value after its first argument, got {part!r} in {text!r}")
         if key not in method.arguments:
-            raise ValueError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
+            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
         if key in found:
-            raise ValueError(f"{name} wants each argument once, got {key} twice in {text!r}")
+            raise ArgumentError(f"{name} wants each argument once, got {key} twice in {text!r}")
         read, wanted = method.arguments[key]
         try:
             found[key] = read(value)
         except ValueError:
-            raise ValueError(f"{name}'s {key} is {wanted}, got {value!r} in {text!r}") from None
+            raise ArgumentError(f"{name}'s {key} is {wanted}, got {value!r} in {text!r}") from None
     return found

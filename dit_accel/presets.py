@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+from dit_accel.errors import ArgumentError
 from dit_accel.spec import (
     FEATURE_MAPS,
     AttentionSpec,
@@ -49,7 +50,7 @@ def Fovea(  # noqa: N802
     `first_frames` of a video are always kept. Ancestors: MRA (arXiv 2207.10284), token merging's proportional attention.
     """
     if density is not None and radius is not None:
-        raise ValueError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
+        raise ArgumentError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
     kept: Pattern = DiscBlocks(radius) if radius is not None else TopK(0.05 if density is None else density, correct_short=True)
     return AttentionSpec((kept, *_frames(first_frames)), Pooled(), Mass(), *_tiles(tile))
 

@@ -12,6 +12,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from dit_accel.errors import ArgumentError
 from dit_accel.parameters import AttentionParameters
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
@@ -19,7 +20,7 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 
 def require(condition: bool, wanted: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"{wanted}, got {got!r}")
+        raise ArgumentError(f"{wanted}, got {got!r}")
 
 
 def unknown(slot: object, where: str) -> ValueError:

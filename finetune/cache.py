@@ -132,7 +132,8 @@ class Samples:
         """The values of argument `name` over the run that a forward belongs to."""
         entry, _ = self._index[position]
         with run_file.opened(self.folder / entry.file, self._maker) as run:
-            return [float(value.flatten()[0]) for value in run.argument(name)]
+            values = run.argument(name)
+        return [float(value.flatten()[0]) for value in values]
 
 
 def _entry(path: Path, maker: str) -> Entry:

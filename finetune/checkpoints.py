@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_accel.errors import DistillationError
 from dit_accel.files import replace_folder
+from dit_accel.finetune.processes import is_main
 from dit_accel.finetune.run import Run
 
 STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
@@ -20,7 +21,7 @@ KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "erro
 
 def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the state after `step` finished steps of a stage; the two newest are kept."""
-    if not run.accelerator.is_main_process:
+    if not is_main():
         return
     for left in run.folder.glob(f".{stage}-*"):  # a process that was killed while it wrote one; no other writes here
         shutil.rmtree(left)

@@ -19,7 +19,6 @@ import torch
 from diffusers.utils.logging import tqdm
 from torch import Tensor
 
-from dit_accel.anatomy import plain_name
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
 from dit_accel.finetune.capture import capture
@@ -28,9 +27,10 @@ from dit_accel.finetune.evaluate import on_device, predict
 from dit_accel.finetune.fit import fit
 from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import attention_loss, cosine_factor, relative_error
-from dit_accel.finetune.processes import share, sum_gradients, summed
+from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
+from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
 from dit_accel.patch import always, dense
 
@@ -79,38 +79,30 @@ def distill(
     the first step, where the samples come from other weights, or where the folder belongs to another run.
     """
     config = DistillConfig() if config is None else config
-    run = prepare(pipe, prompts_or_dataset, held_out, config, call)
-    context = run.patch.context
-    dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
-    try:
-        with always(run.transformer):
-            return _distill(run, progress)
-    finally:
-        context.dense_steps = dense_steps
+    with process_kept():
+        run = prepare(pipe, prompts_or_dataset, held_out, config, call)
+        context = run.patch.context
+        dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
+        try:
+            with always(run.transformer), model_kept(run.transformer):
+                return _distill(run, progress)
+        finally:
+            context.dense_steps = dense_steps
 
 
 def _distill(run: Run, progress: bool) -> DistillResult:
-    """Check, train, evaluate; flags and modes of the model are put back whatever happens."""
+    """Check, train, evaluate."""
     checkpoint = checkpoints.newest(run, checkpoints.STEPS)
     if checkpoint is None and checkpoints.newest(run, checkpoints.PARAMETERS) is None:
         run.error_before = _first_error(run)
         run.write_log("log.jsonl", [], anew=True)
         run.add_row({"step": 0, "held_out_error": run.error_before})
-    flags = {plain_name(name): p.requires_grad for name, p in run.transformer.named_parameters()}
-    before = (run.transformer.training, run.transformer.is_gradient_checkpointing)
-    try:
-        if checkpoint is None and run.parameter_steps:
-            fit(run, progress)
-            run.error_fitted = run.held_out_error()
-            run.add_row({"step": 0, "held_out_error": run.error_fitted})
-        start = _train(run, checkpoint, progress)
-    finally:
-        for name, parameter in run.transformer.named_parameters():
-            parameter.requires_grad_(flags.get(plain_name(name), False))
-        run.transformer.train(before[0])
-        if not before[1]:
-            run.transformer.disable_gradient_checkpointing()
-    run.accelerator.wait_for_everyone()  # until the last checkpoint is written
+    if checkpoint is None and run.parameter_steps:
+        fit(run, progress)
+        run.error_fitted = run.held_out_error()
+        run.add_row({"step": 0, "held_out_error": run.error_fitted})
+    start = _train(run, checkpoint, progress)
+    wait_for_all()  # until the last checkpoint is written
     return DistillResult(run.error_before, run.history[-1]["held_out_error"], run.history, start, run.parameter_history, run.error_fitted)
 
 
@@ -126,14 +118,13 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
         masters.give_values()
     start = int(run.history[-1]["step"])
     run.write_log("log.jsonl", run.history, anew=True)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not run.transformer.is_gradient_checkpointing:
         run.transformer.enable_gradient_checkpointing()
-    prepared = [run.accelerator.prepare(optimizer) for optimizer in optimizers]
-    shown = progress and run.accelerator.is_main_process
+    shown = progress and is_main()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distill", disable=None if shown else True)
     for step in bar:
         with run.spec_drawn(checkpoints.STEPS, step) as drawn, run.timed_step():
-            losses = _train_step(run, masters, prepared, step)
+            losses = _train_step(run, masters, optimizers, step)
         bar.set_postfix(loss=f"{losses['loss']:.4f}")
         _after_step(run, parameters, optimizers, step + 1, losses | drawn)
     return start
@@ -163,7 +154,6 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     for item in share(config.batch_size):
         draw = random.Random(f"{config.seed} {step} {item}")
         losses = _losses(run, draw.randrange(len(run.samples)), draw)
-        # not by accelerate, which divides by the accumulation steps of a launch's configuration
         (losses["loss"] / config.batch_size).backward()
         masters.take_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
@@ -172,7 +162,7 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     if not math.isfinite(means["loss"]):
         raise DistillationError(f"the loss at step {step} is {means['loss']}; lower the learning rate or resume from a checkpoint")
     sum_gradients(masters.parameters.values())
-    norm = float(run.accelerator.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(masters.parameters.values(), config.max_grad_norm))
     if not math.isfinite(norm):  # the weights are still as they were, and so is the newest checkpoint
         raise DistillationError(f"the gradient at step {step} is {norm}; lower the learning rate or resume from a checkpoint")
     for optimizer in optimizers:
@@ -189,7 +179,7 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
     if config.flow_weight > 0:
         arguments, flow_target = _flow_inputs(run, forward, position, draw)
     target, taught = _teach(run, arguments, forward.prediction if flow_target is None else None)
-    with run.accelerator.autocast(), capture(run.transformer) as learnt:
+    with run.autocast(), capture(run.transformer) as learnt:
         prediction = predict(run.transformer, arguments)
     losses = {"prediction": relative_error(prediction, target)}
     total = config.prediction_weight * losses["prediction"]
@@ -206,7 +196,7 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
     """The teacher's prediction and attention outputs; the recorded prediction is enough where attention is not compared."""
     if recorded is not None and run.config.attention_weight == 0:
         return recorded.to(next(run.transformer.parameters()).device), {}
-    with torch.no_grad(), run.accelerator.autocast(), dense(run.transformer, in_order=True), capture(run.transformer) as taught:
+    with torch.no_grad(), run.autocast(), dense(run.transformer, in_order=True), capture(run.transformer) as taught:
         prediction = predict(run.transformer, arguments)
     return prediction, dict(taught)
 

@@ -22,7 +22,7 @@ from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
 from dit_accel.finetune.evaluate import predict
 from dit_accel.finetune.losses import cosine_factor, relative_error
-from dit_accel.finetune.processes import share, sum_gradients, summed
+from dit_accel.finetune.processes import is_main, share, sum_gradients, summed
 from dit_accel.finetune.run import Run
 from dit_accel.finetune.trainables import optimizer_tensors, put_back
 from dit_accel.patch import dense, operators_of
@@ -59,7 +59,7 @@ def fit(run: Run, progress: bool) -> None:
         fitter.load(checkpoints.load(run, found))
         start = len(run.parameter_history)
     run.write_log("parameters.jsonl", run.parameter_history, anew=True)
-    steps, shown = range(start, run.parameter_steps), progress and run.accelerator.is_main_process
+    steps, shown = range(start, run.parameter_steps), progress and is_main()
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
         with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn, run.timed_step():
@@ -83,7 +83,7 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
 
     for item in share(size):
         forward = run.samples[_position(run, step * size + item)]
-        with run.accelerator.autocast(), _beside_the_teacher(run, learn):
+        with run.autocast(), _beside_the_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if not errors:
         raise DistillationError(f"no layer was accelerated in a recorded forward: wanted {run.patch.context.spec} to fit the parameters of")

@@ -14,6 +14,16 @@ def processes(device: torch.device) -> PartialState:
     return PartialState(cpu=device.type == "cpu")
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks; the others of a launch only share the work."""
+    return bool(PartialState().is_main_process)
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    PartialState().wait_for_everyone()
+
+
 def share(count: int) -> range:
     """Which of so many pieces of work are this process's: every n-th."""
     state = PartialState()

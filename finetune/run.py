@@ -13,8 +13,6 @@ from threading import Thread
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from dit_accel.anatomy import check_unfused, projection_names
@@ -24,7 +22,7 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
-from dit_accel.finetune.processes import gathered, share
+from dit_accel.finetune.processes import gathered, is_main, processes, share
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.lora import ADAPTER, switched_off
@@ -47,7 +45,6 @@ class Run:
     config: DistillConfig
     samples: Samples
     held_out: Samples
-    accelerator: Accelerator
     folder: Path
     parameter_steps: int
     history: list[dict[str, float]] = field(default_factory=list)
@@ -79,6 +76,12 @@ class Run:
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
         return float(sum(errors) / len(errors))
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the training passes, for a `with` block."""
+        if self.config.mixed_precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(next(self.transformer.parameters()).device.type, torch.bfloat16)
+
     @contextlib.contextmanager
     def timed_step(self) -> Iterator[None]:
         """Adds the time of a `with` block to `seconds`. A GPU's last work on a step is counted in the step after it."""
@@ -93,7 +96,7 @@ class Run:
 
     def write_curve(self) -> None:
         """Draw the history so far as curve.png in the folder."""
-        if self.accelerator.is_main_process:
+        if is_main():
             write_bytes(self.folder / "curve.png", _in_thread(functools.partial(draw_curve, self.history)))
 
     @contextlib.contextmanager
@@ -108,7 +111,7 @@ class Run:
 
     def write_log(self, name: str, rows: Sequence[dict[str, float]], *, anew: bool = False) -> None:
         """Append rows to a log in the folder, or begin it with them."""
-        if self.accelerator.is_main_process:
+        if is_main():
             (write_text if anew else append_text)(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -133,13 +136,9 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
         raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
-    alone = not torch.distributed.is_initialized()
-    AcceleratorState._reset_state(alone)  # or a second run could not have another precision or device
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=next(transformer.parameters()).device.type == "cpu")
-    if config.batch_size % accelerator.num_processes:
-        raise DistillationError(
-            f"batch_size is shared evenly by the processes: wanted a multiple of {accelerator.num_processes}, got {config.batch_size}"
-        )
+    count = processes(next(transformer.parameters()).device).num_processes
+    if config.batch_size % count:
+        raise DistillationError(f"batch_size is shared evenly by the processes: wanted a multiple of {count}, got {config.batch_size}")
     folder = Path(config.output_dir)
     check_folder(folder)
     if held_out is None:
@@ -161,7 +160,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
-    run = Run(pipe, transformer, patch, config, samples, aside, accelerator, folder, steps)
+    run = Run(pipe, transformer, patch, config, samples, aside, folder, steps)
     if config.flow_weight > 0:
         _ = run.flow  # refused here or not at all
     return run
@@ -231,8 +230,9 @@ def _fresh(operator: AcceleratedAttention) -> bool:
 
 
 def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, and what matplotlib imports loses some.
+    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
 
+    It works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts, everything imported before).
     The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.
     """
     future: Future[bytes] = Future()

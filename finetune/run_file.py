@@ -72,6 +72,23 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise DistillationError where a forward has an argument that no file can hold, as a cache of keys and values."""
+    for name, value in arguments.items():
+        if kind := _foreign(value):
+            raise DistillationError(
+                f"the denoiser's argument {name} holds a {kind}, which samples can't keep: they are made of tensors, numbers, strings, "
+                "lists, tuples and dicts. Models that are called so can't be distilled"
+            )
+
+
+def _foreign(value: Any) -> str | None:
+    """The name of the first class in nested arguments that a file can't hold."""
+    if isinstance(value, list | tuple | dict):
+        return next(filter(None, map(_foreign, value.values() if isinstance(value, dict) else value)), None)
+    return None if value is None or isinstance(value, Tensor | bool | int | float | str) else type(value).__name__
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Nested arguments as JSON with references to tensors, which are added by content: pipelines pass equal embeddings as new tensors."""
     if isinstance(value, Tensor):
@@ -87,13 +104,13 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": {k: _pack(v, tensors) for k, v in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise DistillationError(
-        f"wanted tensors, numbers, strings, lists, tuples or dicts as the denoiser's arguments, got {type(value).__name__}"
-    )
+    raise TypeError(f"not checked before: {type(value).__name__}")
 
 
 def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str, Any], Tensor]], latents: Tensor) -> Path:
     """Write one run, all at once; returns its path. `maker` is what `StoredRun` compares."""
+    for arguments, _ in forwards:
+        check_arguments(arguments)
     tensors: dict[str, Tensor] = {}
     record = {
         **dataclasses.asdict(key), "maker": maker, "latents": _pack(latents, tensors),
@@ -106,11 +123,28 @@ def write(folder: Path, key: Key, maker: str, forwards: Sequence[tuple[dict[str,
     return write_tensors(folder / key.file, tensors, {"run": f"{hashlib.sha256(text.encode()).hexdigest()} {text}"})
 
 
-class StoredRun:
-    """An open run file; what is read of it is checked. `maker`: of the folder it lies in. Raises ValueError, saying what is wrong."""
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while this module reads a file becomes a DistillationError that names the file. Holds no caller's code, whose
+    own errors would be blamed on the file."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; collect again to replace it") from error
 
-    def __init__(self, file: Any, name: str, maker: str) -> None:
-        self._file = file
+
+class StoredRun:
+    """An open run file; what is read of it is checked. `maker`: of the folder it lies in. Raises DistillationError for whatever is wrong
+    with the file, by name."""
+
+    def __init__(self, file: Any, path: Path, maker: str) -> None:
+        self._file, self._path = file, path
+        with _blamed(path):
+            self._read_record(path.name, maker)
+
+    def _read_record(self, name: str, maker: str) -> None:
+        """Read and check the header. Raises ValueError, saying what is wrong, or whatever reading it raises."""
+        file = self._file
         digest, _, text = (file.metadata() or {}).get("run", "").partition(" ")
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise ValueError("its record has another checksum than it should")
@@ -141,22 +175,30 @@ class StoredRun:
         return self._tensor(value["tensor"]) if "tensor" in value else {k: self._unpack(v) for k, v in value["dict"].items()}
 
     def read(self, index: int) -> Forward:
-        """One forward."""
+        """One forward. Raises IndexError where the run has no such."""
         stored, entry = self.forwards[index], self.entry
-        arguments = {k: self._unpack(v) for k, v in stored["arguments"].items()}
-        return Forward(arguments, self._unpack(stored["prediction"]), self._unpack(self.latents), entry.prompt, entry.seed, index)
+        with _blamed(self._path):
+            arguments = {k: self._unpack(v) for k, v in stored["arguments"].items()}
+            return Forward(arguments, self._unpack(stored["prediction"]), self._unpack(self.latents), entry.prompt, entry.seed, index)
 
     def argument(self, name: str) -> list[Any]:
-        """The value of one argument in every forward."""
-        return [self._unpack(forward["arguments"][name]) for forward in self.forwards]
+        """The value of one argument in every forward. Raises DistillationError where a forward was not given it."""
+        with _blamed(self._path):
+            arguments = [forward["arguments"] for forward in self.forwards]
+            missing = next((given for given in arguments if name not in given), None)
+        if missing is not None:
+            raise DistillationError(f"{name!r} is no argument of the recorded forwards, which have {', '.join(sorted(missing))}")
+        with _blamed(self._path):
+            return [self._unpack(given[name]) for given in arguments]
 
     def check(self) -> None:
         """Read every tensor, one at a time."""
-        names = set(self._file.keys())
-        for name in sorted(names):
-            self._tensor(name)
-        if lost := set(_references([self.latents, self.forwards])) - names:
-            raise ValueError(f"tensor {min(lost)[:16]} is missing")
+        with _blamed(self._path):
+            names = set(self._file.keys())
+            for name in sorted(names):
+                self._tensor(name)
+            if lost := set(_references([self.latents, self.forwards])) - names:
+                raise ValueError(f"tensor {min(lost)[:16]} is missing")
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -173,12 +215,11 @@ def _references(value: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def opened(path: Path, maker: str) -> Iterator[StoredRun]:
-    """A run's file. Raises DistillationError for whatever is wrong with it, by name."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield StoredRun(file, path.name, maker)
-    except (OSError, SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; collect again to replace it") from error
+    """A run's file. Raises DistillationError for whatever is wrong with it, by name; errors of the `with` block pass as they are."""
+    with contextlib.ExitStack() as stack:
+        with _blamed(path):
+            file = stack.enter_context(safe_open(path, "pt"))
+        yield StoredRun(file, path, maker)
 
 
 def damage(path: Path, maker: str) -> str | None:

@@ -22,7 +22,8 @@ from dit_accel.errors import DistillationError
 from dit_accel.files import check_folder
 from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
 from dit_accel.finetune.processes import from_main, gathered, processes, share
-from dit_accel.finetune.run_file import Forward, Key, Size, damage
+from dit_accel.finetune.run_file import Forward, Key, Size, check_arguments, damage
+from dit_accel.finetune.surroundings import processes_kept
 from dit_accel.patch import dense
 from dit_accel.weights import teacher_hash
 
@@ -40,10 +41,11 @@ def _copied(value: Any) -> Any:
 
 
 class Recorder:
-    """Hooks a transformer and keeps (arguments, output) of each forward, on the CPU."""
+    """Hooks a transformer and keeps (arguments, output) of each forward, on the CPU. `to_write`: they are to be written to a file, so
+    that a forward with arguments that no file can hold raises DistillationError before it is computed."""
 
-    def __init__(self, transformer: Any, names: Sequence[str]) -> None:
-        self.transformer, self.names = transformer, names
+    def __init__(self, transformer: Any, names: Sequence[str], *, to_write: bool = False) -> None:
+        self.transformer, self.names, self.to_write = transformer, names, to_write
         self.arguments: dict[str, Any] = {}  # of the latest forward
         self.forwards: list[tuple[dict[str, Any], Tensor]] = []
 
@@ -58,6 +60,8 @@ class Recorder:
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        if self.to_write:
+            check_arguments(arguments)
         # models may take entries out of the dicts they are given: keep copies
         self.arguments = {k: _copied(v) for k, v in arguments.items() if k != "return_dict"}
 
@@ -128,9 +132,15 @@ def record_runs(pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callab
         stored = json.loads(json.dumps(call))
     except TypeError as error:
         raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
-    folder, name = Path(folder), base_model_name(pipe, transformer)
+    with processes_kept():
+        return _recorded(pipe, transformer, Path(folder), keys, make, stored)
+
+
+def _recorded(pipe: Any, transformer: Any, folder: Path, keys: Sequence[Key], make: Callable[[Key], None], call: Any) -> Samples:
+    """The runs of a folder, those that it lacks made before."""
+    name = base_model_name(pipe, transformer)
     check_folder(folder)
-    made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
+    made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": call}
     maker = claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
     state = processes(next(transformer.parameters()).device)
     shown = None if state.is_main_process else True  # to tqdm: unless this is no terminal
@@ -177,7 +187,7 @@ def _collect_one(pipe: Any, folder: Path, key: Key, call: dict[str, Any]) -> Non
     (transformer,) = find_transformers(pipe)
     shape = {} if key.size is None else {"height": key.size[0], "width": key.size[1]}
     generator = torch.Generator("cpu").manual_seed(key.seed)
-    with original(pipe), Recorder(transformer, forward_names(transformer)) as recorder, torch.no_grad():
+    with original(pipe), Recorder(transformer, forward_names(transformer), to_write=True) as recorder, torch.no_grad():
         # by name: edit models, FLUX.2 among them, take pictures first
         latents = pipe(prompt=key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
     write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)

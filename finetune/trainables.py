@@ -27,10 +27,12 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):
         active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=names)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            transformer.add_adapter(lora, adapter_name=ADAPTER)
-        activate_lora(transformer, active)
+        try:
+            with torch.random.fork_rng(devices=[]):  # `distill` keeps those of GPUs
+                torch.manual_seed(config.seed)
+                transformer.add_adapter(lora, adapter_name=ADAPTER)
+        finally:
+            activate_lora(transformer, active)  # even then: adding one switches the others off
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
         ours = OWN in name or (config.train == "lora" and f".{ADAPTER}." in name)

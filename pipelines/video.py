@@ -11,6 +11,7 @@ from diffusers.utils import export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
+from dit_accel.errors import ArgumentError
 from dit_accel.files import write_bytes
 
 ENDINGS = (".gif", ".mp4")
@@ -25,9 +26,9 @@ def frames_argument(pipe: Any) -> str | None:
 def check_ending(path: Path) -> None:
     """Raise ValueError unless a clip can be written at a path of this name."""
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"a clip's name ends in {' or '.join(ENDINGS)}, got {path}")
+        raise ArgumentError(f"a clip's name ends in {' or '.join(ENDINGS)}, got {path}")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise ValueError(
+        raise ArgumentError(
             f"MP4 wants imageio[ffmpeg] (pip install 'dit-accel[video]'), which is not installed, got {path}; a .gif needs none"
         )
 
@@ -41,9 +42,9 @@ def save_video(frames: Tensor, path: str | Path, fps: int = 8) -> Path:
     path = Path(path)
     check_ending(path)
     if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames):
-        raise ValueError(f"wanted frames [F, 3, H, W], at least one, got {tuple(frames.shape)}")
+        raise ArgumentError(f"wanted frames [F, 3, H, W], at least one, got {tuple(frames.shape)}")
     if not 1 <= fps <= 100:
-        raise ValueError(f"fps is 1 to 100 frames a second, got {fps}")
+        raise ArgumentError(f"fps is 1 to 100 frames a second, got {fps}")
     values = (frames.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(frame) for frame in values]
     with tempfile.TemporaryDirectory() as folder:  # the encoders write as they go

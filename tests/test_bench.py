@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 import dit_accel.demo as demo
-from dit_accel import bench_kernels, bench_rivals
+from dit_accel import bench, bench_kernels, bench_rivals
 from dit_accel.anatomy import find_transformers
-from dit_accel.bench import attention_errors, bench_quality, capture_qkv, record_step, spread
+from dit_accel.bench import attention_errors, bench_quality, capture_qkv, machine, record_step, spread
 from dit_accel.bench_step import bench_step, step_times
 from dit_accel.errors import NotAcceleratedError
 from dit_accel.finetune.samples import Samples, collect
@@ -215,3 +216,18 @@ def test_the_arithmetic_of_a_kept_whole_is_that_of_dense_attention() -> None:
     case = bench_kernels.Case("all", SLA(1, scope="none"), 8, text=5)
     pairs = case.layout.tokens**2 + 1 / 2  # the selection's products of one block with one
     assert bench_kernels.arithmetic(case) == pytest.approx(4 * bench_kernels.HEADS * bench_kernels.HEAD_DIM * pairs)
+
+
+def test_a_measurement_names_the_card_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not {"gpu", "driver", "cuda"} & set(machine())
+    card = SimpleNamespace(name="A Card", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(bench, "DRIVER", tmp_path / "version")
+    assert machine() | {"gpu": "A Card", "gpu_memory": 80.0, "cuda": "13.0", "driver": None} == machine()
+    bench.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\nGCC version: 12\n")
+    assert machine()["driver"] == "580.65.06"
+    bench.DRIVER.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    assert machine()["driver"] == "580.65.06"

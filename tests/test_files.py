@@ -29,6 +29,13 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def test_a_blocks_own_error_is_not_said_to_be_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file") as raised, files.staged(tmp_path):
+        (tmp_path / "model.safetensors").read_bytes()
+    assert not isinstance(raised.value, WriteError)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_contents_are_on_the_disk_before_the_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "file", []

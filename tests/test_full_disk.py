@@ -19,7 +19,7 @@ from distill_fixtures import CALL, PROMPTS, learn, prompt_pipe, same, state, stu
 from test_cli import SMALL, fail, make_tiny, succeed
 
 from dit_accel import files, load_adapter, save_adapter
-from dit_accel.errors import AdapterError, WriteError
+from dit_accel.errors import AdapterError, DitAccelError, WriteError
 from dit_accel.finetune.samples import Samples, collect, damaged_runs
 
 SAID = "which failed: .*File too large"
@@ -202,9 +202,11 @@ def test_nothing_is_sampled_for_a_folder_that_takes_no_files(tmp_path: Path, unw
 
 
 def test_an_error_of_ours_is_one(tmp_path: Path) -> None:
-    """Whoever catches ValueError, as the command line does, catches it; the cause is kept."""
-    with full_from("x.json"), pytest.raises(ValueError, match=r"x\.json") as raised:
+    """Whoever catches the package's errors, as the command line does, or the system's catches it; the cause is kept."""
+    with full_from("x.json"), pytest.raises(DitAccelError, match=r"x\.json") as raised:
         files.write_json(tmp_path / "x.json", {"text": "x" * 100})
+    assert isinstance(raised.value, OSError)
+    assert not isinstance(raised.value, ValueError)
     assert isinstance(raised.value.__cause__, OSError)
     files.write_json(tmp_path / "x.json", {})
     assert json.loads((tmp_path / "x.json").read_text()) == {}

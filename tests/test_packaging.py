@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "layout": {"errors", "parameters", "spec"},
     "parameters": {"errors", "layout", "spec"},
     "spec": {"errors", "layout", "parameters"},
-    "presets": {"spec"},
+    "presets": {"errors", "spec"},
     "kernels": {"errors"},
     "geometry": {"kernels"},
     "plan": {"errors", "geometry", "kernels", "layout", "parameters", "spec"},
@@ -85,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
         "spec",
         "weights",
     },
-    "method_text": {"presets", "spec"},
+    "method_text": {"errors", "presets", "spec"},
     "pictures": {"files"},
     "report": {"files"},
     "finetune": {

@@ -85,6 +85,21 @@ def test_tuples_come_back_as_tuples(tmp_path: Path) -> None:
     assert equal(on_device(found, torch.device("cpu"))["nested"], arguments["nested"])
 
 
+def test_a_callers_error_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    arguments = {"t": torch.tensor([0.5])}
+    path = run_file.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
+    for error in (KeyError("mine"), ValueError("mine"), OSError("mine"), IndexError("mine"), TypeError("mine"), AttributeError("mine")):
+        with pytest.raises(type(error), match="mine") as raised, run_file.opened(path, ""):
+            raise error
+        assert raised.value is error
+    with run_file.opened(path, "") as run:
+        with pytest.raises(IndexError):
+            run.read(1)
+        with pytest.raises(DistillationError, match="'x' is no argument of the recorded forwards, which have t"):
+            run.argument("x")
+        assert run.argument("t") == [torch.tensor([0.5])]
+
+
 def test_replaying_gives_the_stored_prediction(tmp_path: Path) -> None:
     samples = collect(prompt_pipe(), PROMPTS, tmp_path, **CALL)
     transformer = prompt_pipe().transformer

@@ -188,6 +188,7 @@ def hidream() -> Tiny:
     p = D.HiDreamImagePipeline(scheduler=flow(), vae=kl(latent=4), transformer=t, text_encoder=None, tokenizer=None,
                                text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
                                text_encoder_4=None, tokenizer_4=None)
+    p.default_sample_size = 26  # the pipeline scales pictures to this side, in latents: 13 x 13 tokens
     n = {"prompt_embeds_t5": emb(1, 12, 32), "prompt_embeds_llama3": emb(2, 1, 12, 16), "pooled_prompt_embeds": emb(1, 64)}
     return p, dict(**n, **{"negative_" + k: v for k, v in n.items()}, height=32, width=32, **STEPS)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.anatomy import CONTEXT, forward_names
-from dit_accel.errors import NotAcceleratedError, UnsupportedModelError
+from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
 from dit_accel.patch import dense, proportional
 from dit_accel.pipelines import family_of
@@ -102,12 +102,12 @@ def _check_call(pipe: Any, prompt: object, call: dict[str, Any]) -> None:
     names = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     unknown = sorted(set(call) - names)
     if unknown:
-        raise ValueError(f"wanted arguments of {type(pipe).__name__}'s call, got {unknown}")
+        raise ArgumentError(f"wanted arguments of {type(pipe).__name__}'s call, got {unknown}")
     taken = sorted(set(call) & set(OURS))
     if taken:
-        raise ValueError(f"generate_hires sets {taken} itself: wanted a call without, got {taken}")
+        raise ArgumentError(f"generate_hires sets {taken} itself: wanted a call without, got {taken}")
     if prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"prompt is one text or None, got {prompt!r}")
+        raise ArgumentError(f"prompt is one text or None, got {prompt!r}")
 
 
 class _Run:
@@ -222,7 +222,9 @@ class _Run:
 def _hash(model: Any) -> str:
     """SHA-256 of a model's weights. Raises ValueError where offloading keeps them away."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ValueError(f"a folder for stages wants weights that can be read, {type(model).__name__} is offloaded: leave the folder out")
+        raise ArgumentError(
+            f"a folder for stages wants weights that can be read, {type(model).__name__} is offloaded: leave the folder out"
+        )
     return weights_hash(model)
 
 

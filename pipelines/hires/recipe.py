@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.errors import UnsupportedModelError
+from dit_accel.errors import ArgumentError, UnsupportedModelError
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
@@ -41,7 +41,7 @@ class Recipe:
 
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
-            raise ValueError(f"{name} is {wanted}, got {getattr(self, name)!r}")
+            raise ArgumentError(f"{name} is {wanted}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""
@@ -53,9 +53,9 @@ class Recipe:
         Raises ValueError where the picture or the base does not fit.
         """
         if self.height % unit or self.width % unit:
-            raise ValueError(f"height and width are multiples of {unit} pixels, one token's side, got {self.height} and {self.width}")
+            raise ArgumentError(f"height and width are multiples of {unit} pixels, one token's side, got {self.height} and {self.width}")
         if self.base < unit:
-            raise ValueError(f"base is at least {unit} pixels, one token's side, got {self.base}")
+            raise ArgumentError(f"base is at least {unit} pixels, one token's side, got {self.base}")
         doublings = max(0, math.ceil(math.log2(max(self.height, self.width) / self.base)))
         steps = (2**n for n in range(doublings, -1, -1))
         return [(_rounded(self.height / step, unit), _rounded(self.width / step, unit)) for step in steps]
@@ -111,6 +111,6 @@ def plain(value: Any) -> Any:
         return {str(name): plain(item) for name, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(
+    raise ArgumentError(
         f"with a folder, the call's arguments are numbers, strings, tensors, lists or dicts of them, got {type(value).__name__}"
     )
