@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_accel import crossover
 from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
+from dit_accel.kernels import capture
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plan import Plan, make_plan
@@ -162,6 +163,8 @@ class Context:
         if not self.permuted:
             return None
         order = self._orders[0]  # type: ignore[index]
+        if not torch.compiler.is_compiling():
+            capture.keep(order.device, *self._orders)  # type: ignore[misc]
         for name in self.family.per_token:
             if arguments.get(name) is not None:
                 arguments[name] = _map_tensors(arguments[name], lambda x: x.index_select(-2, order))
@@ -195,6 +198,8 @@ class Context:
         text, self.history = _others(family, arguments, transformer)
         latents = _first(arguments[family.latents])
         if not self._knows(ids):  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+            if any(isinstance(x, Tensor) and x.device == latents.device for x in ids):
+                capture.refuse(latents.device, "the grid is read from position ids: captured ones must be the tensors of the run before")
             grids: Grids | str = family.grid(arguments, transformer)
             if ids and len(grids) == 1:
                 self.steps.forget()  # pipelines make new ids for every run; with reference images, for every step

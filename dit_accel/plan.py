@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dit_accel.geometry import Geometry, Lists, make_geometry
+from dit_accel.kernels import capture
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.layout import Grid, TokenLayout, coordinates, joint_memory_order, joint_partition
 from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Pooled, TopK, Window
@@ -164,7 +165,11 @@ def _static_lists(fixed: list[Static], grids: tuple[Grid, ...], coords: Tensor, 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # cached tensors must serve training as well
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
-    """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to."""
+    """The plan of a spec on a layout. A pure function of its arguments; the cached tensors must not be written to.
+
+    Raises BackendError where it would be made while a CUDA graph is captured: its tensors are copied to the card.
+    """
+    capture.refuse(device, "its block lists are made and copied to the card")
     grids = layout.grids
     q_part, k_part = (joint_partition(grids, spec.order, block) for block in spec.block)
     places = torch.cat([pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])
