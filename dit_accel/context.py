@@ -12,11 +12,11 @@ from torch import Tensor
 from dit_accel import crossover
 from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
-from dit_accel.kernels import capture
+from dit_accel.kernels import capture, dispatch
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plan import Plan, make_plan
-from dit_accel.spec import AttentionSpec, Raster
+from dit_accel.spec import AttentionSpec, Linear, Raster
 
 
 class Steps:
@@ -67,6 +67,7 @@ class Context:
         self.dense_steps, self.backend, self.strict, self.trained_tokens = dense_steps, backend, strict, trained_tokens
         self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
+        self._slow: set[str] = set()  # what a user was told of a GPU without kernels
         self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
@@ -232,6 +233,8 @@ class Context:
         if self.family.per_token and not isinstance(self.spec.order, Raster):
             inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
+        if self.backend == "auto" and self.enabled:
+            self._warn_if_slow(latents.dtype)
         if self.backend == "auto" and not self.strict and self._device.type == "cpu":
             self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)
         if self.enabled and self.leaves and grids not in self._said:
@@ -242,6 +245,13 @@ class Context:
                 "accelerate(..., strict=True) runs the method all the same",
                 stacklevel=2,
             )
+
+    def _warn_if_slow(self, dtype: torch.dtype) -> None:
+        """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
+        slow = dispatch.slow_on_gpu(self._device, dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
+        if slow is not None and slow not in self._slow:
+            self._slow.add(slow)
+            warnings.warn(f"dit_accel: {slow}", stacklevel=2)
 
 
 def _ids(family: Family, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

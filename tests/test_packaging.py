@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
-    "context": {"crossover", "errors", "kernels.capture", "layout", "pipelines.family", "plan", "spec"},
+    "context": {"crossover", "errors", "kernels.capture", "kernels.dispatch", "layout", "pipelines.family", "plan", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
