@@ -11,12 +11,13 @@ import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
 from rich.console import Console
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from dit_accel import bench_tune
+from dit_accel import bench_tune, bench_tune_ahead
 from dit_accel.bench_tune import KERNELS, Result, Work
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton import calls, driver, launch, tables, timing, tuned
+from dit_accel.kernels.triton import ahead, calls, driver, launch, tables, timing, tuned
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
 from dit_accel.operator import attention
 from dit_accel.presets import SLA, Fovea
@@ -26,6 +27,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = tuned.Gpu("NVIDIA H100", "9.0", "580.65.06", "3.9.0", "0123456789abcdef")
 HOPPER = Machine("sm_90", 132)
 ROWS = Work("rows", "bfloat16", 64)
+
+
+@pytest.fixture
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Nothing is compiled before it is timed; grows by the target and the number of kernels to tune."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(bench_tune_ahead, "compile_ahead", lambda work, machine, target, shown: asked.append((target, len(work))))
+    monkeypatch.setattr(ahead, "current_target", lambda: "a target")
+    return asked
 
 
 @pytest.fixture
@@ -124,7 +134,32 @@ def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str,
     assert one.kernel.__name__ in KERNELS[kernel].functions
     assert {one.arguments[name] for name in ("BQ", "BK") if name in one.arguments} == {32, 16}
     assert (one.warps, one.arguments["STAGES"]) == (2, 2)
-    assert bench_tune.run_trial(work, tile, measure=lambda one: "spills 8 registers", **arguments) == "spills 8 registers"
+    assert bench_tune.run_trial(work, tile, measure=lambda one: "does not compile", **arguments) == "does not compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
+def test_another_kernel_that_does_not_fit_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[launch.Launch] = []
+    execute = launch.execute
+
+    def small_card(one: launch.Launch) -> None:
+        if one.kernel.__name__ == "gradient_columns" and one.arguments["BQ"] + one.arguments["BK"] > 48:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        execute(one)
+
+    monkeypatch.setattr(launch, "execute", small_card)
+    monkeypatch.setitem(KERNELS, "dense", bench_tune.Kernel(("dense_rows",), ("clear",)))
+    arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": CPU, "grid": (1, 4, 8), "text": 3, "heads": 1}
+
+    def measure(one: launch.Launch) -> float:
+        measured.append(one)
+        execute(one)
+        return 0.5
+
+    assert bench_tune.run_trial(Work("dense", "float16", 64), Tile(32, 16, 2, 2), measure=measure, **arguments) == 0.5
+    assert len(measured) > 1  # began anew, and counted one pass
+    assert {(one.arguments["BQ"], one.arguments["BK"]) for one in measured} == {(32, 16)}
 
 
 class Compiled:
@@ -142,12 +177,13 @@ class Compiled:
         return self
 
 
-def test_a_kernel_that_spills_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_compile_is_not_timed_and_one_that_spills_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it spills is seen in its time alone."""
     monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: {"median": 250.0}[return_mode])
-    assert timing.seconds(launch.Launch(Compiled(), (1,), {}, 4)) == 0.25
+    for spills in (0, 3):
+        assert timing.seconds(launch.Launch(Compiled(spills), (1,), {}, 4)) == 0.25
     monkeypatch.setattr(timing, "do_bench", lambda *_, **__: pytest.fail("timed"))
-    assert timing.seconds(launch.Launch(Compiled(3), (1,), {}, 4)) == "spills 3 registers"
-    for error in (timing.OutOfResources(300_000, 232_448, "shared memory"), timing.PTXASError("a\nb"), RuntimeError("no pass")):
+    for error in (OutOfResources(300_000, 232_448, "shared memory"), PTXASError("a\nb"), RuntimeError("no pass")):
         assert str(timing.seconds(launch.Launch(Compiled(error=error), (1,), {}, 4))).startswith("does not compile: ")
 
 
@@ -250,7 +286,9 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: str | by
         assert tuned.tiles_of(HERE) == {}
 
 
-def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_what_launches_read(
+    cache: Path, nothing_ahead: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
     monkeypatch.setattr(calls, "gpu_of", lambda device: HERE)
     own, fast = bench_tune.candidates(ROWS, calls.INTERPRETED)[:2]
@@ -275,6 +313,7 @@ def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monk
     with pytest.raises(ValueError, match="is a JSON file of tiles"):
         bench_tune.bench_tune([ROWS])
     assert cache.read_text() == "{"
+    assert nothing_ahead == [("a target", 1), ("a target", 2)]
 
 
 ROWS_KEY = ("rows", "bfloat16", 64)
