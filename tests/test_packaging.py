@@ -97,7 +97,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
-PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
+PROGRAMS = ("bench", "cli", "demo", "doctor", "estimate", "evaluation")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
 
 
