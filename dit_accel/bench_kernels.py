@@ -1,5 +1,7 @@
 """`dit-accel bench kernels`: the operator by itself against PyTorch's attention, alternating in one run.
 
+Times are the host's on a CPU and those of the card's events, with its second-level cache emptied before each run, on a GPU.
+
 On a GPU also against FlexAttention over the same blocks and NATTEN (`bench_rivals`); a column that is missing says why.
 """
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from dit_accel import bench_rivals
 from dit_accel.bench import machine, timed
 from dit_accel.console import console
+from dit_accel.errors import BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.layout import TokenLayout
@@ -116,6 +119,20 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
     return runner(replace(case, dtype=dtype), F.scaled_dot_product_attention), dtype
 
 
+def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """What times a call on a device, in seconds: once on a CPU, the median of many runs on a GPU.
+
+    Raises BackendError on a GPU without Triton, whose timer is taken.
+    """
+    if device.type == "cpu":
+        return timed
+    if not dispatch.TRITON:
+        raise BackendError("measuring on a GPU requires triton, which is not installed: pip install triton")
+    from dit_accel.kernels.triton import timing
+
+    return timing.median_seconds
+
+
 def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
     """What else is measured beside a case, by the names of RIVALS, or why it is not."""
     found: dict[str, Callable[[], None] | str] = {}
@@ -167,7 +184,8 @@ def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     large = cases[0].device.type == "cpu" and cases[0].layout.tokens >= LARGE
     for function in functions[1:] if large else functions:  # plans and allocations
         function()
-    rounds = [[timed(f) for f in functions] for _ in range(1 if large else repeats)]
+    clock = clock_of(cases[0].device)
+    rounds = [[clock(f) for f in functions] for _ in range(1 if large else repeats)]
     slow, *fast = (statistics.median(times) for times in zip(*rounds, strict=True))
     beside = iter(fast[len(cases) :])
     times = [{f"{name}_seconds": next(beside) if callable(f) else None for name, f in found.items()} for found in others]
@@ -228,7 +246,8 @@ def growth(repeats: int, device: torch.device) -> dict[str, Any]:
     functions = [accelerated(case) for case in cases]
     for function in functions:
         function()
-    rounds = [[timed(f) for f in functions] for _ in range(repeats)]
+    clock = clock_of(device)
+    rounds = [[clock(f) for f in functions] for _ in range(repeats)]
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
     tokens = [side * side for side in sides]
     exponent = math.log(seconds[-1] / seconds[0]) / math.log(tokens[-1] / tokens[0])
@@ -240,6 +259,7 @@ def growth(repeats: int, device: torch.device) -> dict[str, Any]:
 def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None = None) -> dict[str, Any]:
     """The table of CASES up to `largest` tokens, on a GPU where there is one, printed, and written as JSON where `out` is given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock_of(device)  # which may refuse
     wanted = [case for case in cases_on(device) if case.layout.tokens <= largest]
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in wanted:

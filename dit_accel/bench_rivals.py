@@ -82,17 +82,22 @@ def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kept_pairs(plan: Plan, start: int) -> Pairs:
-    """The token predicate of blocks that are kept in part; the image's tokens begin at `start`."""
+    """The token predicate of blocks that are kept in part; the image's tokens begin at `start`.
+
+    It closes over tensors alone, so that one compilation serves every grid, radius and window: numbers would be constants of the graph.
+    """
     g = plan.geometry
+    coords, windows = g.coords, () if g.windows is None else tuple(g.windows)
+    first, last, reach = torch.tensor([start, len(plan.coords) - 1, g.reach], device=coords.device, dtype=torch.int32).unbind()
 
     def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # the text lies outside: its blocks are whole, but eager FlexAttention asks for them too
-        q, k = ((x - start).clamp(0, len(plan.coords) - 1) for x in (query, key))
-        inside = functools.reduce(torch.add, [(g.coords[axis, q] - g.coords[axis, k]) ** 2 for axis in range(3)]) <= g.reach
-        for bounds in () if g.windows is None else g.windows:
+        q, k = (torch.minimum((x - first).clamp_min(0), last) for x in (query, key))
+        inside = functools.reduce(torch.add, [(coords[axis, q] - coords[axis, k]) ** 2 for axis in range(3)]) <= reach
+        for bounds in windows:
             axes = [
-                (g.coords[axis, k] >= bounds[axis, 0, q])
-                & (g.coords[axis, k] <= bounds[axis, 1, q])
+                (coords[axis, k] >= bounds[axis, 0, q])
+                & (coords[axis, k] <= bounds[axis, 1, q])
                 & (bounds[axis, 2, k] == bounds[axis, 2, q])
                 for axis in range(3)
             ]
@@ -102,12 +107,19 @@ def _kept_pairs(plan: Plan, start: int) -> Pairs:
     return kept
 
 
+@functools.cache
+def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention compiled for any number of tokens and of listed blocks: anew for another head size, dtype, block size, for gradients
+    and for windows, not for every case, which takes half a minute each and past eight is refused by torch."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=backend)
+
+
 def flex(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Attention:
     """Compiled FlexAttention over the blocks that q and k `[B, H, N, D]` choose. Raises ValueError as `block_mask` does."""
     mask = block_mask(q, k, spec, layout)
     rows, columns = mask.BLOCK_SIZE
     tiles: dict[str, Any] = {"fwd_BLOCK_M": min(rows, 128), "fwd_BLOCK_N": min(columns, 64)}  # its own may not divide the blocks
-    return functools.partial(torch.compile(flex_attention, fullgraph=True), block_mask=mask, kernel_options=tiles)
+    return functools.partial(compiled(), block_mask=mask, kernel_options=tiles)
 
 
 def natten_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> str | None:

@@ -3,6 +3,10 @@
 A tile changes how sums are grouped, nothing else. Candidates come from a short list per kernel: what a program holds (query rows, or
 key rows where keys are summed into) is wide, because it is loaded once; what it streams is narrow where registers run out; more warps hold
 larger tiles, more stages overlap more loads. The table's own tile is always among them and stays where none is faster.
+
+It is to fit in five minutes for one head dimension on 16 processors: about 180 tiles are 320 compilations (a tile for each method), of 2.6
+seconds each and all at once (`bench_tune_ahead`), which is a minute; 450 timings of a sixth of a second, and as many passes around them,
+are two. That is arithmetic, not a measurement.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from dit_accel.kernels.triton.tuned import Entry, Gpu
 
 Measure = Callable[["Launch"], float | str]  # runs a launch: its seconds, or why its tile is of no use
-GRID, TEXT, HEADS = (1, 64, 64), 512, 24  # FLUX at 1024 pixels
+GRID, TEXT, HEADS = (1, 128, 128), 512, 24  # FLUX at 2048 pixels: of fewer tokens 5 % are 3 blocks, and the loop over them hides nothing
 HEAD_DIMS = (64, 128, 256)
 STEPS = ((4, 3), (4, 2), (8, 3), (8, 2))  # warps and stages
 WIDE = ((128, 64), (64, 64), (64, 32), (32, 32))  # rows held and rows of a step, of 16-bit numbers at head dimension 64 and 128
@@ -150,11 +154,14 @@ class Unusable(Exception):  # noqa: N818
 
 def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, device: torch.device, grid: tuple[int, int, int] = GRID,
               text: int = TEXT, heads: int = HEADS) -> float | str:  # fmt: skip
-    """Seconds of one kernel with a tile in a forward and backward of each of its methods, on real values; or why it is of no use."""
-    from dit_accel.kernels.triton import calls, launch
+    """Seconds of one kernel with a tile in a forward and backward of each of its methods, on real values; or why it is of no use.
+
+    Raises BackendError where another kernel of these passes fits the device with no tile.
+    """
+    from dit_accel.kernels.triton import calls, fallback, launch
 
     kernel = KERNELS[work.kernel]
-    own = Machine(machine.arch, machine.units, {work.key: tile})
+    own = Machine(machine.arch, machine.units, {**machine.tuned, work.key: tile})
     total = 0.0
 
     def run(one: "Launch") -> None:
@@ -167,25 +174,34 @@ def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, dev
             raise Unusable(found)
         total += found
 
-    try:
-        # in one thread, where the redirection holds
-        with torch.autograd.set_multithreading_enabled(False), calls.redirected(own, run):
-            for method in methods_of(work.kernel, work.head_dim):
-                _forward_backward(method, work, device, grid, text, heads)
-    except Unusable as reason:
-        return str(reason)
-    return total
+    while True:
+        try:
+            # in one thread, where the redirection holds
+            with torch.autograd.set_multithreading_enabled(False), calls.redirected(own, run):
+                for method in methods_of(work.kernel, work.head_dim):
+                    forward_backward(method, work, device, grid, text, heads)
+        except Unusable as reason:
+            return str(reason)
+        except fallback.TooLargeError as refused:  # another kernel, whose tile is not the question
+            own, total = fallback.lowered(own, refused), 0.0
+        else:
+            return total
 
 
-def _forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int], text: int, heads: int) -> None:
+def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int] = GRID, text: int = TEXT,
+                     heads: int = HEADS, *, empty: bool = False) -> None:  # fmt: skip
+    """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
     spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
     layout = TokenLayout(grid, text, order=spec.order)
-    size = (1, heads, layout.tokens, work.head_dim)
-    made = (torch.randn(size, generator=seed, device=device) for _ in range(3))
-    q, k, v = (x.to(DTYPES[work.dtype]).requires_grad_() for x in made)
+    size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
+    if empty:
+        made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]
+    else:
+        made = [torch.randn(size, generator=seed, device=device).to(dtype) for _ in range(3)]
+    q, k, v = (x.requires_grad_() for x in made)
     params = start_values(spec, q).requires_grad_()
     out, _ = fused.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
-    out.backward(torch.ones_like(out))
+    out.backward(torch.empty_like(out) if empty else torch.ones_like(out))
 
 
 def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]:
@@ -194,7 +210,8 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     Raises BackendError without a CUDA device, ValueError where the file of tiles is damaged or can't be written: before any work.
     """
     device = _device()
-    from dit_accel.kernels.triton import calls, timing, tuned
+    from dit_accel.bench_tune_ahead import compile_ahead
+    from dit_accel.kernels.triton import ahead, calls, timing, tuned
 
     path = tuned.cache_file()
     files.check_folder(path.parent)
@@ -208,6 +225,7 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     def trial(one: Work, tile: Tile) -> float | str:
         return run_trial(one, tile, machine=machine, measure=timing.seconds, device=device)
 
+    compile_ahead(work, machine, ahead.current_target(), shown)
     results: list[Result] = []
     for one in work:
         shown.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dit_accel import cli_evaluate, cli_generate, cli_recovery, files
+from dit_accel import cli_doctor, cli_evaluate, cli_generate, cli_recovery, files
 from dit_accel import cli_options as options
 from dit_accel.errors import ArgumentError, DitAccelError
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
@@ -397,6 +397,9 @@ def info(
     if adapter is not None:
         rows |= cli_info.adapter_rows(adapter)
     cli_info.show(rows)
+
+
+app.command(epilog=cli_doctor.EPILOG)(cli_doctor.doctor)
 
 
 @app.command(epilog="Example: dit-accel push clear-r8/adapter your-name/flux-clear-r8")

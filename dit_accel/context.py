@@ -12,11 +12,12 @@ from torch import Tensor
 from dit_accel import crossover
 from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
+from dit_accel.kernels import capture, dispatch
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plan import Plan
 from dit_accel.plans import Plans
-from dit_accel.spec import AttentionSpec, Raster
+from dit_accel.spec import AttentionSpec, Linear, Raster
 
 
 class Steps:
@@ -68,6 +69,7 @@ class Context:
         self.enabled, self.in_order, self.always, self.trained = True, False, False, False
         self.fallbacks: Counter[str] = Counter()
         self.plans = Plans()
+        self._slow: set[str] = set()  # what a user was told of a GPU without kernels
         self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
@@ -164,6 +166,8 @@ class Context:
         if not self.permuted:
             return None
         order = self._orders[0]  # type: ignore[index]
+        if not torch.compiler.is_compiling():
+            capture.keep(order.device, *self._orders)  # type: ignore[misc]
         for name in self.family.per_token:
             if arguments.get(name) is not None:
                 arguments[name] = _map_tensors(arguments[name], lambda x: x.index_select(-2, order))
@@ -197,6 +201,8 @@ class Context:
         text, self.history = _others(family, arguments, transformer)
         latents = _first(arguments[family.latents])
         if not self._knows(ids):  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+            if any(isinstance(x, Tensor) and x.device == latents.device for x in ids):
+                capture.refuse(latents.device, "the grid is read from position ids: captured ones must be the tensors of the run before")
             grids: Grids | str = family.grid(arguments, transformer)
             if ids and len(grids) == 1:
                 self.steps.forget()  # pipelines make new ids for every run; with reference images, for every step
@@ -229,6 +235,8 @@ class Context:
         if self.family.per_token and not isinstance(self.spec.order, Raster):
             inverse = self.plans.get(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
+        if self.backend == "auto" and self.enabled:
+            self._warn_if_slow(latents.dtype)
         if self.backend == "auto" and not self.strict and self._device.type == "cpu":
             self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)
         if self.enabled and self.leaves and grids not in self._said:
@@ -239,6 +247,13 @@ class Context:
                 "accelerate(..., strict=True) runs the method all the same",
                 stacklevel=2,
             )
+
+    def _warn_if_slow(self, dtype: torch.dtype) -> None:
+        """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
+        slow = dispatch.slow_on_gpu(self._device, dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
+        if slow is not None and slow not in self._slow:
+            self._slow.add(slow)
+            warnings.warn(f"dit_accel: {slow}", stacklevel=2)
 
 
 def _ids(family: Family, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

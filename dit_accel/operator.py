@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_accel import fused
 from dit_accel.fused import downsample
-from dit_accel.kernels import dispatch, reference, xformers_rows
+from dit_accel.kernels import capture, dispatch, reference, xformers_rows
 from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.layout import TokenLayout
@@ -88,6 +88,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks of all but `text_bias`, for callers that hold the plan already: output and lse."""
     check_text_bias(text_bias, query, layout)
+    if not torch.compiler.is_compiling():
+        capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
     chosen = _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
@@ -113,7 +115,10 @@ def _choose(backend: str, spec: AttentionSpec, text_bias: Tensor | None, query: 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
     """The spec's parameters at their start values, frozen, beside the query."""
-    return spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).to(query.device).requires_grad_(False)
+    params = spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3])
+    if any(True for _ in params.parameters()):
+        capture.refuse(query.device, "the method's parameters are made and copied to the card; hand them over as `params`")
+    return params.to(query.device).requires_grad_(False)
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dit_accel.geometry import Geometry, Lists, make_geometry
+from dit_accel.kernels import capture
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.layout import Grid, TokenLayout, coordinates, joint_memory_order, joint_partition
 from dit_accel.spec import (
@@ -199,7 +200,8 @@ def plan_key(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> 
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
     """The plan of a spec on a layout: the one that somebody holds already (`plans` says who does), or a new one.
 
-    A pure function of its arguments; the plan's tensors must not be written to.
+    A pure function of its arguments; the plan's tensors must not be written to. Raises BackendError where it would be made while a CUDA
+    graph is captured: its tensors are copied to the card.
     """
     key = plan_key(spec, layout, device)
     plan = _alive.get(key)
@@ -211,6 +213,7 @@ def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) ->
 @torch.inference_mode(False)  # the tensors must serve training as well
 def _new_plan(key: Key) -> Plan:
     spec, grids, layout_order, device = key
+    capture.refuse(device, "its block lists are made and copied to the card")
     q_part = joint_partition(grids, spec.order, spec.block[0])
     k_part = q_part if spec.block[1] == spec.block[0] else joint_partition(grids, spec.order, spec.block[1])
     places = torch.cat([pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NOT_BUILT = native.refusal() or native.NOT_BUILT
 LINEAR_LIMIT = 128  # beyond, the states of a linear rest don't fit a multiprocessor's registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AMD = ("gfx942",)  # architectures of AMD that the tile table has a column for, which the kernels are compiled for and checked
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -38,7 +39,10 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, l
             return "Triton's interpreter can't multiply bfloat16"
     elif device.type != "cuda":
         return f"the tensors are on {device}"
-    elif not torch.version.hip and _capability(device) < (8, 0):
+    elif torch.version.hip:
+        if (found := _amd_architecture(device)) not in AMD:
+            return f"of AMD's GPUs the Triton kernels are compiled and checked for {', '.join(AMD)} (MI300 and MI325) alone, got {found}"
+    elif _capability(device) < (8, 0):
         return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
     return _triton_shape_refusal(dtype, head_dim, linear=linear)
 
@@ -54,12 +58,32 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
+def _amd_architecture(device: torch.device) -> str:
+    """As "gfx942", without the features that ROCm names after it."""
+    name: str = torch.cuda.get_device_properties(device).gcnArchName
+    return name.split(":")[0]
+
+
 def _shape_refusal(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype not in DTYPES:
         return f"the {name} kernels take float32, bfloat16 or float16, got {dtype}"
     if head_dim % 8 or not 8 <= head_dim <= 256:
         return f"the {name} kernels take a head_dim of 8 to 256 in steps of 8, got {head_dim}"
     return None
+
+
+def slow_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
+    """What to tell a user whose GPU is left with the eager reference by backend "auto", and what to do; None where a kernel runs."""
+    if device.type != "cuda":
+        return None
+    chosen, reason = choose("auto", device, dtype, head_dim, linear=linear)
+    if chosen != "reference":
+        return None
+    install = "" if TRITON else ": install triton (pip install triton)"
+    if not TRITON and not xformers_rows.INSTALLED:
+        install += " or xformers (pip install dit-accel[xformers])"
+    return f"the slow eager reference runs on {device}, because {reason}{install}"
 
 
 def check(backend: str) -> None:

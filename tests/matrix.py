@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--matrix") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--matrix is written by one process, which sees every outcome: run it without -n")
     config.stash[KEY] = (defaultdict(lambda: defaultdict(list)), defaultdict(dict))
 
 

@@ -15,7 +15,7 @@ from dit_accel import bench, bench_kernels, bench_rivals
 from dit_accel.anatomy import find_transformers
 from dit_accel.bench import attention_errors, bench_quality, capture_qkv, machine, record_step, spread
 from dit_accel.bench_step import bench_step, step_times
-from dit_accel.errors import NotAcceleratedError
+from dit_accel.errors import BackendError, NotAcceleratedError
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.layout import TokenLayout
 from dit_accel.patch import patches_of
@@ -204,6 +204,21 @@ def test_rivals_take_their_turns_and_say_what_failed(monkeypatch: pytest.MonkeyP
     (row,) = bench_kernels.measure([case], 1)
     assert row["flex_seconds"] is None
     assert row["missing"]["flex"] == "failed: no kernel image"
+
+
+def test_a_cpu_is_timed_by_its_clock_and_a_gpu_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from dit_accel.kernels.triton import timing
+
+    card = torch.device("cuda")
+    assert bench_kernels.clock_of(torch.device("cpu")) is bench_kernels.timed
+    given: list[object] = []
+    monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: given.append((function, return_mode)) or 250.0)
+    assert bench_kernels.clock_of(card)(given.clear) == 0.25
+    assert given == [(given.clear, "median")]
+    monkeypatch.setattr(bench_kernels.dispatch, "TRITON", False)
+    with pytest.raises(BackendError, match="measuring on a GPU requires triton"):
+        bench_kernels.clock_of(card)
 
 
 def test_a_gpu_measures_in_bfloat16() -> None:

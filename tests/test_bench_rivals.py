@@ -96,6 +96,30 @@ def test_flex_attention_leaves_the_rest_out(spec: AttentionSpec, kept: Attention
     assert_close_as_eager(got, exact, own)
 
 
+def test_flex_attention_is_compiled_for_kinds_of_cases_not_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor would take minutes here: what torch hands to it is counted, and run as it is."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    flexible = torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=count)
+    monkeypatch.setattr(bench_rivals, "compiled", lambda: flexible)
+    made = []
+    cases = [(CLEAR(3, tile=(4, 4)), 16), (CLEAR(5, tile=(4, 4)), 20), (CLEAR(7, tile=(4, 4)), 24), (Fovea(radius=4, tile=(4, 4)), 28),
+             (Fovea(radius=2, tile=(4, 4)), 32), (GNA((5, 5), tile=(4, 4)), 16), (GNA((7, 7), stride=2, tile=(4, 4)), 20)]  # fmt: skip
+    for spec, side in cases:
+        layout = TokenLayout((1, side, 12), 16, order=spec.order)
+        q, k, v = (torch.randn(1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(side)) for _ in range(3))
+        made.append(bench_rivals.flex(q, k, spec, layout)(q, k, v).shape == q.shape)
+        if len(made) == 6:
+            fresh = len(graphs)
+    assert all(made)
+    assert fresh == len(graphs) <= 3  # one for discs and blocks, one for windows, one more where torch first sees two lengths
+
+
 def test_flex_attention_wants_even_blocks_in_the_methods_order() -> None:
     spec = CLEAR(3, tile=(4, 4))
     for grid, text, order, says in (

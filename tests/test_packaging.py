@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "plans", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
-    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "plans", "spec"},
+    "context": {"crossover", "errors", "kernels.capture", "kernels.dispatch", "layout", "pipelines.family", "plan", "plans", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
@@ -109,7 +109,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "plans", "spec"}
-PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
+PROGRAMS = ("bench", "cli", "demo", "doctor", "estimate", "evaluation")
 DIFFUSERS = {
     "adapter",
     "bench",

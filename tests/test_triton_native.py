@@ -1,6 +1,7 @@
 """What only a card can show: bfloat16 in the tiles of the table, capture in a CUDA graph, torch.compile, no wait for the device, rivals."""
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, rando
 from torch import Tensor
 
 from dit_accel import bench_rivals, bench_tune
+from dit_accel.errors import BackendError
 from dit_accel.kernels.triton import calls, timing
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend, attention
@@ -113,6 +115,36 @@ def test_a_captured_graph_follows_its_inputs(spec: AttentionSpec, dtype: torch.d
         step.refill(seed)
         graph.replay()
         step.assert_right([x.clone() for x in held])
+
+
+def test_a_captured_graph_reads_its_plan_after_the_cache_dropped_it() -> None:
+    """Seventeen other plans, and memory written over that was freed: the graph must still visit the blocks that it was captured with."""
+    step = Step(SPECS["clear"], torch.bfloat16)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    del step.plan
+    for width in range(17):
+        make_plan(step.spec, Shape(1, 1, 64, (1, 8, 8 + width)).layout, CUDA)
+    gc.collect()
+    junk = [torch.full((1 << 16,), -1, dtype=torch.int32, device=CUDA) for _ in range(64)]
+    step.refill(1)
+    graph.replay()
+    step.plan = make_plan(step.spec, step.layout, CUDA)
+    step.assert_right([x.clone() for x in held])
+    assert len(junk) == 64
+
+
+def test_a_first_call_inside_a_capture_says_what_to_do() -> None:
+    step = Step(SPECS["fovea-radius"], torch.bfloat16, Shape(1, 2, 64, (1, 16, 23), 7))  # a size that no other test has
+    with (
+        pytest.raises(BackendError, match="run the pipeline once with these sizes before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        step()
+    step.assert_right(step())  # and the card is as it was
 
 
 @every_spec

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,31 @@ import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
 from rich.console import Console
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from dit_accel import bench_tune
+from dit_accel import bench_tune, bench_tune_ahead
 from dit_accel.bench_tune import KERNELS, Result, Work
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton import calls, launch, tables, timing, tuned
+from dit_accel.kernels.triton import ahead, calls, driver, launch, tables, timing, tuned
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
 from dit_accel.operator import attention
 from dit_accel.presets import SLA, Fovea
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HERE, OTHER = tuned.Gpu("NVIDIA H100", "9.0", "3.9.0"), tuned.Gpu("NVIDIA A100", "8.0", "3.9.0")
+HERE = tuned.Gpu("NVIDIA H100", "9.0", "580.65.06", "3.9.0", "0123456789abcdef")
 HOPPER = Machine("sm_90", 132)
 ROWS = Work("rows", "bfloat16", 64)
+
+
+@pytest.fixture
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Nothing is compiled before it is timed; grows by the target and the number of kernels to tune."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(bench_tune_ahead, "compile_ahead", lambda work, machine, target, shown: asked.append((target, len(work))))
+    monkeypatch.setattr(ahead, "current_target", lambda: "a target")
+    return asked
 
 
 @pytest.fixture
@@ -123,7 +134,32 @@ def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str,
     assert one.kernel.__name__ in KERNELS[kernel].functions
     assert {one.arguments[name] for name in ("BQ", "BK") if name in one.arguments} == {32, 16}
     assert (one.warps, one.arguments["STAGES"]) == (2, 2)
-    assert bench_tune.run_trial(work, tile, measure=lambda one: "spills 8 registers", **arguments) == "spills 8 registers"
+    assert bench_tune.run_trial(work, tile, measure=lambda one: "does not compile", **arguments) == "does not compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
+def test_another_kernel_that_does_not_fit_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[launch.Launch] = []
+    execute = launch.execute
+
+    def small_card(one: launch.Launch) -> None:
+        if one.kernel.__name__ == "gradient_columns" and one.arguments["BQ"] + one.arguments["BK"] > 48:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        execute(one)
+
+    monkeypatch.setattr(launch, "execute", small_card)
+    monkeypatch.setitem(KERNELS, "dense", bench_tune.Kernel(("dense_rows",), ("clear",)))
+    arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": CPU, "grid": (1, 4, 8), "text": 3, "heads": 1}
+
+    def measure(one: launch.Launch) -> float:
+        measured.append(one)
+        execute(one)
+        return 0.5
+
+    assert bench_tune.run_trial(Work("dense", "float16", 64), Tile(32, 16, 2, 2), measure=measure, **arguments) == 0.5
+    assert len(measured) > 1  # began anew, and counted one pass
+    assert {(one.arguments["BQ"], one.arguments["BK"]) for one in measured} == {(32, 16)}
 
 
 class Compiled:
@@ -141,12 +177,13 @@ class Compiled:
         return self
 
 
-def test_a_kernel_that_spills_or_does_not_compile_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_compile_is_not_timed_and_one_that_spills_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it spills is seen in its time alone."""
     monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: {"median": 250.0}[return_mode])
-    assert timing.seconds(launch.Launch(Compiled(), (1,), {}, 4)) == 0.25
+    for spills in (0, 3):
+        assert timing.seconds(launch.Launch(Compiled(spills), (1,), {}, 4)) == 0.25
     monkeypatch.setattr(timing, "do_bench", lambda *_, **__: pytest.fail("timed"))
-    assert timing.seconds(launch.Launch(Compiled(3), (1,), {}, 4)) == "spills 3 registers"
-    for error in (timing.OutOfResources(300_000, 232_448, "shared memory"), timing.PTXASError("a\nb"), RuntimeError("no pass")):
+    for error in (OutOfResources(300_000, 232_448, "shared memory"), PTXASError("a\nb"), RuntimeError("no pass")):
         assert str(timing.seconds(launch.Launch(Compiled(error=error), (1,), {}, 4))).startswith("does not compile: ")
 
 
@@ -158,12 +195,56 @@ def entry(**change: Any) -> tuned.Entry:
                           "stages": 3, **change})  # fmt: skip
 
 
-def test_only_the_same_gpu_and_triton_read_a_tile(cache: Path) -> None:
+def test_only_the_same_gpu_driver_triton_and_kernels_read_a_tile(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(json.dumps(tuned.merged([], [entry(), entry(device="NVIDIA A100", warps=4)], HERE, set())))
     assert tuned.tiles_of(HERE) == {("rows", "bfloat16", 64): Tile(32, 64, 8, 3)}
-    assert tuned.tiles_of(HERE._replace(triton="4.0")) == {}
-    assert tuned.tiles_of(HERE._replace(capability="10.0")) == {}
+    for name in HERE._fields:
+        assert tuned.tiles_of(HERE._replace(**{name: "another"})) == {}
+
+
+def test_tuning_other_kernels_keeps_what_was_tuned_for_these() -> None:
+    """Two environments with two versions of the package share one file."""
+    newer = HERE._replace(source="fedcba9876543210")
+    content = tuned.merged([entry()], [entry(source=newer.source, warps=4)], newer, {ROWS_KEY})
+    assert [(row["source"], row["warps"]) for row in content["tiles"]] == [(HERE.source, 8), (newer.source, 4)]
+
+
+def test_the_hash_changes_with_any_source_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(tuned.source_hash()) == 16
+    for file in Path(tuned.__file__).parent.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))
+    assert tuned.source_hash.__wrapped__() == tuned.source_hash()
+    (tmp_path / "forward.py").write_text("# another\n")
+    assert tuned.source_hash.__wrapped__() != tuned.source_hash()
+
+
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  12.2.0\n": "550.54.15",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@host)\n": "580.65.06",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  575.57  Release Build\n": "575.57",
+    "": "none",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a driver answers here")
+@pytest.mark.parametrize(("text", "version"), DRIVERS.items(), ids=DRIVERS.values())
+def test_the_drivers_version_is_read_from_its_kernel_module(
+    text: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "version")
+    (tmp_path / "version").write_text(text)
+    assert driver.version.__wrapped__() == version
+
+
+def test_tiles_of_an_older_format_are_not_used_and_make_no_noise(cache: Path) -> None:
+    """They don't say which kernels they were timed with."""
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"format": 1, "tiles": [{"device": HERE.device, "kernel": "rows"}]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.tiles_of(HERE) == {}
 
 
 def test_tuning_again_replaces_what_was_tuned_and_nothing_else() -> None:
@@ -188,12 +269,12 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp
 DAMAGED = {
     "no-json": ("{", "got Expecting property name"),
     "no-text": (b"\xff\xfe\xfa", "got 'utf-8' codec"),
-    "another-format": ('{"format": 2, "tiles": []}', "an object of format 1"),
-    "a-list": ("[]", "an object of format 1"),
-    "a-field-missing": ('{"format": 1, "tiles": [{"kernel": "rows"}]}', "a tile has the fields device"),
-    "a-word-for-a-number": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "warps": "8"}]}), "a tile has the fields device"),
-    "an-unknown-kernel": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "kernel": "row"}]}), "a kernel is one of .* got 'row'"),
-    "an-odd-tile": (json.dumps({"format": 1, "tiles": [{**vars(entry()), "queries": 48}]}), "a tile has sides of"),
+    "another-format": ('{"format": 3, "tiles": []}', "an object of format 2"),
+    "a-list": ("[]", "an object of format 2"),
+    "a-field-missing": ('{"format": 2, "tiles": [{"kernel": "rows"}]}', "a tile has the fields device"),
+    "a-word-for-a-number": (json.dumps({"format": 2, "tiles": [{**vars(entry()), "warps": "8"}]}), "a tile has the fields device"),
+    "an-unknown-kernel": (json.dumps({"format": 2, "tiles": [{**vars(entry()), "kernel": "row"}]}), "a kernel is one of .* got 'row'"),
+    "an-odd-tile": (json.dumps({"format": 2, "tiles": [{**vars(entry()), "queries": 48}]}), "a tile has sides of"),
 }
 
 
@@ -205,7 +286,9 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: str | by
         assert tuned.tiles_of(HERE) == {}
 
 
-def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_what_launches_read(
+    cache: Path, nothing_ahead: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
     monkeypatch.setattr(calls, "gpu_of", lambda device: HERE)
     own, fast = bench_tune.candidates(ROWS, calls.INTERPRETED)[:2]
@@ -230,6 +313,7 @@ def test_the_command_writes_what_launches_read(cache: Path, tmp_path: Path, monk
     with pytest.raises(ValueError, match="is a JSON file of tiles"):
         bench_tune.bench_tune([ROWS])
     assert cache.read_text() == "{"
+    assert nothing_ahead == [("a target", 1), ("a target", 2)]
 
 
 ROWS_KEY = ("rows", "bfloat16", 64)
@@ -245,8 +329,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(cache: Pa
 
 
 def test_a_cuda_device_reads_its_tiles(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"triton": calls.triton.__version__, "driver": driver.version(), "source": tuned.source_hash()}
     cache.parent.mkdir()
-    cache.write_text(json.dumps(tuned.merged([], [entry(triton=calls.triton.__version__)], HERE, set())))
+    cache.write_text(json.dumps(tuned.merged([], [entry(**versions)], HERE, set())))
     properties = type("Properties", (), {"name": HERE.device, "major": 9, "minor": 0, "multi_processor_count": 132, "gcnArchName": ""})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     machine = calls.machine_of.__wrapped__(torch.device("cuda"))

@@ -2,18 +2,22 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 import triton
+from dit_accel.kernels import capture
 from dit_accel.kernels.arguments import Arguments, dense
-from dit_accel.kernels.triton import launch, launch_backward, tuned
+from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
+
+T = TypeVar("T")
 
 INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
 
@@ -47,11 +51,6 @@ def recorded(machine: Machine) -> Iterator[list[Launch]]:
         yield found
 
 
-def _where(device: torch.device) -> tuple[Machine, Run]:
-    elsewhere = _redirected.get()
-    return (machine_of(device), launch.execute) if elsewhere is None else (elsewhere.machine, elsewhere.run)
-
-
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
     """The architecture whose tiles suit a device, its number of multiprocessors, and the tiles that were timed on it."""
@@ -70,7 +69,54 @@ def gpu_of(device: torch.device) -> tuned.Gpu:
     """What tiles timed on a device are kept under."""
     properties = torch.cuda.get_device_properties(device)
     capability = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
-    return tuned.Gpu(properties.name, capability, triton.__version__)
+    return tuned.Gpu(properties.name, capability, driver.version(), triton.__version__, tuned.source_hash())
+
+
+_fitting: dict[torch.device, Machine] = {}  # in place of `machine_of`: with smaller tiles for the kernels that did not fit the device
+_said: set[tuple[torch.device, fallback.Key]] = set()  # of which a user was told
+
+
+def _run(device: torch.device, call: Hashable, function: Callable[[Machine, Run], T]) -> T:
+    """Launch on the device, or where a redirection says. Its launches write to new memory alone, so that all of them are put on the stream
+    again where a tile is too large for the device, with the next smaller one.
+
+    `call`: what decides which kernels are compiled and loaded. Raises BackendError where that would be inside a CUDA graph's capture, and
+    where no tile fits.
+    """
+    elsewhere = _redirected.get()
+    if elsewhere is not None:
+        return function(elsewhere.machine, elsewhere.run)
+    captured = capture.check(device, call)
+    refusals: dict[fallback.Key, fallback.TooLargeError] = {}
+    while True:
+        machine = _fitting.get(device) or machine_of(device)
+        try:
+            result = function(machine, launch.execute)
+        except fallback.TooLargeError as error:
+            refusals.setdefault(error.place.key, error)
+            _fitting[device] = fallback.lowered(machine, error)
+        else:
+            break
+    for key, refused in refusals.items():
+        _tell(device, key, refused)
+    if not captured:
+        capture.ran(call)
+    return result
+
+
+def _tell(device: torch.device, key: fallback.Key, refused: fallback.TooLargeError) -> None:
+    """Warn, once for each kernel and device."""
+    if (device, key) not in _said:
+        _said.add((device, key))
+        warnings.warn(
+            f"{refused}: on {device} it runs with a smaller tile from now on. `dit-accel bench kernels --tune` finds the fastest that fits",
+            stacklevel=2,
+        )
+
+
+def _signature(name: str, *values: Any) -> Hashable:
+    """What decides which kernels a call loads: the types, shapes and strides of its tensors, and its numbers."""
+    return name, *((x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in values)
 
 
 # Triton starts a kernel on the current device, wherever its tensors are: hence `device_of`, which is nothing to tensors on the CPU.
@@ -78,16 +124,18 @@ def gpu_of(device: torch.device) -> tuned.Gpu:
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
+    a = _dense(a)
     with torch.cuda.device_of(a.q):
-        return launch.attend(a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v)), *_where(a.q.device))
+        return _run(a.q.device, _signature("attend", *a), lambda machine, run: launch.attend(a, machine, run))
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
     """Gradients of the first eight arguments; absent ones are empty."""
+    a, dout, out = _dense(a), dense(dout), dense(out)
+    dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(a.q):
-        a = a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
-        dlse = None if dlse is None else dlse.contiguous()
-        grads = launch_backward.gradients(dense(dout), dlse, dense(out), lse, a, *_where(a.q.device))
+        call = _signature("gradients", dout, dlse, *a)
+        grads = _run(a.q.device, call, lambda machine, run: launch_backward.gradients(dout, dlse, out, lse, a, machine, run))
     return [a.q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads]
 
 
@@ -95,7 +143,14 @@ def select_blocks(
     q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+    q, k = dense(q), dense(k)
+    given = (q, k, q_starts, k_starts, weight, top, tuple(widths))
     with torch.cuda.device_of(q):
-        chosen = launch.select_blocks(dense(q), dense(k), q_starts, k_starts, weight, top, widths, *_where(q.device))
+        chosen = _run(q.device, _signature("select_blocks", *given), lambda machine, run: launch.select_blocks(*given, machine, run))
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
+
+
+def _dense(a: Arguments) -> Arguments:
+    """With channels contiguous, and the method hashable."""
+    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), method=tuple(a.method))

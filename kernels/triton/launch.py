@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import RESTS, Arguments, Method
 from dit_accel.kernels.triton import forward, summary
-from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
+from dit_accel.kernels.triton.fallback import Place, TooLargeError
+from dit_accel.kernels.triton.tables import Machine, Tile
+from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
@@ -35,6 +37,14 @@ Run = Callable[[Launch], None]
 def execute(launch: Launch) -> None:
     """Put the kernel on the current stream."""
     launch.kernel[launch.grid](**launch.arguments, num_warps=launch.warps)
+
+
+def tiled(run: Run, launch: Launch, place: Place) -> None:
+    """Hand on a launch whose tile was looked up at `place`. Raises TooLargeError where the GPU can't hold that tile."""
+    try:
+        run(launch)
+    except OutOfResources as error:
+        raise TooLargeError(place, error) from error
 
 
 def up(a: int, b: int) -> int:
@@ -99,11 +109,15 @@ class Call:
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
         self.precision = "tf32" if a.q.dtype == torch.float32 and tf32_allowed() else "ieee"
 
-    def tile(self, kernel: str) -> Tile:
-        """The kernel's tile for this call's widths and types."""
+    def place(self, kernel: str) -> Place:
+        """What the kernel's tile is looked up by, for this call's widths and types."""
         if self.linear and kernel == "rows":
             kernel = "rows_linear"
-        return tile_for(kernel, self.machine, self.padded, self.a.q.dtype, self.q_width, self.k_width, windows=self.a.windows is not None)
+        return Place(kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None)
+
+    def tile(self, kernel: str) -> Tile:
+        """The kernel's tile for this call."""
+        return self.place(kernel).tile(self.machine)
 
     def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
         """Launch with the tile's constants; those that the kernel does not take are left out."""
@@ -114,7 +128,7 @@ class Call:
             "heads": self.heads, "scale": self.a.scale, **self.flags,
         }  # fmt: skip
         taken = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        self.run(Launch(kernel, grid, taken | arguments, tile.warps))
+        tiled(self.run, Launch(kernel, grid, taken | arguments, tile.warps), self.place(name))
 
     def rows(self, *names: str) -> dict[str, Any]:
         """Tensors `[B, H, N, D]` among q, k, v with their strides."""
@@ -259,12 +273,13 @@ def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) ->
     batch, heads, tokens, channels = x.shape
     blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())
     means = x.new_empty((batch * heads, blocks, channels), dtype=torch.float32)
-    tile = tile_for("summarise", machine, padded, x.dtype, width, width)
+    place = Place("summarise", padded, x.dtype, width, width)
+    tile = place.tile(machine)
     arguments = {
         "k": x, "v": x, "k_mean": means, "v_mean": None, "k_half": None, "states": None, "totals": None, **strides("k", x),
         **strides("v", x), "heads": heads, "image_start": 0, "starts": starts, "blocks": blocks, "group": 1, "keys": tokens,
         "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": up(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
         "MAP": 0, "PRECISION": "ieee",
     }  # fmt: skip
-    run(Launch(summary.summarise, (blocks, batch * heads), arguments, tile.warps))
+    tiled(run, Launch(summary.summarise, (blocks, batch * heads), arguments, tile.warps), place)
     return means

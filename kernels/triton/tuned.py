@@ -1,8 +1,11 @@
 """Tiles that were timed on the user's own GPUs (`dit-accel bench kernels --tune`): one JSON file in the user's cache folder.
 
-Each entry holds for one GPU, version of Triton, kernel, dtype and head dimension; any other takes the table (`tables`).
+Each entry holds for one GPU, its driver, version of Triton, source of the kernels, kernel, dtype and head dimension; any other takes the
+table (`tables`).
 """
 
+import functools
+import hashlib
 import json
 import os
 import warnings
@@ -12,15 +15,19 @@ from typing import Any, NamedTuple
 
 from dit_accel.kernels.triton.tables import KERNELS, Tile
 
-FORMAT = 1
+FORMAT = 2
+OLDER = (1,)  # formats whose tiles don't say which kernels they were timed with: none of them holds any more
 
 
 class Gpu(NamedTuple):
-    """A GPU's name, its compute capability ("9.0") or architecture ("gfx942"), and the version of Triton."""
+    """What a timed tile holds for: a GPU's name, its compute capability ("9.0") or architecture ("gfx942"), the versions of its driver and
+    of Triton, and `source_hash`."""
 
     device: str
     capability: str
+    driver: str
     triton: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,9 @@ class Entry:
 
     device: str
     capability: str
+    driver: str
     triton: str
+    source: str
     kernel: str
     dtype: str
     head_dim: int  # padded to a power of two
@@ -40,7 +49,7 @@ class Entry:
 
     @property
     def gpu(self) -> Gpu:
-        return Gpu(self.device, self.capability, self.triton)
+        return Gpu(self.device, self.capability, self.driver, self.triton, self.source)
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -51,6 +60,15 @@ class Entry:
         return Tile(self.queries, self.keys, self.warps, self.stages)
 
 
+@functools.cache
+def source_hash() -> str:
+    """16 hexadecimal digits of the sources from which kernels and launches are made: another version's tiles may not suit them."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def cache_file() -> Path:
     """dit_accel/tiles.json in XDG_CACHE_HOME or, where that is no absolute path, in ~/.cache (XDG base directory specification)."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
@@ -58,14 +76,18 @@ def cache_file() -> Path:
 
 
 def read(path: Path) -> list[Entry]:
-    """All entries of a file; none where there is no file. Raises ValueError, with the reason, where it is damaged."""
+    """All entries of a file; none where there is no file, or one of an older format. Raises ValueError, with the reason, where it is
+    damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is a JSON file of tiles, got {error}") from error
-    if not isinstance(data, dict) or data.keys() != {"format", "tiles"} or data["format"] != FORMAT or not isinstance(data["tiles"], list):
+    shaped = isinstance(data, dict) and data.keys() == {"format", "tiles"} and isinstance(data["tiles"], list)
+    if shaped and data["format"] in OLDER:
+        return []
+    if not shaped or data["format"] != FORMAT:
         raise ValueError(f"{path} is an object of format {FORMAT} and a list of tiles, got {str(data)[:80]}")
     return [_entry(path, row) for row in data["tiles"]]
 
@@ -84,7 +106,7 @@ def _entry(path: Path, row: Any) -> Entry:
 
 
 def tiles_of(gpu: Gpu) -> dict[tuple[str, str, int], Tile]:
-    """The tiles timed on a GPU with this version of Triton. A damaged file is left out, with a warning that says why."""
+    """The tiles timed on a GPU with these versions. A damaged file is left out, with a warning that says why."""
     try:
         return {entry.key: entry.tile for entry in read(cache_file()) if entry.gpu == gpu}
     except ValueError as error:
