@@ -57,6 +57,38 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
 
 
+def precision_of(arch: str, *, tf32: bool = False) -> str:
+    """How float32 matrices are multiplied on an architecture: operands rounded to TF32 where that is allowed, else as exact as float32.
+
+    Three products of TF32 parts are, on NVIDIA's tensor cores; AMD's matrix instructions take float32 itself.
+    """
+    if not arch.startswith("sm_"):
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"
+
+
+def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
+    """a `[batch, rows, D]` times b `[batch or 1, columns, D]` transposed, float32 and contiguous, whatever the user allows torch's own."""
+    (batch, rows, channels), columns = a.shape, b.shape[1]
+    padded = max(16, 1 << (channels - 1).bit_length())
+    out = a.new_empty(batch, rows, columns)
+    arguments = {
+        "a": a, "b": b, "out": out, "a_batch": a.stride(0), "b_batch": 0 if len(b) == 1 else b.stride(0), "rows": rows, "columns": columns,
+        "D": channels, "DP": padded, "BQ": 32, "BK": 64, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
+    }  # fmt: skip
+    run(Launch(summary.multiply, (up(rows, 32), up(columns, 64), batch), arguments, 4))
+    return out
+
+
+def complement(lists: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
+    """Lists `[.., Tq, n]` continued by the key blocks that are not on them, ascending: int32 `[.., Tq, Tk]`."""
+    place = torch.arange(lists.shape[-1], device=lists.device, dtype=torch.int32).expand(lists.shape)
+    rank = torch.arange(key_blocks, 2 * key_blocks + 1, device=lists.device, dtype=torch.int32).repeat(*lists.shape[:-1], 1)
+    listed = torch.where(place < counts[..., None], lists, key_blocks).long()  # what pads a list goes to a column of its own
+    rank.scatter_(-1, listed, place)
+    return rank[..., :key_blocks].argsort(-1).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class Rests:
     """What stands for the rest: pooled keys and the lists as bits, or linear states. Absent parts are None."""
@@ -96,8 +128,11 @@ class Call:
         self.flags = {
             "COUNT": bool(method.log_count), "VARIANCE": bool(method.variance), "MAP": method.feature_map, "ALL": bool(method.linear_all),
         }  # fmt: skip
+        # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
+        self.flags["LEFT"] = self.linear and not self.flags["ALL"] and 2 * a.lists.shape[-1] > self.k_blocks
+        self.lists = complement(a.lists, a.counts, self.k_blocks) if self.flags["LEFT"] else a.lists
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
-        self.precision = "tf32" if a.q.dtype == torch.float32 and tf32_allowed() else "ieee"
+        self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
 
     def tile(self, kernel: str) -> Tile:
         """The kernel's tile for this call's widths and types."""
@@ -129,7 +164,7 @@ class Call:
         a = self.a
         own = a.lists.ndim == 3
         return {
-            "lists": a.lists, "counts": a.counts, "list_bh": a.lists.stride(0) if own else 0, "list_row": a.lists.shape[-1],
+            "lists": self.lists, "counts": a.counts, "list_bh": self.lists.stride(0) if own else 0, "list_row": self.lists.shape[-1],
             "count_bh": a.counts.stride(0) if own else 0, "q_starts": a.q_starts, "k_starts": a.k_starts,
         }  # fmt: skip
 
@@ -163,7 +198,9 @@ class Call:
         return Rests(k_mean, v_mean, k_half, bits if bits.ndim == 3 else bits[None])
 
     def linear_rest(self) -> Rests:
-        """The mean over the image's keys of phi(k)·vᵀ and of phi(k)."""
+        """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""
+        if self.flags["LEFT"]:
+            return Rests()
         group = up(self.k_blocks, STATE_GROUPS)
         groups = up(self.k_blocks, group)
         states, totals = self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels)
@@ -200,7 +237,7 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     rests = call.rest()
     state = rests.state
     if state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
-        state = state @ a.weight.T  # the projection, once per head instead of once per query
+        state = multiply(state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
         extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
@@ -248,7 +285,7 @@ def select_blocks(
     chosen = torch.empty(bh, rows, top, dtype=torch.int32, device=q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
     for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
-        scores = torch.bmm(q_mean, k_mean.transpose(1, 2))
+        scores = multiply(q_mean, k_mean, machine, run)
         arguments = {"scores": scores, "weight": weight, "chosen": some, "blocks": blocks, "top": top, "W": wide}
         run(Launch(summary.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen
