@@ -6,13 +6,11 @@ from torch import Tensor
 from dit_accel.geometry import Geometry, Lists
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import FEATURES, RESTS, Method
+from dit_accel.kernels.reference import MASKED
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import Values
 from dit_accel.plan import Plan, listed_beside
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Pooled, Residual, TopK
-
-# stands for -inf in a bias: its difference to any logit is a number, and its weight is exactly 0 beside any other key
-MASKED = -1e30
 
 
 def attend(

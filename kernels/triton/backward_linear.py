@@ -18,7 +18,7 @@ TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is f
 @triton.jit(do_not_specialize=SIZES)
 def linear_gradient(
     q, k, v, dout, lse, delta, dnum, dden, size, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, state_low, total, weight, weight_low, bias,
+    lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, total, weight, bias,
     heads, tokens, image, image_start, k_blocks,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,7 +48,7 @@ def linear_gradient(
         taken, taken_mass = linear_visit(
             taken, taken_mass, phi_low, k_base, v_base, k_n, v_n, row, first, last, k_starts, D, DP, BK, SUB_K, MAP, STAGES, PRECISION
         )
-    num, den = rest_of(phi_low, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, image, ALL, LEFT, D, DP, PRECISION)
+    num, den = rest_of(phi_low, taken, taken_mass, state, total, bh, listed, k_blocks, image, ALL, LEFT, D, DP, PRECISION)
     real = den > 0
     safe = tl.where(real, den, 1.0)
     rest = num / safe[:, None]
@@ -58,9 +58,9 @@ def linear_gradient(
     pull = tile(dout + b * g_b + h * g_h, token + image_start, g_n, valid, D, DP)
     wide = pull.to(tl.float32)
     if RESIDUAL:
-        residual = split_dot(rest.to(pull.dtype), weight, weight_low, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
+        residual = split_dot(rest.to(pull.dtype), weight, 0, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
         tl.store(delta + at, mine - tl.sum(wide * residual, 1), mask=valid)
-        back = split_dot(pull, weight, weight_low, False, D, DP, PRECISION)
+        back = split_dot(pull, weight, 0, False, D, DP, PRECISION)
         numerator = tl.where(real[:, None], back * (keys / safe)[:, None], 0.0)
         mass = tl.where(real, -tl.sum(back * rest, 1) * (keys / safe), 0.0)
         put(mean + bh * image * D, token, D, valid, tl.where(real[:, None], rest, 0.0), D, DP)
@@ -92,8 +92,7 @@ def linear_gradient(
     if LEFT:
         dphi *= 1.0 / keys
     else:
-        state_rest = state_low if state_low is None else state_low + bh * D * D
-        dphi = split_dot(low, state + bh * D * D, state_rest, True, D, DP, PRECISION) - dphi * (1.0 / keys)
+        dphi = split_dot(low, state, bh, True, D, DP, PRECISION) - dphi * (1.0 / keys)
         dphi += mass[:, None] * vector(total + bh * D, D, DP)[None, :]
     dphi *= largest[:, None]
     again = tile(q_base, token + image_start, q_n, valid, D, DP)
@@ -104,7 +103,7 @@ def linear_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def linear_columns(
     q, k, v, dnum, dden, relative, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
-    q_starts, k_starts, pull_state, pull_state_low, pull_total, pull_size, pull_unit, heads, image, image_start,
+    q_starts, k_starts, pull_state, pull_total, pull_size, pull_unit, heads, image, image_start,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -150,11 +149,9 @@ def linear_columns(
     dphi *= share
     dv = taken * share
     if not LEFT:
-        pulls = pull_state + bh * D * D
-        low = pull_state_low if pull_state_low is None else pull_state_low + bh * D * D
         scale = tl.load(pull_size + bh)
-        dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) * scale + vector(pull_total + bh * D, D, DP)[None, :] - dphi
-        dv = split_dot(mapped_again.to(value.dtype), pulls, low, False, D, DP, PRECISION) * scale - dv
+        dphi = split_dot(value, pull_state, bh, True, D, DP, PRECISION) * scale + vector(pull_total + bh * D, D, DP)[None, :] - dphi
+        dv = split_dot(mapped_again.to(value.dtype), pull_state, bh, False, D, DP, PRECISION) * scale - dv
     put(more_k + bh * image * D, token, D, valid, feature_gradient(again, mapped_again, dphi * unit, MAP), D, DP)
     put(more_v + bh * image * D, token, D, valid, dv * unit, D, DP)
 

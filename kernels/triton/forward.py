@@ -85,7 +85,7 @@ def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, k_starts, D: 
 def attend_rows(
     q, k, v, extra_k, extra_v, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, state_low, total, weight, weight_low, bias, key_bias,
+    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, total, weight, bias, key_bias,
     heads, tokens, image_start, text, text_start, extra, k_blocks, keys, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
@@ -95,7 +95,7 @@ def attend_rows(
     """One tile of a query block of one head; writes its output and lse (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
-    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts) and total `[BH, D]`: means over the image's keys;
+    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over the image's keys;
     key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not visited, and the
     linear attention is summed over these, without a state; else it is that over all less that over the visited.
     """
@@ -158,7 +158,7 @@ def attend_rows(
                 PRECISION,
             )  # fmt: skip
         rest, rest_mass = rest_of(
-            mapped, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, keys, ALL, LEFT, D, DP, PRECISION
+            mapped, taken, taken_mass, state, total, bh, listed, k_blocks, keys, ALL, LEFT, D, DP, PRECISION
         )  # fmt: skip
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not RESIDUAL:
@@ -174,13 +174,13 @@ def attend_rows(
         if ALL:  # the state holds the projection already
             result += mean
         else:
-            result += split_dot(mean.to(queries.dtype), weight, weight_low, True, D, DP, PRECISION)
+            result += split_dot(mean.to(queries.dtype), weight, 0, True, D, DP, PRECISION)
     put(out + b * o_b + h * o_h, q_token + image_start, o_n, q_valid, result, D, DP)
     tl.store(lse + bh * tokens + image_start + q_token, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
 
 
 @triton.jit
-def rest_of(phi, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, keys, ALL: tl.constexpr, LEFT: tl.constexpr,
+def rest_of(phi, taken, taken_mass, state, total, bh, listed, k_blocks, keys, ALL: tl.constexpr, LEFT: tl.constexpr,
             D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Numerator `[R, DP]` and mass `[R]` of the linear attention over the rest. Mass 0: nothing left.
 
@@ -191,9 +191,8 @@ def rest_of(phi, taken, taken_mass, state, state_low, total, bh, listed, k_block
         real = (listed < k_blocks) & (taken_mass > 0)
         return tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
     count = keys.to(tl.float32)
+    numerator = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
     everything = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
-    low = state_low if state_low is None else state_low + bh * D * D
-    numerator = split_dot(phi, state + bh * D * D, low, False, D, DP, PRECISION) * count
     if ALL:
         return numerator, everything + 1e-5
     left = everything - taken_mass

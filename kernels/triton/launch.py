@@ -101,12 +101,13 @@ class Rests:
     total: Tensor | None = None
 
 
-def halves(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """A float32 matrix as the sum of two of a narrower type, for the tensor cores: 16 bits of it instead of 8 or 11."""
+def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead of
+    8 or 11."""
     if x is None or dtype == torch.float32:
-        return {name: x, f"{name}_low": None}
+        return x
     high = x.to(dtype)
-    return {name: high, f"{name}_low": (x - high).to(dtype)}
+    return torch.stack([high, (x - high).to(dtype)], -3)
 
 
 class Call:
@@ -241,7 +242,7 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
         extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
-        **call.pooled_arguments(rests), **halves("state", state, a.q.dtype), total=rests.total, **halves("weight", a.weight, a.q.dtype),
+        **call.pooled_arguments(rests), state=halves(state, a.q.dtype), total=rests.total, weight=halves(a.weight, a.q.dtype),
         bias=a.bias, key_bias=call.key_bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
         extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, LINEAR=call.linear,
         RESIDUAL=call.residual,

@@ -44,15 +44,17 @@ def vector(base, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def split_dot(a, high, low, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
-    """a `[R, DP]` times a matrix `[D, D]` that lies in memory as the sum of two narrow ones (see `launch.halves`), or alone (`low`
-    None)."""
+def split_dot(a, matrices, number, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
+    """a `[R, DP]` times a matrix `[D, D]`, the `number`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
+    `launch.halves`), or, for a float32, as they are."""
+    PARTS: tl.constexpr = 1 if a.dtype == tl.float32 else 2
     row, column = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
     place = column * D + row if TRANSPOSED else row * D + column
     inside = (row < D) & (column < D)
-    result = tl.dot(a, tl.load(high + place, mask=inside, other=0.0).to(a.dtype), input_precision=PRECISION)
-    if low is not None:
-        result = tl.dot(a, tl.load(low + place, mask=inside, other=0.0).to(a.dtype), result, input_precision=PRECISION)
+    result = tl.zeros([a.shape[0], DP], tl.float32)
+    for part in tl.range(0, PARTS, num_stages=1):  # no two matrices are in registers at once
+        matrix = tl.load(matrices + (number * PARTS + part) * D * D + place, mask=inside, other=0.0)
+        result = tl.dot(a, matrix.to(a.dtype), result, input_precision=PRECISION)
     return result
 
 
