@@ -7,13 +7,11 @@ from dit_accel.errors import BackendError
 from dit_accel.geometry import Geometry, Lists
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import FEATURES, RESTS, Method
+from dit_accel.kernels.reference import MASKED
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import Values
 from dit_accel.plan import Plan, listed_beside
 from dit_accel.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK
-
-# stands for -inf in a bias: its difference to any logit is a number, and its weight is exactly 0 beside any other key
-MASKED = -1e30
 
 
 def attend(
@@ -119,11 +117,10 @@ def downsample(x: Tensor, plan: Plan, factor: int, weight: Tensor | None) -> Ten
 
     A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
     """
-    if plan.patch is None:
+    if plan.cells is None or plan.patch_tokens is None:
         raise ValueError("the plan is not one of a spec with down-sampled keys")
     w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
-    ones = torch.ones_like(plan.patch, dtype=x.dtype)
-    count = torch.zeros(plan.patches, dtype=x.dtype, device=x.device).index_add(0, plan.patch, ones)
-    scaled = w.to(x.dtype)[plan.coords[:, 1] % factor, plan.coords[:, 2] % factor] * (factor**2 / count)[plan.patch]
-    pooled = torch.zeros(x.shape[0], plan.patches, x.shape[2], dtype=x.dtype, device=x.device)
-    return pooled.index_add(1, plan.patch, x * scaled[:, None])
+    # each token goes to a cell of its own and each sum has one order: the same to the bit each time, on a GPU too, backward as forward
+    cells = x.new_zeros(x.shape[0], len(plan.patch_tokens) * factor**2, x.shape[2]).index_copy(1, plan.cells, x)
+    scaled = w.to(x.dtype).flatten() * (factor**2 / plan.patch_tokens.to(x.dtype))[:, None]  # [M, factor²]
+    return (cells.unflatten(1, scaled.shape) * scaled[..., None]).sum(2)

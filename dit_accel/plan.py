@@ -46,7 +46,8 @@ class Plan:
     `coords` `[N, 4]`: (t, y, x, image) of the image tokens in the spec's memory order; `image` counts the grids of the layout.
     `to_memory`, `to_raster` `[N]`: permutations, or None where the layout is in that order already. `static`: the visited blocks of the
     patterns that depend on coordinates alone. `short_weight` `[Tk]`: factor of a short block's score where blocks differ, or None.
-    `patch` `[N]`: which of the `patches` that down-sampling sums each token is in. `geometry`: the same for compiled kernels. `key`: see
+    `cells` `[N]`: the place of each token among the factor² of each patch that down-sampling sums, `patch_tokens` `[M]`: the tokens of each
+    patch; None without down-sampling. `geometry`: the same for compiled kernels. `key`: see
     `plan_key`.
     """
 
@@ -60,8 +61,8 @@ class Plan:
     predicate: Predicate | None
     top: int
     short_weight: Tensor | None
-    patch: Tensor | None
-    patches: int
+    cells: Tensor | None
+    patch_tokens: Tensor | None
     geometry: Geometry
 
 
@@ -224,7 +225,7 @@ def _new_plan(key: Key) -> Plan:
     static = _static_lists(fixed, grids, coords, (q_blocks, k_blocks)) if fixed else None
     to_memory = None if layout_order == spec.order else joint_memory_order(grids, layout_order).argsort()[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window | Box)]
-    patch, patches = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, 0)
+    cells, patch_tokens = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, None)
     geometry = make_geometry(q_part.starts, k_part.starts, coords[:, :3], static, _windows(exact, grids, coords), _reach(exact))
     return Plan(
         key=key,
@@ -237,19 +238,20 @@ def _new_plan(key: Key) -> Plan:
         predicate=_predicate(exact, grids, device) if exact else None,
         top=0 if top is None else top.count(len(k_part.starts[1:])),
         short_weight=None if k_blocks.even else (k_blocks.count.float() / spec.block[1]).sqrt().to(device),
-        patch=None if patch is None else patch.to(device),
-        patches=patches,
+        cells=None if cells is None else cells.to(device),
+        patch_tokens=None if patch_tokens is None else patch_tokens.to(device),
         geometry=_moved(geometry, device),
     )
 
 
-def _patches(factor: int, grids: tuple[Grid, ...], coords: Tensor) -> tuple[Tensor, int]:
-    """Which factor × factor patch each token is in, counted through all frames of all images, and how many there are."""
+def _patches(factor: int, grids: tuple[Grid, ...], coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Which cell of the factor × factor patches each token is in, counted through all frames of all images, and the tokens of each patch."""
     t, y, x, image = coords.unbind(-1)
     sizes = [(t, -(-h // factor), -(-w // factor)) for t, h, w in grids]
     before = torch.tensor([0, *(math.prod(size) for size in sizes)]).cumsum(0)
     rows, columns = torch.tensor(sizes)[image, 1:].unbind(-1)
-    return before[image] + (t * rows + y // factor) * columns + x // factor, int(before[-1])
+    patch = before[image] + (t * rows + y // factor) * columns + x // factor
+    return (patch * factor + y % factor) * factor + x % factor, patch.bincount(minlength=int(before[-1]))
 
 
 def _windows(patterns: list[Exact], grids: tuple[Grid, ...], coords: Tensor) -> list[Tensor]:

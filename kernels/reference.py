@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
 
+# a bias that leaves a key out, as -inf does: its difference to any logit is a number, and its weight is exactly 0 beside any other key
+MASKED = -1e30
 CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float32: a few second-level caches
 
 Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
@@ -113,8 +115,11 @@ def _join(parts: list[Partial], q_blocks: Blocks) -> Partial:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float) -> Partial:
     """Softmax of every query over all of k, in chunks of queries.
 
-    `bias` `[BH, Nk]`, natural units, joins every query's logits and has no gradient; -inf leaves a key out.
+    `bias` `[BH, Nk]`, natural units, joins every query's logits and has no gradient; -inf leaves a key out, whatever it holds.
     """
+    if bias is not None:  # 0 times what padding may hold, NaN or infinity, would be NaN
+        out = (bias <= MASKED)[..., None]
+        k, v = k.masked_fill(out, 0), v.masked_fill(out, 0)
 
     def attend(part: Tensor, k: Tensor, v: Tensor) -> Partial:
         scores = part @ k.transpose(-1, -2)

@@ -22,14 +22,17 @@ struct Keys {
         : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
           direct(!backward && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
-          values(g, paired || direct ? g.first_extra() : 0, g.key_blocks, true, backward) {
+          values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
         if (paired) pairs = std::make_unique<Pairs>(g);
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward);
         if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
     }
 
+    // Key blocks up to this one have their values read where they lie: those that a mask may leave out are not among them.
+    int64_t in_place() const { return g.text_bias ? g.p.k_blocks : g.first_extra(); }
+
     Block<float> block(int64_t bh, int64_t j) const {
-        if (!direct || g.is_extra(j)) return {keys.column(j), g.width, values.row(j), g.padded};
+        if (!direct || j >= in_place()) return {keys.column(j), g.width, values.row(j), g.padded};
         const Rows& v = g.p.v;
         const float* head = static_cast<const float*>(v.data) + bh / g.p.heads * v.batch + g.head(bh) * v.head;
         return {keys.column(j), g.width, head + g.key(j).place * v.row, v.row};
@@ -45,7 +48,7 @@ struct Keys {
         if (!pair) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
         const float* value;
         int64_t ldv = g.padded;
-        if (direct && !g.is_extra(j)) {
+        if (direct && j < in_place()) {
             Block<float> b = block(bh, j);
             value = b.rows, ldv = b.rows_ld;
         } else {

@@ -48,6 +48,8 @@ static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t 
     for (int64_t i = 0; i < count; i++) __builtin_memcpy(out + i * ld, from + i * in.row, size_t(channels) * 2);
 }
 
+static const float MASKED = -1e30f;  // a bias (in log2) that leaves a key out
+
 // A run of tokens: where it begins in the sequence and among the image tokens (-1 outside the image), and how many.
 struct Run {
     int64_t place, image, count;
@@ -108,6 +110,15 @@ struct Geometry {
         return text_bias + (bh / p.heads * text_blocks + j - p.k_blocks) * rows();
     }
 
+    // What is padded may hold anything, and 0 times NaN is NaN: rows `[count, ld]` of a masked key become zero, keys and values alike.
+    template <class E>
+    void clear_masked(E* rows, int64_t ld, int64_t bh, int64_t j) const {
+        const float* bias = key_bias(bh, j);
+        if (!bias) return;
+        for (int64_t n = 0; n < key(j).count; n++)
+            if (bias[n] <= MASKED) std::fill_n(rows + n * ld, channels, E(0));
+    }
+
     // The lists of a query block of image tokens.
     struct List {
         const int32_t* blocks;
@@ -132,7 +143,10 @@ struct Geometry {
 
     void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {
         Run run = key(j);
-        if (!is_extra(j)) return read_rows(out, padded, from, bh / p.heads, head(bh), run.place, run.count, channels, 1.f);
+        if (!is_extra(j)) {
+            read_rows(out, padded, from, bh / p.heads, head(bh), run.place, run.count, channels, 1.f);
+            return clear_masked(out, padded, bh, j);
+        }
         const float* row = extra + (bh * p.extra + run.place) * channels;
         for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(out + n * padded, row + n * channels, channels * 4);
     }
@@ -176,10 +190,12 @@ struct Pairs {
         Run run = g.key(j);
         int64_t d = g.channels;
         copy_rows(room, d, g.p.k, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        g.clear_masked(room, d, bh, j);
         int32_t* column = columns + j * column_size;
         for (int64_t c = 0; c < d / 2; c++)
             for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, room + n * d + 2 * c, 4);
         copy_rows(room, d, g.p.v, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        g.clear_masked(room, d, bh, j);
         int32_t* row = rows + j * row_size;
         for (int64_t n = 0; n < run.count; n += 2)
             for (int64_t c = 0; c < d; c++) {

@@ -6,6 +6,7 @@ With p = exp(s − lse) and delta = Σ out·dout − dlse, a key with logit s an
 import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
+    GONE,
     LOG2E,
     SIZES,
     kept_pairs,
@@ -49,9 +50,10 @@ def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, facto
     for at in tl.range(begin, end, BK, num_stages=STAGES):
         rows = at + tl.arange(0, BK)
         valid = rows < end
-        key = tile(k, rows, k_n, valid, D, DP)
         shift = bias if bias is None else tl.load(bias + rows, mask=valid, other=0.0)
-        _, ds = score_gradient(q, key, tile(v, rows, v_n, valid, D, DP), dout, lse2, delta, shift, valid[None, :], factor, PRECISION)
+        read = valid if bias is None else valid & (shift > GONE)
+        key = tile(k, rows, k_n, read, D, DP)
+        _, ds = score_gradient(q, key, tile(v, rows, v_n, read, D, DP), dout, lse2, delta, shift, valid[None, :], factor, PRECISION)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
     return dq
 
@@ -310,10 +312,11 @@ def gradient_shared_keys(
     b, h = bh // heads, bh % heads
     at = tl.program_id(0) * BK + tl.arange(0, BK)
     valid = at < keys
-    key = tile(k + b * k_b + h * k_h, at + first, k_n, valid, D, DP)
-    value = tile(v + b * v_b + h * v_h, at + first, v_n, valid, D, DP)
-    start = begin + tl.program_id(2) * chunk
     shift = key_bias if key_bias is None else tl.load(key_bias + bh * tokens + first + at, mask=valid, other=0.0)
+    read = valid if key_bias is None else valid & (shift > GONE)
+    key = tile(k + b * k_b + h * k_h, at + first, k_n, read, D, DP)
+    value = tile(v + b * v_b + h * v_h, at + first, v_n, read, D, DP)
+    start = begin + tl.program_id(2) * chunk
     grad_k, grad_v = sweep_columns(
         tl.zeros([BK, DP], tl.float32), tl.zeros([BK, DP], tl.float32), key, value, shift, valid, q + b * q_b + h * q_h,
         dout + b * g_b + h * g_h, lse + bh * tokens, delta + bh * tokens, q_n, g_n, start, tl.minimum(start + chunk, begin + rows),

@@ -9,7 +9,7 @@ float16 is larger than its features or values make it, and every product is accu
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.forward import rest_of
+from dit_accel.kernels.triton.forward import linear_visit, rest_of
 from dit_accel.kernels.triton.primitives import LOG2E, SIZES, feature, feature_gradient, put, split_dot, tile, vector
 
 TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
@@ -18,16 +18,16 @@ TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is f
 @triton.jit(do_not_specialize=SIZES)
 def linear_gradient(
     q, k, v, dout, lse, delta, dnum, dden, size, more, mean, doffset, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, state_low, total, weight, weight_low, bias,
+    lists, counts, list_bh, list_row, count_bh, q_starts, k_starts, offset, state, total, weight, bias,
     heads, tokens, image, image_start, k_blocks,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
-    MAP: tl.constexpr, ALL: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dnum `[BH, image, D]` and dden `[BH, image]` float32: gradients of the rest's numerator and mass, times the number of keys, over
     their row's `size` `[BH, image]` float32 (0: no gradient); `more` `[BH, image, D]` float32: what they add to dq.
 
     Under the residual merge also the rest's `mean` `[BH, image, D]`, and delta without the residual's share; else doffset `[BH, programs]`.
-    `state` is without the projection. Grid: (query blocks · SUB_Q, batch · heads).
+    `state` is without the projection; LEFT as in `attend_rows`. Grid: (query blocks · SUB_Q, batch · heads).
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -42,19 +42,13 @@ def linear_gradient(
     taken_mass = tl.zeros([BQ], tl.float32)
     row = lists + bh * list_bh + block.to(tl.int64) * list_row
     listed = tl.load(counts + bh * count_bh + block)
+    first = listed if LEFT else listed * 0
+    last = k_blocks if LEFT else listed
     if not ALL:
-        for n in tl.range(0, listed * SUB_K, num_stages=STAGES):
-            j = tl.load(row + n // SUB_K)
-            k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
-            k_valid = k_token < tl.load(k_starts + j + 1)
-            mapped = feature(tile(k_base, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(phi_low.dtype)
-            value = tile(v_base, k_token, v_n, k_valid, D, DP)
-            product = tl.where(k_valid[None, :], tl.dot(phi_low, tl.trans(mapped), input_precision=PRECISION), 0.0)
-            taken_mass += tl.sum(product, 1)
-            taken = tl.dot(product.to(value.dtype), value, taken, input_precision=PRECISION)
-    # read again, and said to be another read: held through the loop, the features would cost registers
-    phi = feature(tile(q_base, token + image_start, q_n, valid, D, DP, "evict_first"), D, DP, MAP)
-    num, den = rest_of(phi, phi_low, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, image, ALL, D, DP, PRECISION)
+        taken, taken_mass = linear_visit(
+            taken, taken_mass, phi_low, k_base, v_base, k_n, v_n, row, first, last, k_starts, D, DP, BK, SUB_K, MAP, STAGES, PRECISION
+        )
+    num, den = rest_of(phi_low, taken, taken_mass, state, total, bh, listed, k_blocks, image, ALL, LEFT, D, DP, PRECISION)
     real = den > 0
     safe = tl.where(real, den, 1.0)
     rest = num / safe[:, None]
@@ -64,9 +58,9 @@ def linear_gradient(
     pull = tile(dout + b * g_b + h * g_h, token + image_start, g_n, valid, D, DP)
     wide = pull.to(tl.float32)
     if RESIDUAL:
-        residual = split_dot(rest.to(pull.dtype), weight, weight_low, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
+        residual = split_dot(rest.to(pull.dtype), weight, 0, True, D, DP, PRECISION) + vector(bias, D, DP)[None, :]
         tl.store(delta + at, mine - tl.sum(wide * residual, 1), mask=valid)
-        back = split_dot(pull, weight, weight_low, False, D, DP, PRECISION)
+        back = split_dot(pull, weight, 0, False, D, DP, PRECISION)
         numerator = tl.where(real[:, None], back * (keys / safe)[:, None], 0.0)
         mass = tl.where(real, -tl.sum(back * rest, 1) * (keys / safe), 0.0)
         put(mean + bh * image * D, token, D, valid, tl.where(real[:, None], rest, 0.0), D, DP)
@@ -87,7 +81,7 @@ def linear_gradient(
     tl.store(size + bh * image + token, largest, mask=valid)
     dphi = tl.zeros([BQ, DP], tl.float32)
     if not ALL:
-        for n in tl.range(0, listed * SUB_K, num_stages=STAGES):
+        for n in tl.range(first * SUB_K, last * SUB_K, num_stages=STAGES):
             j = tl.load(row + n // SUB_K)
             k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
             k_valid = k_token < tl.load(k_starts + j + 1)
@@ -95,9 +89,12 @@ def linear_gradient(
             change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=PRECISION) + mass[:, None], 0.0)
             mapped = feature(tile(k_base, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(low.dtype)
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=PRECISION)
-    state_rest = state_low if state_low is None else state_low + bh * D * D
-    dphi = split_dot(low, state + bh * D * D, state_rest, True, D, DP, PRECISION) - dphi * (1.0 / keys)
-    dphi = (dphi + mass[:, None] * vector(total + bh * D, D, DP)[None, :]) * largest[:, None]
+    if LEFT:
+        dphi *= 1.0 / keys
+    else:
+        dphi = split_dot(low, state, bh, True, D, DP, PRECISION) - dphi * (1.0 / keys)
+        dphi += mass[:, None] * vector(total + bh * D, D, DP)[None, :]
+    dphi *= largest[:, None]
     again = tile(q_base, token + image_start, q_n, valid, D, DP)
     # nothing left means no mass and no pull
     put(more + bh * image * D, token, D, valid, feature_gradient(again, feature(again, D, DP, MAP), dphi, MAP), D, DP)
@@ -106,12 +103,12 @@ def linear_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def linear_columns(
     q, k, v, dnum, dden, relative, more_k, more_v, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, entries, borders, entry_bh, border_bh,
-    q_starts, k_starts, pull_state, pull_state_low, pull_total, pull_size, pull_unit, heads, image, image_start,
+    q_starts, k_starts, pull_state, pull_total, pull_size, pull_unit, heads, image, image_start,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
-    MAP: tl.constexpr, ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the linear rest adds to dk and dv: more_k, more_v `[BH, image, D]` float32. Sums over all queries,
-    less those that visit the block.
+    """What the linear rest adds to dk and dv: more_k, more_v `[BH, image, D]` float32. Sums over all queries, less those that visit the
+    block; LEFT: `entries` are the query blocks that do not visit it, and the sums are those over them, without `pull_state`.
 
     `entries`, `borders` as in `gradient_columns`; `relative` `[BH, image]`: the rows' sizes over the largest of the head, `pull_unit`
     `[BH]`. `pull_state` `[BH, D, D]` (in two parts, times `pull_size` `[BH]`), `pull_total` `[BH, D]`: sums of phi(q)·dnum and phi(q)·dden
@@ -145,16 +142,17 @@ def linear_columns(
             change = tl.dot(wide, tl.trans(num), input_precision=PRECISION) + den[None, :]
             dphi = tl.dot(change.to(kind), mapped, dphi, input_precision=PRECISION)
     share = 1.0 / image.to(tl.float32)  # dnum and dden carry it
-    pulls = pull_state + bh * D * D
-    low = pull_state_low if pull_state_low is None else pull_state_low + bh * D * D
+    unit = tl.load(pull_unit + bh)
     # read again, and said to be another read: held through the loop, the features would cost registers
-    again = tile(k_base, token + image_start, k_n, valid, D, DP, "evict_first")
+    again = tile(k_base, token + image_start, k_n, valid, D, DP, True)
     mapped_again = feature(again, D, DP, MAP)
-    scale, unit = tl.load(pull_size + bh), tl.load(pull_unit + bh)
-    dphi = split_dot(value, pulls, low, True, D, DP, PRECISION) * scale + vector(pull_total + bh * D, D, DP)[None, :] - dphi * share
-    dphi *= unit
-    put(more_k + bh * image * D, token, D, valid, feature_gradient(again, mapped_again, dphi, MAP), D, DP)
-    dv = split_dot(mapped_again.to(value.dtype), pulls, low, False, D, DP, PRECISION) * scale - taken * share
+    dphi *= share
+    dv = taken * share
+    if not LEFT:
+        scale = tl.load(pull_size + bh)
+        dphi = split_dot(value, pull_state, bh, True, D, DP, PRECISION) * scale + vector(pull_total + bh * D, D, DP)[None, :] - dphi
+        dv = split_dot(mapped_again.to(value.dtype), pull_state, bh, False, D, DP, PRECISION) * scale - dv
+    put(more_k + bh * image * D, token, D, valid, feature_gradient(again, mapped_again, dphi * unit, MAP), D, DP)
     put(more_v + bh * image * D, token, D, valid, dv * unit, D, DP)
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
+    GONE,
     LOG2E,
     SIZES,
     absorb,
@@ -24,11 +25,15 @@ def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, D: tl.con
     for at in tl.range(begin, end, BK, num_stages=STAGES):
         rows = at + tl.arange(0, BK)
         valid = rows < end
-        logits = tl.dot(q, tl.trans(tile(k, rows, k_n, valid, D, DP)), input_precision=PRECISION) * factor
+        read = valid
         if bias is not None:
-            logits += tl.load(bias + rows, mask=valid, other=0.0)[None, :]
+            shift = tl.load(bias + rows, mask=valid, other=0.0)
+            read = valid & (shift > GONE)  # what is padded may hold anything, and 0 times NaN is NaN
+        logits = tl.dot(q, tl.trans(tile(k, rows, k_n, read, D, DP)), input_precision=PRECISION) * factor
+        if bias is not None:
+            logits += shift[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
-        acc, top, mass = absorb(acc, top, mass, logits, tile(v, rows, v_n, valid, D, DP), PRECISION)
+        acc, top, mass = absorb(acc, top, mass, logits, tile(v, rows, v_n, read, D, DP), PRECISION)
     return acc, top, mass
 
 
@@ -60,22 +65,39 @@ def visit(
     return acc, top, mass, taken, taken_mass
 
 
+@triton.jit
+def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, k_starts, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+                 SUB_K: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The linear attention's sums `[R, DP]` and mass `[R]` over the listed key blocks from `begin` to `end`."""
+    for n in tl.range(begin * SUB_K, end * SUB_K, num_stages=STAGES):
+        j = tl.load(row + n // SUB_K)
+        k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
+        k_valid = k_token < tl.load(k_starts + j + 1)
+        mapped = feature(tile(k, k_token, k_n, k_valid, D, DP), D, DP, MAP).to(phi.dtype)
+        value = tile(v, k_token, v_n, k_valid, D, DP)
+        product = tl.where(k_valid[None, :], tl.dot(phi, tl.trans(mapped), input_precision=PRECISION), 0.0)
+        mass += tl.sum(product, 1)
+        sums = tl.dot(product.to(value.dtype), value, sums, input_precision=PRECISION)
+    return sums, mass
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attend_rows(
     q, k, v, extra_k, extra_v, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, state_low, total, weight, weight_low, bias, key_bias,
+    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, state, total, weight, bias, key_bias,
     heads, tokens, image_start, text, text_start, extra, k_blocks, keys, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, RESIDUAL: tl.constexpr, BJ: tl.constexpr,
+    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr, BJ: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
-    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts) and total `[BH, D]`: means over the image's keys;
-    key_bias `[BH, N]` in log2, 0 for the image's keys, or None.
+    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over the image's keys;
+    key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not visited, and the
+    linear attention is summed over these, without a state; else it is that over all less that over the visited.
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -95,11 +117,11 @@ def attend_rows(
     taken = tl.zeros([BQ, DP], tl.float32)  # what the visited blocks contribute to the linear attention over all
     taken_mass = tl.zeros([BQ], tl.float32)
     phi = queries
-    if LINEAR and not ALL:
+    if LINEAR and not ALL and not LEFT:
         phi = feature(queries, D, DP, MAP).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
         acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts,
-        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL, MAP, STAGES,
+        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL and not LEFT, MAP, STAGES,
         PRECISION,
     )  # fmt: skip
     if PARTIAL:
@@ -129,10 +151,15 @@ def attend_rows(
             acc, top, mass = absorb(acc, top, mass, logits, tile(values, j, D, j < k_blocks, D, DP), PRECISION)
     if LINEAR:
         # read again, and said to be another read: held through the loops, the features would cost registers
-        mapped = feature(tile(q + b * q_b + h * q_h, q_token + image_start, q_n, q_valid, D, DP, "evict_first"), D, DP, MAP)
+        mapped = feature(tile(q + b * q_b + h * q_h, q_token + image_start, q_n, q_valid, D, DP, True), D, DP, MAP).to(queries.dtype)
+        if LEFT:
+            taken, taken_mass = linear_visit(
+                taken, taken_mass, mapped, image_k, image_v, k_n, v_n, row, listed, k_blocks, k_starts, D, DP, BK, SUB_K, MAP, STAGES,
+                PRECISION,
+            )  # fmt: skip
         rest, rest_mass = rest_of(
-            mapped, mapped.to(queries.dtype), taken, taken_mass, state, state_low, total, bh, listed, k_blocks, keys, ALL, D, DP, PRECISION
-        )
+            mapped, taken, taken_mass, state, total, bh, listed, k_blocks, keys, ALL, LEFT, D, DP, PRECISION
+        )  # fmt: skip
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not RESIDUAL:
             shift = 0.0 if offset is None else tl.load(offset + h) * LOG2E
@@ -147,25 +174,35 @@ def attend_rows(
         if ALL:  # the state holds the projection already
             result += mean
         else:
-            result += split_dot(mean.to(queries.dtype), weight, weight_low, True, D, DP, PRECISION)
+            result += split_dot(mean.to(queries.dtype), weight, 0, True, D, DP, PRECISION)
     put(out + b * o_b + h * o_h, q_token + image_start, o_n, q_valid, result, D, DP)
     tl.store(lse + bh * tokens + image_start + q_token, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
 
 
 @triton.jit
-def rest_of(phi, phi_low, taken, taken_mass, state, state_low, total, bh, listed, k_blocks, keys, ALL: tl.constexpr, D: tl.constexpr,
-DP: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """Numerator `[R, DP]` and mass `[R]` of the linear attention over the rest: over all, less the visited blocks. Mass 0: nothing left."""
+def rest_of(phi, taken, taken_mass, state, total, bh, listed, k_blocks, keys, ALL: tl.constexpr, LEFT: tl.constexpr,
+            D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Numerator `[R, DP]` and mass `[R]` of the linear attention over the rest. Mass 0: nothing left.
+
+    LEFT: `taken` is summed over the rest itself; else over the visited blocks, and subtracted from the sums over all. Both masses then are
+    sums of the same rounded features, so that their difference holds to float32; the numerators' hold to the products' own type.
+    """
+    if LEFT:
+        real = (listed < k_blocks) & (taken_mass > 0)
+        return tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
     count = keys.to(tl.float32)
-    everything = tl.sum(phi * vector(total + bh * D, D, DP)[None, :], 1) * count
-    low = state_low if state_low is None else state_low + bh * D * D
-    numerator = split_dot(phi_low, state + bh * D * D, low, False, D, DP, PRECISION) * count
+    numerator = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
+    everything = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
     if ALL:
         return numerator, everything + 1e-5
     left = everything - taken_mass
     # a rest below the rounding of the difference is none (relu features can vanish)
-    real = (listed < k_blocks) & (left > everything * 1e-6)
+    rounding = 1e-6
+    if phi.dtype == tl.float16:
+        rounding = 2.0**-11
+    if phi.dtype == tl.bfloat16:
+        rounding = 2.0**-8
+    real = (listed < k_blocks) & (left > everything * rounding)
     return tl.where(real[:, None], numerator - taken, 0.0), tl.where(real, left, 0.0)
 
 

@@ -67,6 +67,38 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
 
 
+def precision_of(arch: str, *, tf32: bool = False) -> str:
+    """How float32 matrices are multiplied on an architecture: operands rounded to TF32 where that is allowed, else as exact as float32.
+
+    Three products of TF32 parts are, on NVIDIA's tensor cores; AMD's matrix instructions take float32 itself.
+    """
+    if not arch.startswith("sm_"):
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"
+
+
+def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
+    """a `[batch, rows, D]` times b `[batch or 1, columns, D]` transposed, float32 and contiguous, whatever the user allows torch's own."""
+    (batch, rows, channels), columns = a.shape, b.shape[1]
+    padded = max(16, 1 << (channels - 1).bit_length())
+    out = a.new_empty(batch, rows, columns)
+    arguments = {
+        "a": a, "b": b, "out": out, "a_batch": a.stride(0), "b_batch": 0 if len(b) == 1 else b.stride(0), "rows": rows, "columns": columns,
+        "D": channels, "DP": padded, "BQ": 32, "BK": 64, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
+    }  # fmt: skip
+    run(Launch(summary.multiply, (up(rows, 32), up(columns, 64), batch), arguments, 4))
+    return out
+
+
+def complement(lists: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
+    """Lists `[.., Tq, n]` continued by the key blocks that are not on them, ascending: int32 `[.., Tq, Tk]`."""
+    place = torch.arange(lists.shape[-1], device=lists.device, dtype=torch.int32).expand(lists.shape)
+    rank = torch.arange(key_blocks, 2 * key_blocks + 1, device=lists.device, dtype=torch.int32).repeat(*lists.shape[:-1], 1)
+    listed = torch.where(place < counts[..., None], lists, key_blocks).long()  # what pads a list goes to a column of its own
+    rank.scatter_(-1, listed, place)
+    return rank[..., :key_blocks].argsort(-1).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class Rests:
     """What stands for the rest: pooled keys and the lists as bits, or linear states. Absent parts are None."""
@@ -79,12 +111,13 @@ class Rests:
     total: Tensor | None = None
 
 
-def halves(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """A float32 matrix as the sum of two of a narrower type, for the tensor cores: 16 bits of it instead of 8 or 11."""
+def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead of
+    8 or 11."""
     if x is None or dtype == torch.float32:
-        return {name: x, f"{name}_low": None}
+        return x
     high = x.to(dtype)
-    return {name: high, f"{name}_low": (x - high).to(dtype)}
+    return torch.stack([high, (x - high).to(dtype)], -3)
 
 
 class Call:
@@ -106,8 +139,11 @@ class Call:
         self.flags = {
             "COUNT": bool(method.log_count), "VARIANCE": bool(method.variance), "MAP": method.feature_map, "ALL": bool(method.linear_all),
         }  # fmt: skip
+        # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
+        self.flags["LEFT"] = self.linear and not self.flags["ALL"] and 2 * a.lists.shape[-1] > self.k_blocks
+        self.lists = complement(a.lists, a.counts, self.k_blocks) if self.flags["LEFT"] else a.lists
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
-        self.precision = "tf32" if a.q.dtype == torch.float32 and tf32_allowed() else "ieee"
+        self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
 
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
@@ -143,7 +179,7 @@ class Call:
         a = self.a
         own = a.lists.ndim == 3
         return {
-            "lists": a.lists, "counts": a.counts, "list_bh": a.lists.stride(0) if own else 0, "list_row": a.lists.shape[-1],
+            "lists": self.lists, "counts": a.counts, "list_bh": self.lists.stride(0) if own else 0, "list_row": self.lists.shape[-1],
             "count_bh": a.counts.stride(0) if own else 0, "q_starts": a.q_starts, "k_starts": a.k_starts,
         }  # fmt: skip
 
@@ -177,7 +213,9 @@ class Call:
         return Rests(k_mean, v_mean, k_half, bits if bits.ndim == 3 else bits[None])
 
     def linear_rest(self) -> Rests:
-        """The mean over the image's keys of phi(k)·vᵀ and of phi(k)."""
+        """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""
+        if self.flags["LEFT"]:
+            return Rests()
         group = up(self.k_blocks, STATE_GROUPS)
         groups = up(self.k_blocks, group)
         states, totals = self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels)
@@ -214,11 +252,11 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     rests = call.rest()
     state = rests.state
     if state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
-        state = state @ a.weight.T  # the projection, once per head instead of once per query
+        state = multiply(state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
         extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
-        **call.pooled_arguments(rests), **halves("state", state, a.q.dtype), total=rests.total, **halves("weight", a.weight, a.q.dtype),
+        **call.pooled_arguments(rests), state=halves(state, a.q.dtype), total=rests.total, weight=halves(a.weight, a.q.dtype),
         bias=a.bias, key_bias=call.key_bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
         extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, LINEAR=call.linear,
         RESIDUAL=call.residual,
@@ -262,7 +300,7 @@ def select_blocks(
     chosen = torch.empty(bh, rows, top, dtype=torch.int32, device=q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
     for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
-        scores = torch.bmm(q_mean, k_mean.transpose(1, 2))
+        scores = multiply(q_mean, k_mean, machine, run)
         arguments = {"scores": scores, "weight": weight, "chosen": some, "blocks": blocks, "top": top, "W": wide}
         run(Launch(summary.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen

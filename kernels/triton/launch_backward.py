@@ -87,17 +87,23 @@ def _linear(call: Call, pull: dict[str, Any], rests: Rests, turned: Columns) -> 
     call.start(
         backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden,
         size=size, more=more_q, mean=mean, doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
-        **halves("state", rests.state, a.q.dtype), **halves("weight", a.weight, a.q.dtype),
+        state=halves(rests.state, a.q.dtype), weight=halves(a.weight, a.q.dtype),
         tokens=call.tokens, image=call.image, image_start=call.image_start, k_blocks=call.k_blocks, RESIDUAL=call.residual,
     )  # fmt: skip
     unit = size.amax(1).clamp_min(TINY)
     relative = size / unit[:, None]
-    state, total = _outer(call, a.q, dnum, relative, dden, call.flags["MAP"], 1 / call.image)
-    largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
+    state = total = largest = None
+    if call.flags["LEFT"]:
+        left = call.k_blocks - a.counts
+        turned = columns(call.lists.flip(-1), left, left, call.k_blocks)
+    else:
+        state, total = _outer(call, a.q, dnum, relative, dden, call.flags["MAP"], 1 / call.image)
+        largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
+        state = state / largest[:, None, None]
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
         **call.rows("q", "k", "v"), dnum=dnum, dden=dden, relative=relative, more_k=more_k, more_v=more_v, **_turned(turned),
-        q_starts=a.q_starts, k_starts=a.k_starts, **halves("pull_state", state / largest[:, None, None], a.q.dtype), pull_total=total,
+        q_starts=a.q_starts, k_starts=a.k_starts, pull_state=halves(state, a.q.dtype), pull_total=total,
         pull_size=largest, pull_unit=unit, image=call.image, image_start=call.image_start,
     )  # fmt: skip
     shared: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -8,23 +8,24 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+GONE = tl.constexpr(-1e30)  # a bias (in log2) below it leaves a key out: neither the key nor its value is read
 
 # Sizes that change from call to call. Triton compiles anew where an integer is 1 or stops being divisible by 16; not for these. Strides
 # keep it: by it the compiler knows that whole vectors can be loaded.
 SIZES = [
     "tokens", "image", "image_start", "text", "text_start", "extra", "q_blocks", "k_blocks", "blocks", "keys", "rows", "first", "begin",
-    "chunk", "splits", "length", "reach", "group", "width", "words", "top", "list_bh", "list_row", "count_bh", "entry_bh", "border_bh",
-    "bits_bh", "bits_row",
+    "chunk", "splits", "columns", "length", "reach", "group", "width", "words", "top", "list_bh", "list_row", "count_bh", "entry_bh",
+    "border_bh", "bits_bh", "bits_row",
 ]  # fmt: skip
 
 
 @triton.jit
-def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
-    """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D."""
+def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D. AGAIN: a read of its own, whatever was read."""
     channel = tl.arange(0, DP)
     pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
     inside = valid[:, None] if D == DP else valid[:, None] & (channel < D)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICT)
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first" if AGAIN else "")
 
 
 @triton.jit
@@ -43,15 +44,17 @@ def vector(base, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def split_dot(a, high, low, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
-    """a `[R, DP]` times a matrix `[D, D]` that lies in memory as the sum of two narrow ones (see `launch.halves`), or alone (`low`
-    None)."""
+def split_dot(a, matrices, number, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
+    """a `[R, DP]` times a matrix `[D, D]`, the `number`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
+    `launch.halves`), or, for a float32, as they are."""
+    PARTS: tl.constexpr = 1 if a.dtype == tl.float32 else 2
     row, column = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
     place = column * D + row if TRANSPOSED else row * D + column
     inside = (row < D) & (column < D)
-    result = tl.dot(a, tl.load(high + place, mask=inside, other=0.0).to(a.dtype), input_precision=PRECISION)
-    if low is not None:
-        result = tl.dot(a, tl.load(low + place, mask=inside, other=0.0).to(a.dtype), result, input_precision=PRECISION)
+    result = tl.zeros([a.shape[0], DP], tl.float32)
+    for part in tl.range(0, PARTS, num_stages=1):  # no two matrices are in registers at once
+        matrix = tl.load(matrices + (number * PARTS + part) * D * D + place, mask=inside, other=0.0)
+        result = tl.dot(a, matrix.to(a.dtype), result, input_precision=PRECISION)
     return result
 
 

@@ -38,9 +38,9 @@ def summarise(
                 value = tile(v_base, token, v_n, valid, D, DP)
                 v_sum += tl.sum(value.to(tl.float32), 0)
             if STATES:
-                phi = tl.where(valid[:, None], feature(key, D, DP, MAP), 0.0)
-                total += tl.sum(phi, 0)
-                state = tl.dot(tl.trans(phi.to(value.dtype)), value, state, input_precision=PRECISION)
+                phi = tl.where(valid[:, None], feature(key, D, DP, MAP), 0.0).to(value.dtype)
+                total += tl.sum(phi.to(tl.float32), 0)  # rounded, as the state's are and those of the visited blocks
+                state = tl.dot(tl.trans(phi), value, state, input_precision=PRECISION)
         mean = k_sum / count
         if k_mean is not None:
             tl.store(k_mean + at, mean.to(k_mean.dtype.element_ty), mask=real)
@@ -60,6 +60,34 @@ def summarise(
         share = 1.0 / keys.to(tl.float32)
         put(states + place * D * D, channel, D, real, state * share, D, DP)
         tl.store(totals + place * D + channel, total * share, mask=real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def multiply(
+    a, b, out, a_batch, b_batch, rows, columns, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a `[batch, rows, D]` times b `[batch or 1, columns, D]` transposed: out `[batch, rows, columns]`, all float32 and contiguous.
+
+    A product of torch's own rounds its operands where the user allows TF32. Grid: (tiles of rows, tiles of columns, batch).
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    column = tl.program_id(1) * BK + tl.arange(0, BK)
+    acc = tl.zeros([BQ, BK], tl.float32)
+    for at in tl.static_range(0, DP, BD):
+        channel = at + tl.arange(0, BD)
+        left = tl.load(
+            a + batch * a_batch + row.to(tl.int64)[:, None] * D + channel[None, :], mask=(row < rows)[:, None] & (channel < D)[None, :],
+            other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            b + batch * b_batch + column.to(tl.int64)[:, None] * D + channel[None, :],
+            mask=(column < columns)[:, None] & (channel < D)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+    place = out + (batch * rows + row)[:, None] * columns + column[None, :]
+    tl.store(place, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit

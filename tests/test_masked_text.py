@@ -1,0 +1,54 @@
+"""What padded text holds: neither its keys nor its values reach any output or gradient, whatever they are, on every backend."""
+
+import math
+
+import pytest
+import torch
+from helpers import Shape
+from torch import Tensor
+
+from dit_accel.kernels import dispatch
+from dit_accel.operator import attention
+from dit_accel.presets import CLEAR, SLA, Fovea
+from dit_accel.spec import AttentionSpec
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SPECS = {"fovea": Fovea(0.2), "clear": CLEAR(3, downsample=2), "sla": SLA(0.3)}
+# masked: some of one sample's text; all of it, more than one tile of it
+SHAPES = {"some": Shape(2, 1, 16, (1, 5, 7), 6), "a whole tile": Shape(1, 2, 16, (1, 5, 7), 70, False)}
+RUNS = [
+    *(pytest.param("reference", dtype, id=f"reference-{dtype}") for dtype in (torch.float64, torch.float32)),
+    *(pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(pytest.param("triton", dtype, id=f"triton-{dtype}", marks=pytest.mark.gpu) for dtype in (torch.float32, torch.float16)),
+]
+
+
+def results(spec: AttentionSpec, shape: Shape, bias: Tensor, backend: str, dtype: torch.dtype, held: float | None) -> list[Tensor]:
+    """Output, lse and the gradients of query, key and value, where the masked tokens' keys and values are `held`."""
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    qkv = shape.inputs(dtype)
+    text = slice(0, shape.text) if shape.text_first else slice(shape.layout.image, None)
+    if held is not None:
+        for x in qkv[1:]:
+            x[:, :, text] = x[:, :, text].masked_fill((bias == -math.inf)[:, None, :, None], held)
+    leaves = [x.to(device).requires_grad_() for x in qkv]
+    out, lse = attention(*leaves, spec, shape.layout, text_bias=bias.to(device), backend=backend, return_lse=True)
+    (out.double().square().sum() + lse.double().sin().sum()).backward()
+    grads = [x.grad for x in leaves if x.grad is not None]
+    assert len(grads) == 3
+    return [x.detach().cpu() for x in (out, lse, *grads)]
+
+
+@pytest.mark.parametrize("held", [math.nan, math.inf])
+@pytest.mark.parametrize("masked", SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_nan_and_infinity_stay_in_padding(backend: str, dtype: torch.dtype, masked: str, held: float) -> None:
+    if backend == "cpu" and dispatch.cpu_refusal(torch.device("cpu"), dtype, 16):
+        pytest.skip(dispatch.NOT_BUILT)
+    shape = SHAPES[masked]
+    bias = shape.text_bias(masked=masked == "a whole tile")
+    for spec in SPECS.values():
+        found, wanted = (results(spec, shape, bias, backend, dtype, x) for x in (held, None))
+        assert all(x.isfinite().all() for x in found), spec
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
