@@ -33,7 +33,7 @@ def examine(arch: str | None = None, *, quick: bool = False) -> Report:
     from dit_accel.kernels.triton.tables import ARCHITECTURES
 
     if arch is not None and arch not in ARCHITECTURES:
-        raise ValueError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        raise ArgumentError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     report = Report(_versions())
     for name, check in (
         ("imports", _imports),
