@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.doctor_report import RIGHT, UNCHECKED, WRONG, Report
+from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
