@@ -29,7 +29,7 @@ from dit_accel.errors import AdapterError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
-from dit_accel.lora import ADAPTER, activate_lora, switched_off
+from dit_accel.lora import ADAPTER, activate_lora, check_no_fused, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import Patch, accelerate, operators_of, patches_of, restore
 from dit_accel.pipelines import class_of
@@ -313,6 +313,8 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
         raise AdapterError(
             "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
         )
+    if LORA in tensors:
+        check_no_fused(model, AdapterError)
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")

@@ -42,6 +42,25 @@ def check_apart(model: Any) -> None:
         )
 
 
+def check_no_fused(model: Any, error: type[DitAccelError]) -> None:
+    """Raise `error` where `fuse_lora` added a user's LoRA to the weights: PEFT would take it out when ours comes in, and round them."""
+    fused = sorted({str(adapter) for module in model.modules() for adapter in getattr(module, "merged_adapters", ())})
+    if fused:
+        raise error(
+            f"the LoRA {', '.join(fused)} is fused into the weights, and would be taken out when another comes in: call unfuse_lora() "
+            "before, or unload_lora_weights() to leave it in the weights for good"
+        )
+
+
+def without_ours(model: Any, name: str) -> str:
+    """The name that a weight has without our LoRA; a level that PEFT put in for another adapter stays."""
+    path, _, leaf = name.rpartition(".base_layer.")
+    if not path:
+        return name
+    layer = model.get_submodule(path)
+    return f"{path}.{leaf}" if set(getattr(layer, "scaling", {})) <= {ADAPTER} else name
+
+
 def switched_off(model: Any) -> bool:
     """Whether `disable_lora` switched the model's LoRA off, and so one that is added to it."""
     return any(getattr(module, "disable_adapters", False) is True for module in model.modules())

@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.anatomy import CONTEXT, plain_name
 from dit_accel.errors import DitAccelError
 from dit_accel.holders import Holders, placed_by_others
-from dit_accel.lora import ADAPTER, check_apart
+from dit_accel.lora import ADAPTER, check_apart, without_ours
 
 
 def replace_weights(model: Any, patch: Any, values: Mapping[str, Tensor]) -> None:
@@ -104,9 +104,9 @@ def tolerate(model: nn.Module, keys: Any) -> None:
 
 def rename(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Hook before `load_state_dict`: weights that our LoRA is on are found by the names that they have without it."""
-    if set(getattr(model, "peft_config", {})) == {ADAPTER}:
+    if ADAPTER in getattr(model, "peft_config", {}):
         for name, _parameter in model.named_parameters():
-            plain = plain_name(name)
+            plain = without_ours(model, name)
             if plain != name and f"{prefix}{plain}" in state:
                 state[f"{prefix}{name}"] = state.pop(f"{prefix}{plain}")
 
@@ -115,9 +115,8 @@ def hide(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> No
     """Hook after `state_dict`: within `dense` it is the original's, and loads into a plain model."""
     patch: Any = getattr(model, CONTEXT)
     if patch.swapped:
-        plain = set(getattr(model, "peft_config", {})) <= {ADAPTER}
         inside = [name for name in state if name.startswith(prefix)]
-        kept = {plain_name(name) if plain else name: state.pop(name) for name in inside if not _ours(name)}
+        kept = {prefix + without_ours(model, n.removeprefix(prefix)): state.pop(n) for n in inside if not _ours(n)}
         for name in [name for name in inside if _ours(name)]:
             del state[name]
         state.update(kept)
@@ -142,12 +141,11 @@ def only_original(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     """
     originals, holders = _original_weights(model), Holders(model)
     holders.check(originals)
-    plain = set(getattr(model, "peft_config", {})) <= {ADAPTER}
     kept = {}
     for name, held in state.items():
         if not _ours(name):
             original = originals.get(plain_name(name))
-            kept[plain_name(name) if plain else name] = holders.value(name) if original is None else original.to(held.dtype)
+            kept[without_ours(model, name)] = holders.value(name) if original is None else original.to(held.dtype)
     return kept
 
 

@@ -25,7 +25,7 @@ from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, is_main, processes, share
 from dit_accel.finetune.samples import Samples, collect
 from dit_accel.holders import Holders, is_elsewhere, is_plain
-from dit_accel.lora import ADAPTER, switched_off
+from dit_accel.lora import ADAPTER, check_no_fused, switched_off
 from dit_accel.patch import Patch, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
 from dit_accel.weights import teacher_hash
@@ -123,11 +123,13 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     transformer, patch = patches[0]
     _check_launch()
     _check_specs(transformer, patch, config)
+    present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if is_elsewhere(transformer):
         raise DistillationError(f"{type(transformer).__name__} is offloaded: distil before offloading")
+    if config.train == "lora" and present is None:
+        check_no_fused(transformer, DistillationError)
     if config.train == "attention":
         _check_plain(transformer, patch)
-    present = getattr(transformer, "peft_config", {}).get(ADAPTER)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
         raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
     if config.train == "lora" and switched_off(transformer):
