@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
+from dit_accel.decisions import cpu_name
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
 from dit_accel.finetune.samples import Forward, Recorder, Samples, collect
@@ -51,16 +52,6 @@ PRESETS: dict[str, AttentionSpec] = {
     "Fovea 5 % without log n": AttentionSpec((TopK(0.05, True),), Pooled(log_count=False), Mass()),
     "Fovea 5 %, raster order": AttentionSpec((TopK(0.05, True),), Pooled(), Mass(), Raster()),
 }
-
-
-def cpu_name() -> str:
-    """The processor's name; Python itself knows it on some systems only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dit_accel import crossover
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
@@ -93,7 +94,8 @@ def accelerate(
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.
 
-    Where the original attention is faster (measured once per size, on a CPU) an untrained patch runs it under backend "auto".
+    Where the original attention is clearly faster, an untrained patch runs it under backend "auto": measured once per size and machine and
+    kept in the user's cache folder; the environment variable DIT_ACCEL_GUARD=off runs the method at every size.
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
     AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
@@ -104,6 +106,7 @@ def accelerate(
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
+    crossover.enabled()  # refuses what the environment can't mean
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if hasattr(model, CONTEXT):

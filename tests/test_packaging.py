@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "plans": {"layout", "plan", "spec"},
     "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "plans", "spec"},
-    "crossover": {"kernels", "layout", "operator", "plan", "spec"},
+    "decisions": {"errors", "files"},
+    "crossover": {"decisions", "kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "plans", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
@@ -44,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "lora": {"errors"},
     "patch": {
         "context",
+        "crossover",
         "errors",
         "kernels.dispatch",
         "layout",
@@ -97,7 +99,21 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "plans", "spec"}
+TORCH_ONLY = {
+    "crossover",
+    "decisions",
+    "errors",
+    "fused",
+    "geometry",
+    "kernels",
+    "layout",
+    "masks",
+    "operator",
+    "parameters",
+    "plan",
+    "plans",
+    "spec",
+}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
 DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
 
