@@ -94,8 +94,8 @@ def accelerate(
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.
 
-    Where the original attention is clearly faster, an untrained patch runs it under backend "auto": measured once per size and machine and
-    kept in the user's cache folder; the environment variable DIT_ACCEL_GUARD=off runs the method at every size.
+    Where the original attention is clearly faster (measured once per size and machine, see `crossover`; DIT_ACCEL_GUARD=off in the
+    environment measures nothing) an untrained patch runs it under backend "auto".
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
     AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
@@ -105,15 +105,11 @@ def accelerate(
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     check_trained_tokens(trained_tokens)
-    dispatch.check(backend)
     crossover.enabled()  # refuses what the environment can't mean
     models = find_transformers(pipe_or_transformer)
     for model in models:
-        if hasattr(model, CONTEXT):
-            patch: Patch = getattr(model, CONTEXT)
-            raise AlreadyAcceleratedError(
-                f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first"
-            )
+        if it := getattr(model, CONTEXT, None):
+            raise AlreadyAcceleratedError(f"{type(model).__name__} is accelerated already, with {it.context.spec}; call restore(...) first")
     settings: dict[str, Any] = {
         "steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict, "trained_tokens": trained_tokens,
     }  # fmt: skip
@@ -424,10 +420,15 @@ def weights_hash(transformer: nn.Module) -> str:
 
 
 def teacher_hash(transformer: nn.Module) -> str:
-    """SHA-256 of the original weights: all parameters but those that acceleration and distillation add or change back."""
+    """SHA-256 of the original weights (see `teacher_tensors`)."""
+    return _hash(teacher_tensors(transformer))
+
+
+def teacher_tensors(transformer: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """(name, plain name, value) of the original weights: all but what acceleration and distillation add, or as before they changed it."""
     originals = _original_weights(transformer)
-    own = [(name, plain_name(name), tensor) for name, tensor in transformer.state_dict().items() if not _ours(name)]
-    return _hash((name, plain, originals.get(plain, tensor)) for name, plain, tensor in own)
+    own = {name: tensor for name, tensor in transformer.state_dict().items() if not _ours(name)}
+    return [(name, plain_name(name), originals.get(plain_name(name), tensor)) for name, tensor in own.items()]
 
 
 def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
@@ -435,15 +436,15 @@ def _hash(tensors: Iterable[tuple[str, str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for _, name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in _stored(tensor.detach()):
+        for part in stored(tensor.detach()):
             digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _stored(tensor: Any) -> Iterator[Tensor]:
+def stored(tensor: Any) -> Iterator[Tensor]:
     """A tensor itself, or the plain tensors that a quantised one is made of: torchao's refuse to be seen as bytes."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored(getattr(tensor, name))
+        yield from stored(getattr(tensor, name))

@@ -25,8 +25,9 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, share
 from dit_accel.finetune.samples import Samples, collect
+from dit_accel.fingerprint import known_hash
 from dit_accel.lora import ADAPTER, switched_off
-from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running, teacher_hash
+from dit_accel.patch import Patch, check_unfused, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
@@ -152,7 +153,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
-    teacher = teacher_hash(transformer)
+    teacher = known_hash(transformer)
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")

@@ -22,7 +22,8 @@ from dit_accel.files import check_folder
 from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
 from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.run_file import Forward, Key, Size, damage
-from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names, teacher_hash
+from dit_accel.fingerprint import known_hash
+from dit_accel.patch import CONTEXT, dense, find_transformers, forward_names
 
 __all__ = ["Forward", "Key", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "record_runs", "write_run"]
 
@@ -128,7 +129,7 @@ def record_runs(pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callab
         raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
     folder, name = Path(folder), base_model_name(pipe, transformer)
     check_folder(folder)
-    made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": stored}
+    made_by = {"format": FORMAT, "teacher": known_hash(transformer), "model": type(transformer).__name__, "call": stored}
     maker = claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
     state = processes(next(transformer.parameters()).device)
     shown = None if state.is_main_process else True  # to tqdm: unless this is no terminal
