@@ -27,14 +27,16 @@ from dit_accel.anatomy import OWN, attention_layers, check_unfused, find_transfo
 from dit_accel.base_model import base_model_name, licence_of, public_name
 from dit_accel.errors import AdapterError
 from dit_accel.files import staged, write_json, write_tensors
+from dit_accel.fingerprint import Fingerprint, fingerprint, known_hash, same_weights
+from dit_accel.fingerprint import check as check_fingerprint
 from dit_accel.holders import Holders, is_elsewhere, is_plain
-from dit_accel.importers import Checkpoint, import_file, local_file, plain_parameters
+from dit_accel.importers import Base, Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.lora import ADAPTER, activate_lora, check_no_fused, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
 from dit_accel.patch import Patch, accelerate, operators_of, patches_of, restore
 from dit_accel.pipelines import class_of
 from dit_accel.spec import AttentionSpec
-from dit_accel.weights import replace_weights, teacher_hash
+from dit_accel.weights import replace_weights
 
 P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
@@ -56,6 +58,7 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
         base_model_class: str,
         base_model_name: str = "",
         base_model_hash: str = "",
+        base_model_fingerprint: Fingerprint | None = None,
         dense_steps: int = 0,
         training: dict[str, Any] | None = None,
         files: dict[str, str] | None = None,  # file -> SHA-256
@@ -104,7 +107,8 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
                 base_model_name=public_name(loaded_from),
-                base_model_hash=teacher_hash(model),
+                base_model_hash=known_hash(model),
+                base_model_fingerprint=fingerprint(model),
                 dense_steps=patch.context.dense_steps,
                 training=training,
                 files={name: _sha256(path) for name, path in written.items()},
@@ -189,14 +193,21 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
-        differs = found.base is not None and teacher_hash(model) != found.base[1]
+        differs = found.base is not None and not _same_base(model, found.base)
     except BaseException:
         restore(pipe)
         raise
     if found.base is not None and differs:
-        name = found.base[0] or "another model"
+        name = found.base.name or "another model"
         warnings.warn(f"the adapter in {path_or_repo} was made with the weights of {name}, which differ from these", stacklevel=2)
     return pipe
+
+
+def _same_base(model: Any, base: Base) -> bool:
+    """Whether a model has the weights that an adapter was made with; an adapter without a fingerprint tells of the exact ones alone."""
+    if base.fingerprint is None:
+        return known_hash(model) == base.hash
+    return same_weights(model, base.fingerprint, base.hash)
 
 
 def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
@@ -218,7 +229,7 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
         tensors.get(WHOLE, tensors.get(FULL, {})),
         tensors.get(LORA, {}),
         config["dense_steps"],
-        (config["base_model_name"], config["base_model_hash"]) if matters else None,
+        Base(config["base_model_name"], config["base_model_hash"], config["base_model_fingerprint"]) if matters else None,
     )
 
 
@@ -253,6 +264,11 @@ def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
     if not sizes or type(steps) is not int or steps < 0:
         raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each and dense_steps >= 0, got {layers} and {steps}")
     try:
+        if config["base_model_fingerprint"] is not None:
+            check_fingerprint(config["base_model_fingerprint"])
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
+    try:
         return AttentionSpec.from_dict(config["spec"])
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
@@ -283,8 +299,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"wanted a JSON object in {folder / CONFIG}, got {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     wanted = {
-        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version",
+        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "dense_steps", "training",
+        "files", "version",
     }  # fmt: skip
+    config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
     if set(config) != wanted:
         raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
     if config["version"] != VERSION:

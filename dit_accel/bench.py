@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dit_accel.anatomy import find_transformers, forward_names
 from dit_accel.console import console
+from dit_accel.decisions import cpu_name
 from dit_accel.errors import ArgumentError
 from dit_accel.files import write_json
 from dit_accel.finetune.evaluate import predict, velocity_errors
@@ -54,16 +55,6 @@ PRESETS: dict[str, AttentionSpec] = {
     "Fovea 5 % without log n": AttentionSpec((TopK(0.05, True),), Pooled(log_count=False), Mass()),
     "Fovea 5 %, raster order": AttentionSpec((TopK(0.05, True),), Pooled(), Mass(), Raster()),
 }
-
-
-def cpu_name() -> str:
-    """The processor's name; Python itself knows it on some systems only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -41,7 +41,7 @@ def _version(library: str) -> str:
 def _machine_rows() -> dict[str, str]:
     import torch
 
-    from dit_accel.bench import cpu_name
+    from dit_accel.decisions import cpu_name
 
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {

@@ -57,7 +57,7 @@ class Context:
     logits are to be scaled for longer ones, which the original attention does not do. `active`: the operators run in the forward at hand.
     `grids`: of the images in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens
     there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`,
-    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be, or not yet.
     """
 
     def __init__(
@@ -103,9 +103,28 @@ class Context:
     @property
     def leaves(self) -> bool:
         """Whether the grid at hand is left to the original attention because that is faster."""
-        if self.crossover is None or self.always or self.trained or self.trained_tokens is not None or torch.is_grad_enabled():
-            return False
-        return self.crossover.loses
+        return self.crossover is not None and not self._runs_anyway and self.crossover.loses
+
+    @property
+    def _runs_anyway(self) -> bool:
+        """Whether the method runs at every size, so that nothing is to be measured."""
+        asked = self.backend != "auto" or self.strict or self.always or not self.enabled
+        return asked or self.trained or self.trained_tokens is not None or torch.is_grad_enabled()
+
+    def _guard(self, latents: Tensor) -> None:
+        """Decide whether the grid at hand is left to the original, unless that is decided, and tell the user."""
+        grids = self.grids
+        if grids is None or self.crossover is not None or self._runs_anyway:
+            return
+        self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype, self._device)
+        if self.leaves and grids not in self._said:
+            self._said.add(grids)
+            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in grids)
+            warnings.warn(
+                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {self.crossover}. "
+                "accelerate(..., strict=True) runs the method all the same",
+                stacklevel=2,
+            )
 
     def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:
         """The scale of the logits in a sequence of so many tokens: as given, or CLEAR's proportional one (arXiv 2412.16112)."""
@@ -213,6 +232,7 @@ class Context:
             known = self.grids
         if known != self.grids or text != self.text or latents.device != self._device:
             self._set_geometry(known, text, latents)
+        self._guard(latents)
         if self._reason is not None:
             self.fall_back(self._reason)
         elif self.dense_steps:
@@ -237,16 +257,6 @@ class Context:
             self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
         if self.backend == "auto" and self.enabled:
             self._warn_if_slow(latents.dtype)
-        if self.backend == "auto" and not self.strict and self._device.type == "cpu":
-            self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)
-        if self.enabled and self.leaves and grids not in self._said:
-            self._said.add(grids)
-            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in grids)
-            warnings.warn(
-                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {self.crossover}. "
-                "accelerate(..., strict=True) runs the method all the same",
-                stacklevel=2,
-            )
 
     def _warn_if_slow(self, dtype: torch.dtype) -> None:
         """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""

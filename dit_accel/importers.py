@@ -64,12 +64,20 @@ class Entry(NamedTuple):
 Header = Mapping[str, Entry]
 
 
+class Base(NamedTuple):
+    """The weights that an adapter was made with: name, exact hash, and a fingerprint (`fingerprint`) where there is one."""
+
+    name: str
+    hash: str
+    fingerprint: dict[str, list[str]] | None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `load_adapter` puts into one transformer, checked against it.
 
     `own`: the method's parameters by their names in the accelerated transformer. `weights`: values for the transformer's own parameters,
-    by name. `lora`: a LoRA as diffusers saves it. `base`: name and hash of the weights that it was made with, where they matter.
+    by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter.
     """
 
     spec: AttentionSpec
@@ -78,7 +86,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     lora: dict[str, Tensor] = field(default_factory=dict)
     dense_steps: int = 0
-    base: tuple[str, str] | None = None
+    base: Base | None = None
 
 
 # Finding and reading

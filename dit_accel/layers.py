@@ -71,6 +71,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention) -> tu
     with torch.no_grad():  # as in a pipeline
         if context.leaves:
             return "original", f"faster here: {context.crossover}"
+        guarded = f"; {context.crossover}" if context.crossover is not None and context.backend == "auto" else ""
     linear = isinstance(context.spec.rest, Linear)
     parameters = list(model.parameters())
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
@@ -78,7 +79,9 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention) -> tu
     # weights on the meta device are offloaded; the tokens' device is where the layer runs
     device = plan.coords.device if plan and parameter.device.type == "meta" else parameter.device
     try:
-        return dispatch.choose(context.backend, device, getattr(model, "dtype", parameter.dtype), operator.head_dim, linear=linear)
+        dtype = getattr(model, "dtype", parameter.dtype)
+        backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)
+        return backend, why + guarded
     except BackendError as error:
         return "none", f"every call will raise BackendError: {error}"
 

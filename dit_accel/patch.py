@@ -11,15 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dit_accel.anatomy import (
-    CONTEXT,
-    attention_layers,
-    check_not_parallel,
-    check_unfused,
-    find_transformers,
-    forward_names,
-    heads_of,
-)
+from dit_accel import crossover
+from dit_accel.anatomy import CONTEXT, attention_layers, check_not_parallel, check_unfused, find_transformers, forward_names, heads_of
 from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
@@ -95,7 +88,8 @@ def accelerate(
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.
 
-    Where the original attention is faster (measured once per size, on a CPU) an untrained patch runs it under backend "auto".
+    Where the original attention is clearly faster (measured once per size and machine, see `crossover`; DIT_ACCEL_GUARD=off in the
+    environment measures nothing) an untrained patch runs it under backend "auto".
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
     AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
@@ -107,13 +101,11 @@ def accelerate(
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
     check_not_parallel(pipe_or_transformer)
+    crossover.enabled()  # refuses what the environment can't mean
     models = find_transformers(pipe_or_transformer)
     for model in models:
-        if hasattr(model, CONTEXT):
-            patch: Patch = getattr(model, CONTEXT)
-            raise AlreadyAcceleratedError(
-                f"{type(model).__name__} is accelerated already, with {patch.context.spec}; call restore(...) first"
-            )
+        if it := getattr(model, CONTEXT, None):
+            raise AlreadyAcceleratedError(f"{type(model).__name__} is accelerated already, with {it.context.spec}; call restore(...) first")
     settings: dict[str, Any] = {
         "steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict, "trained_tokens": trained_tokens,
     }  # fmt: skip

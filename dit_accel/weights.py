@@ -1,7 +1,7 @@
 """The values of a transformer's weights: exchanging trained ones with the user's own, and hashes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -163,9 +163,20 @@ def teacher_hash(transformer: nn.Module) -> str:
 
     Raises DitAccelError where they can't be read.
     """
+    return _hash((name, read()) for name, read in teacher_values(transformer).items())
+
+
+def teacher_values(transformer: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Plain name -> a function that reads the value, of the original weights: one at a time, because offloaded ones are brought in.
+
+    Raises DitAccelError where they can't be told from what was trained; the functions, where a value can't be read.
+    """
     originals, holders = _original_weights(transformer), Holders(transformer)
-    own = sorted(name for name in transformer.state_dict() if not _ours(name))
-    return _hash((plain := plain_name(name), originals[plain] if plain in originals else holders.value(name)) for name in own)
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: originals[plain] if (plain := plain_name(name)) in originals else holders.value(name)
+
+    return {plain_name(name): reader(name) for name in sorted(transformer.state_dict()) if not _ours(name)}
 
 
 def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -173,15 +184,15 @@ def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in _stored(tensor.detach()):
+        for part in stored(tensor.detach()):
             digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _stored(tensor: Any) -> Iterator[Tensor]:
+def stored(tensor: Any) -> Iterator[Tensor]:
     """A tensor itself, or the plain tensors that a quantised one is made of: torchao's refuse to be seen as bytes."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored(getattr(tensor, name))
+        yield from stored(getattr(tensor, name))

@@ -24,11 +24,11 @@ from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, is_main, processes, share
 from dit_accel.finetune.samples import Samples, collect
+from dit_accel.fingerprint import known_hash
 from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.lora import ADAPTER, check_no_fused, switched_off
 from dit_accel.patch import Patch, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
-from dit_accel.weights import teacher_hash
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
 # from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)
@@ -158,7 +158,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
-    teacher = teacher_hash(transformer)
+    teacher = known_hash(transformer)
     for part in (samples, aside):
         if part.teacher != teacher:
             raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")

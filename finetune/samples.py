@@ -24,8 +24,8 @@ from dit_accel.finetune.cache import FORMAT, Samples, claim, damaged_runs, remov
 from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.run_file import Forward, Key, Size, check_arguments, damage
 from dit_accel.finetune.surroundings import processes_kept
+from dit_accel.fingerprint import known_hash
 from dit_accel.patch import dense
-from dit_accel.weights import teacher_hash
 
 __all__ = ["Forward", "Key", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "record_runs", "write_run"]
 
@@ -140,7 +140,7 @@ def _recorded(pipe: Any, transformer: Any, folder: Path, keys: Sequence[Key], ma
     """The runs of a folder, those that it lacks made before."""
     name = base_model_name(pipe, transformer)
     check_folder(folder)
-    made_by = {"format": FORMAT, "teacher": teacher_hash(transformer), "model": type(transformer).__name__, "call": call}
+    made_by = {"format": FORMAT, "teacher": known_hash(transformer), "model": type(transformer).__name__, "call": call}
     maker = claim(folder, {**made_by, "base_model": name, "licence": licence_of(name)})
     state = processes(next(transformer.parameters()).device)
     shown = None if state.is_main_process else True  # to tqdm: unless this is no terminal

@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import
+os.environ["DIT_ACCEL_GUARD"] = "off"  # tiny models are faster without acceleration: unless a test is about that, the method runs
 
 import pytest
 import torch
@@ -131,20 +132,12 @@ def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "write_page", lambda *_: None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def measured() -> Iterator[Callable[..., Any]]:
-    """Tiny models are faster without acceleration: unless a test is about that, nothing is measured and the method runs."""
-    from dit_accel import crossover
-
-    original = crossover.measured
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crossover, "measured", lambda *_: None)
-        yield original
-
-
 @pytest.fixture(autouse=True)
-def _crossover(request: pytest.FixtureRequest, measured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def _guard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard as users have it, in a cache folder of the test's own, for what is marked so."""
     if "crossover" in request.keywords:
         from dit_accel import crossover
 
-        monkeypatch.setattr(crossover, "measured", measured)
+        monkeypatch.delenv(crossover.VARIABLE)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setattr(crossover, "_known", {})

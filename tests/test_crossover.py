@@ -1,5 +1,6 @@
 """Never slower: a patch leaves a grid to the original attention where that is faster, and nowhere else."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from conftest import LAYERS, forward_arguments, run, tiny_pipe
 import dit_accel
 from dit_accel import CLEAR, SLA, Fovea, TokenLayout, crossover
 from dit_accel.crossover import Crossover
-from dit_accel.patch import always
+from dit_accel.patch import CONTEXT, always
 
+CPU = torch.device("cpu")
 SLOWER, FASTER = Crossover(accelerated=2e-3, original=1e-3), Crossover(accelerated=1e-3, original=2e-3)
 pytestmark = [pytest.mark.crossover, pytest.mark.filterwarnings("ignore:dit_accel. the original attention runs")]
+
+
+def raising(*_: object) -> None:
+    raise AssertionError("nothing is to be measured")
 
 
 @pytest.fixture
@@ -29,12 +35,12 @@ def slower(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_slower_size_runs_the_original_to_the_bit_and_says_so(slower: list[Any], sparse_calls: list[Any]) -> None:
     wanted = run(tiny_pipe())
     pipe = dit_accel.accelerate(tiny_pipe(), CLEAR(2))
-    with pytest.warns(UserWarning, match=r"original attention runs at 17×25 tokens.*2\.00 ms a head against 1\.00 ms"):
+    with pytest.warns(UserWarning, match=r"original attention runs at 17×25 tokens.*2\.00 ms against 1\.00 ms"):
         assert torch.equal(run(pipe), wanted)
     assert sparse_calls == []
     rows = dit_accel.summary(pipe, show=False)
     assert {row.backend for row in rows} == {"original"}
-    assert all("faster here: measured 2.00 ms a head against 1.00 ms" in row.why for row in rows)
+    assert all("faster here: measured 2.00 ms against 1.00 ms" in row.why for row in rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(pipe)
@@ -53,6 +59,37 @@ def test_a_faster_size_runs_the_method(monkeypatch: pytest.MonkeyPatch, sparse_c
     assert {row.backend for row in dit_accel.summary(pipe, show=False)} == {"cpu"}
 
 
+def test_a_method_that_runs_says_what_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossover, "measured", lambda *_: dataclasses.replace(FASTER, file=Path("/cache/a.json")))
+    pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
+    run(pipe, steps=1)
+    said = "measured 1.00 ms against 2.00 ms of the original attention, decided once, kept in /cache/a.json"
+    assert all(row.why.endswith(f"; {said}") for row in dit_accel.summary(pipe, show=False))
+
+
+def test_only_what_is_clearly_slower_is_left_to_the_original() -> None:
+    assert [Crossover(ratio, 1.0).loses for ratio in (0.5, 1.0, 1.2, 1.25, 1.26, 3.0)] == [False] * 4 + [True] * 2
+
+
+def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(crossover, "_measure", raising)
+    monkeypatch.setenv(crossover.VARIABLE, "off")
+    assert crossover.measured(Fovea(0.2), TokenLayout((1, 8, 8)), 16, torch.float32, CPU) is None
+    pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
+    run(pipe, steps=1)
+    assert {row.backend for row in dit_accel.summary(pipe, show=False)} == {"cpu"}
+
+
+@pytest.mark.parametrize("said", ["no", "OFF", "0", ""], ids=repr)
+def test_the_environment_is_refused_in_plain_words(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(crossover.VARIABLE, said)
+    pipe = tiny_pipe()
+    with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD is 'on' or 'off', got {said!r}"):
+        dit_accel.accelerate(pipe)
+    assert not hasattr(pipe.transformer, CONTEXT)
+
+
 @pytest.mark.parametrize("choice", [{"strict": True}, {"backend": "reference"}, {"backend": "cpu"}], ids=str)
 def test_strict_or_a_named_backend_measures_nothing(choice: dict[str, Any], slower: list[Any], sparse_calls: list[Any]) -> None:
     run(dit_accel.accelerate(tiny_pipe(), Fovea(0.2), **choice), steps=1)
@@ -64,6 +101,7 @@ def test_training_and_measuring_run_the_method(slower: list[Any], sparse_calls: 
     pipe = dit_accel.accelerate(tiny_pipe(), SLA(0.2))
     with always(pipe):
         run(pipe, steps=1)
+    assert slower == []
     assert len(sparse_calls) == LAYERS
     with torch.enable_grad():
         pipe.transformer(**forward_arguments())
@@ -87,17 +125,19 @@ def test_weights_trained_for_a_method_run_with_it(train: Any, slower: list[Any],
 
 def test_a_shape_is_measured_once_and_leaves_no_trace() -> None:
     state = torch.random.get_rng_state()
-    shape = (Fovea(0.2), TokenLayout((1, 12, 20), 5), 16, torch.float32)
+    shape = (Fovea(0.2), TokenLayout((1, 12, 20), 5), 16, torch.float32, CPU)
     first = crossover.measured(*shape)
+    assert first is not None
     assert first.accelerated > 0
     assert first.original > 0
     assert crossover.measured(*shape) is first
-    assert crossover.measured(Fovea(0.2), TokenLayout((1, 20, 12), 5), 16, torch.float32) is not first
+    assert crossover.measured(Fovea(0.2), TokenLayout((1, 20, 12), 5), 16, torch.float32, CPU) is not first
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_extrapolation_counts_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 0.5, 3.0, 0.25, 2.0, 0.75])  # accelerated, original, in turns
     monkeypatch.setattr(crossover, "_seconds", lambda _: next(times))
-    found = crossover.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32)  # 5,120 tokens, of which 819 rows are timed
-    assert found == Crossover(1.0, 0.25 * 5120 / 819)
+    found = crossover.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32, CPU)  # 5,120 tokens, of which 819 rows are timed
+    assert found is not None
+    assert (found.accelerated, found.original) == (1.0, 0.25 * 5120 / 819)

@@ -196,9 +196,13 @@ def test_a_distilled_pipeline_is_compared_with_the_weights_it_had(mode: str, tmp
 @pytest.mark.crossover
 @pytest.mark.usefixtures("numbers_only")
 def test_the_method_is_measured_even_where_it_is_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "measured", lambda *_: crossover.Crossover(accelerated=2.0, original=1.0))
+    asked: list[Any] = []
+    monkeypatch.setattr(crossover, "measured", lambda *shape: asked.append(shape) or crossover.Crossover(accelerated=2.0, original=1.0))
     pipe = accelerate(picture_pipe(), METHOD)
-    found = evaluate(pipe, PROMPTS[:1], tmp_path, **CALL)["measures"]["method"]
+    record = evaluate(pipe, PROMPTS[:1], tmp_path, **CALL)
+    assert asked == []
+    assert record["guard"].startswith("never asked")
+    found = record["measures"]["method"]
     assert all(found[name]["mean"] > 1e-3 for name in ("difference", "velocity_error", "attention_error"))
     assert torch.equal(draw(pipe), draw(picture_pipe()))  # which is left to the original
 

@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "plans": {"layout", "plan", "spec"},
     "fused": {"errors", "geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "plans", "spec"},
-    "crossover": {"kernels", "layout", "operator", "plan", "spec"},
+    "decisions": {"errors", "files"},
+    "crossover": {"decisions", "kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "kernels.capture", "kernels.dispatch", "layout", "pipelines.family", "plan", "plans", "spec"},
     "masks": {"layout"},
     "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
@@ -48,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "patch": {
         "anatomy",
         "context",
+        "crossover",
         "errors",
         "kernels.dispatch",
         "layout",
@@ -63,6 +65,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "layers": {"console", "context", "errors", "kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"anatomy"},
+    "fingerprint": {"patch", "weights"},
     "importers": {"anatomy", "errors", "pipelines", "presets", "spec", "wan_names"},
     "base_model": set(),
     "model_card": {"base_model", "files", "spec"},
@@ -72,6 +75,7 @@ ARROWS: dict[str, set[str]] = {
         "context",
         "errors",
         "files",
+        "fingerprint",
         "holders",
         "importers",
         "layout",
@@ -95,6 +99,7 @@ ARROWS: dict[str, set[str]] = {
         "context",
         "errors",
         "files",
+        "fingerprint",
         "holders",
         "layout",
         "lora",
@@ -108,7 +113,21 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "plans", "spec"}
+TORCH_ONLY = {
+    "crossover",
+    "decisions",
+    "errors",
+    "fused",
+    "geometry",
+    "kernels",
+    "layout",
+    "masks",
+    "operator",
+    "parameters",
+    "plan",
+    "plans",
+    "spec",
+}
 PROGRAMS = ("bench", "cli", "demo", "doctor", "estimate", "evaluation")
 DIFFUSERS = {
     "adapter",

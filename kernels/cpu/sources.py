@@ -9,10 +9,11 @@ from pathlib import Path
 ENDINGS = (".cpp", ".h")
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of the names and contents of all C++ files in a folder, as 16 hexadecimal digits; line ends of Windows count as others."""
+def fingerprint(folder: Path, endings: tuple[str, ...] = ENDINGS) -> str:
+    """SHA-256 of the names and contents of a folder's files with these endings, as 16 hexadecimal digits; line ends of Windows count as
+    others."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.suffix in ENDINGS):
+    for file in sorted(file for file in folder.iterdir() if file.suffix in endings):
         content = file.read_bytes().replace(b"\r\n", b"\n")
         digest.update(f"{file.name} {len(content)}\n".encode())
         digest.update(content)
