@@ -1,7 +1,9 @@
 """Tiny random FLUX pipelines made without any download, and the way to run them."""
 
+import base64
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*.py"]
 
 TEXT, WIDTH, POOLED, CHANNELS = 12, 32, 24, 16
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")  # a PNG
 LAYERS = 4  # attention modules of a tiny transformer
 
 
@@ -139,6 +142,19 @@ def measured() -> Iterator[Callable[..., Any]]:
     original = crossover.measured
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crossover, "measured", lambda *_: None)
+        yield original
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_curves() -> Iterator[Any]:
+    """Trainings write a curve of one pixel: to draw it takes longer than tiny models learn. Gives what draws it, for tests about it."""
+    runs = sys.modules.get("dit_accel.finetune.run")  # what no module imports need not be imported
+    if runs is None:
+        yield None
+        return
+    original = runs.draw_curve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "draw_curve", lambda history: PIXEL)
         yield original
 
 
