@@ -21,12 +21,12 @@ from torch import Tensor
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
-from dit_accel.finetune.capture import capture
+from dit_accel.finetune.capture import Outputs, capture, compared
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.evaluate import on_device, predict
 from dit_accel.finetune.fit import fit
 from dit_accel.finetune.flow import repeated
-from dit_accel.finetune.losses import attention_loss, cosine_factor, relative_error
+from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
 from dit_accel.finetune.run import Run, prepare
 from dit_accel.finetune.samples import Forward, Samples
@@ -179,12 +179,12 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
     if config.flow_weight > 0:
         arguments, flow_target = _flow_inputs(run, forward, position, draw)
     target, taught = _teach(run, arguments, forward.prediction if flow_target is None else None)
-    with run.autocast(), capture(run.transformer) as learnt:
+    with run.autocast(), compared(run.transformer, taught) as attention:
         prediction = predict(run.transformer, arguments)
     losses = {"prediction": relative_error(prediction, target)}
     total = config.prediction_weight * losses["prediction"]
     if config.attention_weight > 0:
-        losses["attention"] = attention_loss(learnt, taught)
+        losses["attention"] = torch.stack(attention).mean()
         total = total + config.attention_weight * losses["attention"]
     if flow_target is not None:
         losses["flow"] = relative_error(prediction, repeated(flow_target, prediction.shape).to(prediction.device))
@@ -192,13 +192,15 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
     return {"loss": total, **{k: v.detach() for k, v in losses.items()}}
 
 
-def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tuple[Tensor, Outputs]:
     """The teacher's prediction and attention outputs; the recorded prediction is enough where attention is not compared."""
     if recorded is not None and run.config.attention_weight == 0:
         return recorded.to(next(run.transformer.parameters()).device), {}
-    with torch.no_grad(), run.autocast(), dense(run.transformer, in_order=True), capture(run.transformer) as taught:
-        prediction = predict(run.transformer, arguments)
-    return prediction, dict(taught)
+    with torch.no_grad(), run.autocast(), dense(run.transformer, in_order=True):
+        if run.config.attention_weight == 0:
+            return predict(run.transformer, arguments), {}
+        with capture(run.transformer) as taught:
+            return predict(run.transformer, arguments), taught
 
 
 def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor]:

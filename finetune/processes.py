@@ -1,12 +1,15 @@
 """Several processes of one run, as `accelerate launch` starts them: each takes its share of the work, and all learn what came of it."""
 
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
+
+MESSAGE = 64 * 2**20  # bytes, at most, of the gradients that are summed at once: a message is copied twice
 
 
 def processes(device: torch.device) -> PartialState:
@@ -17,6 +20,14 @@ def processes(device: torch.device) -> PartialState:
 def is_main() -> bool:
     """Whether this process is the one that writes and speaks; the others of a launch only share the work."""
     return bool(PartialState().is_main_process)
+
+
+def shared_gpus(device: torch.device) -> list[str]:
+    """The GPUs that the model lies on in more than one process, as "host cuda:0"; known to all processes."""
+    if device.type != "cuda":
+        return []
+    places = gathered([f"{socket.gethostname()} cuda:{device.index or 0}"])
+    return sorted({place for place in places if places.count(place) > 1})
 
 
 def wait_for_all() -> None:
@@ -46,7 +57,7 @@ def from_main(value: Any) -> Any:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor summed over the processes, in one message."""
+    """Each tensor summed over the processes, all in one message: for a few small ones."""
     if PartialState().num_processes == 1:
         return list(tensors)
     flat = reduce(torch.cat([t.flatten() for t in tensors]), "sum")
@@ -54,11 +65,23 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Put the sum over the processes, taken in float32, in the place of every gradient."""
+    """Put the sum over the processes, taken in float32, in the place of every gradient; MESSAGE bytes at a time."""
     if PartialState().num_processes == 1:
         return
-    parameters = list(parameters)
-    sums = summed([(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in parameters])
-    for parameter, total in zip(parameters, sums, strict=True):
-        if parameter.grad is not None or bool(total.any()):  # the optimizer leaves alone what has no gradient
-            parameter.grad = total.to(parameter.dtype)
+    for bucket in _buckets(parameters):
+        sums = summed([(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in bucket])
+        for parameter, total in zip(bucket, sums, strict=True):
+            if parameter.grad is not None or bool(total.any()):  # the optimizer leaves alone what has no gradient
+                parameter.grad = total.to(parameter.dtype)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in order, as many at a time as MESSAGE holds, a larger one alone."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and 4 * sum(p.numel() for p in (*bucket, parameter)) > MESSAGE:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

@@ -22,8 +22,8 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.evaluate import velocity_errors
 from dit_accel.finetune.flow import Flow, recorded_flow
-from dit_accel.finetune.processes import gathered, is_main, processes, share
-from dit_accel.finetune.samples import Samples, collect
+from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
+from dit_accel.finetune.samples import Samples, collect_prompts
 from dit_accel.fingerprint import known_hash
 from dit_accel.holders import Holders, is_elsewhere, is_plain
 from dit_accel.lora import ADAPTER, check_no_fused, switched_off
@@ -138,7 +138,13 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
         raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
-    count = processes(next(transformer.parameters()).device).num_processes
+    device = next(transformer.parameters()).device
+    count = processes(device).num_processes
+    if shared := shared_gpus(device):
+        raise DistillationError(
+            f"several processes have their model on one GPU ({', '.join(shared)}): give each its own, with "
+            'pipe.to(f"cuda:{os.environ[\'LOCAL_RANK\']}") in the place of pipe.to("cuda")'
+        )
     if config.batch_size % count:
         raise DistillationError(f"batch_size is shared evenly by the processes: wanted a multiple of {count}, got {config.batch_size}")
     folder = Path(config.output_dir)
@@ -169,7 +175,11 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
 
 
 def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, Any]) -> Samples:
-    return source if isinstance(source, Samples) else collect(pipe, list(source), folder, seed=seed, **call)
+    if isinstance(source, Samples):
+        return source
+    sizes = call.get("sizes")
+    rest = {name: value for name, value in call.items() if name != "sizes"}
+    return collect_prompts(pipe, list(source), folder, seed, sizes, rest, contents=False)
 
 
 def _check_launch() -> None:

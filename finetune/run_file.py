@@ -130,7 +130,7 @@ def _blamed(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise DistillationError(f"wanted a readable sample, got a damaged {path}: {error}; collect again to replace it") from error
+        raise DistillationError(f"{path} is a damaged sample: {error}; delete it or collect again to replace it") from error
 
 
 class StoredRun:
@@ -191,11 +191,11 @@ class StoredRun:
         with _blamed(self._path):
             return [self._unpack(given[name]) for given in arguments]
 
-    def check(self) -> None:
-        """Read every tensor, one at a time."""
+    def check(self, contents: bool) -> None:
+        """Look for every tensor that the record names; `contents`: and read each, one at a time."""
         with _blamed(self._path):
             names = set(self._file.keys())
-            for name in sorted(names):
+            for name in sorted(names if contents else ()):
                 self._tensor(name)
             if lost := set(_references([self.latents, self.forwards])) - names:
                 raise ValueError(f"tensor {min(lost)[:16]} is missing")
@@ -222,13 +222,14 @@ def opened(path: Path, maker: str) -> Iterator[StoredRun]:
         yield StoredRun(file, path, maker)
 
 
-def damage(path: Path, maker: str) -> str | None:
-    """What is wrong with a run's file, every byte of it read, or None."""
+def damage(path: Path, maker: str, *, contents: bool = True) -> str | None:
+    """What is wrong with a run's file, or None. `contents`: every byte of it is read; without, its header alone, whatever the file's size:
+    a file that was cut off is found all the same, and wrong numbers when they are read."""
     if not path.exists():
         return f"{path.name} is not there"
     try:
         with opened(path, maker) as run:
-            run.check()
+            run.check(contents)
     except DistillationError as error:
         return str(error)
     return None

@@ -109,6 +109,14 @@ def collect(
     Raises DistillationError where the folder was made by other weights or with other call arguments or where there are no prompts, and
     ValueError where nothing can be written to the folder, before anything is sampled.
     """
+    return collect_prompts(pipe, prompts, folder, seed, sizes, call, contents=True)
+
+
+def collect_prompts(
+    pipe: Any, prompts: Sequence[str], folder: str | Path, seed: int, sizes: Sequence[Size] | None, call: dict[str, Any], *, contents: bool
+) -> Samples:
+    """`collect`; without `contents` only the headers of runs that are there are checked, which takes no time for large folders. Damaged
+    numbers are then found when they are read."""
     prompts = list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
@@ -117,13 +125,16 @@ def collect(
     def make(key: Key) -> None:
         _collect_one(pipe, Path(folder), key, call)
 
-    return record_runs(pipe, folder, [Key(prompt, seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(prompts)], make, call)
+    keys = [Key(prompt, seed + i, shapes[i % len(shapes)]) for i, prompt in enumerate(prompts)]
+    return record_runs(pipe, folder, keys, make, call, contents=contents)
 
 
-def record_runs(pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callable[[Key], None], call: dict[str, Any]) -> Samples:
+def record_runs(
+    pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callable[[Key], None], call: dict[str, Any], *, contents: bool = True
+) -> Samples:
     """Have `make` write all runs that the folder lacks; what `collect` says of the folder, its processes and errors holds.
 
-    `call`: what else the runs depend on, the same for all of the folder.
+    `call`: what else the runs depend on, the same for all of the folder. `contents`: runs that are there are read in full to be checked.
     """
     transformer, *others = find_transformers(pipe)
     if others:
@@ -133,10 +144,12 @@ def record_runs(pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callab
     except TypeError as error:
         raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
     with processes_kept():
-        return _recorded(pipe, transformer, Path(folder), keys, make, stored)
+        return _recorded(pipe, transformer, Path(folder), keys, make, stored, contents)
 
 
-def _recorded(pipe: Any, transformer: Any, folder: Path, keys: Sequence[Key], make: Callable[[Key], None], call: Any) -> Samples:
+def _recorded(
+    pipe: Any, transformer: Any, folder: Path, keys: Sequence[Key], make: Callable[[Key], None], call: Any, contents: bool
+) -> Samples:
     """The runs of a folder, those that it lacks made before."""
     name = base_model_name(pipe, transformer)
     check_folder(folder)
@@ -146,12 +159,12 @@ def _recorded(pipe: Any, transformer: Any, folder: Path, keys: Sequence[Key], ma
     shown = None if state.is_main_process else True  # to tqdm: unless this is no terminal
     if state.is_main_process:
         remove_leftovers(folder)
-    todo = _todo(folder, keys, maker, shown)
+    todo = _todo(folder, keys, maker, shown, contents)
     with _without_progress_bar(pipe):
         # in each round, every process makes one run
         for first in tqdm(range(0, len(todo), state.num_processes), desc="collect", disable=shown):
             for key in todo[first : first + state.num_processes][state.process_index :][:1]:
-                if damage(folder / key.file, maker) is not None:  # still: another process may have made it meanwhile
+                if damage(folder / key.file, maker, contents=contents) is not None:  # still: another process may have made it meanwhile
                     make(key)
             state.wait_for_everyone()
     if state.is_main_process:
@@ -174,10 +187,10 @@ def _sizes(sizes: Sequence[Size] | None, call: dict[str, Any]) -> tuple[list[Siz
     return shapes, {name: value for name, value in call.items() if name not in ("height", "width")}
 
 
-def _todo(folder: Path, keys: Sequence[Key], maker: str, shown: bool | None) -> list[Key]:
+def _todo(folder: Path, keys: Sequence[Key], maker: str, shown: bool | None, contents: bool = True) -> list[Key]:
     """The runs that are missing or damaged, in an order that this program's processes share and others don't."""
     mine = tqdm(share(len(keys)), desc="check", disable=shown, leave=False)
-    missing = gathered([keys[i] for i in mine if damage(folder / keys[i].file, maker) is not None])
+    missing = gathered([keys[i] for i in mine if damage(folder / keys[i].file, maker, contents=contents) is not None])
     random.Random().shuffle(missing)
     return list(from_main(missing))
 

@@ -1,8 +1,10 @@
 """Tiny random FLUX pipelines made without any download, and the way to run them."""
 
+import base64
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it at import
@@ -23,6 +25,7 @@ if not torch.cuda.is_available():
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*.py"]
 
 TEXT, WIDTH, POOLED, CHANNELS = 12, 32, 24, 16
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")  # a PNG
 LAYERS = 4  # attention modules of a tiny transformer
 
 
@@ -130,6 +133,19 @@ def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel import evaluation
 
     monkeypatch.setattr(evaluation, "write_page", lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_curves() -> Iterator[Any]:
+    """Trainings write a curve of one pixel: to draw it takes longer than tiny models learn. Gives what draws it, for tests about it."""
+    runs = sys.modules.get("dit_accel.finetune.run")  # what no module imports need not be imported
+    if runs is None:
+        yield None
+        return
+    original = runs.draw_curve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "draw_curve", lambda history: PIXEL)
+        yield original
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,13 @@
 The oracle makes N × N masks, works in raster order, knows tiles only as a number per token, and calls neither the plan nor a kernel.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,6 +70,20 @@ def gradients(function: Callable[..., tuple[Tensor, Tensor]], spec: AttentionSpe
     sum((x * torch.randn(x.shape, generator=seed).to(x.dtype)).sum() for x in function(qkv, params)).backward()  # type: ignore[union-attr]
     learned = {"query": qkv[0], "key": qkv[1], "value": qkv[2], **dict(params.named_parameters())}
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in learned.items()}
+
+
+# Choosing cases
+
+
+def spread(keep: int, *axes: Mapping[str, Any]) -> list[Any]:
+    """One of `keep` cases of a full grid, as pytest's parameters: those whose numbers along all axes add up to a multiple of it.
+
+    Every combination of all axes but one is among them where that one has `keep` values or more: any pair of values meets, and of more
+    than three axes any three.
+    """
+    numbered = [list(enumerate(axis.items())) for axis in axes]
+    chosen = [case for case in itertools.product(*numbered) if sum(number for number, _ in case) % keep == 0]
+    return [pytest.param(*(value for _, (_, value) in case), id="-".join(name for _, (name, _) in case)) for case in chosen]
 
 
 # Comparing

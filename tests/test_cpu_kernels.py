@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_pipe
-from helpers import Shape, assert_close_as_eager, gradients, oracle, random_parameters
+from helpers import Shape, assert_close_as_eager, gradients, oracle, random_parameters, spread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,7 +49,8 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 every_target = pytest.mark.usefixtures("target")
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -82,24 +83,36 @@ def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5), dtype)
 
 
+def named(*values: Any) -> dict[str, Any]:
+    """The values by what they look like."""
+    return {str(value): value for value in values}
+
+
+GRIDS = named((1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 1, 65), (1, 20, 50))
+
+
 @every_target
-@every_dtype
-@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 1, 65), (1, 20, 50)], ids=str)
-@pytest.mark.parametrize("text", [0, 1, 77, 512])
-@pytest.mark.parametrize("name", ["fovea", "fovea-radius", "sla", "clear", "gna"])
+@pytest.mark.parametrize(
+    ("name", "text", "grid", "dtype", "target"),
+    spread(4, named("fovea", "fovea-radius", "sla", "clear", "gna"), named(0, 1, 77, 512), GRIDS, DTYPES, named(*TARGETS)),
+    indirect=["target"],
+)
 def test_every_grid_and_text(name: str, grid: tuple[int, int, int], text: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, 16, grid, text, text != 77), dtype)
 
 
+BIASES = {"1": (1, False), "5": (5, False), "77": (77, False), "130": (130, False), "all-masked": (77, True)}
+
+
 @every_target
-@every_dtype
-@pytest.mark.parametrize("head_dim", [8, 40, 72])
 @pytest.mark.parametrize(
-    ("text", "masked"), [(1, False), (5, False), (77, False), (130, False), (77, True)], ids=["1", "5", "77", "130", "all-masked"]
+    ("name", "text_and_masked", "head_dim", "dtype", "target"),
+    spread(4, named("fovea", "sla", "clear", "clear-downsample", "gna"), BIASES, named(8, 40, 72), DTYPES, named(*TARGETS)),
+    indirect=["target"],
 )
-@pytest.mark.parametrize("name", ["fovea", "sla", "clear", "clear-downsample", "gna"])
-def test_every_bias_of_the_texts_keys(name: str, text: int, masked: bool, head_dim: int, dtype: torch.dtype) -> None:
+def test_every_bias_of_the_texts_keys(name: str, text_and_masked: tuple[int, bool], head_dim: int, dtype: torch.dtype) -> None:
     """`test_operator.py` has the gradients: there is one code for them."""
+    text, masked = text_and_masked
     shape = Shape(2, 2, head_dim, (1, 9, 14), text, text != 77)
     assert_equals_oracle(SPECS[name], shape, dtype, shape.text_bias(masked=masked))
 

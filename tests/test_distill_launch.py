@@ -24,7 +24,7 @@ from dit_accel.finetune import run as runs
 def test_what_can_be_told_is_refused_before_sampling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, settings: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr(runs, "collect", lambda *_, **__: pytest.fail("prompts were sampled first"))
+    monkeypatch.setattr(runs, "collect_prompts", lambda *_, **__: pytest.fail("prompts were sampled first"))
     with pytest.raises(DistillationError, match=says):
         learn(student(mode), tmp_path, **settings)
 

@@ -100,13 +100,12 @@ def test_the_curve_shows_loss_and_recovery(monkeypatch: pytest.MonkeyPatch, coun
     assert right.lines[0].get_xydata().tolist() == [[0, 0], [0.5, pytest.approx(0.2)], [(30 + count) / 60, pytest.approx(0.8)]]
 
 
-def test_it_is_drawn_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_drawn_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_curves: Any) -> None:
     drawn: list[int] = []
-    real = runs.draw_curve
 
     def watched(history: Any) -> bytes:
         drawn.append(int(history[-1]["step"]))
-        return real(history)
+        return drawn_curves(history)
 
     monkeypatch.setattr(runs, "draw_curve", watched)
     learn(tiny.student(), tmp_path, **RUN)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Largest, Shape, assert_close_as_eager, disc_pairs, flat, gradients, oracle, random_parameters
+from helpers import Largest, Shape, assert_close_as_eager, disc_pairs, flat, gradients, oracle, random_parameters, spread
 from torch import Tensor
 
 from dit_accel.errors import BackendError
@@ -66,7 +66,10 @@ RAGGED, VIDEO = Shape(1, 2, 8, (1, 11, 14), 5), SHAPES["video-text-last"]
 TARGETS = native.TARGETS[: native.TARGETS.index(native.best_target()) + 1]
 
 
-@pytest.fixture(params=["reference", *TARGETS])
+IMPLEMENTATIONS = {name: name for name in ("reference", *TARGETS)}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every implementation that this machine runs, under backend="auto"."""
     if request.param == "reference":
@@ -79,7 +82,6 @@ every_implementation = pytest.mark.usefixtures("implementation")
 # what test_cpu_kernels.py asks of every instruction set under a bias
 reference_and_best = pytest.mark.parametrize("implementation", ["reference", *TARGETS[-1:]], indirect=True)
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_method = pytest.mark.parametrize(
     "name", ["top-k-and-disc", "fovea-small-tiles", "clear-downsample", "sla-blocks", "gna-dilated", "linear-mass"]
 )
@@ -101,9 +103,8 @@ def dense_gradients(spec: AttentionSpec, shape: Shape, dtype: torch.dtype) -> di
     return gradients(lambda qkv, params: oracle(*qkv, spec, shape.layout, params, dtype=dtype), spec, shape, dtype)
 
 
-@every_implementation
-@every_shape
-@every_spec
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("spec", "shape", "implementation"), spread(4, SPECS, SHAPES, IMPLEMENTATIONS), indirect=["implementation"])
 def test_equals_the_oracle(spec: AttentionSpec, shape: Shape) -> None:
     qkv, params = shape.inputs(), random_parameters(spec, shape)
     exact = oracle(*qkv, spec, shape.layout, params)
@@ -124,9 +125,12 @@ def test_equals_the_oracle_in_float64(spec: AttentionSpec, shape: Shape) -> None
     )
 
 
-@every_implementation
-@pytest.mark.parametrize("shape", [VIDEO, RAGGED], ids=["video-text-last", "11x14-text-5"])
-@every_spec
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(
+    ("spec", "shape", "implementation"),
+    spread(2, SPECS, {"video-text-last": VIDEO, "11x14-text-5": RAGGED}, IMPLEMENTATIONS),
+    indirect=["implementation"],
+)
 def test_gradients_equal_the_oracles(spec: AttentionSpec, shape: Shape) -> None:
     exact, eager = (dense_gradients(spec, shape, dtype) for dtype in (torch.float64, torch.float32))
     got = own_gradients(spec, shape)
@@ -176,10 +180,10 @@ BIASED = {
 every_bias = pytest.mark.parametrize(("shape", "masked"), BIASED.values(), ids=BIASED)
 
 
-@every_implementation
-@every_bias
-@every_spec
-def test_a_bias_of_the_texts_keys(spec: AttentionSpec, shape: Shape, masked: bool) -> None:
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("spec", "biased_shape", "implementation"), spread(3, SPECS, BIASED, IMPLEMENTATIONS), indirect=["implementation"])
+def test_a_bias_of_the_texts_keys(spec: AttentionSpec, biased_shape: tuple[Shape, bool]) -> None:
+    shape, masked = biased_shape
     bias = shape.text_bias(masked=masked)
     got, eager = biased(shape, spec, bias, torch.float32)
     _, exact = biased(shape, spec, bias, torch.float64)
