@@ -98,7 +98,9 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
         raise BackendError("compiling the GPU kernels wants triton, which is not installed")
     if dispatch.INTERPRETED:
         raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    # as many as this process may use: `taskset` limits them
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         rows = [row for found in pool.map(Job.run, work) for row in found]
     if out is not None:
         write_json(out, {"triton": _triton_version(), "rows": rows})

@@ -35,11 +35,11 @@ def spec_of(density: float, merge: str) -> AttentionSpec:
 )
 def test_a_linear_rest_of_few_blocks_does_not_cancel(density: float, merge: str) -> None:
     spec, dtype = spec_of(density, merge), torch.float16
-    far = 4.0 if density > 0.5 else 0.0
+    far = 6.0 if density > 0.5 else 0.0
     near = torch.arange(16) < 8
     own_side = near == (block_of(SHAPE.layout.grids, spec.order, 16) % 2 == 0)[:, None]  # [N, D]
 
-    def spread(qkv: list[Tensor]) -> list[Tensor]:  # of every second block the features lie apart from the queries': e⁻⁴ of the mass
+    def spread(qkv: list[Tensor]) -> list[Tensor]:  # of every second block the features lie apart from the queries': e⁻⁶ of the mass
         return [qkv[0] + (far * near).to(qkv[0].dtype), qkv[1] + (far * own_side).to(qkv[1].dtype), qkv[2]]
 
     def own(qkv: list[Tensor], params: AttentionParameters) -> tuple[Tensor, Tensor]:
