@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 KERNELS := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test
+.PHONY: demo test gpu-compile
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp
@@ -15,6 +15,10 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest tests --matrix docs/models.md
+
+# the GPU kernels under every Triton that is supported, for every architecture: hours on one core
+gpu-compile: .venv/test.stamp
+	.ci/aot --all
 
 # the stamps: nothing is installed again until what is to be installed changes
 .venv/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/pip

@@ -34,8 +34,13 @@ METHODS: dict[str, AttentionSpec] = {
 }
 # with a number added to each text key's logit, as where prompts of a batch are padded
 PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "sla")}
+# more blocks visited than left, so that the linear rest is summed block by block
+MOST = {"sla, most kept": SLA(0.6)}
+EVERY = METHODS | PADDED | MOST
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILED = DTYPES | {"float32": torch.float32}
+SPILLED = {"float32": 64}  # bytes a thread that are no fault: three products of parts take registers
 UNITS = 132  # multiprocessors: they change grids, not code
 
 
@@ -53,10 +58,10 @@ class Job:
         torch.set_num_threads(1)  # as many jobs run as there are processors
         from dit_accel.kernels.triton import aot, calls
 
-        spec = (METHODS | PADDED)[self.method]
+        spec = EVERY[self.method]
         layout = TokenLayout((1, 32, 32), 64, order=spec.order)
         bias = torch.zeros(1, layout.text) if self.method in PADDED else None
-        q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=DTYPES[self.dtype], requires_grad=True) for _ in range(3))
+        q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS)) as launches:
             plan = make_plan(spec, layout, q.device)
@@ -64,7 +69,8 @@ class Job:
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
-            report = {"occupancy": compiled.occupancy, "faults": compiled.faults()}
+            tile = {"queries": launch.arguments.get("BQ"), "keys": launch.arguments.get("BK", launch.arguments.get("BJ"))}
+            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
 
@@ -76,7 +82,7 @@ def jobs(
     dtypes: Sequence[str] | None = None,
 ) -> list[Job]:
     """Every combination; None is all of them. Raises ValueError at one that is not known."""
-    known: tuple[Sequence[Any], ...] = (tuple(METHODS | PADDED), ARCHITECTURES, HEAD_DIMS, tuple(DTYPES))
+    known: tuple[Sequence[Any], ...] = (tuple(EVERY), ARCHITECTURES, HEAD_DIMS, tuple(COMPILED))
     given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]
@@ -92,7 +98,9 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
         raise BackendError("compiling the GPU kernels wants triton, which is not installed")
     if dispatch.INTERPRETED:
         raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    # as many as this process may use: `taskset` limits them
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         rows = [row for found in pool.map(Job.run, work) for row in found]
     if out is not None:
         write_json(out, {"triton": _triton_version(), "rows": rows})

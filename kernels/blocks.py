@@ -94,7 +94,8 @@ def select_blocks(query_mean: Tensor, key_mean: Tensor, count: int, *, key_weigh
     Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores. Selection is not differentiated.
     """
     with torch.no_grad():
-        score = query_mean @ key_mean.transpose(-1, -2)
+        # float64, because what the user allows products of float32 to round (TF32, bfloat16) is not to change the choice
+        score = query_mean.double() @ key_mean.double().transpose(-1, -2)
         if key_weight is not None:
             score = score * key_weight
         index = score.topk(count, dim=-1).indices

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dit_accel.bench_aot import METHODS, PADDED, jobs
+from dit_accel.bench_aot import EVERY, jobs
 from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT
 
@@ -121,7 +121,7 @@ def test_occupancy_by_hand() -> None:
 
 
 def test_jobs() -> None:
-    assert len(jobs()) == len(METHODS | PADDED) * len(ARCHITECTURES) * 3 * 2
+    assert len(jobs()) == len(EVERY) * len(ARCHITECTURES) * 3 * 3
     with pytest.raises(ValueError, match=r"arch is one of .*got 'sm_75'"):
         jobs(archs=["sm_75"])
 

@@ -46,15 +46,30 @@ def vector(base, D: tl.constexpr, DP: tl.constexpr):
 @triton.jit
 def split_dot(a, matrices, number, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
     """a `[R, DP]` times a matrix `[D, D]`, the `number`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
-    `launch.halves`), or, for a float32, as they are."""
+    `launch.halves`), or, for a float32, as they are.
+
+    A loop, so that only one part of the matrix is in registers at once: one of the two, or half of a large float32 one.
+    """
     PARTS: tl.constexpr = 1 if a.dtype == tl.float32 else 2
-    row, column = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
-    place = column * D + row if TRANSPOSED else row * D + column
-    inside = (row < D) & (column < D)
+    WIDE: tl.constexpr = PARTS == 1 and DP > 32
+    ROWS: tl.constexpr = DP // 2 if WIDE else DP  # channels of `a` in one step
     result = tl.zeros([a.shape[0], DP], tl.float32)
-    for part in tl.range(0, PARTS, num_stages=1):  # no two matrices are in registers at once
-        matrix = tl.load(matrices + (number * PARTS + part) * D * D + place, mask=inside, other=0.0)
-        result = tl.dot(a, matrix.to(a.dtype), result, input_precision=PRECISION)
+    first = a
+    second = a
+    if WIDE:
+        first, second = tl.split(a.reshape(a.shape[0], 2, ROWS).trans(0, 2, 1))
+    for step in tl.range(0, 2 if WIDE else PARTS, num_stages=1):
+        channel = tl.arange(0, ROWS) + (step * ROWS if WIDE else 0)
+        column = tl.arange(0, DP)
+        base = matrices + (number * PARTS + (0 if WIDE else step)) * D * D
+        if TRANSPOSED:
+            inside = (column < D)[:, None] & (channel < D)[None, :]
+            matrix = tl.trans(tl.load(base + column[:, None] * D + channel[None, :], mask=inside, other=0.0))
+        else:
+            inside = (channel < D)[:, None] & (column < D)[None, :]
+            matrix = tl.load(base + channel[:, None] * D + column[None, :], mask=inside, other=0.0)
+        left = tl.where(step == 0, first, second) if WIDE else a
+        result = tl.dot(left, matrix.to(a.dtype), result, input_precision=PRECISION)
     return result
 
 
