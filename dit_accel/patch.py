@@ -13,7 +13,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dit_accel.context import Context, Steps
+import dit_accel.compiled  # noqa: F401  its operators are found by name
+from dit_accel.checkpointing import drop_carried
+from dit_accel.context import Context
 from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora, works
@@ -22,6 +24,7 @@ from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.saving import SaveOriginal
 from dit_accel.spec import AttentionSpec
+from dit_accel.steps import Steps
 
 P = TypeVar("P")
 CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
@@ -86,7 +89,8 @@ def accelerate(
     Args:
         spec: the method; `Fovea()` unless given, which needs no training.
         layers: which attention modules, as a predicate on (name, module); all unless given.
-        dense_steps: the first denoising steps of every run that keep the original attention.
+        dense_steps: the first denoising steps of every run that keep the original attention, counted by the scheduler of the pipeline that
+            runs; those of a transformer in a loop without a scheduler by its timesteps.
         backend: which implementation; "auto" chooses, and `summary` tells.
         strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower.
         trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
@@ -241,7 +245,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
-        model.register_forward_hook(context.after),
+        model.register_forward_hook(context.after, always_call=True),
     ]
     setattr(model, CONTEXT, patch)
     if hasattr(model, "save_pretrained"):
@@ -275,6 +279,7 @@ def restore(pipe_or_transformer: P) -> P:
             del module.dit_accel
         for hook in patch.hooks:
             hook.remove()
+        drop_carried(model)
         vars(model).pop("save_pretrained", None)
         delattr(model, CONTEXT)
     return pipe_or_transformer

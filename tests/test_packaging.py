@@ -31,9 +31,26 @@ ARROWS: dict[str, set[str]] = {
     "fused": {"geometry", "kernels", "layout", "parameters", "plan", "spec"},
     "operator": {"errors", "fused", "kernels", "layout", "parameters", "plan", "spec"},
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
-    "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
     "masks": {"layout"},
-    "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
+    "forward": {"layout", "pipelines.family", "plan", "spec"},
+    "steps": set(),
+    "tokens": {"forward"},
+    "routing": {"forward", "masks"},
+    "checkpointing": {"forward"},
+    "context": {
+        "checkpointing",
+        "crossover",
+        "errors",
+        "forward",
+        "layout",
+        "pipelines.family",
+        "routing",
+        "spec",
+        "steps",
+        "tokens",
+    },
+    "processor": {"context", "errors", "forward", "layout", "masks", "operator", "parameters", "plan", "spec"},
+    "compiled": {"context", "forward", "layout", "parameters", "plan", "processor", "tokens"},
     "pipelines": {"errors", "files", "layout", "spec"},
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
@@ -42,6 +59,8 @@ ARROWS: dict[str, set[str]] = {
     "saving": set(),
     "lora": {"errors"},
     "patch": {
+        "checkpointing",
+        "compiled",
         "context",
         "errors",
         "kernels.dispatch",
@@ -54,6 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "processor",
         "saving",
         "spec",
+        "steps",
     },
     "layers": {"console", "kernels.dispatch", "patch", "plan", "processor", "spec"},
     "wan_names": {"patch"},
@@ -96,9 +116,12 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 # rooms that need the standard library and torch alone
-TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
+TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec", "steps"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
+DIFFUSERS = {
+    "adapter", "bench", "cli_info", "cli_models", "compiled", "demo", "evaluation", "finetune", "patch", "pipelines", "processor",
+    "wan_names",
+}  # fmt: skip
 
 
 def package_files() -> dict[str, Path]:
