@@ -123,7 +123,7 @@ def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
     try:
         for name, operator in operators.items():
             operator.attend = dense_instead(name)  # type: ignore[method-assign]
-        with torch.no_grad(), always(transformer):
+        with torch.no_grad(), always(transformer), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
             predict(transformer, forward.arguments)
     finally:
         for operator in operators.values():

@@ -1,167 +1,100 @@
-"""What the operators of one transformer share during a forward: the grid, the step, and whether they are on. Nothing is global."""
+"""What the operators of one transformer share: its settings, and the hooks that begin and end a forward at the transformer's boundary."""
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 
 from dit_accel import crossover
+from dit_accel.checkpointing import carry_forwards
 from dit_accel.crossover import Crossover
 from dit_accel.errors import FallbackError
+from dit_accel.forward import Forward, current, enter, leave
 from dit_accel.kernels import capture, dispatch
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
-from dit_accel.plan import Plan
 from dit_accel.plans import Plans
+from dit_accel.routing import route
 from dit_accel.spec import AttentionSpec, Linear, Raster
+from dit_accel.steps import Steps
+from dit_accel.tokens import Known, in_backward, token_of
+
+OUTSIDE = "an attention module that is called outside of its transformer's forward"
+PARSED = 4  # position ids whose grids are kept: those of as many runs at once
 
 
-class Steps:
-    """The index of the denoising step, counted from the timesteps that the transformers of one pipeline are called with."""
+@dataclass(eq=False)
+class Settings:
+    """What a user or a mode has chosen for one transformer; this, and nothing else of a context, is pickled and copied.
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """The next forward begins a run."""
-        self.index, self._timestep = 0, float("inf")
-        self._latents: Tensor | None = None
-
-    def observe(self, timestep: float, latents: Tensor) -> None:
-        """A lower timestep is the next step, a higher one a new run.
-
-        An equal one is the same step where the latents are the same too (guidance in two passes): in bfloat16 neighbouring timesteps
-        can round to one value.
-        """
-        if timestep > self._timestep or self._timestep == float("inf"):
-            self.index = 0
-        elif timestep < self._timestep or self._latents is None or not _equal(latents, self._latents):
-            self.index += 1
-        self._timestep, self._latents = timestep, latents
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
-
-
-class Context:
-    """Per-model state, written by the hooks at the transformer's boundary and read by its operators.
-
-    `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
-    student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
-    weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the model was trained on, where
-    logits are to be scaled for longer ones, which the original attention does not do. `active`: the operators run in the forward at hand.
-    `grids`: of the images in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens
-    there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`,
-    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be, or not yet.
+    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so
+    that a teacher's layers line up with the student's. `always`: run the operators even where the original attention is faster, as training
+    and measuring must. `trained`: the weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the
+    model was trained on, where logits are to be scaled for longer ones, which the original attention does not do. `fallbacks`: how many
+    calls ran their original attention, by the reason.
     """
 
-    def __init__(
-        self, family: Family, spec: AttentionSpec, names: list[str], head_dim: int, steps: Steps, *, dense_steps: int, backend: str,
-        strict: bool, trained_tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        self.family, self.spec, self.names, self.head_dim, self.steps = family, spec, names, head_dim, steps
-        self.dense_steps, self.backend, self.strict, self.trained_tokens = dense_steps, backend, strict, trained_tokens
-        self.enabled, self.in_order, self.always, self.trained = True, False, False, False
-        self.fallbacks: Counter[str] = Counter()
-        self.plans = Plans()
-        self._slow: set[str] = set()  # what a user was told of a GPU without kernels
-        self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
-        self._forget()
+    family: Family
+    spec: AttentionSpec
+    names: list[str]
+    head_dim: int
+    steps: Steps
+    dense_steps: int
+    backend: str
+    strict: bool
+    trained_tokens: int | None = None
+    enabled: bool = True
+    in_order: bool = False
+    always: bool = False
+    trained: bool = False
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def _forget(self) -> None:
-        self.active = False
-        self.permuted = False
-        self.grids: Grids | None = None
-        self.image = self.history = 0
-        self.text: int | None = None
-        self.layout: TokenLayout | None = None
-        self.plan: Plan | None = None
-        self.crossover: Crossover | None = None
-        self._device = torch.device("cpu")
-        self._layouts: dict[tuple[int, Grids, torch.device], tuple[TokenLayout, Plan]] = {}
-        self._orders: tuple[Tensor, Tensor] | None = None
-        self._ids: tuple[Any, ...] = ()
-        self._reason: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: settings only; geometry is read anew at the next forward."""
-        state = dict(self.__dict__)
-        twin = Context.__new__(Context)
-        twin._forget()
-        return {**state, **twin.__dict__, "steps": Steps()}
+@dataclass(eq=False)
+class Context(Settings):
+    """The settings of one transformer, and what is remembered from forward to forward: nothing that a result depends on.
+
+    `layout`, `crossover`: of the last forward in any thread, for `summary`; the crossover is None where nothing was to be measured. `last`:
+    that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the forward while a graph of
+    all of it is traced, else the tag. `known`: what such names stand for.
+    """
+
+    layout: TokenLayout | None = field(default=None, init=False)
+    crossover: Crossover | None = field(default=None, init=False)
+    last: Forward | None = field(default=None, init=False)
+    device: torch.device | None = field(default=None, init=False)
+    plans: Plans = field(default_factory=Plans, init=False)
+    known: dict[Forward | None, Known] = field(default_factory=dict, init=False)
+    tag: Tensor = field(init=False)
+    token: Tensor = field(init=False)
+    _parsed: tuple[tuple[tuple[Any, ...], Grids | str], ...] = field(default=(), init=False)
+    _said: set[Grids] = field(default_factory=set, init=False)  # grids of which a user was told that they are left to the original
+    _slow: set[str] = field(default_factory=set, init=False)  # what a user was told of a GPU without kernels
+
+    def __post_init__(self) -> None:
+        self.tag = self.token = token_of(self, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, setting.name) for setting in fields(Settings))
 
     def switch(self, spec: AttentionSpec) -> None:
-        """Go on with another spec of the same order; what was made for the one before is made anew at the next forward."""
-        self.spec = spec
-        self._forget()
+        """Go on with another spec of the same order from the next forward on."""
+        self.spec, self.layout = spec, None
 
     @property
     def leaves(self) -> bool:
-        """Whether the grid at hand is left to the original attention because that is faster."""
-        return self.crossover is not None and not self._runs_anyway and self.crossover.loses
+        """Whether the last forward's grid is left to the original attention because that is faster."""
+        return self.crossover is not None and self.crossover.loses and not self._runs_anyway(torch.is_grad_enabled())
 
-    @property
-    def _runs_anyway(self) -> bool:
+    def _runs_anyway(self, gradient: bool) -> bool:
         """Whether the method runs at every size, so that nothing is to be measured."""
         asked = self.backend != "auto" or self.strict or self.always or not self.enabled
-        return asked or self.trained or self.trained_tokens is not None or torch.is_grad_enabled()
-
-    def _guard(self, latents: Tensor) -> None:
-        """Decide whether the grid at hand is left to the original, unless that is decided, and tell the user."""
-        grids = self.grids
-        if grids is None or self.crossover is not None or self._runs_anyway:
-            return
-        self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype, self._device)
-        if self.leaves and grids not in self._said:
-            self._said.add(grids)
-            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in grids)
-            warnings.warn(
-                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {self.crossover}. "
-                "accelerate(..., strict=True) runs the method all the same",
-                stacklevel=2,
-            )
-
-    def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:
-        """The scale of the logits in a sequence of so many tokens: as given, or CLEAR's proportional one (arXiv 2412.16112)."""
-        if self.trained_tokens is None:
-            return scale
-        return (head_dim**-0.5 if scale is None else scale) * math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
-
-    def current(self) -> tuple[TokenLayout, Plan]:
-        """Layout and plan of the last sequence."""
-        if self.layout is None or self.plan is None:
-            raise RuntimeError("an accelerated attention module was called outside its transformer's forward")
-        return self.layout, self.plan
-
-    def images(self, alone: bool, tokens: int) -> tuple[Grids, int, int | None]:
-        """The grids of the images in a sequence of so many tokens, their tokens, and how many others there are, if that is known.
-
-        `alone`: the module sees the drawn image only.
-        """
-        grids = self.grids or ()
-        if alone:
-            return grids[:1], math.prod(grids[0]), 0
-        if self.family.twice and self.text is not None and tokens == 2 * self.image != self.image + self.text:
-            return grids * 2, 2 * self.image, 0
-        return grids, self.image, self.text
-
-    def use(self, text: int, grids: Grids, device: torch.device) -> None:
-        """Make the layout of these images with that many tokens beside them the current one, with its plan on the device of the layer
-        that asks: a transformer's layers may be spread over several."""
-        if (text, grids, device) not in self._layouts:
-            self._add_layout(text, grids, device)
-        self.layout, self.plan = self._layouts[text, grids, device]
-
-    @torch.compiler.disable
-    def _add_layout(self, text: int, grids: Grids, device: torch.device) -> None:
-        order = self.spec.order if self.family.per_token else Raster()
-        layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
-        self._layouts[text, grids, device] = layout, self.plans.get(self.spec, layout, device)
+        return asked or self.trained or self.trained_tokens is not None or gradient
 
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
@@ -171,109 +104,174 @@ class Context:
             warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
 
+    def forward(self) -> Forward | None:
+        """The forward that is running in this thread, or None.
+
+        In a backward pass outside of one, blocks are recomputed that another checkpointing than diffusers' own dropped: the last one then.
+        """
+        found = current(self)
+        return self.last if found is None and in_backward() else found
+
+    def takes(self, forward: Forward | None, alone: bool, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
+        """Whether a call within a forward, or outside of any, is accelerated; one that should be and can't is recorded. See `route`."""
+        if not self.enabled:
+            return False
+        if forward is None:
+            self.fall_back(OUTSIDE)
+            return False
+        taken, reason = route(forward, alone, q_len, kv_len, mask, special)
+        if taken:
+            self.layout = forward.layout(alone, kv_len)
+        elif reason is not None:
+            self.fall_back(reason)
+        return taken
+
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: read the grid and the step, and bring image tokens into the spec's memory order."""
-        self.active = self.permuted = False
-        if not (self.enabled or self.in_order):
-            return None
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        self._observe(arguments, module)
-        if self.grids is None:
-            return None
-        self.active = self.enabled and self.steps.index >= self.dense_steps and not self.leaves
-        self.permuted = self._orders is not None and (self.active or self.in_order)
-        if not self.permuted:
-            return None
-        order = self._orders[0]  # type: ignore[index]
-        if not torch.compiler.is_compiling():
-            capture.keep(order.device, *self._orders)  # type: ignore[misc]
-        for name in self.family.per_token:
-            if arguments.get(name) is not None:
-                arguments[name] = _map_tensors(arguments[name], lambda x: x.index_select(-2, order))
-        return (), arguments
+        """Forward pre-hook: begin a forward, and bring image tokens into the spec's memory order."""
+        if torch.compiler.is_compiling():
+            return self._trace(dict(zip(self.names, args, strict=False)) | kwargs, module)
+        return self._begin_eagerly(module, args, kwargs)
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: bring the output's tokens back into raster order."""
-        if not self.permuted:
+        """Forward hook, also called after an exception: end the forward, and bring the output's tokens back into raster order."""
+        return self._trace_end(output) if torch.compiler.is_compiling() else self._end_eagerly(output)
+
+    @torch.compiler.disable
+    def _begin_eagerly(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not (self.enabled or self.in_order):
             return None
-        order = self._orders[1]  # type: ignore[index]
-        if isinstance(output, tuple):
-            return (output[0].index_select(-2, order), *output[1:])
-        output.sample = output.sample.index_select(-2, order)
-        return output
+        if torch.is_grad_enabled():
+            carry_forwards(module)
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        forward = self._read(arguments, module)
+        enter(self, forward)
+        if not forward.permuted:
+            return None
+        order = forward.orders(_first(arguments[self.family.latents]).device)[0]
+        return (), self._permuted(arguments, lambda x: x.index_select(-2, order))
 
-    def _observe(self, arguments: Mapping[str, Any], transformer: Any) -> None:
-        """Read what this forward says of grid and step; under torch.compile, outside of the graph unless it is known already."""
-        if torch.compiler.is_compiling():
-            family = self.family
-            known = self._knows(_ids(family, arguments)) if family.ids else family.grid(arguments, transformer) == self.grids
-            others = _others(family, arguments, transformer)
-            if known and self.grids is not None and others == (self.text, self.history) and not self.dense_steps:
-                return
-            torch.compiler.disable(self._read)(arguments, transformer)
-            return
-        self._read(arguments, transformer)
+    @torch.compiler.disable
+    def _end_eagerly(self, output: Any) -> Any:
+        forward = current(self)
+        leave(self)
+        if forward is None or not forward.permuted or output is None:
+            return None
+        return _with_first(output, lambda x: x.index_select(-2, forward.orders(x.device)[1]))
 
-    def _read(self, arguments: Mapping[str, Any], transformer: Any) -> None:
+    def _permuted(self, arguments: dict[str, Any], permute: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The arguments, of which those with a row per image token are in another order."""
+        present = [name for name in self.family.per_token if arguments.get(name) is not None]
+        return arguments | {name: _map_tensors(arguments[name], permute) for name in present}
+
+    def _trace(self, arguments: dict[str, Any], transformer: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """`before` in a graph of the whole transformer: its operators do the same when they run."""
         family = self.family
-        ids = _ids(family, arguments)
-        text, self.history = _others(family, arguments, transformer)
+        ids = [x for name in family.ids if (x := arguments.get(name)) is not None]
+        grids: Grids | str = () if family.ids else family.grid(arguments, transformer)
+        words = "\n".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, str)) if family.ids else ""
+        text = family.text(arguments) if family.text else None
+        history = family.history(arguments, transformer) if family.history else 0
+        self.token = torch.ops.dit_accel.begin(
+            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep), ids, words,
+            [] if isinstance(grids, str) else [n for grid in grids for n in grid], grids if isinstance(grids, str) else "", text, history,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        if not self._orders_tokens():
+            return None
+        return (), self._permuted(arguments, lambda x: torch.ops.dit_accel.reorder(x, self.token, False))
+
+    def _trace_end(self, output: Any) -> Any:
+        """`after` in a graph of the whole transformer."""
+        token, self.token = self.token, self.tag
+        if output is None or not self._orders_tokens():
+            return None
+        return _with_first(output, lambda x: torch.ops.dit_accel.reorder(x, token, True))
+
+    def _orders_tokens(self) -> bool:
+        """Whether accelerated forwards have their tokens in another order than the raster's."""
+        return bool(self.family.per_token) and not isinstance(self.spec.order, Raster)
+
+    def _read(self, arguments: Mapping[str, Any], transformer: Any) -> Forward:
+        """What a forward's arguments say of it."""
+        family = self.family
+        grids = self.grids(arguments, transformer)
+        text = family.text(arguments) if family.text else None
+        history = family.history(arguments, transformer) if family.history else 0
         latents = _first(arguments[family.latents])
-        if not self._knows(ids):  # parsing ids waits for the device; pipelines reuse one tensor for all steps
-            if any(isinstance(x, Tensor) and x.device == latents.device for x in ids):
-                capture.refuse(latents.device, "the grid is read from position ids: captured ones must be the tensors of the run before")
-            grids: Grids | str = family.grid(arguments, transformer)
-            if ids and len(grids) == 1:
-                self.steps.forget()  # pipelines make new ids for every run; with reference images, for every step
-            self._ids = ids
-            self._reason = grids if isinstance(grids, str) else None
-            known = None if isinstance(grids, str) else grids
-        else:
-            known = self.grids
-        if known != self.grids or text != self.text or latents.device != self._device:
-            self._set_geometry(known, text, latents)
-        self._guard(latents)
-        if self._reason is not None:
-            self.fall_back(self._reason)
-        elif self.dense_steps:
-            timestep: Tensor = arguments[family.timestep]
-            # tokens that are given, as the first frame of a video, have their own
-            self.steps.observe(-float(timestep.min()) if family.rising else float(timestep.max()), latents)
+        return self.begin(grids, text, history, arguments.get(family.timestep), latents, gradient=torch.is_grad_enabled())
 
-    def _knows(self, ids: tuple[Any, ...]) -> bool:
-        """Whether the grid was read from these very tensors."""
-        return bool(ids) and len(ids) == len(self._ids) and all(a is b for a, b in zip(ids, self._ids, strict=True))
+    def begin(
+        self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, *, gradient: bool
+    ) -> Forward:
+        """The forward with these grids, or with a reason why they are not known; to be called once per forward."""
+        family, trained_tokens = self.family, self.trained_tokens
+        if isinstance(grids, str):
+            self.layout = self.crossover = None
+            self.fall_back(grids)
+            return Forward(family, self.spec, (), text, history, trained_tokens, self.plans, active=False, permuted=False)
+        forward = Forward(family, self.spec, grids, text, history, trained_tokens, self.plans, active=True, permuted=self._orders_tokens())
+        if self.enabled and self.backend == "auto":
+            self._warn_if_slow(latents)
+        measured = self._measured(forward, latents, gradient)
+        active = self.enabled and not (measured is not None and measured.loses)
+        if self.enabled and self.dense_steps and timestep is not None:
+            active = self.steps.index(timestep, latents) >= self.dense_steps and active
+        if not active:
+            forward = replace(forward, active=False, permuted=forward.permuted and self.in_order)
+        self.last, self.device, self.crossover = forward, latents.device, measured
+        self.layout = forward.layout(False, forward.image + (text or 0))
+        return forward
 
-    def _set_geometry(self, grids: Grids | None, text: int | None, latents: Tensor) -> None:
-        self.grids, self.text, self._device = grids, text, latents.device
-        self._layouts, self._orders, self.crossover = {}, None, None
-        self.layout = self.plan = None
-        if grids is None:
-            return
-        self.image = sum(math.prod(grid) for grid in grids)
-        self.use(text or 0, grids, self._device)
-        if self.family.per_token and not isinstance(self.spec.order, Raster):
-            inverse = self.plans.get(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
-            self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
-        if self.backend == "auto" and self.enabled:
-            self._warn_if_slow(latents.dtype)
+    def grids(self, arguments: Mapping[str, Any], transformer: Any) -> Grids | str:
+        """The grids of the images, or why they are not known."""
+        ids = tuple(arguments.get(name) for name in self.family.ids)
+        for known, grids in self._parsed:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+            if ids and all(a is b for a, b in zip(ids, known, strict=True)):
+                return grids
+        device = _first(arguments[self.family.latents]).device
+        if any(isinstance(x, Tensor) and x.device == device for x in ids):
+            capture.refuse(device, "the grid is read from position ids: captured ones must be the tensors of the run before")
+        grids = self.family.grid(arguments, transformer)
+        if ids:
+            self._parsed = ((ids, grids), *self._parsed[: PARSED - 1])
+        return grids
 
-    def _warn_if_slow(self, dtype: torch.dtype) -> None:
+    def _measured(self, forward: Forward, latents: Tensor, gradient: bool) -> Crossover | None:
+        """Whether the method or the original attention is faster at this size, where that decides; said once where the original is."""
+        if self._runs_anyway(gradient):
+            return None
+        layout = forward.layout(False, forward.image + (forward.text or 0))
+        found = crossover.measured(self.spec, layout, self.head_dim, latents.dtype, latents.device)
+        if found is not None and found.loses and forward.grids not in self._said:
+            self._said.add(forward.grids)
+            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in forward.grids)
+            warnings.warn(
+                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {found}. "
+                "accelerate(..., strict=True) runs the method all the same",
+                stacklevel=2,
+            )
+        return found
+
+    def _warn_if_slow(self, latents: Tensor) -> None:
         """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
-        slow = dispatch.slow_on_gpu(self._device, dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
+        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
         if slow is not None and slow not in self._slow:
             self._slow.add(slow)
             warnings.warn(f"dit_accel: {slow}", stacklevel=2)
 
 
-def _ids(family: Family, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(arguments.get(name) for name in family.ids)
+# A compiled transformer's hooks run in frames of their own, outside of its graph: as such they are not compiled. Within the graph of a
+# function that calls the transformer they are traced.
+for hook in (Context.before, Context.after):
+    skip_code(hook.__code__)
 
 
-def _others(family: Family, arguments: Mapping[str, Any], transformer: Any) -> tuple[int | None, int]:
-    """Text tokens, or None where only a call tells, and those before the image."""
-    text = family.text(arguments) if family.text else None
-    return text, family.history(arguments, transformer) if family.history else 0
+def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A transformer's output with its first tensor changed."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output.sample = change(output.sample)
+    return output
 
 
 def _first(value: Any) -> Tensor:

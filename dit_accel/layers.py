@@ -75,9 +75,8 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention) -> tu
     linear = isinstance(context.spec.rest, Linear)
     parameters = list(model.parameters())
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
-    plan = context.plan
     # weights on the meta device are offloaded; the tokens' device is where the layer runs
-    device = plan.coords.device if plan and parameter.device.type == "meta" else parameter.device
+    device = context.device if context.device and parameter.device.type == "meta" else parameter.device
     try:
         dtype = getattr(model, "dtype", parameter.dtype)
         backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)

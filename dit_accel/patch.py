@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_accel import crossover
 from dit_accel.anatomy import CONTEXT, attention_layers, check_not_parallel, check_unfused, find_transformers, forward_names, heads_of
-from dit_accel.context import Context, Steps
+from dit_accel.checkpointing import drop_carried
+from dit_accel.context import Context
 from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.lora import ADAPTER, delete_lora, scale_lora, silence_lora, works
@@ -22,6 +23,7 @@ from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.saving import SaveOriginal, UnloadLora
 from dit_accel.spec import AttentionSpec, Linear
+from dit_accel.steps import Steps
 from dit_accel.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
 
 P = TypeVar("P")
@@ -81,7 +83,8 @@ def accelerate(
     Args:
         spec: the method; `Fovea()` unless given, which needs no training.
         layers: which attention modules, as a predicate on (name, module); all unless given.
-        dense_steps: the first denoising steps of every run that keep the original attention.
+        dense_steps: the first denoising steps of every run that keep the original attention, counted by the scheduler of the pipeline that
+            runs; those of a transformer in a loop without a scheduler by its timesteps.
         backend: which implementation; "auto" chooses, and `summary` tells.
         strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower.
         trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
@@ -161,7 +164,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
-        model.register_forward_hook(context.after),
+        model.register_forward_hook(context.after, always_call=True),
         model.register_load_state_dict_pre_hook(rename),
         model.register_load_state_dict_post_hook(tolerate),
         model.register_state_dict_post_hook(hide),
@@ -200,6 +203,7 @@ def restore(pipe_or_transformer: P) -> P:
             hook.remove()
         for stand_in in (SaveOriginal, UnloadLora):
             vars(model).pop(stand_in.name, None)
+        drop_carried(model)
         delattr(model, CONTEXT)
     return pipe_or_transformer
 

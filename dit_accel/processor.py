@@ -16,6 +16,7 @@ import copy
 import inspect
 import linecache
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from torch import Tensor
 from dit_accel import masks
 from dit_accel.context import Context
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.forward import Forward
 from dit_accel.layout import TokenLayout
-from dit_accel.operator import attend
+from dit_accel.operator import attend as attend  # `compiled` calls it by this name, too
 from dit_accel.plan import Plan
 from dit_accel.spec import AttentionSpec
 
@@ -42,59 +44,51 @@ class AcceleratedAttention(nn.Module):
         self.heads, self.head_dim, self.alone = heads, head_dim, alone
         self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
 
-    def takes(self, q_len: int, kv_len: int, mask: object, special: str | None, device: torch.device) -> bool:
-        """Whether this call is the image self-attention of a forward that is to be accelerated; then its layout is the current one."""
-        context = self.context
-        if not context.active:
-            return False
-        grids, image, text = context.images(self.alone, kv_len)
-        if kv_len == image and text:
-            return False  # an IP-Adapter's call, with as many keys as the image has tokens
-        if context.family.keys_only:
-            if q_len == kv_len and text:
-                return False  # the text's own
-        elif q_len != kv_len:
-            if text is not None and q_len == image + text < kv_len:
-                context.fall_back("more keys than the sequence has tokens, as of a cache")
-            return False
-        special = special or masks.refusal(mask, context.family.mask, kv_len, kv_len - image)
-        fits = kv_len >= image + context.history if text is None else kv_len == image + text
-        if special is None and fits and q_len == kv_len - self._absent(kv_len - image):
-            context.use(kv_len - image, grids, device)
-            return True
-        context.fall_back(special or f"a sequence of {kv_len} tokens where the grid makes {image} and the text {text or 'any number'}")
-        return False
-
-    def _absent(self, text: int) -> int:
-        """How many of the tokens beside the image have keys but no queries."""
-        return (self.context.history or text) if self.context.family.keys_only else 0
+    def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
+        """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""
+        return self.context.takes(self.context.forward(), self.alone, q_len, kv_len, mask, special)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-        """`[B, H, N, D]`, image tokens in the layout's order; `mask`: one that `takes` accepted."""
-        layout, plan = self.context.current()
-        if self.context.family.mask == "ones":
-            mask = None
-        scale = self.context.scaled(scale, key.shape[2], self.head_dim)
-        history, absent = self.context.history, key.shape[2] - query.shape[2]
-        before = absent if layout.text_first or history else 0
-        if absent:  # queries of zeros for text that has none; their rows are dropped
-            query = F.pad(query, (0, 0, before, absent - before))
-        if history:  # the order of keys is no matter: what stands before the image is brought behind it, beside the text
-            query, key, value = (x.roll(-history, 2) for x in (query, key, value))
-            mask = None if mask is None else masks.rolled(mask, -history)
-        bias = None if mask is None else masks.text_bias(mask, layout, len(query))
-        out = self.attend(query, key, value, layout, plan, scale, bias)
-        if mask is not None and masks.differs_by_row(mask):
-            out = masks.with_text_rows(out, query, key, value, mask, layout, scale)
-        if history:
-            out = out.roll(history, 2)
-        return out.narrow(2, before, out.shape[2] - absent) if absent else out
+        """`[B, H, N, D]`, image tokens in the forward's order; `mask`: one that `takes` accepted."""
+        forward = self.context.forward()
+        if forward is None:
+            raise RuntimeError("an accelerated attention module's operator was called outside its transformer's forward")
+        return accelerated(query, key, value, scale, mask, forward, self.alone, self.attend)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
     ) -> Tensor:
         """The method itself, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
         return attend(query, key, value, self.spec, layout, plan, self.params(query.device), scale, self.context.backend, text_bias=bias)[0]
+
+
+def accelerated(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None, forward: Forward, alone: bool,
+    method: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
+    """A call of a forward `[B, H, N, D]`, with a mask that `route` accepted, by a method with `AcceleratedAttention.attend`'s arguments.
+
+    Every token of the layout gets a query, and the text is brought before or behind all images.
+    """
+    layout = forward.layout(alone, key.shape[2])
+    plan = forward.plans.get(forward.spec, layout, query.device)  # a transformer's layers may be spread over several devices
+    if forward.family.mask == "ones":
+        mask = None
+    scale = forward.scaled(scale, key.shape[2], query.shape[3])
+    history, absent = forward.history, key.shape[2] - query.shape[2]
+    before = absent if layout.text_first or history else 0
+    if absent:  # queries of zeros for text that has none; their rows are dropped
+        query = F.pad(query, (0, 0, before, absent - before))
+    if history:  # the order of keys is no matter: what stands before the image is brought behind it, beside the text
+        query, key, value = (x.roll(-history, 2) for x in (query, key, value))
+        mask = None if mask is None else masks.rolled(mask, -history)
+    bias = None if mask is None else masks.text_bias(mask, layout, len(query))
+    out = method(query, key, value, layout, plan, scale, bias)
+    if mask is not None and masks.differs_by_row(mask):
+        out = masks.with_text_rows(out, query, key, value, mask, layout, scale)
+    if history:
+        out = out.roll(history, 2)
+    return out.narrow(2, before, out.shape[2] - absent) if absent else out
 
 
 def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
@@ -104,10 +98,33 @@ def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str 
     return "context parallelism" if parallel_config is not None else None
 
 
-def _with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values that several query heads share (GQA), once for each of them; `[B, H, N, D]`."""
     times = query.shape[1] // key.shape[1]
     return query, *(x if times == 1 else x.repeat_interleave(times, dim=1) for x in (key, value))  # type: ignore[return-value]
+
+
+def _traced(
+    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
+    primitive: str,
+) -> Tensor:  # fmt: skip
+    """A call `[B, N, H, D]` in a compiled graph, where `compiled.layer` decides when it runs."""
+    params, device = operator.params(), query.device.type
+    if torch.is_autocast_enabled(device):  # as the primitive itself does
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    weight, bias = (None, None) if params.proj is None else params.proj
+    out: Tensor = torch.ops.dit_accel.layer(
+        query, key, value, mask, weight, bias, params.offset, params.spatial_weight, operator.context.token, operator.alone, scale, gqa,
+        primitive,
+    )[0]  # fmt: skip
+    return out
+
+
+def _noted(operator: AcceleratedAttention, query: Tensor, key: Tensor, special: str | None) -> Tensor:
+    """The query `[B, N, H, D]` of a call in a compiled graph that can't be accelerated, which is recorded when it runs."""
+    reason = special or "arguments of an attention backend"
+    noted: Tensor = torch.ops.dit_accel.noted(query, key.shape[1], operator.context.token, operator.alone, reason)
+    return noted
 
 
 class AcceleratedProcessor:
@@ -121,8 +138,14 @@ class AcceleratedProcessor:
         *, backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[1], key.shape[1], attn_mask, _special(dropout_p, is_causal, parallel_config), query.device):
-            q, k, v = _with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
+        special = _special(dropout_p, is_causal, parallel_config)
+        if torch.compiler.is_compiling():
+            if special is None and not attention_kwargs:
+                primitive = str(getattr(backend, "value", backend or "default"))
+                return _traced(operator, query, key, value, attn_mask, scale, enable_gqa, primitive)
+            query = _noted(operator, query, key, special)
+        elif operator.takes(query.shape[1], key.shape[1], attn_mask, special):
+            q, k, v = with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
             return operator(q, k, v, scale, attn_mask).transpose(1, 2)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
@@ -134,8 +157,15 @@ class AcceleratedProcessor:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        if operator.takes(query.shape[2], key.shape[2], attn_mask, _special(dropout_p, is_causal, None), query.device):
-            return operator(*_with_all_heads(query, key, value), scale, attn_mask)
+        special = _special(dropout_p, is_causal, None)
+        if torch.compiler.is_compiling():
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if special is None:
+                return _traced(operator, query, key, value, attn_mask, scale, enable_gqa, "sdpa").transpose(1, 2)
+            query = _noted(operator, query, key, special)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        elif operator.takes(query.shape[2], key.shape[2], attn_mask, special):
+            return operator(*with_all_heads(query, key, value), scale, attn_mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

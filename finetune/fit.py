@@ -122,7 +122,8 @@ def _beside_the_teacher(run: Run, learn: Learn) -> Iterator[None]:
         hooks = [operator.register_forward_hook(hook) for operator in operators_of(run.transformer).values()]
         context.enabled = True  # the operators are called; weights and LoRA stay the teacher's
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
+                yield
         finally:
             context.enabled = False
             for handle in hooks:

@@ -21,7 +21,8 @@ class Family:
     attend to all and are attended by all. `keys_only`: the text, or the history where there is one, has keys and values but no queries,
     so that calls have fewer queries than keys. `twice`: some modules have the image's tokens twice over and no text. `alone`: regular
     expression of those modules whose sequence is the drawn image's alone. `timestep`: the argument that falls from step to step, or
-    rises with `rising`. `ids`: arguments on the device from which the grid is read; the same tensors are read once. `latents`: the
+    rises with `rising`. `ids`: arguments on the device from which the grid is read; the same tensors are read once, in a compiled
+    graph with no other arguments than the latents and words. `latents`: the
     argument that the scheduler changes. `per_token`: all arguments with one row per image token in their last dimension but one; where
     they are known, tokens are brought into a method's memory order once per forward instead of once per layer. `mask`: what its
     self-attention passes as a mask where text is padded: over "keys" `[B, N]` or `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of

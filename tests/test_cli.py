@@ -279,11 +279,7 @@ def test_generate(model: str, tmp_path: Path) -> None:
 def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel import context
 
-    def fall_back(self: Any, arguments: Any, transformer: Any) -> None:
-        self.layout = self.plan = self._orders = None
-        self.fall_back("no grid today")
-
-    monkeypatch.setattr(context.Context, "_read", fall_back)
+    monkeypatch.setattr(context.Context, "grids", lambda *_: "no grid today")
     arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
     result = run(*arguments, "--strict")
     assert result.exit_code == 2

@@ -48,11 +48,7 @@ def test_refusals(idle: Any, tmp_path: Path) -> None:
 def test_a_method_that_runs_nowhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel import context
 
-    def fall_back(self: Any, *_: Any) -> None:
-        self._forget()
-        self.fall_back("no grid today")
-
-    monkeypatch.setattr(context.Context, "_read", fall_back)
+    monkeypatch.setattr(context.Context, "grids", lambda *_: "no grid today")
     with pytest.warns(UserWarning, match="no grid today"), pytest.raises(FallbackError, match="calls have no grid today"):
         evaluate(accelerate(picture_pipe(), METHOD), PROMPTS, tmp_path, **CALL)
     assert list(tmp_path.iterdir()) == []

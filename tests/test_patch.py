@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from conftest import LAYERS, fill_randomly, forward_arguments, normal, relative_error, run, tiny_transformer
+from conftest import LAYERS, TEXT, fill_randomly, forward_arguments, normal, relative_error, run, tiny_transformer
 from torch import Tensor
 
 import dit_accel
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, processor
 from dit_accel.errors import AlreadyAcceleratedError, BackendError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.patch import operators_of
 
@@ -119,11 +119,16 @@ def test_layers_on_another_device_have_their_plan_there() -> None:
     """A transformer spread over several devices: the plan follows the layer, the layout is one."""
     transformer = dit_accel.accelerate(tiny_transformer(), Fovea(0.3))
     transformer(**forward_arguments())
-    operator = next(iter(operators_of(transformer).values()))
-    layout, near = operator.context.current()
-    operator.context.active = True
-    assert operator.takes(layout.tokens, layout.tokens, None, None, torch.device("meta"))
-    there, far = operator.context.current()
+    context, asked = transformer._dit_accel.context, []
+
+    def method(query: Tensor, key: Tensor, value: Tensor, layout: Any, plan: Any, scale: float | None, bias: Tensor | None) -> Tensor:
+        asked.append((layout, plan))
+        return query
+
+    for device in ("cpu", "meta"):
+        q = torch.empty(1, 2, 425 + TEXT, 16, device=device)
+        processor.accelerated(q, q, q, None, None, context.last, False, method)
+    (layout, near), (there, far) = asked
     assert there == layout
     assert {near.coords.device.type, near.geometry.coords.device.type} == {"cpu"}
     assert {far.coords.device.type, far.geometry.coords.device.type} == {"meta"}

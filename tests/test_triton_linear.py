@@ -30,9 +30,7 @@ def spec_of(density: float, merge: str) -> AttentionSpec:
     return AttentionSpec((TopK(density),), Linear("softmax"), Mass(), Tiles((4, 4)), (16, 16))
 
 
-@pytest.mark.parametrize(
-    ("density", "merge"), [(0.5, "residual"), (0.65, "mass"), (0.75, "residual"), (0.99, "mass"), (0.99, "residual")]
-)
+@pytest.mark.parametrize(("density", "merge"), [(0.5, "residual"), (0.65, "mass"), (0.75, "residual"), (0.99, "mass"), (0.99, "residual")])
 def test_a_linear_rest_of_few_blocks_does_not_cancel(density: float, merge: str) -> None:
     spec, dtype = spec_of(density, merge), torch.float16
     far = 6.0 if density > 0.5 else 0.0

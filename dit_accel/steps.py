@@ -1,0 +1,151 @@
+"""Which denoising step a forward belongs to: told by the scheduler of the pipeline that runs it, else read from timesteps.
+
+A run is one `set_timesteps` of one scheduler. The scheduler is looked up where the forward is called from, so nothing is hooked: pipelines
+that share a transformer, a scheduler put in later, a run inside another one and runs in several threads each count by themselves, and two
+transformers of one pipeline count together. A transformer in a loop without a scheduler is counted by its timesteps, thread by thread.
+"""
+
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+OWNERS = {"self", "components"}  # what methods of pipelines and blocks of modular pipelines call the object that has the scheduler
+
+
+def running_scheduler() -> Any | None:
+    """The scheduler of the innermost pipeline whose method is running in this thread, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owners = OWNERS.intersection(code.co_varnames[: code.co_argcount])
+        if owners and not frame.f_globals.get("__name__", "").startswith("torch."):
+            values = frame.f_locals
+            for name in owners:
+                scheduler = getattr(values.get(name), "__dict__", {}).get("scheduler")
+                if hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "timesteps"):
+                    return scheduler
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Evaluations counted from the timesteps that a transformer is called with.
+
+    `direction`: 1 where they rise, -1 where they fall, 0 before the second one. `latents`: of the last forward, kept where its timestep is
+    so coarse that those of two steps can be equal.
+    """
+
+    timestep: Tensor
+    first: Tensor
+    index: int = 0
+    direction: int = 0
+    latents: Tensor | None = None
+
+    @classmethod
+    def begin(cls, timestep: Tensor, latents: Tensor | None) -> "Timesteps":
+        timestep = timestep.detach().clone()
+        return cls(timestep, timestep, latents=latents)
+
+    def next(self, timestep: Tensor, latents: Tensor | None, *, known_run: bool) -> "Timesteps":
+        """The count after one more forward.
+
+        An equal timestep is the same evaluation (guidance in two passes), unless it is half precision and the latents differ. Another one
+        is the next, or the first of a new run: where it turns back, or, in a `known_run`, is the first again.
+        """
+        if _equal(timestep, self.timestep):
+            moved = latents is not None and self.latents is not None and not _equal(latents, self.latents)
+            return replace(self, index=self.index + moved, latents=latents)
+        change = _level(timestep) - _level(self.timestep)
+        direction = (change > 0) - (change < 0)
+        again = _equal(timestep, self.first) if known_run else direction * self.direction < 0
+        if again:
+            return Timesteps.begin(timestep, latents)
+        timestep = timestep.detach().clone()
+        return Timesteps(timestep, self.first, self.index + 1, self.direction or direction, latents)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.device), b)
+
+
+def _level(timestep: Tensor) -> float:
+    """One number for all samples and tokens; those that are given, as the first frame of a video, keep a timestep of their own."""
+    low, high = timestep.double().aminmax()
+    return float(low + high)
+
+
+def _coarse(timestep: Tensor, latents: Tensor) -> Tensor | None:
+    """The latents where timesteps in the timestep's dtype round to one value, as neighbours in bfloat16 do."""
+    return latents if timestep.is_floating_point() and timestep.element_size() < 4 else None
+
+
+@dataclass
+class Run:
+    """One `set_timesteps` of a scheduler. `begin`: its `step_index` at the first step, once that is known."""
+
+    timesteps: Any
+    counted: Timesteps | None = None
+    begin: int | None = None
+    last: int | None = None
+
+    def evaluation(self, scheduler: Any, timestep: Tensor, latents: Tensor) -> int:
+        """How many evaluations of the run came before this forward."""
+        stepped = getattr(scheduler, "step_index", None)
+        if stepped is None:  # before the first step; or it never tells, as DDIM's; or copies of it make the steps
+            told = hasattr(scheduler, "step_index")
+            kept = None if told else _coarse(timestep, latents)
+            if self.counted is None:
+                self.counted = Timesteps.begin(timestep, kept)
+            else:
+                self.counted = self.counted.next(timestep, kept, known_run=True)
+            return self.counted.index
+        if self.begin is None:
+            begin = getattr(scheduler, "begin_index", None)
+            self.begin = begin if begin is not None else 0 if self.counted is None else stepped - 1
+            self.counted = None
+        self.last = stepped
+        return max(0, stepped - self.begin)
+
+    def is_over(self, scheduler: Any) -> bool:
+        """Whether the scheduler has begun another run since."""
+        stepped = getattr(scheduler, "step_index", None)
+        return self.timesteps is not scheduler.timesteps or (self.last is not None and (stepped is None or stepped < self.last))
+
+
+_counted: ContextVar["WeakKeyDictionary[Steps, Timesteps] | None"] = ContextVar("counted", default=None)
+
+
+class Steps:
+    """The steps of all runs of the transformers that were accelerated together. A copy starts without any."""
+
+    def __init__(self) -> None:
+        self._runs: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def index(self, timestep: Tensor, latents: Tensor) -> int:
+        """The step, from 0, that a forward with these arguments belongs to; to be called once per forward.
+
+        Schedulers that evaluate the model more than once a step (Heun's) say so in `order`.
+        """
+        scheduler = running_scheduler()
+        if scheduler is None:
+            return self._bare(timestep, latents)
+        run = self._runs.get(scheduler)
+        if run is None or run.is_over(scheduler):
+            run = self._runs[scheduler] = Run(scheduler.timesteps)
+        return run.evaluation(scheduler, timestep, latents) // max(1, getattr(scheduler, "order", 1))
+
+    def _bare(self, timestep: Tensor, latents: Tensor) -> int:
+        before, kept = _counted.get(), _coarse(timestep, latents)
+        last = before.get(self) if before is not None else None
+        now = Timesteps.begin(timestep, kept) if last is None else last.next(timestep, kept, known_run=False)
+        _counted.set(WeakKeyDictionary({**(before or {}), self: now}))  # another object: threads may have inherited this one
+        return now.index
