@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dit_accel.errors import FallbackError
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plan import Plan, make_plan
-from dit_accel.spec import AttentionSpec, Raster
+from dit_accel.spec import AttentionSpec
 
 
 class Steps:
@@ -49,13 +49,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 class Context:
     """Per-model state, written by the hooks at the transformer's boundary and read by its operators.
 
-    `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so that a teacher's layers line up with the
-    student's. `always`: run the operators even where the original attention is faster, as training and measuring must. `trained`: the
-    weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the model was trained on, where
-    logits are to be scaled for longer ones, which the original attention does not do. `active`: the operators run in the forward at hand.
-    `grids`: of the images in its sequence, or None where they are not known. `image`: tokens of all of them. `text`: how many other tokens
-    there are, or None where only a call tells. `history`: how many of them stand before the image although text stands behind. `layout`,
-    `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing was to be.
+    `enabled`: `dense(...)` switches it off. `always`: run the operators even where the original attention is faster, as training and
+    measuring must. `trained`: the weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the
+    model was trained on, where logits are to be scaled for longer ones, which the original attention does not do. `active`: the operators
+    run in the forward at hand. `grids`: of the images in its sequence, or None where they are not known. `image`: tokens of all of them.
+    `text`: how many other tokens there are, or None where only a call tells. `history`: how many of them stand before the image although
+    text stands behind. `layout`, `plan`: of the last sequence. `crossover`: what was measured for the grid at hand, or None where nothing
+    was to be.
     """
 
     def __init__(
@@ -64,14 +64,13 @@ class Context:
     ) -> None:  # fmt: skip
         self.family, self.spec, self.names, self.head_dim, self.steps = family, spec, names, head_dim, steps
         self.dense_steps, self.backend, self.strict, self.trained_tokens = dense_steps, backend, strict, trained_tokens
-        self.enabled, self.in_order, self.always, self.trained = True, False, False, False
+        self.enabled, self.always, self.trained = True, False, False
         self.fallbacks: Counter[str] = Counter()
         self._said: set[Grids] = set()  # grids of which a user was told that they are left to the original
         self._forget()
 
     def _forget(self) -> None:
         self.active = False
-        self.permuted = False
         self.grids: Grids | None = None
         self.image = self.history = 0
         self.text: int | None = None
@@ -80,7 +79,6 @@ class Context:
         self.crossover: Crossover | None = None
         self._device = torch.device("cpu")
         self._layouts: dict[tuple[int, Grids, torch.device], tuple[TokenLayout, Plan]] = {}
-        self._orders: tuple[Tensor, Tensor] | None = None
         self._ids: tuple[Any, ...] = ()
         self._reason: str | None = None
 
@@ -136,8 +134,7 @@ class Context:
 
     @torch.compiler.disable
     def _add_layout(self, text: int, grids: Grids, device: torch.device) -> None:
-        order = self.spec.order if self.family.per_token else Raster()
-        layout = TokenLayout(grids[0], text, self.family.text_first, order, grids[1:])
+        layout = TokenLayout(grids[0], text, self.family.text_first, references=grids[1:])
         self._layouts[text, grids, device] = layout, make_plan(self.spec, layout, device)
 
     def fall_back(self, reason: str) -> None:
@@ -148,34 +145,13 @@ class Context:
             warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: read the grid and the step, and bring image tokens into the spec's memory order."""
-        self.active = self.permuted = False
-        if not (self.enabled or self.in_order):
-            return None
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        self._observe(arguments, module)
-        if self.grids is None:
-            return None
-        self.active = self.enabled and self.steps.index >= self.dense_steps and not self.leaves
-        self.permuted = self._orders is not None and (self.active or self.in_order)
-        if not self.permuted:
-            return None
-        order = self._orders[0]  # type: ignore[index]
-        for name in self.family.per_token:
-            if arguments.get(name) is not None:
-                arguments[name] = _map_tensors(arguments[name], lambda x: x.index_select(-2, order))
-        return (), arguments
-
-    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: bring the output's tokens back into raster order."""
-        if not self.permuted:
-            return None
-        order = self._orders[1]  # type: ignore[index]
-        if isinstance(output, tuple):
-            return (output[0].index_select(-2, order), *output[1:])
-        output.sample = output.sample.index_select(-2, order)
-        return output
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: read the grid and the step. The arguments are left as they are: tokens keep the model's own order."""
+        self.active = False
+        if not self.enabled:
+            return
+        self._observe(dict(zip(self.names, args, strict=False)) | kwargs, module)
+        self.active = self.grids is not None and self.steps.index >= self.dense_steps and not self.leaves
 
     def _observe(self, arguments: Mapping[str, Any], transformer: Any) -> None:
         """Read what this forward says of grid and step; under torch.compile, outside of the graph unless it is known already."""
@@ -218,15 +194,12 @@ class Context:
 
     def _set_geometry(self, grids: Grids | None, text: int | None, latents: Tensor) -> None:
         self.grids, self.text, self._device = grids, text, latents.device
-        self._layouts, self._orders, self.crossover = {}, None, None
+        self._layouts, self.crossover = {}, None
         self.layout = self.plan = None
         if grids is None:
             return
         self.image = sum(math.prod(grid) for grid in grids)
         self.use(text or 0, grids, self._device)
-        if self.family.per_token and not isinstance(self.spec.order, Raster):
-            inverse = make_plan(self.spec, TokenLayout(grids[0], references=grids[1:]), self._device)
-            self._orders = (inverse.to_memory, inverse.to_raster)  # type: ignore[assignment]
         if self.backend == "auto" and not self.strict and self._device.type == "cpu":
             self.crossover = crossover.measured(self.spec, self.current()[0], self.head_dim, latents.dtype)
         if self.enabled and self.leaves and grids not in self._said:
@@ -255,9 +228,3 @@ def _first(value: Any) -> Tensor:
         value = value[0]
     tensor: Tensor = value
     return tensor
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return function(value)

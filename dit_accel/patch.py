@@ -241,7 +241,6 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
-        model.register_forward_hook(context.after),
     ]
     setattr(model, CONTEXT, patch)
     if hasattr(model, "save_pretrained"):
@@ -296,31 +295,30 @@ def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]
 
 
 @contextlib.contextmanager
-def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
+def dense(pipe_or_transformer: P) -> Iterator[P]:
     """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
 
-    `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
-    a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError, or
-    DitAccelError where `fuse_lora` put what distillation trained into the weights.
+    Not between a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises
+    NotAcceleratedError, or DitAccelError where `fuse_lora` put what distillation trained into the weights.
     """
     patches = patches_of(pipe_or_transformer)
     for model, _ in patches:
         check_apart(model)
-    before = [(patch.context.enabled, patch.context.in_order) for _, patch in patches]
+    before = [patch.context.enabled for _, patch in patches]
     scales: list[dict[str, float]] = [{} for _ in patches]
     try:
-        for number, ((model, patch), (enabled, _)) in enumerate(zip(patches, before, strict=True)):
+        for number, ((model, patch), enabled) in enumerate(zip(patches, before, strict=True)):
             if enabled:
                 _swap_weights(model, patch)
                 scales[number] = silence_lora(model)
-            patch.context.enabled, patch.context.in_order = False, in_order
+            patch.context.enabled = False
         yield pipe_or_transformer
     finally:
-        for (model, patch), (enabled, ordered), scale in zip(patches, before, scales, strict=True):
+        for (model, patch), enabled, scale in zip(patches, before, scales, strict=True):
             if enabled and not patch.context.enabled:
                 _swap_weights(model, patch)
                 scale_lora(model, scale)
-            patch.context.enabled, patch.context.in_order = enabled, ordered
+            patch.context.enabled = enabled
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
     """The teacher's prediction and attention outputs; the recorded prediction is enough where attention is not compared."""
     if recorded is not None and run.config.attention_weight == 0:
         return recorded.to(next(run.transformer.parameters()).device), {}
-    with torch.no_grad(), run.accelerator.autocast(), dense(run.transformer, in_order=True), capture(run.transformer) as taught:
+    with torch.no_grad(), run.accelerator.autocast(), dense(run.transformer), capture(run.transformer) as taught:
         prediction = predict(run.transformer, arguments)
     return prediction, dict(taught)
 
