@@ -6,16 +6,13 @@ built once whose `__call__` is the class's own source with the one call to the p
     dispatch_attention_fn(...)            ->  self._dit_accel_dispatch(attn, ...)      [B, N, H, D]
     F.scaled_dot_product_attention(...)   ->  self._dit_accel_sdpa(attn, ...)          [B, H, N, D]
 
-rebound and compiled in the original function's globals. Signature, isinstance checks, LoRA, IP-Adapter, attention backends and pickling
-go on working, and no processor is copied by hand. Tracebacks show the rewritten source. The operator itself is an nn.Module that hangs
-on the attention module as `attn.dit_accel`, so that devices, optimizers, offloading and state dicts see its parameters.
+rebound and compiled with the original function's globals and closure (`rewriting`). Signature, isinstance checks, LoRA, IP-Adapter,
+attention backends and pickling go on working, and no processor is copied by hand. Tracebacks show the rewritten source. The operator itself
+is an nn.Module that hangs on the attention module as `attn.dit_accel`, so that devices, optimizers, offloading and state dicts see its
+parameters.
 """
 
-import ast
 import copy
-import inspect
-import linecache
-import textwrap
 from typing import Any
 
 import torch
@@ -27,9 +24,11 @@ from torch import Tensor
 from dit_accel import masks
 from dit_accel.context import Context
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.interception import intercepted, register_like, through_modes
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend
 from dit_accel.plan import Plan
+from dit_accel.rewriting import rewritten
 from dit_accel.spec import AttentionSpec
 
 
@@ -110,6 +109,26 @@ def _with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return query, *(x if times == 1 else x.repeat_interleave(times, dim=1) for x in (key, value))  # type: ignore[return-value]
 
 
+def _answer(
+    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool
+) -> Tensor:
+    """The operator's output for a call that it takes, `[B, H, N, D]`, or what an active function mode makes of the call."""
+    if not intercepted(query):
+        return operator(*_with_all_heads(query, key, value), scale, mask)
+    shapes = query.shape, key.shape
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if attn_mask is mask and not dropout_p and not is_causal and (query.shape, key.shape) == shapes:
+            return operator(*_with_all_heads(query, key, value), scale, attn_mask)
+        operator.context.fall_back("a function mode that changes the mask, the tokens or the kind of the attention")
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return through_modes(run, query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale, enable_gqa=gqa)
+
+
 class AcceleratedProcessor:
     """Mixed into each rewritten processor class: decides call by call between the operator and the untouched primitive."""
 
@@ -122,8 +141,8 @@ class AcceleratedProcessor:
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
         if operator.takes(query.shape[1], key.shape[1], attn_mask, _special(dropout_p, is_causal, parallel_config), query.device):
-            q, k, v = _with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
-            return operator(q, k, v, scale, attn_mask).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return _answer(operator, q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
             parallel_config=parallel_config,
@@ -135,7 +154,7 @@ class AcceleratedProcessor:
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
         if operator.takes(query.shape[2], key.shape[2], attn_mask, _special(dropout_p, is_causal, None), query.device):
-            return operator(*_with_all_heads(query, key, value), scale, attn_mask)
+            return _answer(operator, query, key, value, attn_mask, scale, enable_gqa)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -149,62 +168,27 @@ def _rebuild(base: type, state: dict[str, Any]) -> object:
     return processor
 
 
-class _Rebind(ast.NodeTransformer):
-    """Rebinds the calls to the attention primitive in a processor's `__call__`."""
-
-    def __init__(self, attn: str) -> None:
-        self.attn, self.count = attn, 0
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        self.generic_visit(node)
-        function = node.func
-        if isinstance(function, ast.Name) and function.id == "dispatch_attention_fn":
-            method = "_dit_accel_dispatch"
-        elif isinstance(function, ast.Attribute) and function.attr == "scaled_dot_product_attention":
-            method = "_dit_accel_sdpa"
-        else:
-            return node
-        self.count += 1
-        node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
-        node.args.insert(0, ast.Name(self.attn, ast.Load()))
-        return node
-
-
 _classes: dict[type, type] = {}  # a pure function's results: processor class -> rewritten class
 
 
 def accelerated_class(base: type) -> type:
     """The subclass of a processor class whose calls to the attention primitive go through its module's operator.
 
-    Raises UnsupportedModelError where the class's source is not to be had or holds no call to the primitive.
+    Raises UnsupportedModelError where the class's source is not available, holds no call to the primitive, or can't be rewritten.
     """
     if base in _classes:
         return _classes[base]
-    call = base.__call__
-    try:
-        source = textwrap.dedent(inspect.getsource(call))
-    except (OSError, TypeError) as error:
-        raise UnsupportedModelError(f"wanted the source of {base.__name__}.__call__, which is not available: {error}") from error
-    tree = ast.parse(source)
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) < 2:
-        raise UnsupportedModelError(f"wanted {base.__name__}.__call__(self, attn, ...), got {source.splitlines()[0]!r}")
-    rebind = _Rebind(definition.args.args[1].arg)
-    tree = ast.fix_missing_locations(rebind.visit(tree))
-    if rebind.count == 0:
-        raise UnsupportedModelError(f"{base.__name__} calls no attention primitive that dit_accel knows")
-    filename = f"<dit_accel {base.__module__}.{base.__qualname__}>"
-    text = ast.unparse(tree)
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), call.__globals__, namespace)
-    members = {"__call__": namespace["__call__"], "_dit_accel_base": base, "__module__": __name__}
+    members = {"__call__": rewritten(base), "_dit_accel_base": base, "__module__": __name__}
     _classes[base] = type(f"Accelerated{base.__name__}", (AcceleratedProcessor, base), members)
+    register_like(base, _classes[base])
     return _classes[base]
 
 
 def accelerated_copy(processor: Any) -> Any:
-    """A shallow copy of a processor in its rewritten class; the original is left as it is."""
-    twin = copy.copy(processor)
-    twin.__class__ = accelerated_class(type(processor))
+    """A shallow copy of a processor in its rewritten class, the original left as it is. Raises UnsupportedModelError where none can be."""
+    twin, ours = copy.copy(processor), accelerated_class(type(processor))
+    try:
+        twin.__class__ = ours
+    except TypeError as error:
+        raise UnsupportedModelError(f"{type(processor).__name__} has __slots__, or is not a Python class: {error}") from error
     return twin

@@ -33,7 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "crossover": {"kernels", "layout", "operator", "plan", "spec"},
     "context": {"crossover", "errors", "layout", "pipelines.family", "plan", "spec"},
     "masks": {"layout"},
-    "processor": {"context", "errors", "layout", "masks", "operator", "parameters", "plan", "spec"},
+    "interception": set(),
+    "rewriting": {"errors"},
+    "processor": {"context", "errors", "interception", "layout", "masks", "operator", "parameters", "plan", "rewriting", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
@@ -98,7 +100,10 @@ ARROWS: dict[str, set[str]] = {
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {"crossover", "errors", "fused", "geometry", "kernels", "layout", "masks", "operator", "parameters", "plan", "spec"}
 PROGRAMS = ("bench", "cli", "demo", "estimate", "evaluation")
-DIFFUSERS = {"adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "patch", "pipelines", "processor", "wan_names"}
+DIFFUSERS = {
+    "adapter", "bench", "cli_info", "cli_models", "demo", "evaluation", "finetune", "interception", "patch", "pipelines", "processor",
+    "rewriting", "wan_names",
+}  # fmt: skip
 
 
 def package_files() -> dict[str, Path]:
