@@ -17,6 +17,7 @@ from dit_accel.context import Context, Steps
 from dit_accel.errors import AlreadyAcceleratedError, DitAccelError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.lora import ADAPTER, check_apart, scale_lora, silence_lora, unwrap_lora, works
+from dit_accel.mask_check import MaskCheck
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 from dit_accel.presets import Fovea
 from dit_accel.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
@@ -241,6 +242,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
     patch.hooks = [
         model.register_forward_pre_hook(patch.take_over),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
+        model.register_forward_pre_hook(MaskCheck(context).before, with_kwargs=True),
     ]
     setattr(model, CONTEXT, patch)
     if hasattr(model, "save_pretrained"):

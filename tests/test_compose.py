@@ -148,44 +148,6 @@ def test_keeping_everything_in_bfloat16(pipe: Any) -> None:
     assert relative_error(got, exact) < 1.5 * relative_error(low, exact)
 
 
-def normed_in_float32(transformer: Any) -> Any:
-    """Norms of q and k that give float32 under autocast, as they do on a GPU."""
-    for name, module in transformer.named_modules():
-        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            module.register_forward_hook(lambda module, args, output: output.float())
-    return transformer
-
-
-@pytest.mark.composes("autocast")
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_under_autocast_the_operator_runs_in_its_dtype(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import operator
-    from dit_accel.kernels import dispatch
-
-    seen, choose = [], dispatch.choose
-    monkeypatch.setattr(operator.dispatch, "choose", lambda *args, **kwargs: seen.append(args[2]) or choose(*args, **kwargs))
-    plain, accelerated_ = (normed_in_float32(tiny_transformer(double=1, single=1)) for _ in range(2))
-    dit_accel.accelerate(accelerated_, Fovea(1.0), strict=True)
-    if compiled:
-        accelerated_.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with torch.no_grad():
-        exact = plain(**forward_arguments()).sample
-        with torch.autocast("cpu", torch.bfloat16):
-            stock, got = (model(**forward_arguments()).sample for model in (plain, accelerated_))
-    assert set(seen) == {torch.bfloat16}
-    assert got.dtype == stock.dtype
-    assert relative_error(got, exact) < 1.5 * relative_error(stock, exact)
-
-
-def test_queries_and_values_of_two_dtypes_are_refused_as_by_torch() -> None:
-    transformer = tiny_transformer(double=1, single=0).bfloat16()
-    normed_in_float32(dit_accel.accelerate(transformer, Fovea(0.2)))
-    arguments = {name: x.bfloat16() for name, x in forward_arguments().items()}
-    with pytest.raises(ValueError, match="query, key and value share one floating dtype and one device"):
-        transformer(**arguments)
-
-
 def cpu_offload(transformer: Any) -> None:
     from accelerate import cpu_offload
 

@@ -136,8 +136,9 @@ def guided(transformer: Any, guider: Any) -> Tensor:
 
 @pytest.mark.composes("guiders: classifier-free, adaptive projected, perturbed-attention, skip-layer, smoothed-energy")
 @pytest.mark.parametrize("kind", GUIDERS)
-def test_a_guider_guides_as_it_does_the_original(kind: str, sparse_calls: list[Any]) -> None:
-    plain, tiny = Tiny("cogview4").pipe.transformer, Tiny("cogview4")
+@pytest.mark.parametrize("name", ["cogview4"])
+def test_a_guider_guides_as_it_does_the_original(name: str, kind: str, sparse_calls: list[Any]) -> None:
+    plain, tiny = Tiny(name).pipe.transformer, Tiny(name)
     wanted, unguided = guided(plain, GUIDERS[kind]()), guided(plain, ClassifierFreeGuidance(guidance_scale=1.0))
     assert relative_error(wanted, unguided) > 1e-3
     if kind in ("pag", "slg-layers", "slg-blocks"):

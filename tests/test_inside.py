@@ -117,6 +117,7 @@ def original(name: str, cache: str | None = None, hooked: bool = False, masked: 
     return draw(Tiny(name), cache, hooked, masked)
 
 
+@pytest.mark.composes("step caches with dense steps, block hooks and masks")
 @pytest.mark.parametrize("dense_steps", [0, 1])
 @pytest.mark.parametrize("hooked", [False, True], ids=["alone", "hook-and-mask"])
 @pytest.mark.parametrize(("name", "cache"), CASES)

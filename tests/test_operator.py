@@ -367,30 +367,6 @@ def test_two_calls_are_bitwise_equal_with_another_size_between(spec: AttentionSp
     torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
-AUTOCAST = [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16), (torch.bfloat16,) * 3, (torch.float64,) * 3]
-
-
-@every_method
-@pytest.mark.parametrize("dtypes", AUTOCAST, ids=["float32", "normed", "bfloat16", "float64"])
-def test_autocast_casts_what_it_casts_for_torchs_attention(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    params, spec = random_parameters(SPECS[name], RAGGED), SPECS[name]
-    qkv = [x.to(dtype).requires_grad_() for x, dtype in zip(RAGGED.inputs(), dtypes, strict=True)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out, lse = run(qkv, spec, RAGGED.layout, params)
-        assert out.dtype == F.scaled_dot_product_attention(*qkv).dtype
-    inputs = [x.detach().to(out.dtype).requires_grad_() for x in qkv]
-    wanted, wanted_lse = run(inputs, spec, RAGGED.layout, params)
-    torch.testing.assert_close((out, lse), (wanted, wanted_lse), rtol=0, atol=0)
-    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    got = torch.autograd.grad(out, [*qkv, *params.parameters()], towards, allow_unused=True)
-    expected = torch.autograd.grad(wanted, [*inputs, *params.parameters()], towards, allow_unused=True)
-    assert [x.dtype for x in got[:3] if x is not None] == list(dtypes)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=0, atol=0)
-
-
 @every_method
 def test_trains_after_inference_mode(name: str) -> None:
     shape = Shape(1, 1, 8, (1, 9, 10), 3)
