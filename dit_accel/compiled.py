@@ -30,7 +30,7 @@ ORIGINAL = 0  # in the place of a token: the call ran its original attention
 @torch.library.custom_op("dit_accel::begin", mutates_args=())
 def begin(
     tag: Tensor, latents: Tensor, timestep: Tensor | None, ids: Sequence[Tensor], words: str, sides: Sequence[int], unknown: str,
-    text: int | None, history: int, gradient: bool,
+    text: int | None, history: int, masks: Sequence[Tensor], gradient: bool,
 ) -> Tensor:  # fmt: skip
     """The token of a forward that begins: what `Context.before` does.
 
@@ -39,8 +39,8 @@ def begin(
     """
     context, _ = tokens.find(tag)
     family = context.family
-    if not (context.enabled or context.in_order):
-        off = Forward(family, context.spec, (), text, history, context.trained_tokens, context.plans, active=False, permuted=False)
+    if not context.enabled:
+        off = Forward(family, context.spec, (), text, history, context.trained_tokens, context.plans, active=False)
         return tokens.begin(context, off).clone()
     if family.ids:
         arguments: dict[str, Any] = dict(line.split("=", 1) for line in words.splitlines())
@@ -48,38 +48,12 @@ def begin(
         grids = context.grids(arguments, None)
     else:
         grids = unknown or tuple(tuple(sides[n : n + 3]) for n in range(0, len(sides), 3))
-    return tokens.begin(context, context.begin(grids, text, history, timestep, latents, gradient=gradient)).clone()
+    return tokens.begin(context, context.begin(grids, text, history, timestep, latents, list(masks), gradient=gradient)).clone()
 
 
 @begin.register_fake
 def _(tag: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(tag)
-
-
-@torch.library.custom_op("dit_accel::reorder", mutates_args=())
-def reorder(x: Tensor, token: Tensor, back: bool) -> Tensor:
-    """Rows of image tokens `[..., N, C]` in the memory order of the token's forward, or back; a copy where it permutes nothing."""
-    _, forward = tokens.find(token)
-    if forward is None or not forward.permuted:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x.index_select(-2, forward.orders(x.device)[back])
-
-
-@reorder.register_fake
-def _(x: Tensor, token: Tensor, back: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.back = inputs[2]
-
-
-def _reorder_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.dit_accel.reorder(gradient, ctx.saved_tensors[0], not ctx.back), None, None
-
-
-reorder.register_autograd(_reorder_gradient, setup_context=_save_order)
 
 
 @torch.library.custom_op("dit_accel::noted", mutates_args=())

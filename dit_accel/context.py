@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from dit_accel.errors import FallbackError
 from dit_accel.forward import Forward, current, enter, leave
 from dit_accel.kernels import capture, dispatch
 from dit_accel.layout import TokenLayout
+from dit_accel.mask_check import MaskCheck, given
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plans import Plans
 from dit_accel.routing import route
-from dit_accel.spec import AttentionSpec, Linear, Raster
+from dit_accel.spec import AttentionSpec, Linear
 from dit_accel.steps import Steps
 from dit_accel.tokens import Known, in_backward, token_of
 
@@ -32,8 +33,7 @@ PARSED = 4  # position ids whose grids are kept: those of as many runs at once
 class Settings:
     """What a user or a mode has chosen for one transformer; this, and nothing else of a context, is pickled and copied.
 
-    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `in_order`: permute tokens even while off, so
-    that a teacher's layers line up with the student's. `always`: run the operators even where the original attention is faster, as training
+    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `always`: run the operators even where the original attention is faster, as training
     and measuring must. `trained`: the weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the
     model was trained on, where logits are to be scaled for longer ones, which the original attention does not do. `fallbacks`: how many
     calls ran their original attention, by the reason.
@@ -49,7 +49,6 @@ class Settings:
     strict: bool
     trained_tokens: int | None = None
     enabled: bool = True
-    in_order: bool = False
     always: bool = False
     trained: bool = False
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -69,6 +68,7 @@ class Context(Settings):
     last: Forward | None = field(default=None, init=False)
     device: torch.device | None = field(default=None, init=False)
     plans: Plans = field(default_factory=Plans, init=False)
+    mask_check: MaskCheck = field(default_factory=MaskCheck, init=False)
     known: dict[Forward | None, Known] = field(default_factory=dict, init=False)
     tag: Tensor = field(init=False)
     token: Tensor = field(init=False)
@@ -126,44 +126,29 @@ class Context(Settings):
             self.fall_back(reason)
         return taken
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: begin a forward, and bring image tokens into the spec's memory order."""
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: begin a forward. Its arguments are left as they are: tokens keep the model's own order."""
         if torch.compiler.is_compiling():
-            return self._trace(dict(zip(self.names, args, strict=False)) | kwargs, module)
-        return self._begin_eagerly(module, args, kwargs)
+            self._trace(dict(zip(self.names, args, strict=False)) | kwargs, module)
+        else:
+            self._begin_eagerly(module, args, kwargs)
 
-    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook, also called after an exception: end the forward, and bring the output's tokens back into raster order."""
-        return self._trace_end(output) if torch.compiler.is_compiling() else self._end_eagerly(output)
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also called after an exception: end the forward."""
+        if torch.compiler.is_compiling():
+            self.token = self.tag
+        else:
+            leave(self)
 
     @torch.compiler.disable
-    def _begin_eagerly(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not (self.enabled or self.in_order):
-            return None
+    def _begin_eagerly(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
         if torch.is_grad_enabled():
             carry_forwards(module)
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        forward = self._read(arguments, module)
-        enter(self, forward)
-        if not forward.permuted:
-            return None
-        order = forward.orders(_first(arguments[self.family.latents]).device)[0]
-        return (), self._permuted(arguments, lambda x: x.index_select(-2, order))
+        enter(self, self._read(dict(zip(self.names, args, strict=False)) | kwargs, module))
 
-    @torch.compiler.disable
-    def _end_eagerly(self, output: Any) -> Any:
-        forward = current(self)
-        leave(self)
-        if forward is None or not forward.permuted or output is None:
-            return None
-        return _with_first(output, lambda x: x.index_select(-2, forward.orders(x.device)[1]))
-
-    def _permuted(self, arguments: dict[str, Any], permute: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """The arguments, of which those with a row per image token are in another order."""
-        present = [name for name in self.family.per_token if arguments.get(name) is not None]
-        return arguments | {name: _map_tensors(arguments[name], permute) for name in present}
-
-    def _trace(self, arguments: dict[str, Any], transformer: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _trace(self, arguments: dict[str, Any], transformer: Any) -> None:
         """`before` in a graph of the whole transformer: its operators do the same when they run."""
         family = self.family
         ids = [x for name in family.ids if (x := arguments.get(name)) is not None]
@@ -174,22 +159,8 @@ class Context(Settings):
         self.token = torch.ops.dit_accel.begin(
             self.tag, _first(arguments[family.latents]), arguments.get(family.timestep), ids, words,
             [] if isinstance(grids, str) else [n for grid in grids for n in grid], grids if isinstance(grids, str) else "", text, history,
-            torch.is_grad_enabled(),
+            list(given(arguments)), torch.is_grad_enabled(),
         )  # fmt: skip
-        if not self._orders_tokens():
-            return None
-        return (), self._permuted(arguments, lambda x: torch.ops.dit_accel.reorder(x, self.token, False))
-
-    def _trace_end(self, output: Any) -> Any:
-        """`after` in a graph of the whole transformer."""
-        token, self.token = self.token, self.tag
-        if output is None or not self._orders_tokens():
-            return None
-        return _with_first(output, lambda x: torch.ops.dit_accel.reorder(x, token, True))
-
-    def _orders_tokens(self) -> bool:
-        """Whether accelerated forwards have their tokens in another order than the raster's."""
-        return bool(self.family.per_token) and not isinstance(self.spec.order, Raster)
 
     def _read(self, arguments: Mapping[str, Any], transformer: Any) -> Forward:
         """What a forward's arguments say of it."""
@@ -198,26 +169,31 @@ class Context(Settings):
         text = family.text(arguments) if family.text else None
         history = family.history(arguments, transformer) if family.history else 0
         latents = _first(arguments[family.latents])
-        return self.begin(grids, text, history, arguments.get(family.timestep), latents, gradient=torch.is_grad_enabled())
+        return self.begin(
+            grids, text, history, arguments.get(family.timestep), latents, list(given(arguments)), gradient=torch.is_grad_enabled()
+        )
 
     def begin(
-        self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, *, gradient: bool
-    ) -> Forward:
+        self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, given_masks: list[Tensor], *,
+        gradient: bool,
+    ) -> Forward:  # fmt: skip
         """The forward with these grids, or with a reason why they are not known; to be called once per forward."""
         family, trained_tokens = self.family, self.trained_tokens
         if isinstance(grids, str):
             self.layout = self.crossover = None
             self.fall_back(grids)
-            return Forward(family, self.spec, (), text, history, trained_tokens, self.plans, active=False, permuted=False)
-        forward = Forward(family, self.spec, grids, text, history, trained_tokens, self.plans, active=True, permuted=self._orders_tokens())
+            return Forward(family, self.spec, (), text, history, trained_tokens, self.plans, active=False)
+        forward = Forward(family, self.spec, grids, text, history, trained_tokens, self.plans, active=True)
         if self.enabled and self.backend == "auto":
             self._warn_if_slow(latents)
         measured = self._measured(forward, latents, gradient)
         active = self.enabled and not (measured is not None and measured.loses)
         if self.enabled and self.dense_steps and timestep is not None:
             active = self.steps.index(timestep, latents) >= self.dense_steps and active
-        if not active:
-            forward = replace(forward, active=False, permuted=forward.permuted and self.in_order)
+        if active and self.mask_check.hides_image(given_masks, forward):
+            active = False
+            self.fall_back("an attention mask over image tokens")
+        forward = replace(forward, active=active)
         self.last, self.device, self.crossover = forward, latents.device, measured
         self.layout = forward.layout(False, forward.image + (text or 0))
         return forward
@@ -266,23 +242,9 @@ for hook in (Context.before, Context.after):
     skip_code(hook.__code__)
 
 
-def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A transformer's output with its first tensor changed."""
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    output.sample = change(output.sample)
-    return output
-
-
 def _first(value: Any) -> Tensor:
     """The tensor, or the first of a list of them."""
     while isinstance(value, list | tuple):
         value = value[0]
     tensor: Tensor = value
     return tensor
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return function(value)

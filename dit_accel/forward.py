@@ -10,13 +10,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.family import Family, Grids
 from dit_accel.plans import Plans
-from dit_accel.spec import AttentionSpec, Raster
+from dit_accel.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Forward:
 
     `grids`: of the images in its sequence, none where they are not known. `text`: how many other tokens there are, or None where only a
     call tells. `history`: how many of them come before the image although text comes behind it. `trained_tokens`: see `accelerate`.
-    `active`: the operators run. `permuted`: image tokens are in the spec's memory order.
+    `active`: the operators run.
     """
 
     family: Family
@@ -36,7 +33,6 @@ class Forward:
     trained_tokens: int | None
     plans: Plans = field(compare=False, repr=False)
     active: bool
-    permuted: bool
 
     @property
     def image(self) -> int:
@@ -57,21 +53,13 @@ class Forward:
     def layout(self, alone: bool, tokens: int) -> TokenLayout:
         """Of a sequence of so many tokens, images and text."""
         grids, image, _ = self.images(alone, tokens)
-        order = self.spec.order if self.permuted else Raster()
-        return TokenLayout(grids[0], tokens - image, self.family.text_first, order, grids[1:])
+        return TokenLayout(grids[0], tokens - image, self.family.text_first, references=grids[1:])
 
     def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:
         """The scale of the logits in a sequence of so many tokens: as given, or CLEAR's proportional one (arXiv 2412.16112)."""
         if self.trained_tokens is None:
             return scale
         return (head_dim**-0.5 if scale is None else scale) * math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
-
-    def orders(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Permutations `[image tokens]` into the spec's memory order and back, of a forward that is `permuted`."""
-        plan = self.plans.get(self.spec, TokenLayout(self.grids[0], references=self.grids[1:]), device)
-        if plan.to_memory is None or plan.to_raster is None:
-            raise ValueError(f"{self.spec.order} is the order of a raster: there is nothing to permute")
-        return plan.to_memory, plan.to_raster
 
 
 @dataclass(frozen=True)

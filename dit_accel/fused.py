@@ -21,7 +21,7 @@ def attend(
     """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
     order = _sequence_order(plan.to_memory, layout)
     wide = torch.float32 if query.dtype == torch.float16 and implementation == "cpu" else query.dtype
-    q, k, v = (x.to(wide) if order is None else x.to(wide).index_select(2, order) for x in (query, key, value))
+    q, k, v = (_reordered(x.to(wide), order) for x in (query, key, value))
     lists = _lists(q, k, spec, layout, plan, implementation)
     extra_k = extra_v = None
     if isinstance(spec.rest, Downsampled):
@@ -42,10 +42,18 @@ def attend(
         g.starts_k, g.coords, g.windows, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
         spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
     )  # fmt: skip
-    if order is not None:
-        back = _sequence_order(plan.to_raster, layout)
-        out, lse = out.index_select(2, back), lse.index_select(2, back)
-    return out.to(query.dtype), lse
+    back = _sequence_order(plan.to_raster, layout)
+    return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
+
+
+def _reordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """Tokens of `[B, H, N, D]` in another order; where the heads of a token follow each other in memory they go on doing so.
+
+    Whole tokens are copied then, and what a processor makes of the output, one row per token, is no further copy.
+    """
+    if order is None:
+        return x
+    return x.transpose(1, 2).index_select(1, order).transpose(1, 2) if x.stride(1) < x.stride(2) else x.index_select(2, order)
 
 
 def _image(layout: TokenLayout) -> slice:

@@ -55,7 +55,8 @@ def attention(
     """The attention that `spec` describes, over the tokens that `layout` describes.
 
     Args:
-        query, key, value: `[B, H, N, D]`, one floating dtype and device, after q/k norm and rotary embedding; N = layout.tokens.
+        query, key, value: `[B, H, N, D]`, one floating dtype and device, after q/k norm and rotary embedding; N = layout.tokens. Under
+            autocast they are cast to its dtype first, as `scaled_dot_product_attention` casts them, and may differ in dtype.
         spec, layout: the method; the text's length and place, the grid, the order in memory.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
@@ -65,10 +66,12 @@ def attention(
             the dense parts, without gradients) or "reference".
         return_lse: also return the natural log of the softmax mass `[B, H, N]` (float32; of the exact part under `Residual`).
 
-    Returns the output `[B, H, N, D]` in the input's dtype. Differentiable in query, key, value and the parameters; the selection is not.
+    Returns the output `[B, H, N, D]` in the input's dtype, under autocast in autocast's. Differentiable in query, key, value and the
+    parameters; the selection is not.
     Raises ValueError for shapes, dtypes, devices or parameters that don't fit and for a text_bias that requires grad, BackendError for a
     backend that can't run the call.
     """
+    query, key, value = autocast(query, key, value)
     check_inputs(query, key, value, layout)
     if params is None:
         params = start_values(spec, query)
@@ -86,13 +89,15 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
     scale: float | None, backend: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention` without its checks of all but `text_bias`, for callers that hold the plan already: output and lse."""
+    """`attention` without its checks of all but dtypes and `text_bias`, for callers that hold the plan already: output and lse."""
+    query, key, value = autocast(query, key, value)
+    check_dtypes(query, key, value)
     check_text_bias(text_bias, query, layout)
     if not torch.compiler.is_compiling():
         capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
     chosen = _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # no autocast: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
+    # autocast has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
         if chosen in ("cpu", "triton"):
             return fused.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias=text_bias)
@@ -129,6 +134,20 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
         )
     if query.shape[2] != layout.tokens:
         raise ValueError(f"the layout {layout.grid} with {layout.text} text tokens wants {layout.tokens} tokens, got {query.shape[2]}")
+    check_dtypes(query, key, value)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that autocast gives to attention on their device; as they are without autocast and where they are float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless the three have one floating dtype and one device."""
     if not query.is_floating_point() or len({(x.dtype, x.device) for x in (query, key, value)}) > 1:
         raise ValueError(
             "query, key and value share one floating dtype and one device, got "

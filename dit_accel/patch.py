@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import dit_accel.compiled  # noqa: F401  its operators are found by name
 from dit_accel import crossover
 from dit_accel.anatomy import CONTEXT, attention_layers, check_not_parallel, check_unfused, find_transformers, forward_names, heads_of
 from dit_accel.checkpointing import drop_carried
@@ -224,31 +225,30 @@ def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]
 
 
 @contextlib.contextmanager
-def dense(pipe_or_transformer: P, *, in_order: bool = False) -> Iterator[P]:
+def dense(pipe_or_transformer: P) -> Iterator[P]:
     """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
 
-    `in_order`: image tokens are still brought into the method's memory order, so that captured layers compare token by token. Not between
-    a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises NotAcceleratedError, or
-    DitAccelError where the original weights can't be put in, as `restore` does.
+    Not between a forward and its backward under gradient checkpointing: the recomputation would run the original. Raises
+    NotAcceleratedError, or DitAccelError where the original weights can't be put in, as `restore` does.
     """
     patches = patches_of(pipe_or_transformer)
     for model, patch in patches:
         check_exchange(model, patch)
     with contextlib.ExitStack() as stack:
         for model, patch in patches:
-            stack.enter_context(_dense(model, patch, in_order))
+            stack.enter_context(_dense(model, patch))
         yield pipe_or_transformer
 
 
 @contextlib.contextmanager
-def _dense(model: Any, patch: Patch, in_order: bool) -> Iterator[None]:
+def _dense(model: Any, patch: Patch) -> Iterator[None]:
     """`dense` of one transformer. The outermost of several exchanges the weights; none does once `restore` has undone the patch."""
     context, outermost = patch.context, not patch.swapped
-    before, scales = (context.enabled, context.in_order), {}
+    before, scales = context.enabled, {}
     if outermost:
         swap_weights(model, patch)
         scales = silence_lora(model)
-    context.enabled, context.in_order = False, in_order
+    context.enabled = False
     try:
         yield
     finally:
@@ -257,7 +257,7 @@ def _dense(model: Any, patch: Patch, in_order: bool) -> Iterator[None]:
                 check_exchange(model, patch)  # what was done to the model meanwhile is to be undone first; it is the original until then
                 swap_weights(model, patch)
                 scale_lora(model, scales)
-            context.enabled, context.in_order = before
+            context.enabled = before
 
 
 @contextlib.contextmanager

@@ -6,16 +6,13 @@ built once whose `__call__` is the class's own source with the one call to the p
     dispatch_attention_fn(...)            ->  self._dit_accel_dispatch(attn, ...)      [B, N, H, D]
     F.scaled_dot_product_attention(...)   ->  self._dit_accel_sdpa(attn, ...)          [B, H, N, D]
 
-rebound and compiled in the original function's globals. Signature, isinstance checks, LoRA, IP-Adapter, attention backends and pickling
-go on working, and no processor is copied by hand. Tracebacks show the rewritten source. The operator itself is an nn.Module that hangs
-on the attention module as `attn.dit_accel`, so that devices, optimizers, offloading and state dicts see its parameters.
+rebound and compiled with the original function's globals and closure (`rewriting`). Signature, isinstance checks, LoRA, IP-Adapter,
+attention backends and pickling go on working, and no processor is copied by hand. Tracebacks show the rewritten source. The operator itself
+is an nn.Module that hangs on the attention module as `attn.dit_accel`, so that devices, optimizers, offloading and state dicts see its
+parameters.
 """
 
-import ast
 import copy
-import inspect
-import linecache
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +26,12 @@ from dit_accel import masks
 from dit_accel.context import Context
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.forward import Forward
+from dit_accel.interception import intercepted, register_like, through_modes
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attend as attend  # `compiled` calls it by this name, too
+from dit_accel.operator import autocast
 from dit_accel.plan import Plan
+from dit_accel.rewriting import rewritten
 from dit_accel.spec import AttentionSpec
 
 
@@ -104,20 +104,46 @@ def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return query, *(x if times == 1 else x.repeat_interleave(times, dim=1) for x in (key, value))  # type: ignore[return-value]
 
 
+def _answer(
+    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
+    primitive: str,
+) -> Tensor:  # fmt: skip
+    """The operator's output for a call that it takes, `[B, H, N, D]`, or what an active function mode makes of the call."""
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _traced(operator, query, key, value, mask, scale, gqa, primitive)
+        return operator(*with_all_heads(query, key, value), scale, mask)
+
+    if not intercepted(query):
+        return ours(query, key, value)
+    shapes = query.shape, key.shape
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if attn_mask is mask and not dropout_p and not is_causal and (query.shape, key.shape) == shapes:
+            return ours(query, key, value)
+        operator.context.fall_back("a function mode that changes the mask, the tokens or the kind of the attention")
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return through_modes(run, query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale, enable_gqa=gqa)
+
+
 def _traced(
     operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
     primitive: str,
 ) -> Tensor:  # fmt: skip
-    """A call `[B, N, H, D]` in a compiled graph, where `compiled.layer` decides when it runs."""
-    params, device = operator.params(), query.device.type
-    if torch.is_autocast_enabled(device):  # as the primitive itself does
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    """A call `[B, H, N, D]` in a compiled graph, where `compiled.layer` decides when it runs."""
+    params = operator.params(query.device)
+    query, key, value = (x.transpose(1, 2) for x in autocast(query, key, value))
     weight, bias = (None, None) if params.proj is None else params.proj
     out: Tensor = torch.ops.dit_accel.layer(
         query, key, value, mask, weight, bias, params.offset, params.spatial_weight, operator.context.token, operator.alone, scale, gqa,
         primitive,
     )[0]  # fmt: skip
-    return out
+    return out.transpose(1, 2)
 
 
 def _noted(operator: AcceleratedAttention, query: Tensor, key: Tensor, special: str | None) -> Tensor:
@@ -138,15 +164,13 @@ class AcceleratedProcessor:
         *, backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        special = _special(dropout_p, is_causal, parallel_config)
-        if torch.compiler.is_compiling():
-            if special is None and not attention_kwargs:
-                primitive = str(getattr(backend, "value", backend or "default"))
-                return _traced(operator, query, key, value, attn_mask, scale, enable_gqa, primitive)
+        special, compiling = _special(dropout_p, is_causal, parallel_config), torch.compiler.is_compiling()
+        if compiling and (special is not None or attention_kwargs):
             query = _noted(operator, query, key, special)
-        elif operator.takes(query.shape[1], key.shape[1], attn_mask, special):
-            q, k, v = with_all_heads(*(x.transpose(1, 2) for x in (query, key, value)))
-            return operator(q, k, v, scale, attn_mask).transpose(1, 2)
+        elif compiling or operator.takes(query.shape[1], key.shape[1], attn_mask, special):
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            primitive = str(getattr(backend, "value", backend or "default"))
+            return _answer(operator, q, k, v, attn_mask, scale, enable_gqa, primitive).transpose(1, 2)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, backend=backend,
             parallel_config=parallel_config,
@@ -157,15 +181,11 @@ class AcceleratedProcessor:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        special = _special(dropout_p, is_causal, None)
-        if torch.compiler.is_compiling():
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            if special is None:
-                return _traced(operator, query, key, value, attn_mask, scale, enable_gqa, "sdpa").transpose(1, 2)
-            query = _noted(operator, query, key, special)
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        elif operator.takes(query.shape[2], key.shape[2], attn_mask, special):
-            return operator(*with_all_heads(query, key, value), scale, attn_mask)
+        special, compiling = _special(dropout_p, is_causal, None), torch.compiler.is_compiling()
+        if compiling and special is not None:
+            query = _noted(operator, query.transpose(1, 2), key.transpose(1, 2), special).transpose(1, 2)
+        elif compiling or operator.takes(query.shape[2], key.shape[2], attn_mask, special):
+            return _answer(operator, query, key, value, attn_mask, scale, enable_gqa, "sdpa")
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -179,62 +199,27 @@ def _rebuild(base: type, state: dict[str, Any]) -> object:
     return processor
 
 
-class _Rebind(ast.NodeTransformer):
-    """Rebinds the calls to the attention primitive in a processor's `__call__`."""
-
-    def __init__(self, attn: str) -> None:
-        self.attn, self.count = attn, 0
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        self.generic_visit(node)
-        function = node.func
-        if isinstance(function, ast.Name) and function.id == "dispatch_attention_fn":
-            method = "_dit_accel_dispatch"
-        elif isinstance(function, ast.Attribute) and function.attr == "scaled_dot_product_attention":
-            method = "_dit_accel_sdpa"
-        else:
-            return node
-        self.count += 1
-        node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
-        node.args.insert(0, ast.Name(self.attn, ast.Load()))
-        return node
-
-
 _classes: dict[type, type] = {}  # a pure function's results: processor class -> rewritten class
 
 
 def accelerated_class(base: type) -> type:
     """The subclass of a processor class whose calls to the attention primitive go through its module's operator.
 
-    Raises UnsupportedModelError where the class's source is not to be had or holds no call to the primitive.
+    Raises UnsupportedModelError where the class's source is not available, holds no call to the primitive, or can't be rewritten.
     """
     if base in _classes:
         return _classes[base]
-    call = base.__call__
-    try:
-        source = textwrap.dedent(inspect.getsource(call))
-    except (OSError, TypeError) as error:
-        raise UnsupportedModelError(f"wanted the source of {base.__name__}.__call__, which is not available: {error}") from error
-    tree = ast.parse(source)
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or len(definition.args.args) < 2:
-        raise UnsupportedModelError(f"wanted {base.__name__}.__call__(self, attn, ...), got {source.splitlines()[0]!r}")
-    rebind = _Rebind(definition.args.args[1].arg)
-    tree = ast.fix_missing_locations(rebind.visit(tree))
-    if rebind.count == 0:
-        raise UnsupportedModelError(f"{base.__name__} calls no attention primitive that dit_accel knows")
-    filename = f"<dit_accel {base.__module__}.{base.__qualname__}>"
-    text = ast.unparse(tree)
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), call.__globals__, namespace)
-    members = {"__call__": namespace["__call__"], "_dit_accel_base": base, "__module__": __name__}
+    members = {"__call__": rewritten(base), "_dit_accel_base": base, "__module__": __name__}
     _classes[base] = type(f"Accelerated{base.__name__}", (AcceleratedProcessor, base), members)
+    register_like(base, _classes[base])
     return _classes[base]
 
 
 def accelerated_copy(processor: Any) -> Any:
-    """A shallow copy of a processor in its rewritten class; the original is left as it is."""
-    twin = copy.copy(processor)
-    twin.__class__ = accelerated_class(type(processor))
+    """A shallow copy of a processor in its rewritten class, the original left as it is. Raises UnsupportedModelError where none can be."""
+    twin, ours = copy.copy(processor), accelerated_class(type(processor))
+    try:
+        twin.__class__ = ours
+    except TypeError as error:
+        raise UnsupportedModelError(f"{type(processor).__name__} has __slots__, or is not a Python class: {error}") from error
     return twin

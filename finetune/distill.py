@@ -196,7 +196,7 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
     """The teacher's prediction and attention outputs; the recorded prediction is enough where attention is not compared."""
     if recorded is not None and run.config.attention_weight == 0:
         return recorded.to(next(run.transformer.parameters()).device), {}
-    with torch.no_grad(), run.autocast(), dense(run.transformer, in_order=True):
+    with torch.no_grad(), run.autocast(), dense(run.transformer):
         if run.config.attention_weight == 0:
             return predict(run.transformer, arguments), {}
         with capture(run.transformer) as taught:

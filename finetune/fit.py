@@ -118,7 +118,7 @@ def _beside_the_teacher(run: Run, learn: Learn) -> Iterator[None]:
         return wanted
 
     context = run.patch.context
-    with dense(run.transformer, in_order=True):
+    with dense(run.transformer):
         hooks = [operator.register_forward_hook(hook) for operator in operators_of(run.transformer).values()]
         context.enabled = True  # the operators are called; weights and LoRA stay the teacher's
         try:

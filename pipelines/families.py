@@ -35,20 +35,9 @@ def no_vision(arguments: Arguments) -> int:
     return int(arguments["sequence_length"]) - sum(math.prod(shape) for shape in arguments["vision_token_shapes"])
 
 
-CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
-
-FLUX = Family(
-    "flux", ("FluxTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",),
-    per_token=("hidden_states", "img_ids", *CONTROL),
-)  # fmt: skip
-FLUX2 = Family(
-    "flux2", ("Flux2Transformer2DModel",), BOTH, grids.of_image_ids_uncached, text=text_states, ids=("img_ids",),
-    per_token=("hidden_states", "img_ids"),
-)  # fmt: skip
-CHROMA = Family(
-    "chroma", ("ChromaTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",),
-    per_token=("hidden_states", "img_ids", *CONTROL), mask="pairs",
-)  # fmt: skip
+FLUX = Family("flux", ("FluxTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",))
+FLUX2 = Family("flux2", ("Flux2Transformer2DModel",), BOTH, grids.of_image_ids_uncached, text=text_states, ids=("img_ids",))
+CHROMA = Family("chroma", ("ChromaTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",), mask="pairs")
 FLUX_LIKE = Family(
     "flux-like", ("BriaTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel"), BOTH, grids.of_image_ids,
     text=text_states, ids=("img_ids",),
@@ -128,10 +117,7 @@ JOY_IMAGE_PLUS = Family(
     "joy-image-plus", ("JoyImageEditPlusTransformer3DModel",), r"double_blocks\.\d+\.attn", grids.of_shape_list, text_first=False,
     text=text_states, mask="keys",
 )  # fmt: skip
-FIBO = Family(
-    "fibo", ("BriaFiboTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",),
-    per_token=("hidden_states", "img_ids"), mask="keys",
-)  # fmt: skip
+FIBO = Family("fibo", ("BriaFiboTransformer2DModel",), BOTH, grids.of_image_ids, text=text_states, ids=("img_ids",), mask="keys")
 # in a batch of prompts of several lengths its text stands behind the image, under a mask: those calls run their original attention
 FIBO2 = Family("fibo2", ("BriaFibo2Transformer2DModel",), r"layers\.\d+\.attention", grids.of_context_latents)
 FRAMEPACK = Family(

@@ -23,11 +23,9 @@ class Family:
     expression of those modules whose sequence is the drawn image's alone. `timestep`: the argument that falls from step to step, or
     rises with `rising`. `ids`: arguments on the device from which the grid is read; the same tensors are read once, in a compiled
     graph with no other arguments than the latents and words. `latents`: the
-    argument that the scheduler changes. `per_token`: all arguments with one row per image token in their last dimension but one; where
-    they are known, tokens are brought into a method's memory order once per forward instead of once per layer. `mask`: what its
-    self-attention passes as a mask where text is padded: over "keys" `[B, N]` or `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of
-    which any image token's row is the mask over keys; or "ones", a mask that the transformer itself makes and that hides nothing. With
-    any other mask, or without this, a call runs its original attention.
+    argument that the scheduler changes. `mask`: what its self-attention passes as a mask where text is padded: over "keys" `[B, N]` or
+    `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of which any image token's row is the mask over keys; or "ones", a mask that the
+    transformer itself makes and that hides nothing. With any other mask, or without this, a call runs its original attention.
     """
 
     name: str
@@ -44,10 +42,9 @@ class Family:
     rising: bool = False
     ids: tuple[str, ...] = ()
     latents: str = "hidden_states"
-    per_token: tuple[str, ...] = ()
     mask: Literal["keys", "pairs", "ones"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("classes", "ids", "per_token"):
+        for name in ("classes", "ids"):
             if not isinstance(getattr(self, name), tuple):
                 raise ValueError(f"{name} is a tuple of names, got {getattr(self, name)!r}")

@@ -69,7 +69,7 @@ def test_the_error_and_its_gradient_are_the_formulas(dtype: torch.dtype) -> None
 def test_a_teachers_output_is_let_go_of_when_it_was_compared(tmp_path: Path) -> None:
     pipe = student("lora")
     arguments = collect(prompt_pipe(), PROMPTS[:1], tmp_path, **CALL)[0].arguments
-    with torch.no_grad(), dense(pipe, in_order=True), capture(pipe) as taught:
+    with torch.no_grad(), dense(pipe), capture(pipe) as taught:
         predict(pipe.transformer, arguments)
     kept = copy.deepcopy(taught)
     references = [weakref.ref(output) for outputs in taught.values() for output in outputs]

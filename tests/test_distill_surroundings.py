@@ -78,7 +78,7 @@ def model(pipe: Any) -> dict[str, Any]:
         "hooks": {name: [list(getattr(m, kind)) for kind in kinds] for name, m in modules.items()},
         "checkpointing": transformer.is_gradient_checkpointing,
         "lora": ([name for name in active if name != ADAPTER], [x for x in scales if x]),
-        "patch": (context.enabled, context.in_order, context.always, context.dense_steps, context.spec),
+        "patch": (context.enabled, context.always, context.dense_steps, context.spec),
         "bar": dict(pipe._progress_bar_config),
     }
 

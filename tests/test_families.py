@@ -182,7 +182,7 @@ def test_a_class_has_one_family() -> None:
         pipelines.register(FAMILIES[0])
 
 
-@pytest.mark.parametrize("field", ["classes", "ids", "per_token"])
+@pytest.mark.parametrize("field", ["classes", "ids"])
 def test_names_are_a_tuple(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} is a tuple of names, got 'img_ids'"):
         dataclasses.replace(FAMILIES[0], **{field: "img_ids"})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, masks
+from dit_accel.errors import FallbackError
 
 # pipelines whose padded text changes nothing without us: the others attend to it or pool it, and so do we
 MASKED = (
@@ -70,6 +71,51 @@ def test_a_family_whose_mask_adds_numbers() -> None:
     dit_accel.accelerate(tiny.pipe, WHOLE["fovea"], strict=True)
     assert relative_error(tiny.run(**call), wanted) < 1e-5
     assert relative_error(tiny.run(), wanted) > 1e-5, "the mask has no effect"
+
+
+def hiding(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """The call with every third image token masked as well."""
+    if name == "fibo":
+        mask = call["joint_attention_kwargs"]["attention_mask"].clone()
+        mask[..., 12::3] = False
+        return call | {"joint_attention_kwargs": {"attention_mask": mask}}
+    mask = torch.cat([call["prompt_attention_mask"], torch.ones(1, 96)], dim=1)
+    mask[:, 12::3] = 0
+    return call | {"mask": mask}
+
+
+@pytest.mark.parametrize("name", ["fibo", "chroma"])
+def test_a_mask_over_image_tokens_runs_the_original(name: str, sparse_calls: list[Any]) -> None:
+    drawn = []
+    for accelerated in (False, True):
+        tiny = Tiny(name)
+        call = hiding(tiny.call, name)
+        if (mask := call.pop("mask", None)) is not None:  # only the transformer takes it
+            tiny.pipe._prepare_attention_mask = lambda *_, mask=mask, **__: mask
+        if accelerated:
+            dit_accel.accelerate(tiny.pipe, SPARSE["fovea"])
+        tiny.call = call
+        if accelerated:
+            with pytest.warns(UserWarning, match="original attention for calls with an attention mask over image tokens"):
+                drawn.append(tiny.run())
+        else:
+            drawn.append(tiny.run())
+    assert torch.equal(*drawn)
+    assert relative_error(drawn[0], Tiny(name).run()) > 1e-3, "the mask has no effect"
+    assert not sparse_calls
+    plain = Tiny(name)
+    dit_accel.accelerate(plain.pipe, SPARSE["fovea"], strict=True)
+    plain.run()
+    assert sparse_calls
+
+
+def test_a_mask_that_was_written_to_is_looked_at_again() -> None:
+    tiny = Tiny("fibo")
+    dit_accel.accelerate(tiny.pipe, SPARSE["fovea"], strict=True)
+    tiny.run()
+    tiny.call["joint_attention_kwargs"]["attention_mask"][..., 20] = False
+    with pytest.raises(FallbackError, match="an attention mask over image tokens"):
+        tiny.run()
 
 
 FIRST, LAST = TokenLayout((1, 2, 3), 4), TokenLayout((1, 2, 3), 4, text_first=False)

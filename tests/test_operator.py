@@ -372,14 +372,6 @@ def test_two_calls_are_bitwise_equal_with_another_size_between(spec: AttentionSp
 
 
 @every_method
-def test_autocast_changes_nothing(name: str) -> None:
-    qkv, params = RAGGED.inputs(), random_parameters(SPECS[name], RAGGED)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = run(qkv, SPECS[name], RAGGED.layout, params)
-    torch.testing.assert_close(got, run(qkv, SPECS[name], RAGGED.layout, params), rtol=0, atol=0)
-
-
-@every_method
 def test_trains_after_inference_mode(name: str) -> None:
     shape = Shape(1, 1, 8, (1, 9, 10), 3)
     with torch.inference_mode():

@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "decisions": {"errors", "files"},
     "crossover": {"decisions", "kernels", "layout", "operator", "plan", "spec"},
     "context": {
+        "mask_check",
         "checkpointing",
         "crossover",
         "errors",
@@ -50,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
         "tokens",
     },
     "masks": {"layout"},
-    "processor": {"context", "errors", "forward", "layout", "masks", "operator", "parameters", "plan", "spec"},
+    "processor": {"context", "errors", "forward", "interception", "layout", "masks", "operator", "parameters", "plan", "rewriting", "spec"},
     "pipelines": {"errors", "files", "layout", "spec"},
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
@@ -71,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "kernels.dispatch",
         "layout",
         "lora",
+        "mask_check",
         "parameters",
         "pipelines",
         "plan",
@@ -135,6 +137,9 @@ ARROWS: dict[str, set[str]] = {
     "routing": {"forward", "masks"},
     "checkpointing": {"forward"},
     "compiled": {"context", "forward", "layout", "parameters", "plan", "processor", "tokens"},
+    "mask_check": {"forward"},
+    "interception": set(),
+    "rewriting": {"errors"},
 }
 # rooms that need the standard library and torch alone
 TORCH_ONLY = {
@@ -164,10 +169,12 @@ DIFFUSERS = {
     "evaluation",
     "finetune",
     "holders",
+    "interception",
     "lora",
     "patch",
     "pipelines",
     "processor",
+    "rewriting",
     "wan_names",
 }
 

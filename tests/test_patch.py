@@ -215,12 +215,6 @@ def test_dense_ends_with_its_block_whatever_happens(pipe: Any) -> None:
     assert torch.equal(run(pipe), accelerated)
 
 
-def test_dense_in_order_is_the_original_to_rounding(pipe: Any) -> None:
-    original = run(pipe)
-    with dit_accel.dense(dit_accel.accelerate(pipe, Fovea(0.1)), in_order=True):
-        assert relative_error(run(pipe), original) < 1e-5
-
-
 def test_a_bare_transformer_is_taken_and_returned(pipe: Any) -> None:
     before, output = processors(pipe), run(pipe)
     assert dit_accel.accelerate(pipe.transformer, Fovea(0.1)) is pipe.transformer
