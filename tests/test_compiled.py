@@ -228,7 +228,7 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
 def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
     transformer = small(SLA(0.3), dense_steps=0 if active else 9)
     context, (operator, *_) = transformer._dit_accel.context, operators_of(transformer).values()
-    token = torch.ops.dit_accel.begin(context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "", [], "", TEXT, 0, True)
+    token = torch.ops.dit_accel.begin(context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "", [], "", TEXT, 0, [], True)
     q, k, v = (normal(1, TEXT + 35, 2, 16, seed=n).requires_grad_() for n in range(3))
     weight, bias = operator.params().proj
     arguments = (q, k, v, None, weight, bias, None, None, token, False, None, False, "default")

@@ -97,7 +97,7 @@ def test_acceleration_changes_no_fingerprint() -> None:
     plain, accelerated = tiny_transformer(), dit_accel.accelerate(tiny_transformer(), SLA(0.2))
     fill_randomly(next(iter(patch.operators_of(accelerated).values())))
     assert fingerprint.fingerprint(accelerated) == fingerprint.fingerprint(plain)
-    assert known_hash(accelerated) == known_hash(plain) == patch.teacher_hash(plain)
+    assert known_hash(accelerated) == known_hash(plain) == weights.teacher_hash(plain)
 
 
 def test_a_fingerprint_is_small_for_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_hash_is_computed_once_for_the_same_weights(hashed: list[Any], change:
     assert len(hashed) == 1
     with torch.no_grad():
         change(model.proj_out.weight)
-    assert known_hash(model) == patch.teacher_hash(model) != first
+    assert known_hash(model) == weights.teacher_hash(model) != first
     assert len(hashed) == 2
 
 
@@ -144,7 +144,7 @@ def test_every_module_has_its_own_hash(hashed: list[Any]) -> None:
     model = tiny_transformer()
     known_hash(model)
     twin = noisy(0.1)(copy.deepcopy(model))
-    assert known_hash(twin) == patch.teacher_hash(twin) != known_hash(model)
+    assert known_hash(twin) == weights.teacher_hash(twin) != known_hash(model)
     assert len(hashed) == 2
 
 

@@ -131,7 +131,6 @@ def test_a_product_follows_no_setting() -> None:
 @pytest.mark.usefixtures("medium")
 def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
     """Under TF32, allowed: only the products that the user calls attention round their operands."""
-    seen: list[launch.Launch] = []
     shape, spec = Shape(1, 1, 16, (1, 8, 8)), SLA(0.3, "elu", "all", block=(16, 16))
     with calls.recorded(Machine(arch, 132)) as seen, torch.no_grad():
         attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")
