@@ -116,9 +116,11 @@ def _tell(device: torch.device, key: fallback.Key, refused: fallback.TooLargeErr
 
 def _signature(name: str, a: Arguments) -> Hashable:
     """What decides which kernels a call loads. Made at every call, so no more than what all else follows from: type, sizes, strides."""
+    windows = 0 if a.windows is None else len(a.windows)
+    absent = tuple(x is None for x in (a.offset, a.weight, a.text_bias, a.extra_k))
     return (
         name, a.q.device, a.q.dtype, a.q.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), a.text,
-        a.text_first, a.reach, a.method, a.offset is None, a.weight is None, a.text_bias is None, a.extra_k is None, 0 if a.windows is None else len(a.windows),
+        a.text_first, a.reach, a.method, windows, absent,
     )  # fmt: skip
 
 
