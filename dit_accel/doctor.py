@@ -31,10 +31,11 @@ def examine(arch: str | None = None, *, quick: bool = False) -> Report:
 
     Raises ValueError at an architecture that is not known.
     """
-    from dit_accel.kernels.triton.tables import ARCHITECTURES
+    if arch is not None:  # otherwise nothing of torch is imported before the check of the imports
+        from dit_accel.kernels.triton.tables import ARCHITECTURES
 
-    if arch is not None and arch not in ARCHITECTURES:
-        raise ArgumentError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        if arch not in ARCHITECTURES:
+            raise ArgumentError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     report = Report(_versions())
     for name, check in (
         ("imports", _imports),

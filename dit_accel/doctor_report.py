@@ -56,7 +56,7 @@ class Report:
         return cleaned
 
     def write(self, path: Path) -> None:
-        """Write to a temporary name beside `path`, then rename. Raises WriteError."""
+        """Write to a temporary name next to `path`, then rename. Raises WriteError."""
         files.write_json(path, self.as_json())
 
     def show(self, shown: Console) -> None:

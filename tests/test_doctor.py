@@ -305,6 +305,21 @@ def test_a_library_that_can_not_be_imported_is_named(monkeypatch: pytest.MonkeyP
     assert report.faults[0].says.endswith("pip install --upgrade diffusers")
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from dit_accel.cli import app
+app(["doctor", "--quick"])
+"""
+
+
+def test_without_torch_the_rest_is_still_examined() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "imports: torch can't be imported (ModuleNotFoundError: " in done.stdout
+    assert "pip install --upgrade torch" in done.stdout
+
+
 # The report
 
 

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,19 +114,21 @@ def _tell(device: torch.device, key: fallback.Key, refused: fallback.TooLargeErr
         )
 
 
-def _signature(name: str, *values: Any) -> Hashable:
-    """What decides which kernels a call loads: the types, shapes and strides of its tensors, and its numbers."""
-    return name, *((x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in values)
-
-
-# Triton starts a kernel on the current device, wherever its tensors are: hence `device_of`, which is nothing to tensors on the CPU.
+def _signature(name: str, a: Arguments) -> Hashable:
+    """What decides which kernels a call loads. Made at every call, so no more than what all else follows from: type, sizes, strides."""
+    windows = 0 if a.windows is None else len(a.windows)
+    absent = tuple(x is None for x in (a.offset, a.weight, a.text_bias, a.extra_k))
+    return (
+        name, a.q.device, a.q.dtype, a.q.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), a.text,
+        a.text_first, a.reach, a.method, windows, absent,
+    )  # fmt: skip
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
     a = _dense(a)
     with torch.cuda.device_of(a.q):
-        return _run(a.q.device, _signature("attend", *a), lambda machine, run: launch.attend(a, machine, run))
+        return _run(a.q.device, _signature("attend", a), lambda machine, run: launch.attend(a, machine, run))
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
@@ -134,7 +136,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     a, dout, out = _dense(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(a.q):
-        call = _signature("gradients", dout, dlse, *a)
+        call = (_signature("gradients", a), dout.stride(), dlse is None)
         grads = _run(a.q.device, call, lambda machine, run: launch_backward.gradients(dout, dlse, out, lse, a, machine, run))
     return [a.q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads]
 
@@ -144,9 +146,10 @@ def select_blocks(
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
     q, k = dense(q), dense(k)
-    given = (q, k, q_starts, k_starts, weight, top, tuple(widths))
+    given = (q, k, q_starts, k_starts, weight, top, widths)
+    call = ("select_blocks", q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), len(q_starts), len(k_starts), weight is None, top)
     with torch.cuda.device_of(q):
-        chosen = _run(q.device, _signature("select_blocks", *given), lambda machine, run: launch.select_blocks(*given, machine, run))
+        chosen = _run(q.device, call, lambda machine, run: launch.select_blocks(*given, machine, run))
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
 
