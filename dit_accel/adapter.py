@@ -29,7 +29,7 @@ from dit_accel.errors import AdapterError
 from dit_accel.files import staged, write_json, write_tensors
 from dit_accel.fingerprint import Fingerprint, fingerprint, known_hash, same_weights
 from dit_accel.fingerprint import check as check_fingerprint
-from dit_accel.holders import Holders, is_elsewhere, is_plain
+from dit_accel.holders import Holders, is_offloaded, is_plain
 from dit_accel.importers import Base, Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.lora import ADAPTER, activate_lora, check_no_fused, switched_off
 from dit_accel.model_card import CARD, PICTURES, write_card
@@ -188,7 +188,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
     if found.weights or found.lora:
         check_unfused(model, found.layers, AdapterError)
-        if is_elsewhere(model):
+        if is_offloaded(model):
             raise AdapterError(f"{type(model).__name__} is offloaded: load the adapter before offloading")
     accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
     try:

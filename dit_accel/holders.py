@@ -166,11 +166,9 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and tensor.dtype.is_floating_point and type(tensor.data) is Tensor
 
 
-def is_elsewhere(model: nn.Module) -> bool:
-    """Whether the values of some weights are not in the parameters between forwards, so that nothing may change them in place."""
-    return any(group.offload_to_disk_path or group.cpu_param_dict for group in _groups(model)) or any(
-        p.device.type == "meta" for p in model.parameters()
-    )
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights come and go with every forward, so that nothing may change them in place or add layers to them."""
+    return next(_groups(model), None) is not None or any(p.device.type == "meta" for p in model.parameters())
 
 
 def placed_by_others(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
 from dit_accel.finetune.samples import Samples, collect_prompts
 from dit_accel.fingerprint import known_hash
-from dit_accel.holders import Holders, is_elsewhere, is_plain
+from dit_accel.holders import Holders, is_offloaded, is_plain
 from dit_accel.lora import ADAPTER, check_no_fused, switched_off
 from dit_accel.patch import Patch, operators_of, patches_of, running
 from dit_accel.processor import AcceleratedAttention
@@ -124,7 +124,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     _check_launch()
     _check_specs(transformer, patch, config)
     present = getattr(transformer, "peft_config", {}).get(ADAPTER)
-    if is_elsewhere(transformer):
+    if is_offloaded(transformer):
         raise DistillationError(f"{type(transformer).__name__} is offloaded: distil before offloading")
     if config.train == "lora" and present is None:
         check_no_fused(transformer, DistillationError)

@@ -235,7 +235,7 @@ def test_every_life_leads_back_to_the_original(tmp_path: Path) -> None:
             machine,
             settings=settings(
                 max_examples=EXAMPLES,
-                stateful_step_count=8,
+                stateful_step_count=6,
                 deadline=None,
                 derandomize=True,
                 database=None,

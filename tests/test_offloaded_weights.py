@@ -152,7 +152,7 @@ def test_samples_are_the_originals(adapters: dict[str, Path], way: str, tmp_path
 
 @pytest.mark.parametrize("what", ["lora", "attention"])
 def test_an_adapter_is_loaded_before_offloading(adapters: dict[str, Path], what: str, tmp_path: Path) -> None:
-    for way in ("sequential", "leaves-to-disk"):
+    for way in ("sequential", "blocks", "leaves-to-disk"):
         OFFLOADS[way](transformer := small(), tmp_path)
         with pytest.raises(AdapterError, match="load the adapter before offloading"):
             load_adapter(transformer, adapters[what])
