@@ -333,7 +333,9 @@ def kernels(
     arch: Annotated[list[str] | None, typer.Option(help="With --aot: sm_80, sm_90, sm_100, sm_120 or gfx942; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="With --aot: only these methods; may be repeated.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="With --aot or --tune: 64, 128 or 256; may be repeated.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="With --aot or --tune: bfloat16 or float16; with --aot float32 too; may be repeated.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="With --aot or --tune: bfloat16 or float16; with --aot float32 too; may be repeated.")
+    ] = None,
     out: options.Result = None,
 ) -> None:
     """Measure the operator by itself against PyTorch's attention, show what the GPU kernels compile to, or tune them for this GPU."""

@@ -30,9 +30,7 @@ def spec_of(density: float, merge: str) -> AttentionSpec:
     return AttentionSpec((TopK(density),), Linear("softmax"), Mass(), Tiles((4, 4)), (16, 16))
 
 
-@pytest.mark.parametrize(
-    ("density", "merge"), [(0.5, "residual"), (0.65, "mass"), (0.75, "residual"), (0.99, "mass"), (0.99, "residual")]
-)
+@pytest.mark.parametrize(("density", "merge"), [(0.5, "residual"), (0.65, "mass"), (0.75, "residual"), (0.99, "mass"), (0.99, "residual")])
 def test_a_linear_rest_of_few_blocks_does_not_cancel(density: float, merge: str) -> None:
     spec, dtype = spec_of(density, merge), torch.float16
     far = 6.0 if density > 0.5 else 0.0
@@ -133,7 +131,6 @@ def test_a_product_follows_no_setting() -> None:
 @pytest.mark.usefixtures("medium")
 def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
     """Under TF32, allowed: only the products that the user calls attention round their operands."""
-    seen: list[launch.Launch] = []
     shape, spec = Shape(1, 1, 16, (1, 8, 8)), SLA(0.3, "elu", "all", block=(16, 16))
     with calls.recorded(Machine(arch, 132)) as seen, torch.no_grad():
         attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")

@@ -89,15 +89,15 @@ def attend_rows(
     heads, tokens, image_start, text, text_start, extra, k_blocks, keys, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr, BJ: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BJ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
-    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over the image's keys;
-    key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not visited, and the
-    linear attention is summed over these, without a state; else it is that over all less that over the visited.
+    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over
+    the image's keys; key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not
+    visited, and the linear attention is summed over these, without a state; else it is that over all less that over the visited.
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -121,8 +121,8 @@ def attend_rows(
         phi = feature(queries, D, DP, MAP).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
         acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts,
-        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL and not LEFT, MAP, STAGES,
-        PRECISION,
+        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL and not LEFT, MAP,
+        STAGES, PRECISION,
     )  # fmt: skip
     if PARTIAL:
         acc, top, mass, taken, taken_mass = visit(
