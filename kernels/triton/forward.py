@@ -187,23 +187,22 @@ def rest_of(phi, taken, taken_mass, state, total, bh, listed, k_blocks, keys, AL
     LEFT: `taken` is summed over the rest itself; else over the visited blocks, and subtracted from the sums over all. Both masses then are
     sums of the same rounded features, so that their difference holds to float32; the numerators' hold to the products' own type.
     """
-    if LEFT:
+    if LEFT:  # no early return: what follows one is compiled all the same, and has no state here
         real = (listed < k_blocks) & (taken_mass > 0)
-        return tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
-    count = keys.to(tl.float32)
-    numerator = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
-    everything = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
-    if ALL:
-        return numerator, everything + 1e-5
-    left = everything - taken_mass
-    # a rest below the rounding of the difference is none (relu features can vanish)
-    rounding = 1e-6
-    if phi.dtype == tl.float16:
-        rounding = 2.0**-11
-    if phi.dtype == tl.bfloat16:
-        rounding = 2.0**-8
-    real = (listed < k_blocks) & (left > everything * rounding)
-    return tl.where(real[:, None], numerator - taken, 0.0), tl.where(real, left, 0.0)
+        rest, left = tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
+    else:
+        count = keys.to(tl.float32)
+        rest = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
+        left = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
+        if ALL:
+            left += 1e-5
+        else:
+            rounding: tl.constexpr = 2.0**-11 if phi.dtype == tl.float16 else 2.0**-8 if phi.dtype == tl.bfloat16 else 1e-6
+            least = left * rounding  # a rest below the rounding of the difference is none (relu features can vanish)
+            left -= taken_mass
+            real = (listed < k_blocks) & (left > least)
+            rest, left = tl.where(real[:, None], rest - taken, 0.0), tl.where(real, left, 0.0)
+    return rest, left
 
 
 @triton.jit(do_not_specialize=SIZES)

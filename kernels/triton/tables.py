@@ -81,7 +81,8 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "rows": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2), "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2),
     "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2),
-    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
+    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2),
+    "outer": (32, 32, 8, 2),
 }  # fmt: skip
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
