@@ -245,7 +245,7 @@ def _new_plan(key: Key) -> Plan:
 
 
 def _patches(factor: int, grids: tuple[Grid, ...], coords: Tensor) -> tuple[Tensor, Tensor]:
-    """Which cell of the factor × factor patches each token is in, counted through all frames of all images, and the tokens of each patch."""
+    """Which cell of the factor × factor patches each token is in, through all frames of all images, and the tokens of each patch."""
     t, y, x, image = coords.unbind(-1)
     sizes = [(t, -(-h // factor), -(-w // factor)) for t, h, w in grids]
     before = torch.tensor([0, *(math.prod(size) for size in sizes)]).cumsum(0)

@@ -1,5 +1,6 @@
 """The Triton kernels against the oracle: natively where there is a CUDA device (`pytest -m gpu`), else under Triton's interpreter."""
 
+import inspect
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
-from dit_accel.kernels.triton import calls, launch, launch_backward
+from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.layout import TokenLayout
 from dit_accel.operator import attention
@@ -288,6 +289,20 @@ def test_columns_are_the_lists_turned_around() -> None:
 # The launches
 
 
+def test_no_constant_has_a_string_for_a_default() -> None:
+    """Before Triton 3.7 such a default is no constant, and no kernel that uses it compiles."""
+    modules = (backward, backward_linear, forward, primitives, summary)
+    functions = {f.__name__: f for module in modules for f in vars(module).values() if hasattr(f, "arg_names") and hasattr(f, "fn")}
+    assert {"tile", "attend_rows", "linear_columns", "choose_blocks"} <= functions.keys()
+    wrong = [
+        (name, parameter.name)
+        for name, function in functions.items()
+        for parameter in inspect.signature(function.fn).parameters.values()
+        if isinstance(parameter.default, str)
+    ]
+    assert wrong == []
+
+
 def launches(spec: AttentionSpec, shape: Shape) -> list[launch.Launch]:
     """What a forward would launch, without running any of it."""
     with calls.recorded(Machine("sm_90", 132)) as found, torch.no_grad():
@@ -336,15 +351,12 @@ def test_either_setting_of_tf32_is_followed(setting: str, allowed: bool) -> None
     try:
         if setting == "older":
             torch.set_float32_matmul_precision("high" if allowed else "highest")
-        elif hasattr(matmul, "fp32_precision"):
-            matmul.fp32_precision = "tf32" if allowed else "ieee"
         else:
-            pytest.skip("torch has it since 2.9")
+            matmul.fp32_precision = "tf32" if allowed else "ieee"
         with calls.recorded(Machine("sm_90", 132)) as found, torch.no_grad():
             run(SMALL.inputs(), SPECS["clear"], SMALL.layout)
     finally:
-        if hasattr(matmul, "fp32_precision"):
-            matmul.fp32_precision = "ieee"
+        matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
     assert {one.arguments["PRECISION"] for one in found if "PRECISION" in one.arguments} == {"tf32" if allowed else "tf32x3"}
 

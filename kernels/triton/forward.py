@@ -89,15 +89,15 @@ def attend_rows(
     heads, tokens, image_start, text, text_start, extra, k_blocks, keys, scale, cap,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
     PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr, BJ: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    VARIANCE: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr, ALL: tl.constexpr, LEFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BJ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). q, k, v, out `[B, H, N, D]` by strides; lists as in `ops.attention`; k_mean, v_mean,
-    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over the image's keys;
-    key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not visited, and the
-    linear attention is summed over these, without a state; else it is that over all less that over the visited.
+    k_half `[BH, Tk, D]`; bits `[BH or 1, Tq, words]`; state `[BH, D, D]` (in two parts, see `split_dot`) and total `[BH, D]`: means over
+    the image's keys; key_bias `[BH, N]` in log2, 0 for the image's keys, or None. LEFT: the lists go on with the key blocks that are not
+    visited, and the linear attention is summed over these, without a state; else it is that over all less that over the visited.
     """
     block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
     bh = tl.program_id(1).to(tl.int64)
@@ -121,8 +121,8 @@ def attend_rows(
         phi = feature(queries, D, DP, MAP).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
         acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts,
-        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL and not LEFT, MAP, STAGES,
-        PRECISION,
+        coords, windows, length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, LINEAR and not ALL and not LEFT, MAP,
+        STAGES, PRECISION,
     )  # fmt: skip
     if PARTIAL:
         acc, top, mass, taken, taken_mass = visit(
@@ -187,23 +187,22 @@ def rest_of(phi, taken, taken_mass, state, total, bh, listed, k_blocks, keys, AL
     LEFT: `taken` is summed over the rest itself; else over the visited blocks, and subtracted from the sums over all. Both masses then are
     sums of the same rounded features, so that their difference holds to float32; the numerators' hold to the products' own type.
     """
-    if LEFT:
+    if LEFT:  # no early return: what follows one is compiled all the same, and has no state here
         real = (listed < k_blocks) & (taken_mass > 0)
-        return tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
-    count = keys.to(tl.float32)
-    numerator = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
-    everything = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
-    if ALL:
-        return numerator, everything + 1e-5
-    left = everything - taken_mass
-    # a rest below the rounding of the difference is none (relu features can vanish)
-    rounding = 1e-6
-    if phi.dtype == tl.float16:
-        rounding = 2.0**-11
-    if phi.dtype == tl.bfloat16:
-        rounding = 2.0**-8
-    real = (listed < k_blocks) & (left > everything * rounding)
-    return tl.where(real[:, None], numerator - taken, 0.0), tl.where(real, left, 0.0)
+        rest, left = tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
+    else:
+        count = keys.to(tl.float32)
+        rest = split_dot(phi, state, bh, False, D, DP, PRECISION) * count
+        left = tl.sum(phi.to(tl.float32) * vector(total + bh * D, D, DP)[None, :], 1) * count
+        if ALL:
+            left += 1e-5
+        else:
+            rounding: tl.constexpr = 2.0**-11 if phi.dtype == tl.float16 else 2.0**-8 if phi.dtype == tl.bfloat16 else 1e-6
+            least = left * rounding  # a rest below the rounding of the difference is none (relu features can vanish)
+            left -= taken_mass
+            real = (listed < k_blocks) & (left > least)
+            rest, left = tl.where(real[:, None], rest - taken, 0.0), tl.where(real, left, 0.0)
+    return rest, left
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -60,11 +60,10 @@ def strides(letter: str, x: Tensor) -> dict[str, int]:
 def tf32_allowed() -> bool:
     """Whether products of float32 matrices may round their operands, as torch's own on a GPU.
 
-    Asked of the setting that torch has since 2.9, which the older one writes too: once a user writes the newer, torch raises at reading
-    the older.
+    Asked of the newer of torch's two settings, which the older one writes too: once a user writes the newer, torch raises at reading the
+    older.
     """
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def precision_of(arch: str, *, tf32: bool = False) -> str:
@@ -112,8 +111,8 @@ class Rests:
 
 
 def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead of
-    8 or 11."""
+    """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead
+    of 8 or 11."""
     if x is None or dtype == torch.float32:
         return x
     high = x.to(dtype)

@@ -21,7 +21,7 @@ SIZES = [
 
 @triton.jit
 def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D. AGAIN: a read of its own, whatever was read."""
+    """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D. AGAIN: another read of the same."""
     channel = tl.arange(0, DP)
     pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
     inside = valid[:, None] if D == DP else valid[:, None] & (channel < D)[None, :]

@@ -3,9 +3,9 @@
 Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
 stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
 memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check); those of sm_90 do so under Triton 3.6.0
-and 3.7.1 as well, up to head dimension 128. Large tiles first, because a tile's
-arithmetic intensity against the second-level cache is its number of query rows; few warps first, because each holds a larger part of the
-products' operands. Not one has been timed. What `dit-accel bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
+and 3.7.1 as well, up to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
+number of query rows; few warps first, because each holds a larger part of the products' operands. Not one has been timed. What
+`dit-accel bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
 """
 
 from collections.abc import Mapping
@@ -80,8 +80,9 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 # float32 up to head dimension 128, on every architecture: operands of three products of TF32 parts take four times the registers of 16 bits
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "rows": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2), "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2),
-    "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2), "gradient_shared": (64, 16, 8, 2),
-    "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
+    "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2),
+    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2),
+    "outer": (32, 32, 8, 2),
 }  # fmt: skip
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
