@@ -161,13 +161,14 @@ class Context(Settings):
     def _trace(self, arguments: dict[str, Any], transformer: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """`before` in a graph of the whole transformer: its operators do the same when they run."""
         family = self.family
-        ids = [x for name in family.ids if (x := arguments.get(name)) is not None]
+        names = [name for name in family.ids if arguments.get(name) is not None]
         grids: Grids | str = () if family.ids else family.grid(arguments, transformer)
         words = "\n".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, str)) if family.ids else ""
         text = family.text(arguments) if family.text else None
         history = family.history(arguments, transformer) if family.history else 0
         self.token = torch.ops.dit_accel.begin(
-            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep), ids, words,
+            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep),
+            [arguments[name] for name in names], "\n".join(names), words,
             [] if isinstance(grids, str) else [n for grid in grids for n in grid], grids if isinstance(grids, str) else "", text, history,
             torch.is_grad_enabled(),
         )  # fmt: skip
@@ -207,7 +208,7 @@ class Context(Settings):
         forward = Forward(family, self.spec, grids, text, history, trained_tokens, active=True, permuted=self._orders_tokens())
         measured = self._measured(forward, latents, gradient)
         active = self.enabled and not self._leaves(measured, gradient)
-        if self.enabled and self.dense_steps and timestep is not None:
+        if self.enabled and self.dense_steps:
             active = self.steps.index(timestep, latents) >= self.dense_steps and active
         if not active:
             forward = replace(forward, active=False, permuted=forward.permuted and self.in_order)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
+from dit_accel.bench import capture_inputs
 from dit_accel.errors import FallbackError
 from dit_accel.patch import operators_of
 
@@ -221,6 +223,20 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
         assert relative_error(block(transformer), wanted) < 1e-6
 
 
+def test_measuring_reads_the_layers_of_a_compiled_model() -> None:
+    found = []
+    for compiles in (False, True):
+        transformer = small(Fovea(0.2))
+        model = compiled(transformer, "blocks") if compiles else transformer
+        if compiles:
+            with torch.no_grad():
+                draw(model, (6, 20))
+        found.append(capture_inputs(model, SimpleNamespace(arguments=forward_arguments(6, 20))))  # type: ignore[arg-type]
+    (eager,), (ours,) = found
+    assert torch.equal(ours.query, eager.query)
+    assert ours.layout == eager.layout
+
+
 # PyTorch's rules for operators
 
 
@@ -228,7 +244,9 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
 def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
     transformer = small(SLA(0.3), dense_steps=0 if active else 9)
     context, (operator, *_) = transformer._dit_accel.context, operators_of(transformer).values()
-    token = torch.ops.dit_accel.begin(context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "", [], "", TEXT, 0, True)
+    token = torch.ops.dit_accel.begin(
+        context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "img_ids", "", [], "", TEXT, 0, True
+    )
     q, k, v = (normal(1, TEXT + 35, 2, 16, seed=n).requires_grad_() for n in range(3))
     weight, bias = operator.params().proj
     arguments = (q, k, v, None, weight, bias, None, None, token, False, None, False, "default")
@@ -237,3 +255,8 @@ def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
     out = torch.ops.dit_accel.layer(*arguments)[0]
     assert (relative_error(out, torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))
             > 1e-3) == active  # fmt: skip
+
+
+def test_nothing_that_decides_is_recorded_in_a_cuda_graph() -> None:
+    for name in ("begin", "layer", "layer_backward", "reorder", "noted"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.dit_accel, name).default.tags

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "tokens",
     },
     "processor": {"context", "errors", "forward", "layout", "masks", "operator", "parameters", "plan", "spec"},
-    "compiled": {"context", "forward", "layout", "parameters", "plan", "processor", "tokens"},
+    "compiled": {"context", "errors", "forward", "layout", "parameters", "plan", "processor", "tokens"},
     "pipelines": {"errors", "files", "layout", "spec"},
     "pipelines.training": {"files", "finetune.muon"},
     "pipelines.builtin.train": {"files", "pipelines"},
