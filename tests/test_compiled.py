@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, TEXT, fill_randomly, forward_arguments, normal, position_ids, relative_error, run, tiny_pipe, tiny_transformer
+from conftest import TEXT, fill_randomly, forward_arguments, normal, position_ids, relative_error, run, tiny_pipe, tiny_transformer
 from peft import LoraConfig
 from test_families import SPARSE, Tiny
 from torch import Tensor
@@ -44,6 +44,13 @@ def small(spec: AttentionSpec | None = None, **settings: Any) -> Any:
         for operator in operators_of(transformer).values():
             fill_randomly(operator, seed=1, scale=0.3)
     return transformer
+
+
+def small_pipe() -> Any:
+    """A pipeline around such a transformer, as it is."""
+    pipe = tiny_pipe()
+    pipe.transformer = small()
+    return pipe
 
 
 def compiled(transformer: Any, way: str, backend: str = "eager") -> Any:
@@ -99,7 +106,7 @@ def test_another_family_takes_the_graphs_of_the_original() -> None:
 
 @pytest.mark.parametrize("way", ["whole", "blocks"])
 def test_dense_steps_and_switching_off_add_no_graph(way: str, sparse_calls: list[Any]) -> None:
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     original = run(pipe, 64, 80)
     dit_accel.accelerate(pipe, Fovea(0.2), strict=True, dense_steps=2)
     wanted, eager = run(pipe, 64, 80, steps=4), pipe.transformer
@@ -107,18 +114,18 @@ def test_dense_steps_and_switching_off_add_no_graph(way: str, sparse_calls: list
     pipe.transformer = compiled(eager, way)
     for _ in range(2):
         assert relative_error(run(pipe, 64, 80, steps=4), wanted) < 1e-5
-    assert len(sparse_calls) == 2 * 2 * LAYERS
+    assert len(sparse_calls) == 2 * 2
     known = graphs()
     with dit_accel.dense(pipe):
         assert relative_error(run(pipe, 64, 80), original) < 1e-5
     run(pipe, 64, 80, steps=1)
-    assert len(sparse_calls) == 2 * 2 * LAYERS
+    assert len(sparse_calls) == 2 * 2
     assert graphs() == known
 
 
 def test_loras_are_switched_on_compiled_blocks_with_dense_steps() -> None:
     def make() -> Any:
-        pipe = tiny_pipe()
+        pipe = small_pipe()
         for number, adapter in enumerate(("one", "two")):
             torch.manual_seed(number)
             pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter)
@@ -127,7 +134,7 @@ def test_loras_are_switched_on_compiled_blocks_with_dense_steps() -> None:
     eager, ours = make(), make()
     ours.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     drawn = []
-    for adapters in (["one"], ["two"], ["one", "two"], None, ["one"]):
+    for adapters in (["one"], ["two"], ["one", "two"], None):
         for pipe in (eager, ours):
             if adapters is None:
                 pipe.transformer.disable_adapters()
