@@ -19,23 +19,26 @@ from torch import Tensor
 
 from dit_accel import processor, tokens
 from dit_accel.context import Context
+from dit_accel.errors import DitAccelError
 from dit_accel.forward import Forward
 from dit_accel.layout import TokenLayout
 from dit_accel.parameters import Affine, Values
 from dit_accel.plan import Plan
 
+# a replayed CUDA graph would repeat what was decided when it was recorded; PyTorch releases without the tag record none with a CPU tensor
+LOOKS_UP: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 ORIGINAL = 0  # in the place of a token: the call ran its original attention
 
 
-@torch.library.custom_op("dit_accel::begin", mutates_args=())
+@torch.library.custom_op("dit_accel::begin", mutates_args=(), **LOOKS_UP)
 def begin(
-    tag: Tensor, latents: Tensor, timestep: Tensor | None, ids: Sequence[Tensor], words: str, sides: Sequence[int], unknown: str,
-    text: int | None, history: int, masks: Sequence[Tensor], gradient: bool,
+    tag: Tensor, latents: Tensor, timestep: Tensor | None, ids: Sequence[Tensor], names: str, words: str, sides: Sequence[int],
+    unknown: str, text: int | None, history: int, masks: Sequence[Tensor], gradient: bool,
 ) -> Tensor:  # fmt: skip
     """The token of a forward that begins: what `Context.before` does.
 
-    `tag`: the context. `sides`: T, H and W of one grid after the other, or `unknown` why there is none. For families with `ids` the grids
-    are read from those, the latents and `words`, the forward's arguments that are words, one `name=value` per line.
+    `tag`: the context. `sides`: T, H and W of one grid after the other, or `unknown` why there is none. For families with ids the grids are
+    read from those, `names` theirs, one a line, from the latents, and from `words`, the arguments that are words, one `name=value` a line.
     """
     context, _ = tokens.find(tag)
     family = context.family
@@ -44,7 +47,7 @@ def begin(
         return tokens.begin(context, off).clone()
     if family.ids:
         arguments: dict[str, Any] = dict(line.split("=", 1) for line in words.splitlines())
-        arguments |= {family.latents: latents, **dict(zip(family.ids, ids, strict=False))}
+        arguments |= {family.latents: latents, **dict(zip(names.splitlines(), ids, strict=True))}
         grids = context.grids(arguments, None)
     else:
         grids = unknown or tuple(tuple(sides[n : n + 3]) for n in range(0, len(sides), 3))
@@ -56,7 +59,7 @@ def _(tag: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(tag)
 
 
-@torch.library.custom_op("dit_accel::noted", mutates_args=())
+@torch.library.custom_op("dit_accel::noted", mutates_args=(), **LOOKS_UP)
 def noted(query: Tensor, keys: int, token: Tensor, alone: bool, reason: str) -> Tensor:
     """A copy of a query `[B, N, H, D]` whose call runs its original attention for a reason, which is recorded."""
     context, forward = tokens.find(token)
@@ -72,7 +75,7 @@ def _(query: Tensor, *args: Any) -> Tensor:
 noted.register_autograd(lambda ctx, gradient: (gradient, None, None, None, None))
 
 
-@torch.library.custom_op("dit_accel::layer", mutates_args=())
+@torch.library.custom_op("dit_accel::layer", mutates_args=(), **LOOKS_UP)
 def layer(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, offset: Tensor | None,
     spatial_weight: Tensor | None, token: Tensor, alone: bool, scale: float | None, gqa: bool, primitive: str,
@@ -122,7 +125,7 @@ def _attention(
         return dispatch_attention_fn(query, key, value, mask, scale=scale, enable_gqa=gqa, backend=backend)
 
 
-@torch.library.custom_op("dit_accel::layer_backward", mutates_args=())
+@torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **LOOKS_UP)
 def layer_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     offset: Tensor | None, spatial_weight: Tensor | None, ran: Tensor, needed: Sequence[bool], alone: bool, scale: float | None, gqa: bool,
@@ -162,7 +165,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, ran = ctx.saved_tensors
-    learned = (0, 1, 2, 4, 5, 6, 7)  # all but the mask
+    if ctx.needs_input_grad[3]:
+        raise DitAccelError("an attention mask that requires a gradient is not supported in a compiled model: pass mask.detach()")
+    learned = (0, 1, 2, 4, 5, 6, 7)
     needed = [ctx.needs_input_grad[n] for n in learned]
     if dout is None or not any(needed):
         return (None,) * 13

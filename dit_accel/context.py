@@ -33,10 +33,10 @@ PARSED = 4  # position ids whose grids are kept: those of as many runs at once
 class Settings:
     """What a user or a mode has chosen for one transformer; this, and nothing else of a context, is pickled and copied.
 
-    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `always`: run the operators even where the original attention is faster, as training
-    and measuring must. `trained`: the weights belong to the operators, so nothing else will do. `trained_tokens`: of the sequences that the
-    model was trained on, where logits are to be scaled for longer ones, which the original attention does not do. `fallbacks`: how many
-    calls ran their original attention, by the reason.
+    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `always`: run the operators even where the
+    original attention is faster, as training and measuring must. `trained`: the weights belong to the operators, so nothing else will do.
+    `trained_tokens`: of the sequences that the model was trained on, where logits are to be scaled for longer ones, which the original
+    attention does not do. `fallbacks`: how many calls ran their original attention, by the reason.
     """
 
     family: Family
@@ -59,8 +59,8 @@ class Context(Settings):
     """The settings of one transformer, and what is remembered from forward to forward: nothing that a result depends on.
 
     `layout`, `crossover`: of the last forward in any thread, for `summary`; the crossover is None where nothing was to be measured. `last`:
-    that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the forward while a graph of
-    all of it is traced, else the tag. `known`: what such names stand for.
+    that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the
+    forward while a graph of all of it is traced, else the tag. `known`: what such names are for.
     """
 
     layout: TokenLayout | None = field(default=None, init=False)
@@ -151,13 +151,14 @@ class Context(Settings):
     def _trace(self, arguments: dict[str, Any], transformer: Any) -> None:
         """`before` in a graph of the whole transformer: its operators do the same when they run."""
         family = self.family
-        ids = [x for name in family.ids if (x := arguments.get(name)) is not None]
+        names = [name for name in family.ids if arguments.get(name) is not None]
         grids: Grids | str = () if family.ids else family.grid(arguments, transformer)
         words = "\n".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, str)) if family.ids else ""
         text = family.text(arguments) if family.text else None
         history = family.history(arguments, transformer) if family.history else 0
         self.token = torch.ops.dit_accel.begin(
-            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep), ids, words,
+            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep),
+            [arguments[name] for name in names], "\n".join(names), words,
             [] if isinstance(grids, str) else [n for grid in grids for n in grid], grids if isinstance(grids, str) else "", text, history,
             list(given(arguments)), torch.is_grad_enabled(),
         )  # fmt: skip
@@ -188,7 +189,7 @@ class Context(Settings):
             self._warn_if_slow(latents)
         measured = self._measured(forward, latents, gradient)
         active = self.enabled and not (measured is not None and measured.loses)
-        if self.enabled and self.dense_steps and timestep is not None:
+        if self.enabled and self.dense_steps:
             active = self.steps.index(timestep, latents) >= self.dense_steps and active
         if active and self.mask_check.hides_image(given_masks, forward):
             active = False

@@ -23,7 +23,6 @@ class Plans:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self._kept: dict[Key, Plan] = {}  # the most recently used last
-        self._held: dict[Key, Plan] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -33,24 +32,26 @@ class Plans:
         """`make_plan`, kept from then on."""
         key = plan_key(spec, layout, device)
         with self._lock:
-            plan = self._kept.pop(key, None) or self._held.get(key) or make_plan(spec, layout, device)
-            self._kept[key] = plan
-            sizes = {key: plan_bytes(plan) for key, plan in self._kept.items()}
-            excess = sum(sizes.values()) - self.limit
-            for old in list(self._kept)[:-1]:
-                if excess <= 0:
-                    break
-                del self._kept[old]
-                excess -= sizes[old]
+            plan = self._kept.pop(key, None)
+            if plan is not None:
+                self._kept[key] = plan
+                return plan
+            plan = self._kept[key] = make_plan(spec, layout, device)
+            self._trim()
         return plan
 
-    def hold(self, plan: Plan) -> None:
-        """Never drop this plan while the model lives: its memory is read by address, as a captured CUDA graph does."""
-        with self._lock:
-            self._held[plan.key] = plan
+    def _trim(self) -> None:
+        """Drop the least recently used plans beyond the limit."""
+        sizes = {key: plan_bytes(plan) for key, plan in self._kept.items()}
+        excess = sum(sizes.values()) - self.limit
+        for old in list(self._kept)[:-1]:
+            if excess <= 0:
+                break
+            del self._kept[old]
+            excess -= sizes[old]
 
     def clear(self) -> None:
-        """Drop all plans but those that are held."""
+        """Drop all plans."""
         with self._lock:
             self._kept.clear()
 

@@ -130,11 +130,13 @@ class Steps:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def index(self, timestep: Tensor, latents: Tensor) -> int:
+    def index(self, timestep: Tensor | None, latents: Tensor) -> int:
         """The step, from 0, that a forward with these arguments belongs to; to be called once per forward.
 
-        Schedulers that evaluate the model more than once a step (Heun's) say so in `order`.
+        Schedulers that evaluate the model more than once a step (Heun's) say so in `order`. Forwards without a timestep are one step,
+        unless a scheduler tells.
         """
+        timestep = latents.new_zeros(1) if timestep is None else timestep
         scheduler = running_scheduler()
         if scheduler is None:
             return self._bare(timestep, latents)

@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, TEXT, fill_randomly, forward_arguments, normal, position_ids, relative_error, run, tiny_pipe, tiny_transformer
+from conftest import TEXT, fill_randomly, forward_arguments, normal, position_ids, relative_error, run, tiny_pipe, tiny_transformer
 from peft import LoraConfig
 from test_families import SPARSE, Tiny
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
+from dit_accel.bench import capture_inputs
 from dit_accel.errors import FallbackError
 from dit_accel.patch import operators_of
 
@@ -42,6 +44,13 @@ def small(spec: AttentionSpec | None = None, **settings: Any) -> Any:
         for operator in operators_of(transformer).values():
             fill_randomly(operator, seed=1, scale=0.3)
     return transformer
+
+
+def small_pipe() -> Any:
+    """A pipeline around such a transformer, as it is."""
+    pipe = tiny_pipe()
+    pipe.transformer = small()
+    return pipe
 
 
 def compiled(transformer: Any, way: str, backend: str = "eager") -> Any:
@@ -97,7 +106,7 @@ def test_another_family_takes_the_graphs_of_the_original() -> None:
 
 @pytest.mark.parametrize("way", ["whole", "blocks"])
 def test_dense_steps_and_switching_off_add_no_graph(way: str, sparse_calls: list[Any]) -> None:
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     original = run(pipe, 64, 80)
     dit_accel.accelerate(pipe, Fovea(0.2), strict=True, dense_steps=2)
     wanted, eager = run(pipe, 64, 80, steps=4), pipe.transformer
@@ -105,18 +114,18 @@ def test_dense_steps_and_switching_off_add_no_graph(way: str, sparse_calls: list
     pipe.transformer = compiled(eager, way)
     for _ in range(2):
         assert relative_error(run(pipe, 64, 80, steps=4), wanted) < 1e-5
-    assert len(sparse_calls) == 2 * 2 * LAYERS
+    assert len(sparse_calls) == 2 * 2
     known = graphs()
     with dit_accel.dense(pipe):
         assert relative_error(run(pipe, 64, 80), original) < 1e-5
     run(pipe, 64, 80, steps=1)
-    assert len(sparse_calls) == 2 * 2 * LAYERS
+    assert len(sparse_calls) == 2 * 2
     assert graphs() == known
 
 
 def test_loras_are_switched_on_compiled_blocks_with_dense_steps() -> None:
     def make() -> Any:
-        pipe = tiny_pipe()
+        pipe = small_pipe()
         for number, adapter in enumerate(("one", "two")):
             torch.manual_seed(number)
             pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter)
@@ -125,7 +134,7 @@ def test_loras_are_switched_on_compiled_blocks_with_dense_steps() -> None:
     eager, ours = make(), make()
     ours.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     drawn = []
-    for adapters in (["one"], ["two"], ["one", "two"], None, ["one"]):
+    for adapters in (["one"], ["two"], ["one", "two"], None):
         for pipe in (eager, ours):
             if adapters is None:
                 pipe.transformer.disable_adapters()
@@ -221,6 +230,20 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
         assert relative_error(block(transformer), wanted) < 1e-6
 
 
+def test_measuring_reads_the_layers_of_a_compiled_model() -> None:
+    found = []
+    for compiles in (False, True):
+        transformer = small(Fovea(0.2))
+        model = compiled(transformer, "blocks") if compiles else transformer
+        if compiles:
+            with torch.no_grad():
+                draw(model, (6, 20))
+        found.append(capture_inputs(model, SimpleNamespace(arguments=forward_arguments(6, 20))))  # type: ignore[arg-type]
+    (eager,), (ours,) = found
+    assert torch.equal(ours.query, eager.query)
+    assert ours.layout == eager.layout
+
+
 # PyTorch's rules for operators
 
 
@@ -228,12 +251,18 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
 def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
     transformer = small(SLA(0.3), dense_steps=0 if active else 9)
     context, (operator, *_) = transformer._dit_accel.context, operators_of(transformer).values()
-    token = torch.ops.dit_accel.begin(context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "", [], "", TEXT, 0, [], True)
+    token = torch.ops.dit_accel.begin(
+        context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "img_ids", "", [], "", TEXT, 0, [], True
+    )
     q, k, v = (normal(1, TEXT + 35, 2, 16, seed=n).requires_grad_() for n in range(3))
     weight, bias = operator.params().proj
     arguments = (q, k, v, None, weight, bias, None, None, token, False, None, False, "default")
     torch.library.opcheck(torch.ops.dit_accel.layer.default, arguments)
-    torch.library.opcheck(torch.ops.dit_accel.reorder.default, (q.detach()[0].requires_grad_(), token, False))
     out = torch.ops.dit_accel.layer(*arguments)[0]
     assert (relative_error(out, torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))
             > 1e-3) == active  # fmt: skip
+
+
+def test_nothing_that_decides_is_recorded_in_a_cuda_graph() -> None:
+    for name in ("begin", "layer", "layer_backward", "noted"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.dit_accel, name).default.tags

@@ -136,7 +136,7 @@ ARROWS: dict[str, set[str]] = {
     "tokens": {"forward"},
     "routing": {"forward", "masks"},
     "checkpointing": {"forward"},
-    "compiled": {"context", "forward", "layout", "parameters", "plan", "processor", "tokens"},
+    "compiled": {"context", "errors", "forward", "layout", "parameters", "plan", "processor", "tokens"},
     "mask_check": {"forward"},
     "interception": set(),
     "rewriting": {"errors"},

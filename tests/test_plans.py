@@ -134,19 +134,6 @@ def test_bytes_count_every_tensor() -> None:
     assert plan_bytes(made) >= made.coords.nbytes + made.geometry.coords.nbytes + made.q_blocks.index.nbytes
 
 
-def test_a_held_plan_outlives_the_limit(made: list[weakref.ref[Plan]]) -> None:
-    plans = Plans(limit=1)
-    layout = TokenLayout((1, 16, 16))
-    held = weakref.ref(plans.get(Fovea(), layout, CPU))
-    plans.hold(held())  # type: ignore[arg-type]
-    plans.get(Fovea(), TokenLayout((1, 24, 24)), CPU)
-    plans.clear()
-    assert alive(made) == 1
-    assert plans.get(Fovea(), layout, CPU) is held()
-    del plans
-    assert alive(made) == 0
-
-
 def test_calls_of_the_operator_share_their_plan(made: list[weakref.ref[Plan]]) -> None:
     for text in (0, 3, 5):
         shape = Shape(1, 1, 16, (1, 9, 11), text)
