@@ -4,40 +4,40 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dit_accel.adapter import load_adapter, push_adapter, save_adapter
+    from dit_accel.adapters.folder import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
-    from dit_accel.layers import summary
-    from dit_accel.layout import TokenLayout
-    from dit_accel.operator import attention
-    from dit_accel.patch import accelerate, dense, restore
+    from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+    from dit_accel.method.spec import AttentionSpec
+    from dit_accel.operator.attention import attention
+    from dit_accel.operator.layout import TokenLayout
+    from dit_accel.patch.summary import summary
+    from dit_accel.patch.verbs import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
-    from dit_accel.presets import CLEAR, GNA, SLA, Fovea
-    from dit_accel.spec import AttentionSpec
 
 __version__ = "0.1.0"
 
 # name -> module; imported on first use, so that `import dit_accel` loads neither diffusers nor triton
 _HOMES = {
-    "accelerate": "patch",
-    "restore": "patch",
-    "dense": "patch",
-    "summary": "layers",
+    "accelerate": "patch.verbs",
+    "restore": "patch.verbs",
+    "dense": "patch.verbs",
+    "summary": "patch.summary",
     "distill": "finetune.distill",
     "DistillConfig": "finetune.config",
-    "save_adapter": "adapter",
-    "load_adapter": "adapter",
-    "push_adapter": "adapter",
-    "Fovea": "presets",
-    "CLEAR": "presets",
-    "SLA": "presets",
-    "GNA": "presets",
-    "AttentionSpec": "spec",
-    "TokenLayout": "layout",
-    "attention": "operator",
+    "save_adapter": "adapters.folder",
+    "load_adapter": "adapters.folder",
+    "push_adapter": "adapters.folder",
+    "Fovea": "method.presets",
+    "CLEAR": "method.presets",
+    "SLA": "method.presets",
+    "GNA": "method.presets",
+    "AttentionSpec": "method.spec",
+    "TokenLayout": "operator.layout",
+    "attention": "operator.attention",
     "builtin_pipeline": "pipelines.builtin",
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.errors import DistillationError
 from dit_accel.files import replace_folder
 from dit_accel.finetune.processes import is_main
-from dit_accel.finetune.run import Run
+from dit_accel.finetune.session import Run
 
 STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
 KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "error_fitted", "seconds")  # of a run, beside what it trains

@@ -23,16 +23,16 @@ from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
 from dit_accel.finetune.capture import Outputs, capture, compared
 from dit_accel.finetune.config import DistillConfig
-from dit_accel.finetune.evaluate import on_device, predict
+from dit_accel.finetune.data.collect import Forward, Samples
 from dit_accel.finetune.fit import fit
 from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
-from dit_accel.finetune.run import Run, prepare
-from dit_accel.finetune.samples import Forward, Samples
+from dit_accel.finetune.session import Run, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
-from dit_accel.patch import always, dense
+from dit_accel.finetune.velocity import on_device, predict
+from dit_accel.patch.verbs import always, dense
 
 
 @dataclass

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
-from dit_accel.finetune.evaluate import predict
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed
-from dit_accel.finetune.run import Run
+from dit_accel.finetune.session import Run
 from dit_accel.finetune.trainables import optimizer_tensors, put_back
-from dit_accel.patch import dense, operators_of
-from dit_accel.processor import AcceleratedAttention
+from dit_accel.finetune.velocity import predict
+from dit_accel.patch.processor import AcceleratedAttention
+from dit_accel.patch.verbs import dense, operators_of
 
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more

@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch import Tensor
 
 from dit_accel.errors import DistillationError
-from dit_accel.finetune.samples import Samples
+from dit_accel.finetune.data.collect import Samples
 from dit_accel.pipelines.family import Family
 
 LEAST_COSINE = 0.1  # of predictions with the way from the final latents to the noisy ones; a trained model's is above a half

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dit_accel.anatomy import OWN, plain_name, projection_names
 from dit_accel.finetune.config import DistillConfig
-from dit_accel.finetune.muon import Muon
-from dit_accel.lora import ADAPTER, activate_lora
-from dit_accel.patch import Patch
-from dit_accel.weights import keep_weight
+from dit_accel.muon import Muon
+from dit_accel.patch.anatomy import OWN, plain_name, projection_names
+from dit_accel.patch.lora import ADAPTER, activate_lora
+from dit_accel.patch.verbs import Patch
+from dit_accel.patch.weights import keep_weight
 
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_accel.files import append_text, write_tensors
-from dit_accel.finetune.muon import Muon
+from dit_accel.muon import Muon
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2")  # what learns, where a pipeline has it; the autoencoder is fitted apart
 EMA_DECAY = 0.99

@@ -9,7 +9,7 @@ pooled key for each block that is left, and one softmax over both. The near tile
 import torch
 
 from dit_accel import AttentionSpec, accelerate, builtin_pipeline, dense, summary
-from dit_accel.spec import DiscBlocks, Mass, Pooled, Tiles, TopK
+from dit_accel.method import DiscBlocks, Mass, Pooled, Tiles, TopK
 
 spec = AttentionSpec(
     keep=(TopK(density=0.02, correct_short=True), DiscBlocks(radius=4)),

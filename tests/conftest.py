@@ -114,7 +114,7 @@ def pipe() -> Any:
 @pytest.fixture
 def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Grows by the query's shape at every call of an accelerated operator."""
-    from dit_accel import processor
+    from dit_accel.patch import processor
 
     calls: list[tuple[int, ...]] = []
     original: Callable[..., Any] = processor.attend
@@ -130,7 +130,7 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.fixture
 def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations write no page: drawing its plots takes longer than tiny models do."""
-    from dit_accel import evaluation
+    from dit_accel.measure import evaluation
 
     monkeypatch.setattr(evaluation, "write_page", lambda *_: None)
 
@@ -138,7 +138,7 @@ def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def drawn_curves() -> Iterator[Any]:
     """Trainings write a curve of one pixel: to draw it takes longer than tiny models learn. Gives what draws it, for tests about it."""
-    runs = sys.modules.get("dit_accel.finetune.run")  # what no module imports need not be imported
+    runs = sys.modules.get("dit_accel.finetune.session")  # what no module imports need not be imported
     if runs is None:
         yield None
         return
@@ -152,8 +152,8 @@ def drawn_curves() -> Iterator[Any]:
 def _guard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard as users have it, in a cache folder of the test's own, for what is marked so."""
     if "crossover" in request.keywords:
-        from dit_accel import crossover
+        from dit_accel.operator import guard
 
-        monkeypatch.delenv(crossover.VARIABLE)
+        monkeypatch.delenv(guard.VARIABLE)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        monkeypatch.setattr(crossover, "_known", {})
+        monkeypatch.setattr(guard, "_known", {})

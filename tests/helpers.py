@@ -15,9 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.layout import TokenLayout
-from dit_accel.parameters import AttentionParameters
-from dit_accel.spec import AttentionSpec, Box, Disc, DiscBlocks, Downsampled, FirstFrames, Linear, Mass, Order, Pooled, Tiles, TopK, Window
+from dit_accel.method.parameters import AttentionParameters
+from dit_accel.method.spec import (
+    AttentionSpec,
+    Box,
+    Disc,
+    DiscBlocks,
+    Downsampled,
+    FirstFrames,
+    Linear,
+    Mass,
+    Order,
+    Pooled,
+    Tiles,
+    TopK,
+    Window,
+)
+from dit_accel.operator.layout import TokenLayout
 
 Grid = tuple[int, int, int]
 Grids = tuple[Grid, ...]

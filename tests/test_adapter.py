@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_accel import CLEAR, GNA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter
-from dit_accel.adapter import CONFIG, FULL, LORA, WEIGHTS
-from dit_accel.anatomy import projection_names
+from dit_accel.adapters.folder import CONFIG, FULL, LORA, WEIGHTS
+from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError, AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
-from dit_accel.model_card import CARD
-from dit_accel.patch import operators_of
+from dit_accel.patch.anatomy import projection_names
+from dit_accel.patch.verbs import operators_of
 
 Tensors = dict[str, Tensor]
 FILES = {"parameters": {WEIGHTS}, "lora": {WEIGHTS, LORA}, "attention": {WEIGHTS, FULL}}

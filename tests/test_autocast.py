@@ -10,8 +10,9 @@ from helpers import random_parameters
 from test_operator import RAGGED, SPECS, every_method, run
 
 import dit_accel
-from dit_accel import Fovea, operator
+from dit_accel import Fovea
 from dit_accel.kernels import dispatch
+from dit_accel.operator import attention as operator
 
 AUTOCAST = [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16), (torch.bfloat16,) * 3, (torch.float64,) * 3]
 

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-import dit_accel.demo as demo
-from dit_accel import bench, bench_kernels, bench_rivals
-from dit_accel.anatomy import find_transformers
-from dit_accel.bench import attention_errors, bench_quality, capture_qkv, machine, record_step, spread
-from dit_accel.bench_step import bench_step, step_times
+import dit_accel.measure.demo as demo
 from dit_accel.errors import BackendError, NotAcceleratedError
-from dit_accel.finetune.samples import Samples, collect
-from dit_accel.layout import TokenLayout
-from dit_accel.patch import patches_of
+from dit_accel.finetune.data.collect import Samples, collect
+from dit_accel.measure import kernels
+from dit_accel.measure import quality as bench
+from dit_accel.measure import rivals as bench_rivals
+from dit_accel.measure.quality import attention_errors, bench_quality, capture_qkv, machine, record_step, spread
+from dit_accel.measure.step import bench_step, step_times
+from dit_accel.method.presets import CLEAR, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec, TopK
+from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds, visited_density
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch.anatomy import find_transformers
+from dit_accel.patch.verbs import patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
-from dit_accel.plan import kept_density, multiply_adds, visited_density
-from dit_accel.presets import CLEAR, SLA, Fovea
-from dit_accel.spec import AttentionSpec, TopK
 
 CALL = {"height": 256, "width": 256, "num_inference_steps": 3, "max_sequence_length": 8}
 
@@ -90,7 +92,7 @@ def test_the_original_and_all_methods_take_turns(pipe: object, monkeypatch: pyte
         order.append(str(patch[0][1].context.spec) if (patch := accelerated(pipe)) else "original")
         return float(next(times)), [0.25, 0.5]
 
-    monkeypatch.setattr("dit_accel.bench_step._step", step)
+    monkeypatch.setattr("dit_accel.measure.step._step", step)
     methods = [CLEAR(2), Fovea(0.5)]
     rows = step_times(pipe, record_step(pipe, (64, 96), 8), methods, 3)
     assert order == [*map(str, methods), "original", *(["original", *map(str, methods)] * 3)]
@@ -162,14 +164,14 @@ def test_the_demo_refuses_a_folder_it_cannot_write(tmp_path: Path) -> None:
 def test_kernel_benchmarks_write_what_they_print(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [dataclasses.replace(case, side=case.side // 8) for case in bench_kernels.CASES if case.side <= 128]
-    monkeypatch.setattr(bench_kernels, "CASES", small)
-    monkeypatch.setattr(bench_kernels, "SCALING", (CLEAR(3), (8, 16)))
+    small = [dataclasses.replace(case, side=case.side // 8) for case in kernels.CASES if case.side <= 128]
+    monkeypatch.setattr(kernels, "CASES", small)
+    monkeypatch.setattr(kernels, "SCALING", (CLEAR(3), (8, 16)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = bench_kernels.bench_kernels(repeats=2, out=tmp_path / "k.json")
+    result = kernels.bench_kernels(repeats=2, out=tmp_path / "k.json")
     assert json.loads((tmp_path / "k.json").read_text())["rows"] == result["rows"]
     assert {(row["method"], row["pass"]) for row in result["rows"]} == {
-        (case.name, "forward + backward" if case.backward else "forward") for case in bench_kernels.cases_on(device)
+        (case.name, "forward + backward" if case.backward else "forward") for case in kernels.cases_on(device)
     }
     assert all(row["error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5) for row in result["rows"])
     assert all(row["seconds"] > 0 and row["sdpa_seconds"] > 0 for row in result["rows"])
@@ -184,7 +186,7 @@ def test_kernel_benchmarks_write_what_they_print(
 
 
 def test_rivals_take_their_turns_and_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench_kernels.Case("clear", CLEAR(3), 16)
+    case = kernels.Case("clear", CLEAR(3), 16)
     runs = []
 
     def attention(q: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -196,12 +198,12 @@ def test_rivals_take_their_turns_and_say_what_failed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(bench_rivals, "flex_refusal", lambda *_: None)
     monkeypatch.setattr(bench_rivals, "flex", lambda *_: attention)
-    (row,) = bench_kernels.measure([case], 3)
+    (row,) = kernels.measure([case], 3)
     assert runs == [(1, 4, 256, 64)] * 5  # once to compile, once with the others, and three times measured
     assert row["flex_seconds"] > 0
     assert row["missing"] == {"natten": "NATTEN computes windows (GNA) alone"}
     monkeypatch.setattr(bench_rivals, "flex", broken)
-    (row,) = bench_kernels.measure([case], 1)
+    (row,) = kernels.measure([case], 1)
     assert row["flex_seconds"] is None
     assert row["missing"]["flex"] == "failed: no kernel image"
 
@@ -211,26 +213,26 @@ def test_a_cpu_is_timed_by_its_clock_and_a_gpu_by_its_events(monkeypatch: pytest
     from dit_accel.kernels.triton import timing
 
     card = torch.device("cuda")
-    assert bench_kernels.clock_of(torch.device("cpu")) is bench_kernels.timed
+    assert kernels.clock_of(torch.device("cpu")) is kernels.timed
     given: list[object] = []
     monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: given.append((function, return_mode)) or 250.0)
-    assert bench_kernels.clock_of(card)(given.clear) == 0.25
+    assert kernels.clock_of(card)(given.clear) == 0.25
     assert given == [(given.clear, "median")]
-    monkeypatch.setattr(bench_kernels.dispatch, "TRITON", False)
+    monkeypatch.setattr(kernels.dispatch, "TRITON", False)
     with pytest.raises(BackendError, match="measuring on a GPU requires triton"):
-        bench_kernels.clock_of(card)
+        kernels.clock_of(card)
 
 
 def test_a_gpu_measures_in_bfloat16() -> None:
-    cases = bench_kernels.cases_on(torch.device("cuda"))
+    cases = kernels.cases_on(torch.device("cuda"))
     assert {(case.dtype, case.heads, case.head_dim, case.device.type) for case in cases} == {(torch.bfloat16, 24, 128, "cuda")}
     assert len({(case.name, case.side, case.backward) for case in cases}) == len(cases)
 
 
 def test_the_arithmetic_of_a_kept_whole_is_that_of_dense_attention() -> None:
-    case = bench_kernels.Case("all", SLA(1, scope="none"), 8, text=5)
+    case = kernels.Case("all", SLA(1, scope="none"), 8, text=5)
     pairs = case.layout.tokens**2 + 1 / 2  # the selection's products of one block with one
-    assert bench_kernels.arithmetic(case) == pytest.approx(4 * bench_kernels.HEADS * bench_kernels.HEAD_DIM * pairs)
+    assert kernels.arithmetic(case) == pytest.approx(4 * kernels.HEADS * kernels.HEAD_DIM * pairs)
 
 
 def test_a_measurement_names_the_card_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,15 @@ import torch
 from test_families import SPARSE, Tiny, every_family
 
 import dit_accel
-from dit_accel import bench_step
-from dit_accel.bench import record_step
-from dit_accel.bench_step import image_tokens, step_times
 from dit_accel.errors import DistillationError
-from dit_accel.evaluation import attention_deviations
-from dit_accel.finetune import run_file
-from dit_accel.finetune.run_file import Forward, Key, check_arguments
-from dit_accel.finetune.samples import Recorder, collect
-from dit_accel.patch import forward_names
+from dit_accel.finetune.data import record
+from dit_accel.finetune.data.collect import Recorder, collect
+from dit_accel.finetune.data.record import Forward, Key, check_arguments
+from dit_accel.measure import step as bench_step
+from dit_accel.measure.evaluation import attention_deviations
+from dit_accel.measure.quality import record_step
+from dit_accel.measure.step import image_tokens, step_times
+from dit_accel.patch.verbs import forward_names
 
 UNKEPT = {"glm_image_pipeline"}  # their arguments can't be written
 
@@ -39,8 +39,8 @@ def test_a_step_is_measured_and_recorded(name: str, tmp_path: Path) -> None:
         assert all(bool(call.error.isfinite().all()) for call in calls)
     assert image_tokens(model, arguments) == tiny.context().image
     if name not in UNKEPT:
-        path = run_file.write(tmp_path, Key("a cat", 0), "", recorder.forwards[:1], prediction)
-        with run_file.opened(path, "") as run:
+        path = record.write(tmp_path, Key("a cat", 0), "", recorder.forwards[:1], prediction)
+        with record.opened(path, "") as run:
             assert torch.equal(run.read(0).prediction, prediction)
 
 

@@ -12,15 +12,17 @@ from distill_fixtures import CALL, PROMPTS, same, state
 from PIL import Image
 from typer.testing import CliRunner
 
-from dit_accel import CLEAR, SLA, Fovea, accelerate, bench_recovery, cli
-from dit_accel.bench_recovery import Recovery
-from dit_accel.evaluation import draw
+from dit_accel import CLEAR, SLA, Fovea, accelerate
+from dit_accel.cli import app as cli
 from dit_accel.finetune import curve
-from dit_accel.finetune import run as runs
-from dit_accel.finetune.evaluate import velocity_error
-from dit_accel.finetune.samples import Samples
-from dit_accel.patch import always, patches_of
-from dit_accel.pictures import compare
+from dit_accel.finetune import session as runs
+from dit_accel.finetune.data.collect import Samples
+from dit_accel.finetune.velocity import velocity_error
+from dit_accel.measure import recovery as bench_recovery
+from dit_accel.measure.evaluation import draw
+from dit_accel.measure.recovery import Recovery
+from dit_accel.measure.similarity import compare
+from dit_accel.patch.verbs import always, patches_of
 
 METHODS = {"clear:2": CLEAR(2.0), "sla:0.25": SLA(0.25, block=(16, 16)), "fovea:0.25": Fovea(0.25, tile=(4, 4))}
 SECONDS = 12  # steps of a second fit the minutes

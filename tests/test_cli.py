@@ -16,8 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import dit_accel
-from dit_accel import CLEAR, cli_models, cli_options
-from dit_accel.cli import app
+from dit_accel import CLEAR
+from dit_accel.cli import models, options
+from dit_accel.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"], ["doctor"]]
@@ -93,7 +94,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded before the arguments were checked")
 
-    monkeypatch.setattr(cli_models, "load_pipeline", refuse)
+    monkeypatch.setattr(models, "load_pipeline", refuse)
 
 
 # Errors, each found before a model is loaded
@@ -120,7 +121,7 @@ def test_bad_sizes(size: str, message: str, prompts: Path, tmp_path: Path) -> No
 
 
 def test_size_is_width_by_height() -> None:
-    assert cli_options.parse_size("1024X768") == (768, 1024)
+    assert options.parse_size("1024X768") == (768, 1024)
 
 
 @pytest.mark.parametrize("command", ["collect", "distill"])
@@ -205,7 +206,7 @@ def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_models, "load_pipeline", interrupt)
+    monkeypatch.setattr(models, "load_pipeline", interrupt)
     out = tmp_path / "a.png"
     result = run(command, *(["x"] if command == "generate" else ["--prompts", prompts]), "--out", out)
     assert result.exit_code == 130
@@ -215,7 +216,7 @@ def test_interruption(command: str, hint: str, prompts: Path, tmp_path: Path, mo
 
 
 def test_other_exceptions_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: 1 / 0)
     assert isinstance(run("generate", "x", "--out", tmp_path / "a.png").exception, ZeroDivisionError)
 
 
@@ -231,7 +232,7 @@ def test_help(command: list[str]) -> None:
 
 def test_help_is_light() -> None:
     code = (
-        "import sys\nfrom dit_accel.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "import sys\nfrom dit_accel.cli.app import app\ntry:\n    app(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
         "print(sorted({'torch', 'triton', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -256,7 +257,7 @@ def test_info(model: str) -> None:
 
 
 def test_info_of_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import cli_info
+    from dit_accel.cli import info as cli_info
 
     monkeypatch.setattr(cli_info, "LIBRARIES", ("no-such-library",))
     assert cli_info.package_rows()["no-such-library"] == "not installed"
@@ -277,7 +278,7 @@ def test_generate(model: str, tmp_path: Path) -> None:
 
 
 def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import context
+    from dit_accel.patch import context
 
     monkeypatch.setattr(context.Context, "grids", lambda *_: "no grid today")
     arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
@@ -321,7 +322,7 @@ def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> 
 
 
 def test_each_launched_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel.cli_models import _device
+    from dit_accel.cli.models import _device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for environment, index in (({"LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "0"}, 0), ({}, 0)):
@@ -346,7 +347,9 @@ def test_distill_from_prompts(model: str, prompts: Path, tmp_path: Path) -> None
 
 
 def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import bench, bench_kernels, bench_step, bench_tune, demo
+    from dit_accel.measure import demo, gpu_tune, kernels
+    from dit_accel.measure import quality as bench
+    from dit_accel.measure import step as bench_step
 
     calls: list[dict[str, Any]] = []
 
@@ -357,9 +360,9 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(demo, "run_demo", run_demo)
     monkeypatch.setattr(bench, "bench_quality", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(bench_step, "bench_step", lambda pipe, **settings: calls.append(settings))
-    monkeypatch.setattr(bench_kernels, "bench_kernels", lambda **settings: calls.append(settings))
-    monkeypatch.setattr(bench_tune, "bench_tune", lambda work, **settings: calls.append({"kernels": len(work), **settings}))
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(kernels, "bench_kernels", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(gpu_tune, "bench_tune", lambda work, **settings: calls.append({"kernels": len(work), **settings}))
+    monkeypatch.setattr(models, "load_pipeline", lambda *_: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
@@ -371,7 +374,7 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
         {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32},
         {"sizes": [(32, 64), (32, 32)], "methods": [CLEAR(3)], "repeats": 2, "out": None, "max_sequence_length": None},
         {"repeats": 3, "largest": 4096, "out": tmp_path / "k.json"},
-        {"kernels": len(bench_tune.KERNELS), "out": tmp_path / "t.json"},
+        {"kernels": len(gpu_tune.KERNELS), "out": tmp_path / "t.json"},
     ]
 
 
@@ -379,7 +382,7 @@ def test_notices_are_kept_back_and_warnings_are_not(caplog: pytest.LogCaptureFix
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     before, propagate, logger.propagate = list(logger.filters), logger.propagate, True
     try:
-        with caplog.at_level("WARNING"), cli_models.without_notices():
+        with caplog.at_level("WARNING"), models.without_notices():
             logger.warning("Expected types for vae: (AutoencoderKL,), got PatchAutoencoder.")
             logger.warning("Expected types for text_encoder: (CLIPTextModel,), got Linear.")
         logger.warning("Expected types for vae: (AutoencoderKL,), got PatchAutoencoder.")

@@ -21,11 +21,11 @@ from test_cli import fail, make_tiny, run, succeed
 from tiny_video import wan22_two_experts
 
 from dit_accel import SLA, Fovea, accelerate, distill, files
-from dit_accel.base_model import UNKNOWN, base_model_name, licence_of
+from dit_accel.adapters.base_model import UNKNOWN, base_model_name, licence_of
 from dit_accel.errors import DistillationError, WriteError
-from dit_accel.finetune import cache
-from dit_accel.finetune import samples as collecting
-from dit_accel.finetune.samples import Samples, collect, damaged_runs, write_run
+from dit_accel.finetune.data import collect as collecting
+from dit_accel.finetune.data import store as cache
+from dit_accel.finetune.data.collect import Samples, collect, damaged_runs, write_run
 
 REST = {name: value for name, value in CALL.items() if name not in ("height", "width")}
 SIZES = [(112, 144), (80, 208)]

@@ -17,12 +17,13 @@ from test_distill_processes import launch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dit_accel import CLEAR, accelerate, builtin_pipeline, cli
+from dit_accel import CLEAR, accelerate, builtin_pipeline
+from dit_accel.cli import app as cli
 from dit_accel.errors import DistillationError, UnsupportedModelError
-from dit_accel.finetune.evaluate import predict, velocity_error
+from dit_accel.finetune.data.collect import Samples, collect
+from dit_accel.finetune.data.pictures import collect_pictures, cropped, decoded, read_pictures
 from dit_accel.finetune.flow import Flow
-from dit_accel.finetune.pictures import collect_pictures, cropped, decoded, read_pictures
-from dit_accel.finetune.samples import Samples, collect
+from dit_accel.finetune.velocity import predict, velocity_error
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import latents as forms
 
@@ -200,7 +201,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from distill_fixtures import CALL, picture_pipe
-from dit_accel.finetune.pictures import collect_pictures
+from dit_accel.finetune.data.pictures import collect_pictures
 torch.set_num_threads(1)
 PartialState(cpu=True)
 folder = Path(sys.argv[1])

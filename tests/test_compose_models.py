@@ -14,7 +14,7 @@ from test_families import SPARSE, WHOLE, Tiny
 import dit_accel
 from dit_accel import DistillConfig, Fovea
 from dit_accel.errors import FallbackError
-from dit_accel.patch import operators_of
+from dit_accel.patch.verbs import operators_of
 
 MODELS = ("flux", "sd3", "wan", "cogvideox")
 models = pytest.mark.parametrize("name", MODELS)
@@ -213,7 +213,7 @@ def test_model_offload(tiny: Tiny) -> None:
 @pytest.mark.parametrize("name", ["flux", "wan"])
 @pytest.mark.composes("context parallelism: the original attention, said once; refused under strict")
 def test_context_parallelism_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import processor
+    from dit_accel.patch import processor
 
     wanted = tiny.run()
     original = processor.dispatch_attention_fn

@@ -11,9 +11,10 @@ import torch
 from conftest import LAYERS, forward_arguments, run, tiny_pipe
 
 import dit_accel
-from dit_accel import CLEAR, SLA, Fovea, TokenLayout, crossover
-from dit_accel.crossover import Crossover
-from dit_accel.patch import CONTEXT, always
+from dit_accel import CLEAR, SLA, Fovea, TokenLayout
+from dit_accel.operator import guard
+from dit_accel.operator.guard import Crossover
+from dit_accel.patch.verbs import CONTEXT, always
 
 CPU = torch.device("cpu")
 SLOWER, FASTER = Crossover(accelerated=2e-3, original=1e-3), Crossover(accelerated=1e-3, original=2e-3)
@@ -28,7 +29,7 @@ def raising(*_: object) -> None:
 def slower(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every shape measures as slower; grows by the arguments of each measurement."""
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(crossover, "measured", lambda *shape: asked.append(shape) or SLOWER)
+    monkeypatch.setattr(guard, "measured", lambda *shape: asked.append(shape) or SLOWER)
     return asked
 
 
@@ -48,7 +49,7 @@ def test_a_slower_size_runs_the_original_to_the_bit_and_says_so(slower: list[Any
 
 def test_a_faster_size_runs_the_method(monkeypatch: pytest.MonkeyPatch, sparse_calls: list[Any]) -> None:
     sizes = {17 * 25: FASTER, 4 * 5: SLOWER}
-    monkeypatch.setattr(crossover, "measured", lambda spec, layout, *_: sizes[layout.image])
+    monkeypatch.setattr(guard, "measured", lambda spec, layout, *_: sizes[layout.image])
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     run(pipe, steps=2)
     assert len(sparse_calls) == 2 * LAYERS
@@ -60,7 +61,7 @@ def test_a_faster_size_runs_the_method(monkeypatch: pytest.MonkeyPatch, sparse_c
 
 
 def test_a_method_that_runs_says_what_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "measured", lambda *_: dataclasses.replace(FASTER, file=Path("/cache/a.json")))
+    monkeypatch.setattr(guard, "measured", lambda *_: dataclasses.replace(FASTER, file=Path("/cache/a.json")))
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     run(pipe, steps=1)
     said = "measured 1.00 ms against 2.00 ms of the original attention, decided once, kept in /cache/a.json"
@@ -73,9 +74,9 @@ def test_only_what_is_clearly_slower_is_left_to_the_original() -> None:
 
 def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(crossover, "_measure", raising)
-    monkeypatch.setenv(crossover.VARIABLE, "off")
-    assert crossover.measured(Fovea(0.2), TokenLayout((1, 8, 8)), 16, torch.float32, CPU) is None
+    monkeypatch.setattr(guard, "_measure", raising)
+    monkeypatch.setenv(guard.VARIABLE, "off")
+    assert guard.measured(Fovea(0.2), TokenLayout((1, 8, 8)), 16, torch.float32, CPU) is None
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     run(pipe, steps=1)
     assert {row.backend for row in dit_accel.summary(pipe, show=False)} == {"cpu"}
@@ -83,7 +84,7 @@ def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any]
 
 @pytest.mark.parametrize("said", ["no", "OFF", "0", ""], ids=repr)
 def test_the_environment_is_refused_in_plain_words(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(crossover.VARIABLE, said)
+    monkeypatch.setenv(guard.VARIABLE, said)
     pipe = tiny_pipe()
     with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD is 'on' or 'off', got {said!r}"):
         dit_accel.accelerate(pipe)
@@ -126,18 +127,18 @@ def test_weights_trained_for_a_method_run_with_it(train: Any, slower: list[Any],
 def test_a_shape_is_measured_once_and_leaves_no_trace() -> None:
     state = torch.random.get_rng_state()
     shape = (Fovea(0.2), TokenLayout((1, 12, 20), 5), 16, torch.float32, CPU)
-    first = crossover.measured(*shape)
+    first = guard.measured(*shape)
     assert first is not None
     assert first.accelerated > 0
     assert first.original > 0
-    assert crossover.measured(*shape) is first
-    assert crossover.measured(Fovea(0.2), TokenLayout((1, 20, 12), 5), 16, torch.float32, CPU) is not first
+    assert guard.measured(*shape) is first
+    assert guard.measured(Fovea(0.2), TokenLayout((1, 20, 12), 5), 16, torch.float32, CPU) is not first
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_extrapolation_counts_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 0.5, 3.0, 0.25, 2.0, 0.75])  # accelerated, original, in turns
-    monkeypatch.setattr(crossover, "_seconds", lambda _: next(times))
-    found = crossover.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32, CPU)  # 5,120 tokens, of which 819 rows are timed
+    monkeypatch.setattr(guard, "_seconds", lambda _: next(times))
+    found = guard.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32, CPU)  # 5,120 tokens, of which 819 rows are timed
     assert found is not None
     assert (found.accelerated, found.original) == (1.0, 0.25 * 5120 / 819)

@@ -16,10 +16,11 @@ from conftest import run, tiny_pipe
 from test_families import Tiny
 
 import dit_accel
-from dit_accel import CLEAR, SLA, Fovea, TokenLayout, crossover, decisions
+from dit_accel import CLEAR, SLA, Fovea, TokenLayout
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native
-from dit_accel.spec import Tiles
+from dit_accel.method.spec import Tiles
+from dit_accel.operator import decisions, guard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 QUESTION = {"device": "a CPU", "grids": [[1, 8, 8]], "spec": {"keep": [1.5, None]}}
@@ -28,13 +29,14 @@ pytestmark = [pytest.mark.crossover, pytest.mark.filterwarnings("ignore:dit_acce
 # Times are random, as the worst of stopwatches would have them: only a decision that is shared is the same in all processes.
 PROGRAM = """
 import random, torch
-from dit_accel import CLEAR, Fovea, TokenLayout, crossover
+from dit_accel import CLEAR, Fovea, TokenLayout
+from dit_accel.operator import guard
 torch.set_num_threads(1)
-crossover._measure = lambda *_: (random.choice((1.0, 2.0)), 1.0)
+guard._measure = lambda *_: (random.choice((1.0, 2.0)), 1.0)
 for spec in (Fovea(), CLEAR(8)):
     for side in range(16, 49, 4):
         layout = TokenLayout((1, side, side), 7, order=spec.order)
-        print(crossover.measured(spec, layout, 64, torch.float32, torch.device("cpu")).loses)
+        print(guard.measured(spec, layout, 64, torch.float32, torch.device("cpu")).loses)
 """
 
 
@@ -45,7 +47,7 @@ def test_three_processes_decide_alike(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = [process.communicate()[0].split() for process in started]
     assert [process.returncode for process in started] == [0, 0]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(crossover, "_measure", crossover._measure)  # which the program replaces
+    monkeypatch.setattr(guard, "_measure", guard._measure)  # which the program replaces
     exec(PROGRAM, {})
     printed.append(capsys.readouterr().out.split())
     assert printed[0] == printed[1] == printed[2]
@@ -56,14 +58,14 @@ def test_three_processes_decide_alike(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_one_seed_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture of the built-in model, drawn by three that share the cache folder alone: by the stopwatch, each would decide otherwise."""
     times = itertools.cycle([(2.0, 1.0), (1.0, 2.0)])
-    monkeypatch.setattr(crossover, "_measure", lambda *_: next(times))
+    monkeypatch.setattr(guard, "_measure", lambda *_: next(times))
     call: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 1, "max_sequence_length": 8, "output_type": "latent"}
 
     pipe = dit_accel.builtin_pipeline()
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> torch.Tensor:
-        monkeypatch.setattr(crossover, "_known", {})
+        monkeypatch.setattr(guard, "_known", {})
         dit_accel.accelerate(pipe)
         latents: torch.Tensor = pipe("a panda", generator=torch.Generator().manual_seed(0), **call).images
         dit_accel.restore(pipe)
@@ -87,14 +89,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[TokenLayout]:
         layouts.append(layout)
         return next(times), 0.5
 
-    monkeypatch.setattr(crossover, "_measure", measure)
+    monkeypatch.setattr(guard, "_measure", measure)
     return layouts
 
 
-def again(monkeypatch: pytest.MonkeyPatch, *shape: Any) -> crossover.Crossover:
+def again(monkeypatch: pytest.MonkeyPatch, *shape: Any) -> guard.Crossover:
     """What another process would find."""
-    monkeypatch.setattr(crossover, "_known", {})
-    found = crossover.measured(*shape)
+    monkeypatch.setattr(guard, "_known", {})
+    found = guard.measured(*shape)
     assert found is not None
     return found
 
@@ -113,7 +115,7 @@ def test_the_first_decision_holds_for_all(timed: list[TokenLayout], monkeypatch:
 
 def test_the_texts_length_is_no_part_of_it(timed: list[TokenLayout]) -> None:
     spec, grid = Fovea(0.2), (1, 12, 20)
-    found = {crossover.measured(spec, TokenLayout(grid, text), 16, torch.float32, CPU) for text in (0, 9, 120)}
+    found = {guard.measured(spec, TokenLayout(grid, text), 16, torch.float32, CPU) for text in (0, 9, 120)}
     assert len(found) == 1
     assert [layout.text for layout in timed] == [0]
 
@@ -122,7 +124,7 @@ def test_the_texts_length_is_no_part_of_it(timed: list[TokenLayout]) -> None:
 def test_both_passes_of_guidance_decide_alike(lengths: tuple[int, int], sparse_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a stopwatch says of each sequence."""
     times = itertools.cycle([(3.0, 1.0), (1.0, 3.0)])
-    monkeypatch.setattr(crossover, "_measure", lambda *_: next(times))
+    monkeypatch.setattr(guard, "_measure", lambda *_: next(times))
     tiny = Tiny("qwen_image")
     dit_accel.accelerate(tiny.pipe, SLA(0.3, tile=(4, 4)))
     embeds, mask = tiny.call["prompt_embeds"], tiny.call["prompt_embeds_mask"]
@@ -161,9 +163,9 @@ def test_another_machine_has_its_own_answer(what: str, timed: list[TokenLayout],
         case "target":
             monkeypatch.setenv(native.TARGET_VARIABLE, "portable")
         case "kernels":
-            monkeypatch.setattr(crossover.sources, "fingerprint", lambda *_: "other")
+            monkeypatch.setattr(guard.sources, "fingerprint", lambda *_: "other")
         case "version":
-            monkeypatch.setattr(crossover, "__version__", "9.9")
+            monkeypatch.setattr(guard, "__version__", "9.9")
         case "cpu":
             monkeypatch.setattr(decisions, "cpu_name", lambda: "another CPU")
     assert again(monkeypatch, *SHAPE) != first
@@ -219,7 +221,7 @@ def test_without_a_folder_to_write_to_it_works_for_the_process(obstacle: str, tm
     before = sorted(tmp_path.rglob("*"))
     assert decisions.decided(QUESTION, lambda: (5.0, 4.0)) == ((5.0, 4.0), None)
     assert sorted(tmp_path.rglob("*")) == before
-    assert "for this process alone" in str(crossover.Crossover(5.0, 4.0))
+    assert "for this process alone" in str(guard.Crossover(5.0, 4.0))
 
 
 def test_a_full_disk_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +293,7 @@ class Event:
 def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "log", [], raising=False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert crossover._seconds_on_gpu(lambda: Event.log.append("run")) == 0.25
+    assert guard._seconds_on_gpu(lambda: Event.log.append("run")) == 0.25
     assert Event.log == ["record", "run", "record", "synchronize"]
 
 
@@ -301,27 +303,27 @@ def test_a_gpu_has_its_own_answer_and_none_while_a_graph_is_captured(timed: list
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(dispatch, "_capability", lambda _: (9, 0))
     shape = (CLEAR(2.0), TokenLayout((1, 16, 16)), 64, torch.bfloat16, CUDA)
-    assert crossover.measured(*shape) is None
+    assert guard.measured(*shape) is None
     assert timed == []
     capturing = False
-    found = crossover.measured(*shape)
+    found = guard.measured(*shape)
     assert found is not None
     assert found.file is not None
     question = json.loads(found.file.read_text())["question"]
     assert (question["device"], question["dtype"], question["head_dim"]) == ("a GPU", "bfloat16", 64)
     capturing = True
-    assert crossover.measured(*shape) is found  # known: nothing is to be measured
+    assert guard.measured(*shape) is found  # known: nothing is to be measured
     assert len(timed) == 1
 
 
 @pytest.mark.parametrize("kind", ["mps", "meta", "xpu"])
 def test_other_devices_are_not_measured(kind: str, timed: list[TokenLayout]) -> None:
-    assert crossover.measured(*SHAPE[:4], torch.device(kind)) is None
+    assert guard.measured(*SHAPE[:4], torch.device(kind)) is None
     assert timed == []
 
 
 def test_a_forward_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(crossover, "measured", lambda *shape: asked.append(shape))
+    monkeypatch.setattr(guard, "measured", lambda *shape: asked.append(shape))
     run(dit_accel.accelerate(tiny_pipe(), Fovea(0.2)), steps=1)
     assert [(shape[2], shape[3], shape[4]) for shape in asked] == [(16, torch.float32, CPU)]

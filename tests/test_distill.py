@@ -18,10 +18,10 @@ import torch
 from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, prompt_pipe, same, state, student, unchanged, untimed
 
 from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, distill, load_adapter, restore, save_adapter
-from dit_accel.anatomy import CONTEXT
 from dit_accel.errors import AdapterError, DistillationError, NotAcceleratedError
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune.samples import Samples, collect, write_run
+from dit_accel.finetune.data.collect import Samples, collect, write_run
+from dit_accel.patch.anatomy import CONTEXT
 
 # It learns
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from dit_accel import CLEAR, SLA, accelerate, distill
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune.evaluate import predict, velocity_error
+from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.flow import Flow, recorded_flow
-from dit_accel.finetune.samples import Samples, collect
-from dit_accel.patch import always
+from dit_accel.finetune.velocity import predict, velocity_error
+from dit_accel.patch.verbs import always
 
 STEPS = 2
 CALLS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from distill_fixtures import PROMPTS, learn, same, state, student, untimed
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import fit
-from dit_accel.finetune import run as runs
+from dit_accel.finetune import session as runs
 
 
 @pytest.mark.parametrize(

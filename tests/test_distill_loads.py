@@ -14,12 +14,13 @@ from torch import nn
 
 from dit_accel import dense
 from dit_accel.errors import DistillationError
-from dit_accel.finetune import processes, run_file
-from dit_accel.finetune import run as runs
+from dit_accel.finetune import processes
+from dit_accel.finetune import session as runs
 from dit_accel.finetune.capture import _RelativeError, capture, compared
-from dit_accel.finetune.evaluate import predict
+from dit_accel.finetune.data import record
+from dit_accel.finetune.data.collect import collect
 from dit_accel.finetune.losses import relative_error
-from dit_accel.finetune.samples import collect
+from dit_accel.finetune.velocity import predict
 
 # Samples
 
@@ -27,8 +28,8 @@ from dit_accel.finetune.samples import collect
 def test_samples_that_are_there_are_not_read_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learn(student("lora"), tmp_path / "run", train="lora", steps=1)
     read: list[Any] = []
-    real = run_file.checksum
-    monkeypatch.setattr(run_file, "checksum", lambda tensor: read.append(tensor) or real(tensor))
+    real = record.checksum
+    monkeypatch.setattr(record, "checksum", lambda tensor: read.append(tensor) or real(tensor))
     monkeypatch.setattr(runs, "teacher_hash", lambda _: pytest.fail(f"{len(read)} tensors were read") if read else "other weights")
     with pytest.raises(DistillationError, match="was made by other weights"):
         learn(student("lora"), tmp_path / "run", train="lora", steps=1)

@@ -12,7 +12,7 @@ from distill_fixtures import learn
 from PIL import Image
 
 from dit_accel.finetune import curve
-from dit_accel.finetune import run as runs
+from dit_accel.finetune import session as runs
 from dit_accel.finetune.curve import recovered
 
 RUN: dict[str, Any] = {"steps": 5, "parameter_steps": 3, "evaluate_every": 2, "checkpoint_every": 2, "train": "parameters"}

@@ -14,10 +14,11 @@ from test_distill_processes import launch
 from torch import nn
 from typer.testing import CliRunner
 
-from dit_accel import SLA, DistillConfig, accelerate, cli
+from dit_accel import SLA, DistillConfig, accelerate
+from dit_accel.cli import app as cli
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune.muon import Muon, orthogonalise
+from dit_accel.muon import Muon, orthogonalise
 
 RUN: dict[str, Any] = {
     "steps": 6, "batch_size": 2, "checkpoint_every": 2, "train": "attention", "optimizer": "muon", "learning_rate": 3e-3,
@@ -38,7 +39,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("together", [1, 24, 1 << 24], ids=["alone", "alone-exactly", "both"])
 def test_one_step_is_the_formula(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     """Matrices of one shape go together and each gets what it would get alone."""
-    monkeypatch.setattr("dit_accel.finetune.muon.TOGETHER", together)
+    monkeypatch.setattr("dit_accel.muon.TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
     values, gradients = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
     parameters = [nn.Parameter(value.clone()) for value in values]

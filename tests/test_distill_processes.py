@@ -16,8 +16,8 @@ from distill_fixtures import learn, prompt_pipe, state
 from safetensors.torch import load_file
 
 from dit_accel import accelerate
+from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.distill import DistillResult
-from dit_accel.finetune.samples import Samples, collect
 
 RUN: dict[str, Any] = {
     "steps": 4, "batch_size": 4, "parameter_steps": 2, "checkpoint_every": 2, "evaluate_every": 3, "flow_weight": 0.5,
@@ -40,8 +40,8 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 main = PartialState(cpu=True).is_main_process
 if not main:
-    import dit_accel.finetune.checkpoints, dit_accel.finetune.samples
-    dit_accel.finetune.checkpoints.replace_folder = dit_accel.finetune.samples.write_index = None
+    import dit_accel.finetune.checkpoints, dit_accel.finetune.data.collect
+    dit_accel.finetune.checkpoints.replace_folder = dit_accel.finetune.data.collect.write_index = None
 whole = learn(pipe := accelerate(prompt_pipe(), SPARSE), folder / "run", train="lora", **RUN)
 if main:
     shutil.rmtree(folder / "run" / "checkpoint-0000004")

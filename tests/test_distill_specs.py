@@ -11,10 +11,10 @@ from distill_fixtures import learn, prompt_pipe, same, state, steps_of, unchange
 from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, accelerate
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune.evaluate import predict, velocity_error
+from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
-from dit_accel.finetune.samples import Samples
-from dit_accel.patch import always, operators_of
+from dit_accel.finetune.velocity import predict, velocity_error
+from dit_accel.patch.verbs import always, operators_of
 
 DENSITIES = tuple(SLA(share, block=(16, 16)) for share in (0.25, 0.5, 1.0))
 RADII = (CLEAR(2.0), CLEAR(4.0))

@@ -20,12 +20,12 @@ from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
 from dit_accel.finetune.config import DistillConfig
-from dit_accel.finetune.evaluate import predict
+from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
-from dit_accel.finetune.run import PARAMETER_STEPS
-from dit_accel.finetune.samples import Samples
-from dit_accel.operator import attention
-from dit_accel.patch import always, operators_of, patches_of
+from dit_accel.finetune.session import PARAMETER_STEPS
+from dit_accel.finetune.velocity import predict
+from dit_accel.operator.attention import attention
+from dit_accel.patch.verbs import always, operators_of, patches_of
 
 METHODS: dict[str, AttentionSpec] = {
     "sla": tiny.SPARSE, "sla-tiles": SLA(0.25, tile=(4, 4)), "fovea": Fovea(0.25, tile=(4, 4)), "clear-pooled": CLEAR(2.0, downsample=2),

@@ -18,10 +18,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from distill_fixtures import PROMPTS, learn, student, untimed
 
 from dit_accel import distill
+from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.distill import DistillResult
-from dit_accel.finetune.samples import Samples, collect
-from dit_accel.lora import ADAPTER
-from dit_accel.patch import plain_name
+from dit_accel.patch.lora import ADAPTER
+from dit_accel.patch.verbs import plain_name
 
 ENDINGS: dict[str, type[BaseException] | None] = {"success": None, "error": ArithmeticError, "interrupt": KeyboardInterrupt}
 # what is trained, and settings; the first stage trains in the teacher's forwards, the others in the student's

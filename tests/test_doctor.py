@@ -13,15 +13,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from dit_accel import doctor, doctor_report, doctor_smoke, files, operator
-from dit_accel.cli import app
-from dit_accel.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
+from dit_accel import files
+from dit_accel.cli.app import app
 from dit_accel.errors import WriteError
 from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.triton import tuned
-from dit_accel.plan import make_plan
-from dit_accel.spec import TopK
+from dit_accel.measure import doctor, doctor_report, doctor_smoke
+from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
+from dit_accel.method.spec import TopK
+from dit_accel.operator import attention as operator
+from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU = torch.device("cpu")
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -257,7 +259,7 @@ class Pool:
 
 
 def test_each_method_compiles_or_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import bench_aot
+    from dit_accel.measure import gpu_compile as bench_aot
 
     def compile_one(job: Any) -> list[dict[str, Any]]:
         if job.method == "sla":
@@ -308,7 +310,7 @@ def test_a_library_that_can_not_be_imported_is_named(monkeypatch: pytest.MonkeyP
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
-from dit_accel.cli import app
+from dit_accel.cli.app import app
 app(["doctor", "--quick"])
 """
 
@@ -378,7 +380,7 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_is_checked(tm
 
 
 def test_help_waits_for_no_torch() -> None:
-    code = "import sys, dit_accel.cli, dit_accel.cli_doctor; print('torch' in sys.modules)"
+    code = "import sys, dit_accel.cli.app, dit_accel.cli.doctor; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

@@ -6,10 +6,10 @@ import torch
 from helpers import coordinates
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.fused import downsample
-from dit_accel.layout import TokenLayout
-from dit_accel.plan import make_plan
-from dit_accel.presets import CLEAR
+from dit_accel.method.presets import CLEAR
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.lowering import downsample
 
 # on a GPU they add in whichever order threads arrive, or make numbers anew that depend on the grid alone
 FORBIDDEN = ("index_add", "scatter_add", "scatter_reduce", "index_put", "bincount", "index_reduce", "histc")

@@ -9,11 +9,11 @@ from helpers import disc_pairs as disc_mask
 from helpers import window_pairs as window_mask
 from typer.testing import CliRunner
 
-from dit_accel.cli import app
-from dit_accel.estimate import MODELS, disc_pairs, estimate, gigaflops, passes, tile_visits, window_pairs
-from dit_accel.layout import TokenLayout
-from dit_accel.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.spec import Disc, Window
+from dit_accel.cli.app import app
+from dit_accel.measure.estimate import MODELS, disc_pairs, estimate, gigaflops, passes, tile_visits, window_pairs
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import Disc, Window
+from dit_accel.operator.layout import TokenLayout
 
 
 @pytest.mark.parametrize(

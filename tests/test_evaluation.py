@@ -17,15 +17,17 @@ from PIL import Image
 from tiny_parts import emb
 from torch import Tensor
 
-from dit_accel import CLEAR, accelerate, crossover, dense, evaluation, restore
-from dit_accel.anatomy import forward_names
-from dit_accel.bench import Captured, capture_inputs, deviation, exact_attention
-from dit_accel.evaluation import attention_forwards, evaluate
-from dit_accel.evaluation_statistics import Bootstrap
-from dit_accel.finetune.samples import Recorder, collect
-from dit_accel.layout import TokenLayout, raster_order
-from dit_accel.patch import operators_of
-from dit_accel.pictures import compare
+from dit_accel import CLEAR, accelerate, dense, restore
+from dit_accel.finetune.data.collect import Recorder, collect
+from dit_accel.measure import evaluation
+from dit_accel.measure.bootstrap import Bootstrap
+from dit_accel.measure.evaluation import attention_forwards, evaluate
+from dit_accel.measure.quality import Captured, capture_inputs, deviation, exact_attention
+from dit_accel.measure.similarity import compare
+from dit_accel.operator import guard
+from dit_accel.operator.layout import TokenLayout, raster_order
+from dit_accel.patch.anatomy import forward_names
+from dit_accel.patch.verbs import operators_of
 
 METHOD = CLEAR(2)
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
@@ -197,7 +199,7 @@ def test_a_distilled_pipeline_is_compared_with_the_weights_it_had(mode: str, tmp
 @pytest.mark.usefixtures("numbers_only")
 def test_the_method_is_measured_even_where_it_is_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(crossover, "measured", lambda *shape: asked.append(shape) or crossover.Crossover(accelerated=2.0, original=1.0))
+    monkeypatch.setattr(guard, "measured", lambda *shape: asked.append(shape) or guard.Crossover(accelerated=2.0, original=1.0))
     pipe = accelerate(picture_pipe(), METHOD)
     record = evaluate(pipe, PROMPTS[:1], tmp_path, **CALL)
     assert asked == []

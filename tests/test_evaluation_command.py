@@ -8,10 +8,12 @@ import pytest
 from distill_fixtures import CALL, PROMPTS, SPARSE, perturb, picture_pipe
 from typer.testing import CliRunner, Result
 
-from dit_accel import CLEAR, accelerate, cli_models, cli_options, evaluation, restore, save_adapter
-from dit_accel.cli import app
+from dit_accel import CLEAR, accelerate, restore, save_adapter
+from dit_accel.cli import models, options
+from dit_accel.cli.app import app
 from dit_accel.errors import FallbackError, NotAcceleratedError
-from dit_accel.evaluation import evaluate
+from dit_accel.measure import evaluation
+from dit_accel.measure.evaluation import evaluate
 
 METHOD = CLEAR(2)
 
@@ -46,7 +48,7 @@ def test_refusals(idle: Any, tmp_path: Path) -> None:
 
 
 def test_a_method_that_runs_nowhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel import context
+    from dit_accel.patch import context
 
     monkeypatch.setattr(context.Context, "grids", lambda *_: "no grid today")
     with pytest.warns(UserWarning, match="no grid today"), pytest.raises(FallbackError, match="calls have no grid today"):
@@ -77,7 +79,7 @@ SMALL = ["--size", "144x112", "--steps", 2, "--max-sequence-length", 8]
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: picture_pipe())
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: picture_pipe())
 
 
 @pytest.mark.usefixtures("numbers_only", "tiny_model")
@@ -131,7 +133,7 @@ def test_the_command_checks_before_it_loads(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
-    monkeypatch.setattr(cli_models, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded before the arguments were checked"))
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded before the arguments were checked"))
     done = run(*arguments)
     assert done.exit_code == 2
     assert done.stderr.strip() == f"error: {message}"
@@ -149,7 +151,7 @@ def test_limits_are_said_before_the_work(arguments: list[str], limits: list[str]
     def stop(*_: object, **__: object) -> None:
         raise ValueError("stopped")
 
-    monkeypatch.setattr(cli_models, "load_pipeline", stop)
+    monkeypatch.setattr(models, "load_pipeline", stop)
     assert run(*arguments, "--out", tmp_path).stdout.splitlines() == limits
 
 
@@ -167,6 +169,6 @@ def test_frames_go_to_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_guidance_scale_goes_to_others_where_it_is_asked_for() -> None:
     """Some pipelines take none (HunyuanVideo 1.5, HunyuanImage), and others have a default of their own."""
-    assert cli_options.call_arguments("builtin", (64, 64), 2, None, None)["guidance_scale"] == 3.5
-    assert set(cli_options.call_arguments("owner/name", (64, 64), 2, None, None)) == {"height", "width", "num_inference_steps"}
-    assert cli_options.call_arguments("owner/name", (64, 64), 2, 5.0, None)["guidance_scale"] == 5.0
+    assert options.call_arguments("builtin", (64, 64), 2, None, None)["guidance_scale"] == 3.5
+    assert set(options.call_arguments("owner/name", (64, 64), 2, None, None)) == {"height", "width", "num_inference_steps"}
+    assert options.call_arguments("owner/name", (64, 64), 2, 5.0, None)["guidance_scale"] == 5.0

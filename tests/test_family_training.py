@@ -8,7 +8,7 @@ import torch.nn as nn
 from test_families import SPARSE, Tiny, every_family
 
 import dit_accel
-from dit_accel.anatomy import attention_layers, projection_names
+from dit_accel.patch.anatomy import attention_layers, projection_names
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ from conftest import fill_randomly, tiny_transformer
 from distill_fixtures import CALL, PROMPTS, distill, half_pipe, prompt_pipe, quick, student
 
 import dit_accel
-from dit_accel import SLA, fingerprint, patch, weights
-from dit_accel.adapter import CONFIG, load_adapter, save_adapter
+from dit_accel import SLA
+from dit_accel.adapters.folder import CONFIG, load_adapter, save_adapter
 from dit_accel.errors import AdapterError
-from dit_accel.fingerprint import check, known_hash, same_weights
+from dit_accel.patch import fingerprint, weights
+from dit_accel.patch import verbs as patch
+from dit_accel.patch.fingerprint import check, known_hash, same_weights
 
 
 def quantised(model: Any, config: str) -> Any:

@@ -20,7 +20,7 @@ from test_cli import SMALL, fail, make_tiny, succeed
 
 from dit_accel import files, load_adapter, save_adapter
 from dit_accel.errors import AdapterError, DitAccelError, WriteError
-from dit_accel.finetune.samples import Samples, collect, damaged_runs
+from dit_accel.finetune.data.collect import Samples, collect, damaged_runs
 
 SAID = "which failed: .*File too large"
 

@@ -8,8 +8,8 @@ import torch
 from conftest import forward_arguments, tiny_transformer
 
 from dit_accel.kernels import dispatch, xformers_rows
-from dit_accel.patch import accelerate
-from dit_accel.presets import Fovea
+from dit_accel.method.presets import Fovea
+from dit_accel.patch.verbs import accelerate
 
 CARD = torch.device("cuda", 0)
 

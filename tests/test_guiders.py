@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_accel
 from dit_accel.errors import FallbackError
-from dit_accel.interception import intercepted, through_modes
+from dit_accel.patch.interception import intercepted, through_modes
 
 # what a hook skips of a block's attention, its scores and its feed-forward layer, and the models that take it as they are in diffusers
 SKIPS: dict[str, tuple[dict[str, bool], tuple[str, ...]]] = {

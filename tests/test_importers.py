@@ -37,11 +37,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter
-from dit_accel.adapter import CONFIG, FULL, WEIGHTS, WHOLE
+from dit_accel.adapters.folder import CONFIG, FULL, WEIGHTS, WHOLE
+from dit_accel.adapters.importers import Entry, match_header
+from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError
-from dit_accel.importers import Entry, match_header
-from dit_accel.model_card import CARD
-from dit_accel.patch import operators_of
+from dit_accel.patch.verbs import operators_of
 
 RELEASED = {
     "clear_local_8": CLEAR(8), "clear_local_16": CLEAR(16), "clear_local_32": CLEAR(32),
@@ -337,7 +337,7 @@ def test_clear_of_the_released_size_fits(name: str) -> None:
 
 
 def test_info_says_what_a_file_is(tmp_path: Path) -> None:
-    from dit_accel.cli_info import adapter_rows
+    from dit_accel.cli.info import adapter_rows
 
     rows = adapter_rows(str(saved(clear_tensors(4), tmp_path, "clear_local_8_down_4")))
     assert "CLEAR" in rows["holds"]

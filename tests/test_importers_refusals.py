@@ -25,9 +25,9 @@ from published import (
 from test_adapter import edit_config, edit_tensors
 
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, load_adapter, save_adapter
-from dit_accel.adapter import CONFIG, FULL, WHOLE
+from dit_accel.adapters.folder import CONFIG, FULL, WHOLE
+from dit_accel.adapters.importers import local_file
 from dit_accel.errors import AdapterError
-from dit_accel.importers import local_file
 
 Change = Callable[[Tensors], object]
 FLUX_Q, WAN_Q = "single_transformer_blocks.37.attn.to_q.weight", "blocks.1.self_attn.q.weight"

@@ -18,7 +18,7 @@ import pytest
 from distill_fixtures import CALL, PROMPTS, learn, prompt_pipe, state
 
 from dit_accel import CLEAR, AttentionSpec, Fovea, accelerate, files
-from dit_accel.finetune.samples import Samples, collect, damaged_runs
+from dit_accel.finetune.data.collect import Samples, collect, damaged_runs
 
 MANY = [f"{prompt} {number}" for number in range(4) for prompt in PROMPTS]
 RUN: dict[str, Any] = {"steps": 6, "parameter_steps": 6, "checkpoint_every": 2}

@@ -8,9 +8,9 @@ import torch
 from helpers import Grid, Largest, block_of
 
 from dit_accel.kernels.blocks import BlockMap
-from dit_accel.layout import TokenLayout, coordinates, memory_order, partition, raster_order
-from dit_accel.plan import listed_beside
-from dit_accel.spec import Order, Raster, Tiles
+from dit_accel.method.spec import Order, Raster, Tiles
+from dit_accel.operator.blocks_of_grid import listed_beside
+from dit_accel.operator.layout import TokenLayout, coordinates, memory_order, partition, raster_order
 
 GRIDS = [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 64, 64)]
 ORDERS = [Tiles((2, 4, 4)), Tiles((4, 16)), Tiles(), Raster()]

@@ -8,9 +8,9 @@ from helpers import Shape
 from torch import Tensor
 
 from dit_accel.kernels import dispatch
-from dit_accel.operator import attention
-from dit_accel.presets import CLEAR, SLA, Fovea
-from dit_accel.spec import AttentionSpec
+from dit_accel.method.presets import CLEAR, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.attention import attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -10,8 +10,9 @@ from test_families import SPARSE, WHOLE, Tiny
 from torch import Tensor
 
 import dit_accel
-from dit_accel import AttentionSpec, TokenLayout, masks
+from dit_accel import AttentionSpec, TokenLayout
 from dit_accel.errors import FallbackError
+from dit_accel.patch import masks
 
 # pipelines whose padded text changes nothing without us: the others attend to it or pool it, and so do we
 MASKED = (

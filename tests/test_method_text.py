@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, cli_options
-from dit_accel.method_text import METHODS, parse_method
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea
+from dit_accel.cli import options
+from dit_accel.method.text import METHODS, parse_method
 
 
 @pytest.mark.parametrize(
@@ -67,4 +68,4 @@ def test_method_text_says_what_is_wrong(text: str, message: str) -> None:
 @pytest.mark.parametrize("example", [e for method in METHODS.values() for e in method.examples])
 def test_examples_are_methods(example: str) -> None:
     assert isinstance(parse_method(example), AttentionSpec)
-    assert example in cli_options.METHOD_FORMS
+    assert example in options.METHOD_FORMS

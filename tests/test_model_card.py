@@ -8,9 +8,9 @@ import yaml
 from distill_fixtures import student
 
 import dit_accel
-from dit_accel.adapter import CONFIG, WEIGHTS
+from dit_accel.adapters.folder import CONFIG, WEIGHTS
+from dit_accel.adapters.model_card import CARD, MARK
 from dit_accel.errors import AdapterError
-from dit_accel.model_card import CARD, MARK
 
 RECORD = {"config": {"steps": 300, "train": "lora"}, "prompts": 60, "held_out_error_before": 0.24, "held_out_error_after": 0.109375}
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_accel import SLA, accelerate, dense, load_adapter, restore, save_adapter
-from dit_accel.anatomy import projection_names
+from dit_accel.adapters.importers import plain_parameters
 from dit_accel.errors import AdapterError, DistillationError, DitAccelError
+from dit_accel.finetune.data.collect import collect
 from dit_accel.finetune.distill import distill
-from dit_accel.finetune.samples import collect
-from dit_accel.holders import Holders
-from dit_accel.importers import plain_parameters
-from dit_accel.lora import ADAPTER
-from dit_accel.patch import operators_of
-from dit_accel.weights import replace_weights, teacher_hash, weights_hash
+from dit_accel.patch.anatomy import projection_names
+from dit_accel.patch.holders import Holders
+from dit_accel.patch.lora import ADAPTER
+from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.weights import replace_weights, teacher_hash, weights_hash
 
 CPU = torch.device("cpu")
 SPEC = SLA(0.3, block=(16, 16))

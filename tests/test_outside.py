@@ -16,11 +16,11 @@ from test_families import SPARSE, Tiny
 from test_offloaded_weights import TRAINED, train
 
 from dit_accel import SLA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter, summary
-from dit_accel.adapter import CONFIG
-from dit_accel.base_model import public_name
+from dit_accel.adapters.base_model import public_name
+from dit_accel.adapters.folder import CONFIG
+from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError, DitAccelError, UnsupportedModelError
-from dit_accel.model_card import CARD
-from dit_accel.patch import operators_of
+from dit_accel.patch.verbs import operators_of
 
 SPECS: dict[str, AttentionSpec] = {"fovea": Fovea(0.2), "sla": SLA(0.2)}
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -11,9 +11,10 @@ from conftest import LAYERS, TEXT, fill_randomly, forward_arguments, normal, rel
 from torch import Tensor
 
 import dit_accel
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, processor
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea
 from dit_accel.errors import AlreadyAcceleratedError, BackendError, NotAcceleratedError, UnsupportedModelError
-from dit_accel.patch import operators_of
+from dit_accel.patch import processor
+from dit_accel.patch.verbs import operators_of
 
 EXACT = {
     "fovea-radius": Fovea(radius=1000.0),

@@ -13,11 +13,12 @@ from helpers import Shape, kept_pairs
 from test_families import Tiny
 
 import dit_accel
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention, plan
-from dit_accel.patch import patches_of
-from dit_accel.plan import Plan, kept_density, make_plan, visited_density
-from dit_accel.plans import RECENT, Plans, plan_bytes
-from dit_accel.spec import Box, Disc, FirstFrames, Tiles, TopK, Window
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention
+from dit_accel.method.spec import Box, Disc, FirstFrames, Tiles, TopK, Window
+from dit_accel.operator import blocks_of_grid as plan
+from dit_accel.operator.blocks_of_grid import Plan, kept_density, make_plan, visited_density
+from dit_accel.operator.plans import RECENT, Plans, plan_bytes
+from dit_accel.patch.verbs import patches_of
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_plans_go_with_the_pipeline(end: str, made: list[weakref.ref[Plan]]) -> 
 
 def test_switching_specs_keeps_plans(made: list[weakref.ref[Plan]]) -> None:
     """As training for several densities does at every step."""
-    from dit_accel.patch import running
+    from dit_accel.patch.verbs import running
 
     model, other = dit_accel.accelerate(tiny_transformer(), SLA(0.2)), SLA(0.4)
     for _ in range(3):

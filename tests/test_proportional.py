@@ -9,13 +9,13 @@ from hires_fixtures import SIZE, TEXT, draw, make
 from torch import Tensor
 
 from dit_accel import CLEAR, Fovea, accelerate, restore
-from dit_accel.anatomy import CONTEXT
-from dit_accel.context import Context
+from dit_accel.patch.anatomy import CONTEXT
+from dit_accel.patch.context import Context
 
 
 def scales(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:
     """Grows by (tokens, scale) at every call of an operator."""
-    from dit_accel import processor
+    from dit_accel.patch import processor
 
     found: list[tuple[int, float | None]] = []
     original: Any = processor.attend

@@ -10,7 +10,7 @@ import typer
 from test_cli import ROOT
 
 import dit_accel
-from dit_accel.cli import app
+from dit_accel.cli.app import app
 
 PLACES = ("README.md", "docs/*.md", "*/README.md", "pipelines/*/weights/README.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dit_accel import accelerate, dense, distill
 from dit_accel.errors import DistillationError
-from dit_accel.finetune import run_file
-from dit_accel.finetune.evaluate import on_device, predict, velocity_error, velocity_errors
-from dit_accel.finetune.samples import Key, Samples, collect, damaged_runs
-from dit_accel.weights import teacher_hash
+from dit_accel.finetune.data import record
+from dit_accel.finetune.data.collect import Key, Samples, collect, damaged_runs
+from dit_accel.finetune.velocity import on_device, predict, velocity_error, velocity_errors
+from dit_accel.patch.weights import teacher_hash
 
 ARGUMENTS = {
     "hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states", "txt_ids", "img_ids", "joint_attention_kwargs",
@@ -76,9 +76,9 @@ def test_tuples_come_back_as_tuples(tmp_path: Path) -> None:
     """Nucleus takes the size of each sample as a tuple, and a list as the sizes of several images."""
     sizes = [(1, 9, 14), (1, 9, 14)]
     arguments = {"img_shapes": sizes, "nested": ([1, (2,)], {"a": (2.5, None)})}
-    path = run_file.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
-    assert run_file.damage(path, "") is None
-    with run_file.opened(path, "") as run:
+    path = record.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
+    assert record.damage(path, "") is None
+    with record.opened(path, "") as run:
         found = run.read(0).arguments
     assert equal(found["img_shapes"], sizes)
     assert equal(found["nested"], arguments["nested"])
@@ -87,12 +87,12 @@ def test_tuples_come_back_as_tuples(tmp_path: Path) -> None:
 
 def test_a_callers_error_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     arguments = {"t": torch.tensor([0.5])}
-    path = run_file.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
+    path = record.write(tmp_path, Key("a cat", 0), "", [(arguments, torch.zeros(1))], torch.zeros(1))
     for error in (KeyError("mine"), ValueError("mine"), OSError("mine"), IndexError("mine"), TypeError("mine"), AttributeError("mine")):
-        with pytest.raises(type(error), match="mine") as raised, run_file.opened(path, ""):
+        with pytest.raises(type(error), match="mine") as raised, record.opened(path, ""):
             raise error
         assert raised.value is error
-    with run_file.opened(path, "") as run:
+    with record.opened(path, "") as run:
         with pytest.raises(IndexError):
             run.read(1)
         with pytest.raises(DistillationError, match="'x' is no argument of the recorded forwards, which have t"):

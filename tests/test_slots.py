@@ -10,14 +10,15 @@ import pytest
 import torch
 from helpers import Shape
 
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention, spec
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention
 from dit_accel.errors import BackendError
-from dit_accel.estimate import passes
-from dit_accel.layout import partition
-from dit_accel.operator import attend
-from dit_accel.parameters import Values
-from dit_accel.plan import kept_density, make_plan, multiply_adds, visited_density
-from dit_accel.spec import Box, Disc, FirstFrames, Linear, Mass, Pooled, Raster, TopK
+from dit_accel.measure.estimate import passes
+from dit_accel.method import spec
+from dit_accel.method.parameters import Values
+from dit_accel.method.spec import Box, Disc, FirstFrames, Linear, Mass, Pooled, Raster, TopK
+from dit_accel.operator.attention import attend
+from dit_accel.operator.blocks_of_grid import kept_density, make_plan, multiply_adds, visited_density
+from dit_accel.operator.layout import partition
 
 CPU, LAYOUT = torch.device("cpu"), TokenLayout((1, 8, 8))
 

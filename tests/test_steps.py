@@ -15,7 +15,7 @@ from test_families import SPARSE, Tiny
 from torch import Tensor
 
 import dit_accel
-from dit_accel.steps import Steps
+from dit_accel.patch.steps import Steps
 
 WITH_IDS, WITHOUT = "flux", "sd3"
 FEW = ["flux", "sd3", "wan"]

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from dit_accel import bench_tune, bench_tune_ahead
-from dit_accel.bench_tune import Work
 from dit_accel.kernels.triton.tables import Machine
+from dit_accel.measure import gpu_tune, gpu_tune_ahead
+from dit_accel.measure.gpu_tune import Work
 
 HOPPER = Machine("sm_90", 132)
 ROWS = Work("rows", "bfloat16", 64)
@@ -20,17 +20,17 @@ ROWS = Work("rows", "bfloat16", 64)
 
 def test_the_trials_are_at_a_size_at_which_the_loop_over_kept_blocks_is_long() -> None:
     """5 % of the blocks, as many as are tried: 12 here, where 64 x 64 tokens had 3."""
-    assert bench_tune.GRID[1] * bench_tune.GRID[2] // 64 * 0.05 > 12
+    assert gpu_tune.GRID[1] * gpu_tune.GRID[2] // 64 * 0.05 > 12
 
 
 def test_a_tuning_of_one_head_size_is_as_many_compilations_as_said() -> None:
     """Five minutes on 16 processors: compilations of 2.6 seconds shared by them, and timings one after the other."""
-    for head_dim in bench_tune.HEAD_DIMS:
-        work = bench_tune.work_of(None, [head_dim])
-        jobs = bench_tune_ahead.jobs_of(work, HOPPER, "a target")
+    for head_dim in gpu_tune.HEAD_DIMS:
+        work = gpu_tune.work_of(None, [head_dim])
+        jobs = gpu_tune_ahead.jobs_of(work, HOPPER, "a target")
         assert len(jobs) == len(set(jobs)) <= 330
         assert len(jobs) * 2.6 / 16 + 1.5 * len(jobs) * (0.17 + 0.05) < 200
-        assert {(job.work, job.tile) for job in jobs} == {(one, tile) for one in work for tile in bench_tune.candidates(one, HOPPER)}
+        assert {(job.work, job.tile) for job in jobs} == {(one, tile) for one in work for tile in gpu_tune.candidates(one, HOPPER)}
 
 
 class Pool:
@@ -58,22 +58,22 @@ class Pool:
 def test_candidates_are_compiled_on_all_processors_unless_the_cache_has_them(
     breaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done: list[bench_tune_ahead.Job] = []
+    done: list[gpu_tune_ahead.Job] = []
     taken = [9.0]
-    monkeypatch.setattr(bench_tune_ahead.Job, "run", lambda job: done.append(job) or list(taken))
-    monkeypatch.setattr(bench_tune_ahead.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(bench_tune_ahead, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(bench_tune_ahead.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(gpu_tune_ahead.Job, "run", lambda job: done.append(job) or list(taken))
+    monkeypatch.setattr(gpu_tune_ahead.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(gpu_tune_ahead, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(gpu_tune_ahead.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(Pool, "breaks", breaks)
     monkeypatch.setattr(Pool, "started", [])
     work = [ROWS, Work("merge", "bfloat16", 64)]
-    jobs = bench_tune_ahead.jobs_of(work, HOPPER, "a target")
-    assert bench_tune_ahead.compile_ahead(work, HOPPER, "a target", Console(width=200)) == 16
+    jobs = gpu_tune_ahead.jobs_of(work, HOPPER, "a target")
+    assert gpu_tune_ahead.compile_ahead(work, HOPPER, "a target", Console(width=200)) == 16
     assert set(done) == (set(jobs[-1:]) if breaks else set(jobs))
     assert ("compiled when they are timed" in capsys.readouterr().out) == breaks
     taken[0] = 0.01
-    assert bench_tune_ahead.compile_ahead(work, HOPPER, "a target", Console(width=200)) == 0
-    assert bench_tune_ahead.compile_ahead([], HOPPER, "a target", Console(width=200)) == 0
+    assert gpu_tune_ahead.compile_ahead(work, HOPPER, "a target", Console(width=200)) == 0
+    assert gpu_tune_ahead.compile_ahead([], HOPPER, "a target", Console(width=200)) == 0
     assert Pool.started == [16]
 
 
@@ -82,12 +82,13 @@ import sys, time
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from dit_accel import bench_tune, bench_tune_ahead
+from dit_accel.measure import gpu_tune
+from dit_accel.measure import gpu_tune_ahead
 from dit_accel.kernels.triton import backward, forward
 from dit_accel.kernels.triton.tables import Machine, Tile
 torch.set_num_threads(1)
-work, tile, target = bench_tune.Work("merge", "bfloat16", 64), Tile(64, 32, 4, 2), GPUTarget("cuda", 90, 32)
-job = bench_tune_ahead.Job(work, tile, "clear", Machine("sm_90", 132), target)
+work, tile, target = gpu_tune.Work("merge", "bfloat16", 64), Tile(64, 32, 4, 2), GPUTarget("cuda", 90, 32)
+job = gpu_tune_ahead.Job(work, tile, "clear", Machine("sm_90", 132), target)
 found = []
 for again in range(2):
     seconds = job.run()

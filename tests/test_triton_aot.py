@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dit_accel.bench_aot import EVERY, jobs
 from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT
+from dit_accel.measure.gpu_compile import EVERY, jobs
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -56,13 +56,13 @@ def test_loops_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 KERNELS_OF_A_SIZE = """
 import sys, torch
-from dit_accel import fused
+from dit_accel.operator import lowering
 from dit_accel.kernels.triton import aot, calls
 from dit_accel.kernels.triton.tables import Machine
-from dit_accel.layout import TokenLayout
-from dit_accel.operator import start_values
-from dit_accel.plan import make_plan
-from dit_accel.presets import CLEAR, Fovea, SLA
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.attention import start_values
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
@@ -70,7 +70,7 @@ for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
     q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
     with calls.recorded(Machine("sm_90", 132)) as launches:
         plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()
-        fused.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
+        lowering.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
     for launch in launches:
         if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows"}:
             source = aot.source(launch)

@@ -20,11 +20,11 @@ from dit_accel.kernels.triton import calls, fallback, launch
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.launch import Launch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, Machine, Tile
-from dit_accel.operator import attention
-from dit_accel.patch import accelerate
-from dit_accel.plan import make_plan
-from dit_accel.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.spec import AttentionSpec
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.attention import attention
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.patch.verbs import accelerate
 
 SHAPE = Shape(1, 1, 16, (1, 8, 11), 5)
 ROWS = Place("rows", 128, torch.bfloat16, 64, 64)

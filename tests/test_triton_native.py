@@ -10,15 +10,16 @@ import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
 from torch import Tensor
 
-from dit_accel import bench_rivals, bench_tune
 from dit_accel.errors import BackendError
 from dit_accel.kernels.triton import calls, timing
-from dit_accel.layout import TokenLayout
-from dit_accel.operator import attend, attention
-from dit_accel.parameters import AttentionParameters
-from dit_accel.plan import make_plan
-from dit_accel.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.spec import AttentionSpec, Linear, Mass, Tiles, TopK
+from dit_accel.measure import gpu_tune
+from dit_accel.measure import rivals as bench_rivals
+from dit_accel.method.parameters import AttentionParameters
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec, Linear, Mass, Tiles, TopK
+from dit_accel.operator.attention import attend, attention
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.layout import TokenLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")]
 
@@ -190,8 +191,8 @@ def test_compiled_flex_attention_computes_the_operators_pairs() -> None:
 
 
 def test_a_trial_on_the_card_gives_seconds() -> None:
-    work, machine = bench_tune.Work("gradient_rows", "bfloat16", 64), calls.machine_of(CUDA)
-    tile = bench_tune.table_tile(work, machine)
-    found = bench_tune.run_trial(work, tile, machine=machine, measure=timing.seconds, device=CUDA, grid=(1, 16, 16), text=20, heads=2)
+    work, machine = gpu_tune.Work("gradient_rows", "bfloat16", 64), calls.machine_of(CUDA)
+    tile = gpu_tune.table_tile(work, machine)
+    found = gpu_tune.run_trial(work, tile, machine=machine, measure=timing.seconds, device=CUDA, grid=(1, 16, 16), text=20, heads=2)
     assert isinstance(found, float)
     assert found > 0

@@ -13,14 +13,14 @@ from rich.console import Console
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from dit_accel import bench_tune, bench_tune_ahead
-from dit_accel.bench_tune import KERNELS, Result, Work
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton import ahead, calls, driver, launch, tables, timing, tuned
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
-from dit_accel.operator import attention
-from dit_accel.presets import SLA, Fovea
+from dit_accel.measure import gpu_tune, gpu_tune_ahead
+from dit_accel.measure.gpu_tune import KERNELS, Result, Work
+from dit_accel.method.presets import SLA, Fovea
+from dit_accel.operator.attention import attention
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,7 @@ ROWS = Work("rows", "bfloat16", 64)
 def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Nothing is compiled before it is timed; grows by the target and the number of kernels to tune."""
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(bench_tune_ahead, "compile_ahead", lambda work, machine, target, shown: asked.append((target, len(work))))
+    monkeypatch.setattr(gpu_tune_ahead, "compile_ahead", lambda work, machine, target, shown: asked.append((target, len(work))))
     monkeypatch.setattr(ahead, "current_target", lambda: "a target")
     return asked
 
@@ -50,14 +50,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_row_of_the_table_can_be_tuned() -> None:
     assert tuple(KERNELS) == tables.KERNELS
-    assert {work.kernel for work in bench_tune.work_of(head_dims=[128])} == set(KERNELS)
-    assert not {"rows_linear", "linear", "linear_columns", "outer"} & {work.kernel for work in bench_tune.work_of(head_dims=[256])}
+    assert {work.kernel for work in gpu_tune.work_of(head_dims=[128])} == set(KERNELS)
+    assert not {"rows_linear", "linear", "linear_columns", "outer"} & {work.kernel for work in gpu_tune.work_of(head_dims=[256])}
 
 
-@pytest.mark.parametrize("work", bench_tune.work_of(["float16"], [64, 128, 256]), ids=str)
+@pytest.mark.parametrize("work", gpu_tune.work_of(["float16"], [64, 128, 256]), ids=str)
 def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
     for arch in ARCHITECTURES:
-        tried = bench_tune.candidates(work, Machine(arch, 132))
+        tried = gpu_tune.candidates(work, Machine(arch, 132))
         assert tried[0] == tile_for(work.kernel, Machine(arch, 132), work.head_dim, torch.float16, 64, 64)
         assert len(set(tried)) == len(tried)
         assert 8 <= len(tried) <= 17
@@ -65,9 +65,9 @@ def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
 
 def test_unknown_work_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype is one of .*got 'float32'"):
-        bench_tune.work_of(["float32"])
+        gpu_tune.work_of(["float32"])
     with pytest.raises(ValueError, match=r"head_dim is one of .*got 72"):
-        bench_tune.work_of(None, [72])
+        gpu_tune.work_of(None, [72])
 
 
 # What stays
@@ -78,33 +78,33 @@ def timer(times: dict[Tile, float | str], otherwise: float | str = 9.0) -> Any:
 
 
 def test_the_fastest_tile_stays_and_those_of_no_use_are_listed() -> None:
-    own, fast, broken = (bench_tune.candidates(ROWS, HOPPER)[i] for i in (0, 2, 3))
-    result = bench_tune.tune(ROWS, HOPPER, timer({own: 2.0, fast: 1.0, broken: "spills 8 registers"}))
+    own, fast, broken = (gpu_tune.candidates(ROWS, HOPPER)[i] for i in (0, 2, 3))
+    result = gpu_tune.tune(ROWS, HOPPER, timer({own: 2.0, fast: 1.0, broken: "spills 8 registers"}))
     assert result.chosen == fast
     assert result.skipped == {broken: "spills 8 registers"}
-    (entry,) = bench_tune.entries([result], HERE)
+    (entry,) = gpu_tune.entries([result], HERE)
     assert (entry.gpu, entry.key, entry.tile) == (HERE, ("rows", "bfloat16", 64), fast)
 
 
 def test_the_tables_tile_stays_where_none_is_clearly_faster() -> None:
-    own, near = bench_tune.candidates(ROWS, HOPPER)[:2]
-    result = bench_tune.tune(ROWS, HOPPER, timer({own: 1.0, near: 0.98}))
+    own, near = gpu_tune.candidates(ROWS, HOPPER)[:2]
+    result = gpu_tune.tune(ROWS, HOPPER, timer({own: 1.0, near: 0.98}))
     assert result.chosen == own
-    assert bench_tune.entries([result], HERE) == []
+    assert gpu_tune.entries([result], HERE) == []
 
 
 def test_another_tile_stays_where_the_tables_is_of_no_use() -> None:
-    own, other = bench_tune.candidates(ROWS, HOPPER)[:2]
-    assert bench_tune.tune(ROWS, HOPPER, timer({own: "does not compile", other: 1.0})).chosen == other
-    nothing = bench_tune.tune(ROWS, HOPPER, timer({}, "does not compile"))
+    own, other = gpu_tune.candidates(ROWS, HOPPER)[:2]
+    assert gpu_tune.tune(ROWS, HOPPER, timer({own: "does not compile", other: 1.0})).chosen == other
+    nothing = gpu_tune.tune(ROWS, HOPPER, timer({}, "does not compile"))
     assert nothing.chosen is None
-    assert bench_tune.entries([nothing], HERE) == []
+    assert gpu_tune.entries([nothing], HERE) == []
 
 
 def test_what_is_shown_names_every_skipped_tile(capsys: pytest.CaptureFixture[str]) -> None:
-    own, fast, broken = bench_tune.candidates(ROWS, HOPPER)[:3]
+    own, fast, broken = gpu_tune.candidates(ROWS, HOPPER)[:3]
     result = Result(ROWS, own, {own: 0.002, fast: 0.001}, {broken: "spills 8 registers"})
-    bench_tune.show([result, Result(ROWS, own)], Console(width=200))
+    gpu_tune.show([result, Result(ROWS, own)], Console(width=200))
     shown = capsys.readouterr().out
     assert "2.00×" in shown
     assert "skipped: rows, bfloat16, D 64" in shown
@@ -117,7 +117,7 @@ def test_what_is_shown_names_every_skipped_tile(capsys: pytest.CaptureFixture[st
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["dense", "linear", "gradient_columns"])
 def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KERNELS, kernel, bench_tune.Kernel(KERNELS[kernel].functions, ("sla",)))
+    monkeypatch.setitem(KERNELS, kernel, gpu_tune.Kernel(KERNELS[kernel].functions, ("sla",)))
     measured: list[launch.Launch] = []
 
     def measure(one: launch.Launch) -> float:
@@ -129,12 +129,12 @@ def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str,
 
     arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": DEVICE, "grid": (1, 4, 8), "text": 3, "heads": 1}
     work, tile = Work(kernel, "float16", 64), Tile(32, 16, 2, 2)
-    assert bench_tune.run_trial(work, tile, measure=measure, **arguments) == 0.5
+    assert gpu_tune.run_trial(work, tile, measure=measure, **arguments) == 0.5
     (one,) = measured
     assert one.kernel.__name__ in KERNELS[kernel].functions
     assert {one.arguments[name] for name in ("BQ", "BK") if name in one.arguments} == {32, 16}
     assert (one.warps, one.arguments["STAGES"]) == (2, 2)
-    assert bench_tune.run_trial(work, tile, measure=lambda one: "does not compile", **arguments) == "does not compile"
+    assert gpu_tune.run_trial(work, tile, measure=lambda one: "does not compile", **arguments) == "does not compile"
 
 
 @pytest.mark.gpu
@@ -149,7 +149,7 @@ def test_another_kernel_that_does_not_fit_does_not_end_a_trial(monkeypatch: pyte
         execute(one)
 
     monkeypatch.setattr(launch, "execute", small_card)
-    monkeypatch.setitem(KERNELS, "dense", bench_tune.Kernel(("dense_rows",), ("clear",)))
+    monkeypatch.setitem(KERNELS, "dense", gpu_tune.Kernel(("dense_rows",), ("clear",)))
     arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": CPU, "grid": (1, 4, 8), "text": 3, "heads": 1}
 
     def measure(one: launch.Launch) -> float:
@@ -157,7 +157,7 @@ def test_another_kernel_that_does_not_fit_does_not_end_a_trial(monkeypatch: pyte
         execute(one)
         return 0.5
 
-    assert bench_tune.run_trial(Work("dense", "float16", 64), Tile(32, 16, 2, 2), measure=measure, **arguments) == 0.5
+    assert gpu_tune.run_trial(Work("dense", "float16", 64), Tile(32, 16, 2, 2), measure=measure, **arguments) == 0.5
     assert len(measured) > 1  # began anew, and counted one pass
     assert {(one.arguments["BQ"], one.arguments["BK"]) for one in measured} == {(32, 16)}
 
@@ -289,11 +289,11 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: str | by
 def test_the_command_writes_what_launches_read(
     cache: Path, nothing_ahead: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
+    monkeypatch.setattr(gpu_tune, "_device", lambda: CPU)
     monkeypatch.setattr(calls, "gpu_of", lambda device: HERE)
-    own, fast = bench_tune.candidates(ROWS, calls.INTERPRETED)[:2]
-    monkeypatch.setattr(bench_tune, "run_trial", lambda work, tile, **_: 1.0 if tile == fast else 2.0)
-    bench_tune.bench_tune([ROWS], out=tmp_path / "out.json")
+    own, fast = gpu_tune.candidates(ROWS, calls.INTERPRETED)[:2]
+    monkeypatch.setattr(gpu_tune, "run_trial", lambda work, tile, **_: 1.0 if tile == fast else 2.0)
+    gpu_tune.bench_tune([ROWS], out=tmp_path / "out.json")
     assert tuned.tiles_of(HERE) == {ROWS_KEY: fast}
     assert [path.name for path in cache.parent.iterdir()] == ["tiles.json"]
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -305,13 +305,13 @@ def test_the_command_writes_what_launches_read(
             raise KeyboardInterrupt
         return 2.0 - (tile == own)
 
-    monkeypatch.setattr(bench_tune, "run_trial", interrupted)
+    monkeypatch.setattr(gpu_tune, "run_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench_tune.bench_tune([ROWS, Work("dense", "bfloat16", 64)])
+        gpu_tune.bench_tune([ROWS, Work("dense", "bfloat16", 64)])
     assert tuned.tiles_of(HERE) == {}  # the table's tile is the fastest now, and that is kept
     cache.write_text("{")
     with pytest.raises(ValueError, match="is a JSON file of tiles"):
-        bench_tune.bench_tune([ROWS])
+        gpu_tune.bench_tune([ROWS])
     assert cache.read_text() == "{"
     assert nothing_ahead == [("a target", 1), ("a target", 2)]
 
@@ -320,11 +320,11 @@ ROWS_KEY = ("rows", "bfloat16", 64)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_tune, "_device", lambda: CPU)
-    monkeypatch.setattr(bench_tune, "run_trial", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr(gpu_tune, "_device", lambda: CPU)
+    monkeypatch.setattr(gpu_tune, "run_trial", lambda *_, **__: pytest.fail("worked"))
     cache.parent.write_text("a file")
     with pytest.raises(ValueError, match="wanted a folder that can be written to"):
-        bench_tune.bench_tune([ROWS])
+        gpu_tune.bench_tune([ROWS])
     assert stat.S_ISREG(cache.parent.stat().st_mode)
 
 
@@ -347,7 +347,7 @@ def test_a_machine_without_a_gpu_is_refused(interpreted: bool, triton: bool, say
     monkeypatch.setattr(dispatch, "TRITON", triton)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match=says):
-        bench_tune.bench_tune([ROWS])
+        gpu_tune.bench_tune([ROWS])
 
 
 # What a tile changes

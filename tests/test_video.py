@@ -18,8 +18,8 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import SLA, Fovea, accelerate, save_adapter, save_video
-from dit_accel.anatomy import OWN
-from dit_accel.evaluation import evaluate
+from dit_accel.measure.evaluation import evaluate
+from dit_accel.patch.anatomy import OWN
 from dit_accel.pipelines import training
 from dit_accel.pipelines.builtin.drawings import Renderings
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, xformers_rows
-from dit_accel.operator import attention
-from dit_accel.presets import CLEAR, SLA, Fovea
-from dit_accel.spec import AttentionSpec
+from dit_accel.method.presets import CLEAR, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.attention import attention
 
 CUDA = torch.device("cuda")
 

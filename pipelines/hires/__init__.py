@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_accel.anatomy import CONTEXT, forward_names
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
-from dit_accel.patch import dense, proportional
+from dit_accel.patch.anatomy import CONTEXT, forward_names
+from dit_accel.patch.verbs import dense, proportional
+from dit_accel.patch.weights import weights_hash
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
 from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_factor
 from dit_accel.pipelines.hires.stages import Stages
-from dit_accel.weights import weights_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image

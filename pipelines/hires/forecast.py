@@ -13,13 +13,13 @@ import torch.nn as nn
 from rich.table import Table
 from torch import Tensor
 
-from dit_accel.anatomy import attention_layers, heads_of
 from dit_accel.console import console
-from dit_accel.layout import TokenLayout
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch.anatomy import attention_layers, heads_of
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires.memory import memory_bytes
-from dit_accel.plan import multiply_adds
-from dit_accel.spec import AttentionSpec
 
 Size = tuple[int, int]
 

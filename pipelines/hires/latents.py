@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit_accel.anatomy import find_transformers
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.patch.anatomy import find_transformers
 
 PACK = ["latents", "batch_size", "num_channels_latents", "height", "width"]
 UNPACK = ["latents", "height", "width", "vae_scale_factor"]

@@ -1,0 +1,395 @@
+"""Saving what acceleration and distillation added to a pipeline, and loading it elsewhere.
+
+A folder holds `dit_accel_config.json` (method, layers, base model, training record, checksums), `diffusion_pytorch_model.safetensors` (the
+layers' own parameters), and, where they were trained, `pytorch_lora_weights.safetensors` (a LoRA in diffusers' own format, loadable alone)
+or `attention_weights.safetensors` (full projections) or `transformer_weights.safetensors` (all of the transformer's weights, as some
+published checkpoints bring them). Nothing is pickled. Loading checks everything before it changes anything. `importers` reads what others
+published.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_accel.adapters.base_model import base_model_name, licence_of, public_name
+from dit_accel.adapters.importers import Base, Checkpoint, import_file, local_file, plain_parameters
+from dit_accel.adapters.model_card import CARD, PICTURES, write_card
+from dit_accel.errors import AdapterError
+from dit_accel.files import staged, write_json, write_tensors
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.patch.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
+from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, same_weights
+from dit_accel.patch.fingerprint import check as check_fingerprint
+from dit_accel.patch.holders import Holders, is_offloaded, is_plain
+from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
+from dit_accel.patch.verbs import Patch, accelerate, operators_of, patches_of, restore
+from dit_accel.patch.weights import replace_weights
+from dit_accel.pipelines import class_of
+
+P = TypeVar("P")
+CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
+LORA, FULL = "pytorch_lora_weights.safetensors", "attention_weights.safetensors"
+WHOLE = "transformer_weights.safetensors"
+VERSION = 1
+
+
+class DitAccelAdapter(ModelMixin, ConfigMixin):
+    """The learned parameters of all accelerated layers of one transformer, as a diffusers model (hub, revisions, `push_to_hub`)."""
+
+    config_name = CONFIG
+
+    @register_to_config
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        layers: dict[str, tuple[int, int]],  # attention module -> (heads, head_dim)
+        base_model_class: str,
+        base_model_name: str = "",
+        base_model_hash: str = "",
+        base_model_fingerprint: Fingerprint | None = None,
+        dense_steps: int = 0,
+        training: dict[str, Any] | None = None,
+        files: dict[str, str] | None = None,  # file -> SHA-256
+        version: int = VERSION,
+    ) -> None:
+        super().__init__()
+        parsed = AttentionSpec.from_dict(spec)
+        made = {name: parsed.make_parameters(heads=heads, head_dim=width) for name, (heads, width) in layers.items()}
+        self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
+        self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
+
+
+def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
+    """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
+
+    `training` is a record kept in the config and shown on the card, as are the pictures that lie in the folder.
+
+    Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
+    was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
+    can't be told from it.
+    """
+    patches = patches_of(pipe_or_transformer)
+    if len(patches) != 1:
+        raise AdapterError(f"wanted one accelerated transformer, got {len(patches)}")
+    model, patch = patches[0]
+    operators = operators_of(model)
+    folder = Path(folder)
+    _check_complete(model, patch)
+    holders, loaded_from = Holders(model), base_model_name(pipe_or_transformer, model)
+    own = {
+        f"layers.{name.replace('.', '__')}.{k}": holders.value(f"{name}{OWN}{k}")
+        for name, operator in operators.items()
+        for k in operator.params.state_dict()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with staged(folder) as stage:  # what is there already stays whole until all is written
+            written = {WEIGHTS: write_tensors(stage / WEIGHTS, {**own, "format": torch.tensor(VERSION)}, {"format": "pt"})}
+            if ADAPTER in getattr(model, "peft_config", {}):
+                written[LORA] = write_tensors(stage / LORA, *_lora(model, holders))
+            if patch.weights:
+                name, full = _full_weights(model, patch, holders)
+                written[name] = write_tensors(stage / name, full, {"format": "pt"})
+            adapter = DitAccelAdapter(
+                spec=patch.context.spec.to_dict(),
+                layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
+                base_model_class=class_of(model).__name__,
+                base_model_name=public_name(loaded_from),
+                base_model_hash=known_hash(model),
+                base_model_fingerprint=fingerprint(model),
+                dense_steps=patch.context.dense_steps,
+                training=training,
+                files={name: _sha256(path) for name, path in written.items()},
+            )
+            config = json.loads(adapter.to_json_string())
+            write_json(stage / CONFIG, config)
+        for name in {LORA, FULL, WHOLE} - set(written):
+            (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
+        write_card(folder, config, licence_of(loaded_from))
+    except OSError as error:  # a WriteError is one
+        raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
+    return folder
+
+
+def _check_complete(model: Any, patch: Patch) -> None:
+    """Raise AdapterError where what belongs to the adapter is not in the model any more."""
+    if patch.lora and ADAPTER not in getattr(model, "peft_config", {}):
+        raise AdapterError(
+            f"the LoRA {ADAPTER!r} that belongs to the adapter was removed from the model, by unload_lora_weights() or delete_adapters(), "
+            "so that what was trained can't be saved any more: load the adapter again"
+        )
+    trained = {plain_name(name): p for name, p in model.named_parameters() if f".{ADAPTER}." in name or plain_name(name) in patch.weights}
+    quantised = [name for name, p in trained.items() if not is_plain(p)]
+    if quantised:
+        raise AdapterError(
+            f"what was trained was quantised ({quantised[0]} the first), which loses some of it: save the adapter before quantising"
+        )
+
+
+def _lora(model: Any, holders: Holders) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The trained LoRA as diffusers stores one: tensors and metadata."""
+    values = {name: holders.value(name) for name, _ in model.named_parameters() if f".{ADAPTER}." in name and OWN not in name}
+    lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, values, adapter_name=ADAPTER).items()}
+    settings = model.peft_config[ADAPTER].to_dict()
+    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
+    meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
+    return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
+
+
+def _full_weights(model: Any, patch: Patch, holders: Holders) -> tuple[str, dict[str, Tensor]]:
+    """The file for full weights and what goes in: all of them, or every projection, those too that were left alone."""
+    names = set(plain_parameters(model))
+    file = WHOLE if set(patch.weights) == names else FULL
+    if file == FULL:
+        projections = projection_names(model, patch.originals)
+        names = {name for name in names if name.rpartition(".")[0] in projections}
+    trained = patch.weights if patch.swapped else {}  # within dense() the patch holds the trained values
+    return file, {name: trained[name] if name in trained else holders.value(name) for name in names}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | None = None, backend: str = "auto", strict: bool = False) -> P:
+    """Accelerate a pipeline or transformer as an adapter says, with its weights; returns the same object.
+
+    Args:
+        path_or_repo: a folder of `save_adapter` or its hub id, or a checkpoint that others published: a file, or
+            `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
+            projection (`importers`). Their weights stand in for the transformer's own until `restore`; `dense` runs its own.
+        spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
+        backend, strict: as in `accelerate`.
+
+    A pipeline with two transformers takes one adapter for each: pass them by themselves. Raises AdapterError where files are missing,
+    damaged or unknown, or where they belong to another architecture; the pipeline is unchanged then. Base weights other than those that
+    an adapter was made with are reported as a warning.
+    """
+    models = find_transformers(pipe)
+    if len(models) != 1:
+        raise AdapterError(
+            f"wanted a pipeline with one transformer, or one transformer of its {len(models)}, each with an adapter of its own"
+        )
+    (model,) = models
+    file = local_file(path_or_repo)
+    found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
+    if found.weights or found.lora:
+        check_unfused(model, found.layers, AdapterError)
+        if is_offloaded(model):
+            raise AdapterError(f"{type(model).__name__} is offloaded: load the adapter before offloading")
+    accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
+    try:
+        _install_weights(model, found)
+        differs = found.base is not None and not _same_base(model, found.base)
+    except BaseException:
+        restore(pipe)
+        raise
+    if found.base is not None and differs:
+        name = found.base.name or "another model"
+        warnings.warn(f"the adapter in {path_or_repo} was made with the weights of {name}, which differ from these", stacklevel=2)
+    return pipe
+
+
+def _same_base(model: Any, base: Base) -> bool:
+    """Whether a model has the weights that an adapter was made with; an adapter without a fingerprint tells of the exact ones alone."""
+    if base.fingerprint is None:
+        return known_hash(model) == base.hash
+    return same_weights(model, base.fingerprint, base.hash)
+
+
+def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
+    """What a folder of `save_adapter` holds, checked against the model."""
+    config = read_config(folder)
+    if spec is not None:
+        raise AdapterError(f"the adapter in {folder} names its method itself: wanted no spec, got {spec}")
+    tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
+    spec = _parse(folder, config)
+    _check_architecture(model, config, spec, tensors)
+    prefixes = {f"layers.{layer.replace('.', '__')}.": f"{layer}{OWN}" for layer in config["layers"]}
+    parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
+    own = {ours + key.removeprefix(prefix): tensors[WEIGHTS][key] for key, (prefix, ours) in parts.items()}
+    matters = config["base_model_hash"] and WHOLE not in tensors  # where all weights are the adapter's, the model's own don't
+    return Checkpoint(
+        spec,
+        config["layers"],
+        own,
+        tensors.get(WHOLE, tensors.get(FULL, {})),
+        tensors.get(LORA, {}),
+        config["dense_steps"],
+        Base(config["base_model_name"], config["base_model_hash"], config["base_model_fingerprint"]) if matters else None,
+    )
+
+
+def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload an adapter's folder, card and pictures with it, to the hub repository `owner/name` (made if need be); returns its address.
+
+    The folder is checked first as `load_adapter` does. Raises AdapterError where it is damaged, or where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    folder = Path(folder)
+    for name, digest in read_config(folder)["files"].items():
+        _read_tensors(folder / name, digest)
+    api, shown = HfApi(token=token), [f"*{ending}" for ending in PICTURES]
+    try:
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE, CARD, *shown])
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise AdapterError(f"wanted to upload {folder} to {repo!r}, which failed: {error}") from error
+    return address
+
+
+def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
+    """The config's spec, its other values checked on the way."""
+    layers, steps = config["layers"], config["dense_steps"]
+    sizes = (
+        isinstance(layers, dict)
+        and layers
+        and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int and n >= 1 for n in v) for v in layers.values())
+    )
+    if not sizes or type(steps) is not int or steps < 0:
+        raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each and dense_steps >= 0, got {layers} and {steps}")
+    try:
+        if config["base_model_fingerprint"] is not None:
+            check_fingerprint(config["base_model_fingerprint"])
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
+    try:
+        return AttentionSpec.from_dict(config["spec"])
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
+
+
+def local_folder(path_or_repo: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub id. Raises AdapterError where it is neither."""
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if isinstance(path_or_repo, Path) or path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/")):
+        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {str(path_or_repo)!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE]))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {path_or_repo!r}: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config with exactly the fields that DitAccelAdapter has."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"wanted {CONFIG} in {folder}: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"wanted a JSON object in {folder / CONFIG}, got {type(config).__name__}")
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
+    wanted = {
+        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "dense_steps", "training",
+        "files", "version",
+    }  # fmt: skip
+    config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
+    if set(config) != wanted:
+        raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
+    if config["version"] != VERSION:
+        raise AdapterError(f"{folder / CONFIG} wants version {VERSION}, got {config['version']}")
+    files = config["files"]
+    if not isinstance(files, dict) or WEIGHTS not in files or not set(files) <= {WEIGHTS, LORA, FULL, WHOLE} or {FULL, WHOLE} <= set(files):
+        raise AdapterError(f"{folder / CONFIG} wants the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, got {files}")
+    return config
+
+
+def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    try:
+        found = _sha256(path)
+        if found != digest:
+            raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"wanted a readable {path}: {error}") from error
+
+
+def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
+    if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
+        raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
+    if LORA in tensors and switched_off(model):
+        raise AdapterError(
+            "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
+        )
+    if LORA in tensors:
+        check_no_fused(model, AdapterError)
+    classes = [cls.__name__ for cls in type(model).__mro__]
+    if config["base_model_class"] not in classes:
+        raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
+    modules: dict[str, Any] = dict(model.named_modules())
+    layers = attention_layers(model)
+    for name, (heads, width) in config["layers"].items():
+        got = heads_of(name, layers[name]) if name in layers else None
+        if got != (heads, width):
+            raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
+    own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
+    _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
+    projections = projection_names(model, config["layers"])
+    if LORA in tensors:
+        rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
+        wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
+        wanted |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
+        _compare(LORA, wanted, tensors[LORA])
+    parameters = {k: tuple(p.shape) for k, p in plain_parameters(model).items()}
+    if FULL in tensors:
+        _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
+    if WHOLE in tensors:
+        _compare(WHOLE, parameters, tensors[WHOLE])
+
+
+def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
+    found = {k: tuple(v.shape) for k, v in got.items()}
+    if found == wanted:
+        return
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    wrong = sorted(k for k in set(wanted) & set(found) if wanted[k] != found[k])
+    shapes = [f"{k}: wanted {wanted[k]}, got {found[k]}" for k in wrong]
+    raise AdapterError(f"{file} does not fit the model: missing {missing[:4]}, unknown {unknown[:4]}, wrong shapes {shapes[:4]}")
+
+
+def _install_weights(model: Any, found: Checkpoint) -> None:
+    with torch.no_grad():
+        for name, value in found.own.items():
+            model.get_parameter(name).copy_(value)
+    if found.lora:
+        active = model.active_adapters() if getattr(model, "peft_config", None) else []
+        _load_lora(model, found.lora)
+        activate_lora(model, active)
+    (_, patch), *_ = patches_of(model)
+    patch.context.trained, patch.lora = bool(found.lora or found.weights), bool(found.lora)
+    replace_weights(model, patch, found.weights)
+
+
+def _load_lora(model: Any, lora: dict[str, Tensor]) -> None:
+    plain = {k.removeprefix("transformer."): v for k, v in lora.items()}
+    rank = next(v.shape[0] for k, v in plain.items() if ".lora_A." in k)
+    targets = sorted({k.rsplit(".lora_", 1)[0] for k in plain})
+    flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in plain.items():
+            name = key.replace(".weight", f".{ADAPTER}.weight")
+            parameters[name].data = value.to(parameters[name].device)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(flags.get(plain_name(name), False))

@@ -1,0 +1,124 @@
+"""What `dit-accel info` shows: this machine, what the package can do here, a model, an adapter."""
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dit_accel.console import console
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
+
+
+def show(rows: Mapping[str, str]) -> None:
+    """Print names and values in two columns."""
+    table = Table.grid("", "", padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    console().print(table)
+
+
+def package_rows() -> dict[str, str]:
+    """Versions, machine, methods and backends."""
+    import dit_accel
+
+    versions = {"dit_accel": dit_accel.__version__, "python": platform.python_version()}
+    return {**versions, **{name: _version(name) for name in LIBRARIES}, **_machine_rows(), **_method_rows()}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine_rows() -> dict[str, str]:
+    import torch
+
+    from dit_accel.operator.decisions import cpu_name
+
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "cuda devices": "\n".join(f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+        or "none",
+    }
+
+
+def _method_rows() -> dict[str, str]:
+    import torch
+
+    from dit_accel.kernels import dispatch, xformers_rows
+    from dit_accel.method.text import METHODS
+    from dit_accel.pipelines import FAMILIES
+
+    rows = {
+        "families": "\n".join(f"{family.name} ({', '.join(family.classes)})" for family in FAMILIES),
+        "methods": "\n".join(["none", *(", ".join(method.examples) for method in METHODS.values())]),
+    }
+    chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)
+    rows["backend auto"] = f"on this CPU runs {chosen} ({why})"
+    rows["backend cpu"] = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64) or f"ready, {dispatch.CPU_TARGET}"
+    gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows["backend triton"] = dispatch.triton_refusal(gpu, torch.float32, 64) or "ready"
+    rows["backend xformers"] = xformers_rows.refusal(gpu, torch.float32, 64, gradient=False) or "ready"
+    rows["backend reference"] = "ready"
+    return rows
+
+
+def model_rows(model: str) -> dict[str, str]:
+    """The attention modules of a model that `accelerate` would replace."""
+    from dit_accel import accelerate, summary
+    from dit_accel.cli.models import load_pipeline
+
+    pipe = load_pipeline(model, device="cpu")
+    layers = [row.layer for row in summary(accelerate(pipe), show=False)]
+    return {"model": f"{model} ({type(pipe).__name__})", f"{len(layers)} layers": "\n".join(layers)}
+
+
+def adapter_rows(adapter: str) -> dict[str, str]:
+    """The config of a saved adapter, or what a checkpoint that others published holds."""
+    from dit_accel.adapters.folder import local_folder, read_config
+    from dit_accel.adapters.importers import local_file
+    from dit_accel.method.spec import AttentionSpec
+
+    if file := local_file(adapter):
+        return _published_rows(file)
+    config = read_config(local_folder(adapter))
+    rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
+    shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
+    return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
+
+
+def _published_rows(file: Path) -> dict[str, str]:
+    """What a published checkpoint is and what it is run with, by its header alone."""
+    from dit_accel.adapters.importers import method_of, read_header, recognise
+    from dit_accel.errors import AdapterError
+
+    header = read_header(file)
+    kind = recognise(file, header)
+    try:
+        method = str(method_of(kind, file, header, None))
+    except AdapterError as error:
+        method = str(error)
+    types = Counter(entry.dtype for entry in header.values())
+    return {
+        "published file": str(file),
+        "holds": kind.value,
+        "method": method,
+        "tensors": ", ".join(f"{count} of {name}" for name, count in types.most_common()),
+    }
+
+
+def _plain(value: object) -> str:
+    """A config's value as lines `name: value`."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}: {v}" for k, v in value.items()) or "-"
+    return "-" if value in (None, "") else str(value)

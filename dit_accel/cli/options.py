@@ -1,0 +1,175 @@
+"""What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dit_accel import files
+from dit_accel.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from dit_accel.method.spec import AttentionSpec
+
+BUILTIN_GUIDANCE = 3.5
+PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
+
+METHOD_FORMS = (
+    "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
+    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 "
+    "is height x width, 2x8x8 frames x height x width"
+)
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Model = Annotated[str, typer.Option(help="'builtin' (ships with the package), a folder in diffusers' format, or a hub id.")]
+SIZE = f"WIDTHxHEIGHT in pixels, both multiples of {PIXELS}."
+Size = Annotated[str, typer.Option(help=SIZE)]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help=f"{SIZE} May be repeated: prompts take the sizes in turn.", show_default="512x512"),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed gives the same result.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance scale: how closely the picture follows the prompt; unless given, the pipeline's default, and 3.5 for builtin.",
+    ),
+]
+TextLength = Annotated[
+    int | None,
+    typer.Option("--max-sequence-length", min=1, help="Text tokens; unless given, the pipeline's default, and 32 for builtin."),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
+]
+Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
+Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
+Hires = Annotated[
+    bool,
+    typer.Option("--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages."),
+]
+Base = Annotated[int | None, typer.Option(min=1, help="With --hires: the first picture's longer side, at most.", show_default="1024")]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        help="With --hires: share of the steps, above 0 to 1, that each doubling draws anew: less keeps more.", show_default="0.7"
+    ),
+]
+Ntk = Annotated[
+    float | None,
+    typer.Option(help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
+]
+Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale the logits by the tokens, as CLEAR does.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
+]
+Result = Annotated[Path | None, typer.Option("--out", help="JSON file for the result; unless given, it is only printed.")]
+PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels of a text WIDTHxHEIGHT. Raises ValueError unless both are multiples of a token's side."""
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
+    if not match:
+        raise ArgumentError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
+    width, height = (int(side) for side in match.groups())
+    if not width or not height or width % PIXELS or height % PIXELS:
+        near = "x".join(str(max(1, round(side / PIXELS)) * PIXELS) for side in (width, height))
+        raise ArgumentError(f"width and height are multiples of {PIXELS} pixels, one token's side, as in {near}, got {text!r}")
+    return height, width
+
+
+def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
+    """The spec of a method's text where the original attention makes no sense, for that reason."""
+    from dit_accel.method.text import parse_method
+
+    spec = parse_method(text)
+    if spec is None:
+        raise ArgumentError(f"{reason}, got {text!r}")
+    return spec
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a prompts file. Raises ValueError where it can't be read or holds no prompt."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ArgumentError(f"prompts is a text file with one prompt per line, got {path}: {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ArgumentError(f"prompts is a text file with one prompt per line, got no prompt in {path}")
+    return prompts
+
+
+def read_prompts_or_samples(path: Path) -> list[str] | Path:
+    """The prompts of a file, or the folder itself."""
+    return path if path.is_dir() else read_prompts(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError where no file can be written at a path."""
+    if path.is_dir():
+        raise ArgumentError(f"--out wants a file, got the folder {path}")
+    files.check_folder(path.parent)
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError where no picture can be written at a path."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ArgumentError(f"--out wants the name of a picture, as in image.png or image.jpg, got {path}")
+    check_file(path)
+
+
+def check_clip(path: Path) -> None:
+    """Raise ValueError where no clip can be written at a path."""
+    from dit_accel.pipelines.video import check_ending
+
+    check_ending(path)
+    check_file(path)
+
+
+def text_length(model: str, length: int | None) -> int | None:
+    """Text tokens as asked for; None leaves the pipeline's default. Both built-in models' captions fit."""
+    from dit_accel.pipelines.builtin import TEXT_TOKENS
+
+    return TEXT_TOKENS if length is None and model == "builtin" else length
+
+
+def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: float | None, length: int | None) -> dict[str, Any]:
+    """Arguments of the pipeline's call; without a guidance scale where none was asked for, as some pipelines take none."""
+    guidance = BUILTIN_GUIDANCE if guidance is None and model == "builtin" else guidance
+    further = {"guidance_scale": guidance, "max_sequence_length": text_length(model, length)}
+    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    return call | {name: value for name, value in further.items() if value is not None}
+
+
+def sampling_arguments(model: str, sizes: list[str] | None, steps: int, guidance: float | None, length: int | None) -> dict[str, Any]:
+    """Arguments of collect: those of a call at one size, or at several in turn."""
+    pixels = [parse_size(text) for text in sizes or ["512x512"]]
+    call = call_arguments(model, pixels[0], steps, guidance, length)
+    if len(pixels) == 1:
+        return call
+    return {**{name: value for name, value in call.items() if name not in ("height", "width")}, "sizes": pixels}
+
+
+def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: float | None, proportional: bool) -> dict[str, Any]:
+    """Arguments of generate_hires beyond those of a call. Raises ValueError where they were given without --hires or are out of range."""
+    given = {"base": base, "strength": strength, "ntk": ntk, "proportional": proportional or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not hires:
+        raise ArgumentError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
+    if strength is not None and not 0 < strength <= 1:
+        raise ArgumentError(f"strength is a share of the steps in (0, 1], got {strength}")
+    if ntk is not None and not 0 < ntk < math.inf:
+        raise ArgumentError(f"ntk is a factor > 0, got {ntk}")
+    return given

@@ -1,0 +1,1 @@
+"""What is measured: quality, speed, evaluation pages, the demo."""

@@ -1,0 +1,193 @@
+"""`dit-accel estimate`: arithmetic, memory traffic and the least time, for a GPU, a model and a size. Nothing here is measured."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dit_accel.console import console
+from dit_accel.errors import ArgumentError
+from dit_accel.method.spec import AttentionSpec, Disc, Downsampled, Linear, Pooled, TopK, Window, unknown
+from dit_accel.operator.blocks_of_grid import kept_density, make_plan, multiply_adds, window_table
+from dit_accel.operator.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense bfloat16 TFLOP/s and GB/s of memory, from the vendor's data sheet."""
+
+    tflops: float
+    bandwidth: float
+    source: str
+
+
+GPUS = {
+    "a100": Gpu(312, 2039, "NVIDIA A100 80 GB SXM data sheet"),
+    "h100": Gpu(989, 3350, "NVIDIA H100 SXM data sheet, without sparsity"),
+    "h200": Gpu(989, 4800, "NVIDIA H200 SXM data sheet, without sparsity"),
+    "b200": Gpu(2250, 8000, "NVIDIA HGX B200 data sheet, without sparsity"),
+    "rtx4090": Gpu(165.2, 1008, "NVIDIA Ada architecture white paper, float32 accumulation"),
+    "rtx5090": Gpu(209.5, 1792, "NVIDIA RTX Blackwell architecture white paper, float32 accumulation"),
+    "mi300x": Gpu(1307.4, 5300, "AMD Instinct MI300X data sheet, without sparsity"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model's self-attention computes; sizes from its public configuration. `frames`: how many become one token row in time."""
+
+    heads: int
+    head_dim: int
+    layers: int
+    text: int
+    pixels: int = 16
+    frames: int = 1
+
+
+MODELS = {
+    "flux": Model(24, 128, 57, 512),  # 19 double and 38 single blocks
+    "sd3.5-large": Model(38, 64, 38, 333),  # 77 CLIP and 256 T5 tokens
+    "qwen-image": Model(24, 128, 60, 512),
+    "hunyuan-video": Model(24, 128, 60, 256, frames=4),  # 20 double and 40 single blocks
+    "wan-1.3b": Model(12, 128, 30, 0, frames=4),  # text in cross-attention
+    "wan-14b": Model(40, 128, 40, 0, frames=4),
+    "builtin": Model(4, 64, 8, 32),
+}
+
+# Seconds per image on one H100, FLUX.1-dev, 20 steps by our reading (CLEAR, arXiv 2412.16112, table 7): None is the original attention
+PUBLISHED: dict[tuple[str, str, int], dict[float | None, float]] = {
+    ("flux", "h100", 1024): {None: 4.45, 8: 4.40, 16: 4.56, 32: 5.45},
+    ("flux", "h100", 2048): {None: 20.90, 8: 15.67, 16: 17.19, 32: 19.95},
+    ("flux", "h100", 4096): {None: 148.97, 8: 69.41, 16: 83.13, 32: 109.57},
+    ("flux", "h100", 8192): {None: 1842.48, 8: 293.50, 16: 360.83, 32: 496.22},
+}
+
+
+def find(kind: str, name: str, known: dict[str, Any]) -> Any:
+    """A GPU or a model by name. Raises ValueError at one that is not known."""
+    if name not in known:
+        raise ArgumentError(f"{kind} is one of {list(known)}, got {name!r}")
+    return known[name]
+
+
+def disc_pairs(grid: tuple[int, int, int], reach: int) -> int:
+    """Pairs of tokens of a grid whose squared distance is at most `reach`: a sum over offsets."""
+    side = math.isqrt(max(0, reach))
+    offsets = [range(-min(side, n - 1), min(side, n - 1) + 1) for n in grid]
+    return sum(
+        math.prod(n - abs(d) for n, d in zip(grid, gap, strict=True))
+        for gap in ((t, y, x) for t in offsets[0] for y in offsets[1] for x in offsets[2])
+        if sum(d * d for d in gap) <= reach
+    )
+
+
+def window_pairs(grid: tuple[int, int, int], window: Window) -> int:
+    """Pairs of tokens that a neighborhood keeps: the product over the axes."""
+    total = 1
+    for axis, length in enumerate(grid):
+        size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
+        first, last = window_table(length, size, stride, dilation).unbind(-1)
+        total *= int(((last - first) // dilation + 1).sum())
+    return total
+
+
+def tile_visits(window: Window, grid: tuple[int, int, int], q_tile: tuple[int, int, int], k_tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Key tiles that the busiest query tile visits, and all of them, in tile order (NATTEN's count, arXiv 2504.16922)."""
+    visited, total = 1, 1
+    for axis, length in enumerate(grid):
+        size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
+        first, last = window_table(length, size, stride, dilation).unbind(-1)
+        tiles = [slice(i, i + q_tile[axis]) for i in range(0, length, q_tile[axis])]
+        visited *= max(int(last[t].max()) // k_tile[axis] - int(first[t].min()) // k_tile[axis] + 1 for t in tiles)
+        total *= -(-length // k_tile[axis])
+    return visited, total
+
+
+def kept_pairs(spec: AttentionSpec, layout: TokenLayout) -> float:
+    """Pairs of image tokens that the method attends to exactly."""
+    if len(spec.keep) == 1 and isinstance(spec.keep[0], Disc):
+        return disc_pairs(layout.grid, spec.keep[0].reach)
+    if len(spec.keep) == 1 and isinstance(spec.keep[0], Window):
+        return window_pairs(layout.grid, spec.keep[0])
+    if len(spec.keep) == 1 and isinstance(spec.keep[0], TopK):
+        plan = make_plan(spec, layout, torch.device("cpu"))
+        return layout.image**2 * plan.top / len(plan.k_blocks.count)
+    return kept_density(spec, layout) * layout.image**2
+
+
+def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
+    """Of one layer's attention over image `pairs`, text keys for every query and text queries over everything: 4·pairs·heads·head_dim.
+
+    The count of CLEAR's tables (arXiv 2412.16112): scores and values, a multiply-add as two.
+    """
+    text = layout.text * (layout.image + layout.text) + layout.image * layout.text
+    return 4 * (pairs + text) * model.heads * model.head_dim / 1e9
+
+
+def passes(spec: AttentionSpec | None) -> int:
+    """Tensors of N × d that a forward reads or writes: q, k, v, out; q and k again to choose blocks; k and v again for the rest."""
+    if spec is None:
+        return 4
+    match spec.rest:
+        case Linear() | Pooled() | Downsampled():
+            again = 2
+        case None:
+            again = 0
+        case _:
+            raise unknown(spec.rest, "the estimate")
+    return 4 + 2 * any(isinstance(p, TopK) for p in spec.keep) + again
+
+
+def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | None, *, frames: int = 1) -> dict[str, Any]:
+    """One row: GFLOP per layer as kept and as computed, megabytes per layer, the floor of the time of all layers' attention, in ms.
+
+    `size`: height and width in pixels; `spec` None: the original attention. Raises ValueError at unknown names and sizes that don't fit.
+    """
+    chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
+    if any(side < shape.pixels or side % shape.pixels for side in size):
+        raise ArgumentError(f"height and width are multiples of {shape.pixels} pixels, got {size}")
+    if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
+        wanted = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1: it makes images"
+        raise ArgumentError(f"frames of {model} is {wanted}, got {frames}")
+    grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
+    layout = TokenLayout(grid, shape.text)
+    if spec is None:
+        kept = computed = gigaflops(layout.image**2, layout, shape)
+    else:
+        kept = gigaflops(kept_pairs(spec, layout), layout, shape)
+        computed = gigaflops(multiply_adds(spec, layout, shape.head_dim) * layout.image**2, layout, shape)
+    megabytes = passes(spec) * layout.tokens * shape.heads * shape.head_dim * 2 / 1e6
+    times = (computed / chip.tflops, megabytes / chip.bandwidth)  # ms: GFLOP over TFLOP/s, MB over GB/s
+    radius = next((p.radius for p in spec.keep if isinstance(p, Disc)), None) if spec else None
+    published = PUBLISHED.get((model, gpu, size[0]), {}) if size[0] == size[1] else {}
+    return {
+        "method": "original" if spec is None else str(spec),
+        "tokens": layout.tokens,
+        "gflop_kept": kept,
+        "gflop_computed": computed,
+        "megabytes": megabytes,
+        "floor_ms": max(times) * shape.layers,
+        "bound": "arithmetic" if times[0] >= times[1] else "memory",
+        "published_seconds": published.get(radius) if spec is None or radius is not None else None,
+    }
+
+
+def show(gpu: str, model: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table, with what its figures are and are not."""
+    chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
+    view = Table("method", "GFLOP kept", "GFLOP computed", "MB", "floor, ms", "bound by", "original / method", "published, s per image")
+    for row in rows:
+        published = "-" if row["published_seconds"] is None else f"{row['published_seconds']}"
+        view.add_row(
+            row["method"], f"{row['gflop_kept']:,.1f}", f"{row['gflop_computed']:,.1f}", f"{row['megabytes']:,.0f}",
+            f"{row['floor_ms']:,.2f}", row["bound"], f"{rows[0]['floor_ms'] / row['floor_ms']:.1f}×", published,
+        )  # fmt: skip
+    shown = console()
+    shown.print(view)
+    shown.print(
+        f"An estimate, not a measurement: {rows[0]['tokens']:,} tokens; GFLOP and MB of one layer, floor of the attention of all "
+        f"{shape.layers} layers in one forward at {chip.tflops} TFLOP/s and {chip.bandwidth} GB/s ({chip.source}). No kernel reaches it. "
+        "Published: seconds for a whole image by CLEAR's own implementation (arXiv 2412.16112, table 7)."
+    )

@@ -1,0 +1,131 @@
+"""`dit-accel bench kernels --aot`: what the GPU kernels compile to, for GPUs that need not be here."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dit_accel.console import console
+from dit_accel.errors import ArgumentError, BackendError
+from dit_accel.files import write_json
+from dit_accel.kernels import dispatch
+from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import lowering
+from dit_accel.operator.attention import start_values
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.layout import TokenLayout
+
+METHODS: dict[str, AttentionSpec] = {
+    "fovea": Fovea(0.05),
+    "clear": CLEAR(8),
+    "clear + pooled keys": CLEAR(8, downsample=4),
+    "gna": GNA(9),
+    "sla": SLA(0.1),
+    "sla, all": SLA(0.1, "elu", "all"),
+}
+# with a number added to each text key's logit, as where prompts of a batch are padded
+PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "sla")}
+# more blocks visited than left, so that the linear rest is summed block by block
+MOST = {"sla, most kept": SLA(0.6)}
+EVERY = METHODS | PADDED | MOST
+HEAD_DIMS = (64, 128, 256)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILED = DTYPES | {"float32": torch.float32}
+SPILLED = {"float32": 64}  # bytes a thread that are no fault: three products of parts take registers
+UNITS = 132  # multiprocessors: they change grids, not code
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All kernels of one method, forward and backward, for one architecture."""
+
+    method: str
+    arch: str
+    head_dim: int
+    dtype: str
+
+    def run(self) -> list[dict[str, Any]]:
+        """A row per kernel."""
+        torch.set_num_threads(1)  # as many jobs run as there are processors
+        from dit_accel.kernels.triton import aot, calls
+
+        spec = EVERY[self.method]
+        layout = TokenLayout((1, 32, 32), 64, order=spec.order)
+        bias = torch.zeros(1, layout.text) if self.method in PADDED else None
+        q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
+        params = start_values(spec, q).requires_grad_()
+        with calls.recorded(Machine(self.arch, UNITS)) as launches:
+            plan = make_plan(spec, layout, q.device)
+            lowering.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
+        rows = []
+        for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
+            compiled = aot.compile_launch(launch, self.arch)
+            tile = {"queries": launch.arguments.get("BQ"), "keys": launch.arguments.get("BK", launch.arguments.get("BJ"))}
+            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
+            rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
+        return rows
+
+
+def jobs(
+    methods: Sequence[str] | None = None,
+    archs: Sequence[str] | None = None,
+    head_dims: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> list[Job]:
+    """Every combination; None is all of them. Raises ValueError at one that is not known."""
+    known: tuple[Sequence[Any], ...] = (tuple(EVERY), ARCHITECTURES, HEAD_DIMS, tuple(COMPILED))
+    given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
+    for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
+        wrong = [x for x in some if x not in every]
+        if wrong:
+            raise ArgumentError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
+    return [Job(*combination) for combination in itertools.product(*given)]
+
+
+def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str, Any]]:
+    """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't
+    compile here, or where a kernel spills registers, fits no multiprocessor or leaves the tensor cores idle."""
+    if not dispatch.TRITON:
+        raise BackendError("compiling the GPU kernels wants triton, which is not installed")
+    if dispatch.INTERPRETED:
+        raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
+    # as many as this process may use: `taskset` limits them
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        rows = [row for found in pool.map(Job.run, work) for row in found]
+    if out is not None:
+        write_json(out, {"triton": _triton_version(), "rows": rows})
+    show(rows)
+    faults = [f"{row['kernel']} ({row['method']}, {row['arch']}, D {row['head_dim']}): {fault}" for row in rows for fault in row["faults"]]
+    if faults:
+        raise BackendError("compiled, but not as wanted: " + "; ".join(faults))
+    return rows
+
+
+def _triton_version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a line per kernel, and the largest of its figures over the methods."""
+    view = Table(
+        "kernel", "method", "arch", "D", "dtype", "warps", "registers", "spilled", "shared", "occupancy", "tensor cores in loops", "code"
+    )
+    for row in rows:
+        looped = ", ".join(f"{count} {kind}" for kind, count in row["looped"].items()) or "-"
+        view.add_row(
+            row["kernel"], row["method"], row["arch"], str(row["head_dim"]), row["dtype"], str(row["warps"]), str(row["registers"]),
+            str(row["spilled"]), f"{row['shared']:,}", f"{row['occupancy']:.0%}", looped, f"{row['code']:,}",
+        )  # fmt: skip
+    console().print(view)

@@ -1,0 +1,290 @@
+"""`dit-accel bench kernels --tune`: the GPU kernels' tiles timed on this machine's GPU, kept in the user's cache folder.
+
+A tile changes how sums are grouped, nothing else. Candidates come from a short list per kernel: what a program holds (query rows, or
+key rows where keys are summed into) is wide, because it is loaded once; what it streams is narrow where registers run out; more warps hold
+larger tiles, more stages overlap more loads. The table's own tile is always among them and stays where none is faster.
+
+It is to fit in five minutes for one head dimension on 16 processors: about 180 tiles are 320 compilations (a tile for each method), of 2.6
+seconds each and all at once (`bench_tune_ahead`), which is a minute; 450 timings of a sixth of a second, and as many passes around them,
+are two. That is arithmetic, not a measurement.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dit_accel import files
+from dit_accel.console import console
+from dit_accel.errors import ArgumentError, BackendError
+from dit_accel.kernels import dispatch
+from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
+from dit_accel.measure.gpu_compile import DTYPES, METHODS
+from dit_accel.method.spec import Linear
+from dit_accel.operator import lowering
+from dit_accel.operator.attention import start_values
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from dit_accel.kernels.triton.launch import Launch
+    from dit_accel.kernels.triton.tuned import Entry, Gpu
+
+Measure = Callable[["Launch"], float | str]  # runs a launch: its seconds, or why its tile is of no use
+GRID, TEXT, HEADS = (1, 128, 128), 512, 24  # FLUX at 2048 pixels: of fewer tokens 5 % are 3 blocks, and the loop over them hides nothing
+HEAD_DIMS = (64, 128, 256)
+STEPS = ((4, 3), (4, 2), (8, 3), (8, 2))  # warps and stages
+WIDE = ((128, 64), (64, 64), (64, 32), (32, 32))  # rows held and rows of a step, of 16-bit numbers at head dimension 64 and 128
+NARROW = ((64, 32), (32, 32), (32, 16), (16, 16))  # at 256
+FASTER = 0.97  # what a tile may take of the table's time to be preferred: less is noise
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the tile table: the functions that have its tile, methods with all their variants, and what a program holds."""
+
+    functions: tuple[str, ...]
+    methods: tuple[str, ...]
+    holds_keys: bool = False
+
+
+KERNELS = {
+    "rows": Kernel(("attend_rows",), ("fovea", "clear", "gna")),
+    "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
+    "dense": Kernel(("dense_rows",), ("fovea",)),
+    "merge": Kernel(("merge_rows", "deltas"), ("fovea",)),
+    "summarise": Kernel(("summarise",), ("fovea", "sla"), True),
+    "gradient_rows": Kernel(("gradient_rows",), ("fovea", "clear", "gna", "sla")),
+    "gradient_columns": Kernel(("gradient_columns",), ("fovea", "clear", "gna", "sla"), True),
+    "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",)),
+    "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True),
+    "pooled": Kernel(("gradient_pooled",), ("fovea",), True),
+    "linear": Kernel(("linear_gradient",), ("sla", "sla, all")),
+    "linear_columns": Kernel(("linear_columns",), ("sla", "sla, all"), True),
+    "outer": Kernel(("outer_sums",), ("sla",)),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One entry to tune: a row of the table, a dtype's name, a head dimension (a power of two)."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Its place among a machine's tuned tiles."""
+        return self.kernel, self.dtype, self.head_dim
+
+
+@dataclass
+class Result:
+    """Seconds of each tile that is of use (over all of the kernel's methods, forward and backward), and why the others are not."""
+
+    work: Work
+    table: Tile
+    seconds: dict[Tile, float] = field(default_factory=dict)
+    skipped: dict[Tile, str] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Tile | None:
+        """The fastest tile, the table's where none is clearly faster; None where no tile is of use."""
+        best = min(self.seconds, key=self.seconds.__getitem__, default=None)
+        own = self.seconds.get(self.table)
+        return best if best is None or own is None or self.seconds[best] <= FASTER * own else self.table
+
+
+def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None = None) -> list[Work]:
+    """Every kernel for these dtypes and head dimensions, unless given bfloat16 and 64, 128. Raises ValueError at one that is not known."""
+    dtypes = ["bfloat16"] if dtypes is None else dtypes
+    head_dims = [64, 128] if head_dims is None else head_dims
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ArgumentError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
+    for head_dim in head_dims:
+        if head_dim not in HEAD_DIMS:
+            raise ArgumentError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
+    return [
+        Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
+    ]
+
+
+def methods_of(kernel: str, head_dim: int) -> list[str]:
+    """The methods that run a kernel at a head dimension."""
+    return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not isinstance(METHODS[m].rest, Linear)]
+
+
+def candidates(work: Work, machine: Machine) -> list[Tile]:
+    """The tiles to try, the table's own first; widths past a block of 64 tokens are cut off, and what is then the same tried once."""
+    shapes = WIDE if work.head_dim <= 128 else NARROW
+    found = [table_tile(work, machine)]
+    for held, streamed in shapes:
+        queries, keys = (streamed, held) if KERNELS[work.kernel].holds_keys else (held, streamed)
+        for warps, stages in STEPS:
+            own = Machine(machine.arch, machine.units, {work.key: Tile(queries, keys, warps, stages)})
+            found.append(table_tile(work, own))
+    return list(dict.fromkeys(found))
+
+
+def table_tile(work: Work, machine: Machine) -> Tile:
+    """What a machine takes for blocks of 64 tokens."""
+    return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64)
+
+
+def tune(work: Work, machine: Machine, trial: Callable[[Work, Tile], float | str]) -> Result:
+    """Try every candidate; `trial` gives a tile's seconds, or why it is of no use."""
+    result = Result(work, table_tile(work, machine))
+    for tile in candidates(work, machine):
+        found = trial(work, tile)
+        if isinstance(found, str):
+            result.skipped[tile] = found
+        else:
+            result.seconds[tile] = found
+    return result
+
+
+class Unusable(Exception):  # noqa: N818
+    """Leaves a pass whose kernel could not be measured; says why."""
+
+
+def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, device: torch.device, grid: tuple[int, int, int] = GRID,
+              text: int = TEXT, heads: int = HEADS) -> float | str:  # fmt: skip
+    """Seconds of one kernel with a tile in a forward and backward of each of its methods, on real values; or why it is of no use.
+
+    Raises BackendError where another kernel of these passes fits the device with no tile.
+    """
+    from dit_accel.kernels.triton import calls, fallback, launch
+
+    kernel = KERNELS[work.kernel]
+    own = Machine(machine.arch, machine.units, {**machine.tuned, work.key: tile})
+    total = 0.0
+
+    def run(one: "Launch") -> None:
+        nonlocal total
+        if one.kernel.__name__ not in kernel.functions:
+            launch.execute(one)
+            return
+        found = measure(one)
+        if isinstance(found, str):
+            raise Unusable(found)
+        total += found
+
+    while True:
+        try:
+            # in one thread, where the redirection holds
+            with torch.autograd.set_multithreading_enabled(False), calls.redirected(own, run):
+                for method in methods_of(work.kernel, work.head_dim):
+                    forward_backward(method, work, device, grid, text, heads)
+        except Unusable as reason:
+            return str(reason)
+        except fallback.TooLargeError as refused:  # another kernel, whose tile is not the question
+            own, total = fallback.lowered(own, refused), 0.0
+        else:
+            return total
+
+
+def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int] = GRID, text: int = TEXT,
+                     heads: int = HEADS, *, empty: bool = False) -> None:  # fmt: skip
+    """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
+    spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
+    layout = TokenLayout(grid, text, order=spec.order)
+    size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
+    if empty:
+        made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]
+    else:
+        made = [torch.randn(size, generator=seed, device=device).to(dtype) for _ in range(3)]
+    q, k, v = (x.requires_grad_() for x in made)
+    params = start_values(spec, q).requires_grad_()
+    out, _ = lowering.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
+    out.backward(torch.empty_like(out) if empty else torch.ones_like(out))
+
+
+def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]:
+    """Tune, print, and keep what is faster than the table where launches look for it; also as JSON where `out` is given.
+
+    Raises BackendError without a CUDA device, ValueError where the file of tiles is damaged or can't be written: before any work.
+    """
+    device = _device()
+    from dit_accel.kernels.triton import ahead, calls, timing, tuned
+    from dit_accel.measure.gpu_tune_ahead import compile_ahead
+
+    path = tuned.cache_file()
+    files.check_folder(path.parent)
+    try:
+        old = tuned.read(path)
+    except ValueError as error:
+        raise ArgumentError(f"{error}; delete the file to tune anew") from error
+    machine, gpu = Machine(calls.machine_of(device).arch, calls.machine_of(device).units), calls.gpu_of(device)
+    shown = console()
+
+    def trial(one: Work, tile: Tile) -> float | str:
+        return run_trial(one, tile, machine=machine, measure=timing.seconds, device=device)
+
+    compile_ahead(work, machine, ahead.current_target(), shown)
+    results: list[Result] = []
+    for one in work:
+        shown.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")
+        results.append(tune(one, machine, trial))
+        # after each, so that an interruption loses no more than one
+        files.write_json(path, tuned.merged(old, entries(results, gpu), gpu, {result.work.key for result in results}))
+    show(results, shown)
+    shown.print(f"wrote {path}; new processes read it")
+    if out is not None:
+        files.write_json(out, {"gpu": gpu._asdict(), "rows": [_plain(result) for result in results]})
+    return results
+
+
+def _device() -> torch.device:
+    """The GPU to tune. Raises BackendError where there is none that Triton compiles for."""
+    if not dispatch.TRITON:
+        raise BackendError("tuning wants triton, which is not installed")
+    if dispatch.INTERPRETED:
+        raise BackendError("tuning wants TRITON_INTERPRET unset, got 1")
+    if not torch.cuda.is_available():
+        raise BackendError("tuning times the kernels on a CUDA device, and there is none here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def entries(results: Sequence[Result], gpu: "Gpu") -> list["Entry"]:
+    """What is kept: the tiles that are faster than the table's."""
+    from dit_accel.kernels.triton.tuned import Entry
+
+    chosen = [(result.work, result.chosen) for result in results if result.chosen not in (None, result.table)]
+    return [Entry(**gpu._asdict(), **asdict(work), **asdict(tile)) for work, tile in chosen if tile is not None]
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """A result for JSON."""
+    return {
+        **asdict(result.work),
+        "table": asdict(result.table),
+        "chosen": None if result.chosen is None else asdict(result.chosen),
+        "tried": [{**asdict(tile), "seconds": seconds} for tile, seconds in result.seconds.items()],
+        "skipped": [{**asdict(tile), "reason": reason} for tile, reason in result.skipped.items()],
+    }
+
+
+def _written(tile: Tile | None) -> str:
+    return "-" if tile is None else f"{tile.queries}×{tile.keys}, {tile.warps} warps, {tile.stages} stages"
+
+
+def show(results: Sequence[Result], shown: Console) -> None:
+    """Print the table's tile and the chosen one of each kernel, and the tiles that are of no use."""
+    view = Table("kernel", "dtype", "D", "table", "ms", "chosen", "ms", "ratio")
+    for result in results:
+        work, own, best = result.work, result.seconds.get(result.table), result.seconds.get(result.chosen) if result.chosen else None
+        times = ["-" if seconds is None else f"{seconds * 1e3:.3f}" for seconds in (own, best)]
+        ratio = f"{own / best:.2f}×" if own and best else "-"
+        view.add_row(
+            work.kernel, work.dtype, str(work.head_dim), _written(result.table), times[0], _written(result.chosen), times[1], ratio
+        )  # fmt: skip
+    shown.print(view)
+    for result in results:
+        for tile, reason in result.skipped.items():
+            shown.print(f"skipped: {result.work.kernel}, {result.work.dtype}, D {result.work.head_dim}, {_written(tile)}: {reason}")

@@ -1,0 +1,110 @@
+"""The methods by name: `Fovea`, `CLEAR`, `SLA` and `GNA` fill an `AttentionSpec`'s slots."""
+
+import math
+from typing import Literal
+
+from dit_accel.errors import ArgumentError
+from dit_accel.method.spec import (
+    FEATURE_MAPS,
+    AttentionSpec,
+    Box,
+    Disc,
+    DiscBlocks,
+    Downsampled,
+    FirstFrames,
+    Linear,
+    Mass,
+    Order,
+    Pattern,
+    Pooled,
+    Raster,
+    Residual,
+    Tiles,
+    TopK,
+    Window,
+    is_int,
+    is_real,
+    plain,
+    require,
+)
+
+
+def _frames(count: int) -> tuple[Pattern, ...]:
+    count = plain(count)
+    require(is_int(count) and count >= 0, "first_frames is a number of frames >= 0", count)
+    return (FirstFrames(count),) if count else ()
+
+
+def _tiles(tile: tuple[int, ...]) -> tuple[Order, tuple[int, int]]:
+    order = Tiles(tile)
+    return order, (math.prod(order.sides),) * 2
+
+
+def Fovea(  # noqa: N802
+    density: float | None = None, *, radius: float | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0
+) -> AttentionSpec:
+    """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
+
+    `density` (default 0.05) keeps the best share of tiles per query tile; `radius` keeps every tile that a disc of that radius touches
+    (a ball in a video), without any selection. `tile`: (height, width) or (frames, height, width) in tokens, 16 to 128 of them in all.
+    `first_frames` of a video are always kept. Ancestors: MRA (arXiv 2207.10284), token merging's proportional attention.
+    """
+    if density is not None and radius is not None:
+        raise ArgumentError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
+    kept: Pattern = DiscBlocks(radius) if radius is not None else TopK(0.05 if density is None else density, correct_short=True)
+    return AttentionSpec((kept, *_frames(first_frames)), Pooled(), Mass(), *_tiles(tile))
+
+
+def CLEAR(  # noqa: N802
+    radius: float | tuple[int, ...], *, downsample: int | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0
+) -> AttentionSpec:
+    """CLEAR (arXiv 2412.16112): each image query sees a disc around itself and the text; `downsample` adds its learned pooled keys.
+
+    In a video the disc is a ball over frames, rows and columns; `radius` as a tuple, (height, width) or (frames, height, width), is a
+    box. `tile` and `first_frames` as in `Fovea`.
+    """
+    kept: Pattern = Box(radius) if isinstance(radius, tuple | list) else Disc(radius)
+    rest, merge = (None, None) if downsample is None else (Downsampled(downsample), Mass(offset=False))
+    return AttentionSpec((kept, *_frames(first_frames)), rest, merge, *_tiles(tile))
+
+
+def SLA(  # noqa: N802
+    topk: float,
+    feature_map: Literal["softmax", "elu", "relu"] = "softmax",
+    scope: Literal["complement", "all", "none"] = "complement",
+    *,
+    block: tuple[int, int] = (64, 64),
+    tile: tuple[int, ...] | None = None,
+    first_frames: int = 0,
+) -> AttentionSpec:
+    """Sparse-linear attention (arXiv 2509.24006) as released: raster order, the top share of key blocks, linear attention of the rest
+    through a projection that starts at zero. `scope` is "complement" (the paper), "all" (the released weights) or "none".
+
+    `tile` puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
+    """
+    require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
+    topk = plain(topk)
+    require(is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
+    require(feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", feature_map)
+    order: Order = Raster()
+    if tile is not None:
+        require(block == (64, 64), "block is for raster order: a tile's tokens are the block", block)
+        order, block = _tiles(tile)
+    keep = (TopK(topk), *_frames(first_frames))
+    if scope == "none":
+        return AttentionSpec(keep, order=order, block=block)
+    return AttentionSpec(keep, Linear(feature_map, scope), Residual(), order, block)
+
+
+def GNA(  # noqa: N802
+    window: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    *,
+    tile: tuple[int, ...] = (8, 8),
+    first_frames: int = 0,
+) -> AttentionSpec:
+    """Generalized neighborhood attention (arXiv 2504.16922): `window` full width per axis, `stride` > 1 shares a window among neighbours,
+    `dilation` spreads it. A stride of the tile's size is sliding tile attention (arXiv 2502.04507). `tile` and `first_frames` as in
+    `Fovea`."""
+    return AttentionSpec((Window(window, stride, dilation), *_frames(first_frames)), None, None, *_tiles(tile))

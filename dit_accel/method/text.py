@@ -1,0 +1,119 @@
+"""Attention methods as text, for command lines and configuration: `fovea:0.05`, `clear:8,downsample=4`, `gna:9x9,dilation=2`.
+
+    NAME | NAME:VALUE | NAME:VALUE,KEY=VALUE,... | NAME:KEY=VALUE,...
+
+VALUE alone is the method's first argument; keys are the argument names of the presets in `dit_accel.method`. 9x5 is (9, 5): height, width;
+4x9x5 is frames, height, width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dit_accel.errors import ArgumentError
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _axes(text: str) -> int | tuple[int, ...]:
+    entries = tuple(int(entry) for entry in text.split("x"))
+    return entries[0] if len(entries) == 1 else entries
+
+
+def _radius(text: str) -> int | float | tuple[int, ...]:
+    return tuple(int(entry) for entry in text.split("x")) if "x" in text else _number(text)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = (int(entry) for entry in text.split("x"))
+    return first, second
+
+
+Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises ValueError; what it wants, in words
+NUMBER: Reader = (_number, "a number")
+INTEGER: Reader = (int, "an integer")
+AXES: Reader = (_axes, "an integer, or integers joined by x as in 9x9")
+RADIUS: Reader = (_radius, "a number, or integers joined by x (a box)")
+PAIR: Reader = (_pair, "two integers joined by x, as in 128x64")
+WORD: Reader = (str, "a word")
+
+
+MORE: dict[str, Reader] = {"tile": AXES, "first_frames": INTEGER}  # arguments of every preset
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset and how its arguments are read; the first of them may stand without its name."""
+
+    preset: Callable[..., AttentionSpec]
+    arguments: dict[str, Reader]
+    examples: tuple[str, ...]
+    required: bool = True  # the first argument
+
+    @property
+    def first(self) -> str:
+        """The argument that may stand without its name."""
+        return next(iter(self.arguments))
+
+
+METHODS: dict[str, Method] = {
+    "fovea": Method(
+        Fovea, {"density": NUMBER, "radius": NUMBER} | MORE, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
+    ),
+    "clear": Method(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
+    "sla": Method(
+        SLA, {"topk": NUMBER, "feature_map": WORD, "scope": WORD, "block": PAIR} | MORE, ("sla:0.1", "sla:0.1,scope=all,feature_map=elu")
+    ),
+    "gna": Method(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
+}  # fmt: skip
+
+
+def parse_method(text: str) -> AttentionSpec | None:
+    """The spec that a text like `clear:16` names; None for `none`, the original attention.
+
+    Raises ValueError that says what was wanted and shows the text.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    name = name.lower()
+    if name not in METHODS and name != "none":
+        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])}, got {text!r}")
+    if name == "none":
+        if colon:
+            raise ArgumentError(f"none takes no arguments, got {text!r}")
+        return None
+    method = METHODS[name]
+    arguments = _read_arguments(name, method, rest, text) if colon else {}
+    if method.required and method.first not in arguments:
+        raise ArgumentError(f"{name} wants its {method.first}, as in {method.examples[0]}, got {text!r}")
+    try:
+        return method.preset(**arguments)
+    except ArgumentError as error:
+        raise ArgumentError(f"{error} (in {text!r})") from None
+
+
+def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str, Any]:
+    """The arguments after the colon, by name."""
+    found: dict[str, Any] = {}
+    for position, part in enumerate(rest.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and position == 0:
+            key, value = method.first, key
+        elif not equals:
+            raise ArgumentError(f"{name} wants key=value after its first argument, got {part!r} in {text!r}")
+        if key not in method.arguments:
+            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
+        if key in found:
+            raise ArgumentError(f"{name} wants each argument once, got {key} twice in {text!r}")
+        read, wanted = method.arguments[key]
+        try:
+            found[key] = read(value)
+        except ValueError:
+            raise ArgumentError(f"{name}'s {key} is {wanted}, got {value!r} in {text!r}") from None
+    return found

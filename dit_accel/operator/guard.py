@@ -1,0 +1,159 @@
+"""Where the original attention is clearly the faster one: measured once per machine and shape, so that accelerating slows no model down.
+
+The decision is kept in the user's cache folder (`decisions`): the same seed draws the same picture in every process. The text's length is
+no part of it, so that both passes of guidance decide alike.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel import __version__
+from dit_accel.kernels import dispatch
+from dit_accel.kernels.cpu import native, sources
+from dit_accel.method.spec import AttentionSpec, Linear
+from dit_accel.operator import decisions
+from dit_accel.operator.attention import attend, start_values
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.layout import TokenLayout
+
+VARIABLE = "DIT_ACCEL_GUARD"  # "off": nothing is measured and the method runs at every size; "on", as without it
+MARGIN = 1.25  # a size is left to the original where the method takes more than so many times its time: what is close may turn over
+ROUNDS = 3
+HEADS_ON_GPU = 8  # one head leaves most of a GPU idle
+PAIRS = {"cpu": 1 << 22, "cuda": 1 << 30}  # query-key pairs of the original that are timed; its time is proportional to them
+FEWEST_ROWS = 256  # fewer query rows than that run at another speed per row
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Seconds that the heads measured took, accelerated and by PyTorch's attention (extrapolated from a part of its rows).
+
+    `file`: where the decision is kept, or None where it holds for this process alone.
+    """
+
+    accelerated: float
+    original: float
+    file: Path | None = None
+
+    @property
+    def loses(self) -> bool:
+        return self.accelerated > MARGIN * self.original
+
+    def __str__(self) -> str:
+        times = f"measured {self.accelerated * 1e3:.2f} ms against {self.original * 1e3:.2f} ms of the original attention"
+        return f"{times}, decided {f'once, kept in {self.file}' if self.file else 'for this process alone'}"
+
+
+def enabled() -> bool:
+    """What the environment says. Raises ValueError where it says neither on nor off."""
+    said = os.environ.get(VARIABLE, "on")
+    if said not in ("on", "off"):
+        raise ValueError(f"the environment variable {VARIABLE} is 'on' or 'off', got {said!r}")
+    return said == "on"
+
+
+_known: dict[str, Crossover] = {}
+_lock = threading.Lock()
+
+
+def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> Crossover | None:
+    """The crossover of a grid on this machine's CPU or GPU; the second call costs nothing.
+
+    None where nothing can be measured: on other devices, where the environment says so, while a CUDA graph is captured. Raises ValueError
+    as `enabled`.
+    """
+    if not enabled() or device.type not in PAIRS:
+        return None
+    question = _question(spec, layout, head_dim, dtype, device)
+    name = json.dumps(question, sort_keys=True)
+    with _lock:
+        if name not in _known:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            image = TokenLayout(layout.grid, order=layout.order, references=layout.references)
+            times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
+            _known[name] = Crossover(*times, file)
+        return _known[name]
+
+
+def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Question:
+    backend = dispatch.choose("auto", device, dtype, head_dim, linear=isinstance(spec.rest, Linear))[0]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        **(_gpu(device) if device.type == "cuda" else _cpu()),
+        "backend": backend,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": head_dim,
+        "grids": [list(grid) for grid in layout.grids],
+        "order": {"type": type(layout.order).__name__, **dataclasses.asdict(layout.order)},
+        "spec": spec.to_dict(),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    built = native.library() is not None
+    return {
+        "device": decisions.cpu_name(),
+        "threads": torch.get_num_threads(),
+        "target": native.TARGETS[native.target()] if built else "none",
+        "kernels": sources.fingerprint(Path(native.__file__).parent) if built else "none",
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    triton = Path(native.__file__).parents[1] / "triton"
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "triton": importlib.metadata.version("triton") if dispatch.TRITON else "none",
+        "kernels": sources.fingerprint(triton, (".py",)),
+    }
+
+
+@torch.no_grad()
+def _measure(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Seconds:
+    seed, heads = torch.Generator().manual_seed(0), HEADS_ON_GPU if device.type == "cuda" else 1
+    q, k, v = (torch.randn(1, heads, layout.tokens, head_dim, generator=seed).to(device, dtype) for _ in range(3))
+    plan, params = make_plan(spec, layout, device), start_values(spec, q)()
+    rows = min(layout.tokens, max(FEWEST_ROWS, PAIRS[device.type] // layout.tokens))
+    clock = _seconds if device.type == "cpu" else _seconds_on_gpu
+
+    def accelerated() -> None:
+        attend(q, k, v, spec, layout, plan, params, None, "auto")
+
+    def original() -> None:
+        F.scaled_dot_product_attention(q[:, :, :rows], k, v)
+
+    accelerated()  # allocations, compilation and first uses
+    original()
+    rounds = [(clock(accelerated), clock(original)) for _ in range(ROUNDS)]
+    # the least disturbed run of each
+    return min(a for a, _ in rounds), min(b for _, b in rounds) * layout.tokens / rows
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(function: Callable[[], None]) -> float:
+    """By events on the current stream; only what was recorded there is waited for."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3

@@ -1,0 +1,129 @@
+"""Where tokens stand: the grid of the image or video, the place of the text, and the order of image tokens in memory."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.method.spec import Order, Raster, Tiles, plain, unknown
+
+Grid = tuple[int, int, int]
+
+
+def _grid(name: str, value: Any) -> Grid:
+    grid = tuple(plain(value)) if isinstance(value, tuple | list) else ()
+    if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
+        raise ValueError(f"{name} is (frames, height, width) in tokens, three ints >= 1, got {value!r}")
+    return grid
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A sequence of `text` text tokens and T·H·W image tokens; `grid` is (T, H, W) in tokens.
+
+    `text_first` tells which come first. `order` is the order in which the image tokens lie in memory: raster unless the caller has
+    permuted them already. `references`: the grids of further images behind the first in the sequence, as edit models have them; they lie
+    over the first, corner on corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or a
+    grid axis is below 1.
+    """
+
+    grid: Grid
+    text: int = 0
+    text_first: bool = True
+    order: Order = Raster()
+    references: tuple[Grid, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", _grid("grid", self.grid))
+        object.__setattr__(self, "references", tuple(_grid("a reference's grid", grid) for grid in self.references))
+        object.__setattr__(self, "text", plain(self.text))
+        if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
+            raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
+        if not isinstance(self.order, Order):
+            raise ValueError(f"order is Raster() or Tiles(...), got {self.order!r}")
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids of all images in the sequence."""
+        return (self.grid, *self.references)
+
+    @property
+    def image(self) -> int:
+        """Number of image tokens, those of references among them."""
+        return sum(math.prod(grid) for grid in self.grids)
+
+    @property
+    def tokens(self) -> int:
+        """Number of all tokens."""
+        return self.image + self.text
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Consecutive blocks of tokens in memory.
+
+    `order` `[N]`: the raster index of the token at each place in memory. `starts` `[blocks + 1]`: where each block begins.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+
+def _split(length: int, side: int) -> list[int]:
+    """The axis cut into ceil(length / side) parts whose lengths differ by at most one."""
+    parts = -(-length // side)
+    return [length * i // parts for i in range(parts + 1)]
+
+
+@torch.inference_mode(False)  # plans keep the tensors, which must serve training as well
+def partition(grid: Grid, order: Order, block: int) -> Partition:
+    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short)."""
+    total = math.prod(grid)
+    if isinstance(order, Raster):
+        edges = torch.arange(0, total + block, block).clamp(max=total)
+        return Partition(torch.arange(total), edges)
+    if not isinstance(order, Tiles):
+        raise unknown(order, "the partition into blocks")
+    raster = torch.arange(total).view(grid)
+    cuts = [_split(n, side) for n, side in zip(grid, order.sides, strict=True)]
+    tiles = [
+        raster[t0:t1, y0:y1, x0:x1].reshape(-1)
+        for t0, t1 in zip(cuts[0], cuts[0][1:], strict=False)
+        for y0, y1 in zip(cuts[1], cuts[1][1:], strict=False)
+        for x0, x1 in zip(cuts[2], cuts[2][1:], strict=False)
+    ]
+    lengths = torch.tensor([0, *(len(tile) for tile in tiles)])
+    return Partition(torch.cat(tiles), lengths.cumsum(0))
+
+
+def memory_order(grid: Grid, order: Order) -> Tensor:
+    """The raster index `[N]` of the token at each place in memory; `x[:, memory_order(...)]` brings a raster into that order."""
+    return partition(grid, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order
+
+
+def raster_order(grid: Grid, order: Order) -> Tensor:
+    """The place in memory `[N]` of each raster token: the inverse of `memory_order`."""
+    return memory_order(grid, order).argsort()
+
+
+def coordinates(grid: Grid, raster_index: Tensor) -> Tensor:
+    """(t, y, x) `[N, 3]` of raster indices."""
+    _, h, w = grid
+    return torch.stack([raster_index // (h * w), raster_index // w % h, raster_index % w], dim=-1)
+
+
+def joint_partition(grids: tuple[Grid, ...], order: Order, block: int) -> Partition:
+    """The blocks of several images that follow each other; no block holds tokens of two."""
+    parts = [partition(grid, order, block) for grid in grids]
+    before = torch.tensor([0, *(len(part.order) for part in parts)]).cumsum(0).tolist()
+    starts = [part.starts[1:] + offset for part, offset in zip(parts, before, strict=False)]
+    return Partition(
+        torch.cat([part.order + offset for part, offset in zip(parts, before, strict=False)]), torch.cat([parts[0].starts[:1], *starts])
+    )
+
+
+def joint_memory_order(grids: tuple[Grid, ...], order: Order) -> Tensor:
+    """`memory_order` of several images that follow each other."""
+    return joint_partition(grids, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order

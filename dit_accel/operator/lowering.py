@@ -1,0 +1,134 @@
+"""`attention` by the compiled kernels of the CPU or the GPU: one call for a whole layer's operator, text and image, selection apart."""
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import BackendError
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import FEATURES, RESTS, Method
+from dit_accel.kernels.reference import MASKED
+from dit_accel.method.parameters import Values
+from dit_accel.method.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK
+from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.lists import Geometry, Lists
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
+    implementation: str, *, text_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
+    order = _sequence_order(plan.to_memory, layout)
+    wide = torch.float32 if query.dtype == torch.float16 and implementation == "cpu" else query.dtype
+    q, k, v = (_reordered(x.to(wide), order) for x in (query, key, value))
+    lists = _lists(q, k, spec, layout, plan, implementation)
+    extra_k = extra_v = None
+    if isinstance(spec.rest, Downsampled):
+        image = _image(layout)
+        extra_k, extra_v = (
+            downsample(x[:, :, image].float().flatten(0, 1), plan, spec.rest.factor, params.spatial_weight)
+            .unflatten(0, q.shape[:2])
+            .to(torch.float32 if implementation == "cpu" else q.dtype)
+            .contiguous()
+            for x in (k, v)
+        )
+    if text_bias is not None:
+        text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
+    weight, bias = (None, None) if params.proj is None else (params.proj.weight, params.proj.bias)
+    g = plan.geometry
+    out, lse = ops.attention(
+        q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
+        g.starts_k, g.coords, g.windows, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
+        spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
+    )  # fmt: skip
+    back = _sequence_order(plan.to_raster, layout)
+    return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
+
+
+def _reordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """Tokens of `[B, H, N, D]` in another order; where the heads of a token follow each other in memory they go on doing so.
+
+    Whole tokens are copied then, and what a processor makes of the output, one row per token, is no further copy.
+    """
+    if order is None:
+        return x
+    return x.transpose(1, 2).index_select(1, order).transpose(1, 2) if x.stride(1) < x.stride(2) else x.index_select(2, order)
+
+
+def _image(layout: TokenLayout) -> slice:
+    return slice(layout.text, None) if layout.text_first else slice(0, layout.image)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
+    """A permutation of the image's tokens as one of the sequence."""
+    if order is None or not layout.text:
+        return order
+    text = torch.arange(layout.text, device=order.device)
+    return torch.cat([text, order + layout.text] if layout.text_first else [order, text + layout.image])
+
+
+def _method(spec: AttentionSpec, plan: Plan) -> Method:
+    """The rest, the merge and the blocks as `ops.attention` names them. Raises BackendError at one that the kernels have no code for."""
+    rest, log_count, variance, feature_map, linear_all = "none", False, False, FEATURES[0], False
+    match spec.rest:
+        case Pooled(log_count, variance, _):
+            rest = "pooled"
+        case Linear(feature_map, scope):
+            rest, linear_all = "linear", scope == "all"
+        case Downsampled() | None:  # down-sampled keys are computed before and given as further keys
+            pass
+        case _:
+            raise _not_compiled(spec.rest)
+    match spec.merge:
+        case Residual():
+            residual = True
+        case Mass() | None:
+            residual = False
+        case _:
+            raise _not_compiled(spec.merge)
+    return Method(
+        RESTS.index(rest), int(log_count), int(variance), FEATURES.index(feature_map), int(linear_all), int(residual), *_widths(plan)
+    )
+
+
+def _not_compiled(slot: object) -> BackendError:
+    return BackendError(f"the compiled kernels do not support {type(slot).__name__}, got {slot!r}: use backend='reference'")
+
+
+def _widths(plan: Plan) -> list[int]:
+    return [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
+
+
+def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, implementation: str) -> Lists:
+    """The static lists, or the blocks chosen for this call, or both."""
+    g: Geometry = plan.geometry
+    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
+    if top is None:
+        return g.lists  # type: ignore[return-value]
+    image = _image(layout)
+    weight = plan.short_weight if top.correct_short else None
+    chosen = ops.select_blocks(
+        q[:, :, image].detach(), k[:, :, image].detach(), g.starts_q, g.starts_k, weight, plan.top, _widths(plan), implementation
+    )
+    if plan.static is None:
+        return Lists.of_chosen(chosen)
+    return Lists.from_map(listed_beside(plan.static, chosen.long()))
+
+
+def downsample(x: Tensor, plan: Plan, factor: int, weight: Tensor | None) -> Tensor:
+    """Weighted sums `[BH, M, D]` of the factor × factor patches of image tokens `[BH, N, D]` in the plan's order (CLEAR's pooled keys).
+
+    A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
+    """
+    if plan.cells is None or plan.patch_tokens is None:
+        raise ValueError("the plan is not one of a spec with down-sampled keys")
+    w = torch.full((factor, factor), 1 / factor**2, device=x.device) if weight is None else weight
+    # each token goes to a cell of its own and each sum has one order: the same to the bit each time, on a GPU too, backward as forward
+    cells = x.new_zeros(x.shape[0], len(plan.patch_tokens) * factor**2, x.shape[2]).index_copy(1, plan.cells, x)
+    scaled = w.to(x.dtype).flatten() * (factor**2 / plan.patch_tokens.to(x.dtype))[:, None]  # [M, factor²]
+    return (cells.unflatten(1, scaled.shape) * scaled[..., None]).sum(2)

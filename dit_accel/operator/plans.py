@@ -1,0 +1,68 @@
+"""Who keeps plans: each model the ones that it uses, within so many bytes; without a holder a plan is gone."""
+
+import dataclasses
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.blocks_of_grid import Key, Plan, make_plan, plan_key
+from dit_accel.operator.layout import TokenLayout
+
+LIMIT = 256 * 2**20  # bytes; a plan has about 10 MB at 65,536 tokens
+
+
+class Plans:
+    """The plans that a model uses, on all of its devices. The least recently used are dropped beyond `limit` bytes, the newest never.
+
+    The text's length is no part of a plan, so that prompts of any length share one. Copies and pickles begin empty.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit = limit
+        self._kept: dict[Key, Plan] = {}  # the most recently used last
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plans, (self.limit,)
+
+    def get(self, spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
+        """`make_plan`, kept from then on."""
+        key = plan_key(spec, layout, device)
+        with self._lock:
+            plan = self._kept.pop(key, None)
+            if plan is not None:
+                self._kept[key] = plan
+                return plan
+            plan = self._kept[key] = make_plan(spec, layout, device)
+            self._trim()
+        return plan
+
+    def _trim(self) -> None:
+        """Drop the least recently used plans beyond the limit."""
+        sizes = {key: plan_bytes(plan) for key, plan in self._kept.items()}
+        excess = sum(sizes.values()) - self.limit
+        for old in list(self._kept)[:-1]:
+            if excess <= 0:
+                break
+            del self._kept[old]
+            excess -= sizes[old]
+
+    def clear(self) -> None:
+        """Drop all plans."""
+        with self._lock:
+            self._kept.clear()
+
+
+def plan_bytes(value: Any) -> int:
+    """Bytes of a plan's tensors, those of the dataclasses in it among them."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if not dataclasses.is_dataclass(value):
+        return 0
+    return sum(plan_bytes(getattr(value, field.name)) for field in dataclasses.fields(value))
+
+
+RECENT = Plans(limit=64 * 2**20)  # of those who call `attention` by itself, without a model

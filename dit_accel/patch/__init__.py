@@ -1,0 +1,1 @@
+"""Where a method enters a user's model: the verbs, a model's anatomy, processors, contexts, weights."""

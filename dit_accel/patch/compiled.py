@@ -1,0 +1,181 @@
+"""Accelerated attention under torch.compile: operators that look up what they need when they run.
+
+A graph that holds a grid, a plan, or whether a step is dense is compiled anew for each, until PyTorch gives up. So a graph holds operators
+that are opaque to the compiler, and a number in a tensor, the token, by which they find the state of the forward when they run. Where the
+blocks of a transformer are compiled, its hooks run outside of the graphs and make its forward the current one; the token names the context.
+Where a transformer is compiled as a whole, `dit_accel::begin` takes the place of the hook, and its token names the forward. Any number of
+sizes, dense steps and switched-off patches run in the graphs that the original model has.
+
+A backward pass computes the layer once more: which of the kernels ran is not known to the graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.method.parameters import Affine, Values
+from dit_accel.operator.blocks_of_grid import Plan
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch import processor, tokens
+from dit_accel.patch.context import Context
+from dit_accel.patch.forward import Forward
+
+# a replayed CUDA graph would repeat what was decided when it was recorded; PyTorch releases without the tag record none with a CPU tensor
+LOOKS_UP: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+ORIGINAL = 0  # in the place of a token: the call ran its original attention
+
+
+@torch.library.custom_op("dit_accel::begin", mutates_args=(), **LOOKS_UP)
+def begin(
+    tag: Tensor, latents: Tensor, timestep: Tensor | None, ids: Sequence[Tensor], names: str, words: str, sides: Sequence[int],
+    unknown: str, text: int | None, history: int, masks: Sequence[Tensor], gradient: bool,
+) -> Tensor:  # fmt: skip
+    """The token of a forward that begins: what `Context.before` does.
+
+    `tag`: the context. `sides`: T, H and W of one grid after the other, or `unknown` why there is none. For families with ids the grids are
+    read from those, `names` theirs, one a line, from the latents, and from `words`, the arguments that are words, one `name=value` a line.
+    """
+    context, _ = tokens.find(tag)
+    family = context.family
+    if not context.enabled:
+        off = Forward(family, context.spec, (), text, history, context.trained_tokens, context.plans, active=False)
+        return tokens.begin(context, off).clone()
+    if family.ids:
+        arguments: dict[str, Any] = dict(line.split("=", 1) for line in words.splitlines())
+        arguments |= {family.latents: latents, **dict(zip(names.splitlines(), ids, strict=True))}
+        grids = context.grids(arguments, None)
+    else:
+        grids = unknown or tuple(tuple(sides[n : n + 3]) for n in range(0, len(sides), 3))
+    return tokens.begin(context, context.begin(grids, text, history, timestep, latents, list(masks), gradient=gradient)).clone()
+
+
+@begin.register_fake
+def _(tag: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(tag)
+
+
+@torch.library.custom_op("dit_accel::noted", mutates_args=(), **LOOKS_UP)
+def noted(query: Tensor, keys: int, token: Tensor, alone: bool, reason: str) -> Tensor:
+    """A copy of a query `[B, N, H, D]` whose call runs its original attention for a reason, which is recorded."""
+    context, forward = tokens.find(token)
+    context.takes(forward, alone, query.shape[1], keys, None, reason)
+    return query.clone(memory_format=torch.contiguous_format)
+
+
+@noted.register_fake
+def _(query: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+noted.register_autograd(lambda ctx, gradient: (gradient, None, None, None, None))
+
+
+@torch.library.custom_op("dit_accel::layer", mutates_args=(), **LOOKS_UP)
+def layer(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, offset: Tensor | None,
+    spatial_weight: Tensor | None, token: Tensor, alone: bool, scale: float | None, gqa: bool, primitive: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer's attention `[B, N, H, D]`, accelerated or original as `Context.takes` decides, and what tells the backward pass which.
+
+    `primitive`: "sdpa", or the backend of diffusers' dispatcher ("default" for its own choice).
+    """
+    context, forward = tokens.find(token)
+    params = _values(weight, bias, offset, spatial_weight)
+    taken = context.takes(forward, alone, query.shape[1], key.shape[1], mask, None)
+    out = _attention(query, key, value, mask, params, context, forward if taken else None, alone, scale, gqa, primitive)
+    ran = tokens.token_of(context, forward).clone() if taken else torch.full_like(token, ORIGINAL)
+    return out.contiguous(), ran
+
+
+@layer.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(args[5])
+
+
+def _values(weight: Tensor | None, bias: Tensor | None, offset: Tensor | None, spatial_weight: Tensor | None) -> Values:
+    return Values(Affine(weight, bias) if weight is not None and bias is not None else None, offset, spatial_weight)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: Values, context: Context | None, forward: Forward | None,
+    alone: bool, scale: float | None, gqa: bool, primitive: str,
+) -> Tensor:  # fmt: skip
+    """The method within a forward of a context, or the primitive without them; `[B, N, H, D]`."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):  # the graph has cast what autocast casts
+        if forward is not None and context is not None:
+            spec, own = forward.spec, context.backend
+
+            def method(
+                q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+            ) -> Tensor:
+                return processor.attend(q, k, v, spec, layout, plan, params, scale, own, text_bias=bias)[0]
+
+            return processor.accelerated(*processor.with_all_heads(q, k, v), scale, mask, forward, alone, method).transpose(1, 2)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        if primitive == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
+        backend = None if primitive == "default" else AttentionBackendName(primitive)
+        return dispatch_attention_fn(query, key, value, mask, scale=scale, enable_gqa=gqa, backend=backend)
+
+
+@torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **LOOKS_UP)
+def layer_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    offset: Tensor | None, spatial_weight: Tensor | None, ran: Tensor, needed: Sequence[bool], alone: bool, scale: float | None, gqa: bool,
+    primitive: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of query, key, value, weight, bias, offset and spatial_weight; those that are not needed are empty."""
+    inputs = [query, key, value, weight, bias, offset, spatial_weight]
+    context, forward = (None, None) if int(ran) == ORIGINAL else tokens.find(ran)
+    autograd = torch._C.DispatchKey.AutogradFunctionality  # an operator runs below autograd
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
+        copies = [x if x is None else x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, needed, strict=True)]
+        q, k, v = copies[:3]
+        out = _attention(q, k, v, mask, _values(*copies[3:]), context, forward, alone, scale, gqa, primitive)  # type: ignore[arg-type]
+        learn = [x for x in copies if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(out, learn, dout, allow_unused=True))
+    grads = [next(found) if x is not None and x.requires_grad else None for x in copies]
+    return [
+        query.new_empty(0) if x is None or not wanted else torch.zeros_like(x) if g is None else g.contiguous()
+        for x, g, wanted in zip(inputs, grads, needed, strict=True)
+    ]
+
+
+@layer_backward.register_fake
+def _(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    offset: Tensor | None, spatial_weight: Tensor | None, ran: Tensor, needed: Sequence[bool], *args: Any,
+) -> list[Tensor]:  # fmt: skip
+    inputs = (query, key, value, weight, bias, offset, spatial_weight)
+    return [query.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:8], output[1])
+    ctx.settings = inputs[9:]
+
+
+def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, ran = ctx.saved_tensors
+    if ctx.needs_input_grad[3]:
+        raise DitAccelError("an attention mask that requires a gradient is not supported in a compiled model: pass mask.detach()")
+    learned = (0, 1, 2, 4, 5, 6, 7)
+    needed = [ctx.needs_input_grad[n] for n in learned]
+    if dout is None or not any(needed):
+        return (None,) * 13
+    grads = torch.ops.dit_accel.layer_backward(dout, *tensors, ran, needed, *ctx.settings)
+    given: list[Tensor | None] = [None] * 13
+    for n, grad, wanted in zip(learned, grads, needed, strict=True):
+        given[n] = grad if wanted else None
+    return tuple(given)
+
+
+layer.register_autograd(_gradients, setup_context=_save)

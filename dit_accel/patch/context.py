@@ -1,0 +1,251 @@
+"""What the operators of one transformer share: its settings, and the hooks that begin and end a forward at the transformer's boundary."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
+
+from dit_accel.errors import FallbackError
+from dit_accel.kernels import capture, dispatch
+from dit_accel.method.spec import AttentionSpec, Linear
+from dit_accel.operator import guard
+from dit_accel.operator.guard import Crossover
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.plans import Plans
+from dit_accel.patch.checkpointing import carry_forwards
+from dit_accel.patch.forward import Forward, current, enter, leave
+from dit_accel.patch.mask_check import MaskCheck, given
+from dit_accel.patch.routing import route
+from dit_accel.patch.steps import Steps
+from dit_accel.patch.tokens import Known, in_backward, token_of
+from dit_accel.pipelines.family import Family, Grids
+
+OUTSIDE = "an attention module that is called outside of its transformer's forward"
+PARSED = 4  # position ids whose grids are kept: those of as many runs at once
+
+
+@dataclass(eq=False)
+class Settings:
+    """What a user or a mode has chosen for one transformer; this, and nothing else of a context, is pickled and copied.
+
+    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `always`: run the operators even where the
+    original attention is faster, as training and measuring must. `trained`: the weights belong to the operators, so nothing else will do.
+    `trained_tokens`: of the sequences that the model was trained on, where logits are to be scaled for longer ones, which the original
+    attention does not do. `fallbacks`: how many calls ran their original attention, by the reason.
+    """
+
+    family: Family
+    spec: AttentionSpec
+    names: list[str]
+    head_dim: int
+    steps: Steps
+    dense_steps: int
+    backend: str
+    strict: bool
+    trained_tokens: int | None = None
+    enabled: bool = True
+    always: bool = False
+    trained: bool = False
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(eq=False)
+class Context(Settings):
+    """The settings of one transformer, and what is remembered from forward to forward: nothing that a result depends on.
+
+    `layout`, `crossover`: of the last forward in any thread, for `summary`; the crossover is None where nothing was to be measured. `last`:
+    that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the
+    forward while a graph of all of it is traced, else the tag. `known`: what such names are for.
+    """
+
+    layout: TokenLayout | None = field(default=None, init=False)
+    crossover: Crossover | None = field(default=None, init=False)
+    last: Forward | None = field(default=None, init=False)
+    device: torch.device | None = field(default=None, init=False)
+    plans: Plans = field(default_factory=Plans, init=False)
+    mask_check: MaskCheck = field(default_factory=MaskCheck, init=False)
+    known: dict[Forward | None, Known] = field(default_factory=dict, init=False)
+    tag: Tensor = field(init=False)
+    token: Tensor = field(init=False)
+    _parsed: tuple[tuple[tuple[Any, ...], Grids | str], ...] = field(default=(), init=False)
+    _said: set[Grids] = field(default_factory=set, init=False)  # grids of which a user was told that they are left to the original
+    _slow: set[str] = field(default_factory=set, init=False)  # what a user was told of a GPU without kernels
+
+    def __post_init__(self) -> None:
+        self.tag = self.token = token_of(self, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, setting.name) for setting in fields(Settings))
+
+    def switch(self, spec: AttentionSpec) -> None:
+        """Go on with another spec of the same order from the next forward on."""
+        self.spec, self.layout = spec, None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the last forward's grid is left to the original attention because that is faster."""
+        return self.crossover is not None and self.crossover.loses and not self._runs_anyway(torch.is_grad_enabled())
+
+    def _runs_anyway(self, gradient: bool) -> bool:
+        """Whether the method runs at every size, so that nothing is to be measured."""
+        asked = self.backend != "auto" or self.strict or self.always or not self.enabled
+        return asked or self.trained or self.trained_tokens is not None or gradient
+
+    def fall_back(self, reason: str) -> None:
+        """Record that a call runs its original attention: counted, said once, an error under strict."""
+        if self.strict:
+            raise FallbackError(f"strict=True wants every layer accelerated, but this call has {reason}")
+        if reason not in self.fallbacks:
+            warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
+        self.fallbacks[reason] += 1
+
+    def forward(self) -> Forward | None:
+        """The forward that is running in this thread, or None.
+
+        In a backward pass outside of one, blocks are recomputed that another checkpointing than diffusers' own dropped: the last one then.
+        """
+        found = current(self)
+        return self.last if found is None and in_backward() else found
+
+    def takes(self, forward: Forward | None, alone: bool, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
+        """Whether a call within a forward, or outside of any, is accelerated; one that should be and can't is recorded. See `route`."""
+        if not self.enabled:
+            return False
+        if forward is None:
+            self.fall_back(OUTSIDE)
+            return False
+        taken, reason = route(forward, alone, q_len, kv_len, mask, special)
+        if taken:
+            self.layout = forward.layout(alone, kv_len)
+        elif reason is not None:
+            self.fall_back(reason)
+        return taken
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: begin a forward. Its arguments are left as they are: tokens keep the model's own order."""
+        if torch.compiler.is_compiling():
+            self._trace(dict(zip(self.names, args, strict=False)) | kwargs, module)
+        else:
+            self._begin_eagerly(module, args, kwargs)
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also called after an exception: end the forward."""
+        if torch.compiler.is_compiling():
+            self.token = self.tag
+        else:
+            leave(self)
+
+    @torch.compiler.disable
+    def _begin_eagerly(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        if torch.is_grad_enabled():
+            carry_forwards(module)
+        enter(self, self._read(dict(zip(self.names, args, strict=False)) | kwargs, module))
+
+    def _trace(self, arguments: dict[str, Any], transformer: Any) -> None:
+        """`before` in a graph of the whole transformer: its operators do the same when they run."""
+        family = self.family
+        names = [name for name in family.ids if arguments.get(name) is not None]
+        grids: Grids | str = () if family.ids else family.grid(arguments, transformer)
+        words = "\n".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, str)) if family.ids else ""
+        text = family.text(arguments) if family.text else None
+        history = family.history(arguments, transformer) if family.history else 0
+        self.token = torch.ops.dit_accel.begin(
+            self.tag, _first(arguments[family.latents]), arguments.get(family.timestep),
+            [arguments[name] for name in names], "\n".join(names), words,
+            [] if isinstance(grids, str) else [n for grid in grids for n in grid], grids if isinstance(grids, str) else "", text, history,
+            list(given(arguments)), torch.is_grad_enabled(),
+        )  # fmt: skip
+
+    def _read(self, arguments: Mapping[str, Any], transformer: Any) -> Forward:
+        """What a forward's arguments say of it."""
+        family = self.family
+        grids = self.grids(arguments, transformer)
+        text = family.text(arguments) if family.text else None
+        history = family.history(arguments, transformer) if family.history else 0
+        latents = _first(arguments[family.latents])
+        return self.begin(
+            grids, text, history, arguments.get(family.timestep), latents, list(given(arguments)), gradient=torch.is_grad_enabled()
+        )
+
+    def begin(
+        self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, given_masks: list[Tensor], *,
+        gradient: bool,
+    ) -> Forward:  # fmt: skip
+        """The forward with these grids, or with a reason why they are not known; to be called once per forward."""
+        family, trained_tokens = self.family, self.trained_tokens
+        if isinstance(grids, str):
+            self.layout = self.crossover = None
+            self.fall_back(grids)
+            return Forward(family, self.spec, (), text, history, trained_tokens, self.plans, active=False)
+        forward = Forward(family, self.spec, grids, text, history, trained_tokens, self.plans, active=True)
+        if self.enabled and self.backend == "auto":
+            self._warn_if_slow(latents)
+        measured = self._measured(forward, latents, gradient)
+        active = self.enabled and not (measured is not None and measured.loses)
+        if self.enabled and self.dense_steps:
+            active = self.steps.index(timestep, latents) >= self.dense_steps and active
+        if active and self.mask_check.hides_image(given_masks, forward):
+            active = False
+            self.fall_back("an attention mask over image tokens")
+        forward = replace(forward, active=active)
+        self.last, self.device, self.crossover = forward, latents.device, measured
+        self.layout = forward.layout(False, forward.image + (text or 0))
+        return forward
+
+    def grids(self, arguments: Mapping[str, Any], transformer: Any) -> Grids | str:
+        """The grids of the images, or why they are not known."""
+        ids = tuple(arguments.get(name) for name in self.family.ids)
+        for known, grids in self._parsed:  # parsing ids waits for the device; pipelines reuse one tensor for all steps
+            if ids and all(a is b for a, b in zip(ids, known, strict=True)):
+                return grids
+        device = _first(arguments[self.family.latents]).device
+        if any(isinstance(x, Tensor) and x.device == device for x in ids):
+            capture.refuse(device, "the grid is read from position ids: captured ones must be the tensors of the run before")
+        grids = self.family.grid(arguments, transformer)
+        if ids:
+            self._parsed = ((ids, grids), *self._parsed[: PARSED - 1])
+        return grids
+
+    def _measured(self, forward: Forward, latents: Tensor, gradient: bool) -> Crossover | None:
+        """Whether the method or the original attention is faster at this size, where that decides; said once where the original is."""
+        if self._runs_anyway(gradient):
+            return None
+        layout = forward.layout(False, forward.image + (forward.text or 0))
+        found = guard.measured(self.spec, layout, self.head_dim, latents.dtype, latents.device)
+        if found is not None and found.loses and forward.grids not in self._said:
+            self._said.add(forward.grids)
+            sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in forward.grids)
+            warnings.warn(
+                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {found}. "
+                "accelerate(..., strict=True) runs the method all the same",
+                stacklevel=2,
+            )
+        return found
+
+    def _warn_if_slow(self, latents: Tensor) -> None:
+        """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
+        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
+        if slow is not None and slow not in self._slow:
+            self._slow.add(slow)
+            warnings.warn(f"dit_accel: {slow}", stacklevel=2)
+
+
+# A compiled transformer's hooks run in frames of their own, outside of its graph: as such they are not compiled. Within the graph of a
+# function that calls the transformer they are traced.
+for hook in (Context.before, Context.after):
+    skip_code(hook.__code__)
+
+
+def _first(value: Any) -> Tensor:
+    """The tensor, or the first of a list of them."""
+    while isinstance(value, list | tuple):
+        value = value[0]
+    tensor: Tensor = value
+    return tensor

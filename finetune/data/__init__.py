@@ -1,0 +1,1 @@
+"""Samples to distil from: collecting, storing and reading them."""
