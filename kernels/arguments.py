@@ -45,6 +45,7 @@ class Arguments(NamedTuple):
     k_starts: Tensor
     coords: Tensor
     windows: Tensor | None
+    places: Tensor | None
     text_bias: Tensor | None
     text: int
     text_first: bool

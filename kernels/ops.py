@@ -27,19 +27,21 @@ def _implementation(name: str) -> Any:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, offset: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, lists: Tensor, counts: Tensor, full: Tensor, q_starts: Tensor, k_starts: Tensor, coords: Tensor,
-    windows: Tensor | None, text_bias: Tensor | None, text: int, text_first: bool, reach: int, method: Sequence[int], cap: float,
-    scale: float, implementation: str,
+    windows: Tensor | None, places: Tensor | None, text_bias: Tensor | None, text: int, text_first: bool, reach: int,
+    method: Sequence[int], cap: float, scale: float, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (q's dtype and layout) and lse `[B, H, N]`.
 
     `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them. `coords`
-    `[3, N + padding]` of the image tokens; `windows` `[W, 3, 3, N + padding]` first, last and residue per axis. `text_bias` `[B, text]`
-    float32, contiguous and finite, joins the logits of the text's keys. `method`: see `Method`.
+    `[3, N + padding]` of the image tokens; `windows` `[W, 3, 3, N + padding]` first, last and residue per axis; both in the order of the
+    blocks, as `q_starts` and `k_starts` count. `places` `[N]` int32: where each token of that order is among the image's tokens of q, k and
+    v; None: they are in that order. The Triton kernels take none. `text_bias` `[B, text]` float32, contiguous and finite, joins the logits
+    of the text's keys. `method`: see `Method`.
     """
     out, lse = _implementation(implementation).attend(
         Arguments(
-            q, k, v, extra_k, extra_v, offset, weight, bias, lists, counts, full, q_starts, k_starts, coords, windows, text_bias, text,
-            text_first, reach, method, cap, scale,
+            q, k, v, extra_k, extra_v, offset, weight, bias, lists, counts, full, q_starts, k_starts, coords, windows, places, text_bias,
+            text, text_first, reach, method, cap, scale,
         )
     )  # fmt: skip
     return out, lse
@@ -54,12 +56,12 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None,
     extra_v: Tensor | None, offset: Tensor | None, weight: Tensor | None, bias: Tensor | None, lists: Tensor, counts: Tensor, full: Tensor,
-    q_starts: Tensor, k_starts: Tensor, coords: Tensor, windows: Tensor | None, text_bias: Tensor | None, text: int, text_first: bool,
-    reach: int, method: Sequence[int], cap: float, scale: float, implementation: str,
+    q_starts: Tensor, k_starts: Tensor, coords: Tensor, windows: Tensor | None, places: Tensor | None, text_bias: Tensor | None, text: int,
+    text_first: bool, reach: int, method: Sequence[int], cap: float, scale: float, implementation: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, extra_k, extra_v `[B, H, ·, D]`, offset `[H]`, weight `[D, D]` and bias `[D]`; absent ones are empty."""
     arguments = Arguments(
-        q, k, v, extra_k, extra_v, offset, weight, bias, lists, counts, full, q_starts, k_starts, coords, windows, text_bias, text,
+        q, k, v, extra_k, extra_v, offset, weight, bias, lists, counts, full, q_starts, k_starts, coords, windows, places, text_bias, text,
         text_first, reach, method, cap, scale,
     )  # fmt: skip
     grads: list[Tensor] = _implementation(implementation).gradients(dout, dlse, out, lse, arguments)
@@ -77,8 +79,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:16])
-    ctx.settings = inputs[16:]
+    ctx.save_for_backward(*output, *inputs[:17])
+    ctx.settings = inputs[17:]
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -87,7 +89,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         dout = torch.zeros_like(out)
     grads = torch.ops.dit_accel.attention_backward(dout, dlse, out, lse, *tensors, *ctx.settings)
     given = [None if x is None else grad for x, grad in zip(tensors[:8], grads, strict=True)]
-    return (*given, *[None] * 15)
+    return (*given, *[None] * 16)
 
 
 attention.register_autograd(_gradients, setup_context=_save)
@@ -95,18 +97,34 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 @torch.library.custom_op("dit_accel::select_blocks", mutates_args=())
 def select_blocks(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int], implementation: str
+    q: Tensor,
+    k: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    weight: Tensor | None,
+    top: int,
+    widths: Sequence[int],
+    implementation: str,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. q, k: image tokens.
 
-    `widths`: the most tokens that a query block and a key block hold.
+    `widths`: the most tokens that a query block and a key block hold. `places`: as in `attention`.
     """
-    lists: Tensor = _implementation(implementation).select_blocks(q, k, q_starts, k_starts, weight, top, widths)
+    lists: Tensor = _implementation(implementation).select_blocks(q, k, q_starts, k_starts, weight, top, widths, places)
     return lists
 
 
 @select_blocks.register_fake
 def _(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int], implementation: str
+    q: Tensor,
+    k: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    weight: Tensor | None,
+    top: int,
+    widths: Sequence[int],
+    implementation: str,
+    places: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0] * q.shape[1], len(q_starts) - 1, top), dtype=torch.int32)

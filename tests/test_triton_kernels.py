@@ -336,7 +336,7 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, name, lambda *_: seen.append(current[0]) or [])
     with FakeTensorMode(), calls.redirected(Machine("sm_90", 132), seen.append):
         q = torch.empty(1, 2, 32, 8, device="cuda:1")
-        a = Arguments(q, q, q, *[None] * 5, *[q] * 6, None, None, 0, True, -1, [], 0.0, 1.0)
+        a = Arguments(q, q, q, *[None] * 5, *[q] * 6, None, None, None, 0, True, -1, [], 0.0, 1.0)
         calls.attend(a)
         calls.gradients(q, None, q, q, a)
         calls.select_blocks(q, q, q, q, None, 1, [])

@@ -226,7 +226,7 @@ def _new_plan(key: Key) -> Plan:
     to_memory = None if layout_order == spec.order else joint_memory_order(grids, layout_order).argsort()[q_part.order]
     exact = [p for p in fixed if isinstance(p, Disc | Window | Box)]
     cells, patch_tokens = _patches(spec.rest.factor, grids, coords) if isinstance(spec.rest, Downsampled) else (None, None)
-    geometry = make_geometry(q_part.starts, k_part.starts, coords[:, :3], static, _windows(exact, grids, coords), _reach(exact))
+    geometry = make_geometry(q_part.starts, k_part.starts, coords[:, :3], static, _windows(exact, grids, coords), to_memory, _reach(exact))
     return Plan(
         key=key,
         q_blocks=_moved(q_blocks, device),

@@ -39,7 +39,8 @@ class Geometry:
     """One grid for the kernels.
 
     `starts_q`, `starts_k` `[T + 1]`: first token of each block. `coords` `[3, N + PADDING]`: (t, y, x). `windows`
-    `[W, 3 axes, 3, N + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or None.
+    `[W, 3 axes, 3, N + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or None. Both are
+    in the order of the blocks; `places` `[N]`: where each token of that order is among the image's tokens, or None where they are in it.
     `reach`: largest squared distance inside the largest disc, -1 without one. All int32.
     """
 
@@ -48,6 +49,7 @@ class Geometry:
     lists: Lists | None
     coords: Tensor
     windows: Tensor | None
+    places: Tensor | None
     reach: int
 
 
@@ -57,14 +59,16 @@ def padded(rows: Tensor) -> Tensor:
 
 
 def make_geometry(
-    starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor], reach: int
-) -> Geometry:
-    """`coords` `[N, 3]` in memory order; `windows`: each as `[3 axes, 3, N]`, see `Geometry`."""
+    starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor],
+    places: Tensor | None, reach: int,
+) -> Geometry:  # fmt: skip
+    """`coords` `[N, 3]`; `windows`: each as `[3 axes, 3, N]`; `places` `[N]`, see `Geometry`."""
     return Geometry(
         starts_q=starts_q.to(torch.int32),
         starts_k=starts_k.to(torch.int32),
         lists=Lists.from_map(static) if static else None,
         coords=padded(coords.T),
         windows=padded(torch.stack(windows)) if windows else None,
+        places=None if places is None else places.to(torch.int32),
         reach=min(reach, FARTHEST),
     )

@@ -19,15 +19,16 @@ def attend(
     implementation: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]`; the arithmetic of `operator`'s reference path, by one of `ops`' implementations."""
-    order = _sequence_order(plan.to_memory, layout)
+    g, in_place = plan.geometry, implementation == "cpu"  # the CPU kernels find a block's tokens where they are
+    order, places = (None, g.places) if in_place else (_sequence_order(plan.to_memory, layout), None)
     wide = torch.float32 if query.dtype == torch.float16 and implementation == "cpu" else query.dtype
     q, k, v = (_reordered(x.to(wide), order) for x in (query, key, value))
-    lists = _lists(q, k, spec, layout, plan, implementation)
+    lists = _lists(q, k, spec, layout, plan, places, implementation)
     extra_k = extra_v = None
     if isinstance(spec.rest, Downsampled):
-        image = _image(layout)
+        image, in_blocks = _image(layout), None if places is None else plan.to_memory
         extra_k, extra_v = (
-            downsample(x[:, :, image].float().flatten(0, 1), plan, spec.rest.factor, params.spatial_weight)
+            downsample(_reordered(x[:, :, image], in_blocks).float().flatten(0, 1), plan, spec.rest.factor, params.spatial_weight)
             .unflatten(0, q.shape[:2])
             .to(torch.float32 if implementation == "cpu" else q.dtype)
             .contiguous()
@@ -36,13 +37,12 @@ def attend(
     if text_bias is not None:
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     weight, bias = (None, None) if params.proj is None else (params.proj.weight, params.proj.bias)
-    g = plan.geometry
     out, lse = ops.attention(
         q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
-        g.starts_k, g.coords, g.windows, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
+        g.starts_k, g.coords, g.windows, places, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
         spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
     )  # fmt: skip
-    back = _sequence_order(plan.to_raster, layout)
+    back = None if in_place else _sequence_order(plan.to_raster, layout)
     return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
 
 
@@ -104,7 +104,7 @@ def _widths(plan: Plan) -> list[int]:
     return [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
 
 
-def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, implementation: str) -> Lists:
+def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, places: Tensor | None, implementation: str) -> Lists:
     """The static lists, or the blocks chosen for this call, or both."""
     g: Geometry = plan.geometry
     top = next((p for p in spec.keep if isinstance(p, TopK)), None)
@@ -113,7 +113,15 @@ def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan:
     image = _image(layout)
     weight = plan.short_weight if top.correct_short else None
     chosen = ops.select_blocks(
-        q[:, :, image].detach(), k[:, :, image].detach(), g.starts_q, g.starts_k, weight, plan.top, _widths(plan), implementation
+        q[:, :, image].detach(),
+        k[:, :, image].detach(),
+        g.starts_q,
+        g.starts_k,
+        weight,
+        plan.top,
+        _widths(plan),
+        implementation,
+        places,
     )
     if plan.static is None:
         return Lists.of_chosen(chosen)

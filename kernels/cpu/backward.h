@@ -14,18 +14,18 @@ struct Queries {
     void pack(int64_t bh, int64_t i, float* out) {  // `out`: room for a panel
         const Problem& p = g.p;
         Run run = g.query(i);
-        int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.tokens() + run.place;
-        read_rows(q.row(i), g.padded, p.q, b, h, run.place, run.count, g.channels, p.scale * LOG2E);
-        read_rows(dout.row(i), g.padded, p.dout, b, h, run.place, run.count, g.channels, 1.f);
-        read_rows(out, g.padded, p.out, b, h, run.place, run.count, g.channels, 1.f);
+        int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.tokens();
+        read_rows(q.row(i), g.padded, p.q, b, h, run, g.channels, p.scale * LOG2E);
+        read_rows(dout.row(i), g.padded, p.dout, b, h, run, g.channels, 1.f);
+        read_rows(out, g.padded, p.out, b, h, run, g.channels, 1.f);
         transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
         transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
         for (int64_t r = 0; r < run.count; r++) {
-            double sum = p.dlse ? -double(p.dlse[at + r]) : 0.;
+            double sum = p.dlse ? -double(p.dlse[at + run.at(r)]) : 0.;
             for (int64_t d = 0; d < g.channels; d++) sum += double(out[r * g.padded + d]) * dout.row(i)[r * g.padded + d];
             exact_delta[i * g.width + r] = sum;
             delta[i * g.width + r] = float(sum);
-            lse2[i * g.width + r] = p.lse[at + r] * LOG2E;
+            lse2[i * g.width + r] = p.lse[at + run.at(r)] * LOG2E;
         }
     }
 };
@@ -184,13 +184,14 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     });
     bool pooled = i < p.q_blocks && keys.pool;
     if (pooled) pooled_query_gradient(g, *keys.pool, queries, room, bh, i);
-    float* dq = p.dq + (bh * g.tokens() + run.place) * g.channels;
-    for (int64_t r = 0; r < run.count; r++)
+    for (int64_t r = 0; r < run.count; r++) {
+        float* dq = p.dq + (bh * g.tokens() + run.at(r)) * g.channels;
         for (int64_t d = 0; d < g.channels; d++) {
             int64_t at = r * g.padded + d;
             float second = pooled ? q[at] * by_variance[at] * (1.f / LOG2E) : 0.f;
-            dq[r * g.channels + d] += p.scale * (acc[at] + second);
+            dq[d] += p.scale * (acc[at] + second);
         }
+    }
 }
 
 static void key_gradient(const Geometry& g, const Keys& keys, const Queries& queries, const Columns& columns, const PoolGradient* pool, const States* dstates, BackwardRoom& room, int64_t bh, int64_t j) {
@@ -225,11 +226,12 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
     for (int64_t e = 0; e < run.count * g.padded; e++) dk[e] *= 1.f / LOG2E;
     if (j < p.k_blocks && pool) pool->distribute(dk, dv, key, j);
     if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, room, dk, dv, j);
-    int64_t at = (g.is_extra(j) ? bh * p.extra + run.place : bh * g.tokens() + run.place) * g.channels;
-    float *to_k = (g.is_extra(j) ? p.dextra_k : p.dk) + at, *to_v = (g.is_extra(j) ? p.dextra_v : p.dv) + at;
+    int64_t tokens = g.is_extra(j) ? p.extra : g.tokens();
+    float *to_k = g.is_extra(j) ? p.dextra_k : p.dk, *to_v = g.is_extra(j) ? p.dextra_v : p.dv;
     for (int64_t r = 0; r < run.count; r++) {
-        __builtin_memcpy(to_k + r * g.channels, dk + r * g.padded, g.channels * 4);
-        __builtin_memcpy(to_v + r * g.channels, dv + r * g.padded, g.channels * 4);
+        int64_t at = (bh * tokens + run.at(r)) * g.channels;
+        __builtin_memcpy(to_k + at, dk + r * g.padded, g.channels * 4);
+        __builtin_memcpy(to_v + at, dv + r * g.padded, g.channels * 4);
     }
 }
 

@@ -26,9 +26,9 @@ def _problem(a: Arguments) -> native.Problem:
         list_width=a.lists.shape[-1], lists_per_head=int(a.lists.ndim == 3), extra=0 if a.extra_k is None else a.extra_k.shape[2],
         q=native.rows(a.q), k=native.rows(a.k), v=native.rows(a.v), q_starts=a.q_starts.data_ptr(), k_starts=a.k_starts.data_ptr(),
         lists=a.lists.data_ptr(), counts=a.counts.data_ptr(), full=a.full.data_ptr(), coords=a.coords.data_ptr(),
-        windows=_pointer(a.windows), n_windows=0 if a.windows is None else a.windows.shape[0], reach=a.reach, extra_k=_pointer(a.extra_k),
-        extra_v=_pointer(a.extra_v), offset=_pointer(a.offset), weight=_pointer(a.weight), bias=_pointer(a.bias),
-        text_bias=_pointer(a.text_bias), rest=method.rest, log_count=method.log_count, variance=method.variance,
+        places=_pointer(a.places), windows=_pointer(a.windows), n_windows=0 if a.windows is None else a.windows.shape[0],
+        reach=a.reach, extra_k=_pointer(a.extra_k), extra_v=_pointer(a.extra_v), offset=_pointer(a.offset), weight=_pointer(a.weight),
+        bias=_pointer(a.bias), text_bias=_pointer(a.text_bias), rest=method.rest, log_count=method.log_count, variance=method.variance,
         feature_map=method.feature_map, linear_all=method.linear_all, residual=method.residual, scale=a.scale, cap=a.cap,
         threads=torch.get_num_threads(),
     )  # fmt: skip
@@ -69,8 +69,9 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
-) -> Tensor:
+    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int],
+    places: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
     q, k = dense(q), dense(k)
     batch, heads, _, channels = q.shape
@@ -79,8 +80,8 @@ def select_blocks(
         "select",
         native.Selection(
             batch=batch, heads=heads, channels=channels, q_blocks=len(q_starts) - 1, k_blocks=len(k_starts) - 1, top=top, q=native.rows(q),
-            k=native.rows(k), q_starts=q_starts.data_ptr(), k_starts=k_starts.data_ptr(), weight=_pointer(weight), lists=lists.data_ptr(),
-            threads=torch.get_num_threads(),
+            k=native.rows(k), q_starts=q_starts.data_ptr(), k_starts=k_starts.data_ptr(), places=_pointer(places), weight=_pointer(weight),
+            lists=lists.data_ptr(), threads=torch.get_num_threads(),
         ),
     )  # fmt: skip
     return lists

@@ -20,7 +20,7 @@ struct Keys {
 
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
-          direct(!backward && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
+          direct(!backward && !g.p.places && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
         if (paired) pairs = std::make_unique<Pairs>(g);
@@ -87,7 +87,7 @@ struct LinearRows {
     void compute(const Keys& keys, int64_t bh, int64_t i) {
         const Problem& p = g.p;
         Run run = g.query(i);
-        read_rows(raw, g.padded, p.q, bh / p.heads, g.head(bh), run.place, run.count, g.channels, 1.f);
+        read_rows(raw, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, 1.f);
         for (int64_t r = 0; r < run.count; r++) feature(phi + r * g.padded, raw + r * g.padded, g.channels, p.feature_map);
         if (p.linear_all) {
             for (int64_t e = 0; e < keys.states->size; e++) state[e] = float(keys.states->total[e]);
@@ -142,8 +142,8 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     const Problem& p = g.p;
     Run run = g.query(i);
     Softmax& s = room.softmax;
-    read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run.place, run.count, g.channels, p.scale * LOG2E);
-    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run.place, run.count, g.channels);
+    read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
+    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
     s.start();
     Mask mask(g);
     g.for_visits(bh, i, [&](int64_t j, bool partial) {
@@ -179,11 +179,11 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
                 for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += p.bias[d];
         }
     }
-    write_rows(p.out, bh / p.heads, g.head(bh), run.place, run.count, g.channels, s.acc, g.padded);
-    float* lse = p.lse + bh * g.tokens() + run.place;
+    write_rows(p.out, bh / p.heads, g.head(bh), run, g.channels, s.acc, g.padded);
+    float* lse = p.lse + bh * g.tokens();
     // the scaled queries carry the rounding of scale·log2(e), so that is what to divide by
     double natural = double(p.scale) / double(p.scale * LOG2E);
-    for (int64_t r = 0; r < run.count; r++) lse[r] = float(room.lse2[r] * (p.scale == 0 ? double(LN2) : natural));
+    for (int64_t r = 0; r < run.count; r++) lse[run.at(r)] = float(room.lse2[r] * (p.scale == 0 ? double(LN2) : natural));
 }
 
 static Array<float> transposed_weight(const Geometry& g) {

@@ -35,7 +35,7 @@ class Problem(Structure):
     _fields_ = [
         *_fields(c_int64, "batch heads channels text text_start image image_start q_blocks k_blocks list_width lists_per_head extra"),
         *_fields(Rows, "q k v out"),
-        *_fields(c_void_p, "q_starts k_starts lists counts full coords windows"),
+        *_fields(c_void_p, "q_starts k_starts lists counts full places coords windows"),
         *_fields(c_int64, "n_windows reach"),
         *_fields(c_void_p, "extra_k extra_v offset weight bias text_bias"),
         *_fields(c_int32, "rest log_count variance feature_map linear_all residual"),
@@ -51,7 +51,7 @@ class Selection(Structure):
     _fields_ = [
         *_fields(c_int64, "batch heads channels q_blocks k_blocks top"),
         *_fields(Rows, "q k"),
-        *_fields(c_void_p, "q_starts k_starts weight lists"),
+        *_fields(c_void_p, "q_starts k_starts places weight lists"),
         ("threads", c_int64),
     ]
 

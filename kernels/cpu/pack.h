@@ -14,46 +14,50 @@ static inline uint16_t narrow(float x) {  // to bfloat16, nearest even
     return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// out[i, :] = factor · row (first + i), for i below count; out has leading dimension ld
-static inline void read_rows(float* out, int64_t ld, const Rows& in, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels, float factor) {
-    int64_t base = b * in.batch + h * in.head + first * in.row;
-    for (int64_t i = 0; i < count; i++, base += in.row) {
+// A run of tokens: where it begins in the sequence and among the image tokens of the blocks' order (-1 outside the image), and how many.
+// `places`: where each of them is, counted from `place`; null where they follow each other.
+struct Run {
+    int64_t place, image, count;
+    const int32_t* places = nullptr;
+    int64_t at(int64_t i) const { return place + (places ? places[i] : i); }  // in the sequence
+};
+
+// out[i, :] = factor · row i of the run; out has leading dimension ld
+static inline void read_rows(float* out, int64_t ld, const Rows& in, int64_t b, int64_t h, const Run& run, int64_t channels, float factor) {
+    int64_t base = b * in.batch + h * in.head;
+    for (int64_t i = 0; i < run.count; i++) {
         float* to = out + i * ld;
         if (in.bf16) {
-            const uint16_t* from = static_cast<const uint16_t*>(in.data) + base;
+            const uint16_t* from = static_cast<const uint16_t*>(in.data) + base + run.at(i) * in.row;
             for (int64_t d = 0; d < channels; d++) to[d] = factor * widen(from[d]);
         } else {
-            const float* from = static_cast<const float*>(in.data) + base;
+            const float* from = static_cast<const float*>(in.data) + base + run.at(i) * in.row;
             for (int64_t d = 0; d < channels; d++) to[d] = factor * from[d];
         }
     }
 }
 
-static inline void write_rows(const Rows& out, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels, const float* in, int64_t ld) {
-    int64_t base = b * out.batch + h * out.head + first * out.row;
-    for (int64_t i = 0; i < count; i++, base += out.row) {
+static inline void write_rows(const Rows& out, int64_t b, int64_t h, const Run& run, int64_t channels, const float* in, int64_t ld) {
+    int64_t base = b * out.batch + h * out.head;
+    for (int64_t i = 0; i < run.count; i++) {
         const float* from = in + i * ld;
+        int64_t at = base + run.at(i) * out.row;
         if (out.bf16) {
-            uint16_t* to = static_cast<uint16_t*>(out.data) + base;
+            uint16_t* to = static_cast<uint16_t*>(out.data) + at;
             for (int64_t d = 0; d < channels; d++) to[d] = narrow(from[d]);
         } else {
-            __builtin_memcpy(static_cast<float*>(out.data) + base, from, channels * 4);
+            __builtin_memcpy(static_cast<float*>(out.data) + at, from, channels * 4);
         }
     }
 }
 
 // The same without conversion, from bfloat16.
-static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t b, int64_t h, int64_t first, int64_t count, int64_t channels) {
-    const uint16_t* from = static_cast<const uint16_t*>(in.data) + b * in.batch + h * in.head + first * in.row;
-    for (int64_t i = 0; i < count; i++) __builtin_memcpy(out + i * ld, from + i * in.row, size_t(channels) * 2);
+static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t b, int64_t h, const Run& run, int64_t channels) {
+    const uint16_t* from = static_cast<const uint16_t*>(in.data) + b * in.batch + h * in.head;
+    for (int64_t i = 0; i < run.count; i++) __builtin_memcpy(out + i * ld, from + run.at(i) * in.row, size_t(channels) * 2);
 }
 
 static const float MASKED = -1e30f;  // a bias (in log2) that leaves a key out
-
-// A run of tokens: where it begins in the sequence and among the image tokens (-1 outside the image), and how many.
-struct Run {
-    int64_t place, image, count;
-};
 
 // Blocks of one problem. Key blocks: the image's, then the text's, then the extra keys'. Query blocks: the image's, then the text's.
 struct Geometry {
@@ -91,14 +95,18 @@ struct Geometry {
     Run text_run(int64_t i) const {
         return {p.text_start + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
     }
+    Run image_run(int64_t first, int64_t end) const {
+        if (p.places) return {p.image_start, first, end - first, p.places + first};
+        return {p.image_start + first, first, end - first};
+    }
     Run query(int64_t i) const {
         if (i >= p.q_blocks) return text_run(i - p.q_blocks);
-        return {p.image_start + p.q_starts[i], p.q_starts[i], p.q_starts[i + 1] - p.q_starts[i]};
+        return image_run(p.q_starts[i], p.q_starts[i + 1]);
     }
     int64_t first_extra() const { return p.k_blocks + text_blocks; }
     bool is_extra(int64_t j) const { return j >= first_extra(); }
     Run key(int64_t j) const {  // for extra keys, `place` counts among them
-        if (j < p.k_blocks) return {p.image_start + p.k_starts[j], p.k_starts[j], p.k_starts[j + 1] - p.k_starts[j]};
+        if (j < p.k_blocks) return image_run(p.k_starts[j], p.k_starts[j + 1]);
         if (!is_extra(j)) return text_run(j - p.k_blocks);
         int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};
@@ -144,7 +152,7 @@ struct Geometry {
     void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {
         Run run = key(j);
         if (!is_extra(j)) {
-            read_rows(out, padded, from, bh / p.heads, head(bh), run.place, run.count, channels, 1.f);
+            read_rows(out, padded, from, bh / p.heads, head(bh), run, channels, 1.f);
             return clear_masked(out, padded, bh, j);
         }
         const float* row = extra + (bh * p.extra + run.place) * channels;
@@ -189,12 +197,12 @@ struct Pairs {
     void fill(int64_t bh, int64_t j, uint16_t* room) {
         Run run = g.key(j);
         int64_t d = g.channels;
-        copy_rows(room, d, g.p.k, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        copy_rows(room, d, g.p.k, bh / g.p.heads, g.head(bh), run, d);
         g.clear_masked(room, d, bh, j);
         int32_t* column = columns + j * column_size;
         for (int64_t c = 0; c < d / 2; c++)
             for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, room + n * d + 2 * c, 4);
-        copy_rows(room, d, g.p.v, bh / g.p.heads, g.head(bh), run.place, run.count, d);
+        copy_rows(room, d, g.p.v, bh / g.p.heads, g.head(bh), run, d);
         g.clear_masked(room, d, bh, j);
         int32_t* row = rows + j * row_size;
         for (int64_t n = 0; n < run.count; n += 2)

@@ -20,7 +20,8 @@ struct Problem {
     Rows q, k, v, out;
     const int32_t *q_starts, *k_starts;      // [q_blocks + 1], [k_blocks + 1]: first image token of each block
     const int32_t *lists, *counts, *full;    // [L, q_blocks, list_width], [L, q_blocks]: visited blocks, the `full` ones first
-    const int32_t* coords;                   // [3, image]: frame, row, column of each image token
+    const int32_t* places;                   // [image]: where each token of the blocks' order is among the image's tokens; null: in that order
+    const int32_t* coords;                   // [3, image]: frame, row, column of each image token, in the blocks' order as all below
     const int32_t* windows;                  // [n_windows, 3 axes, (first, last, residue), image]
     int64_t n_windows, reach;                // reach: largest squared distance inside the disc, -1 for no disc
     const float *extra_k, *extra_v;          // [B, H, extra, D]
@@ -42,6 +43,7 @@ struct Selection {
     int64_t batch, heads, channels, q_blocks, k_blocks, top;
     Rows q, k;  // image tokens only
     const int32_t *q_starts, *k_starts;
+    const int32_t* places;  // [image] as in a problem, or null
     const float* weight;  // [k_blocks] factor of each block's score, or null
     int32_t* lists;       // [B, H, q_blocks, top], ascending
     int64_t threads;

@@ -1,12 +1,12 @@
 // Pooled scores and their best key blocks, for each query block.
 
-static inline void block_mean(float* out, const Rows& x, int64_t bh, int64_t heads, int64_t first, int64_t count, int64_t channels, float* row) {
+static inline void block_mean(float* out, const Rows& x, int64_t bh, int64_t heads, const Run& run, int64_t channels, float* row) {
     for (int64_t d = 0; d < channels; d++) out[d] = 0;
-    for (int64_t i = 0; i < count; i++) {
-        read_rows(row, channels, x, bh / heads, bh % heads, first + i, 1, channels, 1.f);
+    for (int64_t i = 0; i < run.count; i++) {
+        read_rows(row, channels, x, bh / heads, bh % heads, {run.at(i), -1, 1}, channels, 1.f);
         for (int64_t d = 0; d < channels; d++) out[d] += row[d];
     }
-    for (int64_t d = 0; d < channels; d++) out[d] /= float(count);
+    for (int64_t d = 0; d < channels; d++) out[d] /= float(run.count);
 }
 
 // The `top` largest of n scores, ties to the lower index, written in ascending order; NaN counts as the largest, as in torch.topk.
@@ -27,6 +27,11 @@ static inline void best(int32_t* out, const float* score, int32_t* order, int64_
 void select_blocks(const Selection& s) {
     const int64_t columns = round_up(s.k_blocks, LANES), rows = round_up(s.q_blocks, ROWS), d = s.channels;
     Array<float> q_mean(rows * d), k_mean_t(d * columns);
+    auto run = [&](const int32_t* starts, int64_t i) -> Run {
+        int64_t count = starts[i + 1] - starts[i];
+        if (s.places) return {0, -1, count, s.places + starts[i]};
+        return {starts[i], -1, count};
+    };
     Team team(s.threads);
     std::vector<Array<float>> scores, means;
     std::vector<Array<int32_t>> orders;
@@ -35,11 +40,11 @@ void select_blocks(const Selection& s) {
         float *mean = means[size_t(thread)], *score = scores[size_t(thread)];
         for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
             team.share(s.k_blocks, [&](int64_t j) {
-                block_mean(mean, s.k, bh, s.heads, s.k_starts[j], s.k_starts[j + 1] - s.k_starts[j], d, mean + d);
+                block_mean(mean, s.k, bh, s.heads, run(s.k_starts, j), d, mean + d);
                 for (int64_t c = 0; c < d; c++) k_mean_t[c * columns + j] = mean[c];
             });
             team.share(s.q_blocks, [&](int64_t i) {
-                block_mean(q_mean + i * d, s.q, bh, s.heads, s.q_starts[i], s.q_starts[i + 1] - s.q_starts[i], d, mean);
+                block_mean(q_mean + i * d, s.q, bh, s.heads, run(s.q_starts, i), d, mean);
             });
             team.share(rows / ROWS, [&](int64_t group) {
                 product(score, columns, q_mean + group * ROWS * d, d, k_mean_t, columns, d, columns, nullptr);

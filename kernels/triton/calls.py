@@ -142,9 +142,11 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int]
-) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int],
+    places: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Raises ValueError with `places`."""
+    _check_order(places)
     q, k = dense(q), dense(k)
     given = (q, k, q_starts, k_starts, weight, top, widths)
     call = ("select_blocks", q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), len(q_starts), len(k_starts), weight is None, top)
@@ -154,6 +156,12 @@ def select_blocks(
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
 
 
+def _check_order(places: Tensor | None) -> None:
+    if places is not None:
+        raise ValueError("the Triton kernels take tokens in the order of their blocks: reorder them before the call")
+
+
 def _dense(a: Arguments) -> Arguments:
     """With channels contiguous, and the method hashable."""
+    _check_order(a.places)
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), method=tuple(a.method))
