@@ -363,7 +363,8 @@ def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
 
     def compute(name: str, machine: Machine) -> tuple[Tensor, Tensor]:
         def execute(one: launch.Launch) -> None:
-            seen[name].add(one.warps)
+            if one.kernel is not launch.summary.multiply:  # has one tile
+                seen[name].add(one.warps)
             launch.execute(one)
 
         def call(qkv: list[Tensor], params: Any) -> tuple[Tensor, Tensor]:
