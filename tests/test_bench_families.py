@@ -37,7 +37,7 @@ def test_a_step_is_measured_and_recorded(name: str, tmp_path: Path) -> None:
     for calls in found.values():
         assert all(0 < float(call.mass.mean()) <= 1 + 1e-5 and float(call.size.min()) > 0 for call in calls)
         assert all(bool(call.error.isfinite().all()) for call in calls)
-    assert image_tokens(model, arguments) == tiny.context().image
+    assert image_tokens(model, arguments) == tiny.context().last.image
     if name not in UNKEPT:
         path = record.write(tmp_path, Key("a cat", 0), "", recorder.forwards[:1], prediction)
         with record.opened(path, "") as run:

@@ -30,7 +30,7 @@ def test_samples_that_are_there_are_not_read_to_start(tmp_path: Path, monkeypatc
     read: list[Any] = []
     real = record.checksum
     monkeypatch.setattr(record, "checksum", lambda tensor: read.append(tensor) or real(tensor))
-    monkeypatch.setattr(runs, "teacher_hash", lambda _: pytest.fail(f"{len(read)} tensors were read") if read else "other weights")
+    monkeypatch.setattr(runs, "known_hash", lambda _: pytest.fail(f"{len(read)} tensors were read") if read else "other weights")
     with pytest.raises(DistillationError, match="was made by other weights"):
         learn(student("lora"), tmp_path / "run", train="lora", steps=1)
 

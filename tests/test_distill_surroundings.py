@@ -20,8 +20,8 @@ from distill_fixtures import PROMPTS, learn, student, untimed
 from dit_accel import distill
 from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.distill import DistillResult
+from dit_accel.patch.anatomy import plain_name
 from dit_accel.patch.lora import ADAPTER
-from dit_accel.patch.verbs import plain_name
 
 ENDINGS: dict[str, type[BaseException] | None] = {"success": None, "error": ArithmeticError, "interrupt": KeyboardInterrupt}
 # what is trained, and settings; the first stage trains in the teacher's forwards, the others in the student's

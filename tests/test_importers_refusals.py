@@ -28,6 +28,7 @@ from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, load_adapter, save_adapt
 from dit_accel.adapters.folder import CONFIG, FULL, WHOLE
 from dit_accel.adapters.importers import local_file
 from dit_accel.errors import AdapterError
+from dit_accel.patch.holders import Holders
 
 Change = Callable[[Tensors], object]
 FLUX_Q, WAN_Q = "single_transformer_blocks.37.attn.to_q.weight", "blocks.1.self_attn.q.weight"
@@ -213,16 +214,18 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _ = wan_pipe()
     file = saved(turbo_tensors("official"), tmp_path)
-    original = type(pipe.transformer).get_parameter
+    put, changed = Holders._put, []
 
-    def failing(model: Any, name: str) -> Any:
-        if name == "proj_out.bias" and not torch.equal(original(model, "scale_shift_table"), turbo_values()[0]["scale_shift_table"]):
+    def failing(holders: Holders, name: str, *rest: Any) -> Any:
+        if name == "proj_out.bias" and changed:
             raise RuntimeError("no memory")
-        return original(model, name)
+        changed.append(name)
+        return put(holders, name, *rest)
 
-    monkeypatch.setattr(type(pipe.transformer), "get_parameter", failing)
+    monkeypatch.setattr(Holders, "_put", failing)
     with untouched(pipe.transformer), pytest.raises(RuntimeError, match="no memory"):
         load_adapter(pipe, file)
+    assert len(changed) > 1
 
 
 # What became an adapter of ours
