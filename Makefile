@@ -14,7 +14,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest tests --matrix docs/models.md
+	$(BIN)/pytest tests -n auto --dist worksteal --matrix docs/models.md
 
 # the GPU kernels under every Triton that is supported, for every architecture: hours on one core
 gpu-compile: .venv/test.stamp

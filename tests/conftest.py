@@ -13,10 +13,16 @@ os.environ["DIT_ACCEL_GUARD"] = "off"  # tiny models are faster without accelera
 import pytest
 import torch
 import torch.nn as nn
-from matrix import pytest_addoption, pytest_configure, pytest_runtest_makereport, pytest_sessionfinish
+from matrix import pytest_addoption, pytest_configure, pytest_runtest_makereport, pytest_sessionfinish, pytest_sessionstart
 from torch import Tensor
 
-__all__ = ["pytest_addoption", "pytest_configure", "pytest_runtest_makereport", "pytest_sessionfinish"]  # hooks of every run
+__all__ = [
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_runtest_makereport",
+    "pytest_sessionfinish",
+    "pytest_sessionstart",
+]  # hooks of every run
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other. What is about threads sets their number
 if not torch.cuda.is_available():

@@ -30,33 +30,53 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--matrix") and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--matrix is written by one process, which sees every outcome: run it without -n")
     config.stash[KEY] = (defaultdict(lambda: defaultdict(list)), defaultdict(dict))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
+    """Notes on a test's report which cells it fills: (the row, its column, the tiny model); a process of several sends it to the first."""
     report: Any = yield
     if item.config.getoption("--matrix") and (report.when == "call" or not report.passed):
         from tiny_parts import BUILDERS  # it imports triton, which reads the environment that conftest has yet to set
 
-        outcomes, models = item.config.stash[KEY]
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         name = parameters.get("name")
         name = name if name in BUILDERS else "flux"  # what test_compose.py and test_patch.py are about
-        for column, tests in COLUMNS.items():
-            if item.originalname in tests:
-                outcomes[f"family {name}"][column].append(report.passed)
-        for mark in item.iter_markers("composes"):
-            outcomes[f"beside {mark.args[0]}"][""].append(report.passed)
-            models[mark.args[0]][name] = None
+        cells = [("family", column, name) for column, tests in COLUMNS.items() if item.originalname in tests]
+        cells += [("beside", mark.args[0], name) for mark in item.iter_markers("composes")]
+        report.user_properties.append(("cells", cells))
     return report
+
+
+class Collector:
+    """Keeps what the reports of all processes say, in the one that writes the page."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.outcomes, self.models = config.stash[KEY]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for key, cells in report.user_properties:
+            if key == "cells" and (report.when == "call" or not report.passed):
+                for kind, what, name in cells:
+                    self._add(kind, what, name, report.passed)
+
+    def _add(self, kind: str, what: str, name: str, passed: bool) -> None:
+        if kind == "family":
+            self.outcomes[f"family {name}"][what].append(passed)
+        else:
+            self.outcomes[f"beside {what}"][""].append(passed)
+            self.models[what][name] = None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--matrix") and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Collector(session.config))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--matrix")
-    if not path or session.config.option.collectonly:
+    if not path or session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return
     outcomes, models = session.config.stash[KEY]
     page = Path(path).read_text(encoding="utf-8")
