@@ -80,12 +80,13 @@ def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
     """a `[batch, rows, D]` times b `[batch or 1, columns, D]` transposed, float32 and contiguous, whatever the user allows torch's own."""
     (batch, rows, channels), columns = a.shape, b.shape[1]
     padded = max(16, 1 << (channels - 1).bit_length())
+    width = 64 if padded <= 128 else 32  # wide tiles of wide rows spill on sm_100
     out = a.new_empty(batch, rows, columns)
     arguments = {
         "a": a, "b": b, "out": out, "a_batch": a.stride(0), "b_batch": 0 if len(b) == 1 else b.stride(0), "rows": rows, "columns": columns,
-        "D": channels, "DP": padded, "BQ": 32, "BK": 64, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
+        "D": channels, "DP": padded, "BQ": 32, "BK": width, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
     }  # fmt: skip
-    run(Launch(summary.multiply, (up(rows, 32), up(columns, 64), batch), arguments, 4))
+    run(Launch(summary.multiply, (up(rows, 32), up(columns, width), batch), arguments, 4))
     return out
 
 
