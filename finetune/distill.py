@@ -32,7 +32,7 @@ from dit_accel.finetune.session import Run, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
 from dit_accel.finetune.velocity import on_device, predict
-from dit_accel.patch.modes import always
+from dit_accel.patch.modes import always, without_dense_steps
 from dit_accel.patch.verbs import dense
 
 
@@ -82,13 +82,8 @@ def distill(
     config = DistillConfig() if config is None else config
     with process_kept():
         run = prepare(pipe, prompts_or_dataset, held_out, config, call)
-        context = run.patch.context
-        dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
-        try:
-            with always(run.transformer), model_kept(run.transformer):
-                return _distill(run, progress)
-        finally:
-            context.dense_steps = dense_steps
+        with without_dense_steps(run.transformer), always(run.transformer), model_kept(run.transformer):
+            return _distill(run, progress)
 
 
 def _distill(run: Run, progress: bool) -> DistillResult:
@@ -139,7 +134,7 @@ def _first_error(run: Run) -> float:
     if not error > rounding:
         raise DistillationError(
             f"student and teacher agree to rounding before the first step (relative error {error:.1e}): wanted a method that changes the "
-            f"output at this size, got {run.patch.context.spec}"
+            f"output at this size, got {run.patch.context.assignment}"
         )
     return error
 

@@ -87,7 +87,9 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
         with run.autocast(), _beside_the_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if not errors:
-        raise DistillationError(f"no layer was accelerated in a recorded forward: wanted {run.patch.context.spec} to fit the parameters of")
+        raise DistillationError(
+            f"no layer was accelerated in a recorded forward: wanted {run.patch.context.assignment} to fit the parameters of"
+        )
     (totals,) = summed([torch.stack([torch.stack(errors).double().sum(), errors[0].new_tensor(len(errors), dtype=torch.float64)])])
     error = float(totals[0] / totals[1])
     if not totals[0].isfinite():

@@ -25,6 +25,7 @@ from dit_accel.finetune.processes import gathered, is_main, processes, share, sh
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
+from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
 from dit_accel.patch.modes import running
@@ -162,7 +163,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     _check_apart(source, held_out)  # before sampling, which may take days
     steps = _parameter_steps(transformer, config, folder)
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
-        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
+        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.assignment} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = known_hash(transformer)
@@ -211,12 +212,15 @@ def _check_apart(source: Any, held_out: Any) -> None:
 
 def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
     """Raise DistillationError unless every spec of the config can take the place of the pipeline's own."""
-    own = patch.context.spec
+    assignment = patch.context.assignment
+    own = assignment.spec
+    if config.specs and own is None:
+        raise DistillationError(f"specs take turns with one spec of the pipeline's own, which has {assignment}: leave them out")
     for operator in operators_of(transformer).values():
         for spec in config.specs:
-            both = [s.make_parameters(heads=operator.heads, head_dim=operator.head_dim).state_dict() for s in (own, spec)]
-            shapes = [{name: value.shape for name, value in parameters.items()} for parameters in both]
-            if shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
+            both = operator.params, joint_parameters((spec,), operator.layer)
+            shapes = [{name: value.shape for name, value in parameters.state_dict().items()} for parameters in both]
+            if own is None or shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
                 raise DistillationError(f"specs have the parameters, order and blocks of the pipeline's own, here {own}, got {spec}")
 
 
@@ -225,8 +229,8 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
-            spec = next(iter(operators)).spec
-            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {spec} has no parameters of its own")
+            method = next(iter(operators)).context.assignment
+            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {method} has no parameters of its own")
         return 0
     if config.parameter_steps is not None:
         return config.parameter_steps
@@ -237,7 +241,7 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
 
 def _fresh(operator: AcceleratedAttention) -> bool:
     """Whether a layer's parameters have their start values."""
-    start = operator.spec.make_parameters(heads=operator.heads, head_dim=operator.head_dim)
+    start = joint_parameters(operator.specs, operator.layer)
     pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
     return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
 

@@ -100,8 +100,8 @@ def test_settings_come_back(tmp_path: Path, spec: AttentionSpec, whole: bool) ->
     pipe = accelerate(prompt_pipe(), spec, layers=None if whole else lambda name, _: name.startswith("single"), dense_steps=1)
     loaded = load_adapter(prompt_pipe(), save_adapter(pipe, tmp_path / "a" / "b"))
     assert torch.equal(draw(loaded), draw(pipe))
-    assert loaded.transformer._dit_accel.context.spec == spec
-    assert loaded.transformer._dit_accel.context.dense_steps == 1
+    assert loaded.transformer._dit_accel.context.assignment.spec == spec
+    assert loaded.transformer._dit_accel.context.assignment.dense_steps == 1
     assert list(operators_of(loaded)) == list(operators_of(pipe))
     assert len(operators_of(loaded)) == (2 if whole else 1)
 

@@ -104,13 +104,13 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
                 name, full = _full_weights(model, patch, holders)
                 written[name] = write_tensors(stage / name, full, {"format": "pt"})
             adapter = DitAccelAdapter(
-                spec=patch.context.spec.to_dict(),
+                spec=patch.context.assignment.record(),
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
                 base_model_name=public_name(loaded_from),
                 base_model_hash=known_hash(model),
                 base_model_fingerprint=fingerprint(model),
-                dense_steps=patch.context.dense_steps,
+                dense_steps=patch.context.assignment.dense_steps,
                 training=training,
                 files={name: _sha256(path) for name, path in written.items()},
             )

@@ -31,7 +31,7 @@ from dit_accel.measure.evaluation_page import show, write_page
 from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.modes import always
+from dit_accel.patch.modes import always, without_dense_steps
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -136,20 +136,6 @@ def is_wide(pipe: Any) -> bool:
     return all(transformer.dtype == torch.float32 for transformer in find_transformers(pipe))
 
 
-@contextlib.contextmanager
-def _in_every_step(pipe: Any) -> Iterator[None]:
-    """The method whatever `dense_steps` says: a replayed forward stands alone, it has no place in a run."""
-    contexts = [patch.context for _, patch in patches_of(pipe)]
-    before = [context.dense_steps for context in contexts]
-    try:
-        for context in contexts:
-            context.dense_steps = 0
-        yield
-    finally:
-        for context, steps in zip(contexts, before, strict=True):
-            context.dense_steps = steps
-
-
 def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Row, dict[str, Tensor]]:
     """One prompt: what all sides gave, and their pictures `[F, 3, H, W]` with those of "original"."""
     row = Row()
@@ -171,7 +157,7 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
         raise FallbackError(f"wanted a method that runs in some layer, but calls have {reasons}")
     for side, enter in _sides(pipe).items():
         errors: dict[float, list[float]] = {}
-        with enter(), _in_every_step(pipe):
+        with enter(), without_dense_steps(pipe):
             for _, model, family, forwards in runs:
                 for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
                     timestep = forward.arguments[family.timestep]
@@ -216,11 +202,11 @@ def attention_deviations(transformer: Any, forwards: Sequence[Forward]) -> dict[
     """
     operators = operators_of(transformer)
     found: dict[str, list[Deviation]] = {}
-    with torch.no_grad(), _in_every_step(transformer):
+    with torch.no_grad(), without_dense_steps(transformer):
         for index in attention_forwards(len(forwards)):
             for captured in capture_inputs(transformer, forwards[index]):
                 operator = operators[captured.layer]
-                there = deviation(captured, exact_attention(captured), operator.spec, operator.params)
+                there = deviation(captured, exact_attention(captured), operator.specs[0], operator.params)
                 found.setdefault(captured.layer, []).append(Deviation(there.error.cpu(), there.size.cpu(), there.mass.cpu()))
     return found
 
@@ -238,9 +224,9 @@ def _describe(pipe: Any) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "transformers": [type(model).__name__ for model, _ in models],
         "dtype": str(models[0][0].dtype).removeprefix("torch."),
-        "method": str(context.spec),
-        "spec": context.spec.to_dict(),
-        "dense_steps": context.dense_steps,
+        "method": str(context.assignment.after_dense_steps),
+        "spec": context.assignment.record(),
+        "dense_steps": context.assignment.dense_steps,
         "layers": len(operators_of(pipe)),
         "guard": "never asked: the method runs where the original attention is faster, too",
     }
@@ -259,7 +245,7 @@ def _notes(pipe: Any, rows: list[Row]) -> list[str]:
         notes.append("The weights are in half precision already: there is no run in bfloat16 to compare with.")
     if "distance" not in rows[0].pictures["method"]:
         notes.append(NO_DISTANCE)
-    if steps := patches_of(pipe)[0][1].context.dense_steps:
+    if steps := patches_of(pipe)[0][1].context.assignment.dense_steps:
         notes.append(f"The first {steps} steps of every picture keep the original attention; other errors are of the method itself.")
     if any(row.velocity["again"][t] for row in rows for t in row.velocity["again"]) or any(r.pictures["again"]["difference"] for r in rows):
         notes.append("The original differs from itself when it is run again: this machine's arithmetic is not repeatable.")

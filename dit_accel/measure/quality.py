@@ -31,7 +31,7 @@ from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import Plan, kept_density, multiply_adds
+from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds
 from dit_accel.operator.decisions import cpu_name
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers, forward_names
@@ -111,8 +111,9 @@ def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
 
     def dense_instead(layer: str) -> Callable[..., Tensor]:
         def attend(
-            query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+            query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Any
         ) -> Tensor:
+            scale = forward.scaled(scale, key.shape[2], query.shape[3])
             captured = Captured(query, key, value, layout, layer, scale, bias)
             found.append(captured)
             over_keys = captured.key_bias
