@@ -1,5 +1,6 @@
 """What is computed: a method is a spec whose slots are filled; presets fill them for the published methods."""
 
+from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import (
     AttentionSpec,
@@ -22,6 +23,7 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "Box",
     "Disc",
@@ -34,6 +36,7 @@ __all__ = [
     "Pooled",
     "Raster",
     "Residual",
+    "Rule",
     "Tiles",
     "TopK",
     "Window",

@@ -297,6 +297,7 @@ class Assignment:
         return cls.of(method)
 
 
+AnyMethod = AttentionSpec | Assignment
 CONDITIONS = ("layers", "heads", "steps", "noise", "tokens")
 
 

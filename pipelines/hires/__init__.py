@@ -179,8 +179,9 @@ class _Run:
         stages = []
         for number in range(finished, len(self.sizes)):
             call = self._call(number)
-            spec = self.context.assignment.specs[0] if number and self.context else None
-            stages.append(forecasting.Stage(self.sizes[number], call["num_inference_steps"], spec))
+            method = self.context.assignment if number and self.context else None
+            noise = tuple(call.get("sigmas", [1.0] * call["num_inference_steps"]))  # of the first stage no method asks
+            stages.append(forecasting.Stage(self.sizes[number], noise, method))
         tile = getattr(self.pipe.vae, "tile_sample_min_size", None) if _tiles(self.pipe.vae) else None
         forecasting.show(self.pipe, self.transformer, shape, timed, self.sizes[0], stages, tile, self.batch)
 
