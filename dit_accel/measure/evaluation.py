@@ -7,6 +7,7 @@ and the third is the noise floor: what is closer than that can't be told from ro
 """
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import statistics
@@ -25,13 +26,17 @@ from dit_accel import __version__
 from dit_accel.errors import ArgumentError, FallbackError
 from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, original
+from dit_accel.finetune.moments import recorded_moments
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
 from dit_accel.measure.evaluation_page import show, write_page
-from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
+from dit_accel.measure.quality import Captured, Deviation, Exact, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
+from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.modes import always, without_dense_steps
+from dit_accel.patch.heads import parameters_of
+from dit_accel.patch.modes import always, at_moment, without_dense_steps
+from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -141,16 +146,17 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
     row = Row()
     models = patches_of(pipe)
     with dense(pipe), contextlib.ExitStack() as stack:
+        moments = stack.enter_context(recorded_moments([model for model, _ in models]))
         recorders = [stack.enter_context(Recorder(model, forward_names(model))) for model, _ in models]
         pictures = {"original": draw(pipe, prompt, seed, call)}
     names = _component_names(pipe)
     nowhere = torch.empty(0)  # final latents, which nothing here asks for
     runs = [
-        (name, model, patch.context.family, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
-        for name, (model, patch), recorder in zip(names, models, recorders, strict=True)
+        (name, model, patch.context.family, own, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
+        for name, (model, patch), own, recorder in zip(names, models, moments, recorders, strict=True)
     ]
-    for name, model, _, forwards in runs:
-        for layer, calls in attention_deviations(model, forwards).items():
+    for name, model, _, own, forwards in runs:
+        for layer, calls in attention_deviations(model, forwards, own).items():
             row.attention[name + layer] = calls
     if not row.attention:
         reasons = ", ".join(_fallbacks(pipe)) or "no accelerated layer"
@@ -158,8 +164,8 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
     for side, enter in _sides(pipe).items():
         errors: dict[float, list[float]] = {}
         with enter(), without_dense_steps(pipe):
-            for _, model, family, forwards in runs:
-                for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
+            for _, model, family, own, forwards in runs:
+                for forward, error in zip(forwards, velocity_errors(model, forwards, own), strict=True):
                     timestep = forward.arguments[family.timestep]
                     errors.setdefault(float(timestep.min() if family.rising else timestep.max()), []).append(error)
         # guidance in two passes has two forwards at each level
@@ -195,7 +201,9 @@ def _component_names(pipe: Any) -> list[str]:
     return [f"{names[id(model)]}." for model in models]
 
 
-def attention_deviations(transformer: Any, forwards: Sequence[Forward]) -> dict[str, list[Deviation]]:
+def attention_deviations(
+    transformer: Any, forwards: Sequence[Forward], moments: Sequence[Moment] | None = None
+) -> dict[str, list[Deviation]]:
     """For each accelerated layer, its method against exact attention over its own queries, keys and values, in some of the forwards.
 
     They are what the layer gets from the weights as they are, with exact attention in all layers before it.
@@ -204,10 +212,27 @@ def attention_deviations(transformer: Any, forwards: Sequence[Forward]) -> dict[
     found: dict[str, list[Deviation]] = {}
     with torch.no_grad(), without_dense_steps(transformer):
         for index in attention_forwards(len(forwards)):
-            for captured in capture_inputs(transformer, forwards[index]):
-                operator = operators[captured.layer]
-                there = deviation(captured, exact_attention(captured), operator.specs[0], operator.params)
+            with contextlib.nullcontext() if moments is None else at_moment(transformer, moments[index]):
+                inputs = capture_inputs(transformer, forwards[index])
+            for captured in inputs:
+                there = _deviation(captured, operators[captured.layer])
                 found.setdefault(captured.layer, []).append(Deviation(there.error.cpu(), there.size.cpu(), there.mass.cpu()))
+    return found
+
+
+def _deviation(captured: Captured, operator: AcceleratedAttention) -> Deviation:
+    """Of a layer whose heads may run several specs, or the original attention, in the last forward."""
+    exact, layer = exact_attention(captured), operator.layer
+    size = exact.output.square().sum((0, 2, 3))
+    found = Deviation(torch.zeros_like(size), size, torch.ones_like(size))
+    for spec, heads in operator.context.last.groups(layer):  # type: ignore[union-attr]
+        if spec is None:
+            continue
+        own = list(heads)
+        part = dataclasses.replace(captured, query=captured.query[:, own], key=captured.key[:, own], value=captured.value[:, own])
+        params = parameters_of(operator.params, spec, layer, heads)
+        there = deviation(part, Exact(exact.output[:, own], exact.lse[:, own]), spec, params)
+        found.error[own], found.mass[own] = there.error, there.mass
     return found
 
 

@@ -50,19 +50,34 @@ def _shapes(spec: AttentionSpec, heads: int, head_dim: int) -> dict[str, tuple[i
     return {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
 
 
+def _axis(spec: AttentionSpec, layer: Layer, name: str) -> int | None:
+    """Which axis of a parameter is that of the heads: the one that grows with them."""
+    shape, longer = (_shapes(spec, heads, layer.head_dim)[name] for heads in (layer.heads, layer.heads + 1))
+    return next((axis for axis, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b), None)
+
+
 def values_of(values: Values, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> Values:
     """What one spec uses of a layer's parameters; of those with an axis of heads, the rows of these heads."""
-    shapes, longer = (_shapes(spec, n, layer.head_dim) for n in (layer.heads, layer.heads + 1))
-    names = {name.partition(".")[0]: name for name in shapes}
+    names = {name.partition(".")[0]: name for name in _shapes(spec, layer.heads, layer.head_dim)}
 
     def own(name: str) -> object:
         value = getattr(values, name)
         if name not in names:
             return None
-        axis = next((i for i, (a, b) in enumerate(zip(shapes[names[name]], longer[names[name]], strict=True)) if a != b), None)
+        axis = _axis(spec, layer, names[name])
         return value if axis is None else of_heads(value, heads, axis)
 
     return Values(*(own(name) for name in Values._fields))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def parameters_of(params: AttentionParameters, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> AttentionParameters:
+    """The parameters of one spec on some heads of a layer, copied."""
+    own = spec.make_parameters(heads=len(heads), head_dim=layer.head_dim)
+    for name, parameter in own.named_parameters():
+        value, axis = params.get_parameter(name), _axis(spec, layer, name)
+        parameter.data = (value if axis is None else of_heads(value, heads, axis)).clone()
+    return own
 
 
 @functools.lru_cache(maxsize=1024)
