@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.method.assignment import Moment
-from dit_accel.patch.anatomy import forward_names
+from dit_accel.patch.anatomy import forward_names, require_family
 from dit_accel.patch.steps import TRAINING_STEPS, Steps, noise_of
-from dit_accel.pipelines import family_of
 
 
 def moments_of(timesteps: Sequence[Tensor], *, rising: bool, order: int = 1) -> list[Moment]:
@@ -33,15 +32,15 @@ def recorded_moments(models: Sequence[Any]) -> Iterator[list[list[Moment]]]:
     steps, found = Steps(), [[] for _ in models]  # type: tuple[Steps, list[list[Moment]]]
 
     def recording(model: Any, moments: list[Moment]) -> Callable[..., None]:
-        names, family = forward_names(model), family_of(model)
+        names, family = forward_names(model), require_family(model)
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-            latents = arguments[family.latents]  # type: ignore[union-attr]
+            latents = arguments[family.latents]
             while isinstance(latents, list | tuple):
                 latents = latents[0]
-            timestep = arguments.get(family.timestep)  # type: ignore[union-attr]
-            moments.append(steps.moment(timestep, latents, rising=family.rising))  # type: ignore[union-attr]
+            timestep = arguments.get(family.timestep)
+            moments.append(steps.moment(timestep, latents, rising=family.timestep_rises))
 
         return before
 

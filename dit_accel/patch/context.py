@@ -195,7 +195,7 @@ class Context(Settings):
             self._warn_if_slow(latents)
         moment = self.moment
         if moment is None and self.enabled and self.assignment.of_moments:
-            moment = self.steps.moment(timestep, latents, rising=family.rising)
+            moment = self.steps.moment(timestep, latents, rising=family.timestep_rises)
         forward = Forward(family, Selection(()), grids, text, history, trained_tokens, self.plans, active=True)
         selection = self.assignment.at(moment, forward.image)
         measured = self._measured(forward, selection.specs, latents, gradient)

@@ -14,7 +14,7 @@ from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import Fovea
 from dit_accel.method.spec import AttentionSpec, Linear
 from dit_accel.operator import guard
-from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of
+from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
 from dit_accel.patch.heads import Layer
@@ -25,7 +25,6 @@ from dit_accel.patch.saving import SaveOriginal, UnloadLora
 from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
 from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
-from dit_accel.pipelines import family_of
 
 P = TypeVar("P")
 
@@ -92,15 +91,13 @@ def accelerate(
 
 def _layers(model: Any, layers: Callable[[str, nn.Module], bool] | None) -> list[Layer]:
     """The attention modules that a user's predicate chooses, all without one. Raises UnsupportedModelError where there is none."""
-    family = family_of(model)
-    if family is None:  # find_transformers lets none through
-        raise UnsupportedModelError(f"{type(model).__name__} belongs to no supported family")
+    family = require_family(model)
     every = attention_layers(model)
     names = [name for name, module in every.items() if layers is None or layers(name, module)]
     if not names:
         raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {list(every)}")
-    alone = {name for name in names if family.alone is not None and re.fullmatch(family.alone, name)}
-    return [Layer(name, *heads_of(name, every[name]), name in alone) for name in names]
+    alone = {name for name in names if family.image_only is not None and re.fullmatch(family.image_only, name)}
+    return [Layer(name, *heads_of(model, name, every[name]), name in alone) for name in names]
 
 
 def _prepare(
@@ -115,8 +112,7 @@ def _prepare(
     for spec in assignment.specs:
         for head_dim in {layer.head_dim for layer in layers if spec in assignment.specs_of(layer.name)}:
             dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
-    family: Any = family_of(model)
-    context = Context(family, assignment, forward_names(model), tuple(layers), **settings)
+    context = Context(require_family(model), assignment, forward_names(model), tuple(layers), **settings)
     modules = []
     for number, (name, module) in enumerate(every.items()):
         operator = AcceleratedAttention(context, layers[number], number)
