@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -77,9 +78,14 @@ def accelerate(
                 f"{type(model).__name__} is accelerated already, with {it.context.assignment}; call restore(...) first"
             )
     assignment = Assignment.of(spec, dense_steps=dense_steps)
-    chosen = [_layers(model, layers) for model in models]
-    assignment.check([{layer.name: layer.heads for layer in found} for found in chosen])
+    chosen, heads = [_layers(model, layers) for model in models], []
+    for model, found in zip(models, chosen, strict=True):
+        known = {layer.name: layer.heads for layer in found}
+        heads.append({name: known.get(name, sys.maxsize) for name in attention_layers(model)})  # what is not chosen has any
+    assignment.check(heads)
     used = [[layer for layer in found if assignment.specs_of(layer.name)] for found in chosen]
+    if not any(used):
+        raise UnsupportedModelError(f"no layer that was chosen has a spec: {assignment} leaves {[x.name for x in chosen[0]]} as they are")
     settings: dict[str, Any] = {"steps": Steps(), "backend": backend, "strict": strict, "trained_tokens": trained_tokens}
     # whatever can fail fails here; a transformer without any layer that has a spec is left alone
     prepared = [(model, *_prepare(model, assignment, found, settings)) for model, found in zip(models, used, strict=True) if found]
