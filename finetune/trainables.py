@@ -11,7 +11,7 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.muon import Muon
 from dit_accel.patch.anatomy import OWN, plain_name, projection_names
 from dit_accel.patch.lora import ADAPTER, activate_lora
-from dit_accel.patch.verbs import Patch
+from dit_accel.patch.state import Patch
 from dit_accel.patch.weights import keep_weight
 
 

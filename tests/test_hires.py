@@ -25,8 +25,7 @@ from tiny_image import (
 import dit_accel
 from dit_accel import CLEAR, accelerate
 from dit_accel.errors import NotAcceleratedError, UnsupportedModelError
-from dit_accel.patch.anatomy import CONTEXT
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import CONTEXT, operators_of
 from dit_accel.pipelines import hires
 from dit_accel.pipelines.hires import latents
 from dit_accel.pipelines.hires.recipe import NTK, Recipe

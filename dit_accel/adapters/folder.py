@@ -34,7 +34,8 @@ from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, sa
 from dit_accel.patch.fingerprint import check as check_fingerprint
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
-from dit_accel.patch.verbs import Patch, accelerate, operators_of, patches_of, restore
+from dit_accel.patch.state import Patch, operators_of, patches_of
+from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.patch.weights import replace_weights
 from dit_accel.pipelines import class_of
 

@@ -31,7 +31,9 @@ from dit_accel.measure.evaluation_page import show, write_page
 from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.verbs import always, dense, operators_of, patches_of
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of, patches_of
+from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison

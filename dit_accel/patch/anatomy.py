@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dit_accel.errors import DitAccelError, UnsupportedModelError
 from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
 
-CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
 OWN = ".dit_accel.params."  # in the names of a method's own parameters
 # what distillation trains of an attention module, where it is there
 PROJECTIONS = (

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
-from dit_accel.patch.anatomy import CONTEXT, forward_names
-from dit_accel.patch.verbs import dense, proportional
+from dit_accel.patch.anatomy import forward_names
+from dit_accel.patch.modes import proportional
+from dit_accel.patch.state import CONTEXT
+from dit_accel.patch.verbs import dense
 from dit_accel.patch.weights import weights_hash
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.hires import forecast as forecasting
