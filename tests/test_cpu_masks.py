@@ -150,7 +150,7 @@ def test_random_masks_equal_dense(widths: tuple[int, int], text: int, head_dim: 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-def test_bfloat16(widths: tuple[int, int]) -> None:
+def test_bfloat16_masks(widths: tuple[int, int]) -> None:
     case = Case(150, 150, widths, 7)
     qkv = case.inputs(torch.bfloat16)
     got = ops.attention(case.arguments(*qkv), "cpu")
