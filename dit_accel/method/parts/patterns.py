@@ -44,7 +44,7 @@ class _Round(Static):
 
 
 @dataclass(frozen=True)
-class Disc(_Round, Tokenwise):  # type: ignore[misc]
+class Disc(_Round, Tokenwise):  # type: ignore[override]
     """Keys with dt² + dy² + dx² < radius² in token coordinates, strict, clipped at borders (CLEAR, arXiv 2412.16112)."""
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
