@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, Assignment, AttentionSpec, Fovea, Rule, TokenLayout, attention
-from dit_accel.method.assignment import Moment, Selection, groups, read_method
+from dit_accel.method.assignment import Moment, groups, read_method, specs_in, without
 from dit_accel.method.text import parse_method
 from dit_accel.operator import guard
 from dit_accel.patch.anatomy import attention_layers
@@ -476,7 +476,13 @@ def test_compiled_heads_and_layers_run_their_specs(way: str) -> None:
     assert counters["stats"]["unique_graphs"] == known
 
 
-def test_a_selection_without_a_spec_keeps_the_others() -> None:
-    selection = Selection((Rule(A), Rule(B, heads=(0,))))
-    assert selection.without([B]).rules == (Rule(A), Rule(None, heads=(0,)))
-    assert selection.without([]) is selection
+def test_rules_without_a_spec_keep_the_others() -> None:
+    rules = (Rule(A), Rule(B, heads=(0,)))
+    assert without(rules, [B]) == (Rule(A), Rule(None, heads=(0,)))
+    assert without(rules, []) is rules
+
+
+def test_what_a_later_rule_covers_is_not_asked() -> None:
+    rules = Assignment((Rule(A), Rule(B, layers="a"), Rule(C, steps=(1, None)), Rule(None, heads=(0,)))).at(Moment(1, 1.0), 9)
+    assert rules == (Rule(C, steps=(1, None)), Rule(None, heads=(0,)))
+    assert specs_in(rules) == (C,)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel import CLEAR, Assignment, Rule, accelerate, builtin_pipeline, restore
 from dit_accel.errors import StageError
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import multiply_adds
 from dit_accel.pipelines import hires
 from dit_accel.pipelines.hires import forecast, latents, memory
 
@@ -185,9 +185,9 @@ def test_forecast_counts_what_torch_counts() -> None:
     assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(wanted, rel=1e-6)
     # half of the heads of one layer of four keep the original attention, and all in the first forward
     rules = (Rule(CLEAR(2.0)), Rule(None, heads=(0,), layers="single_*.1.attn"), Rule(None, steps=(0, 1)))
-    first_step, later = forecast.Stage((128, 128), (1.0, 0.5), Assignment(rules)).selections(1024)
-    selections = (None, Assignment.of(CLEAR(2.0)).at(None, 1024), later, first_step)
-    original, method, mixed, begun = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), chosen) for chosen in selections)
+    first_step, later = forecast.Stage((128, 128), (1.0, 0.5), Assignment(rules)).rules(1024)
+    at = (None, Assignment.of(CLEAR(2.0)).at(None, 1024), later, first_step)
+    original, method, mixed, begun = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), chosen) for chosen in at)
     share = multiply_adds(CLEAR(2.0), shape.layout((128, 128)), 16)
     saved = (1 - share) * 2 * 1024**2 * 32 * 4 / (counts[0] / 2)
     assert (original - method) / timed.seconds == pytest.approx(saved, rel=1e-6)

@@ -16,8 +16,8 @@ from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
 from dit_accel.kernels.triton.tables import Machine
+from dit_accel.method import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
 
@@ -405,6 +405,16 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
 
 
 # Refusals
+
+
+def test_bit_masks_are_refused() -> None:
+    q, none = torch.zeros(1, 1, 4, 8), torch.zeros(1, dtype=torch.int32)
+    a = Arguments(
+        q=q, k=q, v=q, lists=none, counts=none, full=none, q_starts=none, k_starts=none, coords=none, q_width=4, k_width=4, text=0,
+        text_first=True, scale=1.0, masks=torch.zeros(1, 4, 1, dtype=torch.int64),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="do not read bit masks"):
+        calls.attend(a)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from dit_accel.files import write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, Samples, collect
 from dit_accel.finetune.velocity import predict, velocity_errors
 from dit_accel.kernels import reference
+from dit_accel.method import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds
+from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.operator.decisions import cpu_name
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers, forward_names

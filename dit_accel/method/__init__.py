@@ -1,23 +1,38 @@
-"""What is computed: a method is a spec whose slots are filled; presets fill them for the published methods."""
+"""What is computed: a method is a spec whose slots are filled with parts; presets fill them for the published methods."""
 
 from dit_accel.method.assignment import Assignment, Rule
-from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import (
-    AttentionSpec,
+from dit_accel.method.parts import (
+    Blockwise,
     Box,
+    Call,
+    Cost,
     Disc,
     DiscBlocks,
     Downsampled,
     FirstFrames,
+    Ground,
+    Intervals,
     Linear,
     Mass,
+    MeanProduct,
+    Merge,
+    Order,
+    Part,
+    Pattern,
     Pooled,
     Raster,
     Residual,
+    Rest,
+    Score,
+    Selection,
+    Sizes,
     Tiles,
+    Tokenwise,
     TopK,
     Window,
 )
+from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.spec import AttentionSpec
 
 __all__ = [
     "CLEAR",
@@ -25,19 +40,34 @@ __all__ = [
     "SLA",
     "Assignment",
     "AttentionSpec",
+    "Blockwise",
     "Box",
+    "Call",
+    "Cost",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "FirstFrames",
     "Fovea",
+    "Ground",
+    "Intervals",
     "Linear",
     "Mass",
+    "MeanProduct",
+    "Merge",
+    "Order",
+    "Part",
+    "Pattern",
     "Pooled",
     "Raster",
     "Residual",
+    "Rest",
     "Rule",
+    "Score",
+    "Selection",
+    "Sizes",
     "Tiles",
+    "Tokenwise",
     "TopK",
     "Window",
 ]

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from dit_accel.errors import ArgumentError
 from dit_accel.files import write_text
-from dit_accel.method.spec import AttentionSpec, Order, is_int, is_real, plain, require
+from dit_accel.method.checks import is_int, is_real, plain, require
+from dit_accel.method.parts.base import Order
+from dit_accel.method.spec import AttentionSpec
 
 ORIGINAL = "original"  # in the place of a spec's text
 
@@ -132,26 +134,24 @@ class Rule:
         return f"{', '.join(part for part in (layers, self.where) if part) or 'everywhere'}: {self.spec or ORIGINAL}"
 
 
-class Selection(NamedTuple):
-    """The rules that fit one forward: what is left to ask is the layer and the head."""
+Rules = tuple[Rule, ...]
 
-    rules: tuple[Rule, ...]
 
-    @property
-    def specs(self) -> tuple[AttentionSpec, ...]:
-        """The specs in them, each once."""
-        return tuple(dict.fromkeys(rule.spec for rule in self.rules if rule.spec is not None))
+def specs_in(rules: Rules) -> tuple[AttentionSpec, ...]:
+    """The specs of some rules, each once."""
+    return tuple(dict.fromkeys(rule.spec for rule in rules if rule.spec is not None))
 
-    def without(self, specs: Iterable[AttentionSpec]) -> "Selection":
-        """The original attention in the place of some specs."""
-        left = set(specs)
-        return Selection(tuple(replace(rule, spec=None) if rule.spec in left else rule for rule in self.rules)) if left else self
+
+def without(rules: Rules, specs: Iterable[AttentionSpec]) -> Rules:
+    """Rules with the original attention in the place of some specs."""
+    left = set(specs)
+    return tuple(replace(rule, spec=None) if rule.spec in left else rule for rule in rules) if left else rules
 
 
 @functools.lru_cache(maxsize=4096)
-def groups(selection: Selection, layer: str, heads: int) -> tuple[Group, ...]:
-    """The specs that a layer of so many heads runs, each with its heads; each head is in one group."""
-    rules = [rule for rule in selection.rules if rule.names(layer)]
+def groups(rules: Rules, layer: str, heads: int) -> tuple[Group, ...]:
+    """The specs that a layer of so many heads runs where these rules fit, each with its heads; each head is in one group."""
+    rules = tuple(rule for rule in rules if rule.names(layer))
     found: dict[AttentionSpec | None, list[int]] = {}
     for head in range(heads):
         fitting = (rule for rule in reversed(rules) if rule.heads is None or head in rule.heads)
@@ -200,7 +200,7 @@ class Assignment:
     @property
     def specs(self) -> tuple[AttentionSpec, ...]:
         """Its specs, each once."""
-        return Selection(self.rules).specs
+        return specs_in(self.rules)
 
     @property
     def of_moments(self) -> bool:
@@ -229,13 +229,15 @@ class Assignment:
         """The JSON-ready form of the spec that holds everywhere, where there is one, else its own."""
         return self.to_dict() if self.spec is None else self.spec.to_dict()
 
-    def at(self, moment: Moment | None, tokens: int) -> Selection:
-        """The rules that fit a forward with so many image tokens; see `Rule.at`."""
-        return Selection(tuple(rule for rule in self.rules if rule.at(moment, tokens)))
+    def at(self, moment: Moment | None, tokens: int) -> Rules:
+        """The rules that fit a forward with so many image tokens, from the last on that fits all of it; see `Rule.at`."""
+        fitting = [rule for rule in self.rules if rule.at(moment, tokens)]
+        first = max((n for n, rule in enumerate(fitting) if rule.layers == ("*",) and rule.heads is None), default=0)
+        return tuple(fitting[first:])
 
     def specs_of(self, layer: str) -> tuple[AttentionSpec, ...]:
         """The specs that a layer may run, each once."""
-        return tuple(dict.fromkeys(rule.spec for rule in self.rules_of(layer) if rule.spec is not None))
+        return specs_in(self.rules_of(layer))
 
     def rules_of(self, layer: str) -> tuple[Rule, ...]:
         """The rules that name a layer and that no later one covers."""

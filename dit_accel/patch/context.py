@@ -12,9 +12,9 @@ from torch._dynamo.eval_frame import skip_code
 
 from dit_accel.errors import FallbackError
 from dit_accel.kernels import capture, dispatch
-from dit_accel.method.assignment import Assignment, Moment, Selection
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import guard
+from dit_accel.method.assignment import Assignment, Moment, specs_in, without
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import guard, lowering
 from dit_accel.operator.guard import Crossover
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
@@ -190,18 +190,18 @@ class Context(Settings):
         if isinstance(grids, str):
             self.layout, self.crossovers = None, {}
             self.fall_back(grids)
-            return Forward(family, Selection(()), (), text, history, trained_tokens, self.plans, active=False)
+            return Forward(family, (), (), text, history, trained_tokens, self.plans, active=False)
         if self.enabled and self.backend == "auto":
             self._warn_if_slow(latents)
         moment = self.moment
         if moment is None and self.enabled and self.assignment.of_moments:
             moment = self.steps.moment(timestep, latents, rising=family.timestep_rises)
-        forward = Forward(family, Selection(()), grids, text, history, trained_tokens, self.plans, active=True)
-        selection = self.assignment.at(moment, forward.image)
-        measured = self._measured(forward, selection.specs, latents, gradient)
-        selection = selection.without(spec for spec, found in measured.items() if found.loses)
-        forward = replace(forward, selection=selection)
-        active = self.enabled and bool(selection.specs)
+        forward = Forward(family, (), grids, text, history, trained_tokens, self.plans, active=True)
+        rules = self.assignment.at(moment, forward.image)
+        measured = self._measured(forward, specs_in(rules), latents, gradient)
+        rules = without(rules, (spec for spec, found in measured.items() if found.loses))
+        forward = replace(forward, rules=rules)
+        active = self.enabled and bool(specs_in(rules))
         if active and self.mask_check.hides_image(given_masks, forward):
             active = False
             self.fall_back("an attention mask over image tokens")
@@ -248,7 +248,7 @@ class Context(Settings):
 
     def _warn_if_slow(self, latents: Tensor) -> None:
         """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
-        linear = any(isinstance(spec.rest, Linear) for spec in self.assignment.specs)
+        linear = any(lowering.has_states(spec) for spec in self.assignment.specs)
         slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=linear)
         if slow is not None and slow not in self._slow:
             self._slow.add(slow)

@@ -28,20 +28,21 @@ def joint_parameters(specs: Sequence[AttentionSpec], layer: Layer) -> AttentionP
 
     Raises ValueError where one name has two shapes.
     """
-    joint = specs[0].make_parameters(heads=layer.heads, head_dim=layer.head_dim)
-    for spec in specs[1:]:
-        own = spec.make_parameters(heads=layer.heads, head_dim=layer.head_dim)
-        shapes = {name: tuple(parameter.shape) for name, parameter in joint.named_parameters()}
-        for name, parameter in own.named_parameters():
-            if shapes.get(name, tuple(parameter.shape)) != tuple(parameter.shape):
+    joint: dict[str, Tensor] = {}
+    for spec in specs:
+        for name, parameter in spec.make_parameters(heads=layer.heads, head_dim=layer.head_dim).named_parameters():
+            if joint.setdefault(name, parameter.detach()).shape != parameter.shape:
                 raise ArgumentError(
                     f"the specs of {layer.name} share what they learn by name, but {spec} has {name} of the shape "
-                    f"{tuple(parameter.shape)} and another of them {shapes[name]}: give the layer specs of one shape"
+                    f"{tuple(parameter.shape)} and another of them {tuple(joint[name].shape)}: give the layer specs of one shape"
                 )
-        for name in Values._fields:
-            if getattr(joint, name) is None:
-                setattr(joint, name, getattr(own, name))
-    return joint
+    return AttentionParameters(joint)
+
+
+def joint_fit(specs: Sequence[AttentionSpec], layer: Layer) -> str | None:
+    """How the first stage of a distillation finds what a layer learns: by least squares where one of its specs is found so."""
+    ways = {spec.fit(heads=layer.heads, head_dim=layer.head_dim) for spec in specs}
+    return next((way for way in ("least_squares", "descent") if way in ways), None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,27 +58,18 @@ def _axis(spec: AttentionSpec, layer: Layer, name: str) -> int | None:
 
 
 def values_of(values: Values, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> Values:
-    """What one spec uses of a layer's parameters; of those with an axis of heads, the rows of these heads."""
-    names = {name.partition(".")[0]: name for name in _shapes(spec, layer.heads, layer.head_dim)}
-
-    def own(name: str) -> object:
-        value = getattr(values, name)
-        if name not in names:
-            return None
-        axis = _axis(spec, layer, names[name])
-        return value if axis is None else of_heads(value, heads, axis)
-
-    return Values(*(own(name) for name in Values._fields))  # type: ignore[arg-type]
+    """What one spec uses of a layer's learned tensors; of those with an axis of heads, the rows of these heads."""
+    return {name: _of_heads(values[name], spec, layer, name, heads) for name in _shapes(spec, layer.heads, layer.head_dim)}
 
 
-@torch.no_grad()
+def _of_heads(value: Tensor, spec: AttentionSpec, layer: Layer, name: str, heads: Sequence[int]) -> Tensor:
+    axis = _axis(spec, layer, name)
+    return value if axis is None else of_heads(value, heads, axis)
+
+
 def parameters_of(params: AttentionParameters, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> AttentionParameters:
     """The parameters of one spec on some heads of a layer, copied."""
-    own = spec.make_parameters(heads=len(heads), head_dim=layer.head_dim)
-    for name, parameter in own.named_parameters():
-        value, axis = params.get_parameter(name), _axis(spec, layer, name)
-        parameter.data = (value if axis is None else of_heads(value, heads, axis)).clone()
-    return own
+    return AttentionParameters({name: value.detach() for name, value in values_of(params(), spec, layer, heads).items()})
 
 
 @functools.lru_cache(maxsize=1024)

@@ -32,7 +32,7 @@ from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import masks
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
-from dit_accel.patch.heads import Layer, by_groups, joint_parameters, of_heads, values_of
+from dit_accel.patch.heads import Layer, by_groups, joint_fit, joint_parameters, of_heads, values_of
 from dit_accel.patch.interception import intercepted, register_like, through_modes
 from dit_accel.patch.rewriting import rewritten
 
@@ -64,6 +64,11 @@ class AcceleratedAttention(nn.Module):
     @property
     def head_dim(self) -> int:
         return self.layer.head_dim
+
+    @property
+    def fit(self) -> str | None:
+        """How the first stage of a distillation finds the learned tensors, see `AttentionSpec.fit`."""
+        return joint_fit(self.specs, self.layer)
 
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""
@@ -177,11 +182,9 @@ def _traced(
     """A call `[B, H, N, D]` in a compiled graph, where `compiled.layer` decides when it runs."""
     params = operator.params(query.device)
     query, key, value = (x.transpose(1, 2) for x in autocast(query, key, value))
-    weight, bias = (None, None) if params.proj is None else params.proj
     out: Tensor = torch.ops.dit_accel.layer(
-        query, key, value, mask, weight, bias, params.offset, params.spatial_weight, operator.context.token, operator.number, scale, gqa,
-        primitive,
-    )[0]  # fmt: skip
+        query, key, value, mask, list(params.values()), "\n".join(params), operator.context.token, operator.number, scale, gqa, primitive
+    )[0]
     return out.transpose(1, 2)
 
 

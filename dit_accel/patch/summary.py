@@ -11,8 +11,9 @@ from dit_accel.console import console
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.method.assignment import in_words
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator.blocks_of_grid import kept_density
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import lowering
+from dit_accel.operator.cost import kept_density
 from dit_accel.patch.anatomy import attention_layers
 from dit_accel.patch.context import Context
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor
@@ -103,7 +104,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
         if context.leaves(spec):
             return "original", f"faster here: {crossover}"
         guarded = f"; {crossover}" if crossover is not None and context.backend == "auto" else ""
-    linear = isinstance(spec.rest, Linear)
+    linear = lowering.has_states(spec)
     parameters = list(model.parameters())
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
     # weights on the meta device are offloaded; the tokens' device is where the layer runs

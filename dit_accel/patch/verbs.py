@@ -13,8 +13,8 @@ from dit_accel.errors import AlreadyAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import Fovea
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import guard
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import guard, lowering
 from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
@@ -117,7 +117,7 @@ def _prepare(
         )
     for spec in assignment.specs:
         for head_dim in {layer.head_dim for layer in layers if spec in assignment.specs_of(layer.name)}:
-            dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
+            dispatch.check_model(settings["backend"], head_dim, linear=lowering.has_states(spec))
     context = Context(require_family(model), assignment, forward_names(model), tuple(layers), **settings)
     modules = []
     for number, (name, module) in enumerate(every.items()):

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
-from dit_accel.method.assignment import Assignment, Moment, Selection, groups
+from dit_accel.method.assignment import Assignment, Moment, Rules, groups
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import attention_layers, heads_of
 from dit_accel.pipelines import family_of
@@ -33,7 +33,7 @@ class Stage:
     noise: tuple[float, ...]
     method: Assignment | None
 
-    def selections(self, tokens: int) -> list[Selection | None]:
+    def rules(self, tokens: int) -> list[Rules | None]:
         """What each forward runs, None for the original attention everywhere."""
         if self.method is None:
             return [None] * len(self.noise)
@@ -65,16 +65,15 @@ class Shape:
         """The sequence of a picture of this size."""
         return TokenLayout((1, size[0] // self.unit, size[1] // self.unit), self.text, self.text_first)
 
-    def attention(self, size: Size, selection: Selection | None) -> float:
+    def attention(self, size: Size, rules: Rules | None) -> float:
         """Multiply-adds of all layers' attention in one forward."""
         layout, total = self.layout(size), 0.0
-        shares: dict[tuple[AttentionSpec | None, int], float] = {}
+        pairs: dict[tuple[AttentionSpec | None, int], float] = {}
         for name, heads, head_dim in self.layers:
-            for spec, some in groups(selection or Selection(()), name, heads):
-                if (spec, head_dim) not in shares:
-                    shares[spec, head_dim] = 1.0 if spec is None else multiply_adds(spec, layout, head_dim)
-                pairs = shares[spec, head_dim] * layout.image**2 + layout.text * (layout.tokens + layout.image)
-                total += 2 * pairs * len(some) * head_dim
+            for spec, some in groups(rules or (), name, heads):
+                if (spec, head_dim) not in pairs:
+                    pairs[spec, head_dim] = computed_pairs(spec, layout, head_dim)
+                total += 2 * pairs[spec, head_dim] * len(some) * head_dim
         return total
 
 
@@ -122,13 +121,13 @@ def _clock() -> float:
     return time.perf_counter()
 
 
-def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, selection: Selection | None) -> float:
+def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, rules: Rules | None) -> float:
     """Seconds of one forward at another size, were every multiply-add as fast as at the base size: too many where that one is tiny."""
     before, after = shape.layout(base), shape.layout(size)
     grown = {before.image: after.image / before.image, before.tokens: after.tokens / before.tokens}
     linear = sum(work * grown.get(rows, 1.0) for rows, work in timed.linear.items())
     work = sum(timed.linear.values()) + shape.attention(base, None)
-    return timed.seconds * (linear + shape.attention(size, selection)) / work
+    return timed.seconds * (linear + shape.attention(size, rules)) / work
 
 
 def show(
@@ -140,8 +139,8 @@ def show(
     )
     total, peak, weights = 0.0, 0, 0
     for stage in stages:
-        running = Counter(stage.selections(shape.layout(stage.size).image))
-        seconds = sum(count * forward_seconds(timed, shape, base, stage.size, selection) for selection, count in running.items())
+        running = Counter(stage.rules(shape.layout(stage.size).image))
+        seconds = sum(count * forward_seconds(timed, shape, base, stage.size, rules) for rules, count in running.items())
         tokens, side = batch * shape.layout(stage.size).tokens, tile if stage.size != base else None
         memory = memory_bytes(pipe, transformer, shape.width, tokens, stage.size, side)
         weights, total = memory["weights"], total + seconds
