@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dit_accel.finetune.data.collect import Samples
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import forward_names, require_family
 from dit_accel.patch.steps import TRAINING_STEPS, Steps, noise_of
+from dit_accel.pipelines.family import Family
 
 
 def moments_of(timesteps: Sequence[Tensor], *, rising: bool, order: int = 1) -> list[Moment]:
@@ -50,6 +53,22 @@ def recorded_moments(models: Sequence[Any]) -> Iterator[list[list[Moment]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class Moments:
+    """The moment of each forward of samples, by its position; a run is read when one of its forwards is asked for."""
+
+    def __init__(self, samples: Samples, pipe: Any, family: Family) -> None:
+        self.samples, self.family, self.order = samples, family, order_of(pipe)
+        self._runs = {position: run for run in samples.runs() for position in run}
+        self._known: dict[int, list[Moment]] = {}  # by the first position of a run
+
+    def __getitem__(self, position: int) -> Moment:
+        first, *_ = self._runs[position]
+        if first not in self._known:
+            times = [torch.as_tensor(value) for value in self.samples.argument(position, self.family.timestep)]
+            self._known[first] = moments_of(times, rising=self.family.timestep_rises, order=self.order)
+        return self._known[first][position - first]
 
 
 def order_of(pipe: Any) -> int:

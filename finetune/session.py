@@ -21,14 +21,16 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.data.collect import Samples, collect_prompts
 from dit_accel.finetune.flow import Flow, recorded_flow
+from dit_accel.finetune.moments import Moments
 from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
 from dit_accel.finetune.velocity import velocity_errors
+from dit_accel.method.assignment import Moment, groups
 from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
 from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
-from dit_accel.patch.modes import running
+from dit_accel.patch.modes import at_moment, running
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import Patch, operators_of, patches_of
 
@@ -60,6 +62,39 @@ class Run:
         """How the samples name noise levels, for flow matching."""
         return recorded_flow(self.pipe, self.patch.context.family, self.samples)
 
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Where in their runs the samples' forwards are."""
+        return Moments(self.samples, self.pipe, self.patch.context.family)
+
+    @functools.cached_property
+    def positions(self) -> Sequence[int]:
+        """The forwards to be learned from: those in which the assignment runs a spec, whatever their size.
+
+        Raises DistillationError where there is none.
+        """
+        context = self.patch.context
+        if not context.assignment.of_moments:
+            return range(len(self.samples))
+        found = [n for n in range(len(self.samples)) if self.runs_at(self.moments[n])]
+        if not found:
+            raise DistillationError(f"no sample is at a step and noise level at which {context.assignment} runs a spec: collect others")
+        return found
+
+    def runs_at(self, moment: Moment) -> bool:
+        """Whether the assignment runs a spec in some layer at a moment, whatever the size."""
+        context = self.patch.context
+        rules = context.assignment.at(moment, None)
+        return any(group.spec is not None for layer in context.layers for group in groups(rules, layer.name, layer.heads))
+
+    def replayed(self, moment: Moment | None) -> contextlib.AbstractContextManager[Any]:
+        """The transformer in a forward of a moment, for a `with` block; None where it does not matter."""
+        return contextlib.nullcontext() if moment is None else at_moment(self.transformer, moment)
+
+    def moment(self, position: int) -> Moment | None:
+        """Of one of the samples' forwards; None where it does not matter, so that nothing is read."""
+        return self.moments[position] if self.patch.context.assignment.of_moments else None
+
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
@@ -75,8 +110,14 @@ class Run:
 
     def held_out_error(self) -> float:
         """Mean relative error of the prediction on the held-out forwards, of which each process evaluates its share."""
-        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
+        mine = share(len(self.held_out))
+        moments = [self._held_out_moments[i] for i in mine] if self.patch.context.assignment.of_moments else None
+        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in mine), moments))
         return float(sum(errors) / len(errors))
+
+    @functools.cached_property
+    def _held_out_moments(self) -> Moments:
+        return Moments(self.held_out, self.pipe, self.patch.context.family)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the training passes, for a `with` block."""
@@ -236,7 +277,7 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = all(operator.fit == "least_squares" for operator in operators)
+    projected = any(operator.fit == "least_squares" for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 

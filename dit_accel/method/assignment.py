@@ -103,13 +103,14 @@ class Rule:
         """Whether a layer is one of its layers."""
         return any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
-    def at(self, moment: Moment | None, tokens: int) -> bool:
-        """Whether it fits a forward with so many image tokens; a moment that is not known fits no range of steps or noise levels."""
+    def at(self, moment: Moment | None, tokens: int | None) -> bool:
+        """Whether it fits a forward with so many image tokens, or of any size where that is None; a moment that is not known fits no range
+        of steps or noise levels."""
         if self.of_moments and moment is None:
             return False
         step, noise = (moment.step, moment.noise) if moment is not None else (0, 1.0)
         level = self.noise is None or self.noise[0] < noise <= self.noise[1]
-        return level and _inside(step, self.steps) and _inside(tokens, self.tokens)
+        return level and _inside(step, self.steps) and (tokens is None or _inside(tokens, self.tokens))
 
     def covers(self, other: "Rule") -> bool:
         """Whether it fits wherever another rule does, of one layer that both name."""
@@ -229,8 +230,8 @@ class Assignment:
         """The JSON-ready form of the spec that holds everywhere, where there is one, else its own."""
         return self.to_dict() if self.spec is None else self.spec.to_dict()
 
-    def at(self, moment: Moment | None, tokens: int) -> Rules:
-        """The rules that fit a forward with so many image tokens, from the last on that fits all of it; see `Rule.at`."""
+    def at(self, moment: Moment | None, tokens: int | None) -> Rules:
+        """The rules that fit a forward with so many image tokens, or of any size, from the last on that fits all of it; see `Rule.at`."""
         fitting = [rule for rule in self.rules if rule.at(moment, tokens)]
         first = max((n for n, rule in enumerate(fitting) if rule.layers == ("*",) and rule.heads is None), default=0)
         return tuple(fitting[first:])
