@@ -20,10 +20,11 @@ from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
+from dit_accel.measure.capture import Captured, capture_qkv, record_step
 from dit_accel.measure.pages import write_report, write_sheet
-from dit_accel.measure.quality import Captured, capture_qkv, machine, record_step
 from dit_accel.measure.similarity import compare, save_picture
 from dit_accel.measure.step import step_times
+from dit_accel.measure.timing import machine
 from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec, TopK
 from dit_accel.operator.attention import attention

@@ -27,9 +27,10 @@ from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, original
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
+from dit_accel.measure.capture import Deviation, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation_page import show, write_page
-from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
+from dit_accel.measure.timing import machine
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of, patches_of

@@ -19,11 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
-from dit_accel.errors import BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.measure import rivals as bench_rivals
-from dit_accel.measure.quality import machine, timed
+from dit_accel.measure.timing import clock_of, machine
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec, Window
 from dit_accel.operator.attention import attention
@@ -117,20 +116,6 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
     capable = case.device.type != "cpu" or dispatch.CPU_TARGET.startswith("avx512")
     dtype = case.dtype if capable else torch.float32
     return runner(replace(case, dtype=dtype), F.scaled_dot_product_attention), dtype
-
-
-def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """What times a call on a device, in seconds: once on a CPU, the median of many runs on a GPU.
-
-    Raises BackendError on a GPU without Triton, whose timer is taken.
-    """
-    if device.type == "cpu":
-        return timed
-    if not dispatch.TRITON:
-        raise BackendError("measuring on a GPU requires triton, which is not installed: pip install triton")
-    from dit_accel.kernels.triton import timing
-
-    return timing.median_seconds
 
 
 def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
@@ -265,11 +250,11 @@ def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None 
     for case in wanted:
         groups.setdefault((case.layout.tokens, baseline(case)[1], case.backward), []).append(case)
     rows = [row for cases in groups.values() for row in measure(cases, repeats)]
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    heads, head_dim = (ON_GPU["heads"], ON_GPU["head_dim"]) if device.type == "cuda" else (HEADS, HEAD_DIM)
     result = {
-        "machine": machine() | {"target": dispatch.CPU_TARGET} | gpu,
-        "heads": ON_GPU["heads"] if gpu else HEADS,
-        "head_dim": ON_GPU["head_dim"] if gpu else HEAD_DIM,
+        "machine": machine() | {"target": dispatch.CPU_TARGET},
+        "heads": heads,
+        "head_dim": head_dim,
         "repeats": repeats,
         "rows": rows,
         "growth": growth(repeats, device) if largest >= max(SCALING[1]) ** 2 else None,

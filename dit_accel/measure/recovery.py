@@ -30,8 +30,8 @@ from dit_accel.finetune.distill import DistillResult, distill
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.finetune.velocity import velocity_error
 from dit_accel.measure.evaluation import draw, in_bfloat16, is_wide
-from dit_accel.measure.quality import machine
 from dit_accel.measure.similarity import compare
+from dit_accel.measure.timing import machine
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of

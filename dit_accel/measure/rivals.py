@@ -51,8 +51,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     plan = make_plan(spec, layout, q.device)
     if refusal := _uneven(spec, layout, plan):
         raise ArgumentError(refusal)
-    image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
-    blocks = visited_blocks(q[:, :, image].flatten(0, 1), k[:, :, image].flatten(0, 1), spec, plan)
+    blocks = visited_blocks(q[:, :, layout.image_slice].flatten(0, 1), k[:, :, layout.image_slice].flatten(0, 1), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial
     keys = len(plan.k_blocks.count)
     some = BlockMap(blocks.index, partial).kept(keys)
@@ -62,9 +61,12 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
         _ordered(_with_text(mask, layout, size, seen).unflatten(0, q.shape[:2]) if mask.ndim == 3 else _with_text(mask, layout, size, seen))
         for mask, seen in ((some, False), (whole, True))
     ]
-    start = layout.text if layout.text_first else 0
     return BlockMask.from_kv_blocks(
-        *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=_kept_pairs(plan, start), seq_lengths=(layout.tokens, layout.tokens)
+        *lists[0],
+        *lists[1],
+        BLOCK_SIZE=size,
+        mask_mod=_kept_pairs(plan, layout.image_slice.start),
+        seq_lengths=(layout.tokens, layout.tokens),
     )
 
 

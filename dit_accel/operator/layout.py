@@ -59,6 +59,16 @@ class TokenLayout:
         """Number of all tokens."""
         return self.image + self.text
 
+    @property
+    def text_slice(self) -> slice:
+        """Where the text tokens are in the sequence."""
+        return slice(0, self.text) if self.text_first else slice(self.image, self.tokens)
+
+    @property
+    def image_slice(self) -> slice:
+        """Where the image tokens are in the sequence."""
+        return slice(self.text, self.tokens) if self.text_first else slice(0, self.image)
+
 
 @dataclass(frozen=True)
 class Partition:
