@@ -27,8 +27,9 @@ from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
+from dit_accel.patch.modes import running
 from dit_accel.patch.processor import AcceleratedAttention
-from dit_accel.patch.verbs import Patch, operators_of, patches_of, running
+from dit_accel.patch.state import Patch, operators_of, patches_of
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
 # from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)
@@ -135,6 +136,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if config.train == "lora" and switched_off(transformer):
         raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
     if config.train != "parameters":
+        projection_names(transformer, patch.originals)  # raises for a layer that has none
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
         raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")

@@ -23,7 +23,7 @@ from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.operator.cost import kept_density, multiply_adds, visited_density
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers
-from dit_accel.patch.verbs import patches_of
+from dit_accel.patch.state import patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
 
 CALL = {"height": 256, "width": 256, "num_inference_steps": 3, "max_sequence_length": 8}

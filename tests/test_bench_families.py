@@ -16,7 +16,7 @@ from dit_accel.measure import step as bench_step
 from dit_accel.measure.evaluation import attention_deviations
 from dit_accel.measure.quality import record_step
 from dit_accel.measure.step import image_tokens, step_times
-from dit_accel.patch.verbs import forward_names
+from dit_accel.patch.anatomy import forward_names
 
 UNKEPT = {"glm_image_pipeline"}  # their arguments can't be written
 

@@ -18,7 +18,7 @@ import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
 from dit_accel.errors import FallbackError
 from dit_accel.measure.quality import capture_inputs
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 SIZES = [(17, 25), (20, 20), (16, 24), (24, 16), (10, 30), (30, 10), (12, 18), (13, 19), (8, 9), (9, 8)]  # some have equal token numbers
 METHODS = {"fovea": Fovea(0.2), "sla": SLA(0.2), "clear-pooled": CLEAR(4.0, downsample=2)}

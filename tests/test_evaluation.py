@@ -27,7 +27,7 @@ from dit_accel.measure.similarity import compare
 from dit_accel.operator import guard
 from dit_accel.operator.layout import TokenLayout, raster_order
 from dit_accel.patch.anatomy import forward_names
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 METHOD = CLEAR(2)
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]

@@ -20,7 +20,7 @@ from dit_accel.operator import cost
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.cost import kept_density, visited_density
 from dit_accel.operator.plans import RECENT, Plans, plan_bytes
-from dit_accel.patch.verbs import patches_of
+from dit_accel.patch.state import patches_of
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def test_plans_go_with_the_pipeline(end: str, made: list[weakref.ref[Plan]]) -> 
 
 def test_switching_specs_keeps_plans(made: list[weakref.ref[Plan]]) -> None:
     """As training for several densities does at every step."""
-    from dit_accel.patch.verbs import running
+    from dit_accel.patch.modes import running
 
     model, other = dit_accel.accelerate(tiny_transformer(), SLA(0.2)), SLA(0.4)
     for _ in range(3):

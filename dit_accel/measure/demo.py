@@ -28,8 +28,9 @@ from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import raster_order
+from dit_accel.patch.modes import always
 from dit_accel.patch.summary import summary
-from dit_accel.patch.verbs import accelerate, always, restore
+from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.pipelines.builtin import TEXT_TOKENS, builtin_pipeline
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, RELATIONS, article
 

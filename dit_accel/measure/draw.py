@@ -15,7 +15,8 @@ from dit_accel.measure.evaluation import draw
 from dit_accel.measure.quality import machine, timed
 from dit_accel.measure.similarity import compare
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.patch.verbs import accelerate, always, restore
+from dit_accel.patch.modes import always
+from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 

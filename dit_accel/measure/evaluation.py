@@ -31,7 +31,9 @@ from dit_accel.measure.evaluation_page import show, write_page
 from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.verbs import always, dense, operators_of, patches_of
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of, patches_of
+from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison
@@ -173,7 +175,7 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
             for _, model, family, forwards in runs:
                 for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
                     timestep = forward.arguments[family.timestep]
-                    errors.setdefault(float(timestep.min() if family.rising else timestep.max()), []).append(error)
+                    errors.setdefault(float(timestep.min() if family.timestep_rises else timestep.max()), []).append(error)
         # guidance in two passes has two forwards at each level
         row.velocity[side] = {timestep: statistics.mean(found) for timestep, found in errors.items()}
         with enter():

@@ -36,7 +36,9 @@ from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.operator.decisions import cpu_name
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.verbs import accelerate, always, operators_of, restore
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of
+from dit_accel.patch.verbs import accelerate, restore
 
 PRESETS: dict[str, AttentionSpec] = {
     "top-k 5 %, tiles": AttentionSpec((TopK(0.05),)),

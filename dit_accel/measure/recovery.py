@@ -33,7 +33,9 @@ from dit_accel.measure.evaluation import draw, in_bfloat16, is_wide
 from dit_accel.measure.quality import machine
 from dit_accel.measure.similarity import compare
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.patch.verbs import accelerate, always, operators_of, restore
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of
+from dit_accel.patch.verbs import accelerate, restore
 
 TIMED = 6  # steps that are timed; the first makes plans and caches and does not count
 POINTS = 10  # of a curve

@@ -13,7 +13,7 @@ from dit_accel.operator import lowering
 from dit_accel.operator.cost import kept_density
 from dit_accel.patch.context import Context
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor
-from dit_accel.patch.verbs import patches_of
+from dit_accel.patch.state import patches_of
 
 
 @dataclass(frozen=True)
