@@ -136,6 +136,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if config.train == "lora" and switched_off(transformer):
         raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
     if config.train != "parameters":
+        projection_names(transformer, patch.originals)  # raises for a layer that has none
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
         raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")

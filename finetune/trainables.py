@@ -21,7 +21,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
-    names = projection_names(transformer, patch.originals)
+    names = projection_names(transformer, patch.originals) if config.train != "parameters" else []
     patch.context.trained |= config.train != "parameters"
     patch.lora |= config.train == "lora"
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):

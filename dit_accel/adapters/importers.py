@@ -169,7 +169,7 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
     wanted_class = {Kind.CLEAR: "FluxTransformer2DModel", Kind.TURBO: "WanTransformer3DModel"}.get(kind)
     if wanted_class not in (None, class_of(model).__name__):
         raise AdapterError(f"{file} holds {kind.value}, got a {type(model).__name__}")
-    layers = {name: heads_of(name, module) for name, module in attention_layers(model).items()}
+    layers = {name: heads_of(model, name, module) for name, module in attention_layers(model).items()}
     shapes = {name: tuple(p.shape) for name, p in plain_parameters(model).items()}
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
     match kind:

@@ -175,7 +175,7 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Ro
             for _, model, family, forwards in runs:
                 for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
                     timestep = forward.arguments[family.timestep]
-                    errors.setdefault(float(timestep.min() if family.rising else timestep.max()), []).append(error)
+                    errors.setdefault(float(timestep.min() if family.timestep_rises else timestep.max()), []).append(error)
         # guidance in two passes has two forwards at each level
         row.velocity[side] = {timestep: statistics.mean(found) for timestep, found in errors.items()}
         with enter():

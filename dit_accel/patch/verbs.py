@@ -13,7 +13,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.method.presets import Fovea
 from dit_accel.method.spec import AttentionSpec, Linear
 from dit_accel.operator import guard
-from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of
+from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
 from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora
@@ -23,7 +23,6 @@ from dit_accel.patch.saving import SaveOriginal, UnloadLora
 from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
 from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
-from dit_accel.pipelines import family_of
 
 P = TypeVar("P")
 
@@ -83,9 +82,7 @@ def _prepare(
     model: Any, spec: AttentionSpec, layers: Callable[[str, nn.Module], bool] | None, settings: dict[str, Any]
 ) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
     """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
-    family = family_of(model)
-    if family is None:  # find_transformers lets none through
-        raise UnsupportedModelError(f"{type(model).__name__} belongs to no supported family")
+    family = require_family(model)
     every = attention_layers(model)
     chosen = [(name, m) for name, m in every.items() if layers is None or layers(name, m)]
     if not chosen:
@@ -94,14 +91,14 @@ def _prepare(
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    shapes = {name: heads_of(name, module) for name, module in chosen}
+    shapes = {name: heads_of(model, name, module) for name, module in chosen}
     for head_dim in {width for _, width in shapes.values()}:
         dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
     context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:
         heads, head_dim = shapes[name]
-        alone = family.alone is not None and re.fullmatch(family.alone, name) is not None
+        alone = family.image_only is not None and re.fullmatch(family.image_only, name) is not None
         operator = AcceleratedAttention(spec, context, name, heads=heads, head_dim=head_dim, alone=alone)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules

@@ -21,10 +21,10 @@ from dit_accel.patch.modes import proportional
 from dit_accel.patch.state import CONTEXT
 from dit_accel.patch.verbs import dense
 from dit_accel.patch.weights import weights_hash
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, token_pixels
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
-from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_factor
+from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_embedding, rotary_factor
 from dit_accel.pipelines.hires.stages import Stages
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def generate_hires(
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
     _check_call(pipe, prompt, call)
-    unit = forms.token_pixels(pipe, transformer)
+    unit = token_pixels(pipe, transformer)
     sizes = recipe.sizes(unit)
     check_positions(transformer, sizes[-1], unit)
     if folder is not None:
@@ -119,7 +119,7 @@ class _Run:
         """Raises UnsupportedModelError or NotAcceleratedError where the recipe and the pipeline don't fit."""
         self.pipe, self.transformer, self.recipe, self.sizes, self.call = pipe, transformer, recipe, sizes, call
         self.factor = rotary_factor(transformer, recipe.ntk)
-        self.unit = forms.token_pixels(pipe, transformer)
+        self.unit = token_pixels(pipe, transformer)
         patch = getattr(transformer, CONTEXT, None)
         self.context = None if patch is None else patch.context
         if recipe.proportional and self.context is None:
@@ -236,7 +236,7 @@ def _rescaled(transformer: Any, factor: float) -> Iterator[None]:
     if factor == 1:
         yield
         return
-    embedding = transformer.pos_embed
+    embedding = rotary_embedding(transformer)
     before = embedding.theta
     embedding.theta = before * factor
     try:

@@ -46,7 +46,7 @@ class Shape:
     @classmethod
     def of(cls, transformer: Any, unit: int, text: int) -> "Shape":
         family: Any = family_of(transformer)
-        layers = tuple(heads_of(name, module) for name, module in attention_layers(transformer).items())
+        layers = tuple(heads_of(transformer, name, module) for name, module in attention_layers(transformer).items())
         return cls(layers, unit, text, family.text_first)
 
     @property
