@@ -3,15 +3,21 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import fill_randomly
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 
+from dit_accel import Fovea, accelerate, restore
 from dit_accel.pipelines.builtin import WEIGHTS, builtin_pipeline
 from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
+from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, article, vocabulary
 from dit_accel.pipelines.builtin.transformer import FEATURES, BuiltinTransformer2DModel, place_features, stretch_ids
+from dit_accel.pipelines.training import save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,26 @@ def test_the_velocity_is_that_of_the_clean_prediction() -> None:
         assert torch.equal(model(x, **call).sample, velocity)
     wanted = (x - torch.arange(4.0)) / torch.tensor([0.5, 0.05]).view(2, 1, 1)  # no velocity divides by less than 0.05
     assert torch.allclose(velocity, wanted, atol=1e-6)
+
+
+def test_a_model_of_clean_predictions_loads_and_is_accelerated(tmp_path: Path) -> None:
+    made = make_pipeline(0, num_single_layers=1)
+    made.vae.fit(torch.randn(500, 192, generator=torch.Generator().manual_seed(0)))
+    fill_randomly(made.transformer)
+    save_pipeline(made, tmp_path / "model")
+    loaded = FluxPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    call = {"height": 128, "width": 192, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "latent"}
+
+    def draw(**more: Any) -> Tensor:
+        return loaded("a cat", generator=torch.Generator().manual_seed(0), **call | more).images
+
+    before = draw()
+    assert float((draw(guidance_scale=1.0) - before).norm() / before.norm()) > 1e-3
+    accelerate(loaded, Fovea(1.0))
+    assert float((draw() - before).norm() / before.norm()) < 1e-4
+    restore(loaded)
+    assert torch.equal(draw(), before)
 
 
 def test_untrained_decoder_inverts_the_encoder_on_its_subspace() -> None:
