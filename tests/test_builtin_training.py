@@ -1,6 +1,7 @@
 """The trainers of both built-in models, on toy models and toy pictures: they learn, they resume, they outlive a step that is not finite,
 and their commands run from prepared drawings to a pipeline that loads."""
 
+import contextlib
 import functools
 import math
 import random
@@ -259,6 +260,31 @@ def test_a_decoder_whose_training_was_stopped_goes_on_as_if_it_had_not_been(
 
     once, twice = trained(tmp_path / "a", 0.1), trained(tmp_path / "b", 0.05, 0.1)
     assert [name for name in once if not torch.equal(once[name], twice[name])] == []
+
+
+def test_pictures_models_and_losses_stay_on_one_device(trainer: Trainer, renderings: Renderings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the device "meta" have no numbers, but refuse to meet those of the CPU, as a GPU's do."""
+    with pytest.raises(RuntimeError):
+        torch.ones(3, device="meta") + torch.ones(3)
+    elsewhere = Renderings({size: [x.to("meta") for x in level] for size, level in renderings.levels.items()}, renderings.nouns)
+    made = trainer.begin(renderings, 0)
+    run = training.new_run(made.pipe, random.Random(0), RATES, "meta")
+    assert run.device.type == "meta"
+    if trainer.module is videos:  # its pipeline reads the text's mask, which has no numbers here
+        width = run.pipe.transformer.config.text_dim
+        monkeypatch.setattr(run.pipe, "encode_prompt", lambda texts, **_: (torch.zeros(len(texts), 16, width, device="meta"), None))
+    for _ in range(4):  # both kinds, with guidance and without
+        batch = trainer.module.draw_batch(run, elsewhere, 0.9)
+        loss = trainer.module.loss_of(run, batch, 0.9) if trainer.module is pictures else trainer.module.loss_of(run.pipe, batch)
+        loss.backward()
+        assert loss.device.type == "meta"
+    assert {p.grad.device.type for p in parameters(run.pipe).values() if p.grad is not None} == {"meta"}
+    if trainer.module is pictures:
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
+        monkeypatch.setattr(decoder, "SIZES", (48,))
+        monkeypatch.setattr(decoder, "CROP", 32)
+        crops = decoder.draw_crops(random.Random(0), elsewhere)
+        assert {x.device.type for x in decoder.decoder_loss(run.pipe.vae, crops, bf16=False)} == {"meta"}
 
 
 def test_drawings_that_are_missing_are_named(tmp_path: Path) -> None:
