@@ -29,9 +29,10 @@ from dit_accel.finetune.data.collect import Forward, Recorder, original
 from dit_accel.finetune.moments import recorded_moments
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
+from dit_accel.measure.capture import Captured, Deviation, Exact, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation_page import show, write_page
-from dit_accel.measure.quality import Captured, Deviation, Exact, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
+from dit_accel.measure.timing import machine
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.heads import parameters_of
@@ -48,7 +49,7 @@ ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 
 @dataclass
-class Row:
+class PromptResult:
     """What one prompt gave. Sides are "method", "bfloat16" (where there is one) and "again"."""
 
     pictures: dict[str, dict[str, float]] = field(default_factory=dict)  # side -> measure -> value
@@ -141,9 +142,9 @@ def is_wide(pipe: Any) -> bool:
     return all(transformer.dtype == torch.float32 for transformer in find_transformers(pipe))
 
 
-def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Row, dict[str, Tensor]]:
+def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[PromptResult, dict[str, Tensor]]:
     """One prompt: what all sides gave, and their pictures `[F, 3, H, W]` with those of "original"."""
-    row = Row()
+    row = PromptResult()
     models = patches_of(pipe)
     with dense(pipe), contextlib.ExitStack() as stack:
         moments = stack.enter_context(recorded_moments([model for model, _ in models]))
@@ -261,7 +262,7 @@ def _fallbacks(pipe: Any) -> Counter[str]:
     return sum((patch.context.fallbacks for _, patch in patches_of(pipe)), Counter())
 
 
-def _notes(pipe: Any, rows: list[Row]) -> list[str]:
+def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
     """What the numbers lack, and why."""
     notes = []
     if len(rows) == 1:
@@ -277,7 +278,7 @@ def _notes(pipe: Any, rows: list[Row]) -> list[str]:
     return notes + [f"Calls that ran the original attention: {reason}." for reason in _fallbacks(pipe)]
 
 
-def _results(rows: list[Row], bootstrap: Bootstrap) -> dict[str, Any]:
+def _results(rows: list[PromptResult], bootstrap: Bootstrap) -> dict[str, Any]:
     """All measures with their intervals, for JSON."""
     sides = list(rows[0].pictures)
     values = {side: [row.values(side) for row in rows] for side in sides}

@@ -3,7 +3,7 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +20,6 @@ from dit_accel.operator.lists import Lists
 
 COMPILED = ("cpu", "triton")
 FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: one derived from them may compute something else
-
-
-class Rest(NamedTuple):
-    """A rest and its merge as the operator's `Arguments` name them. `extra_k`, `extra_v`: further keys, merged in one softmax."""
-
-    extra_k: Tensor | None = None
-    extra_v: Tensor | None = None
-    offset: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    rest: str = "none"
-    log_count: bool = False
-    variance: bool = False
-    feature_map: str = "softmax"
-    linear_all: bool = False
-    residual: bool = False
-    cap: float = 0.0
 
 
 def fuses(spec: AttentionSpec) -> bool:
@@ -67,7 +50,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]` for a spec whose rest and merge the kernels know."""
     rest = _rest(key, value, spec, layout, plan, params)
-    return _run(query, key, value, layout, plan, lists, rest, scale, implementation, text_bias)
+    return _run(query, key, value, layout, plan, lists, scale, implementation, text_bias, rest)
 
 
 def exact(
@@ -75,49 +58,47 @@ def exact(
     text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of `[B, H, N, D]`: of the image's queries over their blocks and the text, of the text's over everything."""
-    return _run(query, key, value, layout, plan, lists, Rest(), scale, implementation, text_bias)
+    return _run(query, key, value, layout, plan, lists, scale, implementation, text_bias, {})
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, lists: Lists, rest: Rest, scale: float,
-    implementation: str, text_bias: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, lists: Lists, scale: float, implementation: str,
+    text_bias: Tensor | None, rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One call of the kernels; `rest`: further arguments by name."""
     g, in_place = plan.geometry, implementation == "cpu"  # the CPU kernels find a block's tokens where they are
     order, places = (None, g.places) if in_place else (_sequence_order(plan.to_memory, layout), None)
     q, k, v = (_reordered(_widened(x, implementation), order) for x in (query, key, value))
     if text_bias is not None:
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
-    further = torch.float32 if implementation == "cpu" else q.dtype
-    extra_k, extra_v = (None if x is None else x.unflatten(0, q.shape[:2]).to(further).contiguous() for x in (rest.extra_k, rest.extra_v))
-    given = rest._replace(extra_k=extra_k, extra_v=extra_v)._asdict()
+    for name in rest.keys() & {"extra_k", "extra_v"}:
+        rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if in_place else q.dtype).contiguous()
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
         text=layout.text, text_first=layout.text_first, scale=scale, windows=g.windows, reach=g.reach, places_q=places, places_k=places,
-        text_bias=text_bias, **_widths(plan), **given,
+        text_bias=text_bias, **_widths(plan), **rest,
     )  # fmt: skip
     out, lse = ops.attention(arguments, implementation)
     back = None if in_place else _sequence_order(plan.to_raster, layout)
     return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
 
 
-def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values) -> Rest:
-    """The rest and the merge of a spec that `fuses`."""
-    found = Rest()
+def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values) -> dict[str, Any]:
+    """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`."""
+    found: dict[str, Any] = {}
     match spec.rest:
         case Pooled(log_count, variance, cap):
-            found = found._replace(rest="pooled", log_count=log_count, variance=variance, cap=cap)
+            found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
-            found = found._replace(rest="linear", feature_map=feature_map, linear_all=scope == "all")
+            found = {"rest": "linear", "feature_map": feature_map, "linear_all": scope == "all"}
         case Downsampled():
-            image = layout.image_slice
-            keys, values = (spec.rest.pooled(x[:, :, image].float().flatten(0, 1), plan.prepared, params) for x in (key, value))
-            found = found._replace(extra_k=keys, extra_v=values)
+            for name, x in (("extra_k", key), ("extra_v", value)):
+                found[name] = spec.rest.pooled(x[:, :, layout.image_slice].float().flatten(0, 1), plan.prepared, params)
     match spec.merge:
         case Residual():
-            weight, bias = (params[f"proj.{name}"].float().contiguous() for name in ("weight", "bias"))
-            found = found._replace(residual=True, weight=weight, bias=bias)
+            found |= {"residual": True} | {name: params[f"proj.{name}"].float().contiguous() for name in ("weight", "bias")}
         case Mass(offset=True):
-            found = found._replace(offset=params["offset"].float().contiguous())
+            found["offset"] = params["offset"].float().contiguous()
     return found
 
 
@@ -153,8 +134,7 @@ def lists(query: Tensor, key: Tensor, spec: AttentionSpec, layout: TokenLayout, 
     g = plan.geometry
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
-    places = g.places if implementation == "cpu" else None
-    order = None if implementation == "cpu" else plan.to_memory
+    order, places = (None, g.places) if implementation == "cpu" else (plan.to_memory, None)
     q, k = (_reordered(_widened(x[:, :, layout.image_slice].detach(), implementation), order) for x in (query, key))
     arguments = SelectionArguments(
         q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"), places_q=places,
