@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dit_accel import CLEAR, GNA, SLA, Assignment, AttentionSpec, Fovea, Rule
-from dit_accel.method.assignment import Moment, groups, read_method, specs_in, without
+from dit_accel.method.assignment import Moment, Rules, groups, read_method, specs_in, without
 from dit_accel.method.text import parse_method
 
 A, B, C = Fovea(0.1), Fovea(0.3), CLEAR(3.0)
@@ -181,9 +181,9 @@ def test_wrong_rules_are_refused(make: Any, message: str) -> None:
 
 
 def test_rules_without_a_spec_keep_the_others() -> None:
-    rules = (Rule(A), Rule(B, heads=(0,)))
-    assert without(rules, [B]) == (Rule(A), Rule(None, heads=(0,)))
-    assert without(rules, []) is rules
+    rules = Rules((Rule(A), Rule(B, heads=(0,))))
+    assert without(rules, frozenset([B])) == (Rule(A), Rule(None, heads=(0,)))
+    assert without(rules, frozenset()) is rules
 
 
 def test_what_a_later_rule_covers_is_not_asked() -> None:

@@ -135,27 +135,43 @@ class Rule:
         return f"{', '.join(part for part in (layers, self.where) if part) or 'everywhere'}: {self.spec or ORIGINAL}"
 
 
-Rules = tuple[Rule, ...]
+class Rules(tuple[Rule, ...]):
+    """Some rules of an assignment, in its order. The hash is kept: every layer of a forward looks its specs up by them."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
-def specs_in(rules: Rules) -> tuple[AttentionSpec, ...]:
+def specs_in(rules: Iterable[Rule]) -> tuple[AttentionSpec, ...]:
     """The specs of some rules, each once."""
     return tuple(dict.fromkeys(rule.spec for rule in rules if rule.spec is not None))
 
 
-def without(rules: Rules, specs: Iterable[AttentionSpec]) -> Rules:
+@functools.lru_cache(maxsize=256)
+def without(rules: Rules, specs: frozenset[AttentionSpec]) -> Rules:
     """Rules with the original attention in the place of some specs."""
-    left = set(specs)
-    return tuple(replace(rule, spec=None) if rule.spec in left else rule for rule in rules) if left else rules
+    return Rules(replace(rule, spec=None) if rule.spec in specs else rule for rule in rules) if specs else rules
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(assignment: "Assignment", numbers: tuple[int, ...]) -> Rules:
+    """Those rules, from the last on that fits every layer and head; the same object each time."""
+    fitting = [assignment.rules[n] for n in numbers]
+    first = max((n for n, rule in enumerate(fitting) if rule.layers == ("*",) and rule.heads is None), default=0)
+    return Rules(fitting[first:])
 
 
 @functools.lru_cache(maxsize=4096)
 def groups(rules: Rules, layer: str, heads: int) -> tuple[Group, ...]:
     """The specs that a layer of so many heads runs where these rules fit, each with its heads; each head is in one group."""
-    rules = tuple(rule for rule in rules if rule.names(layer))
+    named = [rule for rule in rules if rule.names(layer)]
     found: dict[AttentionSpec | None, list[int]] = {}
     for head in range(heads):
-        fitting = (rule for rule in reversed(rules) if rule.heads is None or head in rule.heads)
+        fitting = (rule for rule in reversed(named) if rule.heads is None or head in rule.heads)
         found.setdefault(next((rule.spec for rule in fitting), None), []).append(head)
     return tuple(Group(spec, tuple(numbers)) for spec, numbers in found.items())
 
@@ -232,9 +248,7 @@ class Assignment:
 
     def at(self, moment: Moment | None, tokens: int | None) -> Rules:
         """The rules that fit a forward with so many image tokens, or of any size, from the last on that fits all of it; see `Rule.at`."""
-        fitting = [rule for rule in self.rules if rule.at(moment, tokens)]
-        first = max((n for n, rule in enumerate(fitting) if rule.layers == ("*",) and rule.heads is None), default=0)
-        return tuple(fitting[first:])
+        return _fitting(self, tuple(n for n, rule in enumerate(self.rules) if rule.at(moment, tokens)))
 
     def specs_of(self, layer: str) -> tuple[AttentionSpec, ...]:
         """The specs that a layer may run, each once."""

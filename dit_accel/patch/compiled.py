@@ -19,6 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method.assignment import Rules
 from dit_accel.method.parameters import Values
 from dit_accel.patch import processor, tokens
 from dit_accel.patch.context import Context
@@ -43,7 +44,7 @@ def begin(
     context, _ = tokens.find(tag)
     family = context.family
     if not context.enabled:
-        off = Forward(family, (), (), text, history, context.trained_tokens, context.plans, active=False)
+        off = Forward(family, Rules(), (), text, history, context.trained_tokens, context.plans, active=False)
         return tokens.begin(context, off).clone()
     if family.ids:
         arguments: dict[str, Any] = dict(line.split("=", 1) for line in words.splitlines())

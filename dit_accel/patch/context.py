@@ -12,7 +12,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from dit_accel.errors import FallbackError
 from dit_accel.kernels import capture, dispatch
-from dit_accel.method.assignment import Assignment, Moment, specs_in, without
+from dit_accel.method.assignment import Assignment, Moment, Rules, specs_in, without
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import guard, lowering
 from dit_accel.operator.guard import Crossover
@@ -190,16 +190,16 @@ class Context(Settings):
         if isinstance(grids, str):
             self.layout, self.crossovers = None, {}
             self.fall_back(grids)
-            return Forward(family, (), (), text, history, trained_tokens, self.plans, active=False)
+            return Forward(family, Rules(), (), text, history, trained_tokens, self.plans, active=False)
         if self.enabled and self.backend == "auto":
             self._warn_if_slow(latents)
         moment = self.moment
         if moment is None and self.enabled and self.assignment.of_moments:
             moment = self.steps.moment(timestep, latents, rising=family.timestep_rises)
-        forward = Forward(family, (), grids, text, history, trained_tokens, self.plans, active=True)
+        forward = Forward(family, Rules(), grids, text, history, trained_tokens, self.plans, active=True)
         rules = self.assignment.at(moment, forward.image)
         measured = self._measured(forward, specs_in(rules), latents, gradient)
-        rules = without(rules, (spec for spec, found in measured.items() if found.loses))
+        rules = without(rules, frozenset(spec for spec, found in measured.items() if found.loses))
         forward = replace(forward, rules=rules)
         active = self.enabled and bool(specs_in(rules))
         if active and self.mask_check.hides_image(given_masks, forward):

@@ -50,8 +50,8 @@ def accelerate(
             `Rule(None, steps=(0, dense_steps))`. Steps are counted by the scheduler of the pipeline that runs; those of a transformer in a
             loop without a scheduler by its timesteps.
         backend: which implementation; "auto" chooses, and `summary` tells.
-        strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower. Where
-            an assignment names the original attention is no such call.
+        strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower. The
+            original attention that an assignment names raises nothing.
         trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.

@@ -70,7 +70,7 @@ class Shape:
         layout, total = self.layout(size), 0.0
         pairs: dict[tuple[AttentionSpec | None, int], float] = {}
         for name, heads, head_dim in self.layers:
-            for spec, some in groups(rules or (), name, heads):
+            for spec, some in groups(rules or Rules(), name, heads):
                 if (spec, head_dim) not in pairs:
                     pairs[spec, head_dim] = computed_pairs(spec, layout, head_dim)
                 total += 2 * pairs[spec, head_dim] * len(some) * head_dim
