@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
 from dit_accel.errors import FallbackError
-from dit_accel.measure.quality import capture_inputs
+from dit_accel.measure.capture import capture_inputs
 from dit_accel.patch.state import operators_of
 
 SIZES = [(17, 25), (20, 20), (16, 24), (24, 16), (10, 30), (30, 10), (12, 18), (13, 19), (8, 9), (9, 8)]  # some have equal token numbers

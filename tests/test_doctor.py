@@ -19,7 +19,7 @@ from dit_accel.errors import WriteError
 from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.cpu import native
-from dit_accel.kernels.triton import tuned
+from dit_accel.kernels.triton import driver, tuned
 from dit_accel.measure import doctor, doctor_report, doctor_smoke
 from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
 from dit_accel.method import TopK
@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_smoke, "SMALL", (doctor_smoke.Shape((1, 12, 10), 5, 1, 16),))
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(doctor, "card", lambda: None)
-    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "no driver")
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "no driver")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -226,7 +226,7 @@ def test_a_card_without_triton_or_too_old_is_named(monkeypatch: pytest.MonkeyPat
 
 def test_a_torch_that_does_not_see_the_card_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "version").write_text("")
-    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", None)
     report = Report({})
     doctor._card(report)

@@ -27,6 +27,16 @@ def tile_extents(grid: Grid, order: Order) -> torch.Tensor:
     return torch.stack([place.amax(0) - place.amin(0) + 1 for place in places])
 
 
+def test_text_and_image_share_the_sequence() -> None:
+    for text in (0, 7):
+        first, last = TokenLayout((1, 3, 5), text), TokenLayout((1, 3, 5), text, text_first=False, references=((1, 2, 2),))
+        places = list(range(first.tokens))
+        assert places[first.text_slice] + places[first.image_slice] == places
+        places = list(range(last.tokens))
+        assert places[last.image_slice] + places[last.text_slice] == places
+        assert (len(places[last.text_slice]), len(places[last.image_slice])) == (text, 19)
+
+
 @every_order
 @every_grid
 def test_to_memory_and_back_is_exact(grid: Grid, order: Order) -> None:

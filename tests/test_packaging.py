@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("kernels", "finetune", "pipelines")
 MAX_LINES = 450
 
-GROUND = {"errors", "console", "files", "muon"}  # what every room may use
+GROUND = {"errors", "clock", "console", "files", "muon"}  # what every room may use
 BELOW_PATCH = {"kernels", "method", "operator"}
 BELOW_ADAPTERS = BELOW_PATCH | {"patch", "pipelines"}
 # room -> the other rooms that it may import
@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
 }
 # what needs the standard library and torch alone
-TORCH_ONLY = {"errors", "kernels", "method", "operator", "patch.masks"}
+TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks"}
 DIFFUSERS = {"adapters", "cli", "finetune", "measure", "patch", "pipelines"}
 
 

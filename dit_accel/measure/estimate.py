@@ -13,7 +13,7 @@ from dit_accel.operator.layout import TokenLayout
 
 
 @dataclass(frozen=True)
-class Gpu:
+class DataSheet:
     """Dense bfloat16 TFLOP/s and GB/s of memory, from the vendor's data sheet."""
 
     tflops: float
@@ -22,13 +22,13 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(312, 2039, "NVIDIA A100 80 GB SXM data sheet"),
-    "h100": Gpu(989, 3350, "NVIDIA H100 SXM data sheet, without sparsity"),
-    "h200": Gpu(989, 4800, "NVIDIA H200 SXM data sheet, without sparsity"),
-    "b200": Gpu(2250, 8000, "NVIDIA HGX B200 data sheet, without sparsity"),
-    "rtx4090": Gpu(165.2, 1008, "NVIDIA Ada architecture white paper, float32 accumulation"),
-    "rtx5090": Gpu(209.5, 1792, "NVIDIA RTX Blackwell architecture white paper, float32 accumulation"),
-    "mi300x": Gpu(1307.4, 5300, "AMD Instinct MI300X data sheet, without sparsity"),
+    "a100": DataSheet(312, 2039, "NVIDIA A100 80 GB SXM data sheet"),
+    "h100": DataSheet(989, 3350, "NVIDIA H100 SXM data sheet, without sparsity"),
+    "h200": DataSheet(989, 4800, "NVIDIA H200 SXM data sheet, without sparsity"),
+    "b200": DataSheet(2250, 8000, "NVIDIA HGX B200 data sheet, without sparsity"),
+    "rtx4090": DataSheet(165.2, 1008, "NVIDIA Ada architecture white paper, float32 accumulation"),
+    "rtx5090": DataSheet(209.5, 1792, "NVIDIA RTX Blackwell architecture white paper, float32 accumulation"),
+    "mi300x": DataSheet(1307.4, 5300, "AMD Instinct MI300X data sheet, without sparsity"),
 }
 
 

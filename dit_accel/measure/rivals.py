@@ -62,9 +62,12 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
         _ordered(_with_text(mask, layout, size, seen).unflatten(0, q.shape[:2]) if mask.ndim == 3 else _with_text(mask, layout, size, seen))
         for mask, seen in ((some, False), (whole, True))
     ]
-    start = layout.text if layout.text_first else 0
     return BlockMask.from_kv_blocks(
-        *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=_kept_pairs(plan, start), seq_lengths=(layout.tokens, layout.tokens)
+        *lists[0],
+        *lists[1],
+        BLOCK_SIZE=size,
+        mask_mod=_kept_pairs(plan, layout.image_slice.start),
+        seq_lengths=(layout.tokens, layout.tokens),
     )
 
 
