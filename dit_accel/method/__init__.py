@@ -28,6 +28,7 @@ from dit_accel.method.parts import (
     Tiles,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -66,5 +67,6 @@ __all__ = [
     "Tiles",
     "Tokenwise",
     "TopK",
+    "TopP",
     "Window",
 ]
