@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.patch.verbs import patches_of
+from dit_accel.patch.state import patches_of
 
 Outputs = dict[str, list[Tensor]]  # by layer, one for each of its calls
 

@@ -32,7 +32,8 @@ from dit_accel.finetune.session import Run, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
 from dit_accel.finetune.velocity import on_device, predict
-from dit_accel.patch.verbs import always, dense
+from dit_accel.patch.modes import always
+from dit_accel.patch.verbs import dense
 
 
 @dataclass

@@ -26,7 +26,8 @@ from dit_accel.finetune.session import Run
 from dit_accel.finetune.trainables import optimizer_tensors, put_back
 from dit_accel.finetune.velocity import predict
 from dit_accel.patch.processor import AcceleratedAttention
-from dit_accel.patch.verbs import dense, operators_of
+from dit_accel.patch.state import operators_of
+from dit_accel.patch.verbs import dense
 
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more

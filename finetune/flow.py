@@ -82,7 +82,7 @@ def flow_of(pipe: Any, family: Family, first: float) -> Flow:
             f"{type(scheduler).__name__}"
         )
     whole = float(config.get("num_train_timesteps", 1000)) if first > 1 else 1.0
-    return Flow(family.timestep, family.latents, whole, family.rising)
+    return Flow(family.timestep, family.latents, whole, family.timestep_rises)
 
 
 def recorded_flow(pipe: Any, family: Family, samples: Samples) -> Flow:

@@ -27,8 +27,9 @@ from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
+from dit_accel.patch.modes import running
 from dit_accel.patch.processor import AcceleratedAttention
-from dit_accel.patch.verbs import Patch, operators_of, patches_of, running
+from dit_accel.patch.state import Patch, operators_of, patches_of
 
 # of the first stage, unless the config says. A projection is better off for them (built-in model, SLA 10 % at 256 px, held-out error
 # from 0.344 to 0.274); offsets and pooling weights learn as much from ordinary steps (Fovea 5 %: 0.242 both)
@@ -61,7 +62,7 @@ class Run:
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
-        return any(operator.params.proj is not None for operator in operators_of(self.transformer).values())
+        return any(operator.fit == "least_squares" for operator in operators_of(self.transformer).values())
 
     @property
     def parameter_rate(self) -> float:
@@ -135,6 +136,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if config.train == "lora" and switched_off(transformer):
         raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
     if config.train != "parameters":
+        projection_names(transformer, patch.originals)  # raises for a layer that has none
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
         raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
@@ -230,7 +232,7 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = all(operator.params.proj is not None for operator in operators)
+    projected = all(operator.fit == "least_squares" for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 

@@ -11,7 +11,7 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.muon import Muon
 from dit_accel.patch.anatomy import OWN, plain_name, projection_names
 from dit_accel.patch.lora import ADAPTER, activate_lora
-from dit_accel.patch.verbs import Patch
+from dit_accel.patch.state import Patch
 from dit_accel.patch.weights import keep_weight
 
 
@@ -21,7 +21,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
-    names = projection_names(transformer, patch.originals)
+    names = projection_names(transformer, patch.originals) if config.train != "parameters" else []
     patch.context.trained |= config.train != "parameters"
     patch.lora |= config.train == "lora"
     if config.train == "lora" and ADAPTER not in getattr(transformer, "peft_config", {}):

@@ -1,4 +1,4 @@
-"""What the patch must know of a family of transformers: a few facts, declared once for its diffusers classes."""
+"""What the patch has to know of a family of transformers: a few facts, declared once for its diffusers classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,42 +9,75 @@ Grids = tuple[Grid, ...]
 Arguments = Mapping[str, Any]  # a forward's arguments by name
 
 
+def heads_by_inner_dim(module: Any) -> tuple[int, int]:
+    """(heads, channels per head) of an attention module with `heads` and `inner_dim`, the width of all its queries."""
+    return module.heads, module.inner_dim // module.heads
+
+
 @dataclass(frozen=True)
 class Family:
     """Diffusers transformer classes (and their subclasses) that are patched alike.
 
-    `classes`: their names. `modules`: regular expression of the full names of their image or video self-attention modules. `grid`: from
-    the forward's arguments and the transformer, the grid (T, H, W) in tokens of each image in the sequence, the one that is drawn
-    first, or a sentence that says why there is none. `text_first`: what is not image (text, registers, padding) stands before the
-    image's tokens. `text`: how many such tokens there are, where the arguments tell; without it, whatever a call has beside the image.
-    `history`: how many tokens stand before the image's although the text stands behind them, as earlier frames do; like text, they
-    attend to all and are attended by all. `keys_only`: the text, or the history where there is one, has keys and values but no queries,
-    so that calls have fewer queries than keys. `twice`: some modules have the image's tokens twice over and no text. `alone`: regular
-    expression of those modules whose sequence is the drawn image's alone. `timestep`: the argument that falls from step to step, or
-    rises with `rising`. `ids`: arguments on the device from which the grid is read; the same tensors are read once, in a compiled
-    graph with no other arguments than the latents and words. `latents`: the
-    argument that the scheduler changes. `mask`: what its self-attention passes as a mask where text is padded: over "keys" `[B, N]` or
-    `[B, 1, 1, N]`, or over "pairs" `[B, 1, N, N]`, of which any image token's row is the mask over keys; or "ones", a mask that the
-    transformer itself makes and that hides nothing. With any other mask, or without this, a call runs its original attention.
+    "The image" below is what the model draws, a picture or a video; "text" is every other token of the sequence: text, registers, padding.
     """
 
     name: str
+    # names of the classes
     classes: tuple[str, ...]
+    # regular expression that the full names of the image's self-attention modules match
     modules: str
+    # from a forward's arguments and the transformer: the grid (T, H, W) in tokens of each image in the sequence, the one that is drawn
+    # first, or a sentence that says why there is none
     grid: Callable[[Arguments, Any], Grids | str]
+
+    # -- attention modules
+    # names, within such a module, of the linear projections that a LoRA or full training changes; without any, a family trains the
+    # method's own parameters alone
+    projections: tuple[str, ...] = ()
+    # from such a module: number of query heads and channels per head
+    heads: Callable[[Any], tuple[int, int]] = heads_by_inner_dim
+    # regular expression of those modules whose sequence is the drawn image alone, without text
+    image_only: str | None = None
+    # whether some modules have the image's tokens twice in their sequence, and no text
+    doubled: bool = False
+
+    # -- order of the sequence
+    # whether text precedes the image's tokens
     text_first: bool = True
+    # from a forward's arguments: number of text tokens; without it, every token of a call that is not the image's counts as text
     text: Callable[[Arguments], int] | None = None
+    # from a forward's arguments and the transformer: number of tokens before the image's although text follows it, as earlier frames;
+    # like text, they attend to every token and every token attends to them
     history: Callable[[Arguments, Any], int] | None = None
+    # whether the text, or the history where there is one, has keys and values but no queries
     keys_only: bool = False
-    twice: bool = False
-    alone: str | None = None
-    timestep: str = "timestep"
-    rising: bool = False
-    ids: tuple[str, ...] = ()
+
+    # -- arguments of the transformer's forward
+    # the one that the scheduler changes
     latents: str = "hidden_states"
+    # the one with the timestep, which falls from step to step unless `timestep_rises`
+    timestep: str = "timestep"
+    timestep_rises: bool = False
+    # those on the device from which the grid is read: the same tensors are read once, in a compiled graph with no other arguments than
+    # the latents and words
+    ids: tuple[str, ...] = ()
+    # what self-attention passes as a mask where text is padded: over "keys" `[B, N]` or `[B, 1, 1, N]`; over "pairs" `[B, 1, N, N]`, of
+    # which any image token's row is the mask over keys; "ones", made by the transformer itself, which hides nothing. A call with
+    # another mask, or with any where this is None, runs its original attention.
     mask: Literal["keys", "pairs", "ones"] | None = None
 
+    # -- sizes
+    # side of a token in latents where the pipeline, not the transformer, packs them; else the configuration's patch_size
+    patch: int | None = None
+    # from the transformer: the longest side in tokens for which it has positions; without it, there is no limit
+    longest_side: Callable[[Any], int | None] | None = None
+    # the transformer's attribute with the rotary embedding whose `theta`, the base, is read at every forward
+    rotary: str | None = None
+    # factor of that base above the trained size, unless a user asks for another
+    rotary_factor: float = 1.0
+
     def __post_init__(self) -> None:
-        for name in ("classes", "ids"):
-            if not isinstance(getattr(self, name), tuple):
-                raise ValueError(f"{name} is a tuple of names, got {getattr(self, name)!r}")
+        for name in ("classes", "ids", "projections"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                raise ValueError(f"{name} of family {self.name!r} must be a tuple of names, not {value!r}")

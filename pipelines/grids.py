@@ -9,32 +9,33 @@ from torch import Tensor
 from dit_accel.pipelines.family import Arguments, Grid, Grids
 
 
-def _patch(transformer: Any) -> Grid:
-    """Frames, rows and columns of latents in one token."""
+def patch(transformer: Any) -> Grid:
+    """Frames, rows and columns of latents in one token, from the transformer's configuration."""
     config = transformer.config
-    sides = config.patch_size if isinstance(config.patch_size, tuple | list) else (config.patch_size,) * 2
+    size = config.patch_size if hasattr(config, "patch_size") else max(config.all_patch_size)  # Z-Image may have several
+    sides = size if isinstance(size, tuple | list) else (size,) * 2
     return tuple(sides) if len(sides) == 3 else (getattr(config, "patch_size_t", None) or 1, *sides)
 
 
-def _tokens(sizes: tuple[int, int, int], patch: Grid) -> Grids:
-    return (tuple(-(-size // side) for size, side in zip(sizes, patch, strict=True)),)  # type: ignore[return-value]
+def _tokens(sizes: tuple[int, int, int], sides: Grid) -> Grids:
+    return (tuple(-(-size // side) for size, side in zip(sizes, sides, strict=True)),)  # type: ignore[return-value]
 
 
 def of_latents(arguments: Arguments, transformer: Any) -> Grids:
     """From latents `[B, C, H, W]` or `[B, C, T, H, W]`."""
     x: Tensor = arguments["hidden_states"]
-    return _tokens((1, *x.shape[2:]) if x.ndim == 4 else tuple(x.shape[2:]), _patch(transformer))  # type: ignore[arg-type]
+    return _tokens((1, *x.shape[2:]) if x.ndim == 4 else tuple(x.shape[2:]), patch(transformer))  # type: ignore[arg-type]
 
 
 def of_each_frame(arguments: Arguments, transformer: Any) -> Grids:
     """From latents `[B, C, T, H, W]` whose frames are attended one by one, as a batch."""
-    return _tokens((1, *arguments["hidden_states"].shape[3:]), _patch(transformer))
+    return _tokens((1, *arguments["hidden_states"].shape[3:]), patch(transformer))
 
 
 def of_frames_first(arguments: Arguments, transformer: Any) -> Grids:
     """From latents `[B, T, C, H, W]`."""
     frames, _, height, width = arguments["hidden_states"].shape[1:]
-    return _tokens((frames, height, width), _patch(transformer))
+    return _tokens((frames, height, width), patch(transformer))
 
 
 def of_channels_last(arguments: Arguments, transformer: Any) -> Grids | str:
@@ -42,7 +43,7 @@ def of_channels_last(arguments: Arguments, transformer: Any) -> Grids | str:
     sparse = arguments.get("sparse_params")
     if sparse is not None and sparse.get("to_fractal"):
         return "tokens in blocks of the model's own sparse attention"
-    return _tokens(tuple(arguments["hidden_states"].shape[1:4]), _patch(transformer))
+    return _tokens(tuple(arguments["hidden_states"].shape[1:4]), patch(transformer))
 
 
 def of_image_list(arguments: Arguments, transformer: Any) -> Grids | str:
@@ -86,13 +87,13 @@ def of_shape_list(arguments: Arguments, transformer: Any) -> Grids | str:
 def of_items(arguments: Arguments, transformer: Any) -> Grids:
     """From latents `[B, C, T, H, W]`, or `[B, items, C, T, H, W]` with as many images, the drawn one first in the sequence."""
     shape = arguments["hidden_states"].shape
-    return _tokens(tuple(shape[-3:]), _patch(transformer)) * (shape[1] if len(shape) == 6 else 1)
+    return _tokens(tuple(shape[-3:]), patch(transformer)) * (shape[1] if len(shape) == 6 else 1)
 
 
 def of_context_latents(arguments: Arguments, transformer: Any) -> Grids:
     """From latents `[B, C, H, W]` and a list of such latents of other images, of any sizes."""
     images = [arguments["hidden_states"], *(arguments.get("context_latents") or [])]
-    return tuple(_tokens((1, *x.shape[2:]), _patch(transformer))[0] for x in images)
+    return tuple(_tokens((1, *x.shape[2:]), patch(transformer))[0] for x in images)
 
 
 def from_ids(ids: Tensor) -> Grids | str:
@@ -160,10 +161,10 @@ def text_of_packed(arguments: Arguments, transformer: Any) -> int:
 def history_of_framepack(arguments: Arguments, transformer: Any) -> int:
     """Tokens of the earlier frames, which are patched more coarsely the older they are."""
     total = 0
-    for name, patch in (("latents_clean", (1, 2, 2)), ("latents_history_2x", (2, 4, 4)), ("latents_history_4x", (4, 8, 8))):
+    for name, sides in (("latents_clean", (1, 2, 2)), ("latents_history_2x", (2, 4, 4)), ("latents_history_4x", (4, 8, 8))):
         frames, indices = arguments.get(name), arguments.get("indices_" + name)
         if frames is not None and indices is not None:
-            total += sequence_length(_tokens(tuple(frames.shape[2:]), patch))
+            total += sequence_length(_tokens(tuple(frames.shape[2:]), sides))
     return total
 
 

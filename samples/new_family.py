@@ -4,7 +4,7 @@
 
 What is needed: an attention module with a `processor` whose `__call__(attn, ...)` calls `dispatch_attention_fn` or
 `F.scaled_dot_product_attention`, as all of diffusers' have, and a `Family` that says which modules are image self-attention, where the
-grid of tokens comes from and where the text stands.
+grid of tokens comes from and where the text is placed.
 """
 
 import torch
@@ -55,6 +55,7 @@ register(
         grid=lambda arguments, transformer: ((1, *arguments["hidden_states"].shape[2:]),),  # one image: (frames, height, width)
         text_first=True,
         text=lambda arguments: arguments["text"].shape[1],
+        projections=("to_q", "to_k", "to_v"),  # what a LoRA would change
     )
 )
 

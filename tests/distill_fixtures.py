@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, accelerate, distill
 from dit_accel.finetune.distill import DistillResult
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 PROMPTS = ["a cat on a blue background", "a panda on a red background", "a frog left of a cactus"]
 CALL: dict[str, Any] = {"height": 112, "width": 144, "num_inference_steps": 2, "max_sequence_length": 8}  # 7 × 9 tokens, 8 of text

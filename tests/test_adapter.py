@@ -20,7 +20,7 @@ from dit_accel.adapters.folder import CONFIG, FULL, LORA, WEIGHTS
 from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError, AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.patch.anatomy import projection_names
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 Tensors = dict[str, Tensor]
 FILES = {"parameters": {WEIGHTS}, "lora": {WEIGHTS, LORA}, "attention": {WEIGHTS, FULL}}

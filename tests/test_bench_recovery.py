@@ -22,7 +22,8 @@ from dit_accel.measure import recovery as bench_recovery
 from dit_accel.measure.evaluation import draw
 from dit_accel.measure.recovery import Recovery
 from dit_accel.measure.similarity import compare
-from dit_accel.patch.verbs import always, patches_of
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import patches_of
 
 METHODS = {"clear:2": CLEAR(2.0), "sla:0.25": SLA(0.25, block=(16, 16)), "fovea:0.25": Fovea(0.25, tile=(4, 4))}
 SECONDS = 12  # steps of a second fit the minutes

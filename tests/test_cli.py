@@ -103,9 +103,9 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("1023x1024", "width and height are multiples of 16 pixels, one token's side, as in 1024x1024, got '1023x1024'"),
-        ("1024x770", "width and height are multiples of 16 pixels, one token's side, as in 1024x768, got '1024x770'"),
-        ("0x64", "width and height are multiples of 16 pixels, one token's side, as in 16x64, got '0x64'"),
+        ("1023x1024", "width and height must be multiples of 16 pixels, the side of one token: not 1023x1024, but 1024x1024, for example"),
+        ("1024x770", "width and height must be multiples of 16 pixels, the side of one token: not 1024x770, but 1024x768, for example"),
+        ("0x64", "width and height must be at least 1 pixel, not '0x64'"),
         ("1024", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '1024'"),
         ("-16x16", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '-16x16'"),
         ("bigxbig", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got 'bigxbig'"),
@@ -362,7 +362,7 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(bench_step, "bench_step", lambda pipe, **settings: calls.append(settings))
     monkeypatch.setattr(kernels, "bench_kernels", lambda **settings: calls.append(settings))
     monkeypatch.setattr(gpu_tune, "bench_tune", lambda work, **settings: calls.append({"kernels": len(work), **settings}))
-    monkeypatch.setattr(models, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)

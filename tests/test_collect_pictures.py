@@ -127,7 +127,7 @@ def test_the_original_predicts_at_every_level_of_the_picture(tmp_path: Path, nam
     family = family_of(pipe.transformer)
     assert family is not None
     whole = 1000.0 if name in ("sd3", "hunyuan_image") else 1.0
-    flow = Flow(family.timestep, family.latents, whole, family.rising)
+    flow = Flow(family.timestep, family.latents, whole, family.timestep_rises)
     for i in range(len(samples)):
         forward, other = samples[i], sampled[i % len(sampled)]
         image = cropped(picture(0 if i < len(sampled) else 1), (call["height"], call["width"]))

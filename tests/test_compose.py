@@ -12,7 +12,7 @@ from conftest import LAYERS, fill_randomly, forward_arguments, normal, relative_
 
 import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 METHODS = pytest.mark.parametrize("spec", [Fovea(0.2), CLEAR(4.0, downsample=2), SLA(0.2)], ids=["fovea", "clear", "sla"])
 

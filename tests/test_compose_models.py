@@ -14,7 +14,7 @@ from test_families import SPARSE, WHOLE, Tiny
 import dit_accel
 from dit_accel import DistillConfig, Fovea
 from dit_accel.errors import FallbackError
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 MODELS = ("flux", "sd3", "wan", "cogvideox")
 models = pytest.mark.parametrize("name", MODELS)

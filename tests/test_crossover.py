@@ -14,7 +14,8 @@ import dit_accel
 from dit_accel import CLEAR, SLA, Fovea, TokenLayout
 from dit_accel.operator import guard
 from dit_accel.operator.guard import Crossover
-from dit_accel.patch.verbs import CONTEXT, always
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import CONTEXT
 
 CPU = torch.device("cpu")
 SLOWER, FASTER = Crossover(accelerated=2e-3, original=1e-3), Crossover(accelerated=1e-3, original=2e-3)

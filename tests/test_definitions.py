@@ -15,7 +15,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import CLEAR, SLA, AttentionSpec, TokenLayout
 from dit_accel.method.parameters import AttentionParameters
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 SPECS = {
     "clear": CLEAR(2.0),

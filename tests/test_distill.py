@@ -21,7 +21,7 @@ from dit_accel import CLEAR, SLA, DistillConfig, Fovea, accelerate, dense, disti
 from dit_accel.errors import AdapterError, DistillationError, NotAcceleratedError
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune.data.collect import Samples, collect, write_run
-from dit_accel.patch.anatomy import CONTEXT
+from dit_accel.patch.state import CONTEXT
 
 # It learns
 

@@ -19,7 +19,7 @@ from dit_accel.finetune import distill as distillation
 from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.velocity import predict, velocity_error
-from dit_accel.patch.verbs import always
+from dit_accel.patch.modes import always
 
 STEPS = 2
 CALLS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from dit_accel.finetune import distill as distillation
 from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.velocity import predict, velocity_error
-from dit_accel.patch.verbs import always, operators_of
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of
 
 DENSITIES = tuple(SLA(share, block=(16, 16)) for share in (0.25, 0.5, 1.0))
 RADII = (CLEAR(2.0), CLEAR(4.0))

@@ -25,7 +25,8 @@ from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.finetune.velocity import predict
 from dit_accel.operator.attention import attention
-from dit_accel.patch.verbs import always, operators_of, patches_of
+from dit_accel.patch.modes import always
+from dit_accel.patch.state import operators_of, patches_of
 
 METHODS: dict[str, AttentionSpec] = {
     "sla": tiny.SPARSE, "sla-tiles": SLA(0.25, tile=(4, 4)), "fovea": Fovea(0.25, tile=(4, 4)), "clear-pooled": CLEAR(2.0, downsample=2),

@@ -124,7 +124,10 @@ def test_an_adapter_is_evaluated_with_what_it_learned(tmp_path: Path) -> None:
         (["--prompts", "empty.txt"], "prompts is a text file with one prompt per line, got no prompt in empty.txt"),
         (["a cat", "--method", "none"], "evaluate wants an accelerated method, got 'none'"),
         (["a cat", "--method", "fovea", "--adapter", "x"], "--adapter names the method itself: wanted it alone, got --method beside it"),
-        (["a cat", "--size", "100x64"], "width and height are multiples of 16 pixels, one token's side, as in 96x64, got '100x64'"),
+        (
+            ["a cat", "--size", "100x64"],
+            "width and height must be multiples of 16 pixels, the side of one token: not 100x64, but 96x64, for example",
+        ),
         (["a cat", "--out", "empty.txt/below"], "wanted a folder that can be written to, got empty.txt/below: Not a directory"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, pipelines
 from dit_accel.errors import UnsupportedModelError
-from dit_accel.patch.verbs import patches_of
+from dit_accel.patch.state import patches_of
 from dit_accel.pipelines import FAMILIES, UNSUPPORTED, family_of
 
 for part in ("tiny_image", "tiny_video", "tiny_transformers", "tiny_pipelines"):

@@ -16,8 +16,7 @@ import dit_accel
 from dit_accel import SLA
 from dit_accel.adapters.folder import CONFIG, load_adapter, save_adapter
 from dit_accel.errors import AdapterError
-from dit_accel.patch import fingerprint, weights
-from dit_accel.patch import verbs as patch
+from dit_accel.patch import fingerprint, state, weights
 from dit_accel.patch.fingerprint import check, known_hash, same_weights
 
 
@@ -97,7 +96,7 @@ def test_other_weights_are_told(recorded: str, now: str) -> None:
 
 def test_acceleration_changes_no_fingerprint() -> None:
     plain, accelerated = tiny_transformer(), dit_accel.accelerate(tiny_transformer(), SLA(0.2))
-    fill_randomly(next(iter(patch.operators_of(accelerated).values())))
+    fill_randomly(next(iter(state.operators_of(accelerated).values())))
     assert fingerprint.fingerprint(accelerated) == fingerprint.fingerprint(plain)
     assert known_hash(accelerated) == known_hash(plain) == weights.teacher_hash(plain)
 
@@ -207,4 +206,4 @@ def test_a_damaged_fingerprint_is_refused(value: Any, tmp_path: Path) -> None:
     pipe = prompt_pipe()
     with pytest.raises(AdapterError, match=r"dit_accel_config\.json is damaged: a fingerprint holds"):
         load_adapter(pipe, folder)
-    assert not hasattr(pipe.transformer, patch.CONTEXT)
+    assert not hasattr(pipe.transformer, state.CONTEXT)

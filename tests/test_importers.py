@@ -41,7 +41,7 @@ from dit_accel.adapters.folder import CONFIG, FULL, WEIGHTS, WHOLE
 from dit_accel.adapters.importers import Entry, match_header
 from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 RELEASED = {
     "clear_local_8": CLEAR(8), "clear_local_16": CLEAR(16), "clear_local_32": CLEAR(32),

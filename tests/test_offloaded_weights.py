@@ -22,7 +22,7 @@ from dit_accel.finetune.distill import distill
 from dit_accel.patch.anatomy import projection_names
 from dit_accel.patch.holders import Holders
 from dit_accel.patch.lora import ADAPTER
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 from dit_accel.patch.weights import replace_weights, teacher_hash, weights_hash
 
 CPU = torch.device("cpu")

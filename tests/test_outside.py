@@ -20,7 +20,7 @@ from dit_accel.adapters.base_model import public_name
 from dit_accel.adapters.folder import CONFIG
 from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError, DitAccelError, UnsupportedModelError
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 SPECS: dict[str, AttentionSpec] = {"fovea": Fovea(0.2), "sla": SLA(0.2)}
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -14,7 +14,7 @@ import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea
 from dit_accel.errors import AlreadyAcceleratedError, BackendError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.patch import processor
-from dit_accel.patch.verbs import operators_of
+from dit_accel.patch.state import operators_of
 
 EXACT = {
     "fovea-radius": Fovea(radius=1000.0),

@@ -9,8 +9,8 @@ from hires_fixtures import SIZE, TEXT, draw, make
 from torch import Tensor
 
 from dit_accel import CLEAR, Fovea, accelerate, restore
-from dit_accel.patch.anatomy import CONTEXT
 from dit_accel.patch.context import Context
+from dit_accel.patch.state import CONTEXT
 
 
 def scales(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:

@@ -95,7 +95,7 @@ def krea2() -> Tiny:
     t = D.Krea2Transformer2DModel(in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_key_value_heads=2,
                                   intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=3,
                                   text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16,
-                                  num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 2, 2))
+                                  num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(2, 4, 2))
     p = D.Krea2Pipeline(scheduler=flow(use_dynamic_shifting=True), vae=qwen_vae(), text_encoder=None, tokenizer=None, transformer=t,
                         text_encoder_select_layers=(0, 1, 2))
     m = torch.ones(1, 12, dtype=torch.bool)
@@ -183,7 +183,7 @@ def auraflow() -> Tiny:
 def hidream() -> Tiny:
     t = D.HiDreamImageTransformer2DModel(patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
                                          attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64,
-                                         num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(4, 2, 2),
+                                         num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(2, 4, 2),
                                          max_resolution=(32, 32), llama_layers=(0, 1), force_inference_output=True)
     p = D.HiDreamImagePipeline(scheduler=flow(), vae=kl(latent=4), transformer=t, text_encoder=None, tokenizer=None,
                                text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,

@@ -34,7 +34,8 @@ from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, sa
 from dit_accel.patch.fingerprint import check as check_fingerprint
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
-from dit_accel.patch.verbs import Patch, accelerate, operators_of, patches_of, restore
+from dit_accel.patch.state import Patch, operators_of, patches_of
+from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.patch.weights import replace_weights
 from dit_accel.pipelines import class_of
 
@@ -339,12 +340,12 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     modules: dict[str, Any] = dict(model.named_modules())
     layers = attention_layers(model)
     for name, (heads, width) in config["layers"].items():
-        got = heads_of(name, layers[name]) if name in layers else None
+        got = heads_of(model, name, layers[name]) if name in layers else None
         if got != (heads, width):
             raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
     own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
-    projections = projection_names(model, config["layers"])
+    projections = projection_names(model, config["layers"]) if {LORA, FULL} & set(tensors) else []
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
         wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}

@@ -110,7 +110,7 @@ def collect(
     files.check_folder(out)
     from dit_accel.cli.models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call), video=frames is not None)
     call |= frames_call(pipe, frames)
     if pictures is not None:
         from dit_accel.finetune.data.pictures import collect_pictures
@@ -207,7 +207,7 @@ def distill(
     )  # fmt: skip
     call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
-    aside = options.read_prompts_or_samples(held_out) if held_out else None
+    held_out_source = options.read_prompts_or_samples(held_out) if held_out else None
     spec = options.parse_spec(method, reason="distill wants an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, save_adapter
@@ -215,10 +215,10 @@ def distill(
     from dit_accel.cli.models import frames_call, load_pipeline
     from dit_accel.finetune.data.collect import Samples
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call), video=frames is not None)
     call |= frames_call(pipe, frames)
     accelerate(pipe, spec)
-    result = run_distillation(pipe, source, config, held_out=aside, **call)
+    result = run_distillation(pipe, source, config, held_out=held_out_source, **call)
     if not _is_main_process():
         return
     trained_on = Samples(source if isinstance(source, Path) else out / "run" / "samples")
@@ -253,14 +253,14 @@ def quality(
     out: options.Result = None,
 ) -> None:
     """Measure how far each method is from the original attention, on the same prompts and noise."""
-    pixels = options.parse_size(size)
+    pixels = options.parse_size(size, model)
     texts = options.read_prompts(prompts) if prompts else BENCH_PROMPTS
     if out:
         options.check_file(out)
     from dit_accel.cli.models import load_pipeline
     from dit_accel.measure.quality import bench_quality
 
-    pipe, length = load_pipeline(model, dtype, device), options.text_length(model, max_sequence_length)
+    pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
     bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length)
 
 
@@ -269,7 +269,7 @@ def step(
     model: options.Model = "builtin",
     size: Annotated[
         list[str] | None,
-        typer.Option(help=f"WIDTHxHEIGHT in pixels, multiples of {options.PIXELS}; may be repeated.", show_default="1024x1024"),
+        typer.Option(help=f"{options.SIZE} May be repeated.", show_default="1024x1024"),
     ] = None,
     method: options.Methods = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
@@ -279,7 +279,7 @@ def step(
     out: options.Result = None,
 ) -> None:
     """Measure the time of one denoising step, with each method and with the original attention."""
-    sizes = [options.parse_size(text) for text in size or ["1024x1024"]]
+    sizes = [options.parse_size(text, model) for text in size or ["1024x1024"]]
     reason = "bench step wants accelerated methods (the original is always measured)"
     specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
     if out:
@@ -287,7 +287,7 @@ def step(
     from dit_accel.cli.models import load_pipeline
     from dit_accel.measure.step import bench_step
 
-    pipe, length = load_pipeline(model, dtype, device), options.text_length(model, max_sequence_length)
+    pipe, length = load_pipeline(model, dtype, device, sizes=sizes), options.text_length(model, max_sequence_length)
     bench_step(pipe, sizes=sizes, methods=specs, repeats=repeats, out=out, max_sequence_length=length)
 
 
@@ -311,7 +311,8 @@ def draw(
     out: options.Result = None,
 ) -> None:
     """Measure the time of a whole picture or video, with each method and with the original attention."""
-    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    pixels = options.parse_size(size, model)
+    call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     reason = "bench draw wants accelerated methods (the original is always measured)"
     specs = [options.parse_spec(text, reason=reason) for text in method or ([] if adapter else ["fovea"])]
     if out:
@@ -319,7 +320,7 @@ def draw(
     from dit_accel.cli.models import frames_call, load_pipeline
     from dit_accel.measure.draw import bench_draw
 
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device, sizes=[pixels], video=frames is not None)
     pipe.set_progress_bar_config(disable=True)
     call |= frames_call(pipe, frames)
     bench_draw(pipe, prompt, methods=specs, adapters=adapter or [], repeats=repeats, seed=seed, out=out, **call)

@@ -35,7 +35,7 @@ def evaluate(
         raise ArgumentError("--adapter names the method itself: wanted it alone, got --method beside it")
     if bool(prompt) == (prompts is not None):
         raise ArgumentError(f"prompts are given either as arguments or as --prompts FILE, got {'both' if prompt else 'neither'}")
-    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
     if not all(texts):
         raise ArgumentError("a prompt is a text that is not empty, got an empty one")
@@ -49,7 +49,7 @@ def evaluate(
 
     for limit in [ONE_PROMPT] * (len(texts) == 1) + [NO_DISTANCE] * (min(call["height"], call["width"]) < DISTANCE_SIDE):
         typer.echo(limit)  # before the work, so that it can be changed
-    pipe = load_pipeline(model, dtype, device, video=frames is not None)
+    pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call), video=frames is not None)
     call |= frames_call(pipe, frames)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:

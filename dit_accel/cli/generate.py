@@ -57,7 +57,7 @@ def generate(
         raise ArgumentError("--frames and --fps want --video, got none")
     if video and hires:
         raise ArgumentError("--hires draws pictures: wanted it or --video, got both")
-    pixels = options.parse_size(size or ("512x512" if video else "1024x1024"))
+    pixels = options.parse_size(size or ("512x512" if video else "1024x1024"), model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     recipe = options.hires_arguments(hires, base, strength, ntk, proportional)
     from dit_accel.method.text import parse_method
@@ -73,7 +73,7 @@ def generate(
     from dit_accel import accelerate, generate_hires, load_adapter, summary
     from dit_accel.cli.models import frames_call, load_pipeline
 
-    pipe = load_pipeline(model, dtype, device, video=video)
+    pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call), video=video)
     call |= frames_call(pipe, (frames or 17) if video else None)
     if adapter is not None:
         load_adapter(pipe, adapter, strict=strict)

@@ -3,10 +3,10 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dit_accel.errors import ArgumentError
+from dit_accel.errors import ArgumentError, UnsupportedModelError
 
 # loggers with the words that make up a notice to keep back; everything else these loggers say still reaches the user
 NOTICES = (
@@ -36,8 +36,11 @@ def without_notices() -> Iterator[None]:
             logger.removeFilter(passes)
 
 
-def load_pipeline(model: str, dtype: str = "auto", device: str = "auto", *, video: bool = False) -> Any:
-    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ValueError where there is none.
+def load_pipeline(
+    model: str, dtype: str = "auto", device: str = "auto", *, sizes: Sequence[tuple[int, int]] = (), video: bool = False
+) -> Any:
+    """The pipeline `builtin`, in a folder or on the hub, on a device. Raises ArgumentError where there is none, or where one of the sizes
+    (height, width) to be drawn is no multiple of its tokens' side.
 
     `video`: the built-in one for videos; another has to be one that makes them.
     """
@@ -62,7 +65,21 @@ def load_pipeline(model: str, dtype: str = "auto", device: str = "auto", *, vide
             made = builtin(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
         except (OSError, ValueError) as error:
             raise ArgumentError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+    _check_sizes(made, sizes)
     return made.to(target)
+
+
+def _check_sizes(pipe: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise ArgumentError for a size that doesn't fit the pipeline's tokens; where their side is not known, the pipeline checks it."""
+    from dit_accel.cli.options import check_size
+    from dit_accel.pipelines import token_pixels
+
+    try:
+        unit = token_pixels(pipe, getattr(pipe, "transformer", None))
+    except UnsupportedModelError:
+        return
+    for size in sizes:
+        check_size(size, unit)
 
 
 def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:

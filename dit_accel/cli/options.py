@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
 
 BUILTIN_GUIDANCE = 3.5
-PIXELS = 16  # per token and axis: 8 of the autoencoder, 2 of the transformer's patches
 
 METHOD_FORMS = (
     "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
@@ -24,7 +23,7 @@ METHOD_FORMS = (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Model = Annotated[str, typer.Option(help="'builtin' (ships with the package), a folder in diffusers' format, or a hub id.")]
-SIZE = f"WIDTHxHEIGHT in pixels, both multiples of {PIXELS}."
+SIZE = "WIDTHxHEIGHT in pixels, both multiples of a token's side: 16 for builtin and most models."
 Size = Annotated[str, typer.Option(help=SIZE)]
 Sizes = Annotated[
     list[str] | None,
@@ -74,16 +73,30 @@ Result = Annotated[Path | None, typer.Option("--out", help="JSON file for the re
 PROMPTS_OR_SAMPLES = "Text file with one prompt per line, or a folder made by collect."
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) in pixels of a text WIDTHxHEIGHT. Raises ValueError unless both are multiples of a token's side."""
+def parse_size(text: str, model: str = "") -> tuple[int, int]:
+    """(height, width) in pixels of a text WIDTHxHEIGHT. Raises ArgumentError for another text, and for a size that doesn't fit the
+    built-in models, the only ones whose tokens are known before they are loaded (`models.load_pipeline` checks others)."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match:
         raise ArgumentError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
     width, height = (int(side) for side in match.groups())
-    if not width or not height or width % PIXELS or height % PIXELS:
-        near = "x".join(str(max(1, round(side / PIXELS)) * PIXELS) for side in (width, height))
-        raise ArgumentError(f"width and height are multiples of {PIXELS} pixels, one token's side, as in {near}, got {text!r}")
+    if not width or not height:
+        raise ArgumentError(f"width and height must be at least 1 pixel, not {text!r}")
+    if model == "builtin":
+        from dit_accel.pipelines.builtin import TOKEN_PIXELS
+
+        check_size((height, width), TOKEN_PIXELS)
     return height, width
+
+
+def check_size(size: tuple[int, int], unit: int) -> None:
+    """Raise ArgumentError unless (height, width) in pixels are multiples of a token's side."""
+    if any(side % unit for side in size):
+        near = [max(1, round(side / unit)) * unit for side in size]
+        raise ArgumentError(
+            f"width and height must be multiples of {unit} pixels, the side of one token: not {size[1]}x{size[0]}, "
+            f"but {near[1]}x{near[0]}, for example"
+        )
 
 
 def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
@@ -155,11 +168,16 @@ def call_arguments(model: str, size: tuple[int, int], steps: int, guidance: floa
 
 def sampling_arguments(model: str, sizes: list[str] | None, steps: int, guidance: float | None, length: int | None) -> dict[str, Any]:
     """Arguments of collect: those of a call at one size, or at several in turn."""
-    pixels = [parse_size(text) for text in sizes or ["512x512"]]
+    pixels = [parse_size(text, model) for text in sizes or ["512x512"]]
     call = call_arguments(model, pixels[0], steps, guidance, length)
     if len(pixels) == 1:
         return call
     return {**{name: value for name, value in call.items() if name not in ("height", "width")}, "sizes": pixels}
+
+
+def sizes_of(call: dict[str, Any]) -> list[tuple[int, int]]:
+    """The sizes (height, width) of `sampling_arguments`."""
+    return call["sizes"] if "sizes" in call else [(call["height"], call["width"])]
 
 
 def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: float | None, proportional: bool) -> dict[str, Any]:

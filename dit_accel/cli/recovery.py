@@ -48,7 +48,7 @@ def recovery(
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""
     if not 0 < minutes < math.inf:
         raise ArgumentError(f"minutes is a number > 0, got {minutes}")
-    call = options.call_arguments(model, options.parse_size(size), steps, guidance, max_sequence_length)
+    call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else []
     if prompts is None and model != "builtin":
         raise ArgumentError(f"--prompts is wanted for another model than builtin, got none for {model!r}")
@@ -70,7 +70,7 @@ def recovery(
     count = held_out or (max(1, len(texts) // 10) if prompts is not None else len(HELD_OUT))
     if count >= len(texts):
         raise ArgumentError(f"held-out is less than the {len(texts)} different prompts, got {count}")
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call))
     pipe.set_progress_bar_config(disable=True)
     measurement = Recovery(
         pipe, texts[:-count], texts[-count:], texts[-count:][:pictures], minutes, call, seed, optimizer, out.with_name(f"{out.stem}-runs")

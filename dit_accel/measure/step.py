@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from dit_accel.clock import clock, timed
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.velocity import predict
-from dit_accel.measure.quality import clock, machine, record_step, timed
+from dit_accel.measure.capture import record_step
+from dit_accel.measure.timing import machine
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.anatomy import attention_layers, find_transformers
-from dit_accel.patch.verbs import accelerate, always, restore
+from dit_accel.patch.modes import always
+from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.pipelines import family_of
 
 LARGE = 32768  # image tokens from which one step of the original takes minutes on two cores: one round, without a warm-up of the original

@@ -10,18 +10,9 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
 from dit_accel.errors import DitAccelError, UnsupportedModelError
-from dit_accel.pipelines import FAMILIES, class_of, family_of, why_no_family
+from dit_accel.pipelines import FAMILIES, Family, class_of, family_of, why_no_family
 
-CONTEXT = "_dit_accel"  # attribute of an accelerated transformer
 OWN = ".dit_accel.params."  # in the names of a method's own parameters
-# what distillation trains of an attention module, where it is there
-PROJECTIONS = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj",
-    "img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj",
-    "to_q_t", "to_k_t", "to_v_t", "to_out_t", "to_out", "to_gate",
-    "to_qkv_mlp_proj",  # of FLUX.2's parallel blocks, with their MLP's first layer in one
-)  # fmt: skip
 
 
 def find_transformers(pipe_or_transformer: object) -> list[Any]:
@@ -39,6 +30,14 @@ def find_transformers(pipe_or_transformer: object) -> list[Any]:
     if not found:
         raise UnsupportedModelError(_why_unsupported(candidates))
     return list({id(model): model for model in found}.values())
+
+
+def require_family(model: Any) -> Family:
+    """The family of a transformer. Raises UnsupportedModelError where there is none."""
+    family = family_of(model)
+    if family is None:
+        raise UnsupportedModelError(_why_unsupported([model]))
+    return family
 
 
 def unwrapped(model: Any) -> Any:
@@ -99,10 +98,28 @@ def attention_layers(model: Any) -> dict[str, Any]:
 
 
 def projection_names(model: Any, layers: Iterable[str]) -> list[str]:
-    """Full names of the linear projections of those attention modules: what distillation trains."""
-    modules = dict(model.named_modules())
-    names = [f"{layer}.{leaf}" for layer in layers for leaf in PROJECTIONS]
-    return [n for n in names if isinstance(modules.get(n), nn.Linear) or hasattr(modules.get(n), "base_layer")]
+    """Full names of the linear projections of those attention modules, as the family declares them: what a LoRA or full training changes.
+
+    Raises UnsupportedModelError for a module that has none of them.
+    """
+    family, modules = require_family(model), dict(model.named_modules())
+    names = []
+    for layer in layers:
+        found = [f"{layer}.{leaf}" for leaf in family.projections if _is_linear(modules.get(f"{layer}.{leaf}"))]
+        if not found:
+            linear = [name for name, part in modules[layer].named_modules() if _is_linear(part)]
+            raise UnsupportedModelError(
+                f"{layer} ({type(modules[layer]).__name__}) has no projection to train: family {family.name!r} declares "
+                f"{', '.join(family.projections) or 'none'}, its linear layers are {', '.join(linear) or 'none'}. "
+                f"Name them in Family(projections=...), or train the method's own parameters alone (train='parameters')"
+            )
+        names += found
+    return names
+
+
+def _is_linear(module: object) -> bool:
+    """Whether a module is a linear layer, or one that PEFT has wrapped."""
+    return isinstance(module, nn.Linear) or hasattr(module, "base_layer")
 
 
 def check_unfused(model: Any, layers: Iterable[str], error: type[DitAccelError]) -> None:
@@ -115,14 +132,16 @@ def check_unfused(model: Any, layers: Iterable[str], error: type[DitAccelError])
         )
 
 
-def heads_of(name: str, module: Any) -> tuple[int, int]:
-    """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where they can't be told."""
-    heads = next((n for name in ("heads", "num_heads", "num_attention_heads") if (n := getattr(module, name, None))), None)
-    projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
-    width = getattr(module, "inner_dim", None) or getattr(projection, "out_features", None)
-    head_dim = width // heads if isinstance(width, int) and isinstance(heads, int) else getattr(module, "head_dim", None)
-    if not isinstance(heads, int) or not isinstance(head_dim, int):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) tells neither heads and inner_dim nor heads and head_dim")
+def heads_of(model: Any, name: str, module: Any) -> tuple[int, int]:
+    """Number of query heads of an attention module and channels per head. Raises UnsupportedModelError where its family can't tell."""
+    family = require_family(model)
+    try:
+        heads, head_dim = family.heads(module)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(
+            f"heads and their width of {name} ({type(module).__name__}) are not where family {family.name!r} looks for them ({error}): "
+            "say where in Family(heads=...)"
+        ) from error
     return heads, head_dim
 
 

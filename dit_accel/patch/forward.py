@@ -46,7 +46,7 @@ class Forward:
         """
         if alone:
             return self.grids[:1], math.prod(self.grids[0]), 0
-        if self.family.twice and self.text is not None and tokens == 2 * self.image != self.image + self.text:
+        if self.family.doubled and self.text is not None and tokens == 2 * self.image != self.image + self.text:
             return self.grids * 2, 2 * self.image, 0
         return self.grids, self.image, self.text
 

@@ -1,72 +1,30 @@
-"""The only code that touches a user's model: `accelerate`, `restore`, `dense`."""
+"""The verbs, the only code that changes a user's model: `accelerate`, `restore`, `dense`."""
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 import torch.nn as nn
-from torch import Tensor
 
 import dit_accel.patch.compiled  # noqa: F401  its operators are found by name
-from dit_accel.errors import AlreadyAcceleratedError, NotAcceleratedError, UnsupportedModelError
+from dit_accel.errors import AlreadyAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.method.presets import Fovea
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import guard
-from dit_accel.patch.anatomy import CONTEXT, attention_layers, check_not_parallel, check_unfused, find_transformers, forward_names, heads_of
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import guard, lowering
+from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
-from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora, works
+from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora
+from dit_accel.patch.modes import check_trained_tokens
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.patch.saving import SaveOriginal, UnloadLora
+from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
 from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
-from dit_accel.pipelines import family_of
 
 P = TypeVar("P")
-
-
-@dataclass
-class Patch:
-    """What undoes the patch of one transformer: its context, the original processors, the hooks, the weights that distillation changed."""
-
-    context: Context
-    originals: dict[str, list[tuple[Any, Any]]]  # module name -> (original processor, ours), the newest last
-    hooks: list[Any] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> its other value: the original, or in dense() the trained
-    swapped: bool = False  # whether the originals are in the model, as in dense()
-    fused: set[tuple[str, str]] = field(default_factory=set)  # (name in `weights`, LoRA in it) when the original was put aside
-    sealed: list[str] = field(default_factory=list)  # LoRA that were unloaded while fused into trained weights, or that are ours
-    lora: bool = False  # whether a LoRA of ours belongs to the patch
-    told: bool = False  # that it is switched off
-
-    def take_over(self, model: Any, args: Any = None) -> None:
-        """Forward pre-hook: accelerate processors that were put in since, as fuse_qkv_projections and loading an IP-Adapter do."""
-        if torch.compiler.is_compiling():
-            return
-        if self.context.trained:
-            check_unfused(model, self.originals, UnsupportedModelError)
-        if self.lora and not self.told and not works(model):
-            self.told = True
-            warnings.warn(
-                f"what was trained is switched off: the LoRA {ADAPTER!r} is not among the active adapters; name it in set_adapters(...)",
-                stacklevel=2,
-            )
-        for name, pairs in self.originals.items():
-            module = model.get_submodule(name)
-            if isinstance(module.processor, AcceleratedProcessor):
-                continue
-            try:
-                ours = accelerated_copy(module.processor)
-            except UnsupportedModelError as error:
-                self.context.fall_back(f"a processor that was put in after accelerate(...): {error}")
-                continue
-            pairs.append((module.processor, ours))
-            module.processor = ours
 
 
 def accelerate(
@@ -120,19 +78,11 @@ def accelerate(
     return pipe_or_transformer
 
 
-def check_trained_tokens(tokens: int | None) -> None:
-    """Raise ValueError unless it is None or a number of tokens whose logarithm can divide."""
-    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2):
-        raise ValueError(f"trained_tokens is a number of tokens >= 2 or None, got {tokens!r}")
-
-
 def _prepare(
     model: Any, spec: AttentionSpec, layers: Callable[[str, nn.Module], bool] | None, settings: dict[str, Any]
 ) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
     """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
-    family = family_of(model)
-    if family is None:  # find_transformers lets none through
-        raise UnsupportedModelError(f"{type(model).__name__} belongs to no supported family")
+    family = require_family(model)
     every = attention_layers(model)
     chosen = [(name, m) for name, m in every.items() if layers is None or layers(name, m)]
     if not chosen:
@@ -141,14 +91,14 @@ def _prepare(
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    shapes = {name: heads_of(name, module) for name, module in chosen}
+    shapes = {name: heads_of(model, name, module) for name, module in chosen}
     for head_dim in {width for _, width in shapes.values()}:
-        dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
+        dispatch.check_model(settings["backend"], head_dim, linear=lowering.has_states(spec))
     context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:
         heads, head_dim = shapes[name]
-        alone = family.alone is not None and re.fullmatch(family.alone, name) is not None
+        alone = family.image_only is not None and re.fullmatch(family.image_only, name) is not None
         operator = AcceleratedAttention(spec, context, name, heads=heads, head_dim=head_dim, alone=alone)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules
@@ -209,21 +159,6 @@ def restore(pipe_or_transformer: P) -> P:
     return pipe_or_transformer
 
 
-def patches_of(pipe_or_transformer: object) -> list[tuple[Any, Patch]]:
-    """The accelerated transformers and their patches. Raises NotAcceleratedError if there is none."""
-    found = [(model, getattr(model, CONTEXT)) for model in find_transformers(pipe_or_transformer) if hasattr(model, CONTEXT)]
-    if not found:
-        raise NotAcceleratedError(
-            f"wanted a pipeline or transformer patched by accelerate(...), got an unpatched {type(pipe_or_transformer).__name__}"
-        )
-    return found
-
-
-def operators_of(pipe_or_transformer: object) -> dict[str, AcceleratedAttention]:
-    """The operators of all accelerated layers by the name of their attention module."""
-    return {name: model.get_submodule(name).dit_accel for model, patch in patches_of(pipe_or_transformer) for name in patch.originals}
-
-
 @contextlib.contextmanager
 def dense(pipe_or_transformer: P) -> Iterator[P]:
     """The original model, same weights, for the length of a `with` block: operators off, and what distillation trained off as well.
@@ -258,60 +193,3 @@ def _dense(model: Any, patch: Patch) -> Iterator[None]:
                 swap_weights(model, patch)
                 scale_lora(model, scales)
             context.enabled = before
-
-
-@contextlib.contextmanager
-def _set(pipe_or_transformer: object, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """An attribute of all patches' contexts changed for the length of a `with` block."""
-    contexts = [patch.context for _, patch in patches_of(pipe_or_transformer)]
-    before = [getattr(context, name) for context in contexts]
-    for context, value in zip(contexts, before, strict=True):
-        setattr(context, name, change(value))
-    try:
-        yield
-    finally:
-        for context, value in zip(contexts, before, strict=True):
-            setattr(context, name, value)
-
-
-@contextlib.contextmanager
-def always(pipe_or_transformer: P) -> Iterator[P]:
-    """The method at every size, even where the original attention is faster, for the length of a `with` block. For training and measuring.
-
-    Raises NotAcceleratedError.
-    """
-    with _set(pipe_or_transformer, "always", lambda _: True):
-        yield pipe_or_transformer
-
-
-@contextlib.contextmanager
-def proportional(pipe_or_transformer: P, trained_tokens: int) -> Iterator[P]:
-    """`trained_tokens` of `accelerate`, for the length of a `with` block, where the patch has none.
-
-    Raises ValueError or NotAcceleratedError.
-    """
-    check_trained_tokens(trained_tokens)
-    with _set(pipe_or_transformer, "trained_tokens", lambda own: trained_tokens if own is None else own):
-        yield pipe_or_transformer
-
-
-@contextlib.contextmanager
-def running(pipe_or_transformer: P, spec: AttentionSpec) -> Iterator[P]:
-    """Another spec with the same parameters, order and blocks, for the length of a `with` block. Raises NotAcceleratedError."""
-    patches = patches_of(pipe_or_transformer)
-    before = [patch.context.spec for _, patch in patches]
-    try:
-        for model, patch in patches:
-            _switch(model, patch, spec)
-        yield pipe_or_transformer
-    finally:
-        for (model, patch), own in zip(patches, before, strict=True):
-            _switch(model, patch, own)
-
-
-def _switch(model: Any, patch: Patch, spec: AttentionSpec) -> None:
-    if patch.context.spec == spec:
-        return
-    patch.context.switch(spec)
-    for name in patch.originals:
-        model.get_submodule(name).dit_accel.spec = spec

@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.patch.anatomy import CONTEXT, plain_name
+from dit_accel.patch.anatomy import plain_name
 from dit_accel.patch.holders import Holders, placed_by_others
 from dit_accel.patch.lora import ADAPTER, check_apart, without_ours
+from dit_accel.patch.state import CONTEXT
 
 
 def replace_weights(model: Any, patch: Any, values: Mapping[str, Tensor]) -> None:

@@ -23,8 +23,9 @@ from dit_accel.finetune.data.record import Forward, Key, Size, check_arguments, 
 from dit_accel.finetune.data.store import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
 from dit_accel.finetune.processes import from_main, gathered, processes, share
 from dit_accel.finetune.surroundings import processes_kept
-from dit_accel.patch.anatomy import CONTEXT, find_transformers, forward_names
+from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.fingerprint import known_hash
+from dit_accel.patch.state import CONTEXT
 from dit_accel.patch.verbs import dense
 
 __all__ = ["Forward", "Key", "Recorder", "Samples", "as_one", "collect", "damaged_runs", "original", "record_runs", "write_run"]

@@ -21,7 +21,7 @@ from dit_accel.finetune.data.collect import Key, Recorder, Samples, original, re
 from dit_accel.finetune.data.store import readable_runs
 from dit_accel.finetune.flow import Flow, flow_of, in_place_of
 from dit_accel.patch.anatomy import forward_names
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, token_pixels
 from dit_accel.pipelines.hires import latents as forms
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -137,7 +137,7 @@ def cropped(picture: Image.Image, size: tuple[int, int]) -> Tensor:
 def _size(pipe: Any, transformer: Any, call: dict[str, Any]) -> tuple[int, int]:
     """The call's (height, width)."""
     height, width = call.get("height"), call.get("width")
-    unit = forms.token_pixels(pipe, transformer)
+    unit = token_pixels(pipe, transformer)
     if type(height) is not int or type(width) is not int or min(height, width) < 1 or height % unit or width % unit:
         raise ArgumentError(f"height and width are multiples of {unit} pixels, one token's side, got {height!r} and {width!r}")
     return height, width

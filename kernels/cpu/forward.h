@@ -20,7 +20,7 @@ struct Keys {
 
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
-          direct(!backward && !g.p.places && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
+          direct(!backward && !g.p.places_k && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
         if (paired) pairs = std::make_unique<Pairs>(g);
@@ -145,13 +145,12 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
     if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
     s.start();
-    Mask mask(g);
-    g.for_visits(bh, i, [&](int64_t j, bool partial) {
+    g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
         auto visit = [&](const auto& block) {
             Run key = g.key(j);
             const float* bias = g.key_bias(bh, j);
-            if (partial)
-                s.visit_masked(run, key, block, mask);
+            if (mask != WHOLE)
+                with_mask(g, mask, run, key, true, [&](const auto& keep) { s.visit_masked(run.count, key.count, block, keep); });
             else if (bias)
                 s.visit(run.count, block, key.count, [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); });
             else

@@ -57,6 +57,7 @@ static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t 
     for (int64_t i = 0; i < run.count; i++) __builtin_memcpy(out + i * ld, from + run.at(i) * in.row, size_t(channels) * 2);
 }
 
+static constexpr int64_t WHOLE = -1;    // in place of a mask's number: all pairs of the block are kept
 static const float MASKED = -1e30f;  // a bias (in log2) that leaves a key out
 
 // Blocks of one problem. Key blocks: the image's, then the text's, then the extra keys'. Query blocks: the image's, then the text's.
@@ -93,20 +94,22 @@ struct Geometry {
     int64_t head(int64_t bh) const { return bh % p.heads; }
 
     Run text_run(int64_t i) const {
-        return {p.text_start + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
+        return {text_start() + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
     }
-    Run image_run(int64_t first, int64_t end) const {
-        if (p.places) return {p.image_start, first, end - first, p.places + first};
-        return {p.image_start + first, first, end - first};
+    int64_t text_start() const { return p.text_first ? 0 : p.image; }  // in the sequence
+    int64_t image_start() const { return p.text_first ? p.text : 0; }
+    Run image_run(const int32_t* places, int64_t first, int64_t end) const {
+        if (places) return {image_start(), first, end - first, places + first};
+        return {image_start() + first, first, end - first};
     }
     Run query(int64_t i) const {
         if (i >= p.q_blocks) return text_run(i - p.q_blocks);
-        return image_run(p.q_starts[i], p.q_starts[i + 1]);
+        return image_run(p.places_q, p.q_starts[i], p.q_starts[i + 1]);
     }
     int64_t first_extra() const { return p.k_blocks + text_blocks; }
     bool is_extra(int64_t j) const { return j >= first_extra(); }
     Run key(int64_t j) const {  // for extra keys, `place` counts among them
-        if (j < p.k_blocks) return image_run(p.k_starts[j], p.k_starts[j + 1]);
+        if (j < p.k_blocks) return image_run(p.places_k, p.k_starts[j], p.k_starts[j + 1]);
         if (!is_extra(j)) return text_run(j - p.k_blocks);
         int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};
@@ -129,24 +132,26 @@ struct Geometry {
 
     // The lists of a query block of image tokens.
     struct List {
-        const int32_t* blocks;
+        const int32_t *blocks, *masks;
         int64_t count, full;
+        int64_t mask(int64_t n) const { return n < full ? WHOLE : masks ? masks[n] : 0; }  // of entry n
     };
     List list(int64_t bh, int64_t i) const {
         int64_t at = bh * p.lists_per_head * p.q_blocks + i;
-        return {p.lists + at * p.list_width, p.counts[at], p.full[at]};
+        return {p.lists + at * p.list_width, p.mask_of ? p.mask_of + at * p.list_width : nullptr, p.counts[at], p.full[at]};
     }
 
-    // Calls body(key block, whether its pairs need the predicate) for all that query block i visits.
+    // Calls body(key block, its mask) for all that query block i visits. The mask: WHOLE, or the number of the block's bit mask where the
+    // problem has some.
     template <class Body>
     void for_visits(int64_t bh, int64_t i, Body&& body) const {
         if (i >= p.q_blocks) {
-            for (int64_t j = 0; j < p.k_blocks + text_blocks; j++) body(j, false);
+            for (int64_t j = 0; j < p.k_blocks + text_blocks; j++) body(j, WHOLE);
             return;
         }
         List l = list(bh, i);
-        for (int64_t n = 0; n < l.count; n++) body(l.blocks[n], n >= l.full);
-        for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, false);
+        for (int64_t n = 0; n < l.count; n++) body(l.blocks[n], l.mask(n));
+        for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, WHOLE);
     }
 
     void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
+TOKEN_PIXELS = 16  # side of a token, of the built-in video model too
 TEXT_TOKENS = 32  # `max_sequence_length` that its captions need; FLUX's default of 512 only costs time
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
-from dit_accel.patch.anatomy import CONTEXT, forward_names
-from dit_accel.patch.verbs import dense, proportional
+from dit_accel.patch.anatomy import forward_names
+from dit_accel.patch.modes import proportional
+from dit_accel.patch.state import CONTEXT
+from dit_accel.patch.verbs import dense
 from dit_accel.patch.weights import weights_hash
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, token_pixels
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
-from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_factor
+from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_embedding, rotary_factor
 from dit_accel.pipelines.hires.stages import Stages
 
 if TYPE_CHECKING:
@@ -70,15 +72,15 @@ def generate_hires(
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
     _check_call(pipe, prompt, call)
-    unit = forms.token_pixels(pipe, transformer)
+    unit = token_pixels(pipe, transformer)
     sizes = recipe.sizes(unit)
     check_positions(transformer, sizes[-1], unit)
     if folder is not None:
         check_folder(Path(folder))
     if prompt is not None:
         call = {"prompt": prompt, **call}
-    run = _Run(pipe, transformer, recipe, sizes, call)
-    stages = Stages(folder, run.settings() if folder is not None else {})
+    drawing = _Drawing(pipe, transformer, recipe, sizes, call)
+    stages = Stages(folder, drawing.settings() if folder is not None else {})
     done: list[Tensor] = []
     for number, size in enumerate(sizes):
         kept = stages.load(number, size)
@@ -86,12 +88,12 @@ def generate_hires(
             break
         done.append(kept)
     if forecast and len(done) < len(sizes):
-        run.show_forecast(len(done))
+        drawing.show_forecast(len(done))
     latents = done[-1] if done else None
     for number in range(len(done), len(sizes)):
-        latents, record = run.draw(number, latents)
+        latents, record = drawing.draw(number, latents)
         stages.save(number, sizes[number], latents, record)
-    with run.conditions(len(sizes) - 1):
+    with drawing.conditions(len(sizes) - 1):
         picture = forms.decode(pipe, latents, sizes[-1])  # type: ignore[arg-type]
     pipe.maybe_free_model_hooks()
     return pipe.image_processor.postprocess(picture, output_type="pil")[0]
@@ -110,14 +112,14 @@ def _check_call(pipe: Any, prompt: object, call: dict[str, Any]) -> None:
         raise ArgumentError(f"prompt is one text or None, got {prompt!r}")
 
 
-class _Run:
+class _Drawing:
     """One picture: the pipeline, what was asked for, and the sizes of its stages."""
 
     def __init__(self, pipe: Any, transformer: Any, recipe: Recipe, sizes: list[tuple[int, int]], call: dict[str, Any]) -> None:
         """Raises UnsupportedModelError or NotAcceleratedError where the recipe and the pipeline don't fit."""
         self.pipe, self.transformer, self.recipe, self.sizes, self.call = pipe, transformer, recipe, sizes, call
         self.factor = rotary_factor(transformer, recipe.ntk)
-        self.unit = forms.token_pixels(pipe, transformer)
+        self.unit = token_pixels(pipe, transformer)
         patch = getattr(transformer, CONTEXT, None)
         self.context = None if patch is None else patch.context
         if recipe.proportional and self.context is None:
@@ -234,7 +236,7 @@ def _rescaled(transformer: Any, factor: float) -> Iterator[None]:
     if factor == 1:
         yield
         return
-    embedding = transformer.pos_embed
+    embedding = rotary_embedding(transformer)
     before = embedding.theta
     embedding.theta = before * factor
     try:

@@ -54,12 +54,6 @@ def _packing(pipe: Any) -> bool | None:
     return True if known else None
 
 
-def token_pixels(pipe: Any, transformer: Any) -> int:
-    """Side of one token in pixels."""
-    patch = 2 if _packing(pipe) else getattr(transformer.config, "patch_size", None) or transformer.config.all_patch_size
-    return int(pipe.vae_scale_factor * (patch if isinstance(patch, int) else max(patch)))
-
-
 def latent_shape(pipe: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """`[1, C, H, W]` of a picture's latents, unpacked."""
     return (1, pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))

@@ -12,10 +12,6 @@ from dit_accel.errors import ArgumentError, UnsupportedModelError
 from dit_accel.pipelines import family_of
 from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
-NTK = 10.0  # CLEAR's factor for FLUX.1 at every size above 1024 (arXiv 2412.16112, released code)
-# rotary embeddings that read `theta` at every forward; elsewhere it goes into tables when the model is made
-ROTARY = ("FluxPosEmbed", "OvisImagePosEmbed", "LongCatImagePosEmbed")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -65,38 +61,42 @@ def _rounded(side: float, unit: int) -> int:
     return max(1, round(side / unit)) * unit
 
 
+def rotary_embedding(transformer: Any) -> Any:
+    """The transformer's rotary embedding whose base is read at every forward; None where there is none."""
+    family = family_of(transformer)
+    return None if family is None or family.rotary is None else getattr(transformer, family.rotary, None)
+
+
 def rotary_factor(transformer: Any, asked: float | None) -> float:
-    """What a transformer's rotary base is multiplied with above the base size: as asked, else CLEAR's for FLUX and 1 for others.
+    """Factor of a transformer's rotary base above the base size: as asked, else its family's, and 1 for the built-in model.
 
     Raises UnsupportedModelError where a factor was asked for and can't be applied.
     """
-    embedding = getattr(transformer, "pos_embed", None)
-    fits = type(embedding).__name__ in ROTARY
-    if asked is not None:
-        if not fits and asked != 1:
-            name = type(transformer).__name__
+    embedding = rotary_embedding(transformer)
+    if embedding is None:
+        if asked not in (None, 1):
             raise UnsupportedModelError(
-                f"ntk wants rotary embeddings that read their base at every forward ({', '.join(ROTARY)}), which {name} does not have: "
+                f"ntk requires a rotary embedding that reads its base at every forward, which {type(transformer).__name__} does not have: "
                 "leave ntk out, and its positions are not rescaled"
             )
+        return 1.0
+    if asked is not None:
         return asked
-    family = family_of(transformer)
+    family: Any = family_of(transformer)
     # the built-in model stretches its positions over a fixed canvas by itself
-    apply = fits and family is not None and family.name == "flux" and not isinstance(transformer, BuiltinTransformer2DModel)
-    return NTK if apply else 1.0
+    factor: float = 1.0 if isinstance(transformer, BuiltinTransformer2DModel) else family.rotary_factor
+    return factor
 
 
 def check_positions(transformer: Any, size: tuple[int, int], unit: int) -> None:
-    """Raise UnsupportedModelError where a picture of (height, width) pixels is larger than the transformer's table of learned positions, as
-    SD3 and AuraFlow have. `unit`: pixels of a token's side."""
-    embedding: Any = getattr(transformer, "pos_embed", None)
-    if getattr(embedding, "pos_embed_max_size", None) is None:
-        return
-    largest = math.isqrt(embedding.pos_embed.shape[1]) * unit
-    if max(size) > largest:
+    """Raise UnsupportedModelError where a picture of (height, width) pixels is larger than the transformer has positions for. `unit`:
+    pixels of a token's side."""
+    family = family_of(transformer)
+    tokens = None if family is None or family.longest_side is None else family.longest_side(transformer)
+    if tokens is not None and max(size) > tokens * unit:
         raise UnsupportedModelError(
-            f"{type(transformer).__name__} has learned positions for {largest} pixels a side: wanted a picture of at most that, "
-            f"got {size[1]}×{size[0]}"
+            f"{type(transformer).__name__} has learned positions for {tokens * unit} pixels a side, fewer than {size[1]}×{size[0]}: "
+            "ask for a smaller picture"
         )
 
 
