@@ -70,7 +70,7 @@ class Job:
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
-            tile = {"queries": launch.arguments.get("BQ"), "keys": launch.arguments.get("BK", launch.arguments.get("BJ"))}
+            tile = {"queries": launch.constants.get("BQ"), "keys": launch.constants.get("BK")}
             report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
