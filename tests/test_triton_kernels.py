@@ -366,7 +366,7 @@ def test_either_setting_of_tf32_is_followed(setting: str, allowed: bool) -> None
     finally:
         matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
-    assert {one.arguments["PRECISION"] for one in found if "PRECISION" in one.arguments} == {"tf32" if allowed else "tf32x3"}
+    assert {one.constants["PRECISION"] for one in found if "PRECISION" in one.constants} == {"tf32" if allowed else "tf32x3"}
 
 
 @every_spec
