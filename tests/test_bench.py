@@ -11,16 +11,19 @@ import pytest
 import torch
 
 import dit_accel.measure.demo as demo
+from dit_accel.clock import timed
 from dit_accel.errors import BackendError, NotAcceleratedError
 from dit_accel.finetune.data.collect import Samples, collect
-from dit_accel.measure import kernels
-from dit_accel.measure import quality as bench
+from dit_accel.kernels.triton import driver
+from dit_accel.measure import kernels, timing
 from dit_accel.measure import rivals as bench_rivals
-from dit_accel.measure.quality import attention_errors, bench_quality, capture_qkv, machine, record_step, spread
+from dit_accel.measure.capture import attention_errors, capture_qkv, record_step
+from dit_accel.measure.quality import bench_quality, spread
 from dit_accel.measure.step import bench_step, step_times
+from dit_accel.measure.timing import machine
+from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, TopK
-from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds, visited_density
+from dit_accel.operator.cost import kept_density, multiply_adds, visited_density
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.state import patches_of
@@ -210,17 +213,17 @@ def test_rivals_take_their_turns_and_say_what_failed(monkeypatch: pytest.MonkeyP
 
 def test_a_cpu_is_timed_by_its_clock_and_a_gpu_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from dit_accel.kernels.triton import timing
+    from dit_accel.kernels.triton import timing as gpu_timing
 
     card = torch.device("cuda")
-    assert kernels.clock_of(torch.device("cpu")) is kernels.timed
+    assert timing.clock_of(torch.device("cpu")) is timed
     given: list[object] = []
-    monkeypatch.setattr(timing, "do_bench", lambda function, return_mode: given.append((function, return_mode)) or 250.0)
-    assert kernels.clock_of(card)(given.clear) == 0.25
+    monkeypatch.setattr(gpu_timing, "do_bench", lambda function, return_mode: given.append((function, return_mode)) or 250.0)
+    assert timing.clock_of(card)(given.clear) == 0.25
     assert given == [(given.clear, "median")]
     monkeypatch.setattr(kernels.dispatch, "TRITON", False)
     with pytest.raises(BackendError, match="measuring on a GPU requires triton"):
-        kernels.clock_of(card)
+        timing.clock_of(card)
 
 
 def test_a_gpu_measures_in_bfloat16() -> None:
@@ -242,9 +245,11 @@ def test_a_measurement_names_the_card_it_was_made_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(bench, "DRIVER", tmp_path / "version")
-    assert machine() | {"gpu": "A Card", "gpu_memory": 80.0, "cuda": "13.0", "driver": None} == machine()
-    bench.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\nGCC version: 12\n")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)  # a build for the CPU has none
+    monkeypatch.setattr(driver, "version", driver.version.__wrapped__)  # not what was read before
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "version")
+    assert machine() | {"gpu": "A Card", "gpu_memory": 80.0, "cuda": "13.0", "driver": "CUDA 13.0"} == machine()
+    driver.NVIDIA.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\nGCC version: 12\n")
     assert machine()["driver"] == "580.65.06"
-    bench.DRIVER.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    driver.NVIDIA.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
     assert machine()["driver"] == "580.65.06"

@@ -13,8 +13,8 @@ from dit_accel.finetune.data import record
 from dit_accel.finetune.data.collect import Recorder, collect
 from dit_accel.finetune.data.record import Forward, Key, check_arguments
 from dit_accel.measure import step as bench_step
+from dit_accel.measure.capture import record_step
 from dit_accel.measure.evaluation import attention_deviations
-from dit_accel.measure.quality import record_step
 from dit_accel.measure.step import image_tokens, step_times
 from dit_accel.patch.anatomy import forward_names
 

@@ -17,12 +17,12 @@ from dit_accel import files
 from dit_accel.cli.app import app
 from dit_accel.errors import WriteError
 from dit_accel.kernels import dispatch, ops
+from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.cpu import native
-from dit_accel.kernels.triton import tuned
+from dit_accel.kernels.triton import driver, tuned
 from dit_accel.measure import doctor, doctor_report, doctor_smoke
 from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
-from dit_accel.method.spec import TopK
-from dit_accel.operator import attention as operator
+from dit_accel.method import TopK
 from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_smoke, "SMALL", (doctor_smoke.Shape((1, 12, 10), 5, 1, 16),))
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(doctor, "card", lambda: None)
-    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "no driver")
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "no driver")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -120,10 +120,8 @@ def test_rounding_decides_no_choice_of_blocks() -> None:
 def gap(q: torch.Tensor, k: torch.Tensor, spec: Any, shape: Any) -> float:
     """The smallest difference between the last chosen and the first other block's score, as a share of the scores' size."""
     plan = make_plan(spec, shape.layout, CPU)
-    order = slice(None) if plan.to_memory is None else plan.to_memory
-    means = [operator.pool_blocks(x[:, order], side)[0] for x, side in ((q, plan.q_blocks), (k, plan.k_blocks))]
-    top = next(pattern for pattern in spec.keep if isinstance(pattern, TopK))
-    scores = means[0] @ means[1].mT * (1 if plan.short_weight is None or not top.correct_short else plan.short_weight.double())
+    means = [pool_blocks(x, side)[0] for x, side in ((q, plan.q_blocks), (k, plan.k_blocks))]
+    scores = means[0] @ means[1].mT * plan.prepared.get("short_weight", torch.ones(())).double()
     ordered = scores.sort(-1, descending=True).values
     if plan.top == ordered.shape[-1]:
         return 1.0
@@ -228,7 +226,7 @@ def test_a_card_without_triton_or_too_old_is_named(monkeypatch: pytest.MonkeyPat
 
 def test_a_torch_that_does_not_see_the_card_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "version").write_text("")
-    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(driver, "NVIDIA", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", None)
     report = Report({})
     doctor._card(report)

@@ -21,8 +21,8 @@ from dit_accel import CLEAR, accelerate, dense, restore
 from dit_accel.finetune.data.collect import Recorder, collect
 from dit_accel.measure import evaluation
 from dit_accel.measure.bootstrap import Bootstrap
+from dit_accel.measure.capture import Captured, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation import attention_forwards, evaluate
-from dit_accel.measure.quality import Captured, capture_inputs, deviation, exact_attention
 from dit_accel.measure.similarity import compare
 from dit_accel.operator import guard
 from dit_accel.operator.layout import TokenLayout, raster_order

@@ -8,7 +8,7 @@ import torch
 from helpers import Grid, Largest, block_of
 
 from dit_accel.kernels.blocks import BlockMap
-from dit_accel.method.spec import Order, Raster, Tiles
+from dit_accel.method import Order, Raster, Tiles
 from dit_accel.operator.blocks_of_grid import listed_beside
 from dit_accel.operator.layout import TokenLayout, coordinates, memory_order, partition, raster_order
 
@@ -25,6 +25,16 @@ def tile_extents(grid: Grid, order: Order) -> torch.Tensor:
     part = partition(grid, order, 64)
     places = coordinates(grid, part.order).split((part.starts[1:] - part.starts[:-1]).tolist())
     return torch.stack([place.amax(0) - place.amin(0) + 1 for place in places])
+
+
+def test_text_and_image_share_the_sequence() -> None:
+    for text in (0, 7):
+        first, last = TokenLayout((1, 3, 5), text), TokenLayout((1, 3, 5), text, text_first=False, references=((1, 2, 2),))
+        places = list(range(first.tokens))
+        assert places[first.text_slice] + places[first.image_slice] == places
+        places = list(range(last.tokens))
+        assert places[last.image_slice] + places[last.text_slice] == places
+        assert (len(places[last.text_slice]), len(places[last.image_slice])) == (text, 19)
 
 
 @every_order

@@ -207,7 +207,7 @@ def distill(
     )  # fmt: skip
     call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
-    aside = options.read_prompts_or_samples(held_out) if held_out else None
+    held_out_source = options.read_prompts_or_samples(held_out) if held_out else None
     spec = options.parse_spec(method, reason="distill wants an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, save_adapter
@@ -218,7 +218,7 @@ def distill(
     pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call), video=frames is not None)
     call |= frames_call(pipe, frames)
     accelerate(pipe, spec)
-    result = run_distillation(pipe, source, config, held_out=aside, **call)
+    result = run_distillation(pipe, source, config, held_out=held_out_source, **call)
     if not _is_main_process():
         return
     trained_on = Samples(source if isinstance(source, Path) else out / "run" / "samples")

@@ -20,12 +20,13 @@ from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
+from dit_accel.measure.capture import Captured, capture_qkv, record_step
 from dit_accel.measure.pages import write_report, write_sheet
-from dit_accel.measure.quality import Captured, capture_qkv, machine, record_step
 from dit_accel.measure.similarity import compare, save_picture
 from dit_accel.measure.step import step_times
+from dit_accel.measure.timing import machine
+from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import raster_order
 from dit_accel.patch.modes import always
@@ -58,8 +59,8 @@ QUICK = Scale(512, 6, ("a panda on a blue background",), 256, 8, 4, 30, 1024, 1)
 HELD_OUT = ("a lion on a pink background", "a turtle left of a mushroom on a blue background")
 
 
-def training_prompts(count: int, aside: Sequence[str]) -> list[str]:
-    """What the distillation samples: captions as the built-in model knows them, one in four with two things, none of those set aside."""
+def training_prompts(count: int, excluded: Sequence[str]) -> list[str]:
+    """What the distillation samples: captions as the built-in model knows them, one in four with two things, none of the excluded ones."""
     draw, nouns, found = random.Random(0), list(CONCEPTS.values()), dict[str, None]()
     draw.shuffle(nouns)
     while len(found) < count:
@@ -68,13 +69,13 @@ def training_prompts(count: int, aside: Sequence[str]) -> list[str]:
             caption += f" {draw.choice(RELATIONS)} {article(draw.choice(nouns))}"
         if draw.random() < 0.85:
             caption += f" on a {draw.choice(list(BACKGROUNDS))} background"
-        if caption not in aside:
+        if caption not in excluded:
             found[caption] = None
     return list(found)
 
 
 @dataclass
-class Row:
+class MethodResult:
     """One method's results; pictures are file names, one per prompt. Quality is the mean against the original's pictures."""
 
     name: str
@@ -176,7 +177,7 @@ def mask_picture(captured: Captured, spec: AttentionSpec, path: Path) -> str:
 def run_method(
     pipe: Any, name: str, spec: AttentionSpec, scale: Scale, seed: int, out: Path, originals: Tensor, training: tuple[Path, Path],
     attention_inputs: Captured, bar: Any,
-) -> Row:  # fmt: skip
+) -> MethodResult:  # fmt: skip
     """Everything the demo shows of one method; the pipeline is restored afterwards."""
     slug = name.lower().replace(" %", "").replace(" ", "-")
     bar.set_description(f"{name}, untrained")
@@ -205,7 +206,7 @@ def run_method(
     bar.update()
     mask = mask_picture(attention_inputs, spec, out / f"mask-{slug}.png")
     bar.update()
-    return Row(
+    return MethodResult(
         name=name,
         method=str(spec),
         untrained=_names(slug, "untrained", scale.prompts),

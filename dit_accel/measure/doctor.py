@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import ArgumentError
@@ -23,7 +22,6 @@ LIBRARIES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft
 REPORT = "report it with the file that `dit-accel doctor --json FILE` writes"
 REINSTALL = "install dit_accel again where there is a C++17 compiler (g++ or clang++): pip install --force-reinstall --no-deps dit-accel"
 QUICK_METHODS = ("fovea", "sla")  # between them they run every kernel
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def examine(arch: str | None = None, *, quick: bool = False) -> Report:
@@ -106,7 +104,7 @@ def _card(report: Report) -> None:
     report.versions["torch is built for"] = f"ROCm {torch.version.hip}" if torch.version.hip else cuda
     if device is None:
         report.versions["card"] = "none"
-        if NVIDIA_DRIVER.exists():
+        if driver.NVIDIA.exists():
             built = "is built for the CPU" if torch.version.cuda is None else f"finds no device (CUDA {torch.version.cuda})"
             says = f"there is an NVIDIA driver, but this torch {built}: install the build for that driver, as pytorch.org's start page says"
             report.add("GPU", WRONG, says)

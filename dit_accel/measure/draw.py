@@ -9,11 +9,12 @@ import torch
 from rich.table import Table
 
 from dit_accel.adapters.folder import load_adapter
+from dit_accel.clock import timed
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.measure.evaluation import draw
-from dit_accel.measure.quality import machine, timed
 from dit_accel.measure.similarity import compare
+from dit_accel.measure.timing import machine
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore

@@ -27,9 +27,10 @@ from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, original
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
+from dit_accel.measure.capture import Deviation, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation_page import show, write_page
-from dit_accel.measure.quality import Deviation, capture_inputs, deviation, exact_attention, machine
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
+from dit_accel.measure.timing import machine
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of, patches_of
@@ -43,7 +44,7 @@ ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 
 @dataclass
-class Row:
+class PromptResult:
     """What one prompt gave. Sides are "method", "bfloat16" (where there is one) and "again"."""
 
     pictures: dict[str, dict[str, float]] = field(default_factory=dict)  # side -> measure -> value
@@ -150,9 +151,9 @@ def _in_every_step(pipe: Any) -> Iterator[None]:
             context.dense_steps = steps
 
 
-def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Row, dict[str, Tensor]]:
+def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[PromptResult, dict[str, Tensor]]:
     """One prompt: what all sides gave, and their pictures `[F, 3, H, W]` with those of "original"."""
-    row = Row()
+    row = PromptResult()
     models = patches_of(pipe)
     with dense(pipe), contextlib.ExitStack() as stack:
         recorders = [stack.enter_context(Recorder(model, forward_names(model))) for model, _ in models]
@@ -250,7 +251,7 @@ def _fallbacks(pipe: Any) -> Counter[str]:
     return sum((patch.context.fallbacks for _, patch in patches_of(pipe)), Counter())
 
 
-def _notes(pipe: Any, rows: list[Row]) -> list[str]:
+def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
     """What the numbers lack, and why."""
     notes = []
     if len(rows) == 1:
@@ -266,7 +267,7 @@ def _notes(pipe: Any, rows: list[Row]) -> list[str]:
     return notes + [f"Calls that ran the original attention: {reason}." for reason in _fallbacks(pipe)]
 
 
-def _results(rows: list[Row], bootstrap: Bootstrap) -> dict[str, Any]:
+def _results(rows: list[PromptResult], bootstrap: Bootstrap) -> dict[str, Any]:
     """All measures with their intervals, for JSON."""
     sides = list(rows[0].pictures)
     values = {side: [row.values(side) for row in rows] for side in sides}

@@ -19,15 +19,14 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
-from dit_accel.errors import BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.measure import rivals as bench_rivals
-from dit_accel.measure.quality import machine, timed
+from dit_accel.measure.timing import clock_of, machine
+from dit_accel.method import AttentionSpec, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Window
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
 
 CPU = torch.device("cpu")
@@ -119,22 +118,8 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
     return runner(replace(case, dtype=dtype), F.scaled_dot_product_attention), dtype
 
 
-def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """What times a call on a device, in seconds: once on a CPU, the median of many runs on a GPU.
-
-    Raises BackendError on a GPU without Triton, whose timer is taken.
-    """
-    if device.type == "cpu":
-        return timed
-    if not dispatch.TRITON:
-        raise BackendError("measuring on a GPU requires triton, which is not installed: pip install triton")
-    from dit_accel.kernels.triton import timing
-
-    return timing.median_seconds
-
-
 def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
-    """What else is measured beside a case, by the names of RIVALS, or why it is not."""
+    """What else is measured on a case, by the names of RIVALS, or why it is not."""
     found: dict[str, Callable[[], None] | str] = {}
     refusals = {"flex": bench_rivals.flex_refusal, "natten": bench_rivals.natten_refusal}
     for name, refusal in refusals.items():
@@ -147,9 +132,8 @@ def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
 
 
 def _rival(name: str, case: Case) -> Callable[[], None]:
-    (pattern, *_) = case.spec.keep
-    if name == "natten" and isinstance(pattern, Window):
-        return runner(case, bench_rivals.natten(pattern, case.layout))
+    if name == "natten" and (window := case.spec.find(Window)) is not None:
+        return runner(case, bench_rivals.natten(window, case.layout))
     q, k, _ = inputs(case)
     return runner(case, bench_rivals.flex(q, k, case.spec, case.layout))
 
@@ -161,8 +145,7 @@ def _warmed(function: Callable[[], None]) -> Callable[[], None]:
 
 def arithmetic(case: Case) -> float:
     """Floating-point operations that the case needs: image pairs by the method, text pairs in full; backward is 2.5 forwards."""
-    image, total = case.layout.image, case.layout.tokens
-    pairs = multiply_adds(case.spec, case.layout, case.head_dim) * image**2 + total**2 - image**2
+    pairs = computed_pairs(case.spec, case.layout, case.head_dim)
     return 4 * case.heads * case.head_dim * pairs * (3.5 if case.backward else 1)
 
 
@@ -187,8 +170,8 @@ def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     clock = clock_of(cases[0].device)
     rounds = [[clock(f) for f in functions] for _ in range(1 if large else repeats)]
     slow, *fast = (statistics.median(times) for times in zip(*rounds, strict=True))
-    beside = iter(fast[len(cases) :])
-    times = [{f"{name}_seconds": next(beside) if callable(f) else None for name, f in found.items()} for found in others]
+    rival_times = iter(fast[len(cases) :])
+    times = [{f"{name}_seconds": next(rival_times) if callable(f) else None for name, f in found.items()} for found in others]
     missing = [{name: f for name, f in found.items() if isinstance(f, str)} for found in others]
     return [
         _row(case, seconds, {"sdpa_seconds": slow, "sdpa_dtype": str(dtype).removeprefix("torch."), **own, "missing": reasons})
@@ -196,8 +179,8 @@ def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def _row(case: Case, seconds: float, beside: dict[str, Any]) -> dict[str, Any]:
-    """A case's line of the result; `beside`: what its rivals took."""
+def _row(case: Case, seconds: float, rivals: dict[str, Any]) -> dict[str, Any]:
+    """A case's line of the result; `rivals`: columns of PyTorch's attention and other libraries."""
     share = arithmetic(case) / (4 * case.heads * case.head_dim * case.layout.tokens**2 * (3.5 if case.backward else 1))
     return {
         "method": case.name,
@@ -207,8 +190,8 @@ def _row(case: Case, seconds: float, beside: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(case.dtype).removeprefix("torch."),
         "pass": "forward + backward" if case.backward else "forward",
         "seconds": seconds,
-        **beside,
-        "ratio": beside["sdpa_seconds"] / seconds,
+        **rivals,
+        "ratio": rivals["sdpa_seconds"] / seconds,
         "ideal": 1 / share,
         "gflops": arithmetic(case) / seconds / 1e9,
         "error": error_of(case),
@@ -265,11 +248,11 @@ def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None 
     for case in wanted:
         groups.setdefault((case.layout.tokens, baseline(case)[1], case.backward), []).append(case)
     rows = [row for cases in groups.values() for row in measure(cases, repeats)]
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    heads, head_dim = (ON_GPU["heads"], ON_GPU["head_dim"]) if device.type == "cuda" else (HEADS, HEAD_DIM)
     result = {
-        "machine": machine() | {"target": dispatch.CPU_TARGET} | gpu,
-        "heads": ON_GPU["heads"] if gpu else HEADS,
-        "head_dim": ON_GPU["head_dim"] if gpu else HEAD_DIM,
+        "machine": machine() | {"target": dispatch.CPU_TARGET},
+        "heads": heads,
+        "head_dim": head_dim,
         "repeats": repeats,
         "rows": rows,
         "growth": growth(repeats, device) if largest >= max(SCALING[1]) ** 2 else None,
@@ -285,11 +268,11 @@ def show(result: dict[str, Any]) -> None:
     names = [f"{name} ms" for name in RIVALS.values()]
     view = Table("method", "tokens", "dtype", "pass", "ms", "SDPA ms", *names, "ratio", "FLOP-ideal", "GFLOP/s", "error vs float64")
     for row in result["rows"]:
-        beside = [row[f"{name}_seconds"] for name in RIVALS]
+        rival_times = [row[f"{name}_seconds"] for name in RIVALS]
         view.add_row(
             row["method"], str(row["tokens"]), row["dtype"], row["pass"], f"{row['seconds'] * 1e3:.1f}",
             f"{row['sdpa_seconds'] * 1e3:.0f}" + ("" if row["sdpa_dtype"] == row["dtype"] else f" ({row['sdpa_dtype']})"),
-            *("-" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in beside),
+            *("-" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in rival_times),
             f"{row['ratio']:.2f}×", f"{row['ideal']:.1f}×", f"{row['gflops']:.0f}", f"{row['error']:.1e}",
         )  # fmt: skip
     shown = console()

@@ -30,8 +30,8 @@ from dit_accel.finetune.distill import DistillResult, distill
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.finetune.velocity import velocity_error
 from dit_accel.measure.evaluation import draw, in_bfloat16, is_wide
-from dit_accel.measure.quality import machine
 from dit_accel.measure.similarity import compare
+from dit_accel.measure.timing import machine
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
@@ -67,8 +67,8 @@ class Recovery:
     def collect(self) -> tuple[Samples, Samples]:
         """The original sampling the training and the held-out prompts; what is there is kept."""
         parts = (("samples", self.prompts, self.seed), ("held-out", self.held_out, self.seed + 1_000_000))
-        samples, aside = (collect(self.pipe, prompts, self.folder / name, seed=seed, **self.call) for name, prompts, seed in parts)
-        return samples, aside
+        samples, held_out = (collect(self.pipe, prompts, self.folder / name, seed=seed, **self.call) for name, prompts, seed in parts)
+        return samples, held_out
 
     def draw(self) -> list[Tensor]:
         """The pictures as the pipeline draws them now, `[1, 3, H, W]` each."""
@@ -94,13 +94,13 @@ def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], tra
     check_folder(recovery.folder)
     todo = [(name, train) for name in methods for train in trains if not _row(record, name, train)]
     if todo:
-        samples, aside = recovery.collect()
+        samples, held_out = recovery.collect()
         originals = recovery.draw()
         if "floor" not in record:
-            record["floor"] = _floor(recovery, aside, originals)
+            record["floor"] = _floor(recovery, held_out, originals)
             write_json(out, record)
     for name, train in todo:
-        row = _measure(recovery, name, methods[name], train, samples, aside, originals)
+        row = _measure(recovery, name, methods[name], train, samples, held_out, originals)
         record["rows"].append(row)
         write_json(out, record)
     write_bytes(out.with_suffix(".png"), draw_recovery(record))
@@ -128,12 +128,12 @@ def _row(record: dict[str, Any], name: str, train: str) -> dict[str, Any] | None
     return next((row for row in record["rows"] if (row["method"], row["train"]) == (name, train)), None)
 
 
-def _floor(recovery: Recovery, aside: Samples, originals: Sequence[Tensor]) -> dict[str, Any] | None:
+def _floor(recovery: Recovery, held_out: Samples, originals: Sequence[Tensor]) -> dict[str, Any] | None:
     """How far the original in bfloat16 is from itself: what is closer can't be told from rounding. None for weights of fewer bits."""
     if not is_wide(recovery.pipe):
         return None
     with in_bfloat16(recovery.pipe):
-        return {"error": velocity_error(recovery.pipe, aside), "psnr": _psnr(recovery.draw(), originals)}
+        return {"error": velocity_error(recovery.pipe, held_out), "psnr": _psnr(recovery.draw(), originals)}
 
 
 def _psnr(pictures: Sequence[Tensor], originals: Sequence[Tensor]) -> float | None:
@@ -144,7 +144,7 @@ def _psnr(pictures: Sequence[Tensor], originals: Sequence[Tensor]) -> float | No
 
 
 def _measure(
-    recovery: Recovery, name: str, spec: AttentionSpec, train: Trainable, samples: Samples, aside: Samples, originals: Sequence[Tensor]
+    recovery: Recovery, name: str, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, originals: Sequence[Tensor]
 ) -> dict[str, Any]:
     """One combination, trained from the start or its newest checkpoint; the pipeline is restored afterwards."""
     pipe, row = recovery.pipe, {"method": name, "spec": spec.to_dict(), "train": train}
@@ -153,11 +153,11 @@ def _measure(
         operators = operators_of(pipe).values()
         if train == "parameters" and not any(list(operator.parameters()) for operator in operators):
             return row | {"impossible": "the method has no parameters"}
-        projected = any(operator.params.proj is not None for operator in operators)
-    steps, parameter_steps = _planned(recovery, spec, train, samples, aside, folder, PARAMETER_STEPS if projected else 0)
+        projected = any(operator.fit == "least_squares" for operator in operators)
+    steps, parameter_steps = _planned(recovery, spec, train, samples, held_out, folder, PARAMETER_STEPS if projected else 0)
     with _accelerated(pipe, spec), always(pipe):
         untrained = _psnr(recovery.draw(), originals)
-        result = distill(pipe, samples, recovery.config(train, steps, parameter_steps, folder), held_out=aside)
+        result = distill(pipe, samples, recovery.config(train, steps, parameter_steps, folder), held_out=held_out)
         row |= _results(result) | {"steps": steps, "parameter_steps": parameter_steps}
         row["psnr"] = {"untrained": untrained, "after": _psnr(recovery.draw(), originals)}
     for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob("parameters-*")):
@@ -180,7 +180,7 @@ def _slug(name: str) -> str:
 
 
 def _planned(
-    recovery: Recovery, spec: AttentionSpec, train: Trainable, samples: Samples, aside: Samples, folder: Path, parameter_steps: int
+    recovery: Recovery, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
 ) -> tuple[int, int]:
     """How many steps of both stages fit the minutes, at most `parameter_steps` of the first. Kept, so that a run that continues has
     as many."""
@@ -190,7 +190,7 @@ def _planned(
         return plan["steps"], plan["parameter_steps"]
     with tempfile.TemporaryDirectory(prefix=".timed-", dir=recovery.folder) as work, _accelerated(recovery.pipe, spec):
         config = recovery.config(train, TIMED, TIMED if parameter_steps else 0, Path(work))
-        one = Samples(aside.folder, aside.entries[:1])
+        one = Samples(held_out.folder, held_out.entries[:1])
         result = distill(recovery.pipe, samples, config, held_out=one, progress=False)
     seconds, budget = _seconds(result.history), 60 * recovery.minutes
     if parameter_steps:

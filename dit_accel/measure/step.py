@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from dit_accel.clock import clock, timed
 from dit_accel.console import console
 from dit_accel.files import write_json
 from dit_accel.finetune.velocity import predict
-from dit_accel.measure.quality import clock, machine, record_step, timed
+from dit_accel.measure.capture import record_step
+from dit_accel.measure.timing import machine
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.anatomy import attention_layers, find_transformers
 from dit_accel.patch.modes import always

@@ -32,7 +32,7 @@ def text_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor:
     """What an accepted mask adds to the logits of the text keys: float32 `[B, text]`, -inf where a key is padding."""
     image = -1 if layout.text_first else 0  # an image token's place
     keys = mask if mask.ndim == 2 else mask[:, 0, image]  # an image query's row
-    text = keys[:, : layout.text] if layout.text_first else keys[:, layout.image :]
+    text = keys[:, layout.text_slice]
     if mask.dtype == torch.bool:
         bias = torch.zeros(text.shape, device=mask.device).masked_fill(~text, -torch.inf)
     else:  # added to the logits as it is; what image keys get themselves shifts all logits alike
@@ -58,7 +58,7 @@ def with_text_rows(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: TokenLayout, scale: float | None
 ) -> Tensor:
     """The output `[B, H, N, D]` with the rows of text queries computed under the mask as it is."""
-    rows = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
+    rows = layout.text_slice
     text = F.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask[:, :, rows].to(query.dtype), scale=scale)
-    image = out[:, :, layout.text :] if layout.text_first else out[:, :, : layout.image]
+    image = out[:, :, layout.image_slice]
     return torch.cat([text, image] if layout.text_first else [image, text], dim=2)

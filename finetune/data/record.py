@@ -44,7 +44,7 @@ class Key:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry(Key):
+class RunRecord(Key):
     """A run as the header of its file tells it; `sha256` is its record's, which covers all of its contents."""
 
     forwards: int
@@ -151,7 +151,7 @@ class StoredRun:
         record = json.loads(text)
         size = None if record["size"] is None else (record["size"][0], record["size"][1])
         self.forwards, self.latents = record["forwards"], record["latents"]
-        self.entry = Entry(
+        self.entry = RunRecord(
             record["prompt"], record["seed"], size, record["picture"], forwards=len(self.forwards), sha256=digest,
         )  # fmt: skip
         if self.entry.file != name:

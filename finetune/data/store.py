@@ -24,7 +24,7 @@ from torch import Tensor
 from dit_accel.errors import DistillationError
 from dit_accel.files import create_json, write_text
 from dit_accel.finetune.data import record
-from dit_accel.finetune.data.record import Entry, Forward, Key, Size
+from dit_accel.finetune.data.record import Forward, Key, RunRecord, Size
 
 FORMAT = "dit_accel samples 2"
 MANIFEST, INDEX = "manifest.json", "index.jsonl"
@@ -136,12 +136,12 @@ class Samples:
         return [float(value.flatten()[0]) for value in values]
 
 
-def _entry(path: Path, maker: str) -> Entry:
+def _entry(path: Path, maker: str) -> RunRecord:
     with record.opened(path, maker) as run:
         return run.entry
 
 
-def readable_runs(folder: Path) -> list[Entry]:
+def readable_runs(folder: Path) -> list[RunRecord]:
     """The runs of a folder whose headers can be read; damaged ones, which a collection makes again, are left out."""
     maker, entries = maker_of(read_manifest(folder)), []
     for path in run_paths(folder):

@@ -79,8 +79,8 @@ def generate_hires(
         check_folder(Path(folder))
     if prompt is not None:
         call = {"prompt": prompt, **call}
-    run = _Run(pipe, transformer, recipe, sizes, call)
-    stages = Stages(folder, run.settings() if folder is not None else {})
+    drawing = _Drawing(pipe, transformer, recipe, sizes, call)
+    stages = Stages(folder, drawing.settings() if folder is not None else {})
     done: list[Tensor] = []
     for number, size in enumerate(sizes):
         kept = stages.load(number, size)
@@ -88,12 +88,12 @@ def generate_hires(
             break
         done.append(kept)
     if forecast and len(done) < len(sizes):
-        run.show_forecast(len(done))
+        drawing.show_forecast(len(done))
     latents = done[-1] if done else None
     for number in range(len(done), len(sizes)):
-        latents, record = run.draw(number, latents)
+        latents, record = drawing.draw(number, latents)
         stages.save(number, sizes[number], latents, record)
-    with run.conditions(len(sizes) - 1):
+    with drawing.conditions(len(sizes) - 1):
         picture = forms.decode(pipe, latents, sizes[-1])  # type: ignore[arg-type]
     pipe.maybe_free_model_hooks()
     return pipe.image_processor.postprocess(picture, output_type="pil")[0]
@@ -112,7 +112,7 @@ def _check_call(pipe: Any, prompt: object, call: dict[str, Any]) -> None:
         raise ArgumentError(f"prompt is one text or None, got {prompt!r}")
 
 
-class _Run:
+class _Drawing:
     """One picture: the pipeline, what was asked for, and the sizes of its stages."""
 
     def __init__(self, pipe: Any, transformer: Any, recipe: Recipe, sizes: list[tuple[int, int]], call: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch.nn as nn
 from rich.table import Table
 from torch import Tensor
 
+from dit_accel.clock import timed
 from dit_accel.console import console
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import attention_layers, heads_of
 from dit_accel.pipelines import family_of
@@ -62,9 +62,7 @@ class Shape:
         """Multiply-adds of all layers' attention in one forward."""
         layout, total = self.layout(size), 0.0
         for heads, head_dim in self.layers:
-            share = 1.0 if spec is None else multiply_adds(spec, layout, head_dim)
-            pairs = share * layout.image**2 + layout.text * (layout.tokens + layout.image)
-            total += 2 * pairs * heads * head_dim
+            total += 2 * computed_pairs(spec, layout, head_dim) * heads * head_dim
         return total
 
 
@@ -100,16 +98,8 @@ def _counting(transformer: Any, linear: "Counter[int]") -> Iterator[None]:
 
 def _seconds(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     fresh = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}  # models take entries out
-    start = _clock()
     with torch.no_grad():
-        transformer(*args, **fresh)
-    return _clock() - start
-
-
-def _clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        return timed(lambda: transformer(*args, **fresh))
 
 
 def forward_seconds(timed: Timed, shape: Shape, base: Size, size: Size, spec: AttentionSpec | None) -> float:
