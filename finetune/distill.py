@@ -83,7 +83,7 @@ def distill(
     with process_kept():
         run = prepare(pipe, prompts_or_dataset, held_out, config, call)
         context = run.patch.context
-        dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
+        dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward belongs to no run
         try:
             with always(run.transformer), model_kept(run.transformer):
                 return _distill(run, progress)

@@ -23,7 +23,7 @@ def is_main() -> bool:
 
 
 def shared_gpus(device: torch.device) -> list[str]:
-    """The GPUs that the model lies on in more than one process, as "host cuda:0"; known to all processes."""
+    """The GPUs that hold the model in more than one process, as "host cuda:0"; known to all processes."""
     if device.type != "cuda":
         return []
     places = gathered([f"{socket.gethostname()} cuda:{device.index or 0}"])

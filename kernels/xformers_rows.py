@@ -20,7 +20,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient
     if text_bias:
         return "xformers takes no bias of the text's keys here"
     if device.type != "cuda":
-        return f"xformers wants a CUDA device, the tensors are on {device}"
+        return f"xformers requires a CUDA device, the tensors are on {device}"
     if dtype not in DTYPES or head_dim % 8 or not 8 <= head_dim <= 256:
         return f"xformers takes float32, bfloat16 or float16 of head_dim 8 to 256 in steps of 8, got {dtype} of {head_dim}"
     return None

@@ -244,7 +244,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "minutes": (lambda _: ["--minutes", 0], "minutes is a number > 0, got 0.0"),
+    "minutes": (lambda _: ["--minutes", 0], "minutes must be a number > 0, not 0.0"),
     "train": (lambda _: ["--train", "all"], "train is parameters, lora, attention, got 'all'"),
     "model": (lambda _: ["--model", "somewhere"], "--prompts is wanted for another model than builtin"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),

@@ -161,7 +161,7 @@ def test_natten_gets_its_own_layout(window: Window, grid: tuple[int, int, int], 
     monkeypatch.setitem(sys.modules, "natten", types.ModuleType("natten"))
     monkeypatch.setitem(sys.modules, "natten.functional", module)
     spec, shape = AttentionSpec((window,)), Shape(2, 2, 8, grid)
-    assert bench_rivals.natten_refusal(spec, shape.layout, CPU) == "NATTEN's kernels want a CUDA device"
+    assert bench_rivals.natten_refusal(spec, shape.layout, CPU) == "NATTEN's kernels require a CUDA device"
     q, k, v = shape.inputs()
     got = bench_rivals.natten(window, shape.layout)(q, k, v)
     torch.testing.assert_close(got, attention(q, k, v, spec, shape.layout, backend="reference"))

@@ -105,7 +105,7 @@ def test_another_reason_for_no_manifest_is_said(tmp_path: Path, monkeypatch: pyt
         raise OSError(122, "Disk quota exceeded")
 
     monkeypatch.setattr(files.os, "link", refuse)
-    with pytest.raises(WriteError, match=f"manifest.json in {tmp_path}, which failed: Disk quota exceeded"):
+    with pytest.raises(WriteError, match=f"manifest.json can't be written in {tmp_path}: Disk quota exceeded"):
         cache.claim(tmp_path, manifest("mine"))
     assert list(tmp_path.iterdir()) == []
 
@@ -388,11 +388,11 @@ def test_collect_shows_the_licence_and_checks(model: str, prompts: Path, tmp_pat
     assert "1 of 2 runs are damaged" in result.stdout
     succeed(*arguments)
     assert path.read_bytes() == whole
-    wanted = "one of --prompts, --pictures and --check is wanted, got"
+    wanted = "give one of --prompts, --pictures and --check, not"
     assert fail("collect", "--check", "--out", out, "--prompts", prompts) == f"{wanted} --prompts and --check"
     assert fail("collect", "--out", out) == f"{wanted} none"
     sizes = ["--size", "256x128", "--size", "128x128"]
-    assert fail("collect", "--pictures", tmp_path, "--out", out, *sizes) == "--pictures takes one --size, got 256x128 and 128x128"
+    assert fail("collect", "--pictures", tmp_path, "--out", out, *sizes) == "--pictures takes one --size, not 256x128 and 128x128"
     assert "wanted a folder of samples made by collect" in fail("collect", "--check", "--out", tmp_path / "nowhere")
 
 

@@ -395,11 +395,11 @@ def test_the_command_wants_one_source(tmp_path: Path, both: bool) -> None:
     given = ["--pictures", fill(tmp_path / "pictures"), "--prompts", tmp_path / "p.txt"] if both else []
     result = run("collect", "--out", tmp_path / "samples", *given)
     assert result.exit_code == 2
-    wanted = "one of --prompts, --pictures and --check is wanted, got"
+    wanted = "give one of --prompts, --pictures and --check, not"
     assert f"{wanted} {'--prompts and --pictures' if both else 'none'}" in result.stderr
 
 
 def test_the_command_names_what_is_no_folder(tmp_path: Path) -> None:
     result = run("collect", "--pictures", tmp_path / "nowhere", "--out", tmp_path / "samples")
     assert result.exit_code == 2
-    assert "pictures is a folder, got" in result.stderr
+    assert "--pictures must be a folder, not" in result.stderr

@@ -158,7 +158,7 @@ def test_an_unknown_optimizer_is_named(value: Any) -> None:
 
 @pytest.mark.parametrize("train", ["lora", "parameters"])
 def test_muon_wants_the_attentions_weights(train: Any) -> None:
-    with pytest.raises(ValueError, match=f"train='attention' opens, got train='{train}'"):
+    with pytest.raises(ValueError, match=f"whose matrices it trains, not train='{train}'"):
         DistillConfig(optimizer="muon", train=train)
 
 

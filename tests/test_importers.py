@@ -103,7 +103,7 @@ def test_clear_keeps_out_what_is_far(tmp_path: Path) -> None:
 
 def test_clear_under_another_name_wants_its_radius(tmp_path: Path) -> None:
     pipe = flux_pipe()
-    for factor, says in ((None, r"clear_local_16\.safetensors, or spec=CLEAR\(16\)"), (4, r"spec=CLEAR\(16, downsample=4\)")):
+    for factor, says in ((None, r"clear_local_16\.safetensors, or pass spec=CLEAR\(16\)"), (4, r"spec=CLEAR\(16, downsample=4\)")):
         with untouched(pipe.transformer), pytest.raises(AdapterError, match=says):
             load_adapter(pipe, saved(clear_tensors(factor), tmp_path, "attn_weights"))
     spec = CLEAR(8, downsample=4, tile=(4, 8))
@@ -112,7 +112,7 @@ def test_clear_under_another_name_wants_its_radius(tmp_path: Path) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[str, int | None, AttentionSpec | None, str]] = {
-    "radius": ("clear_local_16", None, CLEAR(8), r"Disc\(radius=16\).*by its name, got spec=Disc\(radius=8\)"),
+    "radius": ("clear_local_16", None, CLEAR(8), r"says Disc\(radius=16\).*, not spec=Disc\(radius=8\)"),
     "factor": ("clear_local_16_down_4", 4, CLEAR(16, downsample=2), r"factor=4.*by its name.*factor=2"),
     "factor-of-name": ("clear_local_16_down_2", 4, None, r"spatial_weight: wanted \(1, 1, 1, 2, 1, 2, 1\).*got \(1, 1, 1, 4, 1, 4, 1\)"),
     "no-pooling": ("clear_local_16_down_4", None, None, r"holds no pooling weights"),

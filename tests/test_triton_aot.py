@@ -122,7 +122,7 @@ def test_occupancy_by_hand() -> None:
 
 def test_jobs() -> None:
     assert len(jobs()) == len(EVERY) * len(ARCHITECTURES) * 3 * 3
-    with pytest.raises(ValueError, match=r"arch is one of .*got 'sm_75'"):
+    with pytest.raises(ValueError, match=r"arch must be one of .*not 'sm_75'"):
         jobs(archs=["sm_75"])
 
 

@@ -64,9 +64,9 @@ def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
 
 
 def test_unknown_work_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dtype is one of .*got 'float32'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*not 'float32'"):
         gpu_tune.work_of(["float32"])
-    with pytest.raises(ValueError, match=r"head_dim is one of .*got 72"):
+    with pytest.raises(ValueError, match=r"head_dim must be one of .*not 72"):
         gpu_tune.work_of(None, [72])
 
 

@@ -12,7 +12,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 
 def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
-    """The hub id or folder that a pipeline was loaded from, or its transformer where that stands alone; empty where it was made here."""
+    """The hub id or folder that a pipeline was loaded from, or its transformer where that was passed; empty where it was made here."""
     for loaded in (pipe_or_transformer, transformer):
         name = str(getattr(loaded, "config", {}).get("_name_or_path") or "")
         if name:

@@ -157,7 +157,7 @@ def inputs_for_masks(pipe: Any, scale: Scale) -> Captured:
 def mask_picture(captured: Captured, spec: AttentionSpec, path: Path) -> str:
     """Write what one query sees: its weight on each image token's value, by differentiating the output; black is unseen.
 
-    Weights are shown on a fourth-root scale, mean over heads; the query stands a third from the top left. Returns the file's name.
+    Weights are shown on a fourth-root scale, mean over heads; the query is a third from the top left. Returns the file's name.
     """
     value = captured.value.clone().requires_grad_(True)
     with torch.enable_grad():

@@ -33,7 +33,7 @@ def examine(arch: str | None = None, *, quick: bool = False) -> Report:
         from dit_accel.kernels.triton.tables import ARCHITECTURES
 
         if arch not in ARCHITECTURES:
-            raise ArgumentError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+            raise ArgumentError(f"arch must be one of {', '.join(ARCHITECTURES)}, not {arch!r}")
     report = Report(_versions())
     for name, check in (
         ("imports", _imports),

@@ -52,7 +52,7 @@ def measure_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def interval_words(record: dict[str, Any]) -> str:
-    """What stands in brackets."""
+    """What is shown in brackets."""
     interval = record["interval"]
     if interval is None:
         return "One prompt, so there are no intervals."

@@ -106,10 +106,10 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
     head_dims = [64, 128] if head_dims is None else head_dims
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ArgumentError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
+            raise ArgumentError(f"dtype must be one of {list(DTYPES)}, not {dtype!r}")
     for head_dim in head_dims:
         if head_dim not in HEAD_DIMS:
-            raise ArgumentError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
+            raise ArgumentError(f"head_dim must be one of {list(HEAD_DIMS)}, not {head_dim!r}")
     return [
         Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
     ]
@@ -243,9 +243,9 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
 def _device() -> torch.device:
     """The GPU to tune. Raises BackendError where there is none that Triton compiles for."""
     if not dispatch.TRITON:
-        raise BackendError("tuning wants triton, which is not installed")
+        raise BackendError("tuning requires triton, which is not installed: pip install triton")
     if dispatch.INTERPRETED:
-        raise BackendError("tuning wants TRITON_INTERPRET unset, got 1")
+        raise BackendError("tuning times a GPU, but TRITON_INTERPRET=1 interprets its kernels: unset it")
     if not torch.cuda.is_available():
         raise BackendError("tuning times the kernels on a CUDA device, and there is none here")
     return torch.device("cuda", torch.cuda.current_device())

@@ -84,7 +84,7 @@ class Recovery:
 
 
 def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
-    """Measure every combination that the JSON file `out` lacks, draw the curves beside it as PNG, print the table, and return what the
+    """Measure every combination that the JSON file `out` lacks, draw the curves next to it as PNG, print the table, and return what the
     file holds.
 
     Samples and the runs' logs and curves go to the recovery's folder, where an interrupted training continues too. Raises ValueError
@@ -116,11 +116,11 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         record = json.loads(out.read_text())
         kept = record["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(f"wanted a new file or one of bench recovery, got {out}: {error}") from error
+        raise ArgumentError(f"{out} was not written by bench recovery ({error}): name another file") from error
     differs = [name for name, value in json.loads(json.dumps(settings)).items() if kept.get(name) != value]
     if differs:
         name = differs[0]
-        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, wanted {settings[name]!r}; name another file")
+        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, not {settings[name]!r}: name another file")
     return dict(record)
 
 
@@ -137,7 +137,7 @@ def _floor(recovery: Recovery, held_out: Samples, originals: Sequence[Tensor]) -
 
 
 def _psnr(pictures: Sequence[Tensor], originals: Sequence[Tensor]) -> float | None:
-    """Mean over the pictures, dB; None stands for infinity."""
+    """Mean over the pictures, dB; None means infinity."""
     found = [compare(*pair)["psnr"] for pair in zip(pictures, originals, strict=True)]
     mean = statistics.mean(found)
     return mean if math.isfinite(mean) else None

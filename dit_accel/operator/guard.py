@@ -59,7 +59,7 @@ def enabled() -> bool:
     """What the environment says. Raises ValueError where it says neither on nor off."""
     said = os.environ.get(VARIABLE, "on")
     if said not in ("on", "off"):
-        raise ValueError(f"the environment variable {VARIABLE} is 'on' or 'off', got {said!r}")
+        raise ValueError(f"the environment variable {VARIABLE} must be 'on' or 'off', not {said!r}")
     return said == "on"
 
 

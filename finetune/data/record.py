@@ -134,7 +134,7 @@ def _blamed(path: Path) -> Iterator[None]:
 
 
 class StoredRun:
-    """An open run file; what is read of it is checked. `maker`: of the folder it lies in. Raises DistillationError for whatever is wrong
+    """An open run file; what is read of it is checked. `maker`: of the folder it is in. Raises DistillationError for whatever is wrong
     with the file, by name."""
 
     def __init__(self, file: Any, path: Path, maker: str) -> None:

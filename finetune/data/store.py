@@ -38,11 +38,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise DistillationError(f"wanted a folder of samples made by collect, got {folder}: {error}") from error
+        raise DistillationError(f"{folder} is no folder of samples made by collect: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != FORMAT or set(manifest) != {*SHARED, *NOTES}:
         raise DistillationError(
-            f"{folder} wants a manifest of the format {FORMAT!r} with the fields {[*SHARED, *NOTES]}, got {found!r} or other fields: "
+            f"the manifest of {folder} must have the format {FORMAT!r} and the fields {[*SHARED, *NOTES]}, not {found!r} or other fields: "
             "collect into a new folder"
         )
     return dict(manifest)
@@ -59,7 +59,7 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> str:
     found = read_manifest(folder)
     for name in SHARED:
         if found[name] != manifest[name]:
-            raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, wanted {manifest[name]!r}; name another folder")
+            raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, not {manifest[name]!r}: name another folder")
     return maker_of(found)
 
 

@@ -36,7 +36,7 @@ class Stage:
 @dataclass(frozen=True)
 class Shape:
     """What the figures are made of. `layers`: (heads, channels per head) of each attention module; `unit`: side of a token in pixels;
-    `text`: tokens beside the image; `text_first`: where they stand."""
+    `text`: tokens that are not the image's; `text_first`: whether they precede it."""
 
     layers: tuple[tuple[int, int], ...]
     unit: int

@@ -1,4 +1,4 @@
-"""What the high-resolution recipe must know of a pipeline: how its latents lie, how pictures become them, where its schedule starts."""
+"""What the high-resolution recipe must know of a pipeline: the form of its latents, how pictures become them, where its schedule starts."""
 
 import contextlib
 import inspect
@@ -39,7 +39,7 @@ def check_pipeline(pipe: Any) -> Any:
     }
     missing = [reason for reason, there in reasons.items() if not there]
     if missing:
-        raise UnsupportedModelError(f"high resolution wants a pipeline with {'; '.join(missing)}, which {name} does not have")
+        raise UnsupportedModelError(f"high resolution requires a pipeline with {'; '.join(missing)}, which {name} does not have")
     return found[0]
 
 
