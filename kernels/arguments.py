@@ -1,55 +1,153 @@
-"""The arguments of the whole-layer operator, as every implementation takes them."""
+"""The arguments of the operators, each declared once.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+From the declarations come the operators' schemas, what their fake kernels and gradients need to know, and the fields of the structs that
+the C++ library reads. A new argument is one line here, one in cpu/problem.h and its table of fields, and wherever a kernel uses it.
+"""
 
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 RESTS = ("none", "pooled", "linear")
 FEATURES = ("softmax", "elu", "relu")
 
 
-class Method(NamedTuple):
-    """What an operator's list of integers means: places in RESTS and FEATURES, flags, and the widths of the blocks in tokens."""
+class Mark(NamedTuple):
+    """What a type alone does not say: a tensor has a gradient; it is `[B, H, N, D]` by strides; a string is one of these."""
 
-    rest: int
-    log_count: int
-    variance: int
-    feature_map: int
-    linear_all: int
-    residual: int
-    q_width: int
-    k_width: int
+    differentiable: bool = False
+    strided: bool = False
+    choices: tuple[str, ...] = ()
 
 
-def dense(x: Tensor) -> Tensor:
-    """The tensor with its channels contiguous, which is all that compiled kernels ask; itself where they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+Rows = Annotated[Tensor, Mark(differentiable=True, strided=True)]  # `[B, H, N, D]`: a gradient has its dtype
+ChosenFrom = Annotated[Tensor, Mark(strided=True)]
+Learned = Annotated[Tensor | None, Mark(differentiable=True)]  # contiguous: a gradient is float32
+Rest = Annotated[str, Mark(choices=RESTS)]
+Feature = Annotated[str, Mark(choices=FEATURES)]
 
 
 class Arguments(NamedTuple):
-    """The arguments of `dit_accel::attention`, in its order and with its meaning, but for the implementation's name."""
+    """The arguments of `dit_accel::attention`, but for the implementation's name. All contiguous but q, k and v.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    extra_k: Tensor | None
-    extra_v: Tensor | None
-    offset: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    `q`, `k`, `v` `[B, H, N, D]`: text and image, the text first where `text_first`.
+    `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them.
+    `q_starts`, `k_starts` `[blocks + 1]`: first image token of each block, in the order of the blocks; `q_width`, `k_width`: the most
+    tokens that a block holds.
+    `coords` `[3, N + padding]` of the image tokens; `windows` `[W, 3, 3, N + padding]`: first, last and residue per axis; both in the order
+    of the blocks. `reach`: largest squared distance inside a disc, -1 without one.
+    `places_q`, `places_k` `[N]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v; None: they
+    are in that order.
+    `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
+    `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
+    `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
+    `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
+    """
+
+    q: Rows
+    k: Rows
+    v: Rows
     lists: Tensor
     counts: Tensor
     full: Tensor
     q_starts: Tensor
     k_starts: Tensor
     coords: Tensor
-    windows: Tensor | None
-    places: Tensor | None
-    text_bias: Tensor | None
+    q_width: int
+    k_width: int
     text: int
     text_first: bool
-    reach: int
-    method: Sequence[int]
-    cap: float
     scale: float
+    windows: Tensor | None = None
+    reach: int = -1
+    places_q: Tensor | None = None
+    places_k: Tensor | None = None
+    extra_k: Learned = None
+    extra_v: Learned = None
+    offset: Learned = None
+    weight: Learned = None
+    bias: Learned = None
+    text_bias: Tensor | None = None
+    rest: Rest = "none"
+    feature_map: Feature = "softmax"
+    log_count: bool = False
+    variance: bool = False
+    linear_all: bool = False
+    residual: bool = False
+    cap: float = 0.0
+
+
+class SelectionArguments(NamedTuple):
+    """The arguments of `dit_accel::select_blocks`, but for the implementation's name.
+
+    `q`, `k` `[B, H, N, D]`: image tokens; starts, widths and places as in `Arguments`. `top`: key blocks per query block. `weight`
+    `[k blocks]` float32: a factor of each block's score, or None.
+    """
+
+    q: ChosenFrom
+    k: ChosenFrom
+    q_starts: Tensor
+    k_starts: Tensor
+    q_width: int
+    k_width: int
+    top: int
+    weight: Tensor | None = None
+    places_q: Tensor | None = None
+    places_k: Tensor | None = None
+
+
+class Declared(NamedTuple):
+    """One argument as it is declared."""
+
+    name: str
+    kind: type
+    optional: bool
+    mark: Mark
+
+
+def _declared(name: str, hint: Any) -> Declared:
+    mark = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Mark)), Mark())
+    plain = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    optional = isinstance(plain, types.UnionType)
+    kind = next(x for x in typing.get_args(plain) if x is not types.NoneType) if optional else plain
+    return Declared(name, kind, optional, mark)
+
+
+@functools.cache
+def declared(arguments: type) -> tuple[Declared, ...]:
+    """What a class of arguments declares, in order."""
+    return tuple(_declared(name, hint) for name, hint in typing.get_type_hints(arguments, include_extras=True).items())
+
+
+def schema(arguments: type, returns: str, *first: str) -> str:
+    """The signature of an operator that takes the implementation's name, `first`, and then these arguments, as torch.library has it."""
+    words = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
+    given = (f"{words[d.kind]}{'?' if d.optional else ''} {d.name}" for d in declared(arguments))
+    return f"({', '.join(('str implementation', *first, *given))}) -> {returns}"
+
+
+DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
+
+
+def gradient_like(name: str, a: Arguments) -> Tensor:
+    """An empty tensor with the shape and dtype of an argument's gradient; of no elements where the argument is absent."""
+    x: Tensor | None = getattr(a, name)
+    if x is None:
+        return a.q.new_empty(0, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=x.dtype if DIFFERENTIABLE[name].mark.strided else torch.float32)
+
+
+def in_order(gradients: Mapping[str, Tensor | None], a: Arguments) -> list[Tensor]:
+    """Gradients by argument as the list that an operator returns: in the order of the declaration, absent ones empty."""
+    found = {name: gradients.get(name) for name in DIFFERENTIABLE}
+    return [gradient_like(name, a) if x is None else x for name, x in found.items()]
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor with its channels contiguous, which is all that compiled kernels ask; itself where they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()

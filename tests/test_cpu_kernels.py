@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
+from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
@@ -168,7 +169,8 @@ def test_one_nan_stays_in_sight(spec: AttentionSpec) -> None:
 def test_scores_that_tie_keep_the_first_blocks() -> None:
     q = torch.ones(1, 2, 96, 8)
     starts = torch.arange(0, 97, 16, dtype=torch.int32)
-    assert ops.select_blocks(q, q, starts, starts, None, 3, [16, 16], "cpu").tolist() == [[[0, 1, 2]] * 6] * 2
+    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=3)
+    assert ops.select_blocks(a, "cpu").tolist() == [[[0, 1, 2]] * 6] * 2
 
 
 def test_selection_equals_the_reference() -> None:
@@ -178,7 +180,8 @@ def test_selection_equals_the_reference() -> None:
     weight = cut.count.sqrt()
     means = [blocks.pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
     wanted = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
-    got = ops.select_blocks(q, k, starts.int(), starts.int(), weight, 4, [32, 32], "cpu")
+    a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=4, weight=weight)
+    got = ops.select_blocks(a, "cpu")
     assert got.dtype == torch.int32
     assert got.tolist() == wanted.tolist()
 
@@ -186,17 +189,18 @@ def test_selection_equals_the_reference() -> None:
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @every_spec
 def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
+    calls: list[tuple[Arguments, str]] = []
     shape, real = Shape(1, 2, 8, (1, 7, 9), 3), ops.attention
 
-    def record(*args: Any) -> Any:
-        calls.append(args)
-        return real(*args)
+    def record(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
+        calls.append((a, implementation))
+        return real(a, implementation)
 
     monkeypatch.setattr(ops, "attention", record)
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
-    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in calls[0])
-    torch.library.opcheck(real, given)
+    a, implementation = calls[0]
+    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in a)
+    torch.library.opcheck(ops.attention_op, (implementation, *given))
 
 
 def test_the_default_dtype_changes_nothing() -> None:
@@ -216,16 +220,15 @@ def test_the_default_dtype_changes_nothing() -> None:
 
 def test_channels_apart_are_said_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile lays out what follows by the fake kernel's strides."""
-    found: list[tuple[Any, ...]] = []
+    found: list[tuple[Arguments, str]] = []
     shape, spec, real = Shape(1, 2, 8, (1, 7, 9), 3), CLEAR(3), ops.attention
     layout = dataclasses.replace(shape.layout, order=spec.order)  # so that nothing is copied into order
     monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
     run([x.mT.contiguous().mT for x in shape.inputs()], spec, layout)
-    q = found[0][0]
-    assert q.stride(-1) > 1
+    a, implementation = found[0]
+    assert a.q.stride(-1) > 1
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in found[0]]
-        said = real(*fake)
+        said = real(Arguments(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in a)), implementation)
     assert [x.stride() for x in said] == [x.stride() for x in real(*found[0])]
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
-from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
 from dit_accel.kernels.triton.tables import Machine
@@ -233,7 +233,8 @@ def test_offsets_past_32_bits() -> None:
 
 def test_scores_that_tie_keep_the_first_blocks() -> None:
     q, starts = torch.ones(1, 2, 96, 8, device=DEVICE), torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
-    assert calls.select_blocks(q, q, starts, starts, None, 3, [16, 16]).tolist() == [[[0, 1, 2]] * 6] * 2
+    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=3)
+    assert calls.select_blocks(a).tolist() == [[[0, 1, 2]] * 6] * 2
 
 
 @pytest.mark.parametrize("top", [1, 4, 10])
@@ -245,7 +246,8 @@ def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
     weight = cut.count.sqrt()
     means = [pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
     wanted = select_blocks(*means, top, key_weight=weight).index.sort(-1).values
-    got = calls.select_blocks(q, k, starts.int(), starts.int(), weight, top, [32, 32])
+    a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=top, weight=weight)
+    got = calls.select_blocks(a)
     assert got.dtype == torch.int32
     assert got.tolist() == wanted.tolist()
 
@@ -253,16 +255,18 @@ def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
 def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     q = Shape(2, 3, 8, (1, 8, 12)).inputs()[0].to(DEVICE)
     starts = torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
-    wanted = calls.select_blocks(q, q, starts, starts, None, 2, [16, 16])
+    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
+    wanted = calls.select_blocks(a)
     monkeypatch.setattr(launch, "SCORES", 4 * 36 + 35)  # heads in fours, and two that are left
-    torch.testing.assert_close(calls.select_blocks(q, q, starts, starts, None, 2, [16, 16]), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(calls.select_blocks(a), wanted, rtol=0, atol=0)
 
 
 def test_scores_of_a_long_video_fit() -> None:
     """80 heads of a million tokens: the scores of all pairs of blocks would be 78 GB."""
     q, starts = torch.empty(2, 40, 10**6, 128, dtype=torch.bfloat16, device="meta"), torch.empty(15626, dtype=torch.int32, device="meta")
     found: list[launch.Launch] = []
-    chosen = launch.select_blocks(q, q, starts, starts, None, 781, [64, 64], Machine("sm_90", 132), found.append)
+    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=64, k_width=64, top=781)
+    chosen = launch.select_blocks(a, Machine("sm_90", 132), found.append)
     choices = [one for one in found if one.kernel is launch.summary.choose_blocks]
     assert chosen.shape == (80, 15625, 781)
     assert sum(one.grid[0] for one in choices) == 80 * 15625
@@ -333,13 +337,17 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, exchange)
     for module, name in ((launch, "attend"), (launch_backward, "gradients"), (launch, "select_blocks")):
-        monkeypatch.setattr(module, name, lambda *_: seen.append(current[0]) or [])
+        nothing = launch_backward.Gradients(*[None] * len(launch_backward.Gradients._fields))  # type: ignore[arg-type]
+        monkeypatch.setattr(module, name, lambda *_, nothing=nothing: seen.append(current[0]) or nothing)
     with FakeTensorMode(), calls.redirected(Machine("sm_90", 132), seen.append):
         q = torch.empty(1, 2, 32, 8, device="cuda:1")
-        a = Arguments(q, q, q, *[None] * 5, *[q] * 6, None, None, None, 0, True, -1, [], 0.0, 1.0)
+        a = Arguments(
+            q=q, k=q, v=q, lists=q, counts=q, full=q, q_starts=q, k_starts=q, coords=q, q_width=16, k_width=16, text=0, text_first=True,
+            scale=1.0,
+        )  # fmt: skip
         calls.attend(a)
         calls.gradients(q, None, q, q, a)
-        calls.select_blocks(q, q, q, q, None, 1, [])
+        calls.select_blocks(SelectionArguments(q=q, k=q, q_starts=q, k_starts=q, q_width=16, k_width=16, top=1))
     assert seen == [1, 1, 1]
     assert current == [0]
 
@@ -385,12 +393,15 @@ def test_nothing_waits_for_the_device(spec: AttentionSpec, monkeypatch: pytest.M
     ("spec", "biased"), [*((spec, False) for spec in SPECS.values()), (SPECS["fovea"], True)], ids=[*SPECS, "fovea-biased"]
 )
 def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[tuple[Any, ...]] = []
+    found: list[tuple[Arguments, str]] = []
     shape, real = Shape(1, 1, 8, (1, 4, 5), 3), ops.attention
     monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
-    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in found[0])
-    torch.library.opcheck(real, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    a, implementation = found[0]
+    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in a)
+    torch.library.opcheck(
+        ops.attention_op, (implementation, *given), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 # Refusals

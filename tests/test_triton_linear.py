@@ -10,6 +10,7 @@ from helpers import Shape, assert_close_as_eager, block_of, flat, gradients, ora
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_accel.kernels.arguments import SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import calls, launch
 from dit_accel.kernels.triton.tables import Machine
@@ -108,7 +109,8 @@ def test_the_choice_of_blocks_is_that_of_float64() -> None:
     assert clear.sum() >= 8
     wanted = score.topk(4, -1).indices.sort(-1).values
     with Products() as products:
-        own = launch.select_blocks(q, k, starts, starts, None, 4, [16, 16], calls.machine_of(DEVICE)).long()
+        a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=4)
+        own = launch.select_blocks(a, calls.machine_of(DEVICE)).long()
         eager = select_blocks(*(pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)), 4).index.sort(-1).values
     for found in (own, eager):
         torch.testing.assert_close(found[:, clear], wanted[:, clear], rtol=0, atol=0)

@@ -1,11 +1,13 @@
 """`attention` by the compiled kernels of the CPU or the GPU: one call for a whole layer's operator, text and image, selection apart."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import FEATURES, RESTS, Method
+from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK
@@ -37,11 +39,13 @@ def attend(
     if text_bias is not None:
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     weight, bias = (None, None) if params.proj is None else (params.proj.weight, params.proj.bias)
-    out, lse = ops.attention(
-        q, k, v, extra_k, extra_v, _float(params.offset), _float(weight), _float(bias), lists.index, lists.counts, lists.full, g.starts_q,
-        g.starts_k, g.coords, g.windows, places, text_bias, layout.text, layout.text_first, g.reach, list(_method(spec, plan)),
-        spec.rest.cap if isinstance(spec.rest, Pooled) else 0.0, scale, implementation,
+    arguments = Arguments(
+        q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
+        text=layout.text, text_first=layout.text_first, scale=scale, windows=g.windows, reach=g.reach, places_q=places, places_k=places,
+        extra_k=extra_k, extra_v=extra_v, offset=_float(params.offset), weight=_float(weight), bias=_float(bias), text_bias=text_bias,
+        **_widths(plan), **_method(spec),
     )  # fmt: skip
+    out, lse = ops.attention(arguments, implementation)
     back = None if in_place else _sequence_order(plan.to_raster, layout)
     return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
 
@@ -72,36 +76,32 @@ def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
     return torch.cat([text, order + layout.text] if layout.text_first else [order, text + layout.image])
 
 
-def _method(spec: AttentionSpec, plan: Plan) -> Method:
-    """The rest, the merge and the blocks as `ops.attention` names them. Raises BackendError at one that the kernels have no code for."""
-    rest, log_count, variance, feature_map, linear_all = "none", False, False, FEATURES[0], False
+def _method(spec: AttentionSpec) -> dict[str, Any]:
+    """The rest and the merge as `Arguments` names them. Raises BackendError at one that the kernels have no code for."""
     match spec.rest:
-        case Pooled(log_count, variance, _):
-            rest = "pooled"
+        case Pooled(log_count, variance, cap):
+            given: dict[str, Any] = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
-            rest, linear_all = "linear", scope == "all"
+            given = {"rest": "linear", "feature_map": feature_map, "linear_all": scope == "all"}
         case Downsampled() | None:  # down-sampled keys are computed before and given as further keys
-            pass
+            given = {}
         case _:
             raise _not_compiled(spec.rest)
     match spec.merge:
         case Residual():
-            residual = True
+            return {**given, "residual": True}
         case Mass() | None:
-            residual = False
+            return given
         case _:
             raise _not_compiled(spec.merge)
-    return Method(
-        RESTS.index(rest), int(log_count), int(variance), FEATURES.index(feature_map), int(linear_all), int(residual), *_widths(plan)
-    )
 
 
 def _not_compiled(slot: object) -> BackendError:
     return BackendError(f"the compiled kernels do not support {type(slot).__name__}, got {slot!r}: use backend='reference'")
 
 
-def _widths(plan: Plan) -> list[int]:
-    return [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
+def _widths(plan: Plan) -> dict[str, Any]:
+    return {"q_width": plan.q_blocks.index.shape[1], "k_width": plan.k_blocks.index.shape[1]}
 
 
 def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, places: Tensor | None, implementation: str) -> Lists:
@@ -111,18 +111,11 @@ def _lists(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout, plan:
     if top is None:
         return g.lists  # type: ignore[return-value]
     image = _image(layout)
-    weight = plan.short_weight if top.correct_short else None
-    chosen = ops.select_blocks(
-        q[:, :, image].detach(),
-        k[:, :, image].detach(),
-        g.starts_q,
-        g.starts_k,
-        weight,
-        plan.top,
-        _widths(plan),
-        implementation,
-        places,
-    )
+    arguments = SelectionArguments(
+        q=q[:, :, image].detach(), k=k[:, :, image].detach(), q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top,
+        weight=plan.short_weight if top.correct_short else None, places_q=places, places_k=places, **_widths(plan),
+    )  # fmt: skip
+    chosen = ops.select_blocks(arguments, implementation)
     if plan.static is None:
         return Lists.of_chosen(chosen)
     return Lists.from_map(listed_beside(plan.static, chosen.long()))

@@ -53,20 +53,20 @@ static const Field ROWS[] = {FIELD(data), FIELD(batch), FIELD(head), FIELD(row),
 
 #define STRUCT Problem
 static const Field PROBLEM[] = {
-    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(text), FIELD(text_start), FIELD(image), FIELD(image_start), FIELD(q_blocks),
-    FIELD(k_blocks), FIELD(list_width), FIELD(lists_per_head), FIELD(extra), FIELD(q), FIELD(k), FIELD(v), FIELD(out), FIELD(q_starts),
-    FIELD(k_starts), FIELD(lists), FIELD(counts), FIELD(full), FIELD(places), FIELD(coords), FIELD(windows), FIELD(n_windows), FIELD(reach),
-    FIELD(extra_k), FIELD(extra_v), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest), FIELD(log_count),
-    FIELD(variance), FIELD(feature_map), FIELD(linear_all), FIELD(residual), FIELD(scale), FIELD(cap), FIELD(lse), FIELD(threads),
-    FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v), FIELD(doffset), FIELD(dweight),
-    FIELD(dbias), END,
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(image), FIELD(q_blocks), FIELD(k_blocks), FIELD(list_width), FIELD(lists_per_head),
+    FIELD(extra), FIELD(n_windows), FIELD(q), FIELD(k), FIELD(v), FIELD(lists), FIELD(counts), FIELD(full), FIELD(q_starts),
+    FIELD(k_starts), FIELD(coords), FIELD(q_width), FIELD(k_width), FIELD(text), FIELD(text_first), FIELD(scale), FIELD(windows),
+    FIELD(reach), FIELD(places_q), FIELD(places_k), FIELD(extra_k), FIELD(extra_v), FIELD(offset), FIELD(weight), FIELD(bias),
+    FIELD(text_bias), FIELD(rest), FIELD(feature_map), FIELD(log_count), FIELD(variance), FIELD(linear_all), FIELD(residual), FIELD(cap),
+    FIELD(out), FIELD(lse), FIELD(threads), FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v),
+    FIELD(doffset), FIELD(dweight), FIELD(dbias), END,
 };
 #undef STRUCT
 
 #define STRUCT Selection
 static const Field SELECTION[] = {
-    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(top), FIELD(q), FIELD(k), FIELD(q_starts),
-    FIELD(k_starts), FIELD(places), FIELD(weight), FIELD(lists), FIELD(threads), END,
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(q), FIELD(k), FIELD(q_starts), FIELD(k_starts),
+    FIELD(q_width), FIELD(k_width), FIELD(top), FIELD(weight), FIELD(places_q), FIELD(places_k), FIELD(chosen), FIELD(threads), END,
 };
 #undef STRUCT
 

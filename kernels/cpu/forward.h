@@ -20,7 +20,7 @@ struct Keys {
 
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
-          direct(!backward && !g.p.places && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
+          direct(!backward && !g.p.places_k && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
         if (paired) pairs = std::make_unique<Pairs>(g);

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, Declared, SelectionArguments, declared
 from dit_accel.kernels.cpu import sources
 
 TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -25,23 +26,26 @@ class Rows(Structure):
     ]  # fmt: skip
 
 
+C_TYPES = {Tensor: c_void_p, int: c_int64, float: c_float, bool: c_int32, str: c_int32}
+
+
 def _fields(kind: Any, names: str) -> list[Any]:
     return [(name, kind) for name in names.split()]
 
 
+def declared_fields(kind: type) -> list[Any]:
+    """A field for each declared argument: tensors by address or by strides, strings by their number among the choices."""
+    return [(d.name, Rows if d.mark.strided else C_TYPES[d.kind]) for d in declared(kind)]
+
+
 class Problem(Structure):
-    """One call of the operator (problem.h)."""
+    """One call of the operator (problem.h): sizes, the arguments, results, and for the backward pass the gradients."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels text text_start image image_start q_blocks k_blocks list_width lists_per_head extra"),
-        *_fields(Rows, "q k v out"),
-        *_fields(c_void_p, "q_starts k_starts lists counts full places coords windows"),
-        *_fields(c_int64, "n_windows reach"),
-        *_fields(c_void_p, "extra_k extra_v offset weight bias text_bias"),
-        *_fields(c_int32, "rest log_count variance feature_map linear_all residual"),
-        *_fields(c_float, "scale cap"),
-        ("lse", c_void_p), ("threads", c_int64), ("dout", Rows), ("dlse", c_void_p),
-        *_fields(c_void_p, "dq dk dv dextra_k dextra_v doffset dweight dbias"),
+        *_fields(c_int64, "batch heads channels image q_blocks k_blocks list_width lists_per_head extra n_windows"),
+        *declared_fields(Arguments),
+        ("out", Rows), ("lse", c_void_p), ("threads", c_int64), ("dout", Rows), ("dlse", c_void_p),
+        *((f"d{name}", c_void_p) for name in DIFFERENTIABLE),
     ]  # fmt: skip
 
 
@@ -49,9 +53,9 @@ class Selection(Structure):
     """One selection of key blocks (problem.h)."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels q_blocks k_blocks top"),
-        *_fields(Rows, "q k"),
-        *_fields(c_void_p, "q_starts k_starts places weight lists"),
+        *_fields(c_int64, "batch heads channels q_blocks k_blocks"),
+        *declared_fields(SelectionArguments),
+        ("chosen", c_void_p),
         ("threads", c_int64),
     ]
 
@@ -65,6 +69,27 @@ class Field(Structure):
 def rows(x: Tensor) -> Rows:
     """The tensor `[B, H, N, D]` as the library sees it; the caller keeps it alive."""
     return Rows(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.dtype == torch.bfloat16, 0)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """The address of a contiguous tensor, null for None."""
+    return None if x is None else x.data_ptr()
+
+
+def fields_of(a: Arguments | SelectionArguments) -> dict[str, Any]:
+    """The arguments as the fields of a struct; the caller keeps the tensors alive."""
+    kind: type = type(a)
+    return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True)}
+
+
+def _field(d: Declared, value: Any) -> Any:
+    if d.mark.strided:
+        return rows(value)
+    if d.mark.choices:
+        if value not in d.mark.choices:
+            raise ValueError(f"{d.name} is one of {d.mark.choices}, got {value!r}")
+        return d.mark.choices.index(value)
+    return pointer(value) if d.kind is Tensor else value
 
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"

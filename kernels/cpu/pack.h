@@ -93,20 +93,22 @@ struct Geometry {
     int64_t head(int64_t bh) const { return bh % p.heads; }
 
     Run text_run(int64_t i) const {
-        return {p.text_start + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
+        return {text_start() + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
     }
-    Run image_run(int64_t first, int64_t end) const {
-        if (p.places) return {p.image_start, first, end - first, p.places + first};
-        return {p.image_start + first, first, end - first};
+    int64_t text_start() const { return p.text_first ? 0 : p.image; }  // in the sequence
+    int64_t image_start() const { return p.text_first ? p.text : 0; }
+    Run image_run(const int32_t* places, int64_t first, int64_t end) const {
+        if (places) return {image_start(), first, end - first, places + first};
+        return {image_start() + first, first, end - first};
     }
     Run query(int64_t i) const {
         if (i >= p.q_blocks) return text_run(i - p.q_blocks);
-        return image_run(p.q_starts[i], p.q_starts[i + 1]);
+        return image_run(p.places_q, p.q_starts[i], p.q_starts[i + 1]);
     }
     int64_t first_extra() const { return p.k_blocks + text_blocks; }
     bool is_extra(int64_t j) const { return j >= first_extra(); }
     Run key(int64_t j) const {  // for extra keys, `place` counts among them
-        if (j < p.k_blocks) return image_run(p.k_starts[j], p.k_starts[j + 1]);
+        if (j < p.k_blocks) return image_run(p.places_k, p.k_starts[j], p.k_starts[j + 1]);
         if (!is_extra(j)) return text_run(j - p.k_blocks);
         int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};

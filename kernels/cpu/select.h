@@ -27,9 +27,9 @@ static inline void best(int32_t* out, const float* score, int32_t* order, int64_
 void select_blocks(const Selection& s) {
     const int64_t columns = round_up(s.k_blocks, LANES), rows = round_up(s.q_blocks, ROWS), d = s.channels;
     Array<float> q_mean(rows * d), k_mean_t(d * columns);
-    auto run = [&](const int32_t* starts, int64_t i) -> Run {
+    auto run = [](const int32_t* starts, const int32_t* places, int64_t i) -> Run {
         int64_t count = starts[i + 1] - starts[i];
-        if (s.places) return {0, -1, count, s.places + starts[i]};
+        if (places) return {0, -1, count, places + starts[i]};
         return {starts[i], -1, count};
     };
     Team team(s.threads);
@@ -40,18 +40,18 @@ void select_blocks(const Selection& s) {
         float *mean = means[size_t(thread)], *score = scores[size_t(thread)];
         for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
             team.share(s.k_blocks, [&](int64_t j) {
-                block_mean(mean, s.k, bh, s.heads, run(s.k_starts, j), d, mean + d);
+                block_mean(mean, s.k, bh, s.heads, run(s.k_starts, s.places_k, j), d, mean + d);
                 for (int64_t c = 0; c < d; c++) k_mean_t[c * columns + j] = mean[c];
             });
             team.share(s.q_blocks, [&](int64_t i) {
-                block_mean(q_mean + i * d, s.q, bh, s.heads, run(s.q_starts, i), d, mean);
+                block_mean(q_mean + i * d, s.q, bh, s.heads, run(s.q_starts, s.places_q, i), d, mean);
             });
             team.share(rows / ROWS, [&](int64_t group) {
                 product(score, columns, q_mean + group * ROWS * d, d, k_mean_t, columns, d, columns, nullptr);
                 for (int64_t r = 0; r < ROWS && group * ROWS + r < s.q_blocks; r++) {
                     if (s.weight)
                         for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] *= s.weight[j];
-                    best(s.lists + (bh * s.q_blocks + group * ROWS + r) * s.top, score + r * columns, orders[size_t(thread)], s.k_blocks, s.top);
+                    best(s.chosen + (bh * s.q_blocks + group * ROWS + r) * s.top, score + r * columns, orders[size_t(thread)], s.k_blocks, s.top);
                 }
             });
         }

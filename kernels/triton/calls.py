@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import triton
 from dit_accel.kernels import capture
-from dit_accel.kernels.arguments import Arguments, dense
+from dit_accel.kernels.arguments import Arguments, SelectionArguments, dense, in_order
 from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
@@ -117,11 +117,9 @@ def _tell(device: torch.device, key: fallback.Key, refused: fallback.TooLargeErr
 def _signature(name: str, a: Arguments) -> Hashable:
     """What decides which kernels a call loads. Made at every call, so no more than what all else follows from: type, sizes, strides."""
     windows = 0 if a.windows is None else len(a.windows)
-    absent = tuple(x is None for x in (a.offset, a.weight, a.text_bias, a.extra_k))
-    return (
-        name, a.q.device, a.q.dtype, a.q.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), a.text,
-        a.text_first, a.reach, a.method, windows, absent,
-    )  # fmt: skip
+    settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))  # numbers, and which tensors there are
+    sizes = (a.q.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), windows)
+    return (name, a.q.device, a.q.dtype, *sizes, *settings)
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -132,36 +130,34 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
-    """Gradients of the first eight arguments; absent ones are empty."""
+    """Gradients of the differentiable arguments; absent ones are empty."""
     a, dout, out = _dense(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
     with torch.cuda.device_of(a.q):
         call = (_signature("gradients", a), dout.stride(), dlse is None)
         grads = _run(a.q.device, call, lambda machine, run: launch_backward.gradients(dout, dlse, out, lse, a, machine, run))
-    return [a.q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads]
+    return in_order(grads._asdict(), a)
 
 
-def select_blocks(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int],
-    places: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Raises ValueError with `places`."""
-    _check_order(places)
-    q, k = dense(q), dense(k)
-    given = (q, k, q_starts, k_starts, weight, top, widths)
-    call = ("select_blocks", q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), len(q_starts), len(k_starts), weight is None, top)
+def select_blocks(a: SelectionArguments) -> Tensor:
+    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Raises ValueError with places."""
+    _check_order(a)
+    a = a._replace(q=dense(a.q), k=dense(a.k))
+    q, k = a.q, a.k
+    blocks = len(a.q_starts), len(a.k_starts)
+    call = ("select_blocks", q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), *blocks, a.weight is None, a.top)
     with torch.cuda.device_of(q):
-        chosen = _run(q.device, call, lambda machine, run: launch.select_blocks(*given, machine, run))
+        chosen = _run(q.device, call, lambda machine, run: launch.select_blocks(a, machine, run))
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
 
 
-def _check_order(places: Tensor | None) -> None:
-    if places is not None:
+def _check_order(a: Arguments | SelectionArguments) -> None:
+    if a.places_q is not None or a.places_k is not None:
         raise ValueError("the Triton kernels take tokens in the order of their blocks: reorder them before the call")
 
 
 def _dense(a: Arguments) -> Arguments:
-    """With channels contiguous, and the method hashable."""
-    _check_order(a.places)
-    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), method=tuple(a.method))
+    """With channels contiguous."""
+    _check_order(a)
+    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

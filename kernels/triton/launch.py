@@ -3,7 +3,7 @@
 `execute` runs a launch; anything else that takes one (a recorder, a compiler ahead of time) may stand in its place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.arguments import RESTS, Arguments, Method
+from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments
 from dit_accel.kernels.triton import forward, summary
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import Machine, Tile
@@ -133,11 +133,10 @@ class Call:
         if a.text_bias is not None:
             of_all = F.pad(a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - a.text))
             self.key_bias = of_all.repeat_interleave(self.heads, 0)
-        method = Method(*a.method)
-        self.q_width, self.k_width, self.residual = method.q_width, method.k_width, bool(method.residual)
-        self.pooled, self.linear = (method.rest == RESTS.index(name) for name in ("pooled", "linear"))
+        self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
+        self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
         self.flags = {
-            "COUNT": bool(method.log_count), "VARIANCE": bool(method.variance), "MAP": method.feature_map, "ALL": bool(method.linear_all),
+            "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all,
         }  # fmt: skip
         # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
         self.flags["LEFT"] = self.linear and not self.flags["ALL"] and 2 * a.lists.shape[-1] > self.k_blocks
@@ -290,18 +289,15 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor, o: dict[str, int]) -> None
     )  # fmt: skip
 
 
-def select_blocks(
-    q: Tensor, k: Tensor, q_starts: Tensor, k_starts: Tensor, weight: Tensor | None, top: int, widths: Sequence[int], machine: Machine,
-    run: Run = execute,
-) -> Tensor:  # fmt: skip
+def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -> Tensor:
     """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
-    means = [_means(x, starts, width, machine, run) for x, starts, width in zip((q, k), (q_starts, k_starts), widths, strict=True)]
+    means = [_means(a.q, a.q_starts, a.q_width, machine, run), _means(a.k, a.k_starts, a.k_width, machine, run)]
     (bh, rows, _), blocks = means[0].shape, means[1].shape[1]
-    chosen = torch.empty(bh, rows, top, dtype=torch.int32, device=q.device)
+    chosen = torch.empty(bh, rows, a.top, dtype=torch.int32, device=a.q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
     for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
         scores = multiply(q_mean, k_mean, machine, run)
-        arguments = {"scores": scores, "weight": weight, "chosen": some, "blocks": blocks, "top": top, "W": wide}
+        arguments = {"scores": scores, "weight": a.weight, "chosen": some, "blocks": blocks, "top": a.top, "W": wide}
         run(Launch(summary.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen
 

@@ -14,7 +14,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Gradients(NamedTuple):
-    """Gradients of the first eight arguments; None where there is none."""
+    """Gradients by argument; None where there is none."""
 
     q: Tensor
     k: Tensor

@@ -1,0 +1,75 @@
+"""The operators' arguments are declared once: what is made from the declarations says the same."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_accel.kernels import arguments, ops
+from dit_accel.kernels.arguments import Arguments, Feature, Learned, Rows, SelectionArguments
+from dit_accel.kernels.cpu import native
+
+
+class Sample(NamedTuple):
+    """One argument of each kind."""
+
+    x: Rows
+    y: Tensor
+    learned: Learned
+    z: Tensor | None
+    count: int
+    size: float
+    flag: bool
+    name: Feature
+
+
+def test_the_schema_says_what_is_declared() -> None:
+    wanted = (
+        "(str implementation, Tensor first, Tensor x, Tensor y, Tensor? learned, Tensor? z, int count, float size, bool flag, str name)"
+    )
+    assert arguments.schema(Sample, "Tensor[]", "Tensor first") == f"{wanted} -> Tensor[]"
+
+
+def test_the_structs_fields_are_what_is_declared() -> None:
+    kinds = {name: kind.__name__ for name, kind in native.declared_fields(Sample)}
+    tensors, numbers = dict.fromkeys(["y", "learned", "z"], "c_void_p"), {"count": "c_long", "size": "c_float", "flag": "c_int"}
+    assert kinds == {"x": "Rows", **tensors, **numbers, "name": "c_int"}
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "first"),
+    [
+        (ops.attention_op, Arguments, []),
+        (ops.attention_backward_op, Arguments, ["dout", "dlse", "out", "lse"]),
+        (ops.select_blocks_op, SelectionArguments, []),
+    ],
+    ids=["attention", "attention_backward", "select_blocks"],
+)
+def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
+    assert [a.name for a in op._opoverload._schema.arguments] == ["implementation", *first, *kind._fields]
+
+
+def given(**changed: Any) -> Arguments:
+    q, numbers = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    sizes = {"q_width": 4, "k_width": 4, "text": 0, "text_first": True, "scale": 1.0}
+    tensors = dict.fromkeys(["lists", "counts", "full", "q_starts", "k_starts", "coords"], numbers)
+    return Arguments(**{"q": q, "k": q, "v": q, **tensors, **sizes, **changed})
+
+
+def test_gradients_come_in_the_order_of_the_declaration() -> None:
+    a = given(weight=torch.zeros(8, 8), offset=torch.zeros(2))
+    found = arguments.in_order({"weight": torch.ones(8, 8), "q": a.q + 1}, a)
+    assert [name for name, x in zip(arguments.DIFFERENTIABLE, found, strict=True) if x.numel() and bool((x == 1).all())] == ["q", "weight"]
+    like = [arguments.gradient_like(name, a) for name in arguments.DIFFERENTIABLE]
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in like]
+    assert {name: x.dtype for name, x in zip(arguments.DIFFERENTIABLE, like, strict=True) if x.numel()} == {
+        **dict.fromkeys(["q", "k", "v"], torch.bfloat16),
+        **dict.fromkeys(["offset", "weight"], torch.float32),
+    }
+
+
+@pytest.mark.parametrize(("name", "value"), [("rest", "pool"), ("feature_map", "gelu")])
+def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is one of .*, got '{value}'"):
+        native.fields_of(given(**{name: value}))
