@@ -2,8 +2,8 @@
 
 Every prompt is drawn from the same noise by the original, by the original again, by the original in bfloat16 arithmetic and by the method.
 Compared with the first are the pictures; the denoiser's predictions, replayed on what the original called it with while drawing; and in
-every layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to the first,
-and the third is the noise floor: what is closer than that can't be told from rounding.
+every layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to
+the first, and the third is the noise floor: what is closer than that can't be told from rounding.
 """
 
 import contextlib
