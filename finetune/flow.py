@@ -80,8 +80,7 @@ def flow_of(pipe: Any, family: Family, first: float) -> Flow:
     flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler) or config.get("use_flow_sigmas", False)
     if not flows or config.get("invert_sigmas", False):
         raise DistillationError(
-            f"noise is mixed in as flow matching does it, which the scheduler must do too, but {type(pipe).__name__} has "
-            f"{type(scheduler).__name__}"
+            f"mixing pictures with noise requires a scheduler of flow matching, not a {type(pipe).__name__} with {type(scheduler).__name__}"
         )
     whole = float(config.get("num_train_timesteps", 1000)) if first > 1 else 1.0
     return Flow(family.timestep, family.latents, whole, family.timestep_rises)

@@ -22,7 +22,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient
     if device.type != "cuda":
         return f"xformers requires a CUDA device, the tensors are on {device}"
     if dtype not in DTYPES or head_dim % 8 or not 8 <= head_dim <= 256:
-        return f"xformers takes float32, bfloat16 or float16 of head_dim 8 to 256 in steps of 8, got {dtype} of {head_dim}"
+        return f"xformers takes float32, bfloat16 or float16 of head_dim 8 to 256 in steps of 8, not {dtype} of {head_dim}"
     return None
 
 

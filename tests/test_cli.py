@@ -160,7 +160,7 @@ def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
     assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == wanted
     assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == wanted
     assert fail("bench", "step", "--method", "fovea", "--method", "flash") == wanted
-    assert "wants an accelerated method, got 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
+    assert "requires an accelerated method, not 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
     assert "requires accelerated methods (the original is always measured), not 'none'" in fail("bench", "step", "--method", "none")
     for more in (["--method", "fovea"], ["--dense-steps", "2"]):
         assert "leave --method and --dense-steps out" in fail("generate", "x", "--adapter", "somewhere", *more)
@@ -169,7 +169,7 @@ def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_models")
 def test_bad_settings(prompts: Path, tmp_path: Path) -> None:
     text = fail("distill", "--prompts", prompts, "--out", tmp_path / "d", "--learning-rate", "0")
-    assert text == "learning_rate is a number > 0, got 0.0"
+    assert text == "learning_rate must be a number > 0, not 0.0"
     assert fail("bench", "kernels", "--tune", "--aot") == "give --aot or --tune, not both"
     assert "require --aot: --tune takes this GPU and every method" in fail("bench", "kernels", "--tune", "--method", "fovea")
     assert "--head-dim and --dtype require --aot or --tune" in fail("bench", "kernels", "--dtype", "float16")
@@ -189,8 +189,8 @@ def test_bad_models_and_devices(model: str, tmp_path: Path) -> None:
     assert fail("generate", "x", "--device", "abacus", *out) == "device must be auto, cpu, cuda or another torch device, not 'abacus'"
     assert "CUDA devices: there is no cuda:99" in fail("generate", "x", "--device", "cuda:99", *out)
     text = fail("generate", "x", "--model", model, *SMALL, "--adapter", empty, *out)
-    assert text.startswith(f"wanted dit_accel_config.json in {empty}")
-    assert fail("info", "--adapter", empty).startswith(f"wanted dit_accel_config.json in {empty}")
+    assert text.startswith(f"dit_accel_config.json in {empty} can't be read")
+    assert fail("info", "--adapter", empty).startswith(f"dit_accel_config.json in {empty} can't be read")
 
 
 def test_traceback_on_request(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_wrong_high_resolution_is_refused_before_a_model_is_loaded(no_models: No
     assert fail("generate", "x", "--hires", "--strength", "0", *out) == "strength must be a share of the steps in (0, 1], not 0.0"
     assert fail("generate", "x", "--hires", "--ntk", "nan", *out) == "ntk must be a factor > 0, not nan"
     (tmp_path / "b-stages").write_text("")
-    assert "wanted a folder that can be written to" in fail("generate", "x", "--hires", "--out", tmp_path / "b.png")
+    assert "can't be written to" in fail("generate", "x", "--hires", "--out", tmp_path / "b.png")
 
 
 def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> None:

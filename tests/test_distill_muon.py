@@ -151,7 +151,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["Muon", "sgd", None, True])
 def test_an_unknown_optimizer_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match="optimizer is 'adamw' or 'muon'") as raised:
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon'") as raised:
         DistillConfig(optimizer=value, train="attention")
     assert repr(value) in str(raised.value)
 

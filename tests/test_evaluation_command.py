@@ -28,7 +28,7 @@ def idle() -> Any:
 
 def test_refusals(idle: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
+    with pytest.raises(ValueError, match="can't be written to"):
         evaluate(idle, PROMPTS, tmp_path / "file" / "out", **CALL)
     for prompts in ([], [" "], "a panda"):
         with pytest.raises(ValueError, match="prompts is a non-empty list of non-empty strings"):

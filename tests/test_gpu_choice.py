@@ -61,7 +61,7 @@ def test_a_gpu_left_with_the_reference_says_what_to_install(monkeypatch: pytest.
     )
     nvidia(monkeypatch)
     told = str(dispatch.slow_on_gpu(CARD, torch.bfloat16, 256, linear=True))
-    assert told == "the slow eager reference runs on cuda:0, because the Triton kernels take a linear rest up to head_dim 128, got 256"
+    assert told == "the slow eager reference runs on cuda:0, because the Triton kernels take a linear rest up to head_dim 128, not 256"
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
