@@ -37,11 +37,11 @@ def _beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def failing_as_write_error(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while writing becomes a WriteError that names the file, its folder and the reason (a full disk, say)."""
+    """Turn an error of writing into a WriteError that names the file, its folder and the reason (a full disk, say)."""
     try:
         yield
     except WriteError:
-        raise  # of a file within
+        raise  # raised for one of the files inside
     except OSError as error:
         raise WriteError(f"{path.name} can't be written in {path.parent}: {error.strerror or error}") from error
 
@@ -103,7 +103,7 @@ def create_json(path: Path, data: Any) -> None:
 
 
 def _create(path: Path, text: str) -> None:
-    """Write a file that must not be there. As exclusive as a link, but a kill within this moment leaves half."""
+    """Write a file that must not be there. As exclusive as a link, but a kill during the write leaves half of the file."""
     with path.open("x") as file:
         try:
             file.write(text)

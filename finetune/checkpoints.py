@@ -68,7 +68,7 @@ def _found(run: Run, stage: str) -> list[Path]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What two runs must share to be one. The number of processes is not of it: their batches are the same."""
+    """The settings that two runs must share to be one. The number of processes is not one of them: the batches are the same."""
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
     parts = (run.samples, run.held_out)
     prompts = [[[r.prompt, r.seed, r.size, r.picture] for r in part.entries] for part in parts]

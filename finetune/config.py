@@ -15,7 +15,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How to distil. Every field is checked; a run resumes only under the same settings (but for
+    """Settings of a distillation. Every field is checked; a run resumes only under the same settings (but for
     output_dir, checkpoint_every and evaluate_every).
 
     `train`: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the

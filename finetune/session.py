@@ -188,7 +188,7 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
 
 
 def _check_launch() -> None:
-    """Raise DistillationError where `accelerate launch` was told to spread the model over the processes."""
+    """Raise DistillationError where `accelerate launch` is configured to shard the model over the processes."""
     asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
     if asked:
         raise DistillationError(
@@ -247,7 +247,7 @@ def _fresh(operator: AcceleratedAttention) -> bool:
 
 
 def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
+    """The result of `work` in a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
 
     It works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts, everything imported before).
     The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.

@@ -22,7 +22,7 @@ AMD = ("gfx942",)  # architectures of AMD that the tile table has a column for, 
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the CPU kernels can't run a call, or None where they can."""
+    """The reason that the CPU kernels can't run a call, or None where they can."""
     if device.type != "cpu":
         return f"the tensors are on {device}"
     if CPU_TARGET == "none":
@@ -31,7 +31,7 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False) -> str | None:
-    """Why the Triton kernels can't run a call (with a `linear` rest), or None where they can."""
+    """The reason that the Triton kernels can't run a call (with a `linear` rest), or None where they can."""
     if not TRITON:
         return "triton is not installed"
     if device.type == "cpu" and INTERPRETED:
@@ -74,7 +74,7 @@ def _shape_refusal(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def slow_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
-    """What to tell a user whose GPU is left with the eager reference by backend "auto", and what to do; None where a kernel runs."""
+    """The warning for a user whose GPU runs the eager reference under backend "auto", and what to do; None where a kernel runs."""
     if device.type != "cuda":
         return None
     chosen, reason = choose("auto", device, dtype, head_dim, linear=linear)

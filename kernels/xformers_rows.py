@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient: bool, text_bias: bool = False) -> str | None:
-    """Why xformers can't run the dense parts of a call, or None where it can."""
+    """The reason that xformers can't run the dense parts of a call, or None where it can."""
     if not INSTALLED:
         return "xformers is not installed: pip install dit-accel[xformers]"
     if gradient:
@@ -29,7 +29,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradient
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
     """`reference.dense_attention` without a bias, by xformers: q, k, v `[BH, N, D]`; output `[BH, Nq, D]` and lse `[BH, Nq]` float32.
 
-    Calls `memory_efficient_attention_partial` with the heads as batch: `[BH, N, 1, D]`; its lse may be padded behind the last query.
+    Calls `memory_efficient_attention_partial` with the heads as batch: `[BH, N, 1, D]`; its lse may be padded after the last query.
     """
     from xformers.ops import fmha
 

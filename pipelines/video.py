@@ -18,7 +18,7 @@ ENDINGS = (".gif", ".mp4")
 
 
 def frames_argument(pipe: Any) -> str | None:
-    """What a pipeline's call names the number of frames of its video; None of one that makes pictures."""
+    """The argument of a pipeline's call for the number of frames; None where it makes pictures."""
     taken = inspect.signature(type(pipe).__call__).parameters
     return next((name for name in ("num_frames", "frames", "video_length") if name in taken), None)
 

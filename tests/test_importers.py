@@ -112,7 +112,7 @@ def test_clear_under_another_name_wants_its_radius(tmp_path: Path) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[str, int | None, AttentionSpec | None, str]] = {
-    "radius": ("clear_local_16", None, CLEAR(8), r"says Disc\(radius=16\).*, not spec=Disc\(radius=8\)"),
+    "radius": ("clear_local_16", None, CLEAR(8), r"is of Disc\(radius=16\).*, not of spec=Disc\(radius=8\)"),
     "factor": ("clear_local_16_down_4", 4, CLEAR(16, downsample=2), r"factor=4.*by its name.*factor=2"),
     "factor-of-name": ("clear_local_16_down_2", 4, None, r"spatial_weight: \(1, 1, 1, 4, 1, 4, 1\).*, not \(1, 1, 1, 2, 1, 2, 1\)"),
     "no-pooling": ("clear_local_16_down_4", None, None, r"holds no pooling weights"),

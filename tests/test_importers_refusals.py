@@ -75,7 +75,9 @@ TURBO_DAMAGE: dict[str, tuple[Change, str]] = {
     "unknown": (lambda t: t.update({"one.more": torch.zeros(2)}), r"1 unknown: one\.more"),
     "one-block-more": (lambda t: t.update({WAN_Q.replace("1", "2"): torch.zeros(144, 144)}), r"1 unknown: blocks\.2\.self_attn\.q\.weight"),
     "misshaped": (lambda t: t.update({WAN_Q: torch.zeros(144, 72)}), rf"1 wrong: {WAN_Q}: \(144, 72\).*, not \(144, 144\)"),
-    "misshaped-projection": (lambda t: t.update({f"{PROJ}.weight": torch.zeros(12, 12)}), rf"1 wrong: {PROJ}\.weight: \(12, 12\)"),
+    "misshaped-projection": (
+        lambda t: t.update({f"{PROJ}.weight": torch.zeros(12, 12)}), rf"1 wrong: {PROJ}\.weight: \(12, 12\).*, not \(72, 72\)"
+    ),
     "misshaped-patch": (
         lambda t: t.update({"patch_embedding.weight": torch.zeros(144, 63)}), r"\(144, 63\).*, not \(144, 16, 1, 2, 2\) or \(144, 64\)"
     ),

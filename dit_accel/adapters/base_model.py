@@ -1,4 +1,4 @@
-"""What a pipeline's weights are called and under which licence they are, as far as this machine knows: nothing is asked of the hub."""
+"""Name and licence of a pipeline's weights, as far as this machine knows them: the hub is not asked."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
 
 
 def public_name(name: str) -> str:
-    """What may be told to others: the hub id itself, or the last part of a local folder's path, the pipeline's where it is one of its
+    """The name that may be published: the hub id itself, or the last part of a local folder's path, the pipeline's where it is one of its
     parts'."""
     folder = Path(name)
     local = folder.is_dir() or not HUB_ID.fullmatch(name) or name.startswith(".")

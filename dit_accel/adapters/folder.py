@@ -210,7 +210,7 @@ def _same_base(model: Any, base: Base) -> bool:
 
 
 def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
-    """What a folder of `save_adapter` holds, checked against the model."""
+    """The tensors in a folder of `save_adapter`, checked against the model."""
     config = read_config(folder)
     if spec is not None:
         raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")

@@ -55,7 +55,7 @@ class Kind(Enum):
 
 
 class Entry(NamedTuple):
-    """What a file's header says of one tensor; `dtype` as safetensors names it."""
+    """Shape and type of one tensor in a file's header; `dtype` as safetensors names it."""
 
     shape: Shape
     dtype: str
@@ -74,7 +74,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_adapter` puts into one transformer, checked against it.
+    """The tensors that `load_adapter` installs in one transformer, checked against it.
 
     `own`: the method's parameters by their names in the accelerated transformer. `weights`: values for the transformer's own parameters,
     by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter.
@@ -212,10 +212,10 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
     """CLEAR with the radius and the factor of the file's name, or `spec`."""
     pooled = any(CLEAR_POOLING.fullmatch(key) for key in header)
     if named := CLEAR_NAME.fullmatch(file.stem):
-        said = CLEAR(int(named[1]), downsample=int(named[2]) if named[2] else None)
-        if spec is not None and (said.keep[0] not in spec.keep or said.rest != spec.rest):
-            raise AdapterError(f"the name of {file} says {said}, not spec={spec}: leave spec out")
-        spec = spec or said
+        published = CLEAR(int(named[1]), downsample=int(named[2]) if named[2] else None)
+        if spec is not None and (published.keep[0] not in spec.keep or published.rest != spec.rest):
+            raise AdapterError(f"{file} is of {published} by its name, not of spec={spec}: leave spec out")
+        spec = spec or published
     if spec is None:
         down, more = ("_down_4", ", downsample=4") if pooled else ("", "")
         raise AdapterError(
@@ -276,8 +276,8 @@ def _compare(file: Path, header: Header, places: Places, wanted: Wanted) -> None
             wrong[places[name]] = f"{places[name]}: {entry.shape} of {entry.dtype}, not {shapes} of {' or '.join(types)}"
     if missing or unknown or wrong:
         lists = {"missing": sorted(missing), "unknown": sorted(unknown), "wrong": sorted(wrong.values())}
-        said = "; ".join(f"{len(items)} {what}: {', '.join(items[:4])}" for what, items in lists.items() if items)
-        raise AdapterError(f"{file} does not fit the model: {said}")
+        faults = "; ".join(f"{len(items)} {what}: {', '.join(items[:4])}" for what, items in lists.items() if items)
+        raise AdapterError(f"{file} does not fit the model: {faults}")
 
 
 def _read(file: Path, places: Places, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:
 
 
 def _dtype_argument() -> str:
-    """What from_pretrained calls the weights' type: old releases ignore the new name, new ones warn about the old."""
+    """The argument of from_pretrained for the weights' type: old releases ignore the new name, new ones warn about the old."""
     from diffusers import __version__
 
     return "dtype" if tuple(int(part) for part in __version__.split(".")[:2]) >= (0, 42) else "torch_dtype"

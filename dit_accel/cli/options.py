@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
+"""Options that commands share, and the checks of their values, all made before anything is loaded or computed."""
 
 import math
 import re
@@ -47,7 +47,7 @@ Frames = Annotated[
     typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
 ]
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device, as in cuda:1.")]
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
 Hires = Annotated[
     bool,

@@ -40,7 +40,7 @@ METHODS = {"Fovea 5 %": Fovea(0.05), "CLEAR radius 8": CLEAR(8), "SLA 10 %": SLA
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the demo does. Sizes are pixels of square pictures."""
+    """The amount of work of the demo. Sizes are pixels of square pictures."""
 
     size: int
     steps: int
@@ -60,7 +60,7 @@ HELD_OUT = ("a lion on a pink background", "a turtle left of a mushroom on a blu
 
 
 def training_prompts(count: int, excluded: Sequence[str]) -> list[str]:
-    """What the distillation samples: captions as the built-in model knows them, one in four with two things, none of the excluded ones."""
+    """Prompts of the distillation: captions as the built-in model knows them, one in four with two things, none of the excluded ones."""
     draw, nouns, found = random.Random(0), list(CONCEPTS.values()), dict[str, None]()
     draw.shuffle(nouns)
     while len(found) < count:

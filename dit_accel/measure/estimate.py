@@ -36,7 +36,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """What a model's self-attention computes; sizes from its public configuration. `frames`: how many become one token row in time."""
+    """The sizes of a model's self-attention; sizes from its public configuration. `frames`: how many become one token row in time."""
 
     heads: int
     head_dim: int

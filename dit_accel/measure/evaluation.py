@@ -3,7 +3,7 @@
 Every prompt is drawn from the same noise by the original, by the original again, by the original in bfloat16 arithmetic and by the method.
 Compared with the first are the pictures; the denoiser's predictions, replayed on what the original called it with while drawing; and in
 every layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to
-the first, and the third is the noise floor: what is closer than that can't be told from rounding.
+the first, and the third is the noise floor: differences below it can't be distinguished from rounding.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 @dataclass
 class PromptResult:
-    """What one prompt gave. Sides are "method", "bfloat16" (where there is one) and "again"."""
+    """The measurements of one prompt. Sides are "method", "bfloat16" (where there is one) and "again"."""
 
     pictures: dict[str, dict[str, float]] = field(default_factory=dict)  # side -> measure -> value
     velocity: dict[str, dict[float, float]] = field(default_factory=dict)  # side -> timestep -> relative error
@@ -71,8 +71,8 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
     `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the
     original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn where prompts are missing,
-    the folder can't be written to, the pipeline is not accelerated, or it takes no such arguments; FallbackError where no layer runs the
-    method.
+    the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments; FallbackError where no layer runs
+    the method.
     """
     _check(pipe, prompts, call)
     check_folder(out)
@@ -118,7 +118,7 @@ def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
 
 
 def _sides(pipe: Any) -> dict[str, Side]:
-    """What is compared with the original's first run, as ways to run the pipeline."""
+    """The sides that are compared with the original's first run, as ways to run the pipeline."""
     sides: dict[str, Side] = {"method": lambda: always(pipe), "bfloat16": lambda: in_bfloat16(pipe), "again": lambda: dense(pipe)}
     if not is_wide(pipe):
         del sides["bfloat16"]
@@ -202,7 +202,7 @@ def draw(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Tensor:
 
 
 def _component_names(pipe: Any) -> list[str]:
-    """What to put before a layer's name, for each accelerated transformer: nothing where there is one."""
+    """The prefix of a layer's name, for each accelerated transformer: empty where there is one."""
     models = [model for model, _ in patches_of(pipe)]
     if len(models) == 1:
         return [""]
@@ -232,7 +232,7 @@ def attention_forwards(count: int) -> list[int]:
 
 
 def _describe(pipe: Any) -> dict[str, Any]:
-    """What was evaluated."""
+    """The pipeline and method that were evaluated."""
     models = patches_of(pipe)
     context = models[0][1].context
     return {
@@ -252,7 +252,7 @@ def _fallbacks(pipe: Any) -> Counter[str]:
 
 
 def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
-    """What the numbers lack, and why."""
+    """The limits of the numbers, and why."""
     notes = []
     if len(rows) == 1:
         notes.append(ONE_PROMPT)

@@ -133,7 +133,7 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
 
 
 def table_tile(work: Work, machine: Machine) -> Tile:
-    """What a machine takes for blocks of 64 tokens."""
+    """The tiles of a machine for blocks of 64 tokens."""
     return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64)
 
 
@@ -150,7 +150,7 @@ def tune(work: Work, machine: Machine, trial: Callable[[Work, Tile], float | str
 
 
 class Unusable(Exception):  # noqa: N818
-    """Leaves a pass whose kernel could not be measured; says why."""
+    """Leaves a pass whose kernel could not be measured; its text is the reason."""
 
 
 def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, device: torch.device, grid: tuple[int, int, int] = GRID,
@@ -252,7 +252,7 @@ def _device() -> torch.device:
 
 
 def entries(results: Sequence[Result], gpu: "Gpu") -> list["Entry"]:
-    """What is kept: the tiles that are faster than the table's."""
+    """The tiles that are kept: those that are faster than the table's."""
     from dit_accel.kernels.triton.tuned import Entry
 
     chosen = [(result.work, result.chosen) for result in results if result.chosen not in (None, result.table)]

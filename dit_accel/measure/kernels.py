@@ -119,7 +119,7 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
 
 
 def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
-    """What else is measured on a case, by the names of RIVALS, or why it is not."""
+    """Other libraries' functions for a case, by the names of RIVALS, or the reason that there is none."""
     found: dict[str, Callable[[], None] | str] = {}
     refusals = {"flex": bench_rivals.flex_refusal, "natten": bench_rivals.natten_refusal}
     for name, refusal in refusals.items():

@@ -1,4 +1,4 @@
-"""What `dit-accel bench kernels` compares with, next to PyTorch's dense attention: FlexAttention on the same blocks, NATTEN on windows.
+"""The libraries that `dit-accel bench kernels` compares with, next to PyTorch's: FlexAttention on the same blocks, NATTEN on windows.
 
 Each rival computes what the method keeps exactly: an estimate of the rest has no counterpart there.
 """

@@ -1,4 +1,4 @@
-"""What was decided on this machine, once for all processes: a small JSON file for each question, in the user's cache folder."""
+"""Decisions of this machine, made once for all processes: a small JSON file for each question, in the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -79,7 +79,7 @@ def _text(question: Question) -> str:
 
 
 def _keep(path: Path, question: Question, times: Seconds) -> Seconds | None:
-    """Write the file unless another process was first, and read what it then says; None where it can't be written."""
+    """Write the file unless another process was first, and read what it then holds; None where it can't be written."""
     try:
         if read(path, question) is None:
             path.unlink(missing_ok=True)  # it is damaged

@@ -2,7 +2,7 @@
 
 Every forward of a run is kept with its arguments and the teacher's prediction, and the run's final latents. All conditioning, timestep
 and sign conventions are the pipeline's own, so nothing here knows a model family, nor whether it makes pictures or videos. How a folder of
-runs is kept, and shared by several processes, is told in `cache`.
+runs is kept, and shared by several processes, is in `store`.
 """
 
 import contextlib

@@ -157,7 +157,7 @@ def _check_digests(folder: Path, pictures: list[Picture], seed: int) -> None:
     kept = {(run.prompt, run.seed): run.picture for run in readable_runs(folder)}
     for i, picture in enumerate(pictures):
         if kept.get((picture.caption, seed + i), picture.digest) != picture.digest:
-            raise ArgumentError(f"{folder} holds samples of another picture in the place of {picture.path}; name another folder")
+            raise ArgumentError(f"{folder} holds samples of another picture in place of {picture.path}: name another folder")
 
 
 def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Path, call: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ LEFTOVER = 24 * 3600  # seconds after which a temporary file has no living write
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What all runs of a folder share. Raises DistillationError where there is no readable manifest of this format."""
+    """The settings that all runs of a folder share. Raises DistillationError where there is no readable manifest of this format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def maker_of(manifest: Mapping[str, Any]) -> str:
-    """What the runs of a folder bear, so that one copied from elsewhere is known."""
+    """The mark that the runs of a folder have, by which one copied from elsewhere is recognised."""
     return hashlib.sha256(json.dumps([manifest[name] for name in SHARED], sort_keys=True).encode()).hexdigest()
 
 

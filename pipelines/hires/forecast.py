@@ -1,4 +1,4 @@
-"""What a high-resolution picture will take, said before it starts: memory from shapes, time from one forward at the base size."""
+"""The forecast of a high-resolution picture, shown before it starts: memory from shapes, time from one forward at the base size."""
 
 import contextlib
 import math
@@ -35,8 +35,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the figures are made of. `layers`: (heads, channels per head) of each attention module; `unit`: side of a token in pixels;
-    `text`: tokens that are not the image's; `text_first`: whether they precede it."""
+    """The numbers that the forecast is made of. `layers`: (heads, channels per head) of each attention module; `unit`: side of a token in
+    pixels; `text`: tokens that are not the image's; `text_first`: whether they precede it."""
 
     layers: tuple[tuple[int, int], ...]
     unit: int

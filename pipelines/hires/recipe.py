@@ -15,7 +15,7 @@ from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `generate_hires` was asked for; sizes in pixels. Every field is checked."""
+    """The arguments of `generate_hires`; sizes in pixels. Every field is checked."""
 
     height: int
     width: int
