@@ -41,6 +41,9 @@ class Arguments(NamedTuple):
     tokens that a block holds.
     `coords` `[3, N + padding]` of the image tokens; `windows` `[W, 3, 3, N + padding]`: first, last and residue per axis; both in the order
     of the blocks. `reach`: largest squared distance inside a disc, -1 without one.
+    `masks` `[M, q_width, ceil(k_width / 64)]` int64, in place of windows and reach: bit j of word w of row i says whether place i of a
+    query block keeps place 64·w + j of a key block; places past a short block's end are 0. `masks_t` `[M, k_width, ceil(q_width / 64)]`:
+    the same with keys as rows. `mask_of` int32 in the shape of `lists`: the number of an entry's mask, read from `full` to `counts`.
     `places_q`, `places_k` `[N]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v; None: they
     are in that order.
     `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
@@ -65,6 +68,9 @@ class Arguments(NamedTuple):
     scale: float
     windows: Tensor | None = None
     reach: int = -1
+    masks: Tensor | None = None
+    masks_t: Tensor | None = None
+    mask_of: Tensor | None = None
     places_q: Tensor | None = None
     places_k: Tensor | None = None
     extra_k: Learned = None
@@ -146,6 +152,22 @@ def in_order(gradients: Mapping[str, Tensor | None], a: Arguments) -> list[Tenso
     """Gradients by argument as the list that an operator returns: in the order of the declaration, absent ones empty."""
     found = {name: gradients.get(name) for name in DIFFERENTIABLE}
     return [gradient_like(name, a) if x is None else x for name, x in found.items()]
+
+
+def check(a: Arguments) -> None:
+    """Raise ValueError at arguments that do not fit each other: a kernel would read what is not there."""
+    if a.masks is None and a.masks_t is None and a.mask_of is None:
+        return
+    if a.masks is None or a.masks_t is None or a.mask_of is None:
+        given = [name for name in ("masks", "masks_t", "mask_of") if getattr(a, name) is not None]
+        raise ValueError(f"bit masks require masks, masks_t and mask_of together, got {given}: give all three or none")
+    for name, x, rows, columns in (("masks", a.masks, a.q_width, a.k_width), ("masks_t", a.masks_t, a.k_width, a.q_width)):
+        words = -(-columns // 64)
+        if x.dtype != torch.int64 or x.shape[1:] != (rows, words) or not x.is_contiguous():
+            raise ValueError(f"{name} is int64 [M, {rows}, {words}] and contiguous, got {x.dtype} {tuple(x.shape)}")
+    if a.mask_of.dtype != torch.int32 or a.mask_of.shape != a.lists.shape or not a.mask_of.is_contiguous():
+        got = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
+        raise ValueError(f"mask_of is int32 in the shape of lists and contiguous, got {got}")
 
 
 def dense(x: Tensor) -> Tensor:

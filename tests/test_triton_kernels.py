@@ -407,6 +407,16 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
 # Refusals
 
 
+def test_bit_masks_are_refused() -> None:
+    q, none = torch.zeros(1, 1, 4, 8), torch.zeros(1, dtype=torch.int32)
+    a = Arguments(
+        q=q, k=q, v=q, lists=none, counts=none, full=none, q_starts=none, k_starts=none, coords=none, q_width=4, k_width=4, text=0,
+        text_first=True, scale=1.0, masks=torch.zeros(1, 4, 1, dtype=torch.int64),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="do not read bit masks"):
+        calls.attend(a)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "reason"),
     [

@@ -30,15 +30,14 @@ struct Queries {
     }
 };
 
-// The visits by key block: which image query blocks visit it, and whether the predicate applies.
+// The visits by key block: which image query blocks visit it, and by which mask.
 struct Columns {
     const Geometry& g;
     Array<int64_t> start, next;
-    Array<int32_t> query;
-    Array<uint8_t> partial;
+    Array<int32_t> query, mask;
 
     explicit Columns(const Geometry& g)
-        : g(g), start(g.p.k_blocks + 1), next(g.p.k_blocks), query(g.p.q_blocks * g.p.list_width), partial(g.p.q_blocks * g.p.list_width) {}
+        : g(g), start(g.p.k_blocks + 1), next(g.p.k_blocks), query(g.p.q_blocks * g.p.list_width), mask(g.p.q_blocks * g.p.list_width) {}
 
     void build(int64_t bh) {
         int64_t blocks = g.p.k_blocks;
@@ -53,22 +52,22 @@ struct Columns {
             for (int64_t n = 0; n < l.count; n++) {
                 int64_t at = next[l.blocks[n]]++;
                 query[at] = int32_t(i);
-                partial[at] = n >= l.full;
+                mask[at] = int32_t(l.mask(n));
             }
         }
     }
     const int32_t* of(int64_t j) const { return query + start[j]; }
     int64_t count(int64_t j) const { return start[j + 1] - start[j]; }
 
-    // Calls body(query block, whether its pairs need the predicate) for all that visit key block j.
+    // Calls body(query block, the mask as in Geometry::for_visits) for all that visit key block j.
     template <class Body>
     void for_visits(int64_t j, Body&& body) const {
         if (j < g.p.k_blocks)
-            for (int64_t n = start[j]; n < start[j + 1]; n++) body(int64_t(query[n]), partial[n] != 0);
+            for (int64_t n = start[j]; n < start[j + 1]; n++) body(int64_t(query[n]), int64_t(mask[n]));
         else
-            for (int64_t i = 0; i < g.p.q_blocks; i++) body(i, false);
+            for (int64_t i = 0; i < g.p.q_blocks; i++) body(i, WHOLE);
         if (!g.is_extra(j))
-            for (int64_t i = g.p.q_blocks; i < g.query_blocks; i++) body(i, false);
+            for (int64_t i = g.p.q_blocks; i < g.query_blocks; i++) body(i, WHOLE);
     }
 };
 
@@ -96,7 +95,7 @@ struct Live {
 };
 
 // ROWS rows of P and dlogit: `a` times `columns` are logits, `da` times `dcolumns` are dout·v. `lse2` and `delta` by (row, column at).
-// masked(c, kept) fills the masks of a strip and says whether any pair is kept; edit(row, column, logits) changes logits.
+// masked(kept, c) fills the masks of a strip and says whether any pair is kept; edit(row, column, logits) changes logits.
 template <class Masked, class Edit, class Lse, class Delta>
 static inline __attribute__((always_inline)) Live weights_and_gradients(
     float* probability, float* gradient, int64_t ld_out, int64_t columns_used, const float* a, const float* columns, const float* da,
@@ -105,7 +104,7 @@ static inline __attribute__((always_inline)) Live weights_and_gradients(
     for_strips(round_up(columns_used, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
         V x[ROWS][strip.value];
         I kept[ROWS][strip.value];
-        bool any = masked(c, kept);
+        bool any = masked(kept, c);
         for (int r = 0; r < ROWS; r++)
             for (int s = 0; s < strip.value; s++) x[r][s] = V{};
         if (any) {
@@ -137,19 +136,20 @@ struct Unchanged {
 struct KeepAll {
     static constexpr bool none = true;
     template <int N>
-    bool operator()(int64_t, I (&)[ROWS][N]) const {
+    bool operator()(I (&)[ROWS][N], int64_t) const {
         return true;
     }
 };
 
+// A block's mask, from row r on.
+template <class Mask>
 struct KeepMasked {
     static constexpr bool none = false;
     const Mask& mask;
-    int64_t one, others, end;
-    bool by_query;
+    const int64_t r;
     template <int N>
-    inline __attribute__((always_inline)) bool operator()(int64_t c, I (&kept)[ROWS][N]) const {
-        return mask.strip<N>(kept, one, others + c, end, by_query);
+    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t c) const {
+        return mask(kept, r, c);
     }
 };
 
@@ -159,11 +159,10 @@ struct KeepMasked {
 static void query_gradient(const Geometry& g, const Keys& keys, const Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
     const Problem& p = g.p;
     Run run = g.query(i);
-    const Mask mask(g);
     float *acc = room.a, *by_variance = room.b;
     const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
     __builtin_memset(acc, 0, g.rows() * g.padded * 4);
-    g.for_visits(bh, i, [&](int64_t j, bool partial) {
+    g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
         Run key = g.key(j);
         const float* bias = g.key_bias(bh, j);
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
@@ -175,9 +174,10 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
                     [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
             };
             auto biased = [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); };
-            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, key.image, key.image + key.count, true}, Unchanged{})
-                        : bias  ? gradients(KeepAll{}, biased)
-                                : gradients(KeepAll{}, Unchanged{});
+            auto masked = [&](const auto& keep) { return gradients(KeepMasked<std::decay_t<decltype(keep)>>{keep, r0}, Unchanged{}); };
+            Live live = mask != WHOLE ? with_mask(g, mask, run, key, true, masked)
+                        : bias        ? gradients(KeepAll{}, biased)
+                                      : gradients(KeepAll{}, Unchanged{});
             if (live.last)
                 product(acc + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, keys.keys.row(j) + live.first * g.padded, g.padded, live.last - live.first, g.padded, ONES);
         }
@@ -197,12 +197,11 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
 static void key_gradient(const Geometry& g, const Keys& keys, const Queries& queries, const Columns& columns, const PoolGradient* pool, const States* dstates, BackwardRoom& room, int64_t bh, int64_t j) {
     const Problem& p = g.p;
     Run run = g.key(j);
-    Mask mask(g);
     float *dk = room.a, *dv = room.b;
     __builtin_memset(dk, 0, g.rows() * g.padded * 4);
     __builtin_memset(dv, 0, g.rows() * g.padded * 4);
     const float *key = keys.keys.row(j), *value = keys.values.row(j), *bias = g.key_bias(bh, j);
-    columns.for_visits(j, [&](int64_t i, bool partial) {
+    columns.for_visits(j, [&](int64_t i, int64_t mask) {
         Run query = g.query(i);
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
@@ -214,9 +213,10 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
                     [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
             };
             auto biased = [&](int64_t r, int64_t, V x) __attribute__((always_inline)) { return x + bias[r0 + r]; };
-            Live live = partial ? gradients(KeepMasked{mask, run.image + r0, query.image, query.image + query.count, false}, Unchanged{})
-                        : bias  ? gradients(KeepAll{}, biased)
-                                : gradients(KeepAll{}, Unchanged{});
+            auto masked = [&](const auto& keep) { return gradients(KeepMasked<std::decay_t<decltype(keep)>>{keep, r0}, Unchanged{}); };
+            Live live = mask != WHOLE ? with_mask(g, mask, run, query, false, masked)
+                        : bias        ? gradients(KeepAll{}, biased)
+                                      : gradients(KeepAll{}, Unchanged{});
             if (!live.last) continue;
             int64_t from = live.first * g.padded, depth = live.last - live.first;
             product(dk + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, queries.q.row(i) + from, g.padded, depth, g.padded, ONES);

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments, dense, in_order
+from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments, check, dense, in_order
 from dit_accel.kernels.cpu import native
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
@@ -14,6 +14,7 @@ def _with_dense_rows(a: Arguments) -> Arguments:
 
 
 def _problem(a: Arguments) -> native.Problem:
+    check(a)
     batch, heads, tokens, channels = a.q.shape
     return native.Problem(
         batch=batch, heads=heads, channels=channels, image=tokens - a.text, q_blocks=len(a.q_starts) - 1, k_blocks=len(a.k_starts) - 1,

@@ -145,13 +145,12 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
     if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
     s.start();
-    Mask mask(g);
-    g.for_visits(bh, i, [&](int64_t j, bool partial) {
+    g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
         auto visit = [&](const auto& block) {
             Run key = g.key(j);
             const float* bias = g.key_bias(bh, j);
-            if (partial)
-                s.visit_masked(run, key, block, mask);
+            if (mask != WHOLE)
+                with_mask(g, mask, run, key, true, [&](const auto& keep) { s.visit_masked(run.count, key.count, block, keep); });
             else if (bias)
                 s.visit(run.count, block, key.count, [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); });
             else

@@ -1,24 +1,58 @@
-// Which pairs of image tokens a disc or a window keeps, decided from coordinates in registers.
+// Which pairs of image tokens a partial block keeps: by bit masks, or by a disc and windows decided from coordinates in registers.
+//
+// Both are called as keep(kept, r, c): they fill the masks of ROWS rows of a block from row r on against N vectors of columns from c on, and
+// say whether any pair is kept. Rows past the block's last repeat a row or keep nothing; nobody reads them. Columns past it are never kept.
 
-static constexpr int64_t PADDING = 16;  // entries behind each row of coordinates (geometry.py)
+static constexpr int64_t PADDING = 16;  // entries behind each row of coordinates (operator/lists.py)
 
-struct Mask {
+// One block's bit mask. Rows of 64-bit words: bit j of word w of row i is column 64·w + j; 0 past a short block's end.
+struct BitMask {
+    const int64_t* rows;
+    int64_t words, height;
+
+    // Mask number n with queries as rows and keys as columns, or the other way around.
+    BitMask(const Problem& p, int64_t n, bool by_query) {
+        words = ((by_query ? p.k_width : p.q_width) + 63) / 64, height = by_query ? p.q_width : p.k_width;
+        rows = (by_query ? p.masks : p.masks_t) + n * height * words;
+    }
+
+    template <int N>
+    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
+        static_assert(64 % (N * LANES) == 0, "a strip lies in one word");
+        uint64_t bits[ROWS], any = 0;
+        for (int i = 0; i < ROWS; i++) {
+            bits[i] = uint64_t(rows[std::min(r + i, height - 1) * words + c / 64]) >> (c % 64);
+            any |= bits[i];
+        }
+        if (N * LANES < 64) any &= (uint64_t(1) << (N * LANES % 64)) - 1;
+        for (int i = 0; i < ROWS; i++)
+            for (int n = 0; n < N; n++) kept[i][n] = (all(int32_t(bits[i] >> (n * LANES))) & load(LANE_BITS)) != I{};
+        return any != 0;
+    }
+};
+
+// A disc and windows, united. `one`: the image token of row 0, `others`: of column 0, `end`: past the last column; `by_query`: rows are
+// queries and columns keys.
+struct CoordinateMask {
     const Problem& p;
     const int first_axis;
+    const int64_t one, others, end;
+    const bool by_query;
 
-    explicit Mask(const Geometry& g) : p(g.p), first_axis(g.first_axis) {}
+    CoordinateMask(const Geometry& g, const Run& rows, const Run& columns, bool by_query)
+        : p(g.p), first_axis(g.first_axis), one(rows.image), others(columns.image), end(columns.image + columns.count), by_query(by_query) {}
 
     const int32_t* coord(int axis) const { return p.coords + axis * (p.image + PADDING); }
     const int32_t* window(int64_t w, int axis, int what) const { return p.windows + ((w * 3 + axis) * 3 + what) * (p.image + PADDING); }
 
-    // One token against LANES others starting at image token `others`; `by_query`: the one is the query, the others are keys.
-    // Loads whole vectors, up to LANES - 1 entries past the last token: hence PADDING.
-    I pairs(int64_t one, int64_t others, bool by_query) const {
+    // Token `row` against LANES others starting at image token `column`. Loads whole vectors, up to LANES - 1 entries past the last token:
+    // hence PADDING.
+    I pairs(int64_t row, int64_t column) const {
         I kept = all(int32_t(0));
         if (p.reach >= 0) {
             I distance = all(int32_t(0));
             for (int axis = first_axis; axis < 3; axis++) {
-                I d = load(coord(axis) + others) - coord(axis)[one];
+                I d = load(coord(axis) + column) - coord(axis)[row];
                 distance += d * d;
             }
             kept = distance <= all(int32_t(p.reach));
@@ -28,30 +62,28 @@ struct Mask {
             for (int axis = first_axis; axis < 3; axis++) {
                 const int32_t *c = coord(axis), *first = window(w, axis, 0), *last = window(w, axis, 1), *residue = window(w, axis, 2);
                 if (by_query) {
-                    I key = load(c + others);
-                    inside &= (key >= all(first[one])) & (key <= all(last[one]));
+                    I key = load(c + column);
+                    inside &= (key >= all(first[row])) & (key <= all(last[row]));
                 } else {
-                    I key = all(c[one]);
-                    inside &= (load(first + others) <= key) & (load(last + others) >= key);
+                    I key = all(c[row]);
+                    inside &= (load(first + column) <= key) & (load(last + column) >= key);
                 }
-                inside &= load(residue + others) == all(residue[one]);
+                inside &= load(residue + column) == all(residue[row]);
             }
             kept |= inside;
         }
         return kept;
     }
 
-    // ROWS tokens from `one` on against N vectors of others: their masks, and whether any pair is kept. Rows past the last token repeat it;
-    // others from `end` on are never kept.
     template <int N>
-    inline __attribute__((always_inline)) bool strip(I (&kept)[ROWS][N], int64_t one, int64_t others, int64_t end, bool by_query) const {
+    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
         I seen = all(int32_t(0));
-        for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < ROWS; i++)
             for (int n = 0; n < N; n++) {
-                int64_t at = others + n * LANES;
-                kept[r][n] = pairs(std::min(one + r, p.image - 1), at, by_query);
-                if (at + LANES > end) kept[r][n] &= LANE < all(int32_t(end - at));
-                seen |= kept[r][n];
+                int64_t at = others + c + n * LANES;
+                kept[i][n] = pairs(std::min(one + r + i, p.image - 1), at);
+                if (at + LANES > end) kept[i][n] &= LANE < all(int32_t(end - at));
+                seen |= kept[i][n];
             }
         int64_t words[LANES / 2], any = 0;
         __builtin_memcpy(words, &seen, sizeof seen);
@@ -59,3 +91,9 @@ struct Mask {
         return any != 0;
     }
 };
+
+// Calls body(keep) with the mask of a partial block that has bit mask n, or is decided by coordinates where there are none.
+template <class Body>
+static inline __attribute__((always_inline)) auto with_mask(const Geometry& g, int64_t n, const Run& rows, const Run& columns, bool by_query, Body&& body) {
+    return g.p.masks ? body(BitMask(g.p, n, by_query)) : body(CoordinateMask(g, rows, columns, by_query));
+}

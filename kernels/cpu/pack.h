@@ -57,6 +57,7 @@ static inline void copy_rows(uint16_t* out, int64_t ld, const Rows& in, int64_t 
     for (int64_t i = 0; i < run.count; i++) __builtin_memcpy(out + i * ld, from + run.at(i) * in.row, size_t(channels) * 2);
 }
 
+static constexpr int64_t WHOLE = -1;    // in place of a mask's number: all pairs of the block are kept
 static const float MASKED = -1e30f;  // a bias (in log2) that leaves a key out
 
 // Blocks of one problem. Key blocks: the image's, then the text's, then the extra keys'. Query blocks: the image's, then the text's.
@@ -131,24 +132,26 @@ struct Geometry {
 
     // The lists of a query block of image tokens.
     struct List {
-        const int32_t* blocks;
+        const int32_t *blocks, *masks;
         int64_t count, full;
+        int64_t mask(int64_t n) const { return n < full ? WHOLE : masks ? masks[n] : 0; }  // of entry n
     };
     List list(int64_t bh, int64_t i) const {
         int64_t at = bh * p.lists_per_head * p.q_blocks + i;
-        return {p.lists + at * p.list_width, p.counts[at], p.full[at]};
+        return {p.lists + at * p.list_width, p.mask_of ? p.mask_of + at * p.list_width : nullptr, p.counts[at], p.full[at]};
     }
 
-    // Calls body(key block, whether its pairs need the predicate) for all that query block i visits.
+    // Calls body(key block, its mask) for all that query block i visits. The mask: WHOLE, or the number of the block's bit mask where the
+    // problem has some.
     template <class Body>
     void for_visits(int64_t bh, int64_t i, Body&& body) const {
         if (i >= p.q_blocks) {
-            for (int64_t j = 0; j < p.k_blocks + text_blocks; j++) body(j, false);
+            for (int64_t j = 0; j < p.k_blocks + text_blocks; j++) body(j, WHOLE);
             return;
         }
         List l = list(bh, i);
-        for (int64_t n = 0; n < l.count; n++) body(l.blocks[n], n >= l.full);
-        for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, false);
+        for (int64_t n = 0; n < l.count; n++) body(l.blocks[n], l.mask(n));
+        for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, WHOLE);
     }
 
     void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {

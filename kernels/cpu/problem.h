@@ -28,6 +28,8 @@ struct Problem {
     float scale;
     const int32_t* windows;                   // [n_windows, 3 axes, (first, last, residue), image], in the blocks' order
     int64_t reach;                            // largest squared distance inside the disc, -1 for no disc
+    const int64_t *masks, *masks_t;           // [M, q_width, ceil(k_width / 64)], [M, k_width, ceil(q_width / 64)]: bits, see mask.h; or null
+    const int32_t* mask_of;                   // as `lists`: which of the masks an entry from `full` on has; null without masks
     const int32_t *places_q, *places_k;       // [image]: where each token of the blocks' order is among the image's; null: in that order
     const float *extra_k, *extra_v;           // [B, H, extra, D]: keys that all image queries see in addition to the text's
     const float *offset, *weight, *bias;      // [H] log mass offset; [D, D] and [D] projection; null where absent

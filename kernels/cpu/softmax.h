@@ -50,20 +50,20 @@ struct Softmax {
         absorb(r0, b, 0, keys, best);
     }
 
-    // The same for keys that the mask decides: strips of keys that none of the rows keeps cost nothing.
-    template <class E>
-    void visit_masked(const Run& queries, const Run& keys, const Block<E>& b, const Mask& mask) {
-        for (int64_t r0 = 0; r0 < queries.count; r0 += ROWS) {
+    // The same for keys that a mask decides: strips of keys that none of the rows keeps cost nothing.
+    template <class E, class Mask>
+    void visit_masked(int64_t queries, int64_t keys, const Block<E>& b, const Mask& mask) {
+        for (int64_t r0 = 0; r0 < queries; r0 += ROWS) {
             V best[ROWS];
             for (int r = 0; r < ROWS; r++) best[r] = all(NEVER);
-            int64_t first = keys.count, last = 0;
-            for_strips(round_up(keys.count, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            int64_t first = keys, last = 0;
+            for_strips(round_up(keys, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
                 I kept[ROWS][strip.value];
-                bool live = mask.strip<strip.value>(kept, queries.image + r0, keys.image + c, keys.image + keys.count, true);
+                bool live = mask(kept, r0, c);
                 V x[ROWS][strip.value] = {};
                 if (live) {
                     logits<strip.value>(x, r0, b, c);
-                    first = std::min(first, c), last = std::min(c + strip.value * LANES, keys.count);
+                    first = std::min(first, c), last = std::min(c + strip.value * LANES, keys);
                 }
                 for (int r = 0; r < ROWS; r++)
                     for (int s = 0; s < strip.value; s++) {

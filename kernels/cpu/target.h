@@ -9,6 +9,7 @@ static constexpr int64_t POOL = 64, MAX_CHANNELS = 256;
 
 alignas(64) static const int32_t LANE_NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #define LANE load(LANE_NUMBERS)
+alignas(64) static const int32_t LANE_BITS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
 
 #include "pack.h"
 #include "mask.h"

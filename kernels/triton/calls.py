@@ -158,6 +158,8 @@ def _check_order(a: Arguments | SelectionArguments) -> None:
 
 
 def _dense(a: Arguments) -> Arguments:
-    """With channels contiguous."""
+    """With channels contiguous. Raises ValueError at what the kernels have no code for."""
     _check_order(a)
+    if a.masks is not None:
+        raise ValueError("the Triton kernels do not read bit masks: give windows or reach, or use the CPU kernels")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
