@@ -54,7 +54,7 @@ class DistillConfig:
         object.__setattr__(self, "specs", tuple(self.specs) if isinstance(self.specs, list | tuple) else self.specs)
         self._check("specs", isinstance(self.specs, tuple), "a tuple of AttentionSpec")
         if self.specs:
-            from dit_accel.method.spec import AttentionSpec  # it needs torch, which the command line's help does without
+            from dit_accel.method import AttentionSpec  # it needs torch, which the command line's help does without
 
             self._check("specs", all(isinstance(spec, AttentionSpec) for spec in self.specs), "a tuple of AttentionSpec")
         steps = self.parameter_steps

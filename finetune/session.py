@@ -62,7 +62,7 @@ class Run:
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
-        return any(operator.params.proj is not None for operator in operators_of(self.transformer).values())
+        return any(operator.fit == "least_squares" for operator in operators_of(self.transformer).values())
 
     @property
     def parameter_rate(self) -> float:
@@ -235,7 +235,7 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = all(operator.params.proj is not None for operator in operators)
+    projected = all(operator.fit == "least_squares" for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 

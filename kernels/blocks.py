@@ -1,7 +1,7 @@
 """Blocks of tokens: gathering them, pooling them, choosing among them, and the lists of blocks that queries visit."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,10 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Blocks:
-    """N tokens cut into T consecutive blocks of at most `width` tokens, as gather indices.
+    """N tokens cut into T blocks of at most `width` tokens, as gather indices.
 
     `index` `[T, width]`: token at each place (short blocks repeat their last token). `valid` `[T, width]`: whether the place is a token.
-    `count` `[T]`: tokens per block. `place` `[N]`: where each token stands in the padded `[T · width]`. `even`: all blocks are full.
+    `count` `[T]`: tokens per block. `place` `[N]`: where each token is placed in the padded `[T · width]`. `even`: all blocks are full.
+    `consecutive`: blocks follow each other as their tokens do.
     """
 
     index: Tensor
@@ -20,6 +21,7 @@ class Blocks:
     count: Tensor
     place: Tensor
     even: bool
+    consecutive: bool = True
 
     @classmethod
     def from_starts(cls, starts: Tensor) -> "Blocks":
@@ -31,16 +33,20 @@ class Blocks:
         index = torch.minimum(starts[:-1, None] + offset, starts[1:, None] - 1)
         return cls(index, valid, count, valid.flatten().nonzero().flatten(), bool(valid.all()))
 
+    def among(self, order: Tensor) -> "Blocks":
+        """The same blocks of tokens that are kept in another order; `order` `[N]`: the new place of each token that the blocks count."""
+        return replace(self, index=order[self.index], place=self.place[order.argsort()], consecutive=False)
+
     def gather(self, x: Tensor) -> Tensor:
-        """`[..., N, D]` to `[..., T, width, D]`; a view where all blocks are full."""
-        if self.even:
+        """`[..., N, D]` to `[..., T, width, D]`; a view where all blocks are full and follow each other."""
+        if self.even and self.consecutive:
             return x.unflatten(-2, self.index.shape)
         return x.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape)
 
     def ungather(self, x: Tensor) -> Tensor:
         """The inverse: `[..., T, width, D]` to `[..., N, D]`, padding dropped."""
         flat = x.flatten(-3, -2)
-        return flat if self.even else flat.index_select(-2, self.place)
+        return flat if self.even and self.consecutive else flat.index_select(-2, self.place)
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,25 @@ def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[T
     return mean, ((parts - mean[..., None, :]).square() * weight).sum(-2) if variance else None
 
 
+def mean_product(query_mean: Tensor, key_mean: Tensor) -> Tensor:
+    """The products `[BH, Tq, Tk]` of block means `[BH, Tq, D]` and `[BH, Tk, D]`, without a gradient.
+
+    In float64, because what the user allows products of float32 to round (TF32, bfloat16) is not to change which blocks are chosen.
+    """
+    with torch.no_grad():
+        return query_mean.double() @ key_mean.double().transpose(-1, -2)
+
+
+def best_blocks(score: Tensor, count: int) -> BlockMap:
+    """The `count` key blocks with the largest score `[BH, Tq, Tk]` of each query block. Selection is not differentiated."""
+    index = score.detach().topk(count, dim=-1).indices
+    return BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True)
+
+
 def select_blocks(query_mean: Tensor, key_mean: Tensor, count: int, *, key_weight: Tensor | None = None) -> BlockMap:
     """The `count` best key blocks per query block by the product of block means (SLA, arXiv 2509.24006, section 3).
 
-    Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores. Selection is not differentiated.
+    Shapes `[BH, Tq, D]` and `[BH, Tk, D]`. `key_weight` `[Tk]` multiplies scores.
     """
-    with torch.no_grad():
-        # float64, because what the user allows products of float32 to round (TF32, bfloat16) is not to change the choice
-        score = query_mean.double() @ key_mean.double().transpose(-1, -2)
-        if key_weight is not None:
-            score = score * key_weight
-        index = score.topk(count, dim=-1).indices
-        return BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True)
+    score = mean_product(query_mean, key_mean)
+    return best_blocks(score if key_weight is None else score * key_weight, count)

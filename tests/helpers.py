@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.method.parameters import AttentionParameters
-from dit_accel.method.spec import (
+from dit_accel.method import (
     AttentionSpec,
     Box,
     Disc,
@@ -31,6 +30,7 @@ from dit_accel.method.spec import (
     TopK,
     Window,
 )
+from dit_accel.method.parameters import AttentionParameters
 from dit_accel.operator.layout import TokenLayout
 
 Grid = tuple[int, int, int]
@@ -303,13 +303,13 @@ def oracle(
         bias[:, text] = text_bias.to(dtype)
     logits[0] = logits[0] + bias[:, None, None, text]
 
-    offset = params.offset.to(dtype)[:, None, None] if params.offset is not None else 0.0
+    learned = dict(params.named_parameters())
+    offset = learned["offset"].to(dtype)[:, None, None] if "offset" in learned else 0.0
     if isinstance(spec.rest, Pooled):
         extra, value = pooled_keys(qi, ki, vi, kept, spec.rest, block_of(layout.grids, spec.order, spec.block[1]), scale)
         logits, values = [*logits, extra + offset], [*values, value]
     if isinstance(spec.rest, Downsampled):
-        assert params.spatial_weight is not None
-        key, value = (downsampled(x, layout.grids, spec.rest.factor, params.spatial_weight) for x in (ki, vi))
+        key, value = (downsampled(x, layout.grids, spec.rest.factor, learned["spatial_weight"]) for x in (ki, vi))
         logits, values = [*logits, scale * qi @ key.mT + offset], [*values, value]
     joint = torch.cat(logits, -1)
     out, lse = joint.softmax(-1) @ torch.cat(values, 2), joint.logsumexp(-1)
@@ -317,10 +317,9 @@ def oracle(
         value, mass = linear_rest(qi, ki, vi, kept, spec.rest)
         if isinstance(spec.merge, Mass):
             share = (lse[..., None] - mass[..., None] - offset).sigmoid()
-            out, lse = share * out + (1 - share) * value, torch.logaddexp(lse, mass + (offset[..., 0] if params.offset is not None else 0))
+            out, lse = share * out + (1 - share) * value, torch.logaddexp(lse, mass + (offset[..., 0] if "offset" in learned else 0))
         else:
-            assert params.proj is not None
-            out = out + value @ params.proj.weight.to(dtype).T + params.proj.bias.to(dtype)
+            out = out + value @ learned["proj.weight"].to(dtype).T + learned["proj.bias"].to(dtype)
 
     dense = scale * q[:, :, text] @ k.mT + bias[:, None, None]
     back = torch.cat([text, image]).argsort()

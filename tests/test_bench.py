@@ -21,9 +21,9 @@ from dit_accel.measure.capture import attention_errors, capture_qkv, record_step
 from dit_accel.measure.quality import bench_quality, spread
 from dit_accel.measure.step import bench_step, step_times
 from dit_accel.measure.timing import machine
+from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, TopK
-from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds, visited_density
+from dit_accel.operator.cost import kept_density, multiply_adds, visited_density
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.state import patches_of

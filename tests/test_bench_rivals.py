@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dit_accel.measure import rivals as bench_rivals
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Disc, DiscBlocks, Linear, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
 

@@ -255,8 +255,10 @@ def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
         context.tag, normal(1, 35, 16), torch.ones(1), [position_ids(5, 7)], "img_ids", "", [], "", TEXT, 0, [], True
     )
     q, k, v = (normal(1, TEXT + 35, 2, 16, seed=n).requires_grad_() for n in range(3))
-    weight, bias = operator.params().proj
-    arguments = (q, k, v, None, weight, bias, None, None, token, False, None, False, "default")
+    names, learned = zip(*operator.params().items(), strict=True)
+    learned = [x.detach().requires_grad_() for x in learned]
+    assert names == ("proj.weight", "proj.bias")
+    arguments = (q, k, v, None, learned, "\n".join(names), token, False, None, False, "default")
     torch.library.opcheck(torch.ops.dit_accel.layer.default, arguments)
     out = torch.ops.dit_accel.layer(*arguments)[0]
     assert (relative_error(out, torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))

@@ -20,8 +20,8 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
 from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.cpu import native
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.operator.attention import attend, attention
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout

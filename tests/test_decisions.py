@@ -19,7 +19,7 @@ import dit_accel
 from dit_accel import CLEAR, SLA, Fovea, TokenLayout
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native
-from dit_accel.method.spec import Tiles
+from dit_accel.method import Tiles
 from dit_accel.operator import decisions, guard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

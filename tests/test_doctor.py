@@ -17,12 +17,12 @@ from dit_accel import files
 from dit_accel.cli.app import app
 from dit_accel.errors import WriteError
 from dit_accel.kernels import dispatch, ops
+from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.triton import driver, tuned
 from dit_accel.measure import doctor, doctor_report, doctor_smoke
 from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
-from dit_accel.method.spec import TopK
-from dit_accel.operator import attention as operator
+from dit_accel.method import TopK
 from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU = torch.device("cpu")
@@ -120,10 +120,8 @@ def test_rounding_decides_no_choice_of_blocks() -> None:
 def gap(q: torch.Tensor, k: torch.Tensor, spec: Any, shape: Any) -> float:
     """The smallest difference between the last chosen and the first other block's score, as a share of the scores' size."""
     plan = make_plan(spec, shape.layout, CPU)
-    order = slice(None) if plan.to_memory is None else plan.to_memory
-    means = [operator.pool_blocks(x[:, order], side)[0] for x, side in ((q, plan.q_blocks), (k, plan.k_blocks))]
-    top = next(pattern for pattern in spec.keep if isinstance(pattern, TopK))
-    scores = means[0] @ means[1].mT * (1 if plan.short_weight is None or not top.correct_short else plan.short_weight.double())
+    means = [pool_blocks(x, side)[0] for x, side in ((q, plan.q_blocks), (k, plan.k_blocks))]
+    scores = means[0] @ means[1].mT * plan.prepared.get("short_weight", torch.ones(())).double()
     ordered = scores.sort(-1, descending=True).values
     if plan.top == ordered.shape[-1]:
         return 1.0

@@ -6,10 +6,9 @@ import torch
 from helpers import coordinates
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.method.presets import CLEAR
+from dit_accel.method import CLEAR, Downsampled
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
-from dit_accel.operator.lowering import downsample
 
 # on a GPU they add in whichever order threads arrive, or make numbers anew that depend on the grid alone
 FORBIDDEN = ("index_add", "scatter_add", "scatter_reduce", "index_put", "bincount", "index_reduce", "histc")
@@ -32,7 +31,7 @@ def test_no_sum_depends_on_the_order_of_threads() -> None:
     plan = make_plan(spec, layout, torch.device("cpu"))
     x, weight = torch.randn(3, layout.image, 8, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     with Names() as names:
-        downsample(x, plan, 4, weight).sin().sum().backward()
+        Downsampled(4).pooled(x, plan.prepared, {"spatial_weight": weight}).sin().sum().backward()
     assert x.grad is not None
     assert weight.grad is not None
     assert len(names.found) > 3
@@ -43,8 +42,7 @@ def test_the_plan_holds_the_tokens_of_each_patch() -> None:
     grid = (2, 7, 9)
     plan = make_plan(CLEAR(3, downsample=4), TokenLayout(grid), torch.device("cpu"))
     t, y, x = coordinates((grid,)).unbind(-1)
-    assert plan.cells is not None
-    assert plan.patch_tokens is not None
-    assert plan.patch_tokens.tolist() == torch.stack([t, y // 4, x // 4]).unique(dim=1, return_counts=True)[1].tolist()
-    assert len(plan.cells.unique()) == len(t)
-    assert plan.cells.div(16, rounding_mode="floor").bincount().tolist() == plan.patch_tokens.tolist()
+    cells, patch_tokens = (plan.prepared[name] for name in ("cells", "patch_tokens"))
+    assert patch_tokens.tolist() == torch.stack([t, y // 4, x // 4]).unique(dim=1, return_counts=True)[1].tolist()
+    assert len(cells.unique()) == len(t)
+    assert cells.div(16, rounding_mode="floor").bincount().tolist() == patch_tokens.tolist()

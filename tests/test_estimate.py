@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import disc_pairs as disc_mask
-from helpers import window_pairs as window_mask
+from helpers import disc_pairs, window_pairs
 from typer.testing import CliRunner
 
 from dit_accel.cli.app import app
-from dit_accel.measure.estimate import MODELS, disc_pairs, estimate, gigaflops, passes, tile_visits, window_pairs
+from dit_accel.measure.estimate import MODELS, estimate, gigaflops, tile_visits
+from dit_accel.method import Disc, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import Disc, Window
+from dit_accel.operator.cost import passes
 from dit_accel.operator.layout import TokenLayout
 
 
@@ -26,7 +26,7 @@ def test_published_arithmetic_of_clear(side: int, wanted: list[float]) -> None:
     for radius in (8, 16, 32):
         (disc,) = CLEAR(radius).keep
         assert isinstance(disc, Disc)
-        found.append(round(gigaflops(disc_pairs(layout.grid, disc.reach), layout, MODELS["flux"]), 1))
+        found.append(round(gigaflops(disc.pairs(layout.grid), layout, MODELS["flux"]), 1))
     assert found == wanted
 
 
@@ -47,8 +47,8 @@ def test_pairs_by_brute_force(grid: tuple[int, int, int]) -> None:
     (disc,), (window,) = CLEAR(3.5).keep, GNA(5, stride=2, dilation=2).keep
     assert isinstance(disc, Disc)
     assert isinstance(window, Window)
-    assert disc_pairs(grid, disc.reach) == int(disc_mask((grid,), 3.5).sum())
-    assert window_pairs(grid, window) == int(window_mask((grid,), window).sum())
+    assert disc.pairs(grid) == int(disc_pairs((grid,), 3.5).sum())
+    assert window.pairs(grid) == int(window_pairs((grid,), window).sum())
 
 
 def test_a_floor_by_hand() -> None:

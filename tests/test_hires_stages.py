@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel import CLEAR, accelerate, builtin_pipeline, restore
 from dit_accel.errors import StageError
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import multiply_adds
 from dit_accel.pipelines import hires
 from dit_accel.pipelines.hires import forecast, latents, memory
 

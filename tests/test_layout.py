@@ -8,7 +8,7 @@ import torch
 from helpers import Grid, Largest, block_of
 
 from dit_accel.kernels.blocks import BlockMap
-from dit_accel.method.spec import Order, Raster, Tiles
+from dit_accel.method import Order, Raster, Tiles
 from dit_accel.operator.blocks_of_grid import listed_beside
 from dit_accel.operator.layout import TokenLayout, coordinates, memory_order, partition, raster_order
 

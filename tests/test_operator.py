@@ -15,11 +15,11 @@ from torch import Tensor
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, reference
 from dit_accel.kernels.cpu import native
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import kept_density
+from dit_accel.operator.cost import kept_density
 from dit_accel.operator.layout import TokenLayout, memory_order, raster_order
 
 SMALL = Tiles((4, 4))

@@ -11,6 +11,7 @@ import pytest
 
 import dit_accel
 import dit_accel.method
+from dit_accel.method.parts import part_types
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("kernels", "finetune", "pipelines")
@@ -140,6 +141,34 @@ def test_no_assert_guards_the_package() -> None:
     """`python -O` drops them, and a user deserves a message."""
     found = [f"{file.relative_to(ROOT)}:{n.lineno}" for file in FILES.values() for n in ast.walk(tree(file)) if isinstance(n, ast.Assert)]
     assert found == []
+
+
+def slot_cases(file: Path, slots: set[str]) -> Iterator[str]:
+    """Where a file tells parts apart by their type."""
+    for node in ast.walk(tree(file)):
+        asked: list[ast.AST] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+            asked = [node.args[1]]
+        elif isinstance(node, ast.MatchClass):
+            asked = [node.cls]
+        elif isinstance(node, ast.Compare) and any(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
+            asked = list(node.comparators)
+        names = {name.id if isinstance(name, ast.Name) else name.attr for part in asked for name in ast.walk(part)
+                 if isinstance(name, ast.Name | ast.Attribute)}  # fmt: skip
+        yield from (f"{file.name}:{node.lineno} {name}" for name in sorted(names & slots))
+
+
+def test_parts_are_told_apart_by_the_method_and_the_lowering_alone() -> None:
+    """What is true of a part is in its class, so that a new one is one class."""
+    bases = {"Part", "Pattern", "Static", "Blockwise", "Tokenwise", "Intervals", "Selection", "Score", "Rest", "Merge", "Order"}
+    slots = bases | {name for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")}
+    allowed = {name for name in FILES if within(name, {"method", "operator.lowering"})}
+    assert sum(len(list(slot_cases(FILES[name], slots))) for name in allowed) > 10
+    wrong = []
+    for name in FILES.keys() - allowed:
+        ours = {item.rpartition(".")[2] for item in imports(FILES[name]) if item.startswith("dit_accel.method")}  # nn.Linear is not
+        wrong += slot_cases(FILES[name], slots & ours)
+    assert wrong == []
 
 
 def test_files_are_short() -> None:

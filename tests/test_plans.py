@@ -14,9 +14,11 @@ from test_families import Tiny
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention
-from dit_accel.method.spec import Box, Disc, FirstFrames, Tiles, TopK, Window
+from dit_accel.method import Box, Disc, FirstFrames, Tiles, TopK, Window
 from dit_accel.operator import blocks_of_grid as plan
-from dit_accel.operator.blocks_of_grid import Plan, kept_density, make_plan, visited_density
+from dit_accel.operator import cost
+from dit_accel.operator.blocks_of_grid import Plan, make_plan
+from dit_accel.operator.cost import kept_density, visited_density
 from dit_accel.operator.plans import RECENT, Plans, plan_bytes
 from dit_accel.patch.state import patches_of
 
@@ -166,8 +168,8 @@ COUNTED = {
 def test_the_kept_share_is_a_count_of_pairs(
     spec: AttentionSpec, grids: tuple[tuple[int, int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "COUNTED_PAIRS", 5 * 16 * 16)  # more than one chunk
-    plan._shares.cache_clear()
+    monkeypatch.setattr(cost, "COUNTED_PAIRS", 5 * 16 * 16)  # more than one chunk
+    cost._shares.cache_clear()
     layout = TokenLayout(grids[0], 5, references=grids[1:])
     x = torch.zeros(1, 1, layout.image, 8, dtype=torch.float64)
     pairs = kept_pairs(x, x, spec, grids).sum().item()

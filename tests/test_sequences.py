@@ -15,7 +15,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import AttentionSpec
 from dit_accel.errors import FallbackError
-from dit_accel.method.spec import Disc, Raster
+from dit_accel.method import Disc, Raster
 from dit_accel.patch.processor import AcceleratedAttention
 
 importlib.import_module("tiny_transformers")

@@ -1,4 +1,4 @@
-"""Slot values: a type that a piece of code does not know is an error there, and numbers are numbers whoever made them."""
+"""Slot values: what is no whole part is refused, and numbers are numbers whoever made them."""
 
 import dataclasses
 import json
@@ -8,83 +8,91 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Shape
 
-from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention
-from dit_accel.errors import BackendError
-from dit_accel.measure.estimate import passes
-from dit_accel.method import spec
-from dit_accel.method.parameters import Values
-from dit_accel.method.spec import Box, Disc, FirstFrames, Linear, Mass, Pooled, Raster, TopK
-from dit_accel.operator.attention import attend
-from dit_accel.operator.blocks_of_grid import kept_density, make_plan, multiply_adds, visited_density
-from dit_accel.operator.layout import partition
+from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
+from dit_accel.method import (
+    Blockwise,
+    Box,
+    Call,
+    FirstFrames,
+    Intervals,
+    Mass,
+    MeanProduct,
+    Merge,
+    Order,
+    Part,
+    Pooled,
+    Raster,
+    Rest,
+    Score,
+    Selection,
+    Tokenwise,
+    TopK,
+)
+from dit_accel.method.parts import part_types
+from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU, LAYOUT = torch.device("cpu"), TokenLayout((1, 8, 8))
 
 
 @dataclasses.dataclass(frozen=True)
-class New:
-    """A type of every slot that no code has a case for."""
+class Foreign:
+    """A type of no slot."""
 
     radius: int = 3
 
 
-@pytest.fixture(autouse=True)
-def _declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The specs themselves accept the new type, as they do the moment that somebody adds one."""
-    for slot in ("Pattern", "Rest", "Merge", "Order"):
-        monkeypatch.setattr(spec, slot, getattr(spec, slot) | New)
+@pytest.mark.parametrize("slot", ["keep", "rest", "merge", "order"])
+def test_what_is_no_part_is_refused_in_every_slot(slot: str) -> None:
+    value = (Foreign(),) if slot == "keep" else Foreign()
+    with pytest.raises(ValueError, match=rf"{slot} .*got .*Foreign\(radius=3\)"):
+        dataclasses.replace(with_rest(), **{slot: value})
+
+
+@pytest.mark.parametrize("slot", [Blockwise, Tokenwise, Intervals, Selection, Score, Rest, Merge, Order], ids=lambda slot: slot.__name__)
+def test_a_part_that_lacks_its_formula_can_not_be_made(slot: type[Part]) -> None:
+    """So that nothing is ever computed, planned or counted as nothing."""
+    lacking = dataclasses.dataclass(frozen=True)(type(f"Lacking{slot.__name__}", (slot,), {"__module__": __name__}))
+    with pytest.raises(TypeError, match="abstract"):
+        lacking()
+    assert lacking.__name__ not in part_types()
+
+
+def test_a_part_is_frozen() -> None:
+    class Loose(MeanProduct):
+        def __call__(self, call: Call) -> torch.Tensor:
+            return -super().__call__(call)
+
+    with pytest.raises(ValueError, match=r"decorate it with @dataclass\(frozen=True\), got"):
+        TopK(0.3, score=Loose())
+    assert "Loose" not in part_types()
+
+
+def test_a_name_is_one_parts() -> None:
+    with pytest.raises(ValueError, match=r"Pooled is dit_accel.method.parts.far's: give it another name"):
+        type("Pooled", (Blockwise,), {"__module__": __name__})
+    assert part_types()["Pooled"] is Pooled
+
+
+def test_two_parts_do_not_share_a_learned_tensor() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Shifted(MeanProduct):
+        def parameters(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+            return {"offset": torch.zeros(heads)}
+
+    spec = AttentionSpec((TopK(0.3, score=Shifted()),), Pooled(), Mass())
+    with pytest.raises(ValueError, match=r"'offset': rename it"):
+        spec.make_parameters(heads=2, head_dim=16)
 
 
 def with_rest(rest: Any = None, merge: Any = None) -> AttentionSpec:
     return AttentionSpec((TopK(0.3),), rest or Pooled(), merge or Mass(offset=False), Raster(), (16, 16))
 
 
-def run(method: AttentionSpec, backend: str) -> torch.Tensor:
-    """The operator with parameters made elsewhere."""
-    q, k, v = Shape(1, 2, 16, LAYOUT.grid).inputs()
-    plan = make_plan(method, LAYOUT, CPU)
-    return attend(q, k, v, method, LAYOUT, plan, Values(None, None, None), None, backend)[0]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton", "auto", "reference"])
-@pytest.mark.parametrize("slot", ["rest", "merge"])
-def test_no_backend_computes_an_unknown_slot_as_none(slot: str, backend: str) -> None:
-    unknown = dataclasses.replace(with_rest(Linear()), **{slot: New()})
-    error = ValueError if backend == "reference" else BackendError
-    with pytest.raises(error, match=r"do(es)? not support New"):
-        run(unknown, backend)
-
-
-def with_pattern(*others: Any) -> AttentionSpec:
-    return AttentionSpec((*others, New()), block=(64, 64))  # type: ignore[arg-type]
-
-
-COUNTS: dict[str, Callable[[], object]] = {
-    "parameters-rest": lambda: with_rest(New()).make_parameters(heads=2, head_dim=16),
-    "parameters-merge": lambda: with_rest(Linear(), New()).make_parameters(heads=2, head_dim=16),
-    "plan": lambda: make_plan(with_pattern(), LAYOUT, CPU),
-    "plan-beside-others": lambda: make_plan(with_pattern(Disc(2)), LAYOUT, CPU),
-    "kept-density": lambda: kept_density(with_pattern(), LAYOUT),
-    "visited-density": lambda: visited_density(with_pattern(), LAYOUT),
-    "multiply-adds": lambda: multiply_adds(with_rest(New()), LAYOUT, 16),
-    "passes": lambda: passes(with_rest(New())),
-    "order": lambda: partition((1, 8, 8), New(), 64),  # type: ignore[arg-type]
-    "whole-layer": lambda: attention(*Shape(1, 2, 16, LAYOUT.grid).inputs(), with_rest(New()), LAYOUT),
-}
-
-
-@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
-def test_nothing_counts_or_plans_an_unknown_slot_as_nothing(count: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match="does not support New"):
-        count()
-
-
-def test_an_unknown_pattern_is_taken_for_one_of_tokens() -> None:
-    """Beside a rest of whole blocks, until somebody says that it keeps whole blocks."""
-    with pytest.raises(ValueError, match="whole blocks"):
-        AttentionSpec((New(),), Pooled(), Mass())  # type: ignore[arg-type]
+def test_a_type_that_is_not_registered_is_not_read() -> None:
+    data = with_rest().to_dict() | {"rest": {"type": "NeverDefined"}}
+    with pytest.raises(ValueError, match=r"module is imported first, got {'type': 'NeverDefined'}"):
+        AttentionSpec.from_dict(data)
 
 
 NUMPY: dict[str, tuple[Callable[[], AttentionSpec], AttentionSpec]] = {

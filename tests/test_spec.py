@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Mass, Pooled, Raster, Residual, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Mass, Pooled, Raster, Residual, Tiles, TopK, Window
 
 PRESETS = {
     "fovea": Fovea(),

@@ -56,7 +56,7 @@ def test_loops_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 KERNELS_OF_A_SIZE = """
 import sys, torch
-from dit_accel.operator import lowering
+from dit_accel.operator import composition
 from dit_accel.kernels.triton import aot, calls
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.operator.layout import TokenLayout
@@ -70,7 +70,7 @@ for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
     q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
     with calls.recorded(Machine("sm_90", 132)) as launches:
         plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()
-        lowering.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
+        composition.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
     for launch in launches:
         if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows"}:
             source = aot.source(launch)

@@ -16,8 +16,8 @@ from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
 from dit_accel.kernels.triton.tables import Machine
+from dit_accel.method import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
 

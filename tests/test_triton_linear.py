@@ -14,9 +14,9 @@ from dit_accel.kernels.arguments import SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import calls, launch
 from dit_accel.kernels.triton.tables import Machine
+from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import SLA
-from dit_accel.method.spec import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.operator.attention import attention
 
 pytestmark = pytest.mark.gpu

@@ -14,9 +14,9 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels.triton import calls, timing
 from dit_accel.measure import gpu_tune
 from dit_accel.measure import rivals as bench_rivals
+from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.operator.attention import attend, attention
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from dit_accel.adapters.wan_names import INT8, SCALE, bare, dequantised, is_wan, schemes, tile_grid, wan_parameter
 from dit_accel.errors import AdapterError
+from dit_accel.method import AttentionSpec, Disc, Downsampled, Linear, Residual
 from dit_accel.method.presets import CLEAR, SLA
-from dit_accel.method.spec import AttentionSpec, Disc, Downsampled, Linear, Residual
 from dit_accel.patch.anatomy import OWN, attention_layers, heads_of, plain_name
 from dit_accel.pipelines import class_of
 
@@ -203,7 +203,7 @@ def method_of(kind: Kind, file: Path, header: Header, spec: AttentionSpec | None
     if spec is None and kind is Kind.SHARED:
         raise AdapterError(f"{file} does not tell its method: give spec=SLA(topk, scope='all'), with 0.2 for SimpleTuner's own default")
     spec = spec or TURBO
-    if not (isinstance(spec.rest, Linear) and isinstance(spec.merge, Residual)):
+    if spec.find(Linear) is None or spec.find(Residual) is None:
         raise AdapterError(f"{file} holds {kind.value}, which requires spec=SLA(...) with a linear rest, not {spec}")
     return spec
 
@@ -221,9 +221,10 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
         raise AdapterError(
             f"{file} does not tell its radius: give it its published name, as clear_local_16{down}{SUFFIX}, or pass spec=CLEAR(16{more})"
         )
-    if not any(isinstance(p, Disc) for p in spec.keep) or not (spec.rest is None or isinstance(spec.rest, Downsampled)):
+    factors = spec.find(Downsampled)
+    if spec.find(Disc) is None or spec.rest != factors:
         raise AdapterError(f"{file} holds {Kind.CLEAR.value}, which require spec=CLEAR(radius), not {spec}")
-    if pooled != isinstance(spec.rest, Downsampled):
+    if pooled != (factors is not None):
         raise AdapterError(f"{file} holds {'' if pooled else 'no '}pooling weights, which does not fit {spec}")
     return spec
 

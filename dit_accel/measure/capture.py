@@ -12,8 +12,8 @@ from torch import Tensor
 from dit_accel.finetune.data.collect import Forward, Recorder
 from dit_accel.finetune.velocity import predict
 from dit_accel.kernels import reference
+from dit_accel.method import AttentionSpec, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
-from dit_accel.method.spec import AttentionSpec, Tiles, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout

@@ -25,8 +25,8 @@ from dit_accel.measure.pages import write_report, write_sheet
 from dit_accel.measure.similarity import compare, save_picture
 from dit_accel.measure.step import step_times
 from dit_accel.measure.timing import machine
+from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import raster_order
 from dit_accel.patch.modes import always

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels import reference
 from dit_accel.kernels.blocks import BlockMap
+from dit_accel.method import AttentionSpec, Call, Linear, Mass, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.operator import attention as operator
+from dit_accel.operator import composition
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 
@@ -86,9 +86,8 @@ def differences(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, device: t
         return operator.attend(q, k, v, spec, layout, plan, params(), None, backend)
 
     def by_formula(given: list[Tensor], params: AttentionParameters) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.flatten(0, 1) for x in given)
-        out, lse = operator._attend(q, k, v, None, spec, layout, plan, params(), shape.head_dim**-0.5, reference.dense_attention)
-        return out.unflatten(0, given[0].shape[:2]), lse.unflatten(0, given[0].shape[:2])
+        q, k, v = given
+        return operator.attend(q, k, v, spec, layout, plan, params(), None, "reference")
 
     got = _results(by_kernels, qkv, _parameters(spec, shape, device, torch.float32))
     with _choices() as chosen:
@@ -123,18 +122,18 @@ def _results(function: Pass, qkv: list[Tensor], params: AttentionParameters) -> 
 @contextlib.contextmanager
 def _choices(given: list[BlockMap] | None = None) -> Iterator[list[BlockMap]]:
     """Notes which blocks the reference visits, or has it visit those: a block that only rounding prefers is no measure of rounding."""
-    original, noted = operator.visited_blocks, list(given or [])
+    original, noted = composition.visited_blocks, list(given or [])
 
-    def visited(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
+    def visited(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:
         if given is None:
-            noted.append(original(q, k, spec, plan))
+            noted.append(original(call, spec, plan))
         return noted[-1]
 
-    operator.visited_blocks = visited
+    composition.visited_blocks = visited
     try:
         yield noted
     finally:
-        operator.visited_blocks = original
+        composition.visited_blocks = original
 
 
 def _difference(name: str, got: Tensor, exact: Tensor, moved: Tensor, dtype: torch.dtype) -> Difference:

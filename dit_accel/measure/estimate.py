@@ -1,16 +1,14 @@
 """`dit-accel estimate`: arithmetic, memory traffic and the least time, for a GPU, a model and a size. Nothing here is measured."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from dit_accel.console import console
 from dit_accel.errors import ArgumentError
-from dit_accel.method.spec import AttentionSpec, Disc, Downsampled, Linear, Pooled, TopK, Window, unknown
-from dit_accel.operator.blocks_of_grid import kept_density, make_plan, multiply_adds, window_table
+from dit_accel.method import AttentionSpec, Disc, Window
+from dit_accel.operator.cost import image_pairs, kept_pairs, passes, with_text
 from dit_accel.operator.layout import TokenLayout
 
 
@@ -72,49 +70,15 @@ def find(kind: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def disc_pairs(grid: tuple[int, int, int], reach: int) -> int:
-    """Pairs of tokens of a grid whose squared distance is at most `reach`: a sum over offsets."""
-    side = math.isqrt(max(0, reach))
-    offsets = [range(-min(side, n - 1), min(side, n - 1) + 1) for n in grid]
-    return sum(
-        math.prod(n - abs(d) for n, d in zip(grid, gap, strict=True))
-        for gap in ((t, y, x) for t in offsets[0] for y in offsets[1] for x in offsets[2])
-        if sum(d * d for d in gap) <= reach
-    )
-
-
-def window_pairs(grid: tuple[int, int, int], window: Window) -> int:
-    """Pairs of tokens that a neighborhood keeps: the product over the axes."""
-    total = 1
-    for axis, length in enumerate(grid):
-        size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
-        first, last = window_table(length, size, stride, dilation).unbind(-1)
-        total *= int(((last - first) // dilation + 1).sum())
-    return total
-
-
 def tile_visits(window: Window, grid: tuple[int, int, int], q_tile: tuple[int, int, int], k_tile: tuple[int, int, int]) -> tuple[int, int]:
     """Key tiles that the busiest query tile visits, and all of them, in tile order (NATTEN's count, arXiv 2504.16922)."""
     visited, total = 1, 1
     for axis, length in enumerate(grid):
-        size, stride, dilation = (window.per_axis(name)[axis] for name in ("size", "stride", "dilation"))
-        first, last = window_table(length, size, stride, dilation).unbind(-1)
+        first, last = window.bounds(grid, axis)[0].unbind(-1)
         tiles = [slice(i, i + q_tile[axis]) for i in range(0, length, q_tile[axis])]
         visited *= max(int(last[t].max()) // k_tile[axis] - int(first[t].min()) // k_tile[axis] + 1 for t in tiles)
         total *= -(-length // k_tile[axis])
     return visited, total
-
-
-def kept_pairs(spec: AttentionSpec, layout: TokenLayout) -> float:
-    """Pairs of image tokens that the method attends to exactly."""
-    if len(spec.keep) == 1 and isinstance(spec.keep[0], Disc):
-        return disc_pairs(layout.grid, spec.keep[0].reach)
-    if len(spec.keep) == 1 and isinstance(spec.keep[0], Window):
-        return window_pairs(layout.grid, spec.keep[0])
-    if len(spec.keep) == 1 and isinstance(spec.keep[0], TopK):
-        plan = make_plan(spec, layout, torch.device("cpu"))
-        return layout.image**2 * plan.top / len(plan.k_blocks.count)
-    return kept_density(spec, layout) * layout.image**2
 
 
 def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
@@ -122,22 +86,7 @@ def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
 
     The count of CLEAR's tables (arXiv 2412.16112): scores and values, a multiply-add as two.
     """
-    text = layout.text * (layout.image + layout.text) + layout.image * layout.text
-    return 4 * (pairs + text) * model.heads * model.head_dim / 1e9
-
-
-def passes(spec: AttentionSpec | None) -> int:
-    """Tensors of N × d that a forward reads or writes: q, k, v, out; q and k again to choose blocks; k and v again for the rest."""
-    if spec is None:
-        return 4
-    match spec.rest:
-        case Linear() | Pooled() | Downsampled():
-            again = 2
-        case None:
-            again = 0
-        case _:
-            raise unknown(spec.rest, "the estimate")
-    return 4 + 2 * any(isinstance(p, TopK) for p in spec.keep) + again
+    return 4 * with_text(pairs, layout) * model.heads * model.head_dim / 1e9
 
 
 def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | None, *, frames: int = 1) -> dict[str, Any]:
@@ -153,14 +102,11 @@ def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | 
         raise ArgumentError(f"frames of {model} must be {allowed}, not {frames}")
     grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
     layout = TokenLayout(grid, shape.text)
-    if spec is None:
-        kept = computed = gigaflops(layout.image**2, layout, shape)
-    else:
-        kept = gigaflops(kept_pairs(spec, layout), layout, shape)
-        computed = gigaflops(multiply_adds(spec, layout, shape.head_dim) * layout.image**2, layout, shape)
+    kept = gigaflops(kept_pairs(spec, layout), layout, shape)
+    computed = gigaflops(image_pairs(spec, layout, shape.head_dim), layout, shape)
     megabytes = passes(spec) * layout.tokens * shape.heads * shape.head_dim * 2 / 1e6
     times = (computed / chip.tflops, megabytes / chip.bandwidth)  # ms: GFLOP over TFLOP/s, MB over GB/s
-    radius = next((p.radius for p in spec.keep if isinstance(p, Disc)), None) if spec else None
+    disc = None if spec is None else spec.find(Disc)
     published = PUBLISHED.get((model, gpu, size[0]), {}) if size[0] == size[1] else {}
     return {
         "method": "original" if spec is None else str(spec),
@@ -170,7 +116,7 @@ def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | 
         "megabytes": megabytes,
         "floor_ms": max(times) * shape.layers,
         "bound": "arithmetic" if times[0] >= times[1] else "memory",
-        "published_seconds": published.get(radius) if spec is None or radius is not None else None,
+        "published_seconds": published.get(disc.radius if disc else None) if spec is None or disc is not None else None,
     }
 
 

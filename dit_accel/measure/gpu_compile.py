@@ -19,7 +19,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator import lowering
+from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
@@ -65,7 +65,7 @@ class Job:
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS)) as launches:
             plan = make_plan(spec, layout, q.device)
-            lowering.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
+            composition.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)

@@ -24,8 +24,7 @@ from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
 from dit_accel.measure.gpu_compile import DTYPES, METHODS
-from dit_accel.method.spec import Linear
-from dit_accel.operator import lowering
+from dit_accel.operator import composition, lowering
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
@@ -117,7 +116,7 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
 
 def methods_of(kernel: str, head_dim: int) -> list[str]:
     """The methods that run a kernel at a head dimension."""
-    return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not isinstance(METHODS[m].rest, Linear)]
+    return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not lowering.has_states(METHODS[m])]
 
 
 def candidates(work: Work, machine: Machine) -> list[Tile]:
@@ -201,7 +200,7 @@ def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[
         made = [torch.randn(size, generator=seed, device=device).to(dtype) for _ in range(3)]
     q, k, v = (x.requires_grad_() for x in made)
     params = start_values(spec, q).requires_grad_()
-    out, _ = lowering.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
+    out, _ = composition.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
     out.backward(torch.empty_like(out) if empty else torch.ones_like(out))
 
 

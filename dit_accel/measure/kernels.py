@@ -23,10 +23,10 @@ from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.measure import rivals as bench_rivals
 from dit_accel.measure.timing import clock_of, machine
+from dit_accel.method import AttentionSpec, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Window
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
 
 CPU = torch.device("cpu")
@@ -132,9 +132,8 @@ def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
 
 
 def _rival(name: str, case: Case) -> Callable[[], None]:
-    (pattern, *_) = case.spec.keep
-    if name == "natten" and isinstance(pattern, Window):
-        return runner(case, bench_rivals.natten(pattern, case.layout))
+    if name == "natten" and (window := case.spec.find(Window)) is not None:
+        return runner(case, bench_rivals.natten(window, case.layout))
     q, k, _ = inputs(case)
     return runner(case, bench_rivals.flex(q, k, case.spec, case.layout))
 
@@ -146,8 +145,7 @@ def _warmed(function: Callable[[], None]) -> Callable[[], None]:
 
 def arithmetic(case: Case) -> float:
     """Floating-point operations that the case needs: image pairs by the method, text pairs in full; backward is 2.5 forwards."""
-    image, total = case.layout.image, case.layout.tokens
-    pairs = multiply_adds(case.spec, case.layout, case.head_dim) * image**2 + total**2 - image**2
+    pairs = computed_pairs(case.spec, case.layout, case.head_dim)
     return 4 * case.heads * case.head_dim * pairs * (3.5 if case.backward else 1)
 
 

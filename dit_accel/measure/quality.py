@@ -16,9 +16,9 @@ from dit_accel.finetune.data.collect import Forward, Samples, collect
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.capture import attention_errors, capture_qkv
 from dit_accel.measure.timing import machine
+from dit_accel.method import AttentionSpec, Mass, Pooled, Raster, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec, Mass, Pooled, Raster, TopK
-from dit_accel.operator.blocks_of_grid import kept_density, multiply_adds
+from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore

@@ -15,9 +15,10 @@ from torch.nn.functional import pad
 
 from dit_accel.errors import ArgumentError
 from dit_accel.kernels.blocks import BlockMap
-from dit_accel.method.spec import AttentionSpec, Window
-from dit_accel.operator.attention import visited_blocks
+from dit_accel.method import AttentionSpec, Window
+from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
+from dit_accel.operator.composition import image_call, visited_blocks
 from dit_accel.operator.layout import TokenLayout
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,7 +52,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     plan = make_plan(spec, layout, q.device)
     if refusal := _uneven(spec, layout, plan):
         raise ArgumentError(refusal)
-    blocks = visited_blocks(q[:, :, layout.image_slice].flatten(0, 1), k[:, :, layout.image_slice].flatten(0, 1), spec, plan)
+    blocks = visited_blocks(image_call(q, k, k, layout, plan, start_values(spec, q)(), q.shape[-1] ** -0.5), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial
     keys = len(plan.k_blocks.count)
     some = BlockMap(blocks.index, partial).kept(keys)
@@ -126,11 +127,11 @@ def flex(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Atte
 
 def natten_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> str | None:
     """Why NATTEN can't be compared with a method, or None where it can."""
-    if len(spec.keep) != 1 or not isinstance(spec.keep[0], Window) or spec.rest is not None:
+    window = spec.find(Window)
+    if window is None or len(spec.keep) != 1 or spec.rest is not None:
         return "NATTEN computes windows (GNA) alone"
     if layout.text or layout.references:
         return "NATTEN requires one grid without text"
-    window = spec.keep[0]
     if any(n * d > side for n, d, side in zip(window.per_axis("size"), window.per_axis("dilation"), layout.grid, strict=True) if side > 1):
         return f"NATTEN requires windows within the grid {layout.grid}, not {window}"
     if device.type != "cuda":

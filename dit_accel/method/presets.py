@@ -4,9 +4,9 @@ import math
 from typing import Literal
 
 from dit_accel.errors import ArgumentError
-from dit_accel.method.spec import (
-    FEATURE_MAPS,
-    AttentionSpec,
+from dit_accel.kernels.reference import FEATURE_MAPS
+from dit_accel.method.checks import is_int, is_real, plain, require
+from dit_accel.method.parts import (
     Box,
     Disc,
     DiscBlocks,
@@ -22,11 +22,8 @@ from dit_accel.method.spec import (
     Tiles,
     TopK,
     Window,
-    is_int,
-    is_real,
-    plain,
-    require,
 )
+from dit_accel.method.spec import AttentionSpec
 
 
 def _frames(count: int) -> tuple[Pattern, ...]:
@@ -85,7 +82,7 @@ def SLA(  # noqa: N802
     require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
     topk = plain(topk)
     require(is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
-    require(feature_map in FEATURE_MAPS, f"feature_map is one of {FEATURE_MAPS}", feature_map)
+    require(feature_map in tuple(FEATURE_MAPS), f"feature_map is one of {tuple(FEATURE_MAPS)}", feature_map)
     order: Order = Raster()
     if tile is not None:
         require(block == (64, 64), "block is for raster order: a tile's tokens are the block", block)

@@ -4,25 +4,18 @@ Letters: B batch, H heads, N tokens (text and image), D channels per head, T blo
 `rest`, `grid` (T, H, W) in tokens, `block` in memory, `tile` in space, `lse` natural logarithm of softmax mass.
 """
 
-from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels import capture, dispatch, reference, xformers_rows
-from dit_accel.kernels.blocks import BlockMap, pool_blocks, select_blocks
-from dit_accel.kernels.reference import Partial
+from dit_accel.kernels import capture, dispatch
 from dit_accel.method.parameters import AttentionParameters, Values
-from dit_accel.method.spec import AttentionSpec, Downsampled, Linear, Mass, Pooled, Residual, TopK, unknown
-from dit_accel.operator import lowering
-from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import composition, lowering
+from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout
-from dit_accel.operator.lowering import downsample
 from dit_accel.operator.plans import RECENT
-
-Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
 
 
 @overload
@@ -77,11 +70,12 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
-    _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
+    values = params()
+    _choose(backend, spec, values, text_bias, query, key, value)
     if not torch.compiler.is_compiling():
         dispatch.warn_of_reference(backend, query.device)
     plan = RECENT.get(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, params(), scale, backend, text_bias=text_bias)
+    out, lse = attend(query, key, value, spec, layout, plan, values, scale, backend, text_bias=text_bias)
     return (out, lse) if return_lse else out
 
 
@@ -95,24 +89,20 @@ def attend(
     check_text_bias(text_bias, query, layout)
     if not torch.compiler.is_compiling():
         capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
-    chosen = _choose(backend, spec, text_bias, query, key, value, params.spatial_weight)
+    chosen = _choose(backend, spec, params, text_bias, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # autocast has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
-        if chosen in ("cpu", "triton"):
-            return lowering.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias=text_bias)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (x.to(wide).flatten(0, 1) for x in (query, key, value))
-        bias = None if text_bias is None else text_bias.to(wide).repeat_interleave(query.shape[1], 0)
-        dense = xformers_rows.dense_attention if chosen == "xformers" else reference.dense_attention
-        out, lse = _attend(q, k, v, bias, spec, layout, plan, params, scale, dense)
-        return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
+        return composition.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias)
 
 
-def _choose(backend: str, spec: AttentionSpec, text_bias: Tensor | None, query: Tensor, *others: Tensor | None) -> str:
-    """The backend for this call. `others`: all else that keys and values are made of, whose gradients pass through the attention."""
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, *others))
-    linear = isinstance(spec.rest, Linear)
+def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:
+    """The backend for this call. What the rest has learned may be in keys, whose gradients pass through the attention."""
+    query = tensors[0]
+    learns = [name for name, value in params.items() if value.requires_grad]
+    in_keys = spec.rest.parameters(query.shape[1], query.shape[3]) if learns and spec.rest is not None else {}
+    gradient = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or any(name in in_keys for name in learns))
+    linear = lowering.has_states(spec)
     return dispatch.choose(
         backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None
     )[0]
@@ -177,93 +167,3 @@ def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Te
     elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
     if elsewhere:
         raise ValueError(f"the parameters are wanted on {query.device}, got {sorted(elsewhere)}")
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
-    scale: float, dense: Dense,
-) -> Partial:  # fmt: skip
-    """The operator on `[BH, N, D]`, with a bias `[BH, text]` or none: image queries by the spec, text queries dense."""
-    text = slice(0, layout.text) if layout.text_first else slice(layout.image, None)
-    image = slice(layout.text, None) if layout.text_first else slice(0, layout.image)
-    qi, ki, vi = (_permuted(x[:, image], plan.to_memory) for x in (q, k, v))
-    text_keys = (k[:, text], v[:, text], *(() if bias is None else (bias,))) if layout.text else None
-    out, lse = _attend_image(qi, ki, vi, text_keys, spec, layout, plan, params, scale, dense)
-    out, lse = _permuted(out, plan.to_raster), _permuted(lse, plan.to_raster)
-    if not layout.text:
-        return out, lse
-    everything = (k, v) if bias is None else (k, v, F.pad(bias, (0, layout.image) if layout.text_first else (layout.image, 0)))
-    rows = dense(q[:, text], *everything, scale=scale)
-    parts = [rows, (out, lse)] if layout.text_first else [(out, lse), rows]
-    return torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 1)
-
-
-def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x.index_select(1, order)
-
-
-def _attend_image(
-    q: Tensor, k: Tensor, v: Tensor, text_keys: tuple[Tensor, ...] | None, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: Values, scale: float, dense: Dense,
-) -> Partial:  # fmt: skip
-    blocks = visited_blocks(q, k, spec, plan)
-    exact = [
-        reference.block_sparse_attention(
-            q, k, v, blocks, plan.q_blocks, plan.k_blocks, scale=scale, predicate=plan.predicate, coords=plan.coords
-        )
-    ]
-    if text_keys is not None:
-        exact.append(dense(q, *text_keys, scale=scale))
-    if spec.rest is None:
-        return reference.merge_partials(exact)
-    rest = _rest(q, k, v, blocks, spec, layout, plan, params, scale, dense)
-    match spec.merge:
-        case Mass():
-            if params.offset is not None:
-                offset = params.offset.to(q.dtype).repeat(q.shape[0] // len(params.offset))
-                rest = (rest[0], rest[1] + offset[:, None])
-            return reference.merge_partials([*exact, rest])
-        case Residual():
-            out, lse = reference.merge_partials(exact)
-            if params.proj is not None:
-                out = out + rest[0] @ params.proj.weight.to(q.dtype).T + params.proj.bias.to(q.dtype)
-            return out, lse
-        case _:
-            raise unknown(spec.merge, "the reference")
-
-
-def visited_blocks(q: Tensor, k: Tensor, spec: AttentionSpec, plan: Plan) -> BlockMap:
-    """The static lists of the spec's patterns and, where it has a TopK, the blocks chosen for this call beside them."""
-    top = next((p for p in spec.keep if isinstance(p, TopK)), None)
-    if top is None:
-        return plan.static  # type: ignore[return-value]
-    weight = plan.short_weight.to(q.dtype) if top.correct_short and plan.short_weight is not None else None
-    with torch.no_grad():
-        q_mean, k_mean = pool_blocks(q, plan.q_blocks)[0], pool_blocks(k, plan.k_blocks)[0]
-    chosen = select_blocks(q_mean, k_mean, plan.top, key_weight=weight)
-    return chosen if plan.static is None else listed_beside(plan.static, chosen.index)
-
-
-def _rest(
-    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, spec: AttentionSpec, layout: TokenLayout, plan: Plan,
-    params: Values, scale: float, dense: Dense,
-) -> Partial:  # fmt: skip
-    """The cheap estimate of what the kept blocks leave out, and the log of its mass."""
-    match spec.rest:
-        case Linear(feature_map, scope):
-            phi = reference.FEATURE_MAPS[feature_map]
-            if scope == "all":
-                return reference.linear_attention(phi(q), phi(k), v)
-            return reference.linear_attention_rest(phi(q), phi(k), v, blocks.kept(len(plan.k_blocks.count)), plan.q_blocks, plan.k_blocks)
-        case Pooled(log_count, variance, cap):
-            k_mean, k_var = pool_blocks(k, plan.k_blocks, variance=variance)
-            v_mean, _ = pool_blocks(v, plan.k_blocks)
-            log_n = plan.k_blocks.count.to(q.dtype).log() if log_count else None
-            kept = blocks.kept(len(plan.k_blocks.count))
-            return reference.pooled_attention(q, k_mean, v_mean, k_var, log_n, kept, plan.q_blocks, scale=scale, cap=cap)
-        case Downsampled(factor):
-            weight = params.spatial_weight
-            keys, values = (downsample(x, plan, factor, weight) for x in (k, v))
-            return dense(q, keys, values, scale=scale)
-        case _:
-            raise unknown(spec.rest, "the reference")

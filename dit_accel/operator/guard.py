@@ -4,7 +4,6 @@ The decision is kept in the user's cache folder (`decisions`): the same seed dra
 no part of it, so that both passes of guidance decide alike.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from dit_accel import __version__
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native, sources
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import decisions
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import decisions, lowering
 from dit_accel.operator.attention import attend, start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
@@ -88,7 +87,7 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
 
 
 def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Question:
-    backend = dispatch.choose("auto", device, dtype, head_dim, linear=isinstance(spec.rest, Linear))[0]
+    backend = dispatch.choose("auto", device, dtype, head_dim, linear=lowering.has_states(spec))[0]
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -97,7 +96,7 @@ def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: to
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": head_dim,
         "grids": [list(grid) for grid in layout.grids],
-        "order": {"type": type(layout.order).__name__, **dataclasses.asdict(layout.order)},
+        "order": layout.order.to_dict(),
         "spec": spec.to_dict(),
     }
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.method.spec import Order, Raster, Tiles, plain, unknown
-
-Grid = tuple[int, int, int]
+from dit_accel.method.checks import plain
+from dit_accel.method.parts import Grid, Order, Raster
+from dit_accel.method.parts.base import check_part
 
 
 def _grid(name: str, value: Any) -> Grid:
@@ -41,8 +41,7 @@ class TokenLayout:
         object.__setattr__(self, "text", plain(self.text))
         if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
             raise ValueError(f"text must be a number of tokens >= 0, not {self.text!r}")
-        if not isinstance(self.order, Order):
-            raise ValueError(f"order must be Raster() or Tiles(...), not {self.order!r}")
+        check_part(self.order, Order, "order")
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -61,13 +60,13 @@ class TokenLayout:
 
     @property
     def text_slice(self) -> slice:
-        """Where the text tokens are in the sequence."""
-        return slice(0, self.text) if self.text_first else slice(self.image, self.tokens)
+        """Where the text's tokens are in the sequence."""
+        return slice(0, self.text) if self.text_first else slice(self.image, None)
 
     @property
     def image_slice(self) -> slice:
-        """Where the image tokens are in the sequence."""
-        return slice(self.text, self.tokens) if self.text_first else slice(0, self.image)
+        """Where the image's tokens are in the sequence."""
+        return slice(self.text, None) if self.text_first else slice(0, self.image)
 
 
 @dataclass(frozen=True)
@@ -81,36 +80,15 @@ class Partition:
     starts: Tensor
 
 
-def _split(length: int, side: int) -> list[int]:
-    """The axis cut into ceil(length / side) parts whose lengths differ by at most one."""
-    parts = -(-length // side)
-    return [length * i // parts for i in range(parts + 1)]
-
-
 @torch.inference_mode(False)  # plans keep the tensors, which must serve training as well
 def partition(grid: Grid, order: Order, block: int) -> Partition:
-    """The blocks of image tokens in memory: one per tile in tile order, runs of `block` tokens in raster order (the last may be short)."""
-    total = math.prod(grid)
-    if isinstance(order, Raster):
-        edges = torch.arange(0, total + block, block).clamp(max=total)
-        return Partition(torch.arange(total), edges)
-    if not isinstance(order, Tiles):
-        raise unknown(order, "the partition into blocks")
-    raster = torch.arange(total).view(grid)
-    cuts = [_split(n, side) for n, side in zip(grid, order.sides, strict=True)]
-    tiles = [
-        raster[t0:t1, y0:y1, x0:x1].reshape(-1)
-        for t0, t1 in zip(cuts[0], cuts[0][1:], strict=False)
-        for y0, y1 in zip(cuts[1], cuts[1][1:], strict=False)
-        for x0, x1 in zip(cuts[2], cuts[2][1:], strict=False)
-    ]
-    lengths = torch.tensor([0, *(len(tile) for tile in tiles)])
-    return Partition(torch.cat(tiles), lengths.cumsum(0))
+    """The blocks of image tokens in memory, of `block` tokens at most where the order leaves that open."""
+    return Partition(*order.partition(grid, block))
 
 
 def memory_order(grid: Grid, order: Order) -> Tensor:
     """The raster index `[N]` of the token at each place in memory; `x[:, memory_order(...)]` brings a raster into that order."""
-    return partition(grid, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order
+    return partition(grid, order, order.block or 64).order
 
 
 def raster_order(grid: Grid, order: Order) -> Tensor:
@@ -136,4 +114,4 @@ def joint_partition(grids: tuple[Grid, ...], order: Order, block: int) -> Partit
 
 def joint_memory_order(grids: tuple[Grid, ...], order: Order) -> Tensor:
     """`memory_order` of several images that follow each other."""
-    return joint_partition(grids, order, math.prod(order.sides) if isinstance(order, Tiles) else 64).order
+    return joint_partition(grids, order, order.block or 64).order

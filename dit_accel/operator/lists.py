@@ -27,6 +27,12 @@ class Lists:
         index = blocks.index.gather(-1, order).to(torch.int32).contiguous()
         return cls(index, blocks.valid.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32))
 
+    def kept(self, key_blocks: int) -> Tensor:
+        """The same as a mask `[..., Tq, Tk]`."""
+        held = torch.arange(self.index.shape[-1], device=self.index.device) < self.counts[..., None]
+        seen = torch.zeros(*self.index.shape[:-1], key_blocks, dtype=torch.int32, device=self.index.device)
+        return seen.scatter_add(-1, self.index.long(), held.int()) > 0
+
     @classmethod
     def of_chosen(cls, index: Tensor) -> "Lists":
         """Lists all of whose entries are whole blocks."""

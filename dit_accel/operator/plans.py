@@ -57,9 +57,11 @@ class Plans:
 
 
 def plan_bytes(value: Any) -> int:
-    """Bytes of a plan's tensors, those of the dataclasses in it among them."""
+    """Bytes of a plan's tensors, those of the dataclasses and dictionaries in it among them."""
     if isinstance(value, Tensor):
         return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(plan_bytes, value.values()))
     if not dataclasses.is_dataclass(value):
         return 0
     return sum(plan_bytes(getattr(value, field.name)) for field in dataclasses.fields(value))

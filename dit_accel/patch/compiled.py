@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.method.parameters import Affine, Values
+from dit_accel.method.parameters import Values
 from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import processor, tokens
@@ -77,28 +77,27 @@ noted.register_autograd(lambda ctx, gradient: (gradient, None, None, None, None)
 
 @torch.library.custom_op("dit_accel::layer", mutates_args=(), **LOOKS_UP)
 def layer(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, offset: Tensor | None,
-    spatial_weight: Tensor | None, token: Tensor, alone: bool, scale: float | None, gqa: bool, primitive: str,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, token: Tensor, alone: bool,
+    scale: float | None, gqa: bool, primitive: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention `[B, N, H, D]`, accelerated or original as `Context.takes` decides, and what tells the backward pass which.
 
-    `primitive`: "sdpa", or the backend of diffusers' dispatcher ("default" for its own choice).
+    `learned`: the method's learned tensors, `names` theirs, one a line. `primitive`: "sdpa", or the backend of diffusers' dispatcher
+    ("default" for its own choice).
     """
     context, forward = tokens.find(token)
-    params = _values(weight, bias, offset, spatial_weight)
     taken = context.takes(forward, alone, query.shape[1], key.shape[1], mask, None)
+    params = dict(zip(names.splitlines(), learned, strict=True))
     out = _attention(query, key, value, mask, params, context, forward if taken else None, alone, scale, gqa, primitive)
     ran = tokens.token_of(context, forward).clone() if taken else torch.full_like(token, ORIGINAL)
     return out.contiguous(), ran
 
 
 @layer.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(args[5])
-
-
-def _values(weight: Tensor | None, bias: Tensor | None, offset: Tensor | None, spatial_weight: Tensor | None) -> Values:
-    return Values(Affine(weight, bias) if weight is not None and bias is not None else None, offset, spatial_weight)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, token: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(token)
 
 
 def _attention(
@@ -127,55 +126,53 @@ def _attention(
 
 @torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **LOOKS_UP)
 def layer_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    offset: Tensor | None, spatial_weight: Tensor | None, ran: Tensor, needed: Sequence[bool], alone: bool, scale: float | None, gqa: bool,
-    primitive: str,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, ran: Tensor,
+    needed: Sequence[bool], alone: bool, scale: float | None, gqa: bool, primitive: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of query, key, value, weight, bias, offset and spatial_weight; those that are not needed are empty."""
-    inputs = [query, key, value, weight, bias, offset, spatial_weight]
+    """Gradients of query, key, value and the learned tensors; those that are not needed are empty."""
+    inputs = [query, key, value, *learned]
     context, forward = (None, None) if int(ran) == ORIGINAL else tokens.find(ran)
     autograd = torch._C.DispatchKey.AutogradFunctionality  # an operator runs below autograd
     with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
-        copies = [x if x is None else x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, needed, strict=True)]
-        q, k, v = copies[:3]
-        out = _attention(q, k, v, mask, _values(*copies[3:]), context, forward, alone, scale, gqa, primitive)  # type: ignore[arg-type]
-        learn = [x for x in copies if x is not None and x.requires_grad]
+        copies = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, needed, strict=True)]
+        q, k, v, *own = copies
+        params = dict(zip(names.splitlines(), own, strict=True))
+        out = _attention(q, k, v, mask, params, context, forward, alone, scale, gqa, primitive)
+        learn = [x for x in copies if x.requires_grad]
         found = iter(torch.autograd.grad(out, learn, dout, allow_unused=True))
-    grads = [next(found) if x is not None and x.requires_grad else None for x in copies]
+    grads = [next(found) if x.requires_grad else None for x in copies]
     return [
-        query.new_empty(0) if x is None or not wanted else torch.zeros_like(x) if g is None else g.contiguous()
+        query.new_empty(0) if not wanted else torch.zeros_like(x) if g is None else g.contiguous()
         for x, g, wanted in zip(inputs, grads, needed, strict=True)
     ]
 
 
 @layer_backward.register_fake
 def _(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    offset: Tensor | None, spatial_weight: Tensor | None, ran: Tensor, needed: Sequence[bool], *args: Any,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, ran: Tensor,
+    needed: Sequence[bool], *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    inputs = (query, key, value, weight, bias, offset, spatial_weight)
-    return [query.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True)]
+    return [x.new_empty(x.shape if wanted else 0) for x, wanted in zip((query, key, value, *learned), needed, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], output[1])
-    ctx.settings = inputs[9:]
+    query, key, value, mask, learned, names, _, *settings = inputs
+    ctx.save_for_backward(query, key, value, mask, output[1], *learned)
+    ctx.names, ctx.settings = names, settings
 
 
-def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, ran = ctx.saved_tensors
+def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | list[Tensor | None] | None, ...]:
+    query, key, value, mask, ran, *learned = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
         raise DitAccelError("an attention mask that requires a gradient is not supported in a compiled model: pass mask.detach()")
-    learned = (0, 1, 2, 4, 5, 6, 7)
-    needed = [ctx.needs_input_grad[n] for n in learned]
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4]]
+    after = (None,) * (2 + len(ctx.settings))
     if dout is None or not any(needed):
-        return (None,) * 13
-    grads = torch.ops.dit_accel.layer_backward(dout, *tensors, ran, needed, *ctx.settings)
-    given: list[Tensor | None] = [None] * 13
-    for n, grad, wanted in zip(learned, grads, needed, strict=True):
-        given[n] = grad if wanted else None
-    return tuple(given)
+        return (None, None, None, None, [None] * len(learned), *after)
+    grads = torch.ops.dit_accel.layer_backward(dout, query, key, value, mask, learned, ctx.names, ran, needed, *ctx.settings)
+    given: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
+    return (*given[:3], None, given[3:], *after)
 
 
 layer.register_autograd(_gradients, setup_context=_save)

@@ -12,8 +12,8 @@ from torch._dynamo.eval_frame import skip_code
 
 from dit_accel.errors import FallbackError
 from dit_accel.kernels import capture, dispatch
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import guard
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import guard, lowering
 from dit_accel.operator.guard import Crossover
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
@@ -231,7 +231,7 @@ class Context(Settings):
 
     def _warn_if_slow(self, latents: Tensor) -> None:
         """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
-        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=isinstance(self.spec.rest, Linear))
+        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=lowering.has_states(self.spec))
         if slow is not None and slow not in self._slow:
             self._slow.add(slow)
             warnings.warn(f"dit_accel: {slow}", stacklevel=2)

@@ -44,6 +44,11 @@ class AcceleratedAttention(nn.Module):
         self.heads, self.head_dim, self.alone = heads, head_dim, alone
         self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
 
+    @property
+    def fit(self) -> str | None:
+        """How the first stage of a distillation finds the learned tensors, see `AttentionSpec.fit`."""
+        return self.spec.fit(heads=self.heads, head_dim=self.head_dim)
+
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""
         return self.context.takes(self.context.forward(), self.alone, q_len, kv_len, mask, special)
@@ -138,11 +143,9 @@ def _traced(
     """A call `[B, H, N, D]` in a compiled graph, where `compiled.layer` decides when it runs."""
     params = operator.params(query.device)
     query, key, value = (x.transpose(1, 2) for x in autocast(query, key, value))
-    weight, bias = (None, None) if params.proj is None else params.proj
     out: Tensor = torch.ops.dit_accel.layer(
-        query, key, value, mask, weight, bias, params.offset, params.spatial_weight, operator.context.token, operator.alone, scale, gqa,
-        primitive,
-    )[0]  # fmt: skip
+        query, key, value, mask, list(params.values()), "\n".join(params), operator.context.token, operator.alone, scale, gqa, primitive
+    )[0]
     return out.transpose(1, 2)
 
 

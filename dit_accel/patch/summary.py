@@ -9,8 +9,8 @@ from rich.table import Table
 from dit_accel.console import console
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
-from dit_accel.method.spec import Linear
-from dit_accel.operator.blocks_of_grid import kept_density
+from dit_accel.operator import lowering
+from dit_accel.operator.cost import kept_density
 from dit_accel.patch.context import Context
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor
 from dit_accel.patch.state import patches_of
@@ -72,7 +72,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention) -> tu
         if context.leaves:
             return "original", f"faster here: {context.crossover}"
         guarded = f"; {context.crossover}" if context.crossover is not None and context.backend == "auto" else ""
-    linear = isinstance(context.spec.rest, Linear)
+    linear = lowering.has_states(context.spec)
     parameters = list(model.parameters())
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
     # weights on the meta device are offloaded; the tokens' device is where the layer runs

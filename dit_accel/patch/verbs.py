@@ -11,8 +11,8 @@ import dit_accel.patch.compiled  # noqa: F401  its operators are found by name
 from dit_accel.errors import AlreadyAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.method.presets import Fovea
-from dit_accel.method.spec import AttentionSpec, Linear
-from dit_accel.operator import guard
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import guard, lowering
 from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
@@ -93,7 +93,7 @@ def _prepare(
         )
     shapes = {name: heads_of(model, name, module) for name, module in chosen}
     for head_dim in {width for _, width in shapes.values()}:
-        dispatch.check_model(settings["backend"], head_dim, linear=isinstance(spec.rest, Linear))
+        dispatch.check_model(settings["backend"], head_dim, linear=lowering.has_states(spec))
     context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
     modules = []
     for name, module in chosen:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_accel.clock import timed
 from dit_accel.console import console
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import multiply_adds
+from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import attention_layers, heads_of
 from dit_accel.pipelines import family_of
@@ -62,9 +62,7 @@ class Shape:
         """Multiply-adds of all layers' attention in one forward."""
         layout, total = self.layout(size), 0.0
         for heads, head_dim in self.layers:
-            share = 1.0 if spec is None else multiply_adds(spec, layout, head_dim)
-            pairs = share * layout.image**2 + layout.text * (layout.tokens + layout.image)
-            total += 2 * pairs * heads * head_dim
+            total += 2 * computed_pairs(spec, layout, head_dim) * heads * head_dim
         return total
 
 

@@ -1,0 +1,58 @@
+"""The parts of methods, a file for each slot: importing this package registers them."""
+
+from dit_accel.method.parts.base import (
+    Blockwise,
+    Merge,
+    Order,
+    Part,
+    Pattern,
+    Rest,
+    Score,
+    Selection,
+    Static,
+    Tokenwise,
+    part_types,
+)
+from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.linear import Linear
+from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.orders import Raster, Tiles
+from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
+from dit_accel.method.parts.scores import MeanProduct
+from dit_accel.method.parts.selections import TopK
+
+__all__ = [
+    "Blockwise",
+    "Box",
+    "Boxes",
+    "Call",
+    "Cost",
+    "Disc",
+    "DiscBlocks",
+    "Downsampled",
+    "FirstFrames",
+    "Grid",
+    "Ground",
+    "Intervals",
+    "Linear",
+    "Mass",
+    "MeanProduct",
+    "Merge",
+    "Order",
+    "Part",
+    "Pattern",
+    "Pooled",
+    "Raster",
+    "Residual",
+    "Rest",
+    "Score",
+    "Selection",
+    "Sizes",
+    "Static",
+    "Tiles",
+    "Tokenwise",
+    "TopK",
+    "Window",
+    "part_types",
+]

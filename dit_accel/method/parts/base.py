@@ -1,0 +1,248 @@
+"""What a part of a method is: one frozen dataclass that carries everything that is true of it. One base class for each slot of a spec.
+
+A part of one's own is a frozen dataclass derived from a slot's class (`Blockwise`, `Tokenwise`, `Intervals`, `Selection`, `Score`, `Rest`,
+`Merge`, `Order`). Deriving registers it by its class's name, by which JSON and adapters find it: import the module that defines it before a
+spec is read. What the slot's class leaves abstract must be given; Python refuses to make a part that lacks any of it.
+"""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from dit_accel.kernels.blocks import BlockMap
+from dit_accel.kernels.reference import Partial
+from dit_accel.method.checks import plain, require
+from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+
+if TYPE_CHECKING:
+    from dit_accel.method.spec import AttentionSpec
+
+_KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too, by name
+
+
+class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
+    """A value of a slot. `fit`: how the first stage of a distillation finds its learned tensors, None where it has none to find."""
+
+    fit: ClassVar[Literal["least_squares", "descent"] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known = _KINDS.get(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a part is found by its class's name, and {cls.__name__} is {known.__module__}'s: give it another name")
+        _KINDS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        """The learned tensors of a layer, float32, at the values from which training starts. A name may have dots."""
+        return {}
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        """Tensors that depend on the grid alone, made once for each plan: `Call.prepared`."""
+        return {}
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """What it costs in addition to the exact attention over the pairs of tokens that are kept."""
+        return Cost()
+
+    def check(self, spec: "AttentionSpec") -> None:  # noqa: B027 - most parts go with all others
+        """Raise ArgumentError where the spec's other parts don't go with this one."""
+
+    def nested(self) -> Iterator["Part"]:
+        """This part, and those that are its fields."""
+        yield self
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Part):
+                yield from value.nested()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form: the fields, and the class's name as `type`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"type": type(self).__name__} | {name: _to_json(value) for name, value in fields.items()}
+
+    def __str__(self) -> str:
+        """The type and the fields that differ from their defaults."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.to_dict()
+    return [_to_json(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    return part_from_dict(value) if isinstance(value, dict) else value
+
+
+def part_types(slot: type[Part] = Part) -> dict[str, type[Part]]:
+    """The registered parts of a slot by name, sorted."""
+    found = {name: kind for name, kind in sorted(_KINDS.items()) if issubclass(kind, slot) and _is_frozen(kind)}
+    return {name: kind for name, kind in found.items() if not inspect.isabstract(kind)}
+
+
+def _is_frozen(kind: type[Part]) -> bool:
+    """Whether the class itself, not only one above it, is a frozen dataclass."""
+    made = kind.__dict__.get("__dataclass_params__")
+    return made is not None and made.frozen
+
+
+def part_from_dict(data: Any) -> Any:
+    """The inverse of `Part.to_dict`. Raises ArgumentError at unknown or missing fields and types."""
+    known = part_types()
+    named = isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] in known
+    require(named, f"a part's type is one of {list(known)}, or of a class whose module is imported first", data)
+    kind = known[data["type"]]
+    fields = {name: value for name, value in data.items() if name != "type"}
+    allowed = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
+    rule = f"{kind.__name__} has the fields {sorted(allowed)}, of which {sorted(needed)} must be given"
+    require(needed <= set(fields) <= allowed, rule, sorted(fields))
+    return kind(**{name: _from_json(value) for name, value in fields.items()})
+
+
+def check_part(value: object, slot: type[Part], name: str) -> None:
+    """Raise ArgumentError unless the value is a part of a slot, and a frozen dataclass."""
+    require(isinstance(value, slot), f"{name} is one of {list(part_types(slot))}", value)
+    require(_is_frozen(type(value)), f"{name} is a frozen dataclass: decorate it with @dataclass(frozen=True)", value)  # type: ignore[arg-type]
+
+
+# Keep
+
+
+class Pattern(Part):
+    """Which keys a query attends to exactly. `whole_blocks`: none but whole key blocks, the same for all queries of a query block."""
+
+    whole_blocks: ClassVar[bool]
+
+
+class Static(Pattern):
+    """A pattern that depends on the tokens' places alone."""
+
+    @abstractmethod
+    def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept.
+
+        `grid`: that of the query blocks, which are all in one image.
+        """
+
+    def pairs(self, grid: Grid) -> int | None:
+        """How many pairs of one grid's tokens are kept, where that can be said without looking at all of them."""
+        return None
+
+
+class Blockwise(Static):
+    """A static pattern of whole key blocks: `visits` gives the same mask twice."""
+
+    whole_blocks = True
+
+
+class Tokenwise(Static):
+    """A static pattern that decides token by token. `intervals`: along every axis it is an interval of keys, see `Intervals`."""
+
+    whole_blocks = False
+    intervals: ClassVar[bool] = False
+    reach: int = -1  # the largest squared distance of a kept pair, where nothing but the distance decides
+
+    @abstractmethod
+    def allowed(self, q: Tensor, k: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        """Whether pairs are kept, `[..., Nq, Nk]`, of coordinates (t, y, x, image) `[..., Nq, 4]` and `[..., Nk, 4]`."""
+
+
+class Selection(Pattern):
+    """A pattern that chooses key blocks by a score of each call. Fields: `score`, and what `share` is made of."""
+
+    whole_blocks = True
+    score: "Score"
+
+    @property
+    @abstractmethod
+    def share(self) -> float:
+        """The largest share of key blocks that is kept."""
+
+    @abstractmethod
+    def count(self, blocks: int) -> int:
+        """The largest number of so many key blocks that is kept for a query block."""
+
+    @abstractmethod
+    def choose(self, call: Call) -> BlockMap:
+        """The chosen key blocks `[BH, Tq, n]` of each query block, without a gradient."""
+
+    def cost(self, sizes: Sizes) -> Cost:
+        return self.score.cost(sizes)
+
+
+class Score(Part):
+    """How much each key block matters to a query block."""
+
+    @abstractmethod
+    def __call__(self, call: Call) -> Tensor:
+        """`[BH, Tq, Tk]`, the larger the sooner kept, in the units of q·k: times the scale, logits."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
+
+
+# Rest, merge
+
+
+class Rest(Part):
+    """A cheap estimate of what the kept keys leave out."""
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether it is of the key blocks that are not kept, so that patterns must keep whole ones."""
+        return False
+
+    @abstractmethod
+    def __call__(self, call: Call) -> Partial:
+        """Output `[BH, N, D]` and the natural logarithm of its mass `[BH, N]`, in the units of the exact part's lse."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
+
+    def check(self, spec: "AttentionSpec") -> None:
+        cut = [pattern for pattern in spec.keep if not pattern.whole_blocks]
+        whole = ", ".join(name for name, kind in part_types(Pattern).items() if kind.whole_blocks)  # type: ignore[attr-defined]
+        require(not (cut and self.whole_blocks), f"a rest of the blocks not kept requires patterns of whole blocks ({whole})", cut)
+
+
+class Merge(Part):
+    """How the exact part and the rest become one."""
+
+    @abstractmethod
+    def __call__(self, exact: Partial, rest: Partial, call: Call) -> Partial:
+        """Output `[BH, N, D]` and lse `[BH, N]` of the image's tokens."""
+
+
+# Order
+
+
+class Order(Part):
+    """The order in which blocks take their tokens. `boxes`: each block is a box in space."""
+
+    boxes: ClassVar[bool]
+
+    @property
+    def block(self) -> int | None:
+        """Tokens of a block where the order decides them."""
+        return None
+
+    @abstractmethod
+    def partition(self, grid: Grid, block: int) -> tuple[Tensor, Tensor]:
+        """The raster index `[N]` of the token at each place, and the place where each block begins `[T + 1]`, the last of them N."""

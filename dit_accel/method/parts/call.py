@@ -1,0 +1,103 @@
+"""What a part is given: the grid when a plan is made, the tokens when attention is computed, the sizes when its cost is counted."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dit_accel.kernels import reference
+from dit_accel.kernels.blocks import Blocks
+from dit_accel.kernels.reference import Partial
+
+Grid = tuple[int, int, int]  # (frames, height, width) in tokens
+Boxes = tuple[Tensor, Tensor, Tensor, Tensor]  # lowest and highest (t, y, x) `[T, 3]` of the query blocks and of the key blocks
+
+
+@dataclass(frozen=True)
+class Ground:
+    """One grid, cut into blocks: all that a plan depends on, on the CPU.
+
+    `grids`: the image and its references. `coords` `[N, 4]`: (t, y, x, image) of each token, in the order that calls have. `block`: the
+    most tokens of a query block and of a key block.
+    """
+
+    grids: tuple[Grid, ...]
+    coords: Tensor
+    q_blocks: Blocks
+    k_blocks: Blocks
+    block: tuple[int, int]
+
+
+class Visited(Protocol):
+    """Lists of the key blocks that each query block visits."""
+
+    def kept(self, key_blocks: int) -> Tensor:
+        """The same as a mask `[..., Tq, Tk]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator: its image tokens `[BH, N, D]` (float32, or float64), batch and heads folded, and what is kept of them.
+
+    `coords`, `q_blocks`, `k_blocks`: as in `Ground`, on the tokens' device. `prepared`: what `Part.prepare` of the spec's parts made of the
+    grid. `learned`: the spec's learned tensors by name. `visited`: the kept blocks, None while they are chosen. `dense`: the softmax of
+    every query over a few further keys, as `kernels.reference.dense_attention`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    scale: float
+    coords: Tensor
+    q_blocks: Blocks
+    k_blocks: Blocks
+    prepared: Mapping[str, Tensor]
+    learned: Mapping[str, Tensor]
+    visited: Visited | None = None
+    dense: Callable[..., Partial] = reference.dense_attention
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """Which key blocks each query block keeps, `[..., Tq, Tk]`."""
+        if self.visited is None:
+            raise ValueError("a call's kept blocks are known once they are chosen: a score can't depend on them")
+        return self.visited.kept(len(self.k_blocks.count))
+
+    def own(self, name: str) -> Tensor:
+        """A learned tensor in the tokens' dtype."""
+        return self.learned[name].to(self.q.dtype)
+
+    def per_head(self, name: str) -> Tensor:
+        """A learned tensor `[H, ...]` in the tokens' dtype, once for each sample: `[BH, ...]`."""
+        own = self.own(name)
+        return own.repeat(len(self.q) // self.heads, *[1] * (own.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a cost depends on: image tokens, blocks of queries and of keys, channels per head."""
+
+    tokens: int
+    q_blocks: int
+    k_blocks: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one head. `multiply_adds`: on image tokens. `passes`: tensors of N × D that are read or written in addition to q, k, v and out."""
+
+    multiply_adds: float = 0.0
+    passes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.multiply_adds + other.multiply_adds, self.passes + other.passes)
+
+
+def total(costs: list[Cost]) -> Cost:
+    """The sum."""
+    return functools.reduce(lambda a, b: a + b, costs, Cost())

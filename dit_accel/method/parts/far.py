@@ -1,0 +1,106 @@
+"""Few keys that stand for many, as a rest: one softmax over them and the kept keys."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels import reference
+from dit_accel.kernels.blocks import pool_blocks
+from dit_accel.kernels.reference import Partial
+from dit_accel.method.checks import flag, is_int, is_real, require
+from dit_accel.method.parts.base import Rest
+from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.merges import Mass
+
+if TYPE_CHECKING:
+    from dit_accel.method.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Pooled(Rest):
+    """One pooled key and value for each block not kept (Fovea): logit s·q·k̄ + log n + min(s²/2 · Σ_d q_d² Var(k_d), cap).
+
+    The second-order cumulant expansion of the block's true softmax mass. `log_count` and `variance` switch the last two terms.
+    """
+
+    log_count: bool = True
+    variance: bool = True
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        flag("log_count", self.log_count)
+        flag("variance", self.variance)
+
+    @property
+    def whole_blocks(self) -> bool:
+        return True
+
+    def check(self, spec: "AttentionSpec") -> None:
+        super().check(spec)
+        require(isinstance(spec.merge, Mass), "pooled keys merge by Mass()", spec.merge)
+
+    def __call__(self, call: Call) -> Partial:
+        k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
+        v_mean, _ = pool_blocks(call.v, call.k_blocks)
+        log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
+        return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, call.kept, call.q_blocks, scale=call.scale, cap=self.cap)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Logits from q and q², one value for each pooled key."""
+        return Cost((3 if self.variance else 2) * sizes.tokens * sizes.k_blocks * sizes.head_dim, 2)
+
+
+@dataclass(frozen=True)
+class Downsampled(Rest):
+    """CLEAR's learned pooled keys: each factor × factor patch of K and V summed with learned weights (1/factor² at start), seen by every
+    image query as one ordinary key (arXiv 2412.16112)."""
+
+    fit = "descent"
+    factor: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
+
+    def check(self, spec: "AttentionSpec") -> None:
+        super().check(spec)
+        plain_mass = isinstance(spec.merge, Mass) and not spec.merge.offset
+        require(plain_mass, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", spec.merge)
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        return {"spatial_weight": torch.full((self.factor, self.factor), 1 / self.factor**2)}
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        """`cells` `[N]`: the place of each token among the factor² of each patch, through all frames of all images; `patch_tokens` `[M]`:
+        the tokens of each patch."""
+        t, y, x, image = ground.coords.unbind(-1)
+        sizes = [(t, -(-h // self.factor), -(-w // self.factor)) for t, h, w in ground.grids]
+        before = torch.tensor([0, *(math.prod(size) for size in sizes)]).cumsum(0)
+        rows, columns = torch.tensor(sizes)[image, 1:].unbind(-1)
+        patch = before[image] + (t * rows + y // self.factor) * columns + x // self.factor
+        cells = (patch * self.factor + y % self.factor) * self.factor + x % self.factor
+        return {"cells": cells, "patch_tokens": patch.bincount(minlength=int(before[-1]))}
+
+    def pooled(self, x: Tensor, prepared: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sums `[BH, M, D]` of the patches of keys or values `[BH, N, D]`.
+
+        A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
+        """
+        counts = prepared["patch_tokens"].to(x.dtype)
+        weight = learned["spatial_weight"].to(x.dtype).flatten() * (self.factor**2 / counts)[:, None]  # [M, factor²]
+        # each token goes to a cell of its own and each sum has one order: the same to the bit each time, on a GPU too, backward as forward
+        cells = x.new_zeros(x.shape[0], weight.numel(), x.shape[2]).index_copy(1, prepared["cells"], x)
+        return (cells.unflatten(1, weight.shape) * weight[..., None]).sum(2)
+
+    def __call__(self, call: Call) -> Partial:
+        keys, values = (self.pooled(x, call.prepared, call.learned) for x in (call.k, call.v))
+        return call.dense(call.q, keys, values, scale=call.scale)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        return Cost(2 * sizes.tokens**2 * sizes.head_dim / self.factor**2, 2)
