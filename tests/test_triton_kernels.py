@@ -421,8 +421,8 @@ def test_bit_masks_are_refused() -> None:
     ("device", "dtype", "head_dim", "reason"),
     [
         ("meta", torch.float32, 64, "the tensors are on meta"),
-        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, got torch.float64"),
-        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, got 36"),
+        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, not torch.float64"),
+        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, not 36"),
     ],
 )
 def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
