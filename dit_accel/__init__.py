@@ -1,6 +1,7 @@
 """dit_accel: fast attention for diffusion transformers, patched into a stock diffusers pipeline in one call."""
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,7 +77,16 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"dit_accel.{_HOMES[name]}"), name)
+    try:
+        module = importlib.import_module(f"dit_accel.{_HOMES[name]}")
+    except ModuleNotFoundError:
+        if any(link.is_file() for link in (Path(__file__).with_name(room) for room in ("kernels", "finetune", "pipelines"))):
+            raise ImportError(
+                "this checkout of dit_accel has text files in the place of its symbolic links (dit_accel/kernels and others): "
+                "run `git config core.symlinks true` and `git checkout -- dit_accel`, or install a wheel"
+            ) from None
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

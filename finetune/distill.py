@@ -45,7 +45,7 @@ class DistillResult:
 
     `history`: the rows of log.jsonl, one for each step, before them one of step 0 with the first error and, after a first stage, another
     with the error at its end. `seconds`: what the steps of both stages took until then, without evaluation, sampling and checkpoints.
-    `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no such stage.
+    `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no first stage.
     """
 
     error_before: float

@@ -162,7 +162,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     """Check everything that can be checked, and collect what has to be sampled."""
     patches = patches_of(pipe)
     if len(patches) != 1:
-        raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
+        raise DistillationError(f"distill trains one transformer, but the pipeline has {len(patches)} accelerated ones: pass one of them")
     transformer, patch = patches[0]
     _check_launch()
     _check_specs(transformer, patch, config)
@@ -174,14 +174,14 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if config.train == "attention":
         _check_plain(transformer, patch)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
-        raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
+        raise DistillationError(f"the model has our LoRA of rank {present.r} already, not {config.lora_rank}: set lora_rank={present.r}")
     if config.train == "lora" and switched_off(transformer):
-        raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
+        raise DistillationError("LoRA is disabled on this model, and ours would be too: call enable_lora() or delete_adapters() first")
     if config.train != "parameters":
         projection_names(transformer, patch.originals)  # raises for a layer that has none
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
-        raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
+        raise DistillationError(f"{source} is a file: pass its lines as a list of prompts, or a folder made by collect")
     device = next(transformer.parameters()).device
     count = processes(device).num_processes
     if shared := shared_gpus(device):
@@ -190,16 +190,16 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             'pipe.to(f"cuda:{os.environ[\'LOCAL_RANK\']}") in the place of pipe.to("cuda")'
         )
     if config.batch_size % count:
-        raise DistillationError(f"batch_size is shared evenly by the processes: wanted a multiple of {count}, got {config.batch_size}")
+        raise DistillationError(f"batch_size must be a multiple of {count}, the number of processes that share it, not {config.batch_size}")
     folder = Path(config.output_dir)
     check_folder(folder)
     if held_out is None:
         if isinstance(source, Samples | str | Path):
-            raise DistillationError("samples on disk want held_out samples beside them, got none")
+            raise DistillationError("pass held_out= when training from recorded samples")
         source = list(source)
         count = max(1, len(source) // 10)
         if len(source) < 2:
-            raise DistillationError(f"wanted at least two prompts, one to hold out, got {len(source)}")
+            raise DistillationError(f"distill requires at least two prompts, one of them to hold out, not {len(source)}")
         source, held_out = source[:-count], source[-count:]
     source, held_out = (Samples(part) if isinstance(part, str | Path) else part for part in (source, held_out))
     _check_apart(source, held_out)  # before sampling, which may take days
@@ -211,7 +211,10 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     teacher = known_hash(transformer)
     for part in (samples, aside):
         if part.teacher != teacher:
-            raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
+            raise DistillationError(
+                f"{part.folder} was made by other weights (hash {part.teacher[:12]}, the model's is {teacher[:12]}): "
+                "collect samples anew, in another folder"
+            )
     run = Run(pipe, transformer, patch, config, samples, aside, folder, steps)
     if config.flow_weight > 0:
         _ = run.flow  # refused here or not at all
@@ -227,11 +230,11 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
 
 
 def _check_launch() -> None:
-    """Raise DistillationError where `accelerate launch` was told to spread the model over the processes."""
+    """Raise DistillationError where `accelerate launch` is configured to shard the model over the processes."""
     asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
     if asked:
         raise DistillationError(
-            f"every process trains the whole model: wanted a plain multi-GPU configuration of accelerate, got one with {', '.join(asked)}"
+            f"every process trains the whole model: {', '.join(asked)} is not supported, use a plain multi-GPU configuration of accelerate"
         )
 
 
@@ -246,10 +249,10 @@ def _check_plain(transformer: Any, patch: Patch) -> None:
 
 def _check_apart(source: Any, held_out: Any) -> None:
     """Raise DistillationError where training and evaluation share a prompt; each is Samples or prompts."""
-    told = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
-    first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in told)
+    both_prompts = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
+    first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in both_prompts)
     if both := first & second:
-        raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
+        raise DistillationError(f"held-out prompts must not be trained on, but {sorted(both)[:3]} are: remove them from one side")
 
 
 def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
@@ -289,7 +292,7 @@ def _fresh(operator: AcceleratedAttention) -> bool:
 
 
 def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
+    """The result of `work` in a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
 
     It works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts, everything imported before).
     The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.

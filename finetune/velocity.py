@@ -1,4 +1,4 @@
-"""How far the accelerated model is from the original, on recorded forwards."""
+"""Error of the accelerated model's prediction against the original's, on recorded forwards."""
 
 import contextlib
 from collections.abc import Iterable, Sequence

@@ -175,7 +175,7 @@ def add_lora(pipe: Any, name: str = "style", weight: float = 0.5) -> None:
 
 
 def flags(transformer: Any) -> dict[str, bool]:
-    """Whether each parameter but ours wants a gradient, by the name it has without any LoRA."""
+    """Whether each parameter but ours requires a gradient, by the name it has without any LoRA."""
     own = {name: p.requires_grad for name, p in transformer.named_parameters() if ".dit_accel." not in name}
     return {name.replace(".base_layer.", "."): flag for name, flag in own.items()}
 

@@ -46,7 +46,7 @@ def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    wanted = f"wanted to write roof.json in {tmp_path}, which failed: No space left on device"
+    wanted = f"roof.json can't be written in {tmp_path}: No space left on device"
     assert fail("estimate", "--out", tmp_path / "roof.json") == wanted
 
 

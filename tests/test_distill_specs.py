@@ -77,13 +77,13 @@ OTHERS: dict[str, AttentionSpec] = {
 @pytest.mark.parametrize("spec", OTHERS.values(), ids=OTHERS)
 def test_a_spec_that_does_not_fit_is_refused(tmp_path: Path, spec: AttentionSpec) -> None:
     pipe = accelerate(prompt_pipe(), DENSITIES[0])
-    with unchanged(pipe), pytest.raises(DistillationError, match="specs have"):
+    with unchanged(pipe), pytest.raises(DistillationError, match="specs must have"):
         learn(pipe, tmp_path, specs=(DENSITIES[1], spec))
 
 
 @pytest.mark.parametrize("value", [0.5, "sla:0.1", (0.1, 0.2), None, (SLA,)])
 def test_what_is_no_spec_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match="specs is a tuple of AttentionSpec"):
+    with pytest.raises(ValueError, match="specs must be a tuple of AttentionSpec"):
         DistillConfig(specs=value)
 
 

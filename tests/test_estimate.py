@@ -102,8 +102,8 @@ def test_video_tokens() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"gpu": "gtx1080"}, r"gpu is one of .*got 'gtx1080'"),
-        ({"model": "sdxl"}, r"model is one of .*got 'sdxl'"),
+        ({"gpu": "gtx1080"}, r"gpu must be one of .*not 'gtx1080'"),
+        ({"model": "sdxl"}, r"model must be one of .*not 'sdxl'"),
         ({"size": (1000, 1024)}, "multiples of 16 pixels"),
         ({"frames": 5}, "it makes images"),
         ({"model": "wan-14b", "frames": 80}, "1 plus a multiple of 4"),

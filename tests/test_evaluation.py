@@ -276,7 +276,7 @@ def test_intervals_are_seeded_and_paired() -> None:
     assert Bootstrap().interval(first) == Bootstrap().interval(first)
     low, high = Bootstrap().interval([a - b for a, b in zip(first, second, strict=True)])
     assert (low, high) == (0.5, 0.5)  # the same prompts in both, so nothing is left of what differs between prompts
-    with pytest.raises(ValueError, match="two prompts or more, got 1"):
+    with pytest.raises(ValueError, match="at least two prompts, not 1"):
         Bootstrap().interval([1.0])
 
 

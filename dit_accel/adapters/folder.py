@@ -79,7 +79,7 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
     """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
 
-    `training` is a record kept in the config and shown on the card, as are the pictures that lie in the folder.
+    `training` is a record kept in the config and shown on the card, as are the pictures in the folder.
 
     Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
     was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
@@ -87,7 +87,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
-        raise AdapterError(f"wanted one accelerated transformer, got {len(patches)}")
+        raise AdapterError(f"an adapter is of one transformer, but {len(patches)} are accelerated: pass one of them")
     model, patch = patches[0]
     operators = operators_of(model)
     folder = Path(folder)
@@ -123,7 +123,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_card(folder, config, licence_of(loaded_from))
     except OSError as error:  # a WriteError is one
-        raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
+        raise AdapterError(f"the adapter can't be written to {folder}: {error}") from error
     return folder
 
 
@@ -174,7 +174,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     Args:
         path_or_repo: a folder of `save_adapter` or its hub id, or a checkpoint that others published: a file, or
             `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
-            projection (`importers`). Their weights stand in for the transformer's own until `restore`; `dense` runs its own.
+            projection (`importers`). Their weights replace the transformer's own until `restore`; `dense` runs its own.
         spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
         backend, strict: as in `accelerate`.
 
@@ -184,9 +184,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     """
     models = find_transformers(pipe)
     if len(models) != 1:
-        raise AdapterError(
-            f"wanted a pipeline with one transformer, or one transformer of its {len(models)}, each with an adapter of its own"
-        )
+        raise AdapterError(f"the pipeline has {len(models)} transformers, each with an adapter of its own: pass one of them")
     (model,) = models
     file = local_file(path_or_repo)
     found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
@@ -215,10 +213,10 @@ def _same_base(model: Any, base: Base) -> bool:
 
 
 def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
-    """What a folder of `save_adapter` holds, checked against the model."""
+    """The tensors in a folder of `save_adapter`, checked against the model."""
     config = read_config(folder)
     if spec is not None:
-        raise AdapterError(f"the adapter in {folder} names its method itself: wanted no spec, got {spec}")
+        raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")
     tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
     assignment = _parse(folder, config)
     _check_architecture(model, config, assignment, tensors)
@@ -252,7 +250,7 @@ def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, 
         address = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE, CARD, *shown])
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise AdapterError(f"wanted to upload {folder} to {repo!r}, which failed: {error}") from error
+        raise AdapterError(f"{folder} can't be uploaded to {repo!r}: {error}") from error
     return address
 
 
@@ -288,13 +286,13 @@ def local_folder(path_or_repo: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if isinstance(path_or_repo, Path) or path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/")):
-        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {str(path_or_repo)!r}")
+        raise AdapterError(f"{str(path_or_repo)!r} is neither a folder made by save_adapter nor a hub id owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE]))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {path_or_repo!r}: {error}") from error
+        raise AdapterError(f"{path_or_repo!r} is neither a folder made by save_adapter nor the id of one on the hub: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -302,9 +300,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise AdapterError(f"wanted {CONFIG} in {folder}: {error}") from error
+        raise AdapterError(f"{CONFIG} in {folder} can't be read: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"wanted a JSON object in {folder / CONFIG}, got {type(config).__name__}")
+        raise AdapterError(f"{folder / CONFIG} must hold a JSON object, not a {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     if config.get("version") not in (VERSION, FIRST_VERSION):
         raise AdapterError(f"{folder / CONFIG} wants version {VERSION} or {FIRST_VERSION}, got {config.get('version')}")
@@ -319,7 +317,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config["assignment"] = _assignment_of_first(folder, config.pop("spec"), config.pop("dense_steps"))
     files = config["files"]
     if not isinstance(files, dict) or WEIGHTS not in files or not set(files) <= {WEIGHTS, LORA, FULL, WHOLE} or {FULL, WHOLE} <= set(files):
-        raise AdapterError(f"{folder / CONFIG} wants the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, got {files}")
+        raise AdapterError(f"{folder / CONFIG} must name the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, not {files}")
     return config
 
 
@@ -337,10 +335,10 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         found = _sha256(path)
         if found != digest:
-            raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
+            raise AdapterError(f"{path} is damaged or altered: its SHA-256 is {found[:16]}, not {digest[:16]}")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"wanted a readable {path}: {error}") from error
+        raise AdapterError(f"{path} can't be read: {error}") from error
 
 
 def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignment, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -348,14 +346,12 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
     if LORA in tensors and switched_off(model):
-        raise AdapterError(
-            "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
-        )
+        raise AdapterError("LoRA is disabled on this model, and the adapter's would be too: call enable_lora() or delete_adapters() first")
     if LORA in tensors:
         check_no_fused(model, AdapterError)
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
-        raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
+        raise AdapterError(f"the adapter is for a {config['base_model_class']}, not for a {type(model).__name__}")
     modules: dict[str, Any] = dict(model.named_modules())
     layers = attention_layers(model)
     for name, (heads, width) in config["layers"].items():
@@ -371,9 +367,9 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
     projections = projection_names(model, config["layers"]) if {LORA, FULL} & set(tensors) else []
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
-        wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
-        wanted |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
-        _compare(LORA, wanted, tensors[LORA])
+        expected = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
+        expected |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
+        _compare(LORA, expected, tensors[LORA])
     parameters = {k: tuple(p.shape) for k, p in plain_parameters(model).items()}
     if FULL in tensors:
         _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
@@ -381,13 +377,13 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
         _compare(WHOLE, parameters, tensors[WHOLE])
 
 
-def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
+def _compare(file: str, expected: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
     found = {k: tuple(v.shape) for k, v in got.items()}
-    if found == wanted:
+    if found == expected:
         return
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong = sorted(k for k in set(wanted) & set(found) if wanted[k] != found[k])
-    shapes = [f"{k}: wanted {wanted[k]}, got {found[k]}" for k in wrong]
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(found) if expected[k] != found[k])
+    shapes = [f"{k}: {found[k]}, not {expected[k]}" for k in wrong]
     raise AdapterError(f"{file} does not fit the model: missing {missing[:4]}, unknown {unknown[:4]}, wrong shapes {shapes[:4]}")
 
 

@@ -16,7 +16,7 @@ PICTURES = (".png", ".jpg", ".gif")
 
 
 def model_card(config: Mapping[str, Any], pictures: list[str], licence: str | None = None) -> str:
-    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files beside it; `licence`: of the base model,
+    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files next to it; `licence`: of the base model,
     unless its record or its name tells it."""
     assignment, name, record = Assignment.from_dict(config["assignment"]), config["base_model_name"], config["training"] or {}
     licence = str(record.get("licence") or licence or licence_of(name))

@@ -1,4 +1,4 @@
-"""What `dit-accel info` shows: this machine, what the package can do here, a model, an adapter."""
+"""The rows of `dit-accel info`: this machine, what the package can do here, a model, an adapter."""
 
 import os
 import platform
@@ -102,7 +102,7 @@ def adapter_rows(adapter: str) -> dict[str, str]:
 
 
 def _published_rows(file: Path) -> dict[str, str]:
-    """What a published checkpoint is and what it is run with, by its header alone."""
+    """The contents of a published checkpoint and the method it is run with, by its header alone."""
     from dit_accel.adapters.importers import method_of, read_header, recognise
     from dit_accel.errors import AdapterError
 

@@ -1,4 +1,4 @@
-"""What the attention of a running pipeline is given, and how far a method is from exact attention on it."""
+"""Inputs of the attention in a running pipeline, and how far a method is from exact attention on them."""
 
 import contextlib
 import dataclasses
@@ -104,7 +104,7 @@ class Deviation:
 
 
 def exact_attention(captured: Captured) -> Exact:
-    """What the layer's image tokens get from dense attention."""
+    """Dense attention of the layer's image tokens."""
     q, k, v = (x.float().flatten(0, 1) for x in (captured.query, captured.key, captured.value))
     heads = captured.query.shape[1]
     bias = None if captured.key_bias is None else captured.key_bias.repeat_interleave(heads, 0)

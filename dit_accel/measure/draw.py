@@ -27,7 +27,7 @@ def bench_draw(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Median seconds of one call of the pipeline, the original and all methods in turns, from the same noise; `call` goes to it.
 
-    `adapters`: folders of `save_adapter` and the like, measured as methods are. Beside the times stands how close the result is to the
+    `adapters`: folders of `save_adapter` and the like, measured as methods are. Next to the times is how close the result is to the
     original's (see `pictures.compare`, and `compare_motion` for a video). Methods run even where the original is faster. Prints a table;
     writes it as JSON where `out` is given.
     """

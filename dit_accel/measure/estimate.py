@@ -75,7 +75,7 @@ PUBLISHED: dict[tuple[str, str, int], dict[float | None, float]] = {
 def find(kind: str, name: str, known: dict[str, Any]) -> Any:
     """A GPU or a model by name. Raises ValueError at one that is not known."""
     if name not in known:
-        raise ArgumentError(f"{kind} is one of {list(known)}, got {name!r}")
+        raise ArgumentError(f"{kind} must be one of {list(known)}, not {name!r}")
     return known[name]
 
 
@@ -121,10 +121,10 @@ def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | 
     """
     chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
     if any(side < shape.pixels or side % shape.pixels for side in size):
-        raise ArgumentError(f"height and width are multiples of {shape.pixels} pixels, got {size}")
+        raise ArgumentError(f"height and width must be multiples of {shape.pixels} pixels, not {size}")
     if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
-        wanted = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1: it makes images"
-        raise ArgumentError(f"frames of {model} is {wanted}, got {frames}")
+        allowed = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1, as it makes images"
+        raise ArgumentError(f"frames of {model} must be {allowed}, not {frames}")
     grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
     layout = TokenLayout(grid, shape.text)
     shares = _shares(spec, layout, shape)

@@ -1,9 +1,9 @@
 """`dit-accel evaluate`: how close an accelerated pipeline, untrained or distilled, is to its own original.
 
 Every prompt is drawn from the same noise by the original, by the original again, by the original in bfloat16 arithmetic and by the method.
-Against the first stand: the pictures; the denoiser's predictions, replayed on what the original called it with while it drew; and in every
-layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to the first,
-and the third is the noise floor: what is closer than that can't be told from rounding.
+Compared with the first are the pictures; the denoiser's predictions, replayed on what the original called it with while drawing; and in
+every layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to
+the first, and the third is the noise floor: differences below it can't be distinguished from rounding.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ from dit_accel.pipelines.video import compare_motion, frames_argument
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison
 ONE_PROMPT = "One prompt: there is no interval over prompts."
-NO_DISTANCE = f"No 1 − MS-SSIM: multi-scale SSIM wants sides of {DISTANCE_SIDE} pixels or more."
+NO_DISTANCE = f"No 1 − MS-SSIM: multi-scale SSIM requires sides of {DISTANCE_SIDE} pixels or more."
 ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 
 @dataclass
 class PromptResult:
-    """What one prompt gave. Sides are "method", "bfloat16" (where there is one) and "again"."""
+    """The measurements of one prompt. Sides are "method", "bfloat16" (where there is one) and "again"."""
 
     pictures: dict[str, dict[str, float]] = field(default_factory=dict)  # side -> measure -> value
     velocity: dict[str, dict[float, float]] = field(default_factory=dict)  # side -> timestep -> relative error
@@ -76,8 +76,8 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
     `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the
     original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn where prompts are missing,
-    the folder can't be written to, the pipeline is not accelerated, or it takes no such arguments; FallbackError where no layer runs the
-    method.
+    the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments; FallbackError where no layer runs
+    the method.
     """
     _check(pipe, prompts, call)
     check_folder(out)
@@ -105,25 +105,25 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
 
 def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ArgumentError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
+        raise ArgumentError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     patches_of(pipe)
     kind = type(pipe)
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise ArgumentError(f"wanted a pipeline, which draws pictures, got {kind.__name__}")
+        raise ArgumentError(f"{kind.__name__} draws no pictures: pass a pipeline")
     if ours := sorted({"prompt", "generator", "output_type"} & set(call)):
-        raise ArgumentError(f"prompts, seed and the output's type are set for every run, got {', '.join(ours)} among the call's arguments")
+        raise ArgumentError(f"prompts, seed and output type are set for every run: leave {', '.join(ours)} out")
     taken = inspect.signature(kind.__call__).parameters
     missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise ArgumentError(f"wanted a pipeline that takes {', '.join(missing)}, got {kind.__name__}")
+        raise ArgumentError(f"{kind.__name__} takes no {', '.join(missing)}")
     try:
         json.dumps(call)
     except TypeError as error:
-        raise ArgumentError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
+        raise ArgumentError(f"call arguments must be numbers, strings, lists or None, which {sorted(call)} are not: {error}") from error
 
 
 def _sides(pipe: Any) -> dict[str, Side]:
-    """What is compared with the original's first run, as ways to run the pipeline."""
+    """The sides that are compared with the original's first run, as ways to run the pipeline."""
     sides: dict[str, Side] = {"method": lambda: always(pipe), "bfloat16": lambda: in_bfloat16(pipe), "again": lambda: dense(pipe)}
     if not is_wide(pipe):
         del sides["bfloat16"]
@@ -161,7 +161,7 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Pr
             row.attention[name + layer] = calls
     if not row.attention:
         reasons = ", ".join(_fallbacks(pipe)) or "no accelerated layer"
-        raise FallbackError(f"wanted a method that runs in some layer, but calls have {reasons}")
+        raise FallbackError(f"the method runs in no layer: calls have {reasons}")
     for side, enter in _sides(pipe).items():
         errors: dict[float, list[float]] = {}
         with enter(), without_dense_steps(pipe):
@@ -186,15 +186,15 @@ def draw(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Tensor:
     made = output.images if hasattr(output, "images") else getattr(output, "frames", None)
     if not isinstance(made, Tensor) or made.ndim not in (4, 5) or made.shape[-3] != 3:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ArgumentError(f"wanted a pipeline that returns pictures or frames of three colours as a tensor, got {got}")
+        raise ArgumentError(f"the pipeline must return pictures or frames of three colours as a tensor, not {got}")
     frames = made.flatten(0, -4).float().cpu().clamp(0, 1)
     if not bool(frames.isfinite().all()):
-        raise ArgumentError(f"wanted finite pixels for {prompt!r}, got NaN or infinity from {type(pipe).__name__}")
+        raise ArgumentError(f"{type(pipe).__name__} drew NaN or infinity for {prompt!r}")
     return frames
 
 
 def _component_names(pipe: Any) -> list[str]:
-    """What to put before a layer's name, for each accelerated transformer: nothing where there is one."""
+    """The prefix of a layer's name, for each accelerated transformer: empty where there is one."""
     models = [model for model, _ in patches_of(pipe)]
     if len(models) == 1:
         return [""]
@@ -243,7 +243,7 @@ def attention_forwards(count: int) -> list[int]:
 
 
 def _describe(pipe: Any) -> dict[str, Any]:
-    """What was evaluated."""
+    """The pipeline and method that were evaluated."""
     models = patches_of(pipe)
     context = models[0][1].context
     return {
@@ -263,7 +263,7 @@ def _fallbacks(pipe: Any) -> Counter[str]:
 
 
 def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
-    """What the numbers lack, and why."""
+    """The limits of the numbers, and why."""
     notes = []
     if len(rows) == 1:
         notes.append(ONE_PROMPT)

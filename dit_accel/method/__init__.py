@@ -29,6 +29,7 @@ from dit_accel.method.parts import (
     Tiles,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -69,5 +70,6 @@ __all__ = [
     "Tiles",
     "Tokenwise",
     "TopK",
+    "TopP",
     "Window",
 ]

@@ -1,4 +1,4 @@
-"""What a high-resolution picture will take, said before it starts: memory from shapes, time from one forward at the base size."""
+"""The forecast of a high-resolution picture, shown before it starts: memory from shapes, time from one forward at the base size."""
 
 import contextlib
 import math
