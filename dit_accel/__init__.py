@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dit_accel.adapters.folder import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
+    from dit_accel.method.assignment import Assignment, Rule
     from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.method.spec import AttentionSpec
     from dit_accel.operator.attention import attention
@@ -37,6 +38,8 @@ _HOMES = {
     "SLA": "method.presets",
     "GNA": "method.presets",
     "AttentionSpec": "method.spec",
+    "Assignment": "method.assignment",
+    "Rule": "method.assignment",
     "TokenLayout": "operator.layout",
     "attention": "operator.attention",
     "builtin_pipeline": "pipelines.builtin",
@@ -49,9 +52,11 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "DistillConfig",
     "Fovea",
+    "Rule",
     "TokenLayout",
     "accelerate",
     "attention",

@@ -73,7 +73,7 @@ def _identity(run: Run) -> dict[str, Any]:
     parts = (run.samples, run.held_out)
     prompts = [[[r.prompt, r.seed, r.size, r.picture] for r in part.entries] for part in parts]
     return {
-        "config": config, "spec": run.patch.context.spec.to_dict(),
+        "config": config, "spec": run.patch.context.assignment.record(),
         "layers": sorted(run.patch.originals), "teacher": run.samples.teacher, "prompts": prompts,
         "calls": [part.manifest["call"] for part in parts], "contents": [part.contents for part in parts],
     }  # fmt: skip

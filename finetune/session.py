@@ -21,13 +21,16 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.data.collect import Samples, collect_prompts
 from dit_accel.finetune.flow import Flow, recorded_flow
+from dit_accel.finetune.moments import Moments
 from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
 from dit_accel.finetune.velocity import velocity_errors
+from dit_accel.method.assignment import Moment, groups
 from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
+from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
-from dit_accel.patch.modes import running
+from dit_accel.patch.modes import at_moment, running
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import Patch, operators_of, patches_of
 
@@ -59,6 +62,39 @@ class Run:
         """How the samples name noise levels, for flow matching."""
         return recorded_flow(self.pipe, self.patch.context.family, self.samples)
 
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Where in their runs the samples' forwards are."""
+        return Moments(self.samples, self.pipe, self.patch.context.family)
+
+    @functools.cached_property
+    def positions(self) -> Sequence[int]:
+        """The forwards to be learned from: those in which the assignment runs a spec, whatever their size.
+
+        Raises DistillationError where there is none.
+        """
+        context = self.patch.context
+        if not context.assignment.of_moments:
+            return range(len(self.samples))
+        found = [n for n in range(len(self.samples)) if self.runs_at(self.moments[n])]
+        if not found:
+            raise DistillationError(f"no sample is at a step and noise level at which {context.assignment} runs a spec: collect others")
+        return found
+
+    def runs_at(self, moment: Moment) -> bool:
+        """Whether the assignment runs a spec in some layer at a moment, whatever the size."""
+        context = self.patch.context
+        rules = context.assignment.at(moment, None)
+        return any(group.spec is not None for layer in context.layers for group in groups(rules, layer.name, layer.heads))
+
+    def replayed(self, moment: Moment | None) -> contextlib.AbstractContextManager[Any]:
+        """The transformer in a forward of a moment, for a `with` block; None where it does not matter."""
+        return contextlib.nullcontext() if moment is None else at_moment(self.transformer, moment)
+
+    def moment(self, position: int) -> Moment | None:
+        """Of one of the samples' forwards; None where it does not matter, so that nothing is read."""
+        return self.moments[position] if self.patch.context.assignment.of_moments else None
+
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
@@ -74,8 +110,14 @@ class Run:
 
     def held_out_error(self) -> float:
         """Mean relative error of the prediction on the held-out forwards, of which each process evaluates its share."""
-        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
+        mine = share(len(self.held_out))
+        moments = [self._held_out_moments[i] for i in mine] if self.patch.context.assignment.of_moments else None
+        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in mine), moments))
         return float(sum(errors) / len(errors))
+
+    @functools.cached_property
+    def _held_out_moments(self) -> Moments:
+        return Moments(self.held_out, self.pipe, self.patch.context.family)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the training passes, for a `with` block."""
@@ -163,7 +205,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     _check_apart(source, held_out)  # before sampling, which may take days
     steps = _parameter_steps(transformer, config, folder)
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
-        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
+        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.assignment} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = known_hash(transformer)
@@ -215,13 +257,16 @@ def _check_apart(source: Any, held_out: Any) -> None:
 
 def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
     """Raise DistillationError unless every spec of the config can take the place of the pipeline's own."""
-    own = patch.context.spec
+    assignment = patch.context.assignment
+    own = assignment.spec
+    if config.specs and own is None:
+        raise DistillationError(f"specs take turns with one spec of the pipeline's own, which has {assignment}: leave them out")
     for operator in operators_of(transformer).values():
         for spec in config.specs:
-            both = [s.make_parameters(heads=operator.heads, head_dim=operator.head_dim).state_dict() for s in (own, spec)]
-            shapes = [{name: value.shape for name, value in parameters.items()} for parameters in both]
-            if shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
-                raise DistillationError(f"specs must have the parameters, order and blocks of the pipeline's {own}, which {spec} has not")
+            both = operator.params, joint_parameters((spec,), operator.layer)
+            shapes = [{name: value.shape for name, value in parameters.state_dict().items()} for parameters in both]
+            if own is None or shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
+                raise DistillationError(f"specs have the parameters, order and blocks of the pipeline's own, here {own}, got {spec}")
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:
@@ -229,19 +274,19 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
-            spec = next(iter(operators)).spec
-            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {spec} has no parameters of its own")
+            method = next(iter(operators)).context.assignment
+            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {method} has no parameters of its own")
         return 0
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = all(operator.fit == "least_squares" for operator in operators)
+    projected = any(operator.fit == "least_squares" for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 
 def _fresh(operator: AcceleratedAttention) -> bool:
     """Whether a layer's parameters have their start values."""
-    start = operator.spec.make_parameters(heads=operator.heads, head_dim=operator.head_dim)
+    start = joint_parameters(operator.specs, operator.layer)
     pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
     return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
 

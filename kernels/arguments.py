@@ -1,7 +1,8 @@
 """The arguments of the operators, each declared once.
 
-From the declarations come the operators' schemas, what their fake kernels and gradients need to know, and the fields of the structs that
-the C++ library reads. A new argument is one line here, one in cpu/problem.h and its table of fields, and wherever a kernel uses it.
+From the declarations come the operators' schemas and what travels through them (`Transport`), what their fake kernels and gradients need
+to know, and the fields of the structs that the C++ library reads. A new argument is one line here, one in cpu/problem.h and its table of
+fields, and wherever a kernel uses it.
 """
 
 import functools
@@ -134,13 +135,50 @@ def declared(arguments: type) -> tuple[Declared, ...]:
     return tuple(_declared(name, hint) for name, hint in typing.get_type_hints(arguments, include_extras=True).items())
 
 
-def schema(arguments: type, returns: str, *first: str) -> str:
-    """The signature of an operator that takes the implementation's name, `first`, and then these arguments, as torch.library has it."""
-    words = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
-    given = (f"{words[d.kind]}{'?' if d.optional else ''} {d.name}" for d in declared(arguments))
-    return f"({', '.join(('str implementation', *first, *given))}) -> {returns}"
+class Transport:
+    """How the arguments of a class travel through an operator: each tensor by itself, all numbers as one list, all real numbers as another.
+
+    Torch walks an operator's arguments in a time that is quadratic in how many there are, at every call with a gradient. A choice travels
+    as its place, None among numbers as -1.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.choices = {d.name: d.mark.choices for d in declared(kind) if d.mark.choices}
+        self.flags = {d.name for d in declared(kind) if d.kind is bool}
+        self.optional = {d.name for d in declared(kind) if d.optional}
+        self.tensors = tuple(d.name for d in declared(kind) if d.kind is Tensor)
+        self.reals = tuple(d.name for d in declared(kind) if d.kind is float)
+        self.numbers = tuple(d.name for d in declared(kind) if d.kind not in (Tensor, float))
+
+    def schema(self, returns: str, *first: str) -> str:
+        """The signature of an operator that takes the implementation's name, `first`, and then the arguments, as torch.library has it."""
+        tensors = (f"Tensor{'?' if name in self.optional else ''} {name}" for name in self.tensors)
+        return f"({', '.join(('str implementation', *first, *tensors, 'SymInt[] numbers', 'float[] reals'))}) -> {returns}"
+
+    def pack(self, a: Any) -> list[Any]:
+        """The arguments as the operator takes them. Raises ValueError at an unknown choice."""
+        numbers = [self._number(name, getattr(a, name)) for name in self.numbers]
+        return [*(getattr(a, name) for name in self.tensors), numbers, [getattr(a, name) for name in self.reals]]
+
+    def _number(self, name: str, value: Any) -> Any:
+        if name in self.choices:
+            if value not in self.choices[name]:
+                raise ValueError(f"{name} is one of {self.choices[name]}, got {value!r}")
+            return self.choices[name].index(value)
+        return -1 if value is None else int(value) if name in self.flags else value
+
+    def unpack(self, *given: Any) -> Any:
+        """The arguments again."""
+        *tensors, numbers, reals = given
+        found = dict(zip(self.tensors, tensors, strict=True)) | dict(zip(self.reals, reals, strict=True))
+        for name, value in zip(self.numbers, numbers, strict=True):
+            absent = name in self.optional and value == -1
+            found[name] = self.choices[name][value] if name in self.choices else None if absent else value
+        return self.kind(**found | {name: bool(found[name]) for name in self.flags})
 
 
+ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 

@@ -166,24 +166,25 @@ def linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Partial:
     return (phi_q @ state) / mass, mass[..., 0].log()
 
 
-def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, kept: Tensor, q_blocks: Blocks, k_blocks: Blocks) -> Partial:
-    """Linear attention of each query block over the key blocks it does not keep; output 0 and log mass -inf where it keeps all.
+def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, weights: Tensor, q_blocks: Blocks, k_blocks: Blocks) -> Partial:
+    """Linear attention of each query block over the key blocks by `weights` `[..., Tq, Tk]` >= 0, as 1 where a block is not kept and 0
+    where it is; output 0 and log mass -inf where all are 0. Features `[BH, N, F]` of any width. Gradients: features, v, weights.
 
-    The states of the rest are summed, not subtracted from a total, so that nothing cancels (SLA, eq. 5).
+    The states are summed, not subtracted from a total, so that nothing cancels (SLA, eq. 5).
     """
     keys = k_blocks.gather(phi_k) * k_blocks.valid[..., None]
     states = keys.transpose(-1, -2) @ k_blocks.gather(v)
-    rest = (~kept).to(v.dtype).expand(v.shape[0], *kept.shape[-2:])
+    rest = weights.to(v.dtype).expand(v.shape[0], *weights.shape[-2:])
     sums = keys.sum(-2)
     queries = q_blocks.gather(phi_q)
-    d = phi_q.shape[-1]
+    width, d = phi_q.shape[-1], v.shape[-1]
 
     def attend(part: Tensor, rest: Tensor, states: Tensor, sums: Tensor) -> Partial:
-        state = (rest @ states.flatten(-2)).unflatten(-1, (d, v.shape[-1]))
+        state = (rest @ states.flatten(-2)).unflatten(-1, (width, d))
         mass = (part @ (rest @ sums)[..., None])[..., 0]
         safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
         out = torch.where(mass[..., None] > 0, (part @ state) / safe[..., None], 0)
         return out, torch.where(mass > 0, safe.log(), -torch.inf)
 
-    chunks = _chunks(queries.shape[1], v.shape[0] * d * (d + queries.shape[2]))
+    chunks = _chunks(queries.shape[1], v.shape[0] * width * (d + queries.shape[2]))
     return _join([_run(attend, queries[:, c], rest[:, c], states, sums) for c in chunks], q_blocks)

@@ -30,7 +30,7 @@ def _template() -> Any:
     """Seeded parts, made once; copies are handed out."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+    from dit_accel.pipelines.builtin.components import POOLED_WIDTH, TEXT_WIDTH, make_text_encoders, make_tokenizer
     from dit_accel.pipelines.builtin.drawings import vocabulary
 
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def _template() -> Any:
     clip, t5 = make_text_encoders(len(first))
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     fill_randomly(transformer, 0)
     with torch.no_grad():  # logits spread enough for the attention to choose

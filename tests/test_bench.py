@@ -92,7 +92,7 @@ def test_the_original_and_all_methods_take_turns(pipe: object, monkeypatch: pyte
 
     def step(transformer: object, names: list[str], arguments: object) -> tuple[float, list[float]]:
         assert len(names) == 8
-        order.append(str(patch[0][1].context.spec) if (patch := accelerated(pipe)) else "original")
+        order.append(str(patch[0][1].context.assignment) if (patch := accelerated(pipe)) else "original")
         return float(next(times)), [0.25, 0.5]
 
     monkeypatch.setattr("dit_accel.measure.step._step", step)

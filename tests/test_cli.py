@@ -33,7 +33,7 @@ def make_tiny() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
-    from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+    from dit_accel.pipelines.builtin.components import POOLED_WIDTH, TEXT_WIDTH, make_text_encoders, make_tokenizer
     from dit_accel.pipelines.builtin.drawings import vocabulary
 
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def make_tiny() -> Any:
     clip, t5 = make_text_encoders(len(clip_tokenizer))
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     fill_randomly(transformer)
     autoencoder = PatchAutoencoder(width=32, num_blocks=1)
@@ -156,7 +156,7 @@ def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
-    wanted = "method is one of none, fovea, clear, sla, gna, got 'flash'"
+    wanted = "method is one of none, fovea, clear, sla, gna or a JSON file, got 'flash'"
     assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == wanted
     assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == wanted
     assert fail("bench", "step", "--method", "fovea", "--method", "flash") == wanted

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
-from dit_accel.kernels.arguments import Arguments, SelectionArguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -199,7 +199,7 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
     monkeypatch.setattr(ops, "attention", record)
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     a, implementation = calls[0]
-    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in a)
+    given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ATTENTION.pack(a)]
     torch.library.opcheck(ops.attention_op, (implementation, *given))
 
 

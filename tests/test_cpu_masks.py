@@ -10,7 +10,7 @@ from helpers import assert_close_as_eager, spread
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments
 from dit_accel.kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
@@ -218,7 +218,7 @@ def test_places_of_queries_and_keys_are_their_own() -> None:
 def test_obeys_the_rules_of_operators(numbers: tuple[int, int]) -> None:
     case = Case(*numbers, (32, 64), 7, 3)
     a = case.arguments(*(x.requires_grad_() for x in case.inputs(torch.float32)))
-    torch.library.opcheck(ops.attention_op, ("cpu", *a))
+    torch.library.opcheck(ops.attention_op, ("cpu", *ATTENTION.pack(a)))
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_dense_steps_do_not_hide_the_method_from_the_training(tmp_path: Path) ->
     pipe = accelerate(prompt_pipe(), tiny.LORA_SPEC, dense_steps=1)
     result = learn(pipe, tmp_path, steps=1)
     assert result.error_before > 1e-4
-    assert pipe.transformer._dit_accel.context.dense_steps == 1
+    assert pipe.transformer._dit_accel.context.assignment.dense_steps == 1
 
 
 # What is refused beside fused projections

@@ -41,7 +41,7 @@ def test_each_step_runs_the_spec_that_it_drew(tmp_path: Path, monkeypatch: pytes
 def test_the_pipeline_keeps_its_own_spec(tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), DENSITIES[0])
     result = learn(pipe, tmp_path, **RUN)
-    assert {op.spec for op in operators_of(pipe).values()} == {pipe.transformer._dit_accel.context.spec} == {DENSITIES[0]}
+    assert {op.specs for op in operators_of(pipe).values()} == {(pipe.transformer._dit_accel.context.assignment.spec,)} == {(DENSITIES[0],)}
     assert result.error_after == velocity_error(pipe, Samples(tmp_path / "held-out"))
     assert {row["spec"] for row in result.parameter_history} > {0}
 
@@ -60,7 +60,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, stage: str) -> None:
     stopped.transformer.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         learn(stopped, tmp_path / "stopped", **RUN)
-    assert {op.spec for op in operators_of(stopped).values()} == {DENSITIES[0]}
+    assert {op.specs for op in operators_of(stopped).values()} == {(DENSITIES[0],)}
     got = learn(resumed, tmp_path / "stopped", **RUN)
     assert got.resumed_from == (0 if stage == "parameters" else 4)
     assert untimed(got) == dataclasses.replace(untimed(wanted), resumed_from=got.resumed_from)

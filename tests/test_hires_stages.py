@@ -10,7 +10,7 @@ import torch
 from hires_fixtures import TEXT, Forwards, draw, make, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dit_accel import CLEAR, accelerate, builtin_pipeline, restore
+from dit_accel import CLEAR, Assignment, Rule, accelerate, builtin_pipeline, restore
 from dit_accel.errors import StageError
 from dit_accel.operator.cost import multiply_adds
 from dit_accel.pipelines import hires
@@ -183,11 +183,17 @@ def test_forecast_counts_what_torch_counts() -> None:
         counts.append(counter.get_total_flops())
     wanted = counts[1] / counts[0]
     assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(wanted, rel=1e-6)
-    original, method = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), spec) for spec in (None, CLEAR(2.0)))
+    # half of the heads of one layer of four keep the original attention, and all in the first forward
+    rules = (Rule(CLEAR(2.0)), Rule(None, heads=(0,), layers="single_*.1.attn"), Rule(None, steps=(0, 1)))
+    first_step, later = forecast.Stage((128, 128), (1.0, 0.5), Assignment(rules)).rules(1024)
+    at = (None, Assignment.of(CLEAR(2.0)).at(None, 1024), later, first_step)
+    original, method, mixed, begun = (forecast.forward_seconds(timed, shape, (16, 24), (128, 128), chosen) for chosen in at)
     share = multiply_adds(CLEAR(2.0), shape.layout((128, 128)), 16)
     saved = (1 - share) * 2 * 1024**2 * 32 * 4 / (counts[0] / 2)
     assert (original - method) / timed.seconds == pytest.approx(saved, rel=1e-6)
     assert 0 < share < 1
+    assert (original - mixed) / (original - method) == pytest.approx(7 / 8)
+    assert begun == original
 
 
 def test_memory_grows_with_the_picture_and_shrinks_with_tiles() -> None:

@@ -77,7 +77,7 @@ def test_clear_loads_by_its_name(tmp_path: Path, original: Tensor, name: str) ->
     pipe, by_hand = flux_pipe(), accelerate(flux_pipe(), RELEASED[name])
     before = state(pipe.transformer)
     assert load_adapter(pipe, saved(tensors, tmp_path, name)) is pipe
-    assert pipe.transformer._dit_accel.context.spec == RELEASED[name]
+    assert pipe.transformer._dit_accel.context.assignment.spec == RELEASED[name]
     assert len(operators_of(pipe)) == DOUBLE + SINGLE
     assert pipe.transformer._dit_accel.context.trained  # nothing else will do for these weights, however fast it is
 
@@ -108,7 +108,7 @@ def test_clear_under_another_name_wants_its_radius(tmp_path: Path) -> None:
             load_adapter(pipe, saved(clear_tensors(factor), tmp_path, "attn_weights"))
     spec = CLEAR(8, downsample=4, tile=(4, 8))
     load_adapter(pipe, tmp_path / "attn_weights.safetensors", spec=spec)
-    assert pipe.transformer._dit_accel.context.spec == spec
+    assert pipe.transformer._dit_accel.context.assignment.spec == spec
 
 
 CONTRADICTIONS: dict[str, tuple[str, int | None, AttentionSpec | None, str]] = {
@@ -168,7 +168,7 @@ def test_turbo_loads_in_every_dialect(tmp_path: Path, dialect: str, matrix: bool
     pipe, _ = wan_pipe()
     load_adapter(pipe, saved(tensors, tmp_path))
     assert same(state(pipe.transformer), state(turbo_by_hand(*turbo_values()).transformer))
-    assert pipe.transformer._dit_accel.context.spec == TURBO
+    assert pipe.transformer._dit_accel.context.assignment.spec == TURBO
     assert pipe.transformer._dit_accel.context.trained
 
 
@@ -217,7 +217,7 @@ def test_int8_tiles_under_diffusers_names(tmp_path: Path) -> None:
 def test_turbo_takes_another_share(tmp_path: Path) -> None:
     pipe, _ = wan_pipe()
     load_adapter(pipe, saved(turbo_tensors("official"), tmp_path), spec=SLA(0.15, scope="all", block=(128, 64)))
-    assert pipe.transformer._dit_accel.context.spec.density == 0.15
+    assert pipe.transformer._dit_accel.context.assignment.spec.density == 0.15
 
 
 def test_turbo_goes_on_as_an_adapter_of_ours(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -216,7 +216,7 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     pipe = load_adapter(flux_pipe(), "owner/name/folder/clear_local_8.safetensors")
     assert asked == [("owner/name", "folder/clear_local_8.safetensors")]
-    assert pipe.transformer._dit_accel.context.spec == CLEAR(8)
+    assert pipe.transformer._dit_accel.context.assignment.spec == CLEAR(8)
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,14 @@ from torch import Tensor
 from dit_accel.adapters.base_model import base_model_name, licence_of, public_name
 from dit_accel.adapters.importers import Base, Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.adapters.model_card import CARD, PICTURES, write_card
-from dit_accel.errors import AdapterError
+from dit_accel.errors import AdapterError, ArgumentError
 from dit_accel.files import staged, write_json, write_tensors
+from dit_accel.method.assignment import Assignment
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
 from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, same_weights
 from dit_accel.patch.fingerprint import check as check_fingerprint
+from dit_accel.patch.heads import Layer, joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
 from dit_accel.patch.state import Patch, operators_of, patches_of
@@ -43,7 +45,8 @@ P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
 LORA, FULL = "pytorch_lora_weights.safetensors", "attention_weights.safetensors"
 WHOLE = "transformer_weights.safetensors"
-VERSION = 1
+VERSION = 2
+FIRST_VERSION = 1  # one spec, and how many first steps it leaves to the original attention, in the place of an assignment
 
 
 class DitAccelAdapter(ModelMixin, ConfigMixin):
@@ -54,20 +57,21 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        spec: dict[str, Any],
+        assignment: dict[str, Any],
         layers: dict[str, tuple[int, int]],  # attention module -> (heads, head_dim)
         base_model_class: str,
         base_model_name: str = "",
         base_model_hash: str = "",
         base_model_fingerprint: Fingerprint | None = None,
-        dense_steps: int = 0,
         training: dict[str, Any] | None = None,
         files: dict[str, str] | None = None,  # file -> SHA-256
         version: int = VERSION,
     ) -> None:
         super().__init__()
-        parsed = AttentionSpec.from_dict(spec)
-        made = {name: parsed.make_parameters(heads=heads, head_dim=width) for name, (heads, width) in layers.items()}
+        parsed = Assignment.from_dict(assignment)
+        made = {
+            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, alone=False)) for name, (heads, width) in layers.items()
+        }
         self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
         self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
 
@@ -104,13 +108,12 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
                 name, full = _full_weights(model, patch, holders)
                 written[name] = write_tensors(stage / name, full, {"format": "pt"})
             adapter = DitAccelAdapter(
-                spec=patch.context.spec.to_dict(),
+                assignment=patch.context.assignment.to_dict(),
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
                 base_model_name=public_name(loaded_from),
                 base_model_hash=known_hash(model),
                 base_model_fingerprint=fingerprint(model),
-                dense_steps=patch.context.dense_steps,
                 training=training,
                 files={name: _sha256(path) for name, path in written.items()},
             )
@@ -189,7 +192,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
         check_unfused(model, found.layers, AdapterError)
         if is_offloaded(model):
             raise AdapterError(f"{type(model).__name__} is offloaded: load the adapter before offloading")
-    accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
+    accelerate(pipe, found.assignment, layers=lambda name, _: name in found.layers, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
         differs = found.base is not None and not _same_base(model, found.base)
@@ -215,19 +218,18 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
     if spec is not None:
         raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")
     tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
-    spec = _parse(folder, config)
-    _check_architecture(model, config, spec, tensors)
+    assignment = _parse(folder, config)
+    _check_architecture(model, config, assignment, tensors)
     prefixes = {f"layers.{layer.replace('.', '__')}.": f"{layer}{OWN}" for layer in config["layers"]}
     parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
     own = {ours + key.removeprefix(prefix): tensors[WEIGHTS][key] for key, (prefix, ours) in parts.items()}
     matters = config["base_model_hash"] and WHOLE not in tensors  # where all weights are the adapter's, the model's own don't
     return Checkpoint(
-        spec,
+        assignment,
         config["layers"],
         own,
         tensors.get(WHOLE, tensors.get(FULL, {})),
         tensors.get(LORA, {}),
-        config["dense_steps"],
         Base(config["base_model_name"], config["base_model_hash"], config["base_model_fingerprint"]) if matters else None,
     )
 
@@ -252,25 +254,30 @@ def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, 
     return address
 
 
-def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
-    """The config's spec, its other values checked on the way."""
-    layers, steps = config["layers"], config["dense_steps"]
+def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
+    """The config's assignment, its other values checked on the way."""
+    layers = config["layers"]
     sizes = (
         isinstance(layers, dict)
         and layers
         and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int and n >= 1 for n in v) for v in layers.values())
     )
-    if not sizes or type(steps) is not int or steps < 0:
-        raise AdapterError(f"{folder / CONFIG} must have layers with [heads, width] each and dense_steps >= 0, not {layers} and {steps}")
+    if not sizes:
+        raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each, got {layers}")
     try:
         if config["base_model_fingerprint"] is not None:
             check_fingerprint(config["base_model_fingerprint"])
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
     try:
-        return AttentionSpec.from_dict(config["spec"])
+        assignment = Assignment.from_dict(config["assignment"])
+        for name, (heads, width) in layers.items():
+            if not assignment.specs_of(name):
+                raise ArgumentError(f"no rule of its assignment gives a spec to the layer {name}")
+            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, alone=False))
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
+        raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
+    return assignment
 
 
 def local_folder(path_or_repo: str | Path) -> Path:
@@ -289,7 +296,7 @@ def local_folder(path_or_repo: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config with exactly the fields that DitAccelAdapter has."""
+    """The adapter's config with exactly the fields that DitAccelAdapter has; one of the first format in the form of today's."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
@@ -297,19 +304,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} must hold a JSON object, not a {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
-    fields = {
-        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "dense_steps", "training",
-        "files", "version",
+    if config.get("version") not in (VERSION, FIRST_VERSION):
+        raise AdapterError(f"{folder / CONFIG} wants version {VERSION} or {FIRST_VERSION}, got {config.get('version')}")
+    method = {"assignment"} if config["version"] == VERSION else {"spec", "dense_steps"}
+    wanted = method | {
+        "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "training", "files", "version",
     }  # fmt: skip
     config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
-    if set(config) != fields:
-        raise AdapterError(f"{folder / CONFIG} must have the fields {sorted(fields)}, not {sorted(config)}")
-    if config["version"] != VERSION:
-        raise AdapterError(f"{folder / CONFIG} must have version {VERSION}, not {config['version']}")
+    if set(config) != wanted:
+        raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
+    if config["version"] == FIRST_VERSION:
+        config["assignment"] = _assignment_of_first(folder, config.pop("spec"), config.pop("dense_steps"))
     files = config["files"]
     if not isinstance(files, dict) or WEIGHTS not in files or not set(files) <= {WEIGHTS, LORA, FULL, WHOLE} or {FULL, WHOLE} <= set(files):
         raise AdapterError(f"{folder / CONFIG} must name the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, not {files}")
     return config
+
+
+def _assignment_of_first(folder: Path, spec: Any, dense_steps: Any) -> dict[str, Any]:
+    """What a config of the first format says, as an assignment."""
+    if type(dense_steps) is not int or dense_steps < 0:
+        raise AdapterError(f"{folder / CONFIG} wants dense_steps >= 0, got {dense_steps}")
+    try:
+        return Assignment.of(AttentionSpec.from_dict(spec), dense_steps=dense_steps).to_dict()
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
@@ -322,7 +341,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         raise AdapterError(f"{path} can't be read: {error}") from error
 
 
-def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec, tensors: dict[str, dict[str, Tensor]]) -> None:
+def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignment, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
@@ -338,8 +357,12 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
     for name, (heads, width) in config["layers"].items():
         got = heads_of(model, name, layers[name]) if name in layers else None
         if got != (heads, width):
-            raise AdapterError(f"the adapter is for {name} with {heads} heads of {width}, but the model has {got or 'no such layer'}")
-    own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
+            raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
+    try:
+        assignment.check([{name: heads_of(model, name, module)[0] for name, module in layers.items()}])
+    except ArgumentError as error:
+        raise AdapterError(f"the adapter's assignment does not fit the model: {error}") from error
+    own = DitAccelAdapter(assignment=assignment.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
     projections = projection_names(model, config["layers"]) if {LORA, FULL} & set(tensors) else []
     if LORA in tensors:

@@ -28,6 +28,7 @@ from torch import Tensor
 from dit_accel.adapters.wan_names import INT8, SCALE, bare, dequantised, is_wan, schemes, tile_grid, wan_parameter
 from dit_accel.errors import AdapterError
 from dit_accel.method import AttentionSpec, Disc, Downsampled, Linear, Residual
+from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import CLEAR, SLA
 from dit_accel.patch.anatomy import OWN, attention_layers, heads_of, plain_name
 from dit_accel.pipelines import class_of
@@ -80,12 +81,11 @@ class Checkpoint:
     by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter.
     """
 
-    spec: AttentionSpec
+    assignment: Assignment
     layers: Collection[str]
     own: dict[str, Tensor]
     weights: dict[str, Tensor]
     lora: dict[str, Tensor] = field(default_factory=dict)
-    dense_steps: int = 0
     base: Base | None = None
 
 
@@ -159,7 +159,7 @@ def import_file(file: Path, model: Any, spec: AttentionSpec | None = None) -> Ch
     parameters = plain_parameters(model)
     values = _read(file, places, shapes, {name: p.dtype for name, p in parameters.items()})
     weights = {name: values.pop(name) for name in list(values) if name in parameters}
-    return Checkpoint(spec, list(attention_layers(model)), values, weights)
+    return Checkpoint(Assignment.of(spec), list(attention_layers(model)), values, weights)
 
 
 def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | None) -> tuple[AttentionSpec, Places, dict[str, Shape]]:

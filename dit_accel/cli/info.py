@@ -87,13 +87,17 @@ def adapter_rows(adapter: str) -> dict[str, str]:
     """The config of a saved adapter, or what a checkpoint that others published holds."""
     from dit_accel.adapters.folder import local_folder, read_config
     from dit_accel.adapters.importers import local_file
-    from dit_accel.method.spec import AttentionSpec
+    from dit_accel.method.assignment import Assignment
 
     if file := local_file(adapter):
         return _published_rows(file)
     config = read_config(local_folder(adapter))
-    rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
-    shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
+    rows = {
+        "adapter": adapter,
+        "method": str(Assignment.from_dict(config["assignment"])).replace("; ", "\n"),
+        "layers": str(len(config["layers"])),
+    }
+    shown = ("base_model_class", "base_model_name", "base_model_hash", "training", "files", "version")
     return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
 
 

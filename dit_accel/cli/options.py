@@ -11,13 +11,15 @@ from dit_accel import files
 from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from dit_accel.method.assignment import Assignment
     from dit_accel.method.spec import AttentionSpec
 
 BUILTIN_GUIDANCE = 3.5
 
 METHOD_FORMS = (
     "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
-    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 "
+    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16, gna:9x9,dilation=2, "
+    "or a JSON file of a spec or an assignment; shares are of key blocks, lengths in tokens, 9x5 "
     "is height x width, 2x8x8 frames x height x width"
 )
 
@@ -99,14 +101,24 @@ def check_size(size: tuple[int, int], unit: int) -> None:
         )
 
 
-def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
-    """The spec of a method's text where the original attention makes no sense, for that reason."""
+def parse_accelerated(text: str, *, reason: str) -> "AttentionSpec | Assignment":
+    """The spec or assignment of a method's text where the original attention makes no sense, for that reason."""
     from dit_accel.method.text import parse_method
 
-    spec = parse_method(text)
-    if spec is None:
-        raise ArgumentError(f"{reason}, not {text!r}")
-    return spec
+    method = parse_method(text)
+    if method is None:
+        raise ArgumentError(f"{reason}, got {text!r}")
+    return method
+
+
+def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
+    """The same where an assignment of several specs makes no sense either."""
+    from dit_accel.method.spec import AttentionSpec
+
+    method = parse_accelerated(text, reason=reason)
+    if not isinstance(method, AttentionSpec):
+        raise ArgumentError(f"{text!r} holds an assignment of several specs: name one spec here")
+    return method
 
 
 def read_prompts(path: Path) -> list[str]:

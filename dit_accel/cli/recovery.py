@@ -58,7 +58,7 @@ def recovery(
     if wrong := sorted(set(train or []) - set(known)):
         raise ArgumentError(f"train must be one of {', '.join(known)}, not {wrong[0]!r}")
     names = method or ["fovea:0.05", "clear:8", "sla:0.05"]
-    specs = {name: options.parse_spec(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
+    specs = {name: options.parse_accelerated(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
     options.check_file(out)
     if out.suffix == ".png":
         raise ArgumentError(f"--out is the JSON file, next to which the curves are drawn as .png: name it otherwise than {out}")

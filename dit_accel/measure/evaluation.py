@@ -7,6 +7,7 @@ the first, and the third is the noise floor: differences below it can't be disti
 """
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import statistics
@@ -25,14 +26,18 @@ from dit_accel import __version__
 from dit_accel.errors import ArgumentError, FallbackError
 from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, original
+from dit_accel.finetune.moments import recorded_moments
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
-from dit_accel.measure.capture import Deviation, capture_inputs, deviation, exact_attention
+from dit_accel.measure.capture import Captured, Deviation, Exact, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation_page import show, write_page
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
 from dit_accel.measure.timing import machine
+from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.modes import always
+from dit_accel.patch.heads import parameters_of
+from dit_accel.patch.modes import always, at_moment, without_dense_steps
+from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
@@ -137,44 +142,31 @@ def is_wide(pipe: Any) -> bool:
     return all(transformer.dtype == torch.float32 for transformer in find_transformers(pipe))
 
 
-@contextlib.contextmanager
-def _in_every_step(pipe: Any) -> Iterator[None]:
-    """The method whatever `dense_steps` says: a replayed forward belongs to no run."""
-    contexts = [patch.context for _, patch in patches_of(pipe)]
-    before = [context.dense_steps for context in contexts]
-    try:
-        for context in contexts:
-            context.dense_steps = 0
-        yield
-    finally:
-        for context, steps in zip(contexts, before, strict=True):
-            context.dense_steps = steps
-
-
 def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[PromptResult, dict[str, Tensor]]:
     """One prompt: what all sides gave, and their pictures `[F, 3, H, W]` with those of "original"."""
     row = PromptResult()
     models = patches_of(pipe)
     with dense(pipe), contextlib.ExitStack() as stack:
+        moments = stack.enter_context(recorded_moments([model for model, _ in models]))
         recorders = [stack.enter_context(Recorder(model, forward_names(model))) for model, _ in models]
         pictures = {"original": draw(pipe, prompt, seed, call)}
     names = _component_names(pipe)
     nowhere = torch.empty(0)  # final latents, which nothing here asks for
     runs = [
-        (name, model, patch.context.family, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
-        for name, (model, patch), recorder in zip(names, models, recorders, strict=True)
+        (name, model, patch.context.family, own, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
+        for name, (model, patch), own, recorder in zip(names, models, moments, recorders, strict=True)
     ]
-    for name, model, _, forwards in runs:
-        for layer, calls in attention_deviations(model, forwards).items():
+    for name, model, _, own, forwards in runs:
+        for layer, calls in attention_deviations(model, forwards, own).items():
             row.attention[name + layer] = calls
     if not row.attention:
         reasons = ", ".join(_fallbacks(pipe)) or "no accelerated layer"
         raise FallbackError(f"the method runs in no layer: calls have {reasons}")
     for side, enter in _sides(pipe).items():
         errors: dict[float, list[float]] = {}
-        with enter(), _in_every_step(pipe):
-            for _, model, family, forwards in runs:
-                for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
+        with enter(), without_dense_steps(pipe):
+            for _, model, family, own, forwards in runs:
+                for forward, error in zip(forwards, velocity_errors(model, forwards, own), strict=True):
                     timestep = forward.arguments[family.timestep]
                     errors.setdefault(float(timestep.min() if family.timestep_rises else timestep.max()), []).append(error)
         # guidance in two passes has two forwards at each level
@@ -210,19 +202,38 @@ def _component_names(pipe: Any) -> list[str]:
     return [f"{names[id(model)]}." for model in models]
 
 
-def attention_deviations(transformer: Any, forwards: Sequence[Forward]) -> dict[str, list[Deviation]]:
+def attention_deviations(
+    transformer: Any, forwards: Sequence[Forward], moments: Sequence[Moment] | None = None
+) -> dict[str, list[Deviation]]:
     """For each accelerated layer, its method against exact attention over its own queries, keys and values, in some of the forwards.
 
     They are what the layer gets from the weights as they are, with exact attention in all layers before it.
     """
     operators = operators_of(transformer)
     found: dict[str, list[Deviation]] = {}
-    with torch.no_grad(), _in_every_step(transformer):
+    with torch.no_grad(), without_dense_steps(transformer):
         for index in attention_forwards(len(forwards)):
-            for captured in capture_inputs(transformer, forwards[index]):
-                operator = operators[captured.layer]
-                there = deviation(captured, exact_attention(captured), operator.spec, operator.params)
+            with contextlib.nullcontext() if moments is None else at_moment(transformer, moments[index]):
+                inputs = capture_inputs(transformer, forwards[index])
+            for captured in inputs:
+                there = _deviation(captured, operators[captured.layer])
                 found.setdefault(captured.layer, []).append(Deviation(there.error.cpu(), there.size.cpu(), there.mass.cpu()))
+    return found
+
+
+def _deviation(captured: Captured, operator: AcceleratedAttention) -> Deviation:
+    """Of a layer whose heads may run several specs, or the original attention, in the last forward."""
+    exact, layer = exact_attention(captured), operator.layer
+    size = exact.output.square().sum((0, 2, 3))
+    found = Deviation(torch.zeros_like(size), size, torch.ones_like(size))
+    for spec, heads in operator.context.last.groups(layer):  # type: ignore[union-attr]
+        if spec is None:
+            continue
+        own = list(heads)
+        part = dataclasses.replace(captured, query=captured.query[:, own], key=captured.key[:, own], value=captured.value[:, own])
+        params = parameters_of(operator.params, spec, layer, heads)
+        there = deviation(part, Exact(exact.output[:, own], exact.lse[:, own]), spec, params)
+        found.error[own], found.mass[own] = there.error, there.mass
     return found
 
 
@@ -239,9 +250,9 @@ def _describe(pipe: Any) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "transformers": [type(model).__name__ for model, _ in models],
         "dtype": str(models[0][0].dtype).removeprefix("torch."),
-        "method": str(context.spec),
-        "spec": context.spec.to_dict(),
-        "dense_steps": context.dense_steps,
+        "method": str(context.assignment.after_dense_steps),
+        "spec": context.assignment.record(),
+        "dense_steps": context.assignment.dense_steps,
         "layers": len(operators_of(pipe)),
         "guard": "never asked: the method runs where the original attention is faster, too",
     }
@@ -260,7 +271,7 @@ def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
         notes.append("The weights are in half precision already: there is no run in bfloat16 to compare with.")
     if "distance" not in rows[0].pictures["method"]:
         notes.append(NO_DISTANCE)
-    if steps := patches_of(pipe)[0][1].context.dense_steps:
+    if steps := patches_of(pipe)[0][1].context.assignment.dense_steps:
         notes.append(f"The first {steps} steps of every picture keep the original attention; other errors are of the method itself.")
     if any(row.velocity["again"][t] for row in rows for t in row.velocity["again"]) or any(r.pictures["again"]["difference"] for r in rows):
         notes.append("The original differs from itself when it is run again: this machine's arithmetic is not repeatable.")

@@ -32,7 +32,7 @@ from dit_accel.finetune.velocity import velocity_error
 from dit_accel.measure.evaluation import draw, in_bfloat16, is_wide
 from dit_accel.measure.similarity import compare
 from dit_accel.measure.timing import machine
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import AnyMethod
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
 from dit_accel.patch.verbs import accelerate, restore
@@ -83,8 +83,8 @@ class Recovery:
         )  # fmt: skip
 
 
-def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
-    """Measure every combination that the JSON file `out` lacks, draw the curves next to it as PNG, print the table, and return what the
+def bench_recovery(recovery: Recovery, methods: Mapping[str, AnyMethod], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
+    """Measure every combination that the JSON file `out` lacks, draw the curves beside it as PNG, print the table, and return what the
     file holds.
 
     Samples and the runs' logs and curves go to the recovery's folder, where an interrupted training continues too. Raises ValueError
@@ -144,7 +144,7 @@ def _psnr(pictures: Sequence[Tensor], originals: Sequence[Tensor]) -> float | No
 
 
 def _measure(
-    recovery: Recovery, name: str, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, originals: Sequence[Tensor]
+    recovery: Recovery, name: str, spec: AnyMethod, train: Trainable, samples: Samples, held_out: Samples, originals: Sequence[Tensor]
 ) -> dict[str, Any]:
     """One combination, trained from the start or its newest checkpoint; the pipeline is restored afterwards."""
     pipe, row = recovery.pipe, {"method": name, "spec": spec.to_dict(), "train": train}
@@ -166,7 +166,7 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _accelerated(pipe: Any, spec: AttentionSpec) -> Any:
+def _accelerated(pipe: Any, spec: AnyMethod) -> Any:
     """The pipeline with a method, for the length of a `with` block."""
     accelerate(pipe, spec)
     try:
@@ -180,7 +180,7 @@ def _slug(name: str) -> str:
 
 
 def _planned(
-    recovery: Recovery, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
+    recovery: Recovery, spec: AnyMethod, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
 ) -> tuple[int, int]:
     """The number of steps of both stages that fit the minutes, at most `parameter_steps` of the first. Kept, so that a continued run
     has as many."""

@@ -16,7 +16,7 @@ from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
 from dit_accel.method.parts import Grid, Ground, Intervals, Order, Static, Tokenwise
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.layout import TokenLayout, coordinates, joint_memory_order, joint_partition
-from dit_accel.operator.lists import Geometry, Lists, make_geometry
+from dit_accel.operator.lists import FARTHEST, Geometry, Lists, make_geometry
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 Key = tuple[AttentionSpec, tuple[Grid, ...], Order, torch.device]
@@ -144,15 +144,15 @@ def _window(pattern: Intervals, grids: tuple[Grid, ...], coords: Tensor) -> Tens
     return rows
 
 
-def listed_beside(static: BlockMap, chosen: Tensor) -> BlockMap:
-    """Static lists and the chosen blocks `[BH, Tq, n]`; a block on both is visited once, as a chosen one: whole.
+def listed_beside(static: BlockMap, chosen: Tensor, held: Tensor | None = None) -> BlockMap:
+    """Static lists and the chosen blocks `[BH, Tq, n]`, all or those `held`; a block on both is visited once, as a chosen one: whole.
 
     Memory is that of the lists: a mask of all pairs of blocks would grow with the square of the tokens.
     """
     listed = static.index.expand(len(chosen), -1, -1).contiguous()
-    ordered = chosen.sort(-1).values
+    mine = torch.ones_like(chosen, dtype=torch.bool) if held is None else held
+    ordered = chosen.masked_fill(~mine, FARTHEST).sort(-1).values
     place = torch.searchsorted(ordered, listed).clamp_max(chosen.shape[-1] - 1)
-    mine = torch.ones_like(chosen, dtype=torch.bool)
     index = torch.cat([listed, chosen], -1)
     valid = torch.cat([static.valid & (ordered.gather(-1, place) != listed), mine], -1)
     if static.partial is None:

@@ -87,7 +87,7 @@ def visited_blocks(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:
     if spec.selection is None:
         return plan.static  # type: ignore[return-value]
     chosen = spec.selection.choose(call)
-    return chosen if plan.static is None else listed_beside(plan.static, chosen.index)
+    return chosen if plan.static is None else listed_beside(plan.static, chosen.index, chosen.valid)
 
 
 def _eager(

@@ -130,10 +130,13 @@ class Samples:
 
     def timesteps(self, position: int, name: str) -> list[float]:
         """The values of argument `name` over the run that a forward belongs to."""
+        return [float(value.flatten()[0]) for value in self.argument(position, name)]
+
+    def argument(self, position: int, name: str) -> list[Any]:
+        """Argument `name` in every forward of the run that a forward belongs to."""
         entry, _ = self._index[position]
         with record.opened(self.folder / entry.file, self._maker) as run:
-            values = run.argument(name)
-        return [float(value.flatten()[0]) for value in values]
+            return run.argument(name)
 
 
 def _entry(path: Path, maker: str) -> RunRecord:

@@ -165,8 +165,8 @@ class _Drawing:
             "scheduler": {k: plain(v) for k, v in dict(self.pipe.scheduler.config).items() if not k.startswith("_")},
             "weights": _hash(self.transformer),
             "autoencoder": _hash(self.pipe.vae),
-            "method": None if context is None else context.spec.to_dict(),
-            "dense_steps": 0 if context is None else context.dense_steps,
+            "method": None if context is None else context.assignment.record(),
+            "dense_steps": 0 if context is None else context.assignment.dense_steps,
             "trained_tokens": None if context is None else context.trained_tokens,
         }
 
@@ -179,8 +179,9 @@ class _Drawing:
         stages = []
         for number in range(finished, len(self.sizes)):
             call = self._call(number)
-            spec = self.context.spec if number and self.context else None
-            stages.append(forecasting.Stage(self.sizes[number], call["num_inference_steps"], spec))
+            method = self.context.assignment if number and self.context else None
+            noise = tuple(call.get("sigmas", [1.0] * call["num_inference_steps"]))  # of the first stage no method asks
+            stages.append(forecasting.Stage(self.sizes[number], noise, method))
         tile = getattr(self.pipe.vae, "tile_sample_min_size", None) if _tiles(self.pipe.vae) else None
         forecasting.show(self.pipe, self.transformer, shape, timed, self.sizes[0], stages, tile, self.batch)
 

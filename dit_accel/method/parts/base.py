@@ -25,7 +25,11 @@ _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too
 
 
 class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
-    """A value of a slot. `fit`: how the first stage of a distillation finds its learned tensors, None where it has none to find."""
+    """A value of a slot.
+
+    `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
+    rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
+    """
 
     fit: ClassVar[Literal["least_squares", "descent"] | None] = None
 
