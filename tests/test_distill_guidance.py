@@ -204,7 +204,7 @@ def test_latents_beside_others_are_refused(tmp_path: Path) -> None:
         def runs(self) -> Any:
             return samples.runs()
 
-    with pytest.raises(DistillationError, match=r"shape of the final ones \(1, 2, 16, 24\), got \(2, 4, 16, 24\)"):
+    with pytest.raises(DistillationError, match=r"have shape \(2, 4, 16, 24\), not that of the final ones, \(1, 2, 16, 24\)"):
         recorded_flow(pipe, family, Wider())  # type: ignore[arg-type]
 
 

@@ -1,5 +1,6 @@
 """What is computed: a method is a spec whose slots are filled with parts; presets fill them for the published methods."""
 
+from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.method.parts import (
     Blockwise,
     Box,
@@ -38,6 +39,7 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "Blockwise",
     "Box",
@@ -61,6 +63,7 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Rule",
     "Score",
     "Selection",
     "Sizes",

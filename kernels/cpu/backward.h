@@ -14,7 +14,7 @@ struct Queries {
     void pack(int64_t bh, int64_t i, float* out) {  // `out`: room for a panel
         const Problem& p = g.p;
         Run run = g.query(i);
-        int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.tokens();
+        int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.queries();
         read_rows(q.row(i), g.padded, p.q, b, h, run, g.channels, p.scale * LOG2E);
         read_rows(dout.row(i), g.padded, p.dout, b, h, run, g.channels, 1.f);
         read_rows(out, g.padded, p.out, b, h, run, g.channels, 1.f);
@@ -185,7 +185,7 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     bool pooled = i < p.q_blocks && keys.pool;
     if (pooled) pooled_query_gradient(g, *keys.pool, queries, room, bh, i);
     for (int64_t r = 0; r < run.count; r++) {
-        float* dq = p.dq + (bh * g.tokens() + run.at(r)) * g.channels;
+        float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
         for (int64_t d = 0; d < g.channels; d++) {
             int64_t at = r * g.padded + d;
             float second = pooled ? q[at] * by_variance[at] * (1.f / LOG2E) : 0.f;
@@ -226,7 +226,7 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
     for (int64_t e = 0; e < run.count * g.padded; e++) dk[e] *= 1.f / LOG2E;
     if (j < p.k_blocks && pool) pool->distribute(dk, dv, key, j);
     if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, room, dk, dv, j);
-    int64_t tokens = g.is_extra(j) ? p.extra : g.tokens();
+    int64_t tokens = g.is_extra(j) ? p.extra : g.keys();
     float *to_k = g.is_extra(j) ? p.dextra_k : p.dk, *to_v = g.is_extra(j) ? p.dextra_v : p.dv;
     for (int64_t r = 0; r < run.count; r++) {
         int64_t at = (bh * tokens + run.at(r)) * g.channels;

@@ -31,19 +31,20 @@ struct BitMask {
     }
 };
 
-// A disc and windows, united. `one`: the image token of row 0, `others`: of column 0, `end`: past the last column; `by_query`: rows are
-// queries and columns keys.
+// A disc and windows, united. `one`: the image token of row 0, `others`: of column 0, `last`: of the last row that there is, `end`: past the
+// last column; `by_query`: rows are queries and columns keys. A disc is of queries and keys that are the same tokens.
 struct CoordinateMask {
     const Problem& p;
     const int first_axis;
-    const int64_t one, others, end;
+    const int64_t one, last, others, end;
     const bool by_query;
 
     CoordinateMask(const Geometry& g, const Run& rows, const Run& columns, bool by_query)
-        : p(g.p), first_axis(g.first_axis), one(rows.image), others(columns.image), end(columns.image + columns.count), by_query(by_query) {}
+        : p(g.p), first_axis(g.first_axis), one(rows.image), last(rows.image + rows.count - 1), others(columns.image), end(columns.image + columns.count), by_query(by_query) {}
 
-    const int32_t* coord(int axis) const { return p.coords + axis * (p.image + PADDING); }
-    const int32_t* window(int64_t w, int axis, int what) const { return p.windows + ((w * 3 + axis) * 3 + what) * (p.image + PADDING); }
+    const int32_t* coord(int axis) const { return p.coords + axis * (p.image_k + PADDING); }
+    const int32_t* window(int64_t w, int axis, int what) const { return p.windows + ((w * 3 + axis) * 3 + what) * (p.image_q + PADDING); }
+    const int32_t* key_residue(int64_t w, int axis) const { return p.residues ? p.residues + (w * 3 + axis) * (p.image_k + PADDING) : window(w, axis, 2); }
 
     // Token `row` against LANES others starting at image token `column`. Loads whole vectors, up to LANES - 1 entries past the last token:
     // hence PADDING.
@@ -60,15 +61,15 @@ struct CoordinateMask {
         for (int64_t w = 0; w < p.n_windows; w++) {
             I inside = all(int32_t(-1));
             for (int axis = first_axis; axis < 3; axis++) {
-                const int32_t *c = coord(axis), *first = window(w, axis, 0), *last = window(w, axis, 1), *residue = window(w, axis, 2);
+                const int32_t *c = coord(axis), *from = window(w, axis, 0), *to = window(w, axis, 1);
+                const int32_t *of_query = window(w, axis, 2), *of_key = key_residue(w, axis);
                 if (by_query) {
                     I key = load(c + column);
-                    inside &= (key >= all(first[row])) & (key <= all(last[row]));
+                    inside &= (key >= all(from[row])) & (key <= all(to[row])) & (load(of_key + column) == all(of_query[row]));
                 } else {
                     I key = all(c[row]);
-                    inside &= (load(first + column) <= key) & (load(last + column) >= key);
+                    inside &= (load(from + column) <= key) & (load(to + column) >= key) & (load(of_query + column) == all(of_key[row]));
                 }
-                inside &= load(residue + column) == all(residue[row]);
             }
             kept |= inside;
         }
@@ -81,7 +82,7 @@ struct CoordinateMask {
         for (int i = 0; i < ROWS; i++)
             for (int n = 0; n < N; n++) {
                 int64_t at = others + c + n * LANES;
-                kept[i][n] = pairs(std::min(one + r + i, p.image - 1), at);
+                kept[i][n] = pairs(std::min(one + r + i, last), at);
                 if (at + LANES > end) kept[i][n] &= LANE < all(int32_t(end - at));
                 seen |= kept[i][n];
             }
