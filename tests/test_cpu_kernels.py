@@ -256,9 +256,9 @@ def test_compiles_without_a_break(spec: AttentionSpec, biased: bool) -> None:
 @pytest.mark.parametrize(
     ("inputs", "shown"),
     [
-        pytest.param([torch.zeros(1, 1, 16, 12)] * 3, "head_dim of 8 to 256 in steps of 8, got 12", id="head-dim-12"),
-        pytest.param([torch.zeros(1, 1, 16, 264)] * 3, "got 264", id="head-dim-264"),
-        pytest.param([torch.zeros(1, 1, 16, 8, dtype=torch.float64)] * 3, "got torch.float64", id="float64"),
+        pytest.param([torch.zeros(1, 1, 16, 12)] * 3, "head_dim of 8 to 256 in steps of 8, not 12", id="head-dim-12"),
+        pytest.param([torch.zeros(1, 1, 16, 264)] * 3, "not 264", id="head-dim-264"),
+        pytest.param([torch.zeros(1, 1, 16, 8, dtype=torch.float64)] * 3, "not torch.float64", id="float64"),
         pytest.param([torch.zeros(1, 1, 16, 8, device="meta")] * 3, "on meta", id="meta"),
     ],
 )

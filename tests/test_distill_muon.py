@@ -151,14 +151,14 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["Muon", "sgd", None, True])
 def test_an_unknown_optimizer_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match="optimizer is 'adamw' or 'muon'") as raised:
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon'") as raised:
         DistillConfig(optimizer=value, train="attention")
     assert repr(value) in str(raised.value)
 
 
 @pytest.mark.parametrize("train", ["lora", "parameters"])
 def test_muon_wants_the_attentions_weights(train: Any) -> None:
-    with pytest.raises(ValueError, match=f"train='attention' opens, got train='{train}'"):
+    with pytest.raises(ValueError, match=f"whose matrices it trains, not train='{train}'"):
         DistillConfig(optimizer="muon", train=train)
 
 

@@ -38,8 +38,8 @@ def test_method_text(text: str, spec: AttentionSpec | None) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "method is one of none, fovea, clear, sla, gna, got ''"),
-        ("flash", "method is one of none, fovea, clear, sla, gna, got 'flash'"),
+        ("", "method is one of none, fovea, clear, sla, gna or a JSON file, got ''"),
+        ("flash", "method is one of none, fovea, clear, sla, gna or a JSON file, got 'flash'"),
         ("none:1", "none takes no arguments, got 'none:1'"),
         ("clear", "clear wants its radius, as in clear:16, got 'clear'"),
         ("clear:downsample=4", "clear wants its radius, as in clear:16, got 'clear:downsample=4'"),

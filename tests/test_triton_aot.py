@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dit_accel.kernels.dispatch import LINEAR_LIMIT
 from dit_accel.kernels.triton import aot
-from dit_accel.kernels.triton.tables import ARCHITECTURES, SHARED_LIMIT
-from dit_accel.measure.gpu_compile import EVERY, jobs
+from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
+from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -120,8 +122,18 @@ def test_occupancy_by_hand() -> None:
     assert aot.Compiled("attend_rows", "sm_90", 4, 2, 128, 0, 65536, 1, {}, 1).occupancy == 3 * 128 / 2048
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_rows_that_a_float32_program_holds_fit_with_those_of_one_step(arch: str) -> None:
+    """Query rows and key rows once, of which a pipeline holds more: what exceeds that at the start compiles to nothing that runs."""
+    for kernel in KERNELS:
+        for head_dim in (16, 64, 128):
+            tile = tile_for(kernel, Machine(arch, 1), head_dim, torch.float32, 64, 64)
+            assert (tile.queries + tile.keys) * head_dim * 4 <= SHARED_LIMIT[arch]
+
+
 def test_jobs() -> None:
-    assert len(jobs()) == len(EVERY) * len(ARCHITECTURES) * 3 * 3
+    assert len(jobs()) == (len(EVERY) * 3 - len(STATES)) * len(ARCHITECTURES) * 3
+    assert {job.method for job in jobs() if job.head_dim > LINEAR_LIMIT} == EVERY.keys() - STATES
     with pytest.raises(ValueError, match=r"arch is one of .*got 'sm_75'"):
         jobs(archs=["sm_75"])
 

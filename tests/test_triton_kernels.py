@@ -366,7 +366,7 @@ def test_either_setting_of_tf32_is_followed(setting: str, allowed: bool) -> None
     finally:
         matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
-    assert {one.arguments["PRECISION"] for one in found if "PRECISION" in one.arguments} == {"tf32" if allowed else "tf32x3"}
+    assert {one.constants["PRECISION"] for one in found if "PRECISION" in one.constants} == {"tf32" if allowed else "tf32x3"}
 
 
 @every_spec
@@ -421,8 +421,8 @@ def test_bit_masks_are_refused() -> None:
     ("device", "dtype", "head_dim", "reason"),
     [
         ("meta", torch.float32, 64, "the tensors are on meta"),
-        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, got torch.float64"),
-        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, got 36"),
+        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, not torch.float64"),
+        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, not 36"),
     ],
 )
 def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
@@ -433,7 +433,7 @@ def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: st
 
 def test_a_linear_rest_ends_at_128() -> None:
     assert dispatch.triton_refusal(DEVICE, torch.float32, 160) is None
-    assert "linear rest up to head_dim 128, got 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
+    assert "linear rest up to head_dim 128, not 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class SmallCard:
 
     def __call__(self, one: Launch) -> None:
         name = one.kernel.__name__
-        rows = sum(one.arguments.get(side, 0) for side in ("BQ", "BK"))
+        rows = sum(one.constants.get(side, 0) for side in ("BQ", "BK"))
         if name in self.kernels and rows > self.most:
             self.refused.append(name)
             raise OutOfResources(300_000, 232_448, "shared memory")

@@ -138,5 +138,5 @@ def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
         attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")
     products = [one for one in seen if one.kernel is launch.summary.multiply]
     assert len(products) == 2  # the scores of the blocks, the state's projection
-    assert {one.arguments["PRECISION"] for one in products} == {"ieee" if arch == "gfx942" else "tf32x3"}
+    assert {one.constants["PRECISION"] for one in products} == {"ieee" if arch == "gfx942" else "tf32x3"}
     assert math.prod(products[1].arguments["out"].shape) == 16 * 16

@@ -37,6 +37,7 @@ PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "
 # more blocks visited than left, so that the linear rest is summed block by block
 MOST = {"sla, most kept": SLA(0.6)}
 EVERY = METHODS | PADDED | MOST
+STATES = tuple(name for name in EVERY if name.startswith("sla"))  # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED = DTYPES | {"float32": torch.float32}
@@ -69,7 +70,7 @@ class Job:
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
-            tile = {"queries": launch.arguments.get("BQ"), "keys": launch.arguments.get("BK", launch.arguments.get("BJ"))}
+            tile = {"queries": launch.constants.get("BQ"), "keys": launch.constants.get("BK")}
             report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
@@ -81,23 +82,24 @@ def jobs(
     head_dims: Sequence[int] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> list[Job]:
-    """Every combination; None is all of them. Raises ValueError at one that is not known."""
+    """Every combination that the kernels take; None is all of them. Raises ValueError at one that is not known."""
     known: tuple[Sequence[Any], ...] = (tuple(EVERY), ARCHITECTURES, HEAD_DIMS, tuple(COMPILED))
     given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]
         if wrong:
             raise ArgumentError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
-    return [Job(*combination) for combination in itertools.product(*given)]
+    every = [Job(*combination) for combination in itertools.product(*given)]
+    return [job for job in every if job.head_dim <= dispatch.LINEAR_LIMIT or job.method not in STATES]
 
 
 def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str, Any]]:
     """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't
     compile here, or where a kernel spills registers, fits no multiprocessor or leaves the tensor cores idle."""
     if not dispatch.TRITON:
-        raise BackendError("compiling the GPU kernels wants triton, which is not installed")
+        raise BackendError("compiling the GPU kernels requires triton, which is not installed: pip install triton")
     if dispatch.INTERPRETED:
-        raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
+        raise BackendError("TRITON_INTERPRET=1 interprets the GPU kernels instead of compiling them: unset it")
     # as many as this process may use: `taskset` limits them
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -107,7 +109,7 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
     show(rows)
     faults = [f"{row['kernel']} ({row['method']}, {row['arch']}, D {row['head_dim']}): {fault}" for row in rows for fault in row["faults"]]
     if faults:
-        raise BackendError("compiled, but not as wanted: " + "; ".join(faults))
+        raise BackendError("the kernels compiled, but not as they should: " + "; ".join(faults))
     return rows
 
 

@@ -1,5 +1,6 @@
 """What is computed: a method is a spec whose slots are filled with parts; presets fill them for the published methods."""
 
+from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.method.parts import (
     Blockwise,
     Box,
@@ -28,6 +29,7 @@ from dit_accel.method.parts import (
     Tiles,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -37,6 +39,7 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "Blockwise",
     "Box",
@@ -60,11 +63,13 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Rule",
     "Score",
     "Selection",
     "Sizes",
     "Tiles",
     "Tokenwise",
     "TopK",
+    "TopP",
     "Window",
 ]

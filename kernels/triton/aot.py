@@ -15,6 +15,7 @@ from dit_accel.kernels.triton.launch import Launch
 from dit_accel.kernels.triton.tables import SHARED_LIMIT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
@@ -96,20 +97,32 @@ def target(arch: str) -> GPUTarget:
 
 def source(launch: Launch) -> ASTSource:
     """The specialisation that running the launch would compile: constants, types, and what is divisible by 16."""
-    kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
+    kernel, signature = launch.kernel, {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for place, parameter in enumerate(kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[(place,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], aligned = POINTERS[value.dtype], True
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(place,)] = "constexpr", value
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = _described(value, (place,), constants, attributes, special=not parameter.do_not_specialize)
     return ASTSource(kernel, signature, constants, attributes)
+
+
+def _described(
+    value: Any, place: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], Any], *, special: bool
+) -> Any:
+    """An argument's type as a signature has it, in the form of its tuple; what is constant or divisible by 16 is noted."""
+    if isinstance(value, tuple):  # of whose members Triton knows what it can (see `tuples`)
+        return type(value)(*(_described(x, (*place, i), constants, attributes, special=True) for i, x in enumerate(value)))
+    if value is None or isinstance(value, constexpr) or (type(value) is int and value == 1 and special):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and special):
+        attributes[place] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
@@ -117,7 +130,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     compiled = triton.compile(source(launch), target=target(arch), options={"num_warps": launch.warps})
     read = _read_nvidia if arch.startswith("sm_") else _read_amd
     return Compiled(
-        launch.kernel.__name__, arch, launch.warps, launch.arguments.get("STAGES", 1), shared=compiled.metadata.shared, **read(compiled.asm)
+        launch.kernel.__name__, arch, launch.warps, launch.constants.get("STAGES", 1), shared=compiled.metadata.shared, **read(compiled.asm)
     )
 
 

@@ -8,25 +8,28 @@ import triton.language as tl
 from dit_accel.kernels.triton.primitives import (
     GONE,
     LOG2E,
-    SIZES,
+    head,
     kept_pairs,
+    listed_at,
     pooled_logits,
     put,
     scaled_squares,
     tile,
     unkept,
     vector,
+    words_of,
 )  # fmt: skip
+from dit_accel.kernels.triton.tuples import kernel
 
 
-@triton.jit(do_not_specialize=SIZES)
-def deltas(out, dout, dlse, delta, o_b, o_h, o_n, g_b, g_h, g_n, heads, tokens, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr):
+@kernel("D DP BQ")
+def deltas(out, dout, dlse, delta, heads, tokens, C: tl.constexpr):
     """delta `[BH, N]` = Σ out·dout − dlse, in float32. Grid: (tiles of tokens, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     valid = row < tokens
-    x = tile(out + (bh // heads) * o_b + (bh % heads) * o_h, row, o_n, valid, D, DP).to(tl.float32)
-    g = tile(dout + (bh // heads) * g_b + (bh % heads) * g_h, row, g_n, valid, D, DP).to(tl.float32)
+    x = tile(head(out, bh, heads), row, out.n, valid, C).to(tl.float32)
+    g = tile(head(dout, bh, heads), row, dout.n, valid, C).to(tl.float32)
     result = tl.sum(x * g, 1)
     if dlse is not None:
         result -= tl.load(dlse + bh * tokens + row, mask=valid, other=0.0)
@@ -34,62 +37,50 @@ def deltas(out, dout, dlse, delta, o_b, o_h, o_n, g_b, g_h, g_n, heads, tokens, 
 
 
 @triton.jit
-def score_gradient(q, k, v, dout, lse2, delta, shift, kept, factor, PRECISION: tl.constexpr):
+def score_gradient(q, k, v, dout, lse2, delta, shift, kept, factor, C):
     """Weights and their logits' gradients `[Q, K]` of exact keys; 0 where not `kept`. `shift`: the keys' bias `[K]` in log2, or None."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    logits = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * factor
     if shift is not None:
         logits += shift[None, :]
     weights = tl.where(kept, tl.exp2(logits - lse2[:, None]), 0.0)
-    return weights, weights * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return weights, weights * (tl.dot(dout, tl.trans(v), input_precision=C.PRECISION) - delta[:, None])
 
 
 @triton.jit
-def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, factor, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
-               STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, factor, C):
     """What the keys from `begin` to `end`, under their `bias` or None, add to the gradient of the queries, but for the scale."""
-    for at in tl.range(begin, end, BK, num_stages=STAGES):
-        rows = at + tl.arange(0, BK)
+    for at in tl.range(begin, end, C.BK, num_stages=C.STAGES):
+        rows = at + tl.arange(0, C.BK)
         valid = rows < end
         shift = bias if bias is None else tl.load(bias + rows, mask=valid, other=0.0)
         read = valid if bias is None else valid & (shift > GONE)
-        key = tile(k, rows, k_n, read, D, DP)
-        _, ds = score_gradient(q, key, tile(v, rows, v_n, read, D, DP), dout, lse2, delta, shift, valid[None, :], factor, PRECISION)
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
+        key = tile(k, rows, k_n, read, C)
+        _, ds = score_gradient(q, key, tile(v, rows, v_n, read, C), dout, lse2, delta, shift, valid[None, :], factor, C)
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
 @triton.jit
-def visit_rows(
-    dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, k_starts, coords, windows, length, reach, q_token, q_valid, factor,
-    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr, WINDOWS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, k_starts, predicate, length, reach, q_token, q_valid, factor,
+               MASKED: tl.constexpr, C):  # fmt: skip
     """What the listed key blocks from `begin` to `end` add to the gradient of the queries, but for the scale."""
-    for n in tl.range(begin * SUB_K, end * SUB_K, num_stages=STAGES):
-        j = tl.load(row + n // SUB_K)
-        k_token = tl.load(k_starts + j) + (n % SUB_K) * BK + tl.arange(0, BK)
+    for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
+        j = tl.load(row + n // C.SUB_K)
+        k_token = tl.load(k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
         k_valid = k_token < tl.load(k_starts + j + 1)
-        key = tile(k, k_token, k_n, k_valid, D, DP)
+        key = tile(k, k_token, k_n, k_valid, C)
         kept = k_valid[None, :]
         if MASKED:
-            kept &= kept_pairs(
-                coords, windows, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], WINDOWS
-            )
-        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, D, DP), dout, lse2, delta, None, kept, factor, PRECISION)
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
+            kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, C), dout, lse2, delta, None, kept, factor, C)
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
-    q, k, v, extra_k, extra_v, dout, lse, delta, more, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    lists, counts, full, list_bh, list_row, count_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, v_mean, k_half, bits, bits_bh, bits_row, offset, key_bias,
-    heads, tokens, image, image_start, text, text_start, extra, k_blocks, scale, cap,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
-    PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, EXTRA: tl.constexpr, POOLED: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, BJ: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens, image, image_start, text, text_start,
+    extra_keys, k_blocks, width, length, reach, C: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, H, N, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
 
@@ -97,294 +88,271 @@ def gradient_rows(
 
     Grid: (query blocks · SUB_Q, batch · heads).
     """
-    block, sub = tl.program_id(0) // SUB_Q, tl.program_id(0) % SUB_Q
+    block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
     bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    image_k, image_v = k_base + image_start.to(tl.int64) * k_n, v_base + image_start.to(tl.int64) * v_n
-    q_token = tl.load(q_starts + block) + sub * BQ + tl.arange(0, BQ)
-    q_valid = q_token < tl.load(q_starts + block + 1)
-    queries = tile(q + b * q_b + h * q_h, q_token + image_start, q_n, q_valid, D, DP)
-    pull = tile(dout + b * g_b + h * g_h, q_token + image_start, g_n, q_valid, D, DP)
+    h = bh % heads
+    k_base, v_base = head(k, bh, heads), head(v, bh, heads)
+    image_k, image_v = k_base + image_start.to(tl.int64) * k.n, v_base + image_start.to(tl.int64) * v.n
+    q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
+    q_valid = q_token < tl.load(lists.q_starts + block + 1)
+    queries = tile(head(q, bh, heads), q_token + image_start, q.n, q_valid, C)
+    dout = tile(head(pull.dout, bh, heads), q_token + image_start, pull.dout.n, q_valid, C)
     at_row = bh * tokens + image_start + q_token
-    lse2 = tl.load(lse + at_row, mask=q_valid, other=0.0) * LOG2E
-    mine = tl.load(delta + at_row, mask=q_valid, other=0.0)
-    factor = scale * LOG2E
-    row = lists + bh * list_bh + block.to(tl.int64) * list_row
-    whole = tl.load(full + bh * count_bh + block)
-    listed = tl.load(counts + bh * count_bh + block)
-    grad = tl.zeros([BQ, DP], tl.float32)
+    lse2 = tl.load(pull.lse + at_row, mask=q_valid, other=0.0) * LOG2E
+    mine = tl.load(pull.delta + at_row, mask=q_valid, other=0.0)
+    factor = logits.scale * LOG2E
+    at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
+    row = lists.index + at_list * width
+    whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
+    grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(
-        grad, queries, pull, lse2, mine, image_k, image_v, k_n, v_n, row, 0, whole if PARTIAL else listed, k_starts, coords, windows,
-        length, reach, q_token, q_valid, factor, False, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
+        grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists.k_starts, predicate,
+        length, reach, q_token, q_valid, factor, False, C,
     )  # fmt: skip
-    if PARTIAL:
+    if C.PARTIAL:
         grad = visit_rows(
-            grad, queries, pull, lse2, mine, image_k, image_v, k_n, v_n, row, whole, listed, k_starts, coords, windows,
-            length, reach, q_token, q_valid, factor, True, D, DP, BK, SUB_K, WINDOWS, STAGES, PRECISION,
+            grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, whole, listed, lists.k_starts, predicate,
+            length, reach, q_token, q_valid, factor, True, C,
         )  # fmt: skip
     grad = sweep_rows(
-        grad, queries, pull, lse2, mine, k_base, v_base, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens, text_start,
-        text_start + text, factor, D, DP, BK, STAGES, PRECISION,
+        grad, queries, dout, lse2, mine, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
+        text_start, text_start + text, factor, C,
     )  # fmt: skip
-    if EXTRA:
+    if C.EXTRA:
         grad = sweep_rows(
-            grad, queries, pull, lse2, mine, extra_k + bh * extra * D, extra_v + bh * extra * D, D, D, None, 0, extra, factor, D, DP, BK,
-            STAGES, PRECISION,
+            grad, queries, dout, lse2, mine, extra.k + bh * extra_keys * C.D, extra.v + bh * extra_keys * C.D, C.D, C.D, None, 0,
+            extra_keys, factor, C,
         )  # fmt: skip
-    if POOLED:
-        squares = scaled_squares(queries, scale)
-        second = tl.zeros([BQ, DP], tl.float32)
-        means, values, halves = k_mean + bh * k_blocks * D, v_mean + bh * k_blocks * D, k_half + bh * k_blocks * D
-        shift = 0.0 if offset is None else tl.load(offset + h) * LOG2E
-        for at in tl.range(0, k_blocks, BJ, num_stages=STAGES):
-            j = at + tl.arange(0, BJ)
-            logits, mean, half, term = pooled_logits(
-                queries, squares, means, halves, bits + bh * bits_bh + block.to(tl.int64) * bits_row, k_starts, k_blocks, j, factor,
-                shift, cap,
-                D, DP, COUNT, VARIANCE, PRECISION,
-            )  # fmt: skip
-            value = tile(values, j, D, j < k_blocks, D, DP)
-            ds = tl.exp2(logits - lse2[:, None]) * (tl.dot(pull, tl.trans(value), input_precision=PRECISION) - mine[:, None])
-            grad = tl.dot(ds.to(mean.dtype), mean, grad, input_precision=PRECISION)
-            if VARIANCE:
-                second = tl.dot(tl.where(term <= cap, ds, 0.0).to(half.dtype), half, second, input_precision=PRECISION)
-        if VARIANCE:
-            grad += 2.0 * scale * queries.to(tl.float32) * second
-    grad *= scale
+    if C.POOLED:
+        squares = scaled_squares(queries, logits.scale)
+        second = tl.zeros([C.BQ, C.DP], tl.float32)
+        at_head = bh * k_blocks * C.D
+        bits = pooled.bits + at_list * words_of(k_blocks)
+        shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
+        for at in tl.range(0, k_blocks, C.BK, num_stages=C.STAGES):
+            j = at + tl.arange(0, C.BK)
+            x, mean, half, term = pooled_logits(
+                queries, squares, pooled, at_head, bits, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
+            )
+            value = tile(pooled.v_mean + at_head, j, C.D, j < k_blocks, C)
+            ds = tl.exp2(x - lse2[:, None]) * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
+            grad = tl.dot(ds.to(mean.dtype), mean, grad, input_precision=C.PRECISION)
+            if C.VARIANCE:
+                second = tl.dot(tl.where(term <= logits.cap, ds, 0.0).to(half.dtype), half, second, input_precision=C.PRECISION)
+        if C.VARIANCE:
+            grad += 2.0 * logits.scale * queries.to(tl.float32) * second
+    grad *= logits.scale
     if more is not None:
-        grad += tile(more + bh * image * D, q_token, D, q_valid, D, DP)
-    put(dq + bh * tokens * D, q_token + image_start, D, q_valid, grad, D, DP)
+        grad += tile(more + bh * image * C.D, q_token, C.D, q_valid, C)
+    put(dq + bh * tokens * C.D, q_token + image_start, C.D, q_valid, grad, C)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def gradient_dense_rows(
-    q, k, v, key_bias, dout, lse, delta, part, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    heads, rows, first, tokens, chunk, scale,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+@kernel("D DP BQ BK STAGES PRECISION")
+def gradient_dense_rows(q, k, v, pull, part, logits, heads, tokens, rows, first, chunk, C: tl.constexpr):
     """dq of the query rows `first` to `first + rows` from one chunk of all keys: part `[splits, BH, rows, D]`.
 
     Grid: (tiles of rows, batch · heads, splits).
     """
     bh, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    row = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     valid = row < rows
     begin = tl.program_id(2) * chunk
     grad = sweep_rows(
-        tl.zeros([BQ, DP], tl.float32), tile(q + b * q_b + h * q_h, row + first, q_n, valid, D, DP),
-        tile(dout + b * g_b + h * g_h, row + first, g_n, valid, D, DP),
-        tl.load(lse + bh * tokens + first + row, mask=valid, other=0.0) * LOG2E,
-        tl.load(delta + bh * tokens + first + row, mask=valid, other=0.0),
-        k + b * k_b + h * k_h, v + b * v_b + h * v_h, k_n, v_n, key_bias if key_bias is None else key_bias + bh * tokens,
-        begin, tl.minimum(begin + chunk, tokens), scale * LOG2E, D, DP, BK, STAGES, PRECISION,
+        tl.zeros([C.BQ, C.DP], tl.float32), tile(head(q, bh, heads), row + first, q.n, valid, C),
+        tile(head(pull.dout, bh, heads), row + first, pull.dout.n, valid, C),
+        tl.load(pull.lse + bh * tokens + first + row, mask=valid, other=0.0) * LOG2E,
+        tl.load(pull.delta + bh * tokens + first + row, mask=valid, other=0.0),
+        head(k, bh, heads), head(v, bh, heads), k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
+        begin, tl.minimum(begin + chunk, tokens), logits.scale * LOG2E, C,
     )  # fmt: skip
-    put(part + (split * tl.num_programs(1) + bh) * rows * D, row, D, valid, grad * scale, D, DP)
+    put(part + (split * tl.num_programs(1) + bh) * rows * C.D, row, C.D, valid, grad * logits.scale, C)
 
 
 @triton.jit
-def column_gradient(key, value, q, dout, lse2, delta, shift, kept, factor, PRECISION: tl.constexpr):
+def column_gradient(key, value, q, dout, lse2, delta, shift, kept, factor, C):
     """`score_gradient` with keys as rows: `[K, Q]`, ready to be multiplied from the left."""
-    logits = tl.dot(key, tl.trans(q), input_precision=PRECISION) * factor
+    logits = tl.dot(key, tl.trans(q), input_precision=C.PRECISION) * factor
     if shift is not None:
         logits += shift[:, None]
     weights = tl.where(kept, tl.exp2(logits - lse2[None, :]), 0.0)
-    return weights, weights * (tl.dot(value, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+    return weights, weights * (tl.dot(value, tl.trans(dout), input_precision=C.PRECISION) - delta[None, :])
 
 
 @triton.jit
-def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, g_n, begin, end, factor, D: tl.constexpr,
-                  DP: tl.constexpr, BQ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, g_n, begin, end, factor, C):
     """What the queries from `begin` to `end` add to the gradients of keys (but for the scale), whose bias is `shift`, and values."""
-    for at in tl.range(begin, end, BQ, num_stages=STAGES):
-        rows = at + tl.arange(0, BQ)
+    for at in tl.range(begin, end, C.BQ, num_stages=C.STAGES):
+        rows = at + tl.arange(0, C.BQ)
         valid = rows < end
-        queries = tile(q, rows, q_n, valid, D, DP)
-        pull = tile(dout, rows, g_n, valid, D, DP)
+        queries = tile(q, rows, q_n, valid, C)
+        pull = tile(dout, rows, g_n, valid, C)
         lse2 = tl.load(lse + rows, mask=valid, other=0.0) * LOG2E
         mine = tl.load(delta + rows, mask=valid, other=0.0)
         kept = k_valid[:, None] & valid[None, :]
-        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, shift, kept, factor, PRECISION)
-        dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, shift, kept, factor, C)
+        dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=C.PRECISION)
     return dk, dv
 
 
 @triton.jit
-def visit_columns(
-    dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, q_starts, coords, windows, length, reach,
-    factor, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, SUB_Q: tl.constexpr, WINDOWS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, q_starts, predicate, length,
+                  reach, factor, MASKED: tl.constexpr, C):  # fmt: skip
     """What the query blocks on a column add to the gradients of one key tile."""
-    for n in tl.range(begin * SUB_Q, end * SUB_Q, num_stages=STAGES):
-        i = tl.load(entries + n // SUB_Q)
-        token = tl.load(q_starts + i) + (n % SUB_Q) * BQ + tl.arange(0, BQ)
+    for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
+        i = tl.load(entries + n // C.SUB_Q)
+        token = tl.load(q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
         valid = token < tl.load(q_starts + i + 1)
-        queries = tile(q, token, q_n, valid, D, DP)
-        pull = tile(dout, token, g_n, valid, D, DP)
+        queries = tile(q, token, q_n, valid, C)
+        pull = tile(dout, token, g_n, valid, C)
         lse2 = tl.load(lse + token, mask=valid, other=0.0) * LOG2E
         mine = tl.load(delta + token, mask=valid, other=0.0)
         kept = k_valid[:, None] & valid[None, :]
         if MASKED:
-            kept &= kept_pairs(coords, windows, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], WINDOWS)
-        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, PRECISION)
-        dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+            kept &= kept_pairs(predicate, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
+        weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, C)
+        dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=C.PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS POOLED VARIANCE STAGES PRECISION")
 def gradient_columns(
-    q, k, v, dout, lse, delta, more_k, more_v, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    entries, borders, entry_bh, border_bh, q_starts, k_starts, coords, windows, length, reach,
-    k_mean, dk_mean, dv_mean, dk_half,
-    heads, tokens, image, image_start, text, text_start, k_blocks, scale,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr,
-    PARTIAL: tl.constexpr, WINDOWS: tl.constexpr, POOLED: tl.constexpr, VARIANCE: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, pull, more, grads, turned, lists, predicate, pooled, pooled_grads, logits, heads, tokens, image, image_start, text, text_start,
+    entries, length, reach, C: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv `[B, H, N, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the text's queries.
+    """dk, dv (`grads`) `[B, H, N, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the
+    text's queries.
 
-    `entries`, `borders` `[.., 2·Tk + 1]`: for key block j the query blocks that visit it whole are entries[borders[2j]:borders[2j + 1]],
-    those that visit it partly entries[borders[2j + 1]:borders[2j + 2]]. `more_k`, `more_v` `[BH, image, D]`: what the linear rest adds
-    (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
+    `turned`: a head's `entries` entries and 2·Tk + 1 borders; for key block j the query blocks that visit it whole are
+    entries[borders[2j]:borders[2j + 1]], those that visit it partly entries[borders[2j + 1]:borders[2j + 2]]. `more`: pairs
+    `[BH, image, D]`, what the linear rest adds (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
     """
-    block, sub = tl.program_id(0) // SUB_K, tl.program_id(0) % SUB_K
+    block, sub = tl.program_id(0) // C.SUB_K, tl.program_id(0) % C.SUB_K
     bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    q_base, g_base = q + b * q_b + h * q_h, dout + b * g_b + h * g_h
-    first = tl.load(k_starts + block)
-    end = tl.load(k_starts + block + 1)
-    token = first + sub * BK + tl.arange(0, BK)
+    q_base, g_base = head(q, bh, heads), head(pull.dout, bh, heads)
+    first = tl.load(lists.k_starts + block)
+    end = tl.load(lists.k_starts + block + 1)
+    token = first + sub * C.BK + tl.arange(0, C.BK)
     valid = token < end
-    key = tile(k + b * k_b + h * k_h, token + image_start, k_n, valid, D, DP)
-    value = tile(v + b * v_b + h * v_h, token + image_start, v_n, valid, D, DP)
-    factor = scale * LOG2E
-    grad_k = tl.zeros([BK, DP], tl.float32)
-    grad_v = tl.zeros([BK, DP], tl.float32)
+    key = tile(head(k, bh, heads), token + image_start, k.n, valid, C)
+    value = tile(head(v, bh, heads), token + image_start, v.n, valid, C)
+    factor = logits.scale * LOG2E
+    grad_k = tl.zeros([C.BK, C.DP], tl.float32)
+    grad_v = tl.zeros([C.BK, C.DP], tl.float32)
     start = image_start.to(tl.int64)
-    border = borders + bh * border_bh + 2 * block
+    lse, delta = pull.lse + bh * tokens, pull.delta + bh * tokens
+    k_blocks = tl.num_programs(0) // C.SUB_K
+    entry = turned.entries
+    border = turned.borders + 2 * block
+    if C.OWN:
+        entry += bh * entries
+        border += bh * (2 * k_blocks + 1)
     whole, partial, stop = tl.load(border), tl.load(border + 1), tl.load(border + 2)
     grad_k, grad_v = visit_columns(
-        grad_k, grad_v, key, value, token, valid, q_base + start * q_n, g_base + start * g_n, lse + bh * tokens + start,
-        delta + bh * tokens + start, q_n, g_n, entries + bh * entry_bh, whole, partial, q_starts, coords, windows, length, reach, factor,
-        False, D, DP, BQ, SUB_Q, WINDOWS, STAGES, PRECISION,
+        grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
+        pull.dout.n, entry, whole, partial, lists.q_starts, predicate, length, reach, factor, False, C,
     )  # fmt: skip
-    if PARTIAL:
+    if C.PARTIAL:
         grad_k, grad_v = visit_columns(
-            grad_k, grad_v, key, value, token, valid, q_base + start * q_n, g_base + start * g_n, lse + bh * tokens + start,
-            delta + bh * tokens + start, q_n, g_n, entries + bh * entry_bh, partial, stop, q_starts, coords, windows, length, reach, factor,
-            True, D, DP, BQ, SUB_Q, WINDOWS, STAGES, PRECISION,
+            grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
+            pull.dout.n, entry, partial, stop, lists.q_starts, predicate, length, reach, factor, True, C,
         )  # fmt: skip
     grad_k, grad_v = sweep_columns(
-        grad_k, grad_v, key, value, None, valid, q_base, g_base, lse + bh * tokens, delta + bh * tokens, q_n, g_n, text_start,
-        text_start + text, factor, D, DP, BQ, STAGES, PRECISION,
+        grad_k, grad_v, key, value, None, valid, q_base, g_base, lse, delta, q.n, pull.dout.n, text_start, text_start + text,
+        factor, C,
     )  # fmt: skip
-    grad_k *= scale
-    if more_k is not None:
-        grad_k += tile(more_k + bh * image * D, token, D, valid, D, DP)
-        grad_v += tile(more_v + bh * image * D, token, D, valid, D, DP)
-    if POOLED:
+    grad_k *= logits.scale
+    if more.k is not None:
+        grad_k += tile(more.k + bh * image * C.D, token, C.D, valid, C)
+        grad_v += tile(more.v + bh * image * C.D, token, C.D, valid, C)
+    if C.POOLED:
         count = 1.0 / (end - first).to(tl.float32)
-        at = (bh * k_blocks + block) * D
-        grad_k += vector(dk_mean + at, D, DP)[None, :] * count
-        grad_v += vector(dv_mean + at, D, DP)[None, :] * count
-        if VARIANCE:
-            mean = vector(k_mean + at, D, DP).to(tl.float32)
-            grad_k += vector(dk_half + at, D, DP)[None, :] * (key.to(tl.float32) - mean[None, :]) * count
-    put(dk + bh * tokens * D, token + image_start, D, valid, grad_k, D, DP)
-    put(dv + bh * tokens * D, token + image_start, D, valid, grad_v, D, DP)
+        at = (bh * k_blocks + block) * C.D
+        grad_k += vector(pooled_grads.k_mean + at, C)[None, :] * count
+        grad_v += vector(pooled_grads.v_mean + at, C)[None, :] * count
+        if C.VARIANCE:
+            mean = vector(pooled.k_mean + at, C).to(tl.float32)
+            grad_k += vector(pooled_grads.k_half + at, C)[None, :] * (key.to(tl.float32) - mean[None, :]) * count
+    put(grads.k + bh * tokens * C.D, token + image_start, C.D, valid, grad_k, C)
+    put(grads.v + bh * tokens * C.D, token + image_start, C.D, valid, grad_v, C)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def gradient_shared_keys(
-    q, k, v, key_bias, dout, lse, delta, dk, dv, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    heads, keys, first, begin, rows, tokens, chunk, scale,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the keys `first` to `first + keys` that every query row `begin` to `begin + rows` sees: one chunk of those rows.
+@kernel("D DP BQ BK STAGES PRECISION")
+def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens, keys, first, begin, end, chunk, C: tl.constexpr):
+    """Gradients of the keys `first` to `first + keys`, which every query row from `begin` to `end` sees: one chunk of those rows.
 
-    dk, dv: parts `[splits, BH, keys, D]` float32. Grid: (tiles of keys, batch · heads, splits).
+    `grads`: parts `[splits, BH, keys, D]` float32. Grid: (tiles of keys, batch · heads, splits).
     """
     bh, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    at = tl.program_id(0) * BK + tl.arange(0, BK)
+    at = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
     valid = at < keys
-    shift = key_bias if key_bias is None else tl.load(key_bias + bh * tokens + first + at, mask=valid, other=0.0)
-    read = valid if key_bias is None else valid & (shift > GONE)
-    key = tile(k + b * k_b + h * k_h, at + first, k_n, read, D, DP)
-    value = tile(v + b * v_b + h * v_h, at + first, v_n, read, D, DP)
+    shift = logits.bias if logits.bias is None else tl.load(logits.bias + bh * tokens + first + at, mask=valid, other=0.0)
+    read = valid if logits.bias is None else valid & (shift > GONE)
+    key = tile(head(k, bh, heads), at + first, k.n, read, C)
+    value = tile(head(v, bh, heads), at + first, v.n, read, C)
     start = begin + tl.program_id(2) * chunk
     grad_k, grad_v = sweep_columns(
-        tl.zeros([BK, DP], tl.float32), tl.zeros([BK, DP], tl.float32), key, value, shift, valid, q + b * q_b + h * q_h,
-        dout + b * g_b + h * g_h, lse + bh * tokens, delta + bh * tokens, q_n, g_n, start, tl.minimum(start + chunk, begin + rows),
-        scale * LOG2E, D, DP, BQ, STAGES, PRECISION,
+        tl.zeros([C.BK, C.DP], tl.float32), tl.zeros([C.BK, C.DP], tl.float32), key, value, shift, valid, head(q, bh, heads),
+        head(pull.dout, bh, heads), pull.lse + bh * tokens, pull.delta + bh * tokens, q.n, pull.dout.n, start,
+        tl.minimum(start + chunk, end), logits.scale * LOG2E, C,
     )  # fmt: skip
-    place = (split * tl.num_programs(1) + bh) * keys * D
-    put(dk + place, at, D, valid, grad_k * scale, D, DP)
-    put(dv + place, at, D, valid, grad_v, D, DP)
+    place = (split * tl.num_programs(1) + bh) * keys * C.D
+    put(grads.k + place, at, C.D, valid, grad_k * logits.scale, C)
+    put(grads.v + place, at, C.D, valid, grad_v, C)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel("D DP BQ BK SUB_Q OWN COUNT VARIANCE STAGES PRECISION")
 def gradient_pooled(
-    q, dout, lse, delta, k_mean, v_mean, k_half, bits, dk_mean, dv_mean, dk_half, doffset, q_b, q_h, q_n, g_b, g_h, g_n, bits_bh, bits_row,
-    offset, q_starts, k_starts, heads, tokens, image_start, q_blocks, k_blocks, scale, cap,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, SUB_Q: tl.constexpr, COUNT: tl.constexpr,
-    VARIANCE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    q, pull, pooled, grads, lists, learned, logits, heads, tokens, image_start, q_blocks, k_blocks, C: tl.constexpr
 ):  # fmt: skip
-    """Gradients `[BH, Tk, D]` float32 of a tile of pooled keys, values and half variances, and `[BH, tiles]` of the offset.
-
-    Grid: (tiles of pooled keys, batch · heads).
-    """
+    """Gradients of a tile of pooled keys, values and half variances, and of the offset. Grid: (tiles of pooled keys, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    j = tl.program_id(0) * BJ + tl.arange(0, BJ)
+    j = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
     inside = j < k_blocks
-    means, values, halves = k_mean + bh * k_blocks * D, v_mean + bh * k_blocks * D, k_half + bh * k_blocks * D
-    mean, value = tile(means, j, D, inside, D, DP), tile(values, j, D, inside, D, DP)
-    factor = scale * LOG2E
-    bias = tl.zeros([BJ], tl.float32)
-    if COUNT:
-        size = tl.load(k_starts + j + 1, mask=inside, other=1) - tl.load(k_starts + j, mask=inside, other=0)
+    at_head = bh * k_blocks * C.D
+    mean, value = tile(pooled.k_mean + at_head, j, C.D, inside, C), tile(pooled.v_mean + at_head, j, C.D, inside, C)
+    factor = logits.scale * LOG2E
+    bias = tl.zeros([C.BK], tl.float32)
+    if C.COUNT:
+        size = tl.load(lists.k_starts + j + 1, mask=inside, other=1) - tl.load(lists.k_starts + j, mask=inside, other=0)
         bias += tl.log2(size.to(tl.float32))
-    if offset is not None:
-        bias += tl.load(offset + h) * LOG2E
+    if learned.offset is not None:
+        bias += tl.load(learned.offset + bh % heads) * LOG2E
     half = mean
-    if VARIANCE:
-        half = tile(halves, j, D, inside, D, DP)
-    grad_k = tl.zeros([BJ, DP], tl.float32)
-    grad_v = tl.zeros([BJ, DP], tl.float32)
-    grad_h = tl.zeros([BJ, DP], tl.float32)
-    grad_o = tl.zeros([BJ], tl.float32)
-    q_base = q + b * q_b + h * q_h + image_start.to(tl.int64) * q_n
-    g_base = dout + b * g_b + h * g_h + image_start.to(tl.int64) * g_n
+    if C.VARIANCE:
+        half = tile(pooled.k_half + at_head, j, C.D, inside, C)
+    grad_k = tl.zeros([C.BK, C.DP], tl.float32)
+    grad_v = tl.zeros([C.BK, C.DP], tl.float32)
+    grad_h = tl.zeros([C.BK, C.DP], tl.float32)
+    grad_o = tl.zeros([C.BK], tl.float32)
+    q_base = head(q, bh, heads) + image_start.to(tl.int64) * q.n
+    g_base = head(pull.dout, bh, heads) + image_start.to(tl.int64) * pull.dout.n
     row = bh * tokens + image_start
-    for n in tl.range(0, q_blocks * SUB_Q, num_stages=STAGES):
-        i = n // SUB_Q
-        token = tl.load(q_starts + i) + (n % SUB_Q) * BQ + tl.arange(0, BQ)
-        valid = token < tl.load(q_starts + i + 1)
-        queries, pull = tile(q_base, token, q_n, valid, D, DP), tile(g_base, token, g_n, valid, D, DP)
-        lse2 = tl.load(lse + row + token, mask=valid, other=0.0) * LOG2E
-        mine = tl.load(delta + row + token, mask=valid, other=0.0)
-        logits = tl.dot(mean, tl.trans(queries), input_precision=PRECISION) * factor + bias[:, None]
-        if VARIANCE:
-            squares = scaled_squares(queries, scale)
-            term = tl.dot(half, tl.trans(squares), input_precision=PRECISION)
-            logits += tl.minimum(term, cap) * LOG2E
-        free = unkept(bits + bh * bits_bh + i.to(tl.int64) * bits_row, j, inside)[:, None] & valid[None, :]
-        weights = tl.where(free, tl.exp2(logits - lse2[None, :]), 0.0)
-        ds = weights * (tl.dot(value, tl.trans(pull), input_precision=PRECISION) - mine[None, :])
-        grad_v = tl.dot(weights.to(pull.dtype), pull, grad_v, input_precision=PRECISION)
-        grad_k = tl.dot(ds.to(queries.dtype), queries, grad_k, input_precision=PRECISION)
+    for n in tl.range(0, q_blocks * C.SUB_Q, num_stages=C.STAGES):
+        i = n // C.SUB_Q
+        token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
+        valid = token < tl.load(lists.q_starts + i + 1)
+        queries, dout = tile(q_base, token, q.n, valid, C), tile(g_base, token, pull.dout.n, valid, C)
+        lse2 = tl.load(pull.lse + row + token, mask=valid, other=0.0) * LOG2E
+        mine = tl.load(pull.delta + row + token, mask=valid, other=0.0)
+        x = tl.dot(mean, tl.trans(queries), input_precision=C.PRECISION) * factor + bias[:, None]
+        if C.VARIANCE:
+            squares = scaled_squares(queries, logits.scale)
+            term = tl.dot(half, tl.trans(squares), input_precision=C.PRECISION)
+            x += tl.minimum(term, logits.cap) * LOG2E
+        bits = pooled.bits + listed_at(i, bh, q_blocks, C) * words_of(k_blocks)
+        free = unkept(bits, j, inside)[:, None] & valid[None, :]
+        weights = tl.where(free, tl.exp2(x - lse2[None, :]), 0.0)
+        ds = weights * (tl.dot(value, tl.trans(dout), input_precision=C.PRECISION) - mine[None, :])
+        grad_v = tl.dot(weights.to(dout.dtype), dout, grad_v, input_precision=C.PRECISION)
+        grad_k = tl.dot(ds.to(queries.dtype), queries, grad_k, input_precision=C.PRECISION)
         grad_o += tl.sum(ds, 1)
-        if VARIANCE:
-            grad_h = tl.dot(tl.where(term <= cap, ds, 0.0).to(squares.dtype), squares, grad_h, input_precision=PRECISION)
-    at = bh * k_blocks * D
-    put(dk_mean + at, j, D, inside, grad_k * scale, D, DP)
-    put(dv_mean + at, j, D, inside, grad_v, D, DP)
-    if VARIANCE:
-        put(dk_half + at, j, D, inside, grad_h, D, DP)
-    if offset is not None:
-        tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(grad_o, 0))
+        if C.VARIANCE:
+            grad_h = tl.dot(tl.where(term <= logits.cap, ds, 0.0).to(squares.dtype), squares, grad_h, input_precision=C.PRECISION)
+    put(grads.k_mean + at_head, j, C.D, inside, grad_k * logits.scale, C)
+    put(grads.v_mean + at_head, j, C.D, inside, grad_v, C)
+    if C.VARIANCE:
+        put(grads.k_half + at_head, j, C.D, inside, grad_h, C)
+    if learned.offset is not None:
+        tl.store(grads.offset + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(grad_o, 0))

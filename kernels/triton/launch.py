@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,17 @@ from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments
 from dit_accel.kernels.triton import forward, summary
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import Machine, Tile
+from dit_accel.kernels.triton.tuples import (
+    Learned,
+    Lists,
+    Logits,
+    Pair,
+    Pooled,
+    Predicate,
+    States,
+    constants_of,
+    rows_of,
+)
 from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
@@ -30,8 +40,17 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     warps: int
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constants by name."""
+        given = self.arguments.get("C")
+        if given is None:
+            return {name: value for name, value in self.arguments.items() if name.isupper()}
+        return {name: getattr(value, "value", value) for name, value in given._asdict().items()}
+
 
 Run = Callable[[Launch], None]
+Flags = dict[str, Any]  # constants of a method, by name
 
 
 def execute(launch: Launch) -> None:
@@ -50,11 +69,6 @@ def tiled(run: Run, launch: Launch, place: Place) -> None:
 def up(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def strides(letter: str, x: Tensor) -> dict[str, int]:
-    """The strides of the first three axes of `[B, H, N, D]`, as kernels name them."""
-    return {f"{letter}_{axis}": x.stride(place) for place, axis in enumerate("bhn")}
 
 
 def tf32_allowed() -> bool:
@@ -99,16 +113,11 @@ def complement(lists: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
     return rank[..., :key_blocks].argsort(-1).to(torch.int32)
 
 
-@dataclass(frozen=True)
-class Rests:
-    """What stands for the rest: pooled keys and the lists as bits, or linear states. Absent parts are None."""
+class Rests(NamedTuple):
+    """What stands for the rest: pooled keys and the lists as bits, or linear states."""
 
-    k_mean: Tensor | None = None
-    v_mean: Tensor | None = None
-    k_half: Tensor | None = None
-    bits: Tensor | None = None
-    state: Tensor | None = None
-    total: Tensor | None = None
+    pooled: Pooled = Pooled()
+    states: States = States()
 
 
 def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -129,20 +138,39 @@ class Call:
         self.bh, self.image = self.batch * self.heads, self.tokens - a.text
         self.text_start, self.image_start = (0, a.text) if a.text_first else (self.image, 0)
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
-        self.key_bias: Tensor | None = None  # [BH, N] in log2; by head, because a sample's number costs registers
-        if a.text_bias is not None:
-            of_all = F.pad(a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - a.text))
-            self.key_bias = of_all.repeat_interleave(self.heads, 0)
         self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
         self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
-        self.flags = {
-            "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all,
-        }  # fmt: skip
         # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
-        self.flags["LEFT"] = self.linear and not self.flags["ALL"] and 2 * a.lists.shape[-1] > self.k_blocks
-        self.lists = complement(a.lists, a.counts, self.k_blocks) if self.flags["LEFT"] else a.lists
+        left = self.linear and not a.linear_all and 2 * a.lists.shape[-1] > self.k_blocks
+        self.flags: Flags = {
+            "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all, "LEFT": left,
+            "POOLED": self.pooled, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
+            "WINDOWS": 0 if a.windows is None else len(a.windows), "PARTIAL": a.windows is not None or a.reach >= 0,
+            "OWN": a.lists.ndim == 3,
+        }  # fmt: skip
+        index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
+        self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts)
+        self.predicate = Predicate(a.coords, a.windows)
+        self.learned = Learned(a.offset, halves(a.weight, a.q.dtype), a.bias)
+        self.logits = Logits(a.scale, self._key_bias(), a.cap)
+        self.sizes = self._sizes()
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
         self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
+
+    def _key_bias(self) -> Tensor | None:
+        """What joins the logits of each key `[BH, N]`, in log2; by head, because a sample's number costs registers."""
+        if self.a.text_bias is None:
+            return None
+        of_all = F.pad(self.a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - self.a.text))
+        return of_all.repeat_interleave(self.heads, 0)
+
+    def _sizes(self) -> dict[str, int]:
+        a = self.a
+        return {
+            "heads": self.heads, "tokens": self.tokens, "image": self.image, "image_start": self.image_start, "text": a.text,
+            "text_start": self.text_start, "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "q_blocks": self.q_blocks,
+            "k_blocks": self.k_blocks, "width": self.lists.index.shape[-1], "length": a.coords.shape[-1], "reach": a.reach,
+        }  # fmt: skip
 
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
@@ -154,41 +182,21 @@ class Call:
         """The kernel's tile for this call."""
         return self.place(kernel).tile(self.machine)
 
-    def start(self, kernel: Any, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
-        """Launch with the tile's constants; those that the kernel does not take are left out."""
+    def start(self, kernel: Any, name: str, grid: tuple[int, ...], *, flags: Flags | None = None, **arguments: Any) -> None:
+        """Launch with the tile's constants, further flags and the call's sizes, of which kernels take what they know."""
         tile = self.tile(name)
         constants = {
-            "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "BJ": tile.keys, "STAGES": tile.stages,
+            "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "STAGES": tile.stages,
             "SUB_Q": up(self.q_width, tile.queries), "SUB_K": up(self.k_width, tile.keys), "PRECISION": self.precision,
-            "heads": self.heads, "scale": self.a.scale, **self.flags,
+            **self.flags, **(flags or {}),
         }  # fmt: skip
-        taken = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        tiled(self.run, Launch(kernel, grid, taken | arguments, tile.warps), self.place(name))
+        sizes = {name: size for name, size in self.sizes.items() if name in kernel.arg_names}
+        given = {**sizes, **arguments, "C": constants_of(kernel, constants)}
+        tiled(self.run, Launch(kernel, grid, given, tile.warps), self.place(name))
 
-    def rows(self, *names: str) -> dict[str, Any]:
-        """Tensors `[B, H, N, D]` among q, k, v with their strides."""
-        given: dict[str, Any] = {}
-        for name in names:
-            x = getattr(self.a, name)
-            given |= {name: x, **strides(name, x)}
-        return given
-
-    def listed(self) -> dict[str, Any]:
-        """The block lists and their strides (0: shared by the heads)."""
-        a = self.a
-        own = a.lists.ndim == 3
-        return {
-            "lists": self.lists, "counts": a.counts, "list_bh": self.lists.stride(0) if own else 0, "list_row": self.lists.shape[-1],
-            "count_bh": a.counts.stride(0) if own else 0, "q_starts": a.q_starts, "k_starts": a.k_starts,
-        }  # fmt: skip
-
-    def predicate(self) -> dict[str, Any]:
-        """Coordinates and windows for blocks that are kept in part."""
-        a = self.a
-        return {
-            "coords": a.coords, "windows": a.windows, "length": a.coords.shape[-1], "reach": a.reach,
-            "WINDOWS": 0 if a.windows is None else len(a.windows), "PARTIAL": a.windows is not None or a.reach >= 0,
-        }  # fmt: skip
+    def rows(self) -> dict[str, Any]:
+        """q, k and v with their strides."""
+        return {name: rows_of(getattr(self.a, name)) for name in "qkv"}
 
     def splits(self, tiles: int, length: int, step: int) -> tuple[int, int]:
         """How many chunks of how many rows a reduction over `length` rows is cut into, so that `tiles` programs become a full device."""
@@ -202,14 +210,14 @@ class Call:
     def pooled_rest(self) -> Rests:
         """Means and half variances of the key blocks in the input's type, and the lists as bits."""
         a, kind = self.a, self.a.q.dtype
-        k_mean, v_mean, k_half = (self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3))
-        self._summarise(1, k_mean=k_mean, v_mean=v_mean, k_half=k_half, VALUES=True, STATES=False)
+        pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
+        self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
         lists, words = a.lists, up(self.k_blocks, 32)
         bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
         rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
         arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
         self.run(Launch(summary.list_bits, (rows, up(words, tile)), arguments, 1))
-        return Rests(k_mean, v_mean, k_half, bits if bits.ndim == 3 else bits[None])
+        return Rests(pooled=pooled._replace(bits=bits))
 
     def linear_rest(self) -> Rests:
         """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""
@@ -217,76 +225,49 @@ class Call:
             return Rests()
         group = up(self.k_blocks, STATE_GROUPS)
         groups = up(self.k_blocks, group)
-        states, totals = self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels)
-        self._summarise(group, states=states, totals=totals, VALUES=False, STATES=True)
-        return Rests(state=states.sum(0), total=totals.sum(0))
+        states = States(self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels))
+        self._summarise(group, Pooled(), states, {"VALUES": False, "VARIANCE": False, "STATES": True})
+        return Rests(states=States(*(x.sum(0) for x in states)))
 
-    def _summarise(self, group: int, **arguments: Any) -> None:
-        given = {name: arguments.pop(name, None) for name in ("k_mean", "v_mean", "k_half", "states", "totals")}
-        variance = {"VARIANCE": self.flags["VARIANCE"] and self.pooled}
+    def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
-            summary.summarise, "summarise", (up(self.k_blocks, group), self.bh), **self.rows("k", "v"), **given, **variance, **arguments,
-            image_start=self.image_start, starts=self.a.k_starts, blocks=self.k_blocks, group=group, keys=self.image,
+            summary.summarise, "summarise", (up(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v), pooled=pooled,
+            states=states, starts=self.a.k_starts, blocks=self.k_blocks, group=group, flags=flags,
         )  # fmt: skip
 
     def rest(self) -> Rests:
         """Whatever the method wants in place of the rest."""
         return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
 
-    def pooled_arguments(self, rests: Rests) -> dict[str, Any]:
-        """The pooled rest's tensors and what goes with them; None and 0 where there is none."""
-        return {
-            "k_mean": rests.k_mean, "v_mean": rests.v_mean, "k_half": rests.k_half, "bits": rests.bits,
-            "bits_bh": 0 if rests.bits is None or len(rests.bits) == 1 else rests.bits.stride(0),
-            "bits_row": 0 if rests.bits is None else rests.bits.stride(1), "offset": self.a.offset,
-            "k_blocks": self.k_blocks, "cap": self.a.cap, "POOLED": self.pooled,
-        }  # fmt: skip
-
 
 def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, Tensor]:
     """Output in q's layout and lse `[B, H, N]` of one call (see `ops.attention`)."""
     call = Call(a, machine, run)
     out, lse = torch.empty_like(a.q), call.empty(*a.q.shape[:3])
-    o = strides("o", out)
-    rests = call.rest()
-    state = rests.state
-    if state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
-        state = multiply(state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
+    pooled, states = call.rest()
+    if states.state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
+        state = multiply(states.state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
+        states = states._replace(state=state)
     call.start(
-        forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows("q", "k", "v"),
-        extra_k=a.extra_k, extra_v=a.extra_v, out=out, lse=lse, **o, **call.listed(), full=a.full, **call.predicate(),
-        **call.pooled_arguments(rests), state=halves(state, a.q.dtype), total=rests.total, weight=halves(a.weight, a.q.dtype),
-        bias=a.bias, key_bias=call.key_bias, tokens=call.tokens, image_start=call.image_start, text=a.text, text_start=call.text_start,
-        extra=0 if a.extra_k is None else a.extra_k.shape[2], keys=call.image, EXTRA=a.extra_k is not None, LINEAR=call.linear,
-        RESIDUAL=call.residual,
+        forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
+        extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=call.lists, predicate=call.predicate, pooled=pooled,
+        states=States(halves(states.state, a.q.dtype), states.total), learned=call.learned, logits=call.logits,
     )  # fmt: skip
     if a.text:
-        _dense_rows(call, out, lse, o)
+        _dense_rows(call, out, lse)
     return out, lse
 
 
-def _dense_rows(call: Call, out: Tensor, lse: Tensor, o: dict[str, int]) -> None:
+def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     """The text's queries over all keys, split over the keys."""
     a, tile = call.a, call.tile("dense")
     tiles = up(a.text, tile.queries)
     splits, chunk = call.splits(tiles, call.tokens, tile.keys)
     part, part_lse = call.empty(splits, call.bh, a.text, call.channels), call.empty(splits, call.bh, a.text)
-    place = {"rows": a.text, "first": call.text_start, "tokens": call.tokens}
-    call.start(
-        forward.dense_rows,
-        "dense",
-        (tiles, call.bh, splits),
-        **call.rows("q", "k", "v"),
-        key_bias=call.key_bias,
-        part=part,
-        part_lse=part_lse,
-        chunk=chunk,
-        **place,
-    )
-    call.start(
-        forward.merge_rows, "merge", (up(a.text, call.tile("merge").queries), call.bh), part=part, part_lse=part_lse, out=out, lse=lse, **o,
-        splits=splits, **place,
-    )  # fmt: skip
+    shared = {"part": part, "part_lse": part_lse, "first": call.text_start, "rows": a.text}
+    call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), **shared, logits=call.logits, chunk=chunk)
+    grid = (up(a.text, call.tile("merge").queries), call.bh)
+    call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)
 
 
 def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -> Tensor:
@@ -309,11 +290,14 @@ def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) ->
     means = x.new_empty((batch * heads, blocks, channels), dtype=torch.float32)
     place = Place("summarise", padded, x.dtype, width, width)
     tile = place.tile(machine)
-    arguments = {
-        "k": x, "v": x, "k_mean": means, "v_mean": None, "k_half": None, "states": None, "totals": None, **strides("k", x),
-        **strides("v", x), "heads": heads, "image_start": 0, "starts": starts, "blocks": blocks, "group": 1, "keys": tokens,
+    constants = {
         "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": up(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
         "MAP": 0, "PRECISION": "ieee",
+    }  # fmt: skip
+    arguments = {
+        "k": rows_of(x), "v": rows_of(x), "pooled": Pooled(k_mean=means), "states": States(), "starts": starts,
+        "heads": heads, "image": tokens, "image_start": 0, "blocks": blocks, "group": 1,
+        "C": constants_of(summary.summarise, constants),
     }  # fmt: skip
     tiled(run, Launch(summary.summarise, (blocks, batch * heads), arguments, tile.warps), place)
     return means

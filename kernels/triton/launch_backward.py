@@ -1,14 +1,24 @@
 """From one call's gradients to kernel launches. Nothing here waits for the device, and every sum has a fixed order."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, strides, up
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, up
 from dit_accel.kernels.triton.tables import Machine
+from dit_accel.kernels.triton.tuples import (
+    LinearPull,
+    Logits,
+    Pair,
+    PooledGradients,
+    Pull,
+    States,
+    Turned,
+    rows_of,
+)
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -29,31 +39,26 @@ class Gradients(NamedTuple):
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments, machine: Machine, run: Run = execute) -> Gradients:
     """Gradients of `attend`, summed in an order that depends on the shapes alone."""
     call = Call(a, machine, run)
-    delta = torch.empty_like(lse)
-    call.start(
-        backward.deltas, "merge", (up(call.tokens, call.tile("merge").queries), call.bh), out=out, dout=dout, dlse=dlse, delta=delta,
-        **strides("o", out), **strides("g", dout), tokens=call.tokens,
-    )  # fmt: skip
+    pull = Pull(rows_of(dout), lse, torch.empty_like(lse))
+    grid = (up(call.tokens, call.tile("merge").queries), call.bh)
+    call.start(backward.deltas, "merge", grid, out=rows_of(out), dout=pull.dout, dlse=dlse, delta=pull.delta)
     rests = call.rest()
-    pull = {"dout": dout, "lse": lse, "delta": delta, **strides("g", dout)}
     turned = columns(a.lists, a.counts, a.full, call.k_blocks)
     linear = _linear(call, pull, rests, turned) if call.linear else Linear()
-    pooled = _pooled(call, pull, rests) if call.pooled else Pooled()
+    pooled, doffset = _pooled(call, pull, rests) if call.pooled else (PooledGradients(), linear.doffset)
     dq, dk, dv = (torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device) for _ in range(3))
     _rows(call, pull, rests, linear, dq)
-    _columns(call, pull, rests, turned, linear, pooled, dk, dv)
+    _columns(call, pull, rests, turned, linear, pooled, Pair(dk, dv))
     if a.text:
         _dense_gradient(call, pull, dq)
-        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.key_bias, call.text_start, a.text, 0, call.tokens), strict=True):
+        own = range(call.text_start, call.text_start + a.text)
+        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.logits, own, range(call.tokens)), strict=True):
             full[:, :, call.text_start : call.text_start + a.text] = part
     extra: tuple[Tensor | None, Tensor | None] = (None, None)
     if a.extra_k is not None and a.extra_v is not None:
-        extra = _shared(call, pull, a.extra_k, a.extra_v, None, 0, a.extra_k.shape[2], call.image_start, call.image)
-    doffset = linear.doffset if call.linear else pooled.doffset
+        seen_by = range(call.image_start, call.image_start + call.image)
+        extra = _shared(call, pull, a.extra_k, a.extra_v, Logits(a.scale), range(a.extra_k.shape[2]), seen_by)
     return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
-
-
-Columns = tuple[Tensor, Tensor]  # entries and borders
 
 
 class Linear(NamedTuple):
@@ -67,119 +72,90 @@ class Linear(NamedTuple):
     doffset: Tensor | None = None
 
 
-class Pooled(NamedTuple):
-    """Gradients `[BH, Tk, D]` of the pooled keys, values and half variances, `[H]` of the offset."""
-
-    dk_mean: Tensor | None = None
-    dv_mean: Tensor | None = None
-    dk_half: Tensor | None = None
-    doffset: Tensor | None = None
-
-
-def _linear(call: Call, pull: dict[str, Any], rests: Rests, turned: Columns) -> Linear:
+def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
     """`turned`: the lists by key block."""
     a = call.a
     dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=a.q.dtype) for _ in range(2))
-    dden, size = (call.empty(call.bh, call.image) for _ in range(2))
-    more_q, more_k, more_v = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
+    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image) for _ in range(2)))
+    more_q, *more = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
     programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
-        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows("q", "k", "v"), **pull, dnum=dnum, dden=dden,
-        size=size, more=more_q, mean=mean, doffset=doffset, **call.listed(), offset=a.offset, total=rests.total, bias=a.bias,
-        state=halves(rests.state, a.q.dtype), weight=halves(a.weight, a.q.dtype),
-        tokens=call.tokens, image=call.image, image_start=call.image_start, k_blocks=call.k_blocks, RESIDUAL=call.residual,
+        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more_q,
+        mean=mean, doffset=doffset, lists=call.lists, states=States(halves(rests.states.state, a.q.dtype), rests.states.total),
+        learned=call.learned,
     )  # fmt: skip
-    unit = size.amax(1).clamp_min(TINY)
-    relative = size / unit[:, None]
-    state = total = largest = None
+    unit = rest_pull.size.amax(1).clamp_min(TINY)
+    rest_pull = rest_pull._replace(size=rest_pull.size / unit[:, None])
+    states, largest = States(), None
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
-        turned = columns(call.lists.flip(-1), left, left, call.k_blocks)
+        turned = columns(call.lists.index.flip(-1), left, left, call.k_blocks)
     else:
-        state, total = _outer(call, a.q, dnum, relative, dden, call.flags["MAP"], 1 / call.image)
+        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image)
         largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
-        state = state / largest[:, None, None]
+        states = States(halves(state / largest[:, None, None], a.q.dtype), total)
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
-        **call.rows("q", "k", "v"), dnum=dnum, dden=dden, relative=relative, more_k=more_k, more_v=more_v, **_turned(turned),
-        q_starts=a.q_starts, k_starts=a.k_starts, pull_state=halves(state, a.q.dtype), pull_total=total,
-        pull_size=largest, pull_unit=unit, image=call.image, image_start=call.image_start,
+        **call.rows(), rest_pull=rest_pull, more=Pair(*more), turned=turned, lists=call.lists, states=states, unit=States(largest, unit),
+        entries=turned.entries.shape[-1],
     )  # fmt: skip
     shared: tuple[Tensor | None, Tensor | None] = (None, None)
     if call.residual:
-        products, sums = _outer(call, pull["dout"], mean, None, None, -1, 1.0)
-        shared = (products.sum(0), sums.sum(0))
+        products, sums = _outer(call, pull.dout.base, mean, None, 1.0)
+        shared = (products, sums)
     per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
-    return Linear(more_q, more_k, more_v, *shared, per_head)
+    return Linear(more_q, *more, *(None if x is None else x.sum(0) for x in shared), per_head)
 
 
-def _outer(
-    call: Call, x: Tensor, y: Tensor, relative: Tensor | None, factor: Tensor | None, feature_map: int, share: float
-) -> tuple[Tensor, Tensor]:
-    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows, times `share`; see `outer_sums`."""
+def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: float) -> tuple[Tensor, Tensor]:
+    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows, times `share`; see `outer_sums`. `scaled`: relative sizes
+    and the factor, or None, and f is nothing."""
     tile = call.tile("outer")
     chunk = up(up(call.image, STATE_GROUPS), tile.queries) * tile.queries
     chunks = up(call.image, chunk)
-    products, sums = call.empty(chunks, call.bh, call.channels, call.channels), call.empty(chunks, call.bh, call.channels)
+    states = States(call.empty(chunks, call.bh, call.channels, call.channels), call.empty(chunks, call.bh, call.channels))
     y = y.view(call.batch, call.heads, call.image, call.channels)
+    given = {"relative": None, "factor": None} if scaled is None else {"relative": scaled.size, "factor": scaled.den}
     call.start(
-        backward_linear.outer_sums, "outer", (chunks, call.bh), a=x, b=y, relative=relative, factor=factor, products=products, sums=sums,
-        **strides("a", x), **strides("b", y), first=call.image_start, rows=call.image, chunk=chunk, share=share, MAP=feature_map,
+        backward_linear.outer_sums, "outer", (chunks, call.bh), a=rows_of(x), b=rows_of(y), **given, states=states, share=share,
+        first=call.image_start, rows=call.image, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
     )  # fmt: skip
-    return products.sum(0), sums.sum(0)
+    products, sums = (part.sum(0) for part in states)
+    return products, sums
 
 
-def _pooled(call: Call, pull: dict[str, Any], rests: Rests) -> Pooled:
+def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
+    """The gradients by block, and that of the offset `[H]`."""
     a = call.a
-    dk_mean, dv_mean, dk_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
     tiles = up(call.k_blocks, call.tile("pooled").keys)
-    doffset = None if a.offset is None else call.empty(call.bh, tiles)
-    given = call.pooled_arguments(rests)
-    names = ("k_mean", "v_mean", "k_half", "bits", "bits_bh", "bits_row", "offset", "k_blocks", "cap")
+    parts = None if a.offset is None else call.empty(call.bh, tiles)
+    grads = PooledGradients(*(call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3)), parts)
     call.start(
-        backward.gradient_pooled, "pooled", (tiles, call.bh), **call.rows("q"), **pull, **{name: given[name] for name in names},
-        dk_mean=dk_mean, dv_mean=dv_mean, dk_half=dk_half, doffset=doffset, q_starts=a.q_starts, k_starts=a.k_starts, tokens=call.tokens,
-        image_start=call.image_start, q_blocks=call.q_blocks,
+        backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=pull, pooled=rests.pooled, grads=grads,
+        lists=call.lists, learned=call.learned, logits=call.logits,
     )  # fmt: skip
-    return Pooled(dk_mean, dv_mean, dk_half, None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2)))
+    return grads, None if parts is None else parts.view(call.batch, call.heads, -1).sum((0, 2))
 
 
-def _rows(call: Call, pull: dict[str, Any], rests: Rests, linear: Linear, dq: Tensor) -> None:
+def _rows(call: Call, pull: Pull, rests: Rests, linear: Linear, dq: Tensor) -> None:
     a = call.a
     call.start(
         backward.gradient_rows, "gradient_rows", (call.q_blocks * up(call.q_width, call.tile("gradient_rows").queries), call.bh),
-        **call.rows("q", "k", "v"), extra_k=a.extra_k, extra_v=a.extra_v, **pull, more=linear.dq, dq=dq,
-        **call.listed(), full=a.full, **call.predicate(), **call.pooled_arguments(rests), key_bias=call.key_bias,
-        tokens=call.tokens, image=call.image, image_start=call.image_start, text=a.text, text_start=call.text_start,
-        extra=0 if a.extra_k is None else a.extra_k.shape[2], EXTRA=a.extra_k is not None,
+        **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull, more=linear.dq, dq=dq, lists=call.lists, predicate=call.predicate,
+        pooled=rests.pooled, learned=call.learned, logits=call.logits,
     )  # fmt: skip
 
 
-def _columns(
-    call: Call, pull: dict[str, Any], rests: Rests, turned: Columns, linear: Linear, pooled: Pooled, dk: Tensor, dv: Tensor
-) -> None:
-    a = call.a
+def _columns(call: Call, pull: Pull, rests: Rests, turned: Turned, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
-        **call.rows("q", "k", "v"), **pull, more_k=linear.dk, more_v=linear.dv, dk=dk, dv=dv, **_turned(turned), q_starts=a.q_starts,
-        k_starts=a.k_starts, **call.predicate(), k_mean=rests.k_mean, dk_mean=pooled.dk_mean, dv_mean=pooled.dv_mean,
-        dk_half=pooled.dk_half, tokens=call.tokens, image=call.image, image_start=call.image_start, text=a.text, text_start=call.text_start,
-        k_blocks=call.k_blocks, POOLED=call.pooled,
+        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists, predicate=call.predicate,
+        pooled=rests.pooled, pooled_grads=pooled, logits=call.logits, entries=turned.entries.shape[-1],
     )  # fmt: skip
 
 
-def _turned(turned: Columns) -> dict[str, Any]:
-    """The lists by key block and their strides (0: shared by the heads)."""
-    entries, borders = turned
-    shared = len(entries) == 1
-    return {
-        "entries": entries, "borders": borders, "entry_bh": 0 if shared else entries.stride(0),
-        "border_bh": 0 if shared else borders.stride(0),
-    }  # fmt: skip
-
-
-def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> Turned:
     """The lists turned around: for each key block the query blocks that visit it, those that visit it whole first.
 
     `entries` `[1 or BH, Tq · n]` int32 and `borders` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
@@ -191,34 +167,31 @@ def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> tup
     ordered, position = key.sort(dim=1, stable=True)
     sought = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
     borders = torch.searchsorted(ordered.contiguous(), sought)
-    return (position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32)
+    return Turned((position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32))
 
 
-def _dense_gradient(call: Call, pull: dict[str, Any], dq: Tensor) -> None:
+def _dense_gradient(call: Call, pull: Pull, dq: Tensor) -> None:
     """dq of the text's queries."""
     a, tile = call.a, call.tile("gradient_dense")
     tiles = up(a.text, tile.queries)
     splits, chunk = call.splits(tiles, call.tokens, tile.keys)
     part = call.empty(splits, call.bh, a.text, call.channels)
     call.start(
-        backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows("q", "k", "v"),
-        key_bias=call.key_bias, **pull, part=part, rows=a.text, first=call.text_start, tokens=call.tokens, chunk=chunk,
+        backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows(), pull=pull, part=part, logits=call.logits,
+        first=call.text_start, rows=a.text, chunk=chunk,
     )  # fmt: skip
     dq[:, :, call.text_start : call.text_start + a.text] = part.sum(0).view(call.batch, call.heads, a.text, call.channels)
 
 
-def _shared(
-    call: Call, pull: dict[str, Any], k: Tensor, v: Tensor, key_bias: Tensor | None, first: int, keys: int, begin: int, rows: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients `[B, H, keys, D]` float32 of keys that all rows from `begin` on see, under a bias `[BH, N]` or none."""
-    tile = call.tile("gradient_shared")
+def _shared(call: Call, pull: Pull, k: Tensor, v: Tensor, logits: Logits, own: range, seen_by: range) -> tuple[Tensor, Tensor]:
+    """Gradients `[B, H, keys, D]` float32 of the keys `own`, which all rows `seen_by` see."""
+    tile, keys = call.tile("gradient_shared"), len(own)
     tiles = up(keys, tile.keys)
-    splits, chunk = call.splits(tiles, rows, tile.queries)
-    parts = [call.empty(splits, call.bh, keys, call.channels) for _ in range(2)]
+    splits, chunk = call.splits(tiles, len(seen_by), tile.queries)
+    parts = Pair(*(call.empty(splits, call.bh, keys, call.channels) for _ in range(2)))
     call.start(
-        backward.gradient_shared_keys, "gradient_shared", (tiles, call.bh, splits), **call.rows("q"), k=k, v=v, **strides("k", k),
-        **strides("v", v), key_bias=key_bias, **pull, dk=parts[0], dv=parts[1], keys=keys, first=first, begin=begin, rows=rows,
-        tokens=call.tokens, chunk=chunk,
+        backward.gradient_shared_keys, "gradient_shared", (tiles, call.bh, splits), q=rows_of(call.a.q), k=rows_of(k), v=rows_of(v),
+        pull=pull, grads=parts, logits=logits, first=own.start, keys=keys, begin=seen_by.start, end=seen_by.stop, chunk=chunk,
     )  # fmt: skip
-    dk, dv = (part.sum(0).view(call.batch, call.heads, keys, call.channels) for part in parts)
+    dk, dv = (part.sum(0).view(call.batch, call.heads, keys, call.channels) for part in (parts.k, parts.v))
     return dk, dv

@@ -1,7 +1,8 @@
 """Device functions that the kernels are made of: tiles, token predicates, one step of a softmax, feature maps.
 
 Everywhere: logits are in units of log2 (scale · log2(e) is one factor), tiles are [rows, DP] where DP pads the head dimension D to a
-power of two with zeros, offsets are 64-bit before they are multiplied, and every masked load says what it puts in place.
+power of two with zeros, offsets are 64-bit before they are multiplied, and every masked load says what it puts in place. `C` are the
+kernel's constants (`tuples.kernel`), `x` a tensor by its strides (`tuples.Rows`).
 """
 
 import triton
@@ -10,86 +11,96 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 GONE = tl.constexpr(-1e30)  # a bias (in log2) below it leaves a key out: neither the key nor its value is read
 
-# Sizes that change from call to call. Triton compiles anew where an integer is 1 or stops being divisible by 16; not for these. Strides
-# keep it: by it the compiler knows that whole vectors can be loaded.
-SIZES = [
-    "tokens", "image", "image_start", "text", "text_start", "extra", "q_blocks", "k_blocks", "blocks", "keys", "rows", "first", "begin",
-    "chunk", "splits", "columns", "length", "reach", "group", "width", "words", "top", "list_bh", "list_row", "count_bh", "entry_bh",
-    "border_bh", "bits_bh", "bits_row",
-]  # fmt: skip
+
+@triton.jit
+def head(x, bh, heads):
+    """Where the rows of one head of one sample begin."""
+    return x.base + (bh // heads) * x.b + (bh % heads) * x.h
 
 
 @triton.jit
-def tile(base, rows, stride, valid, D: tl.constexpr, DP: tl.constexpr, AGAIN: tl.constexpr = False):
+def listed_at(block, bh, q_blocks, C):
+    """Which of all block lists is that of a query block; OWN: each head has its own."""
+    return bh * q_blocks + block if C.OWN else block.to(tl.int64)
+
+
+@triton.jit
+def words_of(k_blocks):
+    """32-bit words that hold a bit for each key block."""
+    return (k_blocks + 31) // 32
+
+
+@triton.jit
+def tile(base, rows, stride, valid, C, AGAIN: tl.constexpr = False):
     """Rows `[R]` of a matrix with D channels as `[R, DP]`; zero where not `valid` and past D. AGAIN: another read of the same."""
-    channel = tl.arange(0, DP)
+    channel = tl.arange(0, C.DP)
     pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
-    inside = valid[:, None] if D == DP else valid[:, None] & (channel < D)[None, :]
+    inside = valid[:, None] if C.D == C.DP else valid[:, None] & (channel < C.D)[None, :]
     return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first" if AGAIN else "")
 
 
 @triton.jit
-def put(base, rows, stride, valid, x, D: tl.constexpr, DP: tl.constexpr):
+def put(base, rows, stride, valid, x, C):
     """Store `[R, DP]` to rows of a matrix with D channels."""
-    channel = tl.arange(0, DP)
+    channel = tl.arange(0, C.DP)
     pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (channel < D)[None, :])
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (channel < C.D)[None, :])
 
 
 @triton.jit
-def vector(base, D: tl.constexpr, DP: tl.constexpr):
+def vector(base, C):
     """A `[D]` float32 vector as `[DP]`."""
-    row = tl.arange(0, DP)
-    return tl.load(base + row, mask=row < D, other=0.0)
+    row = tl.arange(0, C.DP)
+    return tl.load(base + row, mask=row < C.D, other=0.0)
 
 
 @triton.jit
-def split_dot(a, matrices, number, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr):
-    """a `[R, DP]` times a matrix `[D, D]`, the `number`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
+def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
+    """a `[R, DP]` times a matrix `[D, D]`, the `place`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
     `launch.halves`), or, for a float32, as they are.
 
     A loop, so that only one part of the matrix is in registers at once: one of the two, or half of a large float32 one.
     """
     PARTS: tl.constexpr = 1 if a.dtype == tl.float32 else 2
-    WIDE: tl.constexpr = PARTS == 1 and DP > 32
-    ROWS: tl.constexpr = DP // 2 if WIDE else DP  # channels of `a` in one step
-    result = tl.zeros([a.shape[0], DP], tl.float32)
+    WIDE: tl.constexpr = PARTS == 1 and C.DP > 32
+    ROWS: tl.constexpr = C.DP // 2 if WIDE else C.DP  # channels of `a` in one step
+    result = tl.zeros([a.shape[0], C.DP], tl.float32)
     first = a
     second = a
     if WIDE:
         first, second = tl.split(a.reshape(a.shape[0], 2, ROWS).trans(0, 2, 1))
     for step in tl.range(0, 2 if WIDE else PARTS, num_stages=1):
         channel = tl.arange(0, ROWS) + (step * ROWS if WIDE else 0)
-        column = tl.arange(0, DP)
-        base = matrices + (number * PARTS + (0 if WIDE else step)) * D * D
+        column = tl.arange(0, C.DP)
+        base = matrices + (place * PARTS + (0 if WIDE else step)) * C.D * C.D
         if TRANSPOSED:
-            inside = (column < D)[:, None] & (channel < D)[None, :]
-            matrix = tl.trans(tl.load(base + column[:, None] * D + channel[None, :], mask=inside, other=0.0))
+            inside = (column < C.D)[:, None] & (channel < C.D)[None, :]
+            matrix = tl.trans(tl.load(base + column[:, None] * C.D + channel[None, :], mask=inside, other=0.0))
         else:
-            inside = (channel < D)[:, None] & (column < D)[None, :]
-            matrix = tl.load(base + channel[:, None] * D + column[None, :], mask=inside, other=0.0)
+            inside = (channel < C.D)[:, None] & (column < C.D)[None, :]
+            matrix = tl.load(base + channel[:, None] * C.D + column[None, :], mask=inside, other=0.0)
         left = tl.where(step == 0, first, second) if WIDE else a
-        result = tl.dot(left, matrix.to(a.dtype), result, input_precision=PRECISION)
+        result = tl.dot(left, matrix.to(a.dtype), result, input_precision=C.PRECISION)
     return result
 
 
 @triton.jit
-def kept_pairs(coords, windows, length, reach, q_token, q_valid, k_token, k_valid, WINDOWS: tl.constexpr):
-    """Which pairs of image tokens a disc or one of the windows keeps; `coords` `[3, length]`, `windows` `[W, 3, 3, length]`.
+def kept_pairs(predicate, length, reach, q_token, q_valid, k_token, k_valid, C):
+    """Which pairs of image tokens a disc or one of the windows keeps.
 
     Tokens are `[Q, 1]` and `[1, K]`, or `[1, Q]` and `[K, 1]`.
     """
     distance = (q_token - k_token) * 0
     for axis in tl.static_range(3):
-        here = tl.load(coords + axis * length + q_token, mask=q_valid, other=0)
-        gap = here - tl.load(coords + axis * length + k_token, mask=k_valid, other=0)
+        here = tl.load(predicate.coords + axis * length + q_token, mask=q_valid, other=0)
+        gap = here - tl.load(predicate.coords + axis * length + k_token, mask=k_valid, other=0)
         distance += gap * gap
     kept = distance <= reach
-    for window in tl.static_range(WINDOWS):
+    for window in tl.static_range(C.WINDOWS):
         inside = q_valid & k_valid
         for axis in tl.static_range(3):
-            bounds = windows + (window * 3 + axis) * 3 * length
-            place = tl.load(coords + axis * length + k_token, mask=k_valid, other=0)
+            bounds = predicate.windows + (window * 3 + axis) * 3 * length
+            place = tl.load(predicate.coords + axis * length + k_token, mask=k_valid, other=0)
             residue = tl.load(bounds + 2 * length + k_token, mask=k_valid, other=0)
             first = tl.load(bounds + q_token, mask=q_valid, other=0)
             last = tl.load(bounds + length + q_token, mask=q_valid, other=0)
@@ -100,7 +111,7 @@ def kept_pairs(coords, windows, length, reach, q_token, q_valid, k_token, k_vali
 
 
 @triton.jit
-def absorb(acc, top, mass, logits, v, PRECISION: tl.constexpr):
+def absorb(acc, top, mass, logits, v, C):
     """One step of the online softmax: keys with `logits` `[R, C]` and values `[C, DP]` join."""
     new = tl.maximum(top, tl.max(logits, 1))
     # a row that has seen no key yet has top -inf, and -inf - -inf is no number
@@ -108,32 +119,32 @@ def absorb(acc, top, mass, logits, v, PRECISION: tl.constexpr):
     weights = tl.exp2(logits - finite[:, None])
     fade = tl.exp2(top - finite)
     mass = mass * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=C.PRECISION)
     return acc, new, mass
 
 
 @triton.jit
-def feature(x, D: tl.constexpr, DP: tl.constexpr, MAP: tl.constexpr):
+def feature(x, C):
     """phi(x) of `[R, DP]` in float32; zero past D. MAP: 0 softmax over the channels, 1 elu + 1, 2 relu."""
     x = x.to(tl.float32)
-    real = (tl.arange(0, DP) < D)[None, :]
-    if MAP == 0:
+    real = (tl.arange(0, C.DP) < C.D)[None, :]
+    if C.MAP == 0:
         x = tl.where(real, x, float("-inf"))
         x = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
         return x / tl.sum(x, 1)[:, None]
     phi = tl.maximum(x, 0.0)
-    if MAP == 1:
+    if C.MAP == 1:
         phi += tl.exp2(tl.minimum(x, 0.0) * LOG2E)
     return tl.where(real, phi, 0.0)
 
 
 @triton.jit
-def feature_gradient(x, phi, dphi, MAP: tl.constexpr):
+def feature_gradient(x, phi, dphi, C):
     """The gradient of x from that of phi(x), float32."""
     x = x.to(tl.float32)
-    if MAP == 0:
+    if C.MAP == 0:
         return phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
-    if MAP == 1:
+    if C.MAP == 1:
         return dphi * tl.where(x > 0, 1.0, phi)
     return tl.where(x > 0, dphi, 0.0)
 
@@ -146,24 +157,23 @@ def unkept(bits, j, j_valid):
 
 
 @triton.jit
-def pooled_logits(q, squares, k_mean, k_half, bits, starts, blocks, j, factor, offset, cap, D: tl.constexpr, DP: tl.constexpr,
-                  COUNT: tl.constexpr, VARIANCE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def pooled_logits(q, squares, pooled, at, bits, starts, blocks, j, factor, offset, cap, C):
     """Logits `[R, J]` of the pooled keys `j` that are not kept (else -inf), the keys, and the uncapped variance terms.
 
-    `squares`: the scaled queries squared; `k_half`: half the variance of the keys. In units of log2, but for that term.
+    `squares`: the scaled queries squared; `at`: where the head's pooled keys begin. In units of log2, but for that term.
     """
     valid = j < blocks
-    mean = tile(k_mean, j, D, valid, D, DP)
-    logits = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor
-    if COUNT:
+    mean = tile(pooled.k_mean + at, j, C.D, valid, C)
+    logits = tl.dot(q, tl.trans(mean), input_precision=C.PRECISION) * factor
+    if C.COUNT:
         first = tl.load(starts + j, mask=valid, other=0)
         size = tl.load(starts + j + 1, mask=valid, other=1) - first
         logits += tl.log2(size.to(tl.float32))[None, :]
     term = logits
     half = mean
-    if VARIANCE:
-        half = tile(k_half, j, D, valid, D, DP)
-        term = tl.dot(squares, tl.trans(half), input_precision=PRECISION)
+    if C.VARIANCE:
+        half = tile(pooled.k_half + at, j, C.D, valid, C)
+        term = tl.dot(squares, tl.trans(half), input_precision=C.PRECISION)
         logits += tl.minimum(term, cap) * LOG2E
     free = unkept(bits, j, valid)
     return tl.where(free[None, :], logits + offset, float("-inf")), mean, half, term

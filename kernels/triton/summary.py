@@ -2,64 +2,62 @@
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import SIZES, feature, put, tile
+from dit_accel.kernels.triton.primitives import feature, head, put, tile
+from dit_accel.kernels.triton.tuples import SIZES, kernel
 
 
-@triton.jit(do_not_specialize=SIZES)
-def summarise(
-    k, v, k_mean, v_mean, k_half, states, totals, k_b, k_h, k_n, v_b, v_h, v_n, heads, image_start, starts, blocks, group, keys,
-    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, SUB_K: tl.constexpr, VALUES: tl.constexpr, VARIANCE: tl.constexpr,
-    STATES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`group` blocks of one head: means of keys (and values) `[BH, T, D]`, half the (biased) variance, and phi(K)ᵀV and sum of phi(K) over
-    the group, divided by the number of `keys`: states `[groups, BH, D, D]`, totals `[groups, BH, D]`. Grid: (groups, batch · heads).
+@kernel("D DP BK SUB_K VALUES VARIANCE STATES MAP PRECISION")
+def summarise(k, v, pooled, states, starts, heads, image, image_start, blocks, group, C: tl.constexpr):
+    """`group` of the `blocks` of one head: means of keys (and values) `[BH, T, D]` and half the (biased) variance (`pooled`), and
+    phi(K)ᵀV and the sum of phi(K) over the group, divided by the number of the image's keys (`states`, with a first axis of groups).
+    Grid: (groups, batch · heads).
     """
     bh = tl.program_id(1).to(tl.int64)
-    k_base = k + (bh // heads) * k_b + (bh % heads) * k_h + image_start.to(tl.int64) * k_n
-    v_base = v + (bh // heads) * v_b + (bh % heads) * v_h + image_start.to(tl.int64) * v_n
-    channel = tl.arange(0, DP)
-    real = channel < D
-    if STATES:
-        state = tl.zeros([DP, DP], tl.float32)
-        total = tl.zeros([DP], tl.float32)
+    k_base = head(k, bh, heads) + image_start.to(tl.int64) * k.n
+    v_base = head(v, bh, heads) + image_start.to(tl.int64) * v.n
+    channel = tl.arange(0, C.DP)
+    real = channel < C.D
+    if C.STATES:
+        state = tl.zeros([C.DP, C.DP], tl.float32)
+        total = tl.zeros([C.DP], tl.float32)
     first = tl.program_id(0) * group
     for j in range(first, tl.minimum(first + group, blocks)):
         begin, end = tl.load(starts + j), tl.load(starts + j + 1)
         count = (end - begin).to(tl.float32)
-        at = (bh * blocks + j) * D + channel
-        k_sum = tl.zeros([DP], tl.float32)
-        v_sum = tl.zeros([DP], tl.float32)
-        for sub in range(SUB_K):
-            token = begin + sub * BK + tl.arange(0, BK)
+        at = (bh * blocks + j) * C.D + channel
+        k_sum = tl.zeros([C.DP], tl.float32)
+        v_sum = tl.zeros([C.DP], tl.float32)
+        for sub in range(C.SUB_K):
+            token = begin + sub * C.BK + tl.arange(0, C.BK)
             valid = token < end
-            key = tile(k_base, token, k_n, valid, D, DP)
+            key = tile(k_base, token, k.n, valid, C)
             k_sum += tl.sum(key.to(tl.float32), 0)
-            if VALUES or STATES:
-                value = tile(v_base, token, v_n, valid, D, DP)
+            if C.VALUES or C.STATES:
+                value = tile(v_base, token, v.n, valid, C)
                 v_sum += tl.sum(value.to(tl.float32), 0)
-            if STATES:
-                phi = tl.where(valid[:, None], feature(key, D, DP, MAP), 0.0).to(value.dtype)
+            if C.STATES:
+                phi = tl.where(valid[:, None], feature(key, C), 0.0).to(value.dtype)
                 total += tl.sum(phi.to(tl.float32), 0)  # rounded, as the state's are and those of the visited blocks
-                state = tl.dot(tl.trans(phi), value, state, input_precision=PRECISION)
+                state = tl.dot(tl.trans(phi), value, state, input_precision=C.PRECISION)
         mean = k_sum / count
-        if k_mean is not None:
-            tl.store(k_mean + at, mean.to(k_mean.dtype.element_ty), mask=real)
-        if VALUES:
-            tl.store(v_mean + at, (v_sum / count).to(v_mean.dtype.element_ty), mask=real)
-        if VARIANCE:
-            spread = tl.zeros([DP], tl.float32)
-            for sub in range(SUB_K):  # a second look at the same rows: E[x²] − E[x]² cancels
-                token = begin + sub * BK + tl.arange(0, BK)
+        if pooled.k_mean is not None:
+            tl.store(pooled.k_mean + at, mean.to(pooled.k_mean.dtype.element_ty), mask=real)
+        if C.VALUES:
+            tl.store(pooled.v_mean + at, (v_sum / count).to(pooled.v_mean.dtype.element_ty), mask=real)
+        if C.VARIANCE:
+            spread = tl.zeros([C.DP], tl.float32)
+            for sub in range(C.SUB_K):  # a second look at the same rows: E[x²] − E[x]² cancels
+                token = begin + sub * C.BK + tl.arange(0, C.BK)
                 valid = token < end
-                gap = tl.where(valid[:, None], tile(k_base, token, k_n, valid, D, DP).to(tl.float32) - mean[None, :], 0.0)
+                gap = tl.where(valid[:, None], tile(k_base, token, k.n, valid, C).to(tl.float32) - mean[None, :], 0.0)
                 spread += tl.sum(gap * gap, 0)
             half = tl.minimum(spread / count * 0.5, 60000.0)  # float16 ends before infinity
-            tl.store(k_half + at, half.to(k_half.dtype.element_ty), mask=real)
-    if STATES:
+            tl.store(pooled.k_half + at, half.to(pooled.k_half.dtype.element_ty), mask=real)
+    if C.STATES:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
-        share = 1.0 / keys.to(tl.float32)
-        put(states + place * D * D, channel, D, real, state * share, D, DP)
-        tl.store(totals + place * D + channel, total * share, mask=real)
+        share = 1.0 / image.to(tl.float32)
+        put(states.state + place * C.D * C.D, channel, C.D, real, state * share, C)
+        tl.store(states.total + place * C.D + channel, total * share, mask=real)
 
 
 @triton.jit(do_not_specialize=SIZES)

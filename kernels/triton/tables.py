@@ -84,6 +84,19 @@ _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2),
     "outer": (32, 32, 8, 2),
 }  # fmt: skip
+# where those spill or don't fit: by kernel, head dimension and architecture. On CDNA few warps have twice the registers each
+_EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("summarise", 128, "sm_80"): (32, 16, 8, 2),
+    ("summarise", 128, "sm_120"): (32, 16, 8, 2),
+    ("outer", 128, "sm_80"): (16, 32, 8, 2),
+    ("outer", 128, "sm_120"): (16, 32, 8, 2),
+    ("gradient_shared", 64, "gfx942"): (64, 16, 4, 2),
+    ("gradient_rows", 128, "gfx942"): (16, 32, 4, 2),
+    ("gradient_columns", 128, "gfx942"): (32, 16, 4, 2),
+    ("gradient_dense", 128, "gfx942"): (32, 32, 4, 2),
+    ("gradient_shared", 128, "gfx942"): (32, 32, 4, 2),
+    ("linear_columns", 128, "gfx942"): (32, 16, 4, 2),
+}
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
 _MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there
@@ -106,6 +119,7 @@ def tile_for(
 def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """The table's tile."""
     if dtype == torch.float32:
-        return Tile(*(_TILES_32[kernel] if head_dim <= 128 else _LAST))
+        own = _EXCEPTIONS_32.get((kernel, max(64, head_dim), arch), _TILES_32[kernel])
+        return Tile(*(own if head_dim <= 128 else _LAST))
     row = _TILES.get((kernel, max(64, head_dim)))
     return Tile(*(_LAST if row is None else row[ARCHITECTURES.index(arch)]))

@@ -60,7 +60,7 @@ class Call:
     visited: Visited | None = None
     dense: Callable[..., Partial] = reference.dense_attention
 
-    @functools.cached_property
+    @property
     def kept(self) -> Tensor:
         """Which key blocks each query block keeps, `[..., Tq, Tk]`."""
         if self.visited is None:

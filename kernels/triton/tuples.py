@@ -1,0 +1,147 @@
+"""What kernels take: a tuple for each thing that belongs together, instead of a parameter for each pointer and number of it.
+
+Strides lie in the tuple of their tensor: Triton compiles anew for those that are 1 or divisible by 16, by which it knows that whole vectors
+can be loaded. It does so with every integer in a tuple, whatever a kernel says of the parameter (as of 3.6 to 3.9); sizes change from call
+to call, so that they stay parameters of their own (SIZES). Constants are one tuple of `tl.constexpr`, the last parameter `C` (`kernel`);
+plain numbers there would be no constants before Triton 3.9.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # the interpreter takes constants as they are
+
+
+class Rows(NamedTuple):
+    """A tensor `[B, H, N, D]` with contiguous channels, and the strides of its first three axes."""
+
+    base: Tensor
+    b: int
+    h: int
+    n: int
+
+
+def rows_of(x: Tensor) -> Rows:
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+class Pair(NamedTuple):
+    """Something for keys and the same for values; None where there is none."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+class Lists(NamedTuple):
+    """The block lists as in `ops.attention`, and the first token of each block."""
+
+    index: Tensor
+    counts: Tensor
+    full: Tensor
+    q_starts: Tensor
+    k_starts: Tensor
+
+
+class Turned(NamedTuple):
+    """The lists by key block (`launch_backward.columns`)."""
+
+    entries: Tensor
+    borders: Tensor
+
+
+class Predicate(NamedTuple):
+    """Coordinates `[3, length]` and windows `[W, 3, 3, length]` for blocks that are kept in part."""
+
+    coords: Tensor
+    windows: Tensor | None
+
+
+class Pooled(NamedTuple):
+    """Means and half variances `[BH, Tk, D]` of the key blocks, and the lists as bits `[BH or 1, Tq, words]`."""
+
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+    k_half: Tensor | None = None
+    bits: Tensor | None = None
+
+
+class PooledGradients(NamedTuple):
+    """Gradients `[BH, Tk, D]` float32 of the pooled keys, values and half variances, and `[BH, tiles]` of the offset."""
+
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+    k_half: Tensor | None = None
+    offset: Tensor | None = None
+
+
+class States(NamedTuple):
+    """Sums of the linear rest: `[BH, D, D]` (in two parts, see `primitives.split_dot`) and `[BH, D]`."""
+
+    state: Tensor | None = None
+    total: Tensor | None = None
+
+
+class Learned(NamedTuple):
+    """The method's parameters: offset `[H]`, the projection's weight (in two parts) and bias."""
+
+    offset: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Logits(NamedTuple):
+    """What makes logits of products: a factor, a bias `[BH, N]` in log2 of each key or None, the cap of a pooled key's variance term."""
+
+    scale: float
+    bias: Tensor | None = None
+    cap: float = 0.0
+
+
+class Pull(NamedTuple):
+    """What comes back from the output: its gradient, lse `[B, H, N]` and delta `[B, H, N]`."""
+
+    dout: Rows
+    lse: Tensor
+    delta: Tensor
+
+
+class LinearPull(NamedTuple):
+    """What comes back to the linear rest's numerator `[BH, image, D]` and mass `[BH, image]`, over their rows' sizes `[BH, image]`."""
+
+    num: Tensor
+    den: Tensor
+    size: Tensor
+
+
+# of a call and of a launch: Triton compiles nothing anew for them
+SIZES = [
+    "heads", "tokens", "image", "image_start", "text", "text_start", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries",
+    "length", "reach", "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
+]  # fmt: skip
+
+
+def kernel(constants: str) -> Callable[[Any], Any]:
+    """A kernel whose last parameter `C` holds these constants. Those that a device function reads it finds in `C` by their names:
+
+    D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
+    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; the rest says what a method has.
+    """
+
+    def make(function: Any) -> Any:
+        made = triton.jit(do_not_specialize=SIZES)(function)
+        made.constants = namedtuple("Constants", constants.split())
+        return made
+
+    return make
+
+
+def constants_of(function: Any, given: dict[str, Any]) -> Any:
+    """A kernel's `C` from values by name, of which it may take some."""
+    values = (given[name] for name in function.constants._fields)
+    return function.constants(*(values if INTERPRETED else map(tl.constexpr, values)))
