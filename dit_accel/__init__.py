@@ -1,12 +1,14 @@
 """dit_accel: fast attention for diffusion transformers, patched into a stock diffusers pipeline in one call."""
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dit_accel.adapters.folder import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
+    from dit_accel.method.assignment import Assignment, Rule
     from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.method.spec import AttentionSpec
     from dit_accel.operator.attention import attention
@@ -36,6 +38,8 @@ _HOMES = {
     "SLA": "method.presets",
     "GNA": "method.presets",
     "AttentionSpec": "method.spec",
+    "Assignment": "method.assignment",
+    "Rule": "method.assignment",
     "TokenLayout": "operator.layout",
     "attention": "operator.attention",
     "builtin_pipeline": "pipelines.builtin",
@@ -48,9 +52,11 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "DistillConfig",
     "Fovea",
+    "Rule",
     "TokenLayout",
     "accelerate",
     "attention",
@@ -71,7 +77,16 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"dit_accel.{_HOMES[name]}"), name)
+    try:
+        module = importlib.import_module(f"dit_accel.{_HOMES[name]}")
+    except ModuleNotFoundError:
+        if any(link.is_file() for link in (Path(__file__).with_name(room) for room in ("kernels", "finetune", "pipelines"))):
+            raise ImportError(
+                "this checkout of dit_accel has text files in the place of its symbolic links (dit_accel/kernels and others): "
+                "run `git config core.symlinks true` and `git checkout -- dit_accel`, or install a wheel"
+            ) from None
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

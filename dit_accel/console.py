@@ -8,6 +8,6 @@ WIDE = 200
 
 
 def console() -> Console:
-    """As wide as the terminal. Where there is none, in a pipe or a log, wide enough that no value is cut, unless COLUMNS says how wide."""
+    """As wide as the terminal. Where there is none, in a pipe or a log, wide enough that no value is cut, unless COLUMNS is set."""
     found = Console()
     return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)

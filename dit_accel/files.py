@@ -24,37 +24,37 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ArgumentError(f"wanted a folder that can be written to, got {folder}: {error.strerror}") from error
+        raise ArgumentError(f"the folder {folder} can't be written to: {error.strerror}") from error
 
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name beside `path` that no other process has, on this machine or another."""
+    """A hidden name in the folder of `path` that no other process has, on this machine or another."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 @contextlib.contextmanager
 def failing_as_write_error(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while writing becomes a WriteError that names the file, its folder and the reason (a full disk, say)."""
+    """Turn an error of writing into a WriteError that names the file, its folder and the reason (a full disk, say)."""
     try:
         yield
     except WriteError:
-        raise  # of a file within
+        raise  # raised for one of the files inside
     except OSError as error:
-        raise WriteError(f"wanted to write {path.name} in {path.parent}, which failed: {error.strerror or error}") from error
+        raise WriteError(f"{path.name} can't be written in {path.parent}: {error.strerror or error}") from error
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file's contents are on the disk. A new name may get there first, and after a power cut stand for nothing."""
+    """Wait until a file's contents are on the disk. A new name may get there first, and after a power cut be empty."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end; nothing is left behind where that fails, and what was there
+    """A name in the folder of `path` to write to, which takes its place at the end; nothing is left where that fails, and what was there
     stays."""
     temporary = _beside(path)
     try:
@@ -69,18 +69,18 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename."""
+    """Write to a temporary name in the folder of `path`, then rename."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 to a temporary name beside `path`, then rename."""
+    """Write UTF-8 to a temporary name in the folder of `path`, then rename."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary name beside `path`, then rename."""
+    """Write JSON to a temporary name in the folder of `path`, then rename."""
     write_text(path, json.dumps(data, indent=1))
 
 
@@ -103,7 +103,7 @@ def create_json(path: Path, data: Any) -> None:
 
 
 def _create(path: Path, text: str) -> None:
-    """Write a file that must not be there. As exclusive as a link, but a kill within this moment leaves half."""
+    """Write a file that must not be there. As exclusive as a link, but a kill during the write leaves half of the file."""
     with path.open("x") as file:
         try:
             file.write(text)
@@ -120,7 +120,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Path:
-    """Write safetensors to a temporary name beside `path`, then rename. Tensors are written as they are, from any device."""
+    """Write safetensors to a temporary name in the folder of `path`, then rename. Tensors are written as they are, from any device."""
     with _temporary(path) as temporary:
         _save(temporary, tensors, metadata)
     return path
@@ -137,7 +137,7 @@ def _save(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] 
 
 
 def replace_folder(path: Path, files: Mapping[str, Any]) -> None:
-    """Write a folder of safetensors (a mapping of tensors) and JSON files beside `path`, then put it in place."""
+    """Write a folder of safetensors (a mapping of tensors) and JSON files under a temporary name, then rename it to `path`."""
     temporary, old = _beside(path), _beside(path)
     try:
         with failing_as_write_error(path):

@@ -16,7 +16,14 @@ from dit_accel.finetune.processes import is_main
 from dit_accel.finetune.session import Run
 
 STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
-KEPT = ("history", "parameter_history", "parameter_steps", "error_before", "error_fitted", "seconds")  # of a run, beside what it trains
+KEPT = (
+    "history",
+    "parameter_history",
+    "parameter_steps",
+    "error_before",
+    "error_fitted",
+    "seconds",
+)  # of a run, next to what it trains
 
 
 def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -40,7 +47,7 @@ def newest(run: Run, stage: str) -> Path | None:
     for name, value in _identity(run).items():
         kept = record.get(name)
         if kept != json.loads(json.dumps(value)):
-            raise DistillationError(f"{found[-1]} belongs to another run: wanted {name} {value}, got {kept}; name another output_dir")
+            raise DistillationError(f"{found[-1]} belongs to another run: its {name} is {kept}, not {value}. Name another output_dir")
     return found[-1]
 
 
@@ -61,12 +68,12 @@ def _found(run: Run, stage: str) -> list[Path]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What two runs must share to be one. The number of processes is not of it: their batches are the same."""
+    """The settings that two runs must share to be one. The number of processes is not one of them: the batches are the same."""
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
     parts = (run.samples, run.held_out)
     prompts = [[[r.prompt, r.seed, r.size, r.picture] for r in part.entries] for part in parts]
     return {
-        "config": config, "spec": run.patch.context.spec.to_dict(),
+        "config": config, "spec": run.patch.context.assignment.record(),
         "layers": sorted(run.patch.originals), "teacher": run.samples.teacher, "prompts": prompts,
         "calls": [part.manifest["call"] for part in parts], "contents": [part.contents for part in parts],
     }  # fmt: skip

@@ -15,7 +15,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How to distil. Every field is checked; a run resumes only under the same settings (but for
+    """Settings of a distillation. Every field is checked; a run resumes only under the same settings (but for
     output_dir, checkpoint_every and evaluate_every).
 
     `train`: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the
@@ -70,16 +70,16 @@ class DistillConfig:
         self._check("train", self.train in ("parameters", "lora", "attention"), "'parameters', 'lora' or 'attention'")
         self._check("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'")
         if self.optimizer == "muon" and self.train != "attention":
-            raise ArgumentError(f"optimizer='muon' is for the matrices that train='attention' opens, got train={self.train!r}")
+            raise ArgumentError(f"optimizer='muon' requires train='attention', whose matrices it trains, not train={self.train!r}")
         self._check("mixed_precision", self.mixed_precision in ("no", "bf16"), "'no' or 'bf16'")
         self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "True or False")
         self._check("output_dir", isinstance(self.output_dir, str) and self.output_dir != "", "a path as a string")
         if self.prediction_weight + self.attention_weight + self.flow_weight == 0:
-            raise ArgumentError("at least one of prediction_weight, attention_weight and flow_weight is > 0, got all 0")
+            raise ArgumentError("at least one of prediction_weight, attention_weight and flow_weight must be > 0")
 
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
+    def _check(self, name: str, ok: bool, required: str) -> None:
         if not ok:
-            raise ArgumentError(f"{name} is {wanted}, got {getattr(self, name)!r}")
+            raise ArgumentError(f"{name} must be {required}, not {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""

@@ -1,4 +1,4 @@
-"""Curves as pictures: a training's loss, and how much of the quality is back, of one training or of several beside each other."""
+"""Curves as pictures: a training's loss, and how much of the quality is back, of one training or of several next to each other."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def recovered(history: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
 
 
 def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
-    """The rows of log.jsonl as PNG: loss over steps beside the share recovered over minutes."""
+    """The rows of log.jsonl as PNG: loss over steps next to the share recovered over minutes."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_loss(left, [row for row in history if "loss" in row])
@@ -32,7 +32,7 @@ def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
 
 def draw_recovery(record: Mapping[str, Any]) -> bytes:
     """A record of `bench recovery` as PNG: a panel per method with the share recovered over minutes, a line for each of what is trained,
-    and the share at which the original in bfloat16 lies. Methods that nothing was trained for are left out."""
+    and the share that the original in bfloat16 has. Methods that nothing was trained for are left out."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         if "impossible" not in row:

@@ -32,8 +32,11 @@ from dit_accel.finetune.session import Run, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
 from dit_accel.finetune.velocity import on_device, predict
-from dit_accel.patch.modes import always
+from dit_accel.method.assignment import Moment
+from dit_accel.patch.modes import always, without_dense_steps
 from dit_accel.patch.verbs import dense
+
+DRAWS = 1000  # of noise levels, until one is found at which a spec runs
 
 
 @dataclass
@@ -42,7 +45,7 @@ class DistillResult:
 
     `history`: the rows of log.jsonl, one for each step, before them one of step 0 with the first error and, after a first stage, another
     with the error at its end. `seconds`: what the steps of both stages took until then, without evaluation, sampling and checkpoints.
-    `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no such stage.
+    `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no first stage.
     """
 
     error_before: float
@@ -82,13 +85,8 @@ def distill(
     config = DistillConfig() if config is None else config
     with process_kept():
         run = prepare(pipe, prompts_or_dataset, held_out, config, call)
-        context = run.patch.context
-        dense_steps, context.dense_steps = context.dense_steps, 0  # a replayed forward stands alone: it has no place in a run
-        try:
-            with always(run.transformer), model_kept(run.transformer):
-                return _distill(run, progress)
-        finally:
-            context.dense_steps = dense_steps
+        with without_dense_steps(run.transformer), always(run.transformer), model_kept(run.transformer):
+            return _distill(run, progress)
 
 
 def _distill(run: Run, progress: bool) -> DistillResult:
@@ -138,8 +136,8 @@ def _first_error(run: Run) -> float:
     rounding = torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 32)
     if not error > rounding:
         raise DistillationError(
-            f"student and teacher agree to rounding before the first step (relative error {error:.1e}): wanted a method that changes the "
-            f"output at this size, got {run.patch.context.spec}"
+            f"student and teacher agree to rounding before the first step (relative error {error:.1e}): there is nothing to "
+            f"learn, because {run.patch.context.assignment} does not change the output at this size"
         )
     return error
 
@@ -154,7 +152,10 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     run.transformer.train()
     for item in share(config.batch_size):
         draw = random.Random(f"{config.seed} {step} {item}")
-        losses = _losses(run, draw.randrange(len(run.samples)), draw)
+        losses = _losses(run, run.positions[draw.randrange(len(run.positions))], draw)
+        if not losses["loss"].requires_grad:
+            method = run.patch.context.assignment
+            raise DistillationError(f"{method} runs no spec in a sample of this size, so nothing is learned from it: collect other sizes")
         (losses["loss"] / config.batch_size).backward()
         masters.take_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
@@ -176,11 +177,11 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
 def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
     """The weighted losses of one recorded forward, `loss` their sum."""
     config, forward = run.config, run.samples[position]
-    arguments, flow_target = forward.arguments, None
+    arguments, flow_target, moment = forward.arguments, None, run.moment(position)
     if config.flow_weight > 0:
-        arguments, flow_target = _flow_inputs(run, forward, position, draw)
+        arguments, flow_target, moment = _flow_inputs(run, forward, position, draw)
     target, taught = _teach(run, arguments, forward.prediction if flow_target is None else None)
-    with run.autocast(), compared(run.transformer, taught) as attention:
+    with run.replayed(moment), run.autocast(), compared(run.transformer, taught) as attention:
         prediction = predict(run.transformer, arguments)
     losses = {"prediction": relative_error(prediction, target)}
     total = config.prediction_weight * losses["prediction"]
@@ -204,19 +205,29 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
             return predict(run.transformer, arguments), taught
 
 
-def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor]:
-    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, and the flow-matching target, noise − x0 or its negative.
+def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor, Moment | None]:
+    """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, the flow-matching target, noise − x0 or its negative, and the
+    moment, where it matters.
 
-    σ is drawn between the levels that the run itself visited, so it follows the shift used at inference.
+    σ is drawn between the levels that the run itself visited, so it follows the shift used at inference; where the assignment depends on
+    moments, until it runs a spec there.
     """
     levels = run.flow.levels(run.samples, position)
-    place = draw.uniform(0, len(levels) - 1)
-    low = int(place)
-    sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
+    by_moment = run.patch.context.assignment.of_moments
+    for _ in range(DRAWS):
+        place = draw.uniform(0, len(levels) - 1)
+        low = int(place)
+        sigma = levels[low] + (place - low) * (levels[low + 1] - levels[low])
+        moment = Moment(low, sigma) if by_moment else None
+        if moment is None or run.runs_at(moment):
+            break
+    else:
+        method = run.patch.context.assignment
+        raise DistillationError(f"none of {DRAWS} noise levels that were drawn is one at which {method} runs a spec: widen its ranges")
     noise = torch.randn(forward.latents.shape, generator=torch.Generator().manual_seed(draw.getrandbits(62)))
     x0 = forward.latents.float()
     arguments = run.flow.at(on_device(forward.arguments, torch.device("cpu")), sigma, (1 - sigma) * x0 + sigma * noise)
-    return arguments, run.flow.sign * (noise - x0)
+    return arguments, run.flow.sign * (noise - x0), moment
 
 
 def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]) -> None:

@@ -54,7 +54,7 @@ def fit(run: Run, progress: bool) -> None:
     for parameter in own.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    fitter: Fitter = LeastSquares(operators) if run.projected else Descent(own, run)
+    fitter = _fitter(run, operators, own)
     start, found = 0, checkpoints.newest(run, checkpoints.PARAMETERS)
     if found is not None:
         fitter.load(checkpoints.load(run, found))
@@ -73,6 +73,15 @@ def fit(run: Run, progress: bool) -> None:
             checkpoints.save(run, checkpoints.PARAMETERS, step + 1, fitter.tensors())
 
 
+def _fitter(run: Run, operators: Mapping[str, AcceleratedAttention], own: Mapping[str, nn.Parameter]) -> Fitter:
+    """What fits the layers' parameters: their projections by least squares, all others by descent."""
+    linear = {name: operator for name, operator in operators.items() if operator.fit == "least_squares"}
+    others = {name: p for name, p in own.items() if not any(name.startswith(f"{layer}.proj.") for layer in linear)}
+    if not linear:
+        return Descent(others, run)
+    return Both(LeastSquares(linear), Descent(others, run)) if others else LeastSquares(linear)
+
+
 def _step(run: Run, fitter: Fitter, step: int) -> float:
     """Fit to `batch_size` recorded forwards; returns the mean relative error of the layers' outputs before this step's update."""
     size = run.config.batch_size
@@ -83,11 +92,14 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
         fitter.learn(operator, arguments, out, wanted)
 
     for item in share(size):
-        forward = run.samples[_position(run, step * size + item)]
-        with run.autocast(), _beside_the_teacher(run, learn):
+        position = _position(run, step * size + item)
+        forward = run.samples[position]
+        with run.replayed(run.moment(position)), run.autocast(), _beside_the_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if not errors:
-        raise DistillationError(f"no layer was accelerated in a recorded forward: wanted {run.patch.context.spec} to fit the parameters of")
+        raise DistillationError(
+            f"no layer was accelerated in a recorded forward: {run.patch.context.assignment} has nothing to fit its parameters to"
+        )
     (totals,) = summed([torch.stack([torch.stack(errors).double().sum(), errors[0].new_tensor(len(errors), dtype=torch.float64)])])
     error = float(totals[0] / totals[1])
     if not totals[0].isfinite():
@@ -98,8 +110,8 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
 
 def _position(run: Run, number: int) -> int:
     """Which recorded forward is the n-th to be learned from: all once in the order that the seed gives, then all in another."""
-    count = len(run.samples)
-    return _order(f"{run.config.seed} parameters {number // count}", count)[number % count]
+    count = len(run.positions)
+    return run.positions[_order(f"{run.config.seed} parameters {number // count}", count)[number % count]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -228,3 +240,29 @@ class Descent:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         put_back(tensors, self.parameters, [self.optimizer])
+
+
+class Both:
+    """Projections by least squares and the other parameters, of the same layers or of others, by descent, at once."""
+
+    def __init__(self, linear: LeastSquares, others: Descent) -> None:
+        self.linear, self.others = linear, others
+        for operator in linear.operators.values():
+            operator.params.get_submodule("proj").requires_grad_(False)  # by descent they would move as well
+
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, wanted: Tensor) -> None:
+        if out.requires_grad:
+            self.others.learn(operator, arguments, out, wanted)
+        if operator.name in self.linear.operators:
+            self.linear.learn(operator, arguments, out, wanted)
+
+    def update(self, step: int) -> None:
+        self.others.update(step)
+        self.linear.update(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"linear/{k}": v for k, v in self.linear.tensors().items()} | {f"others/{k}": v for k, v in self.others.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for part, fitter in (("linear/", self.linear), ("others/", self.others)):
+            fitter.load({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})

@@ -1,4 +1,4 @@
-"""Where recorded forwards stand between a picture and noise: x = (1 − σ)·x0 + σ·noise, as flow-matching pipelines call their denoiser.
+"""Where recorded forwards are between a picture and noise: x = (1 − σ)·x0 + σ·noise, as flow-matching pipelines call their denoiser.
 
 What differs between pipelines is read off what they called: timesteps count to 1 or to the scheduler's thousand and fall or rise; guidance
 doubles the batch or calls twice; a prediction points from the picture to the noise or back.
@@ -40,7 +40,9 @@ class Flow:
         """The noise level of a forward. Raises DistillationError where its items have several."""
         values = torch.as_tensor(arguments[self.timestep]).float().flatten()
         if not bool((values == values[0]).all()):
-            raise DistillationError(f"wanted one noise level in a forward, got {self.timestep} from {values.min()} to {values.max()}")
+            raise DistillationError(
+                f"flow matching requires one noise level in a forward, not {self.timestep} from {values.min()} to {values.max()}"
+            )
         return self.sigma(values[0].item())
 
     def levels(self, samples: Samples, position: int) -> list[float]:
@@ -66,7 +68,7 @@ def repeated(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`[B, ...]` as a tensor of `shape`, whose first size is a multiple of B. Raises DistillationError where other sizes than 1 differ."""
     sizes = [[n for n in s[1:] if n != 1] for s in (x.shape, shape)]
     if shape[0] % x.shape[0] or sizes[0] != sizes[1]:
-        raise DistillationError(f"wanted a forward on latents of the shape of the final ones {tuple(x.shape)}, got {tuple(shape)}")
+        raise DistillationError(f"a forward's latents have shape {tuple(shape)}, not that of the final ones, {tuple(x.shape)}")
     return torch.cat([x] * (shape[0] // x.shape[0])).reshape(tuple(shape))
 
 
@@ -78,8 +80,7 @@ def flow_of(pipe: Any, family: Family, first: float) -> Flow:
     flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler) or config.get("use_flow_sigmas", False)
     if not flows or config.get("invert_sigmas", False):
         raise DistillationError(
-            f"noise is mixed in as flow matching does: wanted a pipeline with such a scheduler, got {type(pipe).__name__} with "
-            f"{type(scheduler).__name__}"
+            f"mixing pictures with noise requires a scheduler of flow matching, not a {type(pipe).__name__} with {type(scheduler).__name__}"
         )
     whole = float(config.get("num_train_timesteps", 1000)) if first > 1 else 1.0
     return Flow(family.timestep, family.latents, whole, family.timestep_rises)
@@ -103,7 +104,7 @@ def recorded_flow(pipe: Any, family: Family, samples: Samples) -> Flow:
     mean = math.fsum(cosines) / len(cosines)
     if not abs(mean) >= LEAST_COSINE:
         raise DistillationError(
-            f"flow_weight wants predictions that point from pictures to noise, or back: their cosine with that way is {mean:.3f}, "
-            f"wanted {LEAST_COSINE} or more"
+            f"flow_weight requires predictions that point from pictures to noise, or back: their cosine with that direction is {mean:.3f}, "
+            f"which must be {LEAST_COSINE} or more"
         )
     return Flow(flow.timestep, flow.latents, flow.whole, flow.rising, math.copysign(1.0, mean))

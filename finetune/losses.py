@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cosine_factor(step: int, steps: int, *, warmup: int) -> float:
-    """What a learning rate is multiplied by at a step: rising over `warmup` steps, falling along a cosine to 2 %."""
+    """The factor of a learning rate at a step: rising over `warmup` steps, falling along a cosine to 2 %."""
     return min(1.0, (step + 1) / max(1, warmup)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 

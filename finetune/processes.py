@@ -23,7 +23,7 @@ def is_main() -> bool:
 
 
 def shared_gpus(device: torch.device) -> list[str]:
-    """The GPUs that the model lies on in more than one process, as "host cuda:0"; known to all processes."""
+    """The GPUs that hold the model in more than one process, as "host cuda:0"; known to all processes."""
     if device.type != "cuda":
         return []
     places = gathered([f"{socket.gethostname()} cuda:{device.index or 0}"])
@@ -42,7 +42,7 @@ def share(count: int) -> range:
 
 
 def gathered(items: Sequence[Any]) -> list[Any]:
-    """The items of all processes, those of `share` in their order: each gives what it has, as many as another or one fewer."""
+    """The items of all processes, those of `share` in their order. The processes may have numbers of items that differ by one."""
     parts = gather_object([list(items)])  # one list per process
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]

@@ -21,13 +21,16 @@ from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.data.collect import Samples, collect_prompts
 from dit_accel.finetune.flow import Flow, recorded_flow
+from dit_accel.finetune.moments import Moments
 from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
 from dit_accel.finetune.velocity import velocity_errors
+from dit_accel.method.assignment import Moment, groups
 from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
+from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
-from dit_accel.patch.modes import running
+from dit_accel.patch.modes import at_moment, running
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import Patch, operators_of, patches_of
 
@@ -59,6 +62,39 @@ class Run:
         """How the samples name noise levels, for flow matching."""
         return recorded_flow(self.pipe, self.patch.context.family, self.samples)
 
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Where in their runs the samples' forwards are."""
+        return Moments(self.samples, self.pipe, self.patch.context.family)
+
+    @functools.cached_property
+    def positions(self) -> Sequence[int]:
+        """The forwards to be learned from: those in which the assignment runs a spec, whatever their size.
+
+        Raises DistillationError where there is none.
+        """
+        context = self.patch.context
+        if not context.assignment.of_moments:
+            return range(len(self.samples))
+        found = [n for n in range(len(self.samples)) if self.runs_at(self.moments[n])]
+        if not found:
+            raise DistillationError(f"no sample is at a step and noise level at which {context.assignment} runs a spec: collect others")
+        return found
+
+    def runs_at(self, moment: Moment) -> bool:
+        """Whether the assignment runs a spec in some layer at a moment, whatever the size."""
+        context = self.patch.context
+        rules = context.assignment.at(moment, None)
+        return any(group.spec is not None for layer in context.layers for group in groups(rules, layer.name, layer.heads))
+
+    def replayed(self, moment: Moment | None) -> contextlib.AbstractContextManager[Any]:
+        """The transformer in a forward of a moment, for a `with` block; None where it does not matter."""
+        return contextlib.nullcontext() if moment is None else at_moment(self.transformer, moment)
+
+    def moment(self, position: int) -> Moment | None:
+        """Of one of the samples' forwards; None where it does not matter, so that nothing is read."""
+        return self.moments[position] if self.patch.context.assignment.of_moments else None
+
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
@@ -74,8 +110,14 @@ class Run:
 
     def held_out_error(self) -> float:
         """Mean relative error of the prediction on the held-out forwards, of which each process evaluates its share."""
-        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in share(len(self.held_out)))))
+        mine = share(len(self.held_out))
+        moments = [self._held_out_moments[i] for i in mine] if self.patch.context.assignment.of_moments else None
+        errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in mine), moments))
         return float(sum(errors) / len(errors))
+
+    @functools.cached_property
+    def _held_out_moments(self) -> Moments:
+        return Moments(self.held_out, self.pipe, self.patch.context.family)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the training passes, for a `with` block."""
@@ -120,7 +162,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     """Check everything that can be checked, and collect what has to be sampled."""
     patches = patches_of(pipe)
     if len(patches) != 1:
-        raise DistillationError(f"wanted one accelerated transformer, got {len(patches)}")
+        raise DistillationError(f"distill trains one transformer, but the pipeline has {len(patches)} accelerated ones: pass one of them")
     transformer, patch = patches[0]
     _check_launch()
     _check_specs(transformer, patch, config)
@@ -132,14 +174,14 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if config.train == "attention":
         _check_plain(transformer, patch)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
-        raise DistillationError(f"the model has our LoRA of rank {present.r} already: wanted lora_rank={present.r}, got {config.lora_rank}")
+        raise DistillationError(f"the model has our LoRA of rank {present.r} already, not {config.lora_rank}: set lora_rank={present.r}")
     if config.train == "lora" and switched_off(transformer):
-        raise DistillationError("the model's LoRA is switched off, and so would be ours: wanted enable_lora() or delete_adapters() before")
+        raise DistillationError("LoRA is disabled on this model, and ours would be too: call enable_lora() or delete_adapters() first")
     if config.train != "parameters":
         projection_names(transformer, patch.originals)  # raises for a layer that has none
         check_unfused(transformer, patch.originals, DistillationError)
     if isinstance(source, str | Path) and Path(source).is_file():
-        raise DistillationError(f"wanted prompts or a folder made by collect, got the file {source}: read its lines into a list")
+        raise DistillationError(f"{source} is a file: pass its lines as a list of prompts, or a folder made by collect")
     device = next(transformer.parameters()).device
     count = processes(device).num_processes
     if shared := shared_gpus(device):
@@ -148,28 +190,31 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             'pipe.to(f"cuda:{os.environ[\'LOCAL_RANK\']}") in the place of pipe.to("cuda")'
         )
     if config.batch_size % count:
-        raise DistillationError(f"batch_size is shared evenly by the processes: wanted a multiple of {count}, got {config.batch_size}")
+        raise DistillationError(f"batch_size must be a multiple of {count}, the number of processes that share it, not {config.batch_size}")
     folder = Path(config.output_dir)
     check_folder(folder)
     if held_out is None:
         if isinstance(source, Samples | str | Path):
-            raise DistillationError("samples on disk want held_out samples beside them, got none")
+            raise DistillationError("pass held_out= when training from recorded samples")
         source = list(source)
         count = max(1, len(source) // 10)
         if len(source) < 2:
-            raise DistillationError(f"wanted at least two prompts, one to hold out, got {len(source)}")
+            raise DistillationError(f"distill requires at least two prompts, one of them to hold out, not {len(source)}")
         source, held_out = source[:-count], source[-count:]
     source, held_out = (Samples(part) if isinstance(part, str | Path) else part for part in (source, held_out))
     _check_apart(source, held_out)  # before sampling, which may take days
     steps = _parameter_steps(transformer, config, folder)
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
-        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.spec} has no parameters of its own")
+        raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.assignment} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = known_hash(transformer)
     for part in (samples, aside):
         if part.teacher != teacher:
-            raise DistillationError(f"{part.folder} was made by other weights: wanted teacher {teacher[:12]}, got {part.teacher[:12]}")
+            raise DistillationError(
+                f"{part.folder} was made by other weights (hash {part.teacher[:12]}, the model's is {teacher[:12]}): "
+                "collect samples anew, in another folder"
+            )
     run = Run(pipe, transformer, patch, config, samples, aside, folder, steps)
     if config.flow_weight > 0:
         _ = run.flow  # refused here or not at all
@@ -185,11 +230,11 @@ def _samples(pipe: Any, source: Any, folder: Path, seed: int, call: dict[str, An
 
 
 def _check_launch() -> None:
-    """Raise DistillationError where `accelerate launch` was told to spread the model over the processes."""
+    """Raise DistillationError where `accelerate launch` is configured to shard the model over the processes."""
     asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
     if asked:
         raise DistillationError(
-            f"every process trains the whole model: wanted a plain multi-GPU configuration of accelerate, got one with {', '.join(asked)}"
+            f"every process trains the whole model: {', '.join(asked)} is not supported, use a plain multi-GPU configuration of accelerate"
         )
 
 
@@ -204,20 +249,23 @@ def _check_plain(transformer: Any, patch: Patch) -> None:
 
 def _check_apart(source: Any, held_out: Any) -> None:
     """Raise DistillationError where training and evaluation share a prompt; each is Samples or prompts."""
-    told = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
-    first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in told)
+    both_prompts = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
+    first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in both_prompts)
     if both := first & second:
-        raise DistillationError(f"held-out prompts are never trained on, got {sorted(both)[:3]} on both sides")
+        raise DistillationError(f"held-out prompts must not be trained on, but {sorted(both)[:3]} are: remove them from one side")
 
 
 def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
     """Raise DistillationError unless every spec of the config can take the place of the pipeline's own."""
-    own = patch.context.spec
+    assignment = patch.context.assignment
+    own = assignment.spec
+    if config.specs and own is None:
+        raise DistillationError(f"specs take turns with one spec of the pipeline's own, which has {assignment}: leave them out")
     for operator in operators_of(transformer).values():
         for spec in config.specs:
-            both = [s.make_parameters(heads=operator.heads, head_dim=operator.head_dim).state_dict() for s in (own, spec)]
-            shapes = [{name: value.shape for name, value in parameters.items()} for parameters in both]
-            if shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
+            both = operator.params, joint_parameters((spec,), operator.layer)
+            shapes = [{name: value.shape for name, value in parameters.state_dict().items()} for parameters in both]
+            if own is None or shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
                 raise DistillationError(f"specs have the parameters, order and blocks of the pipeline's own, here {own}, got {spec}")
 
 
@@ -226,25 +274,25 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
-            spec = next(iter(operators)).spec
-            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {spec} has no parameters of its own")
+            method = next(iter(operators)).context.assignment
+            raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {method} has no parameters of its own")
         return 0
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = all(operator.fit == "least_squares" for operator in operators)
+    projected = any(operator.fit == "least_squares" for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 
 def _fresh(operator: AcceleratedAttention) -> bool:
     """Whether a layer's parameters have their start values."""
-    start = operator.spec.make_parameters(heads=operator.heads, head_dim=operator.head_dim)
+    start = joint_parameters(operator.specs, operator.layer)
     pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
     return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
 
 
 def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """What `work` gives, from a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
+    """The result of `work` in a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
 
     It works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts, everything imported before).
     The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.

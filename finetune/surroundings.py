@@ -1,4 +1,4 @@
-"""What a training finds in its process and in its model, left as it was however the training ends."""
+"""The state of the process and of the model that a training restores, however it ends."""
 
 import contextlib
 import random
@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 @contextlib.contextmanager
 def processes_kept() -> Iterator[None]:
-    """What accelerate has noted of this process and its device is the same again after a `with` block.
+    """Restore what accelerate has recorded of this process and its device after a `with` block.
 
     Except where there is a process group: torch has one for each process, and the programs of a launch go on sharing it.
     """

@@ -1,4 +1,4 @@
-"""What a distillation trains, and where it is kept between steps and between runs."""
+"""The tensors that a distillation trains, and their state between steps and between runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,8 +48,8 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
 
 class Masters:
-    """What the optimizer trains: float32 copies of weights of fewer bits, in which a small step is not lost, and the other parameters
-    themselves. `parameters` holds them by name."""
+    """The tensors that the optimizer trains: float32 copies of weights of fewer bits, in which a small step is not lost, and the other
+    parameters themselves. `parameters` holds them by name."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for parameter in parameters.values():

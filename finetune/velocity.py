@@ -1,13 +1,18 @@
-"""How far the accelerated model is from the original, on recorded forwards."""
+"""Error of the accelerated model's prediction against the original's, on recorded forwards."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.finetune.data.collect import Forward, Samples, as_one
+from dit_accel.finetune.moments import Moments
+from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers
+from dit_accel.patch.modes import at_moment
+from dit_accel.patch.state import patches_of
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -26,17 +31,25 @@ def predict(transformer: Any, arguments: dict[str, Any]) -> Tensor:
     return as_one(transformer(**moved, return_dict=False)[0])
 
 
-def velocity_errors(pipe_or_transformer: Any, forwards: Iterable[Forward]) -> list[float]:
-    """Relative error ‖student − teacher‖ / ‖teacher‖ of the prediction, one per forward, against the recorded teacher."""
+def velocity_errors(pipe_or_transformer: Any, forwards: Iterable[Forward], moments: Sequence[Moment] | None = None) -> list[float]:
+    """Relative error ‖student − teacher‖ / ‖teacher‖ of the prediction, one per forward, against the recorded teacher.
+
+    `moments`: of the forwards in their runs, for assignments that depend on them.
+    """
     (transformer,) = find_transformers(pipe_or_transformer)
     errors = []
     with torch.no_grad():
-        for forward in forwards:
-            difference = predict(transformer, forward.arguments).cpu().float() - forward.prediction.float()
+        for number, forward in enumerate(forwards):
+            with contextlib.nullcontext() if moments is None else at_moment(transformer, moments[number]):
+                prediction = predict(transformer, forward.arguments)
+            difference = prediction.cpu().float() - forward.prediction.float()
             errors.append((difference.norm() / forward.prediction.float().norm()).item())
     return errors
 
 
 def velocity_error(pipe_or_transformer: Any, samples: Samples) -> float:
     """Mean of `velocity_errors` over the samples."""
-    return sum(velocity_errors(pipe_or_transformer, (samples[i] for i in range(len(samples))))) / len(samples)
+    ((_, patch),) = patches_of(pipe_or_transformer)
+    by_position = Moments(samples, pipe_or_transformer, patch.context.family)
+    moments = [by_position[i] for i in range(len(samples))] if patch.context.assignment.of_moments else None
+    return sum(velocity_errors(pipe_or_transformer, (samples[i] for i in range(len(samples))), moments)) / len(samples)

@@ -1,7 +1,8 @@
 """The arguments of the operators, each declared once.
 
-From the declarations come the operators' schemas, what their fake kernels and gradients need to know, and the fields of the structs that
-the C++ library reads. A new argument is one line here, one in cpu/problem.h and its table of fields, and wherever a kernel uses it.
+From the declarations come the operators' schemas and what travels through them (`Transport`), what their fake kernels and gradients need
+to know, and the fields of the structs that the C++ library reads. A new argument is one line here, one in cpu/problem.h and its table of
+fields, and wherever a kernel uses it.
 """
 
 import functools
@@ -35,17 +36,19 @@ Feature = Annotated[str, Mark(choices=FEATURES)]
 class Arguments(NamedTuple):
     """The arguments of `dit_accel::attention`, but for the implementation's name. All contiguous but q, k and v.
 
-    `q`, `k`, `v` `[B, H, N, D]`: text and image, the text first where `text_first`.
+    `q` `[B, H, Nq, D]` and `k`, `v` `[B, H, Nk, D]`: text and image, the text first where `text_first`. `text`: of k's tokens are text;
+    `text_q`: of q's, None: as many. Text queries see all keys, all queries the text's keys.
     `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them.
     `q_starts`, `k_starts` `[blocks + 1]`: first image token of each block, in the order of the blocks; `q_width`, `k_width`: the most
     tokens that a block holds.
-    `coords` `[3, N + padding]` of the image tokens; `windows` `[W, 3, 3, N + padding]`: first, last and residue per axis; both in the order
-    of the blocks. `reach`: largest squared distance inside a disc, -1 without one.
+    `coords` `[3, Nk + padding]` of the image's keys, read with windows or reach alone; `windows` `[W, 3, 3, Nq + padding]`: first, last and
+    residue that a query sees per axis; `residues` `[W, 3, Nk + padding]`: the keys' own, None where queries and keys are the same tokens.
+    All in the order of the blocks, N without the text. `reach`: largest squared distance inside a disc of the same tokens, or -1.
     `masks` `[M, q_width, ceil(k_width / 64)]` int64, in place of windows and reach: bit j of word w of row i says whether place i of a
     query block keeps place 64·w + j of a key block; places past a short block's end are 0. `masks_t` `[M, k_width, ceil(q_width / 64)]`:
     the same with keys as rows. `mask_of` int32 in the shape of `lists`: the number of an entry's mask, read from `full` to `counts`.
-    `places_q`, `places_k` `[N]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v; None: they
-    are in that order.
+    `places_q` `[Nq]`, `places_k` `[Nk]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v;
+    None: they are in that order.
     `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
@@ -66,7 +69,9 @@ class Arguments(NamedTuple):
     text: int
     text_first: bool
     scale: float
+    text_q: int | None = None
     windows: Tensor | None = None
+    residues: Tensor | None = None
     reach: int = -1
     masks: Tensor | None = None
     masks_t: Tensor | None = None
@@ -130,13 +135,50 @@ def declared(arguments: type) -> tuple[Declared, ...]:
     return tuple(_declared(name, hint) for name, hint in typing.get_type_hints(arguments, include_extras=True).items())
 
 
-def schema(arguments: type, returns: str, *first: str) -> str:
-    """The signature of an operator that takes the implementation's name, `first`, and then these arguments, as torch.library has it."""
-    words = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
-    given = (f"{words[d.kind]}{'?' if d.optional else ''} {d.name}" for d in declared(arguments))
-    return f"({', '.join(('str implementation', *first, *given))}) -> {returns}"
+class Transport:
+    """How the arguments of a class travel through an operator: each tensor by itself, all numbers as one list, all real numbers as another.
+
+    Torch walks an operator's arguments in a time that is quadratic in how many there are, at every call with a gradient. A choice travels
+    as its place, None among numbers as -1.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.choices = {d.name: d.mark.choices for d in declared(kind) if d.mark.choices}
+        self.flags = {d.name for d in declared(kind) if d.kind is bool}
+        self.optional = {d.name for d in declared(kind) if d.optional}
+        self.tensors = tuple(d.name for d in declared(kind) if d.kind is Tensor)
+        self.reals = tuple(d.name for d in declared(kind) if d.kind is float)
+        self.numbers = tuple(d.name for d in declared(kind) if d.kind not in (Tensor, float))
+
+    def schema(self, returns: str, *first: str) -> str:
+        """The signature of an operator that takes the implementation's name, `first`, and then the arguments, as torch.library has it."""
+        tensors = (f"Tensor{'?' if name in self.optional else ''} {name}" for name in self.tensors)
+        return f"({', '.join(('str implementation', *first, *tensors, 'SymInt[] numbers', 'float[] reals'))}) -> {returns}"
+
+    def pack(self, a: Any) -> list[Any]:
+        """The arguments as the operator takes them. Raises ValueError at an unknown choice."""
+        numbers = [self._number(name, getattr(a, name)) for name in self.numbers]
+        return [*(getattr(a, name) for name in self.tensors), numbers, [getattr(a, name) for name in self.reals]]
+
+    def _number(self, name: str, value: Any) -> Any:
+        if name in self.choices:
+            if value not in self.choices[name]:
+                raise ValueError(f"{name} is one of {self.choices[name]}, got {value!r}")
+            return self.choices[name].index(value)
+        return -1 if value is None else int(value) if name in self.flags else value
+
+    def unpack(self, *given: Any) -> Any:
+        """The arguments again."""
+        *tensors, numbers, reals = given
+        found = dict(zip(self.tensors, tensors, strict=True)) | dict(zip(self.reals, reals, strict=True))
+        for name, value in zip(self.numbers, numbers, strict=True):
+            absent = name in self.optional and value == -1
+            found[name] = self.choices[name][value] if name in self.choices else None if absent else value
+        return self.kind(**found | {name: bool(found[name]) for name in self.flags})
 
 
+ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -156,6 +198,7 @@ def in_order(gradients: Mapping[str, Tensor | None], a: Arguments) -> list[Tenso
 
 def check(a: Arguments) -> None:
     """Raise ValueError at arguments that do not fit each other: a kernel would read what is not there."""
+    _check_numbers(a)
     if a.masks is None and a.masks_t is None and a.mask_of is None:
         return
     if a.masks is None or a.masks_t is None or a.mask_of is None:
@@ -168,6 +211,32 @@ def check(a: Arguments) -> None:
     if a.mask_of.dtype != torch.int32 or a.mask_of.shape != a.lists.shape or not a.mask_of.is_contiguous():
         got = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
         raise ValueError(f"mask_of is int32 in the shape of lists and contiguous, got {got}")
+
+
+def _check_numbers(a: Arguments) -> None:
+    (batch, heads, queries, channels), text_q = a.q.shape, text_queries(a)
+    keys = a.k.shape[2]
+    if a.k.shape != (batch, heads, keys, channels) or a.v.shape != a.k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
+        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+    if not (0 <= text_q <= queries and 0 <= a.text <= keys):
+        raise ValueError(f"the text is a part of the tokens, got {text_q} of {queries} queries and {a.text} of {keys} keys")
+    if (queries, text_q) == (keys, a.text):
+        return
+    numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
+    if a.rest != "none":
+        raise ValueError(f"a {a.rest} rest inside the kernel requires as many queries as keys, {numbers}: compute it apart and merge it")
+    if queries - text_q == keys - a.text:
+        return
+    if a.reach >= 0:
+        raise ValueError(f"a disc by its reach requires the same image tokens as queries and as keys, {numbers}: give bit masks")
+    if a.windows is not None and a.residues is None:
+        raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
+
+
+def text_queries(a: Arguments) -> int:
+    """How many of q's tokens are text."""
+    return a.text if a.text_q is None else a.text_q
 
 
 def dense(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ AMD = ("gfx942",)  # architectures of AMD that the tile table has a column for, 
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the CPU kernels can't run a call, or None where they can."""
+    """The reason that the CPU kernels can't run a call, or None where they can."""
     if device.type != "cpu":
         return f"the tensors are on {device}"
     if CPU_TARGET == "none":
@@ -31,7 +31,7 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False) -> str | None:
-    """Why the Triton kernels can't run a call (with a `linear` rest), or None where they can."""
+    """The reason that the Triton kernels can't run a call (with a `linear` rest), or None where they can."""
     if not TRITON:
         return "triton is not installed"
     if device.type == "cpu" and INTERPRETED:
@@ -41,15 +41,15 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, *, l
         return f"the tensors are on {device}"
     elif torch.version.hip:
         if (found := _amd_architecture(device)) not in AMD:
-            return f"of AMD's GPUs the Triton kernels are compiled and checked for {', '.join(AMD)} (MI300 and MI325) alone, got {found}"
+            return f"of AMD's GPUs the Triton kernels are compiled and checked for {', '.join(AMD)} (MI300, MI325) alone, not for {found}"
     elif _capability(device) < (8, 0):
-        return f"the Triton kernels want compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+        return f"the Triton kernels require compute capability 8.0, this GPU has {'.'.join(map(str, _capability(device)))}"
     return _triton_shape_refusal(dtype, head_dim, linear=linear)
 
 
 def _triton_shape_refusal(dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
     if linear and head_dim > LINEAR_LIMIT:
-        return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, got {head_dim}"
+        return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, not {head_dim}"
     return _shape_refusal("Triton", dtype, head_dim)
 
 
@@ -67,14 +67,14 @@ def _amd_architecture(device: torch.device) -> str:
 
 def _shape_refusal(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype not in DTYPES:
-        return f"the {name} kernels take float32, bfloat16 or float16, got {dtype}"
+        return f"the {name} kernels take float32, bfloat16 or float16, not {dtype}"
     if head_dim % 8 or not 8 <= head_dim <= 256:
-        return f"the {name} kernels take a head_dim of 8 to 256 in steps of 8, got {head_dim}"
+        return f"the {name} kernels take a head_dim of 8 to 256 in steps of 8, not {head_dim}"
     return None
 
 
 def slow_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool) -> str | None:
-    """What to tell a user whose GPU is left with the eager reference by backend "auto", and what to do; None where a kernel runs."""
+    """The warning for a user whose GPU runs the eager reference under backend "auto", and what to do; None where a kernel runs."""
     if device.type != "cuda":
         return None
     chosen, reason = choose("auto", device, dtype, head_dim, linear=linear)
@@ -89,7 +89,7 @@ def slow_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int, *, line
 def check(backend: str) -> None:
     """Raise BackendError at an unknown name."""
     if backend not in BACKENDS:
-        raise BackendError(f"backend is one of {BACKENDS}, got {backend!r}")
+        raise BackendError(f"backend must be one of {BACKENDS}, not {backend!r}")
 
 
 def warn_of_reference(backend: str, device: torch.device) -> None:
@@ -116,7 +116,7 @@ def choose(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False, gradient: bool = False,
     text_bias: bool = False,
 ) -> tuple[str, str]:  # fmt: skip
-    """The implementation for a call (with a `linear` rest or a `text_bias`; of which a `gradient` is wanted) under a backend's name, and
+    """The implementation for a call (with a `linear` rest or a `text_bias`; of which a `gradient` is needed) under a backend's name, and
     why.
 
     "auto" takes the CPU's kernels there; elsewhere Triton's, else xformers for what is dense, else the reference. Raises BackendError where

@@ -20,7 +20,7 @@ def family_of(model: object) -> Family | None:
 
 
 def why_no_family(model: object) -> str | None:
-    """Why a transformer of diffusers has no family, by the names of its class and base classes; None where that is not known."""
+    """The reason that a transformer of diffusers has no family, by the names of its class and bases; None where that is not known."""
     return next((f"{cls.__name__}'s {UNSUPPORTED[cls.__name__]}" for cls in type(model).__mro__ if cls.__name__ in UNSUPPORTED), None)
 
 

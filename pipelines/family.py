@@ -1,4 +1,4 @@
-"""What the patch has to know of a family of transformers: a few facts, declared once for its diffusers classes."""
+"""The declaration of a family of transformers: the few facts that the patch requires, once for its diffusers classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Family:
     # regular expression that the full names of the image's self-attention modules match
     modules: str
     # from a forward's arguments and the transformer: the grid (T, H, W) in tokens of each image in the sequence, the one that is drawn
-    # first, or a sentence that says why there is none
+    # first, or the reason, as text, that there is none
     grid: Callable[[Arguments, Any], Grids | str]
 
     # -- attention modules

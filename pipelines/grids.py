@@ -80,7 +80,7 @@ def of_shape_list(arguments: Arguments, transformer: Any) -> Grids | str:
     """From `shape_list`: per sample the (T, H, W) of each image, in rows that are padded to the longest."""
     grids = _of_samples(arguments["shape_list"])
     if not isinstance(grids, str) and sequence_length(grids) != arguments["hidden_states"].shape[1]:
-        return "padding behind the images"
+        return "padding after the images"
     return grids
 
 
@@ -91,7 +91,7 @@ def of_items(arguments: Arguments, transformer: Any) -> Grids:
 
 
 def of_context_latents(arguments: Arguments, transformer: Any) -> Grids:
-    """From latents `[B, C, H, W]` and a list of such latents of other images, of any sizes."""
+    """From latents `[B, C, H, W]` and a list of latents of other images, of any sizes."""
     images = [arguments["hidden_states"], *(arguments.get("context_latents") or [])]
     return tuple(_tokens((1, *x.shape[2:]), patch(transformer))[0] for x in images)
 

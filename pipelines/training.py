@@ -16,13 +16,15 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
-from dit_accel.files import append_text, write_tensors
+from dit_accel.files import append_text, replace_folder, write_tensors
 from dit_accel.muon import Muon
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2")  # what learns, where a pipeline has it; the autoencoder is fitted apart
-EMA_DECAY = 0.99
+EMA_DECAY = 0.999
 MOST_DROPPED = 5  # steps in a row
-STATE = "state.safetensors"
+STATE = "state"  # a folder
+SHARD = 16 << 20  # bytes of a file of the state, at most: some machines take no larger files back
+SHARDS = 7  # with the log, eight files
 LOG = "log.jsonl"
 LARGE = 1 << 14  # numbers of a tensor that is written in bfloat16
 
@@ -39,6 +41,11 @@ class Run:
     spent: float = 0.0
     dropped: int = 0  # steps in a row whose gradient was not finite
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.pipe.transformer.parameters()).device
+
 
 def parameters(pipe: Any) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""
@@ -46,10 +53,11 @@ def parameters(pipe: Any) -> dict[str, nn.Parameter]:
     return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
 
 
-def new_run(pipe: Any, rng: random.Random, rates: tuple[float, float]) -> Run:
+def new_run(pipe: Any, rng: random.Random, rates: tuple[float, float], device: str | torch.device = "cpu") -> Run:
     """The run before its first step: Muon for the transformer blocks' matrices, AdamW for everything else, with those learning rates."""
+    pipe.to(device)
     named = parameters(pipe)
-    matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("transformer.") and "blocks." in n and "norm" not in n}
+    matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("transformer.") and "blocks." in n}
     others = [p for name, p in named.items() if name not in matrices]
     optimizers = [Muon(matrices.values(), lr=rates[0]), torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0)]
     for optimizer in optimizers:
@@ -73,7 +81,7 @@ def update(run: Run, loss: Tensor, progress: float, *, bf16: bool) -> tuple[floa
     norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
     finite = bool(norm.isfinite())
     run.dropped = 0 if finite else run.dropped + 1
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(run.step, progress)
@@ -95,16 +103,26 @@ def _average(run: Run) -> None:
         torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds that count towards a budget: on a CPU those of its threads' work, so that a machine that is busy with other things does not
+    shorten a training; of a clock elsewhere."""
+    if device.type == "cpu":
+        return lambda: time.process_time() / torch.get_num_threads()
+    return time.monotonic
+
+
 def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out: Path, minutes: float) -> None:
     """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes.
 
-    `take_step` is given the share of the budget that is spent, and gives a batch's kind, its loss and the gradient's norm.
+    `take_step` is given the share of the budget that is spent, and gives a batch's kind, its loss and the gradient's norm. Minutes are
+    those of `clock_of`.
     """
-    start, saved_at = time.time() - run.spent, run.spent
+    clock = clock_of(run.device)
+    start, saved_at = clock() - run.spent, time.monotonic()
     recent: dict[str, list[float]] = {}
     while (progress := run.spent / (60 * minutes)) < 1:
         kind, loss, norm = take_step(progress)
-        run.spent = time.time() - start
+        run.spent = clock() - start
         if math.isfinite(loss):
             recent.setdefault(kind, []).append(loss)
         if run.step % 20 == 0:
@@ -112,45 +130,63 @@ def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out:
             row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
             append_text(out / LOG, json.dumps(row) + "\n")
             recent = {}
-        if run.spent - saved_at > 180:
-            save(run, out)
-            saved_at = run.spent
-    save(run, out)
+        if time.monotonic() - saved_at > 180:
+            save_state(run, out / STATE)
+            saved_at = time.monotonic()
+    save_state(run, out / STATE)
 
 
 # Files
 
 
-def save(run: Run, out: Path) -> None:
-    """Write the state and the averaged pipeline."""
-    save_state(run, out / STATE)
-    save_pipeline(run.average, out / "model")
+def save_state(run: Run, folder: Path) -> None:
+    """Write all that a run needs to go on to a folder, as safetensors files of SHARD bytes at most; under a temporary name first.
 
-
-def save_state(run: Run, path: Path) -> None:
-    """Write all that a run needs to go on, as safetensors."""
-    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
-    for part, pipe in (("model", run.pipe), ("average", run.average)):
-        tensors |= {f"{part}.{name}": p for name, p in parameters(pipe).items()}
-    tensors |= {f"vae.{name}": value for name, value in run.pipe.vae.state_dict().items()}
+    The autoencoder's network is not part of it: it is trained apart.
+    """
+    tensors = {"torch_rng": torch.get_rng_state()} | _weights(run)
     for number, optimizer in enumerate(run.optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in values.items()}
-    numbers = {"step": run.step, "spent": run.spent, "rng": run.rng.getstate()}
-    write_tensors(path, tensors, {"numbers": json.dumps(numbers)})
+    shards = _shards(tensors)
+    numbers = {"step": run.step, "spent": run.spent, "rng": run.rng.getstate(), "files": len(shards)}
+    stamp = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)  # in each file: files of two steps don't mix
+    replace_folder(folder, {f"{number}.safetensors": shard | {"numbers": stamp} for number, shard in enumerate(shards)})
 
 
-def load_state(run: Run, path: Path) -> None:
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors in as few groups as go into files of SHARD bytes: largest first, each into the first group with room."""
+    shards: list[dict[str, Tensor]] = []
+    room: list[int] = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        takes = tensor.nbytes + 256  # its row in the header
+        place = next((i for i, left in enumerate(room) if left >= takes), len(room))
+        if place == len(room):
+            shards.append({})
+            room.append(SHARD - (1 << 14))  # the step and the state of random numbers are in each
+        shards[place][name] = tensor
+        room[place] -= takes
+    return shards
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and numbers that `save_state` wrote. Raises ValueError where files are missing or of different steps."""
+    saved: dict[str, Tensor] = {}
+    found: list[bytes] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            saved |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
+        found.append(bytes(saved.pop("numbers").tolist()))
+    numbers = json.loads(found[0]) if found else {"files": None}
+    if len(set(found)) != 1 or len(found) != numbers["files"]:
+        raise ValueError(f"{folder} does not hold one whole state: copy all files of one")
+    return saved, numbers
+
+
+def load_state(run: Run, folder: Path) -> None:
     """Bring a new run to where `save_state` left another."""
-    with safe_open(path, "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
-        numbers = json.loads(file.metadata()["numbers"])
-    with torch.no_grad():
-        for part, pipe in (("model", run.pipe), ("average", run.average)):
-            for name, parameter in parameters(pipe).items():
-                parameter.copy_(saved[f"{part}.{name}"])
-            for name, value in pipe.vae.state_dict().items():
-                value.copy_(saved[f"vae.{name}"])
+    saved, numbers = read_state(folder)
+    load_weights(run, saved)
     for number, optimizer in enumerate(run.optimizers):
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in saved.items():
@@ -162,6 +198,26 @@ def load_state(run: Run, path: Path) -> None:
     version, internal, gauss = numbers["rng"]
     run.rng.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(saved["torch_rng"])
+
+
+def load_weights(run: Run, saved: dict[str, Tensor]) -> None:
+    """Copy a state's weights, average and projection into a run. Raises ValueError where one is missing."""
+    targets = _weights(run)
+    if missing := sorted(set(targets) - set(saved)):
+        raise ValueError(f"the state lacks {len(missing)} tensors of this model, like {missing[0]}: another model's, or a file is missing")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved[name])
+        for name, value in run.average.vae.named_buffers():
+            value.copy_(saved[f"vae.{name}"])
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    """What a state holds of the models, by name."""
+    found: dict[str, Tensor] = {f"vae.{name}": value for name, value in run.pipe.vae.named_buffers()}
+    for part, pipe in (("model", run.pipe), ("average", run.average)):
+        found |= {f"{part}.{name}": p.detach() for name, p in parameters(pipe).items()}
+    return found
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

@@ -18,7 +18,7 @@ ENDINGS = (".gif", ".mp4")
 
 
 def frames_argument(pipe: Any) -> str | None:
-    """What a pipeline's call names the number of frames of its video; None of one that makes pictures."""
+    """The argument of a pipeline's call for the number of frames; None where it makes pictures."""
     taken = inspect.signature(type(pipe).__call__).parameters
     return next((name for name in ("num_frames", "frames", "video_length") if name in taken), None)
 
@@ -26,10 +26,10 @@ def frames_argument(pipe: Any) -> str | None:
 def check_ending(path: Path) -> None:
     """Raise ValueError unless a clip can be written at a path of this name."""
     if path.suffix.lower() not in ENDINGS:
-        raise ArgumentError(f"a clip's name ends in {' or '.join(ENDINGS)}, got {path}")
+        raise ArgumentError(f"the name of a clip must end in {' or '.join(ENDINGS)}, not {path.name!r}")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ArgumentError(
-            f"MP4 wants imageio[ffmpeg] (pip install 'dit-accel[video]'), which is not installed, got {path}; a .gif needs none"
+            f"writing {path.name} requires imageio[ffmpeg], which is not installed: pip install 'dit-accel[video]', or name a .gif"
         )
 
 
@@ -37,14 +37,14 @@ def save_video(frames: Tensor, path: str | Path, fps: int = 8) -> Path:
     """Write frames `[F, 3, H, W]` in [0, 1] as GIF (at most 256 colours a frame) or MP4, by the name's ending; the file appears when whole.
 
     Sides of an MP4 are rounded up to multiples of 16 pixels by scaling. Raises ValueError where the ending is another, the frames have
-    another shape, or MP4 wants a library that is not installed.
+    another shape, or MP4 requires a library that is not installed.
     """
     path = Path(path)
     check_ending(path)
     if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames):
-        raise ArgumentError(f"wanted frames [F, 3, H, W], at least one, got {tuple(frames.shape)}")
+        raise ArgumentError(f"frames must have shape [F, 3, H, W] with F >= 1, not {tuple(frames.shape)}")
     if not 1 <= fps <= 100:
-        raise ArgumentError(f"fps is 1 to 100 frames a second, got {fps}")
+        raise ArgumentError(f"fps must be 1 to 100 frames a second, not {fps}")
     values = (frames.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(frame) for frame in values]
     with tempfile.TemporaryDirectory() as folder:  # the encoders write as they go

@@ -1,9 +1,9 @@
 """A method of one's own, put together from slots: exact attention to the best 2 % of key blocks and to every tile near the query, one
-pooled key for each block that is left, and one softmax over both. The near tiles keep texture sharp, the best blocks what lies far away.
+pooled key for each block that is left, and one softmax over both. The near tiles keep texture sharp, the best blocks what is far away.
 
     python samples/custom_spec.py
 
-`DiscBlocks` is the disc in whole tiles; pooled keys stand for whole blocks, so `Disc`, which cuts blocks, does not go with them.
+`DiscBlocks` is the disc in whole tiles; pooled keys represent whole blocks, so `Disc`, which cuts blocks, does not go with them.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""CLEAR drops what lies outside a disc, which an untrained model does not forgive: distil it from the model's own original attention.
+"""CLEAR drops what is outside a disc, which an untrained model does not forgive: distil it from the model's own original attention.
 
     python samples/distill_clear.py [STEPS]
 

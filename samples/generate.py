@@ -1,4 +1,4 @@
-"""One picture twice, from the same noise: with Fovea, which needs no training, and with the model's original attention beside it.
+"""One picture twice, from the same noise: with Fovea, which needs no training, and then with the model's original attention.
 
     python samples/generate.py ["a panda on a blue background"]
 

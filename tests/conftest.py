@@ -48,13 +48,13 @@ def fill_randomly(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def tiny_transformer(seed: int = 0, double: int = 2, single: int = 2) -> Any:
-    """A random FLUX transformer with two heads of 16."""
+def tiny_transformer(seed: int = 0, double: int = 2, single: int = 2, heads: int = 2) -> Any:
+    """A random FLUX transformer with heads of 16."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=CHANNELS, num_layers=double, num_single_layers=single, attention_head_dim=16, num_attention_heads=2,
+        patch_size=1, in_channels=CHANNELS, num_layers=double, num_single_layers=single, attention_head_dim=16, num_attention_heads=heads,
         joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     fill_randomly(transformer, seed)

@@ -30,7 +30,7 @@ def _template() -> Any:
     """Seeded parts, made once; copies are handed out."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+    from dit_accel.pipelines.builtin.components import POOLED_WIDTH, TEXT_WIDTH, make_text_encoders, make_tokenizer
     from dit_accel.pipelines.builtin.drawings import vocabulary
 
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def _template() -> Any:
     clip, t5 = make_text_encoders(len(first))
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     fill_randomly(transformer, 0)
     with torch.no_grad():  # logits spread enough for the attention to choose
@@ -175,7 +175,7 @@ def add_lora(pipe: Any, name: str = "style", weight: float = 0.5) -> None:
 
 
 def flags(transformer: Any) -> dict[str, bool]:
-    """Whether each parameter but ours wants a gradient, by the name it has without any LoRA."""
+    """Whether each parameter but ours requires a gradient, by the name it has without any LoRA."""
     own = {name: p.requires_grad for name, p in transformer.named_parameters() if ".dit_accel." not in name}
     return {name.replace(".base_layer.", "."): flag for name, flag in own.items()}
 

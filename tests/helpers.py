@@ -28,6 +28,7 @@ from dit_accel.method import (
     Pooled,
     Tiles,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.parameters import AttentionParameters
@@ -219,7 +220,18 @@ def top_pairs(q: Tensor, k: Tensor, top: TopK, q_number: Tensor, k_number: Tenso
     return chosen[..., q_number, :][..., k_number]
 
 
-def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids) -> Tensor:
+def mass_pairs(q: Tensor, k: Tensor, top: TopP, q_number: Tensor, k_number: Tensor, scale: float) -> Tensor:
+    """`[B, H, N, N]`: key blocks, best first, until softmax(scale · q̄·k̄ + log n) over blocks of n tokens reaches the mass."""
+    q_in, k_in = membership(q_number), membership(k_number)
+    q_mean, k_mean = (m.T @ x.double() / m.sum(0)[:, None] for m, x in ((q_in, q), (k_in, k)))
+    share = (scale * q_mean @ k_mean.mT + k_in.sum(0).log()).softmax(-1)
+    most = max(1, math.floor(top.at_most * k_in.shape[1] + 1e-9))
+    better = share[..., None, :] > share[..., :, None]  # blocks before each other one
+    chosen = ((better * share[..., None, :]).sum(-1) < top.mass) & (better.sum(-1) < most)
+    return chosen[..., q_number, :][..., k_number]
+
+
+def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids, scale: float | None = None) -> Tensor:
     """`[B, H, N, N]`: the union of the patterns over image tokens `[B, H, N, D]`, decided in float64."""
     q_number, k_number = (block_of(grids, spec.order, b) for b in spec.block)
     kept = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.bool)
@@ -227,6 +239,9 @@ def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids) -> Tenso
         match pattern:
             case TopK():
                 kept = kept | top_pairs(q.detach(), k.detach(), pattern, q_number, k_number, spec.block[1])
+            case TopP():
+                size = q.shape[-1] ** -0.5 if scale is None else scale
+                kept = kept | mass_pairs(q.detach(), k.detach(), pattern, q_number, k_number, size)
             case Disc(radius):
                 kept = kept | disc_pairs(grids, radius)
             case DiscBlocks(radius):
@@ -291,7 +306,7 @@ def oracle(
     """Output and lse of `[B, H, N, D]` in raster order, computed densely and naively in `dtype`; what is kept is decided in float64."""
     text = torch.arange(layout.text) + (0 if layout.text_first else layout.image)
     image = torch.arange(layout.image) + (layout.text if layout.text_first else 0)
-    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grids)
+    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grids, scale)
     params = spec.make_parameters(heads=q.shape[1], head_dim=q.shape[3]) if params is None else params
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(dtype) for x in (q, k, v))

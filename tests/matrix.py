@@ -44,7 +44,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
         name = parameters.get("name")
         name = name if name in BUILDERS else "flux"  # what test_compose.py and test_patch.py are about
         cells = [("family", column, name) for column, tests in COLUMNS.items() if item.originalname in tests]
-        cells += [("beside", mark.args[0], name) for mark in item.iter_markers("composes")]
+        cells += [("together", mark.args[0], name) for mark in item.iter_markers("composes")]
         report.user_properties.append(("cells", cells))
     return report
 
@@ -65,7 +65,7 @@ class Collector:
         if kind == "family":
             self.outcomes[f"family {name}"][what].append(passed)
         else:
-            self.outcomes[f"beside {what}"][""].append(passed)
+            self.outcomes[f"together {what}"][""].append(passed)
             self.models[what][name] = None
 
 
@@ -80,10 +80,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     outcomes, models = session.config.stash[KEY]
     page = Path(path).read_text(encoding="utf-8")
-    for name, table in (("families", families(outcomes)), ("beside", beside(outcomes, models))):
+    for name, table in (("families", families(outcomes)), ("together", together(outcomes, models))):
         page, count = re.subn(rf"(<!-- tests: {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", page, flags=re.S)
         if count != 1:
-            raise pytest.UsageError(f"{path} wants one place between '<!-- tests: {name} -->' and '<!-- end -->', got {count}")
+            raise pytest.UsageError(f"{path} must have one place between '<!-- tests: {name} -->' and '<!-- end -->', not {count}")
     Path(path).write_text(page, encoding="utf-8")
 
 
@@ -109,7 +109,7 @@ def families(outcomes: dict[str, Outcomes]) -> str:
     return _table(["tested as", "pipeline", "transformer", *COLUMNS], rows)
 
 
-def beside(outcomes: dict[str, Outcomes], models: dict[str, dict[str, None]]) -> str:
-    """A row per thing that acceleration lives beside."""
-    rows = [[what, ", ".join(sorted(models[what])), _cell(outcomes[f"beside {what}"][""])] for what in sorted(models, key=str.lower)]
-    return _table(["beside", "on tiny models of", "works"], rows)
+def together(outcomes: dict[str, Outcomes], models: dict[str, dict[str, None]]) -> str:
+    """A row per thing that acceleration works together with."""
+    rows = [[what, ", ".join(sorted(models[what])), _cell(outcomes[f"together {what}"][""])] for what in sorted(models, key=str.lower)]
+    return _table(["together with", "on tiny models of", "works"], rows)

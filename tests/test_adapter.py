@@ -100,8 +100,8 @@ def test_settings_come_back(tmp_path: Path, spec: AttentionSpec, whole: bool) ->
     pipe = accelerate(prompt_pipe(), spec, layers=None if whole else lambda name, _: name.startswith("single"), dense_steps=1)
     loaded = load_adapter(prompt_pipe(), save_adapter(pipe, tmp_path / "a" / "b"))
     assert torch.equal(draw(loaded), draw(pipe))
-    assert loaded.transformer._dit_accel.context.spec == spec
-    assert loaded.transformer._dit_accel.context.dense_steps == 1
+    assert loaded.transformer._dit_accel.context.assignment.spec == spec
+    assert loaded.transformer._dit_accel.context.assignment.dense_steps == 1
     assert list(operators_of(loaded)) == list(operators_of(pipe))
     assert len(operators_of(loaded)) == (2 if whole else 1)
 
@@ -247,7 +247,8 @@ def renamed_layers(config: dict[str, Any]) -> None:
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown-field": (lambda c: c.update(extra=1), "extra"),
-    "missing-field": (lambda c: c.pop("dense_steps"), "dense_steps"),
+    "missing-field": (lambda c: c.pop("training"), "training"),
+    "first-format": (lambda c: c.update(version=1), "wants the fields .*dense_steps"),
     "version": (lambda c: c.update(version=99), "99"),
     "class": (lambda c: c.update(base_model_class="WanTransformer3DModel"), "WanTransformer3DModel.*FluxTransformer2DModel"),
     "layers": (renamed_layers, r"transformer_blocks\.9"),
@@ -255,11 +256,17 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "heads": (lambda c: c.update(layers={name: [4, 8] for name in c["layers"]}), "4 heads of 8.*2, 16"),
     "layers-type": (lambda c: c.update(layers=[1]), "layers"),
     "layer-sizes": (lambda c: c.update(layers=dict.fromkeys(c["layers"], 3)), "layers"),
-    "spec-field": (lambda c: c["spec"].update(extra=1), "extra"),
-    "spec-slot": (lambda c: c["spec"]["keep"][0].update(type="Sphere"), "Sphere"),
-    "spec-value": (lambda c: c["spec"]["keep"][0].update(density=3), "density"),
-    "spec-type": (lambda c: c.update(spec=None), "spec"),
-    "dense-steps": (lambda c: c.update(dense_steps=-1), "dense_steps"),
+    "spec-field": (lambda c: c["assignment"]["specs"][0].update(extra=1), "extra"),
+    "spec-slot": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(type="Sphere"), "Sphere"),
+    "spec-value": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(density=3), "density"),
+    "no-assignment": (lambda c: c.update(assignment=None), "an assignment has exactly the keys"),
+    "rule-field": (lambda c: c["assignment"]["rules"][0].update(extra=1), "a rule has the key spec"),
+    "rule-steps": (lambda c: c["assignment"]["rules"].append({"spec": None, "steps": [0, -1]}), "steps is None or"),
+    "rule-layer": (lambda c: c["assignment"]["rules"].append({"spec": 0, "layers": ["blocks.*"]}), r"no layer is named blocks\.\*"),
+    "layer-without-spec": (
+        lambda c: c["assignment"]["rules"][0].update(layers=["single_*"]),
+        "gives a spec to the layer transformer",
+    ),
     "files": (lambda c: c.update(files=None), "files"),
     "another-file": (lambda c: c["files"].update({"../x.safetensors": "0"}), "files"),
     "no-weights": (lambda c: c.update(files={}), "files"),
@@ -335,7 +342,7 @@ def test_saving_within_dense_writes_what_was_trained(trained: dict[str, tuple[Pa
 def test_no_lora_is_loaded_where_it_would_be_off(trained: dict[str, tuple[Path, Tensor]]) -> None:
     add_lora(pipe := prompt_pipe())
     pipe.transformer.disable_lora()
-    with unchanged(pipe), pytest.raises(AdapterError, match="switched off"):
+    with unchanged(pipe), pytest.raises(AdapterError, match="LoRA is disabled"):
         load_adapter(pipe, trained["lora"][0])
 
 

@@ -1,5 +1,6 @@
 """The operators' arguments are declared once: what is made from the declarations says the same."""
 
+import typing
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import arguments, ops
-from dit_accel.kernels.arguments import Arguments, Feature, Learned, Rows, SelectionArguments
+from dit_accel.kernels.arguments import Arguments, Feature, Learned, Rows, SelectionArguments, Transport
 from dit_accel.kernels.cpu import native
 
 
@@ -19,21 +20,32 @@ class Sample(NamedTuple):
     learned: Learned
     z: Tensor | None
     count: int
+    most: int | None
     size: float
     flag: bool
     name: Feature
 
 
 def test_the_schema_says_what_is_declared() -> None:
-    wanted = (
-        "(str implementation, Tensor first, Tensor x, Tensor y, Tensor? learned, Tensor? z, int count, float size, bool flag, str name)"
-    )
-    assert arguments.schema(Sample, "Tensor[]", "Tensor first") == f"{wanted} -> Tensor[]"
+    wanted = "(str implementation, Tensor first, Tensor x, Tensor y, Tensor? learned, Tensor? z, SymInt[] numbers, float[] reals)"
+    assert Transport(Sample).schema("Tensor[]", "Tensor first") == f"{wanted} -> Tensor[]"
+
+
+@pytest.mark.parametrize("most", [None, 0, 7])
+def test_what_is_packed_is_unpacked(most: int | None) -> None:
+    x, transport = torch.zeros(1), Transport(Sample)
+    a = Sample(x=x, y=x + 1, learned=None, z=x + 2, count=5, most=most, size=0.5, flag=True, name="elu")
+    again = transport.unpack(*transport.pack(a))
+    assert [x is y or x == y for x, y in zip(again, a, strict=True)] == [True] * len(a)
+    assert type(again.flag) is bool
 
 
 def test_the_structs_fields_are_what_is_declared() -> None:
     kinds = {name: kind.__name__ for name, kind in native.declared_fields(Sample)}
-    tensors, numbers = dict.fromkeys(["y", "learned", "z"], "c_void_p"), {"count": "c_long", "size": "c_float", "flag": "c_int"}
+    tensors, numbers = (
+        dict.fromkeys(["y", "learned", "z"], "c_void_p"),
+        {"count": "c_long", "most": "c_long", "size": "c_float", "flag": "c_int"},
+    )
     assert kinds == {"x": "Rows", **tensors, **numbers, "name": "c_int"}
 
 
@@ -47,7 +59,9 @@ def test_the_structs_fields_are_what_is_declared() -> None:
     ids=["attention", "attention_backward", "select_blocks"],
 )
 def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
-    assert [a.name for a in op._opoverload._schema.arguments] == ["implementation", *first, *kind._fields]
+    taken = [a.name for a in op._opoverload._schema.arguments]
+    tensors = [name for name, hint in typing.get_type_hints(kind).items() if hint in (Tensor, Tensor | None)]
+    assert taken == ["implementation", *first, *tensors, "numbers", "reals"]
 
 
 def given(**changed: Any) -> Arguments:
@@ -72,4 +86,4 @@ def test_gradients_come_in_the_order_of_the_declaration() -> None:
 @pytest.mark.parametrize(("name", "value"), [("rest", "pool"), ("feature_map", "gelu")])
 def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is one of .*, got '{value}'"):
-        native.fields_of(given(**{name: value}))
+        arguments.ATTENTION.pack(given(**{name: value}))

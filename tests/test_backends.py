@@ -47,9 +47,9 @@ def test_a_backend_that_is_not_installed_is_refused(
 @pytest.mark.parametrize(
     ("backend", "head_dim", "spec", "says"),
     [
-        ("cpu", 12, Fovea(0.2), "head_dim of 8 to 256 in steps of 8, got 12"),
-        ("triton", 12, Fovea(0.2), "got 12"),
-        ("triton", 160, SLA(0.2), "linear rest up to head_dim 128, got 160"),
+        ("cpu", 12, Fovea(0.2), "head_dim of 8 to 256 in steps of 8, not 12"),
+        ("triton", 12, Fovea(0.2), "not 12"),
+        ("triton", 160, SLA(0.2), "linear rest up to head_dim 128, not 160"),
         ("xformers", 12, Fovea(0.2), "of 12"),
     ],
 )

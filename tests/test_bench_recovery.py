@@ -244,12 +244,12 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "minutes": (lambda _: ["--minutes", 0], "minutes is a number > 0, got 0.0"),
-    "train": (lambda _: ["--train", "all"], "train is parameters, lora, attention, got 'all'"),
-    "model": (lambda _: ["--model", "somewhere"], "--prompts is wanted for another model than builtin"),
+    "minutes": (lambda _: ["--minutes", 0], "minutes must be a number > 0, not 0.0"),
+    "train": (lambda _: ["--train", "all"], "train must be one of parameters, lora, attention, not 'all'"),
+    "model": (lambda _: ["--model", "somewhere"], "model 'somewhere' requires --prompts"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),
-    "picture": (lambda path: ["--out", path.with_suffix(".png")], "out is a JSON file, beside which the curves are drawn as .png"),
-    "original": (lambda _: ["--method", "none"], "bench recovery trains accelerated methods, got 'none'"),
+    "picture": (lambda path: ["--out", path.with_suffix(".png")], "--out is the JSON file, next to which the curves are drawn as .png"),
+    "original": (lambda _: ["--method", "none"], "bench recovery trains accelerated methods, not 'none'"),
 }
 
 

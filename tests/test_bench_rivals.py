@@ -123,9 +123,9 @@ def test_flex_attention_is_compiled_for_kinds_of_cases_not_for_each(monkeypatch:
 def test_flex_attention_wants_even_blocks_in_the_methods_order() -> None:
     spec = CLEAR(3, tile=(4, 4))
     for grid, text, order, says in (
-        ((1, 17, 12), 0, spec.order, "blocks of one size, got a grid"),
-        ((1, 16, 12), 5, spec.order, "whole blocks of 16 queries and 16 keys, got 5"),
-        ((1, 16, 12), 0, Raster(), "wanted in the method's order"),
+        ((1, 17, 12), 0, spec.order, "blocks of one size, but"),
+        ((1, 16, 12), 5, spec.order, "whole blocks of 16 queries and 16 keys, not 5"),
+        ((1, 16, 12), 0, Raster(), "must be in the method's order"),
     ):
         layout = TokenLayout(grid, text, order=order)
         q = torch.zeros(1, 1, layout.tokens, 8)
@@ -161,7 +161,7 @@ def test_natten_gets_its_own_layout(window: Window, grid: tuple[int, int, int], 
     monkeypatch.setitem(sys.modules, "natten", types.ModuleType("natten"))
     monkeypatch.setitem(sys.modules, "natten.functional", module)
     spec, shape = AttentionSpec((window,)), Shape(2, 2, 8, grid)
-    assert bench_rivals.natten_refusal(spec, shape.layout, CPU) == "NATTEN's kernels want a CUDA device"
+    assert bench_rivals.natten_refusal(spec, shape.layout, CPU) == "NATTEN's kernels require a CUDA device"
     q, k, v = shape.inputs()
     got = bench_rivals.natten(window, shape.layout)(q, k, v)
     torch.testing.assert_close(got, attention(q, k, v, spec, shape.layout, backend="reference"))
@@ -185,4 +185,4 @@ def test_natten_is_refused_what_it_does_not_compute(spec: AttentionSpec, layout:
 def test_rivals_say_why_they_are_missing() -> None:
     layout = TokenLayout((1, 16, 16))
     assert "compiled on CUDA devices" in str(bench_rivals.flex_refusal(CLEAR(3), layout, CPU))
-    assert "want a CUDA device" in str(bench_rivals.natten_refusal(GNA(5), layout, CPU))
+    assert "require a CUDA device" in str(bench_rivals.natten_refusal(GNA(5), layout, CPU))

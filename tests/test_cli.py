@@ -33,7 +33,7 @@ def make_tiny() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
-    from dit_accel.pipelines.builtin.components import TEXT_WIDTH, make_text_encoders, make_tokenizer
+    from dit_accel.pipelines.builtin.components import POOLED_WIDTH, TEXT_WIDTH, make_text_encoders, make_tokenizer
     from dit_accel.pipelines.builtin.drawings import vocabulary
 
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def make_tiny() -> Any:
     clip, t5 = make_text_encoders(len(clip_tokenizer))
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     fill_randomly(transformer)
     autoencoder = PatchAutoencoder(width=32, num_blocks=1)
@@ -106,9 +106,9 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1023x1024", "width and height must be multiples of 16 pixels, the side of one token: not 1023x1024, but 1024x1024, for example"),
         ("1024x770", "width and height must be multiples of 16 pixels, the side of one token: not 1024x770, but 1024x768, for example"),
         ("0x64", "width and height must be at least 1 pixel, not '0x64'"),
-        ("1024", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '1024'"),
-        ("-16x16", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got '-16x16'"),
-        ("bigxbig", "size is WIDTHxHEIGHT in pixels, as in 1024x768, got 'bigxbig'"),
+        ("1024", "size must be WIDTHxHEIGHT in pixels, as in 1024x768, not '1024'"),
+        ("-16x16", "size must be WIDTHxHEIGHT in pixels, as in 1024x768, not '-16x16'"),
+        ("bigxbig", "size must be WIDTHxHEIGHT in pixels, as in 1024x768, not 'bigxbig'"),
     ],
 )
 @pytest.mark.usefixtures("no_models")
@@ -128,19 +128,19 @@ def test_size_is_width_by_height() -> None:
 @pytest.mark.usefixtures("no_models")
 def test_bad_prompts(command: str, tmp_path: Path) -> None:
     file, out = tmp_path / "p.txt", tmp_path / "out"
-    wanted = "prompts is a text file with one prompt per line, got"
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file}: No such file or directory"
+    wanted = "prompts must be a text file with one prompt per line, but"
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} can't be read: No such file or directory"
     file.write_text("\n  \n")
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} no prompt in {file}"
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} has none"
     file.write_bytes(b"\xff\xfe\xfa")
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file}: not UTF-8"
+    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} can't be read: not UTF-8"
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_models")
 def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
     blocked = prompts / "below"  # a folder can't be made below a file
-    wanted = f"wanted a folder that can be written to, got {blocked}: Not a directory"
+    wanted = f"the folder {blocked} can't be written to: Not a directory"
     assert fail("demo", "--out", blocked) == wanted
     assert fail("collect", "--prompts", prompts, "--out", blocked) == wanted
     assert fail("distill", "--prompts", prompts, "--out", blocked) == wanted
@@ -148,31 +148,31 @@ def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
     assert fail("bench", "quality", "--out", blocked / "a.json") == wanted
     assert fail("bench", "step", "--out", blocked / "a.json") == wanted
     assert fail("bench", "kernels", "--out", blocked / "a.json") == wanted
-    assert fail("bench", "step", "--out", tmp_path) == f"--out wants a file, got the folder {tmp_path}"
+    assert fail("bench", "step", "--out", tmp_path) == f"--out must name a file, not the folder {tmp_path}"
     for name in ("a.txt", "a"):
         text = fail("generate", "x", "--out", tmp_path / name)
-        assert text == f"--out wants the name of a picture, as in image.png or image.jpg, got {tmp_path / name}"
+        assert text == f"--out must name a picture, as in image.png or image.jpg, not {tmp_path / name}"
 
 
 @pytest.mark.usefixtures("no_models")
 def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
-    wanted = "method is one of none, fovea, clear, sla, gna, got 'flash'"
+    wanted = "method is one of none, fovea, clear, sla, gna or a JSON file, got 'flash'"
     assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == wanted
     assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == wanted
     assert fail("bench", "step", "--method", "fovea", "--method", "flash") == wanted
-    assert "wants an accelerated method, got 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
-    assert "wants accelerated methods (the original is always measured), got 'none'" in fail("bench", "step", "--method", "none")
+    assert "requires an accelerated method, not 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
+    assert "requires accelerated methods (the original is always measured), not 'none'" in fail("bench", "step", "--method", "none")
     for more in (["--method", "fovea"], ["--dense-steps", "2"]):
-        assert "wanted it alone, got --method or --dense-steps" in fail("generate", "x", "--adapter", "somewhere", *more)
+        assert "leave --method and --dense-steps out" in fail("generate", "x", "--adapter", "somewhere", *more)
 
 
 @pytest.mark.usefixtures("no_models")
 def test_bad_settings(prompts: Path, tmp_path: Path) -> None:
     text = fail("distill", "--prompts", prompts, "--out", tmp_path / "d", "--learning-rate", "0")
-    assert text == "learning_rate is a number > 0, got 0.0"
-    assert fail("bench", "kernels", "--tune", "--aot") == "one of --aot and --tune is wanted, got both"
-    assert "--tune takes this GPU and every method, got one" in fail("bench", "kernels", "--tune", "--method", "fovea")
-    assert "want --aot (the last two --aot or --tune), got neither" in fail("bench", "kernels", "--dtype", "float16")
+    assert text == "learning_rate must be a number > 0, not 0.0"
+    assert fail("bench", "kernels", "--tune", "--aot") == "give --aot or --tune, not both"
+    assert "require --aot: --tune takes this GPU and every method" in fail("bench", "kernels", "--tune", "--method", "fovea")
+    assert "--head-dim and --dtype require --aot or --tune" in fail("bench", "kernels", "--dtype", "float16")
     for arguments in (["generate", "x", "--steps", "0"], ["generate", "x", "--dtype", "int8"], ["generate"], ["nonsense"]):
         result = run(*arguments)
         assert result.exit_code == 2
@@ -184,13 +184,13 @@ def test_bad_models_and_devices(model: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for name in (str(empty), "nobody/nothing"):
-        wanted = f"model is 'builtin', a folder in diffusers' format or a hub id, got '{name}': "
+        wanted = f"model must be 'builtin', a folder in diffusers' format or a hub id, not '{name}': "
         assert fail("generate", "x", "--model", name, *out).startswith(wanted)
-    assert fail("generate", "x", "--device", "abacus", *out) == "device is auto, cpu, cuda or another torch device, got 'abacus'"
-    assert "device is one that this machine has" in fail("generate", "x", "--device", "cuda:99", *out)
+    assert fail("generate", "x", "--device", "abacus", *out) == "device must be auto, cpu, cuda or another torch device, not 'abacus'"
+    assert "CUDA devices: there is no cuda:99" in fail("generate", "x", "--device", "cuda:99", *out)
     text = fail("generate", "x", "--model", model, *SMALL, "--adapter", empty, *out)
-    assert text.startswith(f"wanted dit_accel_config.json in {empty}")
-    assert fail("info", "--adapter", empty).startswith(f"wanted dit_accel_config.json in {empty}")
+    assert text.startswith(f"dit_accel_config.json in {empty} can't be read")
+    assert fail("info", "--adapter", empty).startswith(f"dit_accel_config.json in {empty} can't be read")
 
 
 def test_traceback_on_request(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monk
     arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
     result = run(*arguments, "--strict")
     assert result.exit_code == 2
-    assert "error: strict=True wants every layer accelerated, but this call has no grid today" in result.stderr
+    assert "error: strict=True requires every layer to be accelerated, but this call has no grid today" in result.stderr
     assert not (tmp_path / "a.png").exists()
 
 
@@ -397,11 +397,11 @@ def test_notices_are_kept_back_and_warnings_are_not(caplog: pytest.LogCaptureFix
 
 def test_wrong_high_resolution_is_refused_before_a_model_is_loaded(no_models: None, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "a.png"]
-    assert fail("generate", "x", "--base", "64", "--proportional", *out) == "--base, --proportional wants --hires, got none"
-    assert fail("generate", "x", "--hires", "--strength", "0", *out) == "strength is a share of the steps in (0, 1], got 0.0"
-    assert fail("generate", "x", "--hires", "--ntk", "nan", *out) == "ntk is a factor > 0, got nan"
+    assert fail("generate", "x", "--base", "64", "--proportional", *out) == "--base, --proportional requires --hires"
+    assert fail("generate", "x", "--hires", "--strength", "0", *out) == "strength must be a share of the steps in (0, 1], not 0.0"
+    assert fail("generate", "x", "--hires", "--ntk", "nan", *out) == "ntk must be a factor > 0, not nan"
     (tmp_path / "b-stages").write_text("")
-    assert "wanted a folder that can be written to" in fail("generate", "x", "--hires", "--out", tmp_path / "b.png")
+    assert "can't be written to" in fail("generate", "x", "--hires", "--out", tmp_path / "b.png")
 
 
 def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> None:
@@ -417,10 +417,10 @@ def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> No
     (tmp_path / "a.png").unlink()
     assert "Forecast" not in succeed(*arguments)  # nothing is left to draw
     assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
-    assert "seed: wanted 0 as before, got 1" in fail(*arguments, "--seed", 1)
+    assert "seed was 0, is 1" in fail(*arguments, "--seed", 1)
 
 
-@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec"])
+@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec", "new_part"])
 def test_samples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FluxPipeline
 

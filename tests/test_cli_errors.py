@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from diffusers import FluxPipeline
-from test_cli import SMALL, fail, make_tiny, run
+from test_cli import SMALL, fail, make_tiny, run, succeed
 
 import dit_accel
+from dit_accel import CLEAR, Assignment, Rule
 
 FOLDER = Path(dit_accel.__file__).parent
 # the modules that check what a command's user typed or named
@@ -45,8 +46,33 @@ def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    wanted = f"wanted to write roof.json in {tmp_path}, which failed: No space left on device"
+    wanted = f"roof.json can't be written in {tmp_path}: No space left on device"
     assert fail("estimate", "--out", tmp_path / "roof.json") == wanted
+
+
+def test_a_file_is_a_method(model: str, tmp_path: Path) -> None:
+    """The same picture as of the spec by its name; and one of the original where no rule fits."""
+    shown, pictures = [], []
+    Assignment.of(CLEAR(2)).save(tmp_path / "one.json")
+    Assignment((Rule(CLEAR(2), steps=(1, None)),)).save(tmp_path / "late.json")
+    for method in ("clear:2", tmp_path / "one.json", tmp_path / "late.json", "none"):
+        file = tmp_path / "a.png"
+        shown.append(succeed("generate", "a panda", "--model", model, "--method", method, "--steps", 1, *SMALL, "--out", file))
+        pictures.append(file.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2] == pictures[3]
+    assert "steps from 1" in shown[2]
+
+
+def test_files_that_hold_no_method_are_named(tmp_path: Path) -> None:
+    file, out = tmp_path / "plan.json", tmp_path / "a.png"
+    assert "plan.json can't be read as the JSON of a spec or an assignment" in fail("generate", "x", "--method", file, "--out", out)
+    file.write_text("{}")
+    assert "plan.json holds neither a spec nor an assignment" in fail("estimate", "--method", file)
+    Assignment((Rule(CLEAR(2), steps=(1, None)),)).save(file)
+    assert "an estimate is of one forward" in fail("estimate", "--method", file)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    arguments = ["distill", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--method", "clear:2"]
+    assert "holds an assignment of several specs: name one spec here" in fail(*arguments, "--vary", file)
 
 
 @pytest.mark.parametrize("name", READ_BY_COMMANDS)

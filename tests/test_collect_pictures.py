@@ -246,7 +246,7 @@ def test_other_pictures_under_the_same_captions_are_another_run(tmp_path: Path) 
     held_out = collect_pictures(tiny.picture_pipe(), fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **CALL)
     run: dict[str, Any] = {"held_out": held_out, "train": "parameters", "steps": 2, "checkpoint_every": 1}
     learn(tiny.student(), tmp_path / "run", recorded[0], **run)
-    with pytest.raises(DistillationError, match="another run: wanted prompts"):
+    with pytest.raises(DistillationError, match="another run: its prompts"):
         learn(tiny.student(), tmp_path / "run", recorded[1], **run)
     assert learn(tiny.student(), tmp_path / "run", recorded[0], **run).resumed_from == 2
 
@@ -314,8 +314,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-caption": (lambda f: (f / "2.txt").unlink(), r"caption for .*2\.png in 2\.txt"),
     "blank-caption": (lambda f: (f / "2.txt").write_text(" \n"), r"caption for .*2\.png in 2\.txt"),
     "no-text": (lambda f: (f / "2.txt").write_bytes(b"\xff\xfe\xff"), r"UTF-8 text in .*2\.txt"),
-    "sixteen-bits": (lambda f: Image.new("I;16", (8, 8)).save(f / "0.png"), r"8 bits a colour, got .*0\.png"),
-    "empty": (empty, "got none in"),
+    "sixteen-bits": (lambda f: Image.new("I;16", (8, 8)).save(f / "0.png"), r"0\.png has mode I;16: convert it to 8 bits a colour"),
+    "empty": (empty, "has none"),
     "not-listed": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}'), r"caption for .*1\.png in metadata"),
     "not-there": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "z.png", "text": "x"}'), r"caption for .*0\.png|missing .*z"),
     "no-json": (lambda f: (f / "metadata.jsonl").write_text("{}\n{"), "line 1 of .*metadata"),
@@ -395,11 +395,11 @@ def test_the_command_wants_one_source(tmp_path: Path, both: bool) -> None:
     given = ["--pictures", fill(tmp_path / "pictures"), "--prompts", tmp_path / "p.txt"] if both else []
     result = run("collect", "--out", tmp_path / "samples", *given)
     assert result.exit_code == 2
-    wanted = "one of --prompts, --pictures and --check is wanted, got"
+    wanted = "give one of --prompts, --pictures and --check, not"
     assert f"{wanted} {'--prompts and --pictures' if both else 'none'}" in result.stderr
 
 
 def test_the_command_names_what_is_no_folder(tmp_path: Path) -> None:
     result = run("collect", "--pictures", tmp_path / "nowhere", "--out", tmp_path / "samples")
     assert result.exit_code == 2
-    assert "pictures is a folder, got" in result.stderr
+    assert "--pictures must be a folder, not" in result.stderr

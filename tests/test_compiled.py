@@ -258,7 +258,7 @@ def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
     names, learned = zip(*operator.params().items(), strict=True)
     learned = [x.detach().requires_grad_() for x in learned]
     assert names == ("proj.weight", "proj.bias")
-    arguments = (q, k, v, None, learned, "\n".join(names), token, False, None, False, "default")
+    arguments = (q, k, v, None, learned, "\n".join(names), token, operator.number, None, False, "default")
     torch.library.opcheck(torch.ops.dit_accel.layer.default, arguments)
     out = torch.ops.dit_accel.layer(*arguments)[0]
     assert (relative_error(out, torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))

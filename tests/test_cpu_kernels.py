@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
-from dit_accel.kernels.arguments import Arguments, SelectionArguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -199,7 +199,7 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
     monkeypatch.setattr(ops, "attention", record)
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     a, implementation = calls[0]
-    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in a)
+    given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ATTENTION.pack(a)]
     torch.library.opcheck(ops.attention_op, (implementation, *given))
 
 
@@ -256,9 +256,9 @@ def test_compiles_without_a_break(spec: AttentionSpec, biased: bool) -> None:
 @pytest.mark.parametrize(
     ("inputs", "shown"),
     [
-        pytest.param([torch.zeros(1, 1, 16, 12)] * 3, "head_dim of 8 to 256 in steps of 8, got 12", id="head-dim-12"),
-        pytest.param([torch.zeros(1, 1, 16, 264)] * 3, "got 264", id="head-dim-264"),
-        pytest.param([torch.zeros(1, 1, 16, 8, dtype=torch.float64)] * 3, "got torch.float64", id="float64"),
+        pytest.param([torch.zeros(1, 1, 16, 12)] * 3, "head_dim of 8 to 256 in steps of 8, not 12", id="head-dim-12"),
+        pytest.param([torch.zeros(1, 1, 16, 264)] * 3, "not 264", id="head-dim-264"),
+        pytest.param([torch.zeros(1, 1, 16, 8, dtype=torch.float64)] * 3, "not torch.float64", id="float64"),
         pytest.param([torch.zeros(1, 1, 16, 8, device="meta")] * 3, "on meta", id="meta"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Bit masks of partial blocks in the CPU kernels, against dense attention in float64 under the same masks."""
+"""The exact part of the CPU kernels by bit masks and windows, with other queries than keys, against dense attention in float64."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from helpers import assert_close_as_eager, spread
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments
 from dit_accel.kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
@@ -48,6 +48,7 @@ class Case:
     keys: int
     widths: tuple[int, int]
     text: int = 0
+    text_q: int | None = None  # as many
     text_first: bool = True
     head_dim: int = 24
     shared: bool = True  # one set of lists for all heads
@@ -73,6 +74,10 @@ class Case:
         """`[L, queries, keys]`: which pairs of image tokens are kept."""
         kept = torch.rand(len(visited), self.queries, self.keys, generator=seed) < 0.3
         kept[:, :, 0] = True
+        return self._by_blocks(kept, visited, whole)
+
+    def _by_blocks(self, kept: Tensor, visited: Tensor, whole: Tensor) -> Tensor:
+        """Kept pairs, but none where a block is not visited and all where it is whole."""
         for i, rows in enumerate(self._spans(self.q_starts)):
             for j, columns in enumerate(self._spans(self.k_starts)):
                 kept[:, rows, columns] &= visited[:, i, j, None, None]
@@ -94,8 +99,10 @@ class Case:
         return words(every), words(every.mT), of
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        sizes = [(BATCH, HEADS, n + self.text, self.head_dim) for n in (self.queries, self.keys, self.keys)]
         seed = torch.Generator().manual_seed(2)
+        text_q = self.text if self.text_q is None else self.text_q
+        tokens = (self.queries + text_q, self.keys + self.text, self.keys + self.text)
+        sizes = [(BATCH, HEADS, n, self.head_dim) for n in tokens]
         return [(s * torch.randn(size, generator=seed)).to(dtype) for s, size in zip((2.0, 1.0, 1.0), sizes, strict=True)]
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Arguments:
@@ -103,17 +110,18 @@ class Case:
         given = {
             "lists": lists, "counts": counts, "full": full, "mask_of": of, "masks": self.masks, "masks_t": self.masks_t,
             "q_starts": self.q_starts, "k_starts": self.k_starts, "q_width": self.widths[0], "k_width": self.widths[1],
-            "coords": torch.zeros(3, self.keys + 16, dtype=torch.int32), "text": self.text, "text_first": self.text_first,
-            "scale": self.head_dim**-0.5,
+            "coords": torch.zeros(3, self.keys + 16, dtype=torch.int32), "text": self.text, "text_q": self.text_q,
+            "text_first": self.text_first, "scale": self.head_dim**-0.5,
         }  # fmt: skip
         return Arguments(q=q, k=k, v=v, **(given | changed))
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Dense attention in the dtype given: text queries see all, all see the text's keys."""
         kept = torch.ones(BATCH, HEADS, q.shape[2], k.shape[2], dtype=torch.bool)
-        first = self.text if self.text_first else 0
+        text_q = q.shape[2] - self.queries
+        rows, columns = (text_q, self.text) if self.text_first else (0, 0)
         dense = self.dense.expand(BATCH * HEADS, -1, -1).unflatten(0, (BATCH, HEADS))
-        kept[:, :, first : first + self.queries, first : first + self.keys] = dense
+        kept[:, :, rows : rows + self.queries, columns : columns + self.keys] = dense
         logits = (self.head_dim**-0.5 * q @ k.mT).masked_fill(~kept, -torch.inf)
         return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
@@ -145,13 +153,100 @@ TEXTS = {"0": 0, "7": 7, "77": 77}
     indirect=["target"],
 )
 def test_random_masks_equal_dense(widths: tuple[int, int], text: int, head_dim: int, shared: bool) -> None:
-    assert_equals_dense(Case(150, 150, widths, text, text != 7, head_dim, shared))
+    assert_equals_dense(Case(150, 150, widths, text, text_first=text != 7, head_dim=head_dim, shared=shared))
+
+
+NUMBERS = {"17-150": (17, 150), "150-17": (150, 17), "61-200": (61, 200), "200-61": (200, 61)}
+TEXT_QUERIES = {"0": 0, "5": 5, "77": 77}
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(
+    ("numbers", "text", "text_q", "widths", "target"),
+    spread(4, NUMBERS, TEXTS, TEXT_QUERIES, {"16-64": (16, 64), "65-20": (65, 20)}, {t: t for t in TARGETS}),
+    indirect=["target"],
+)
+def test_other_queries_than_keys_equal_dense(numbers: tuple[int, int], text: int, text_q: int, widths: tuple[int, int]) -> None:
+    assert_equals_dense(Case(*numbers, widths, text, text_q, text_first=text_q != 5, shared=text != 7))
+
+
+@dataclass
+class Windows(Case):
+    """Random windows of `queries` over the keys of a grid, whatever the blocks are."""
+
+    grid: tuple[int, int, int] = (1, 1, 1)
+
+    def _dense(self, visited: Tensor, whole: Tensor, seed: torch.Generator) -> Tensor:
+        self.coords = torch.cartesian_prod(*(torch.arange(n) for n in self.grid)).T.int()
+        size, number = (2, 3, self.queries), 2
+        first = torch.randint(-2, 9, size, generator=seed)
+        self.windows = torch.stack([first, first + torch.randint(2, 9, size, generator=seed), torch.randint(0, 2, size, generator=seed)], 2)
+        self.residues = torch.randint(0, 2, (number, 3, self.keys), generator=seed)
+        low, high, mine = (x[..., None] for x in self.windows.unbind(2))
+        seen = (low <= self.coords[None, :, None]) & (self.coords[None, :, None] <= high) & (mine == self.residues[:, :, None])
+        axes = slice(0 if self.grid[0] > 1 else 1, None)  # an image has no windows along time
+        kept = seen[:, axes].all(1).any(0).expand(len(visited), -1, -1).clone()
+        return self._by_blocks(kept, visited, whole)
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Arguments:
+        pad = lambda x: torch.nn.functional.pad(x, (0, 16)).int().contiguous()  # noqa: E731
+        tables = {"coords": pad(self.coords), "windows": pad(self.windows), "residues": pad(self.residues)}
+        return super().arguments(q, k, v, masks=None, masks_t=None, mask_of=None, **tables, **changed)
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("grid", [(1, 9, 17), (3, 6, 7)], ids=["image", "video"])
+@pytest.mark.parametrize("queries", [40, 300])
+def test_windows_of_other_queries_than_keys_equal_dense(grid: tuple[int, int, int], queries: int) -> None:
+    assert_equals_dense(Windows(queries, math.prod(grid), (48, 32), text=7, text_q=0, grid=grid))
+
+
+@pytest.mark.usefixtures("target")
+def test_places_of_queries_and_keys_are_their_own() -> None:
+    case = Case(90, 150, (32, 64), 7, 3)
+    q, k, v = case.inputs(torch.float32)
+    wanted = ops.attention(case.arguments(q, k, v), "cpu")
+    seed = torch.Generator().manual_seed(3)
+    places_q, places_k = torch.randperm(90, generator=seed), torch.randperm(150, generator=seed)
+    rows, columns = (torch.cat([torch.arange(n), x + n]) for n, x in ((3, places_q), (7, places_k)))
+    moved = [torch.empty_like(x).index_copy(2, at, x) for x, at in ((q, rows), (k, columns), (v, columns))]
+    got = ops.attention(case.arguments(*moved, places_q=places_q.int(), places_k=places_k.int()), "cpu")
+    torch.testing.assert_close([x[:, :, rows] for x in got], list(wanted), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("numbers", [(150, 150), (61, 200)], ids=["equal", "other"])
+def test_obeys_the_rules_of_operators(numbers: tuple[int, int]) -> None:
+    case = Case(*numbers, (32, 64), 7, 3)
+    a = case.arguments(*(x.requires_grad_() for x in case.inputs(torch.float32)))
+    torch.library.opcheck(ops.attention_op, ("cpu", *ATTENTION.pack(a)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"rest": "pooled"},
+            "a pooled rest inside the kernel requires as many queries as keys, got 64 queries and 203 keys, of which 3 and",
+        ),
+        ({"rest": "linear"}, "a linear rest inside the kernel requires"),
+        ({"reach": 4}, "a disc by its reach requires the same image tokens .* give bit masks"),
+        ({"windows": torch.zeros(1, 3, 3, 77, dtype=torch.int32)}, "require the keys' residues"),
+        ({"text_q": 65}, "the text is a part of the tokens, got 65 of 64 queries"),
+        ({"v": torch.zeros(2, 2, 204, 24)}, r"k and v are \[B, H, Nk, D\] of the same B, H and D, got"),
+    ],
+    ids=["pooled", "linear", "reach", "windows", "text", "shape"],
+)
+def test_refuses_what_other_queries_than_keys_can_not_have(changed: dict[str, Any], said: str) -> None:
+    case = Case(61, 200, (32, 64), 3, 3)
+    a = case.arguments(*case.inputs(torch.float32))
+    with pytest.raises(ValueError, match=said):
+        ops.attention(a._replace(**changed), "cpu")
 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_bfloat16_masks(widths: tuple[int, int]) -> None:
-    case = Case(150, 150, widths, 7)
+    case = Case(110, 150, widths, 7, 3)
     qkv = case.inputs(torch.bfloat16)
     got = ops.attention(case.arguments(*qkv), "cpu")
     exact, eager = (case.oracle(*(x.to(d) for x in qkv)) for d in (torch.float64, torch.bfloat16))

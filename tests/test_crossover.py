@@ -87,7 +87,7 @@ def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any]
 def test_the_environment_is_refused_in_plain_words(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(guard.VARIABLE, said)
     pipe = tiny_pipe()
-    with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD is 'on' or 'off', got {said!r}"):
+    with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD must be 'on' or 'off', not {said!r}"):
         dit_accel.accelerate(pipe)
     assert not hasattr(pipe.transformer, CONTEXT)
 

@@ -15,7 +15,7 @@ from dit_accel.finetune import session as runs
 @pytest.mark.parametrize(
     ("mode", "settings", "says"),
     [
-        ("parameters", {"prompts": [*PROMPTS, PROMPTS[0]]}, "held-out prompts are never trained on"),
+        ("parameters", {"prompts": [*PROMPTS, PROMPTS[0]]}, "held-out prompts must not be trained on"),
         ("lora", {"train": "parameters"}, "leaves nothing to train"),
         ("lora", {"train": "lora", "parameter_steps": 3}, "nothing to fit"),
     ],

@@ -171,5 +171,5 @@ def test_prompts_are_shared_and_recorded_as_by_one(tmp_path: Path, two: Path) ->
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(results: list[dict[str, Any]]) -> None:
     assert [result["refused"] for result in results] == [
-        "batch_size is shared evenly by the processes: wanted a multiple of 2, got 3"
+        "batch_size must be a multiple of 2, the number of processes that share it, not 3"
     ] * 2  # fmt: skip

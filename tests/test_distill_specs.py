@@ -41,7 +41,7 @@ def test_each_step_runs_the_spec_that_it_drew(tmp_path: Path, monkeypatch: pytes
 def test_the_pipeline_keeps_its_own_spec(tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), DENSITIES[0])
     result = learn(pipe, tmp_path, **RUN)
-    assert {op.spec for op in operators_of(pipe).values()} == {pipe.transformer._dit_accel.context.spec} == {DENSITIES[0]}
+    assert {op.specs for op in operators_of(pipe).values()} == {(pipe.transformer._dit_accel.context.assignment.spec,)} == {(DENSITIES[0],)}
     assert result.error_after == velocity_error(pipe, Samples(tmp_path / "held-out"))
     assert {row["spec"] for row in result.parameter_history} > {0}
 
@@ -60,7 +60,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, stage: str) -> None:
     stopped.transformer.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         learn(stopped, tmp_path / "stopped", **RUN)
-    assert {op.spec for op in operators_of(stopped).values()} == {DENSITIES[0]}
+    assert {op.specs for op in operators_of(stopped).values()} == {(DENSITIES[0],)}
     got = learn(resumed, tmp_path / "stopped", **RUN)
     assert got.resumed_from == (0 if stage == "parameters" else 4)
     assert untimed(got) == dataclasses.replace(untimed(wanted), resumed_from=got.resumed_from)
@@ -77,13 +77,13 @@ OTHERS: dict[str, AttentionSpec] = {
 @pytest.mark.parametrize("spec", OTHERS.values(), ids=OTHERS)
 def test_a_spec_that_does_not_fit_is_refused(tmp_path: Path, spec: AttentionSpec) -> None:
     pipe = accelerate(prompt_pipe(), DENSITIES[0])
-    with unchanged(pipe), pytest.raises(DistillationError, match="specs have"):
+    with unchanged(pipe), pytest.raises(DistillationError, match="specs must have"):
         learn(pipe, tmp_path, specs=(DENSITIES[1], spec))
 
 
 @pytest.mark.parametrize("value", [0.5, "sla:0.1", (0.1, 0.2), None, (SLA,)])
 def test_what_is_no_spec_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match="specs is a tuple of AttentionSpec"):
+    with pytest.raises(ValueError, match="specs must be a tuple of AttentionSpec"):
         DistillConfig(specs=value)
 
 

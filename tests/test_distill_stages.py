@@ -63,7 +63,7 @@ def errors(pipe: Any, calls: list[Call]) -> list[tuple[str, Tensor]]:
     found = []
     for name, arguments, layout, original in calls:
         operator = operators_of(pipe)[name]
-        found.append((name, relative_error(attention(*arguments, operator.spec, layout, params=operator.params), original)))
+        found.append((name, relative_error(attention(*arguments, *operator.specs, layout, params=operator.params), original)))
     return found
 
 

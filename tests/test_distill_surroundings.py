@@ -20,6 +20,7 @@ from distill_fixtures import PROMPTS, learn, student, untimed
 from dit_accel import distill
 from dit_accel.finetune.data.collect import Samples, collect
 from dit_accel.finetune.distill import DistillResult
+from dit_accel.method.assignment import Assignment
 from dit_accel.patch.anatomy import plain_name
 from dit_accel.patch.lora import ADAPTER
 
@@ -78,7 +79,7 @@ def model(pipe: Any) -> dict[str, Any]:
         "hooks": {name: [list(getattr(m, kind)) for kind in kinds] for name, m in modules.items()},
         "checkpointing": transformer.is_gradient_checkpointing,
         "lora": ([name for name in active if name != ADAPTER], [x for x in scales if x]),
-        "patch": (context.enabled, context.always, context.dense_steps, context.spec),
+        "patch": (context.enabled, context.always, context.assignment, context.moment),
         "bar": dict(pipe._progress_bar_config),
     }
 
@@ -88,7 +89,8 @@ def particular(mode: str) -> Any:
     pipe = student(mode)
     if mode == "lora":
         tiny.add_lora(pipe)
-    pipe.transformer._dit_accel.context.dense_steps = 1
+    context = pipe.transformer._dit_accel.context
+    context.assignment = Assignment.of(context.assignment, dense_steps=1)
     pipe.transformer.train()
     pipe.transformer.x_embedder.eval()
     for number, parameter in enumerate(pipe.transformer.parameters()):

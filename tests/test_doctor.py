@@ -221,7 +221,7 @@ def test_a_card_without_triton_or_too_old_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dispatch, "TRITON", True)
     a_card(monkeypatch, 7)
     doctor._card(report)
-    assert "compute capability 8.0, got 7.0: use another card" in report.faults[1].says
+    assert "compute capability 8.0, this GPU has 7.0: use another card" in report.faults[1].says
 
 
 def test_a_torch_that_does_not_see_the_card_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_each_method_compiles_or_fails_by_itself(monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_architecture_is_refused_before_anything_is_checked() -> None:
     done = run("--arch", "sm_75")
     assert done.exit_code == 2
-    assert "arch is one of sm_80, sm_90, sm_100, sm_120, gfx942, got 'sm_75'" in done.output
+    assert "arch must be one of sm_80, sm_90, sm_100, sm_120, gfx942, not 'sm_75'" in done.output
 
 
 def test_a_damaged_file_of_tiles_is_named() -> None:
@@ -374,7 +374,7 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_is_checked(tm
     monkeypatch.setattr(doctor, "examine", lambda *_, **__: pytest.fail("checked"))
     done = run("--json", tmp_path)
     assert done.exit_code == 2
-    assert "--json names a file, got the folder" in done.output
+    assert "--json must name a file, not the folder" in done.output
 
 
 def test_help_waits_for_no_torch() -> None:

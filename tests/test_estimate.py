@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dit_accel.cli.app import app
 from dit_accel.measure.estimate import MODELS, estimate, gigaflops, tile_visits
 from dit_accel.method import Disc, Window
+from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator.cost import passes
 from dit_accel.operator.layout import TokenLayout
@@ -73,6 +74,26 @@ def test_passes_are_those_of_the_launches() -> None:
     assert [passes(spec) for spec in (None, CLEAR(8), SLA(0.1), Fovea(0.05), Fovea(radius=8))] == [4, 4, 8, 8, 6]
 
 
+def test_an_assignment_is_the_mean_of_its_layers_and_heads(tmp_path: Path) -> None:
+    """Half of the heads of FLUX's 19 double blocks keep the original attention, of its 57 blocks in all."""
+    rules = (Rule(CLEAR(8)), Rule(None, layers="transformer_blocks.*", heads=range(12)), Rule(CLEAR(32), tokens=(0, 4096)))
+    path = Assignment(rules).save(tmp_path / "plan.json")
+    original, method = (estimate("h100", "flux", (2048, 2048), spec) for spec in (None, CLEAR(8)))
+    done = CliRunner().invoke(app, ["estimate", "--size", "2048", "--method", str(path), "--out", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0, done.output
+    row, part = json.loads((tmp_path / "rows.json").read_text())["rows"][1], 19 / 57 / 2
+    for name in ("gflop_kept", "gflop_computed", "megabytes"):
+        assert row[name] == pytest.approx(part * original[name] + (1 - part) * method[name])
+    assert row["published_seconds"] is None
+
+
+def test_an_assignment_that_differs_by_step_has_no_estimate() -> None:
+    with pytest.raises(ValueError, match="an estimate is of one forward"):
+        estimate("h100", "flux", (1024, 1024), Assignment((Rule(CLEAR(8), steps=(1, None)),)))
+    with pytest.raises(ValueError, match="no layer is named"):
+        estimate("h100", "flux", (1024, 1024), Assignment((Rule(CLEAR(8), layers="blocks.*"),)))
+
+
 def test_video_tokens() -> None:
     """Wan at 81 frames of 832 × 480: 21 × 30 × 52 = 32,760 tokens."""
     assert estimate("rtx5090", "wan-1.3b", (480, 832), None, frames=81)["tokens"] == 32760
@@ -81,8 +102,8 @@ def test_video_tokens() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"gpu": "gtx1080"}, r"gpu is one of .*got 'gtx1080'"),
-        ({"model": "sdxl"}, r"model is one of .*got 'sdxl'"),
+        ({"gpu": "gtx1080"}, r"gpu must be one of .*not 'gtx1080'"),
+        ({"model": "sdxl"}, r"model must be one of .*not 'sdxl'"),
         ({"size": (1000, 1024)}, "multiples of 16 pixels"),
         ({"frames": 5}, "it makes images"),
         ({"model": "wan-14b", "frames": 80}, "1 plus a multiple of 4"),

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_parts import emb
 from torch import Tensor
 
-from dit_accel import CLEAR, accelerate, dense, restore
+from dit_accel import CLEAR, Assignment, Rule, accelerate, dense, restore
 from dit_accel.finetune.data.collect import Recorder, collect
 from dit_accel.measure import evaluation
 from dit_accel.measure.bootstrap import Bootstrap
@@ -217,6 +217,22 @@ def test_dense_steps_are_in_the_pictures_alone(tmp_path: Path) -> None:
     assert any(note.startswith("The first 2 steps") for note in record["notes"])
 
 
+@pytest.mark.usefixtures("numbers_only")
+def test_an_assignment_is_measured_where_it_runs(tmp_path: Path) -> None:
+    """One head of the single blocks runs, and in the last step alone: there the error is, and everything else is the original's."""
+    assignment = Assignment((Rule(METHOD, layers="single_*", heads=(1,), steps=(CALL["num_inference_steps"] - 1, None)),))
+    record = evaluate(accelerate(picture_pipe(), assignment), PROMPTS[:1], tmp_path, **CALL)
+    assert (record["method"], record["spec"], record["dense_steps"]) == (str(assignment), assignment.to_dict(), 0)
+    assert [head["layer"].partition(".")[0] for head in record["heads"]] == ["single_transformer_blocks"] * len(record["heads"])
+    assert [(head["error"][0], head["kept_mass"][0]) for head in record["heads"]] == [(0, 1)] * len(record["heads"])
+    assert all(head["error"][1] > 1e-3 for head in record["heads"])
+    assert all(0 < head["kept_mass"][1] < 1 for head in record["heads"])
+    *others, (last, error) = sorted((-level["timestep"], level["method"]["mean"]) for level in record["noise_levels"])
+    assert [error for _, error in others] == [0] * (CALL["num_inference_steps"] - 1)
+    assert error > 1e-3
+    assert -last == min(level["timestep"] for level in record["noise_levels"])
+
+
 def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
     record = evaluate(accelerate(picture_pipe(), METHOD), PROMPTS[:1], tmp_path, **CALL)
     assert record["interval"] is None
@@ -260,7 +276,7 @@ def test_intervals_are_seeded_and_paired() -> None:
     assert Bootstrap().interval(first) == Bootstrap().interval(first)
     low, high = Bootstrap().interval([a - b for a, b in zip(first, second, strict=True)])
     assert (low, high) == (0.5, 0.5)  # the same prompts in both, so nothing is left of what differs between prompts
-    with pytest.raises(ValueError, match="two prompts or more, got 1"):
+    with pytest.raises(ValueError, match="at least two prompts, not 1"):
         Bootstrap().interval([1.0])
 
 

@@ -28,17 +28,17 @@ def idle() -> Any:
 
 def test_refusals(idle: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="wanted a folder that can be written to"):
+    with pytest.raises(ValueError, match="can't be written to"):
         evaluate(idle, PROMPTS, tmp_path / "file" / "out", **CALL)
     for prompts in ([], [" "], "a panda"):
-        with pytest.raises(ValueError, match="prompts is a non-empty list of non-empty strings"):
+        with pytest.raises(ValueError, match="prompts must be a non-empty list of non-empty strings"):
             evaluate(idle, prompts, tmp_path / "out", **CALL)
-    with pytest.raises(ValueError, match="wanted a pipeline, which draws pictures, got FluxTransformer2DModel"):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel draws no pictures: pass a pipeline"):
         evaluate(idle.transformer, PROMPTS, tmp_path / "out", **CALL)
     for call, message in (
-        ({"num_frames": 9}, "wanted a pipeline that takes num_frames, got FluxPipeline"),
-        ({"output_type": "pil"}, "set for every run, got output_type among the call's arguments"),
-        ({"sigmas": {1, 2}}, "call arguments are numbers, strings, lists or None, got .*'sigmas'"),
+        ({"num_frames": 9}, "FluxPipeline takes no num_frames"),
+        ({"output_type": "pil"}, "set for every run: leave output_type out"),
+        ({"sigmas": {1, 2}}, "call arguments must be numbers, strings, lists or None, which .*'sigmas'"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(idle, PROMPTS, tmp_path / "out", **(CALL | call))
@@ -117,18 +117,21 @@ def test_an_adapter_is_evaluated_with_what_it_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "prompts are given either as arguments or as --prompts FILE, got neither"),
-        (["a cat", "--prompts", "x.txt"], "prompts are given either as arguments or as --prompts FILE, got both"),
-        ([" "], "a prompt is a text that is not empty, got an empty one"),
-        (["--prompts", "missing.txt"], "prompts is a text file with one prompt per line, got missing.txt: No such file or directory"),
-        (["--prompts", "empty.txt"], "prompts is a text file with one prompt per line, got no prompt in empty.txt"),
-        (["a cat", "--method", "none"], "evaluate wants an accelerated method, got 'none'"),
-        (["a cat", "--method", "fovea", "--adapter", "x"], "--adapter names the method itself: wanted it alone, got --method beside it"),
+        ([], "give prompts as arguments or as --prompts FILE"),
+        (["a cat", "--prompts", "x.txt"], "give prompts as arguments or as --prompts FILE, not both"),
+        ([" "], "a prompt must not be empty"),
+        (
+            ["--prompts", "missing.txt"],
+            "prompts must be a text file with one prompt per line, but missing.txt can't be read: No such file or directory",
+        ),
+        (["--prompts", "empty.txt"], "prompts must be a text file with one prompt per line, but empty.txt has none"),
+        (["a cat", "--method", "none"], "evaluate requires an accelerated method, not 'none'"),
+        (["a cat", "--method", "fovea", "--adapter", "x"], "--adapter names the method itself: leave --method out"),
         (
             ["a cat", "--size", "100x64"],
             "width and height must be multiples of 16 pixels, the side of one token: not 100x64, but 96x64, for example",
         ),
-        (["a cat", "--out", "empty.txt/below"], "wanted a folder that can be written to, got empty.txt/below: Not a directory"),
+        (["a cat", "--out", "empty.txt/below"], "the folder empty.txt/below can't be written to: Not a directory"),
     ],
 )
 def test_the_command_checks_before_it_loads(

@@ -153,8 +153,8 @@ def test_a_copy_has_the_settings_and_nothing_of_a_forward(way: Any) -> None:
     context = transformer._dit_accel.context
     twin = way(transformer)._dit_accel.context
     assert (context.layout is None, context.last is None) == (False, False)
-    assert (twin.layout, twin.last, twin.crossover, twin._parsed) == (None, None, None, ())
-    assert (twin.spec, twin.dense_steps, twin.trained_tokens) == (context.spec, 2, 99)
+    assert (twin.layout, twin.last, twin.crossovers, twin._parsed) == (None, None, {}, ())
+    assert (twin.assignment, twin.assignment.dense_steps, twin.trained_tokens) == (context.assignment, 2, 99)
     assert int(twin.tag) != int(context.tag)
 
 

@@ -1,14 +1,14 @@
 """Processes killed for good, at any moment and in the middle of writing a file: what is left continues to the same bits."""
 
 import dataclasses
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dit_accel.finetune.data.collect import Samples, collect, damaged_runs
 
 MANY = [f"{prompt} {number}" for number in range(4) for prompt in PROMPTS]
 RUN: dict[str, Any] = {"steps": 6, "parameter_steps": 6, "checkpoint_every": 2}
+SERVER = multiprocessing.get_context("forkserver")  # one process imports everything, and those that are killed are forked from it
 
 
 def _collect(folder: Path, before: Callable[..., None]) -> dict[str, bytes]:
@@ -71,8 +72,14 @@ PROGRAMS = {
 }
 
 
+def errors_of(folder: Path) -> Path:
+    """What the processes that work in a folder write to their stderr."""
+    return folder.with_name("stderr.txt")
+
+
 def child(name: str, folder: str, half: bool) -> None:
     """Run a program to be killed: slowly once it has begun, or stopping for ever within a file that is half written."""
+    os.dup2(os.open(errors_of(Path(folder)), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     program, real = PROGRAMS[name], files._save
 
     def slowly(*_: Any) -> None:
@@ -89,25 +96,33 @@ def child(name: str, folder: str, half: bool) -> None:
     program.run(Path(folder), slowly)
 
 
-def start(name: str, folder: Path, *, half: bool = False) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    """The process that the others are forked from finds this module."""
     tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    code = f"from test_kills import child; child({name!r}, {str(folder)!r}, {half})"
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
+        SERVER.set_forkserver_preload([__name__])
+        yield
 
 
-def kill(process: subprocess.Popen[str], ready: Callable[[], bool], delay: float) -> None:
+def start(name: str, folder: Path, *, half: bool = False) -> BaseProcess:
+    process = SERVER.Process(target=child, args=(name, str(folder), half))
+    process.start()
+    return process
+
+
+def kill(process: BaseProcess, folder: Path, ready: Callable[[], bool], delay: float) -> None:
     """SIGKILL so long after it is ready."""
     try:
         deadline = time.monotonic() + 120
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
+        while not ready() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay)
     finally:
         process.kill()
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, said[-3000:]
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL, errors_of(folder).read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +136,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_a_killed_process_left_continues_to_the_bit(tmp_path: Path, wanted: dict[str, Any], name: str, half: bool) -> None:
     program, folder, delay = PROGRAMS[name], tmp_path / "run", 0.0 if half else random.uniform(0, 0.4)
-    kill(start(name, folder, half=half), lambda: any((tmp_path if half else folder).glob("half" if half else program.begun)), delay)
+    kill(start(name, folder, half=half), folder, lambda: any((tmp_path if half else folder).glob("half" if half else program.begun)), delay)
     left = [path for path in folder.iterdir() if path.name.startswith(".")]
     assert len(left) == 1 or not half
     assert "parameters" not in program.half or not any(folder.glob("checkpoint-*"))
@@ -134,8 +149,8 @@ def test_two_processes_fill_a_folder_and_both_are_killed(tmp_path: Path, wanted:
     delays = [random.uniform(0, 0.2), random.uniform(0, 0.2)]
     first, second = start("collect", folder), start("collect", folder)
     try:
-        kill(first, lambda: len(list(folder.glob("run-*"))) >= 2, delays[0])
-        kill(second, lambda: len(list(folder.glob("run-*"))) >= 4, delays[1])
+        kill(first, folder, lambda: len(list(folder.glob("run-*"))) >= 2, delays[0])
+        kill(second, folder, lambda: len(list(folder.glob("run-*"))) >= 4, delays[1])
     finally:
         for process in (first, second):
             process.kill()
@@ -143,10 +158,11 @@ def test_two_processes_fill_a_folder_and_both_are_killed(tmp_path: Path, wanted:
     assert 4 <= len(Samples(folder).entries) < len(MANY), delays
     third, fourth = start("collect", folder), start("collect", folder)
     try:
-        said = [process.communicate(timeout=120)[1] for process in (third, fourth)]
+        for process in (third, fourth):
+            process.join(120)
     finally:
         for process in (third, fourth):
             process.kill()
-    assert [process.returncode for process in (third, fourth)] == [0, 0], "\n".join(text[-3000:] for text in said)
+    assert [process.exitcode for process in (third, fourth)] == [0, 0], errors_of(folder).read_text()[-3000:]
     got = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
     assert got == wanted["collect"], delays

@@ -184,6 +184,19 @@ def test_working_folders_are_linked_into_the_package(name: str) -> None:
     assert link.readlink() == Path("..", name)
 
 
+def test_a_checkout_without_symbolic_links_says_so(tmp_path: Path) -> None:
+    package = tmp_path / "dit_accel"
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / "dit_accel" / "__init__.py").read_text())
+    for name in LINKS:
+        (package / name).write_text(f"../{name}")  # what git writes where it can't make a link
+    code = "import dit_accel; dit_accel.builtin_pipeline"
+    # without site-packages, where an editable installation leads to the rooms of another checkout
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: this checkout of dit_accel has text files in the place of its symbolic links" in done.stderr
+    assert "git config core.symlinks true" in done.stderr
+
+
 def test_kernels_shadows_no_other_package() -> None:
     """With an __init__.py, the folder at the root would be found in place of Hugging Face's `kernels`, which diffusers looks for."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

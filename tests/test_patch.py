@@ -116,19 +116,21 @@ def test_forms_of_one_forward_agree(form: str) -> None:
     assert torch.equal(got, wanted)
 
 
-def test_layers_on_another_device_have_their_plan_there() -> None:
+def test_layers_on_another_device_have_their_plan_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformer spread over several devices: the plan follows the layer, the layout is one."""
     transformer = dit_accel.accelerate(tiny_transformer(), Fovea(0.3))
     transformer(**forward_arguments())
     context, asked = transformer._dit_accel.context, []
 
-    def method(query: Tensor, key: Tensor, value: Tensor, layout: Any, plan: Any, scale: float | None, bias: Tensor | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, spec: Any, layout: Any, plan: Any, *_: Any, text_bias: Any) -> tuple[Tensor]:
         asked.append((layout, plan))
-        return query
+        return (query,)
 
+    monkeypatch.setattr(processor, "attend", attend)
+    operator = next(iter(operators_of(transformer).values()))
     for device in ("cpu", "meta"):
         q = torch.empty(1, 2, 425 + TEXT, 16, device=device)
-        processor.accelerated(q, q, q, None, None, context.last, False, method)
+        processor.arranged(q, q, q, None, None, context.last, False, operator.attend)
     (layout, near), (there, far) = asked
     assert there == layout
     assert {near.coords.device.type, near.geometry.coords.device.type} == {"cpu"}

@@ -85,8 +85,8 @@ def test_scaled_logits_are_not_left_to_the_original() -> None:
     class Loses:
         loses = True
 
-    context.crossover = Loses()  # type: ignore[assignment]
+    context.crossovers[Fovea()] = Loses()  # type: ignore[assignment]
     with torch.no_grad():
-        assert not context.leaves
+        assert not context.leaves(Fovea())
         context.trained_tokens = None
-        assert context.leaves
+        assert context.leaves(Fovea())

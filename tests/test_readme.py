@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from test_cli import ROOT
 import dit_accel
 from dit_accel.cli.app import app
 
-PLACES = ("README.md", "docs/*.md", "*/README.md", "pipelines/*/weights/README.md")
+PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md", "pipelines/*/weights/README.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 ROOT_COMMAND = typer.main.get_command(app)
 
@@ -49,6 +50,44 @@ def test_a_stale_option_would_be_found() -> None:
         understand(["bench", "step", "--gone", "1"])
     assert len(documented()) > 10
     assert len(examples()) > 8
+
+
+def shell_lines() -> list[str]:
+    """The commands of CONTRIBUTING.md: whole lines between fences, and what is between backticks."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    fenced = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    inline = [" ".join(line.split()) for line in re.findall(r"`((?:\.venv/bin|\.ci|git|make|tests)[ /][^`]+)`", text)]
+    return [line for line in [*fenced, *inline] if line]
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_every_command_for_contributors_finds_what_it_names(line: str) -> None:
+    """Programs are installed, files and make's targets are there, and tests that are chosen by a word exist."""
+    program, *words = shlex.split(line)
+    if program == "make":
+        assert set(words) <= {target.split(":")[0] for target in (ROOT / "Makefile").read_text().splitlines() if ":" in target}
+    elif program == "git":
+        assert words[0] in ("config", "checkout")
+    elif program.startswith(".venv/bin/"):
+        assert Path(sys.executable).with_name(program.removeprefix(".venv/bin/")).exists()
+    else:
+        assert (ROOT / program).exists()
+    files = [word for word in [program, *words] if word.startswith("tests/") or word.endswith((".py", ".md"))]
+    assert [word for word in files if not (ROOT / word).is_file()] == []
+    if "-k" in words:
+        named = [text for word in files for text in (ROOT / word).read_text().splitlines() if text.startswith("def test_") or '"' in text]
+        assert any(words[words.index("-k") + 1] in text for text in named)
+
+
+def test_commands_for_contributors_are_found() -> None:
+    assert len(shell_lines()) > 8
+
+
+def test_every_file_that_contributors_are_pointed_to_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {*re.findall(r"\]\(([^)#]+)\)", text), *re.findall(r"`((?:dit_accel|kernels|pipelines|finetune|tests|docs)/[\w./]*)`", text)}
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def blocks(page: Path) -> list[str]:

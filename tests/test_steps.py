@@ -15,11 +15,17 @@ from test_families import SPARSE, Tiny
 from torch import Tensor
 
 import dit_accel
+from dit_accel.method.assignment import Assignment
 from dit_accel.patch.steps import Steps
 
 WITH_IDS, WITHOUT = "flux", "sd3"
 FEW = ["flux", "sd3", "wan"]
 MORE = ["z_image", "ltx", "qwen_image", "hunyuan_video", "cogvideox"]  # the last one's scheduler tells no index of its step
+
+
+def give_dense_steps(model: Any, steps: int) -> None:
+    context = model._dit_accel.context
+    context.assignment = Assignment.of(context.assignment.after_dense_steps, dense_steps=steps)
 
 
 class Counted:
@@ -28,11 +34,9 @@ class Counted:
     def __init__(self, name: str, calls: list[Any], dense_steps: int = 1) -> None:
         self.tiny, self.calls = Tiny(name), calls
         self.pipe = dit_accel.accelerate(self.tiny.pipe, SPARSE["fovea"], strict=True)
-        for model in self.tiny.transformers:
-            model._dit_accel.context.dense_steps = 0
         self.layers = self.count(num_inference_steps=2)[0] // 2  # calls per step
         for model in self.tiny.transformers:
-            model._dit_accel.context.dense_steps = dense_steps
+            give_dense_steps(model, dense_steps)
 
     def count(self, **changes: Any) -> tuple[int, Tensor]:
         """Calls of the operator in one run, and what it draws."""
@@ -230,14 +234,14 @@ def test_a_bare_transformer_is_counted_by_its_timesteps(runs: list[list[float]],
 def test_timesteps_that_bfloat16_rounds_together_are_steps() -> None:
     steps, latents = Steps(), [normal(1, 4, seed=n) for n in range(4)]
     times = [torch.tensor([t], dtype=torch.bfloat16) for t in (1.0, 0.9999, 0.9998, 0.5)]
-    assert [steps.index(t, x) for t, x in zip(times, latents, strict=True) for _ in range(2)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [steps.moment(t, x).step for t, x in zip(times, latents, strict=True) for _ in range(2)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_tokens_with_timesteps_of_their_own() -> None:
     """The first frame of a video is given: its timestep stays where the others' fall."""
     steps = Steps()
     times = [torch.tensor([[0.0, t, t]]) for t in (1.0, 0.6, 0.2, 1.0, 0.6)]
-    assert [steps.index(t, normal(1, 4)) for t in times] == [0, 1, 2, 0, 1]
+    assert [steps.moment(t, normal(1, 4)).step for t in times] == [0, 1, 2, 0, 1]
 
 
 class Frames:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
-from dit_accel.kernels.arguments import Arguments, SelectionArguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
 from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
 from dit_accel.kernels.triton.tables import Machine
@@ -398,7 +398,7 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
     monkeypatch.setattr(ops, "attention", lambda *args: (found.append(args), real(*args))[1])
     run(shape.inputs(grad=True), spec, shape.layout, random_parameters(spec, shape), shape.text_bias() if biased else None)
     a, implementation = found[0]
-    given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in a)
+    given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ATTENTION.pack(a)]
     torch.library.opcheck(
         ops.attention_op, (implementation, *given), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -421,8 +421,8 @@ def test_bit_masks_are_refused() -> None:
     ("device", "dtype", "head_dim", "reason"),
     [
         ("meta", torch.float32, 64, "the tensors are on meta"),
-        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, got torch.float64"),
-        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, got 36"),
+        (str(DEVICE), torch.float64, 64, "take float32, bfloat16 or float16, not torch.float64"),
+        (str(DEVICE), torch.float32, 36, "head_dim of 8 to 256 in steps of 8, not 36"),
     ],
 )
 def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
@@ -433,7 +433,7 @@ def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: st
 
 def test_a_linear_rest_ends_at_128() -> None:
     assert dispatch.triton_refusal(DEVICE, torch.float32, 160) is None
-    assert "linear rest up to head_dim 128, got 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
+    assert "linear rest up to head_dim 128, not 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

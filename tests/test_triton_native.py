@@ -21,7 +21,7 @@ from dit_accel.operator.attention import attend, attention
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")]
 
 CUDA = torch.device("cuda")
 SPECS = {
@@ -161,7 +161,7 @@ def test_nothing_waits_for_the_card(spec: AttentionSpec) -> None:
     step.assert_right(got)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two CUDA devices")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two CUDA devices")
 def test_a_second_card_computes_what_the_first_does() -> None:
     spec, (first, second) = SPECS["fovea"], (torch.device("cuda", n) for n in range(2))
     found = []

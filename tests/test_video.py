@@ -74,10 +74,10 @@ def test_an_mp4_holds_the_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "frames", "fps", "words"),
     [
-        ("a.webm", clip(), 8, r"a clip's name ends in \.gif or \.mp4, got"),
-        ("a.gif", clip()[0], 8, r"wanted frames \[F, 3, H, W\], at least one, got \(3, 32, 48\)"),
-        ("a.gif", clip()[:0], 8, r"at least one, got \(0, 3, 32, 48\)"),
-        ("a.gif", clip(), 0, "fps is 1 to 100 frames a second, got 0"),
+        ("a.webm", clip(), 8, r"the name of a clip must end in \.gif or \.mp4, not"),
+        ("a.gif", clip()[0], 8, r"frames must have shape \[F, 3, H, W\] with F >= 1, not \(3, 32, 48\)"),
+        ("a.gif", clip()[:0], 8, r"with F >= 1, not \(0, 3, 32, 48\)"),
+        ("a.gif", clip(), 0, "fps must be 1 to 100 frames a second, not 0"),
     ],
 )
 def test_what_is_no_clip_is_refused(name: str, frames: Tensor, fps: int, words: str, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_what_is_no_clip_is_refused(name: str, frames: Tensor, fps: int, words: 
 
 def test_mp4_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"MP4 wants imageio\[ffmpeg\] \(pip install 'dit-accel\[video\]'\), which is not installed"):
+    with pytest.raises(ValueError, match=r"requires imageio\[ffmpeg\], which is not installed: pip install 'dit-accel\[video\]'"):
         save_video(clip(), tmp_path / "a.mp4")
     assert save_video(clip(), tmp_path / "a.gif").exists()
 
@@ -142,7 +142,7 @@ def test_bench_draw(model: str, tmp_path: Path) -> None:
     assert sparse["psnr"] < 60 < whole["psnr"]
     assert whole["change"] == pytest.approx(1, abs=1e-3)
     assert min(sparse["original"], sparse["accelerated"]) > 0
-    assert fail("bench", "draw", "--method", "none").startswith("bench draw wants accelerated methods")
+    assert fail("bench", "draw", "--method", "none").startswith("bench draw requires accelerated methods")
 
 
 def test_bench_draw_of_an_adapter(model: str, tmp_path: Path) -> None:
@@ -164,17 +164,17 @@ def test_bench_draw_of_an_adapter(model: str, tmp_path: Path) -> None:
 
 def test_errors_before_a_model_is_loaded(tmp_path: Path) -> None:
     out = ["--out", tmp_path / "a.gif"]
-    assert fail("generate", "x", "--frames", 9, *out) == "--frames and --fps want --video, got none"
-    assert fail("generate", "x", "--video", "--hires", *out) == "--hires draws pictures: wanted it or --video, got both"
-    assert fail("generate", "x", "--video", "--out", tmp_path / "a.png").startswith("a clip's name ends in .gif or .mp4, got")
+    assert fail("generate", "x", "--frames", 9, *out) == "--frames and --fps require --video"
+    assert fail("generate", "x", "--video", "--hires", *out) == "--hires draws pictures: give it or --video, not both"
+    assert fail("generate", "x", "--video", "--out", tmp_path / "a.png").startswith("the name of a clip must end in .gif or .mp4, not")
 
 
 def test_pictures_and_videos_are_not_taken_for_each_other(model: str, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     make_tiny().save_pretrained(pictures)
-    wanted = "wanted a model that makes videos, got FluxPipeline, which makes pictures"
+    wanted = "FluxPipeline makes pictures: leave frames out, or use another model"
     assert fail("generate", "x", "--video", "--model", pictures, *SMALL, "--out", tmp_path / "a.gif") == wanted
-    wanted = "wanted a model that makes pictures, as no frames were asked for, got WanPipeline, which makes videos"
+    wanted = "WanPipeline makes videos: give its number of frames, or use another model"
     assert fail("generate", "x", "--model", model, *SMALL, "--out", tmp_path / "a.png") == wanted
     assert wanted in run("evaluate", "x", "--model", model, *SMALL, "--out", tmp_path / "evaluation").stderr
 

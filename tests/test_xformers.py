@@ -63,9 +63,9 @@ def test_without_text_nothing_is_dense(calls: list[tuple[torch.Size, torch.Size]
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "gradient", "reason"),
     [
-        ("cpu", torch.float32, 64, False, "wants a CUDA device, the tensors are on cpu"),
-        ("cuda", torch.float64, 64, False, "got torch.float64 of 64"),
-        ("cuda", torch.float16, 260, False, "got torch.float16 of 260"),
+        ("cpu", torch.float32, 64, False, "requires a CUDA device, the tensors are on cpu"),
+        ("cuda", torch.float64, 64, False, "not torch.float64 of 64"),
+        ("cuda", torch.float16, 260, False, "not torch.float16 of 260"),
         ("cuda", torch.float16, 64, True, "no gradient of the lse"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What was trained, on disk: folders, published checkpoints, model cards."""
+"""Trained methods on disk: folders, published checkpoints, model cards."""

@@ -1,4 +1,4 @@
-"""What a pipeline's weights are called and under which licence they are, as far as this machine knows: nothing is asked of the hub."""
+"""Name and licence of a pipeline's weights, as far as this machine knows them: the hub is not asked."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 
 def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
-    """The hub id or folder that a pipeline was loaded from, or its transformer where that stands alone; empty where it was made here."""
+    """The hub id or folder that a pipeline was loaded from, or its transformer where that was passed; empty where it was made here."""
     for loaded in (pipe_or_transformer, transformer):
         name = str(getattr(loaded, "config", {}).get("_name_or_path") or "")
         if name:
@@ -22,7 +22,7 @@ def base_model_name(pipe_or_transformer: Any, transformer: Any) -> str:
 
 
 def public_name(name: str) -> str:
-    """What may be told to others: the hub id itself, or the last part of a local folder's path, the pipeline's where it is one of its
+    """The name that may be published: the hub id itself, or the last part of a local folder's path, the pipeline's where it is one of its
     parts'."""
     folder = Path(name)
     local = folder.is_dir() or not HUB_ID.fullmatch(name) or name.startswith(".")

@@ -26,12 +26,14 @@ from torch import Tensor
 from dit_accel.adapters.base_model import base_model_name, licence_of, public_name
 from dit_accel.adapters.importers import Base, Checkpoint, import_file, local_file, plain_parameters
 from dit_accel.adapters.model_card import CARD, PICTURES, write_card
-from dit_accel.errors import AdapterError
+from dit_accel.errors import AdapterError, ArgumentError
 from dit_accel.files import staged, write_json, write_tensors
+from dit_accel.method.assignment import Assignment
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.patch.anatomy import OWN, attention_layers, check_unfused, find_transformers, heads_of, plain_name, projection_names
 from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, same_weights
 from dit_accel.patch.fingerprint import check as check_fingerprint
+from dit_accel.patch.heads import Layer, joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
 from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
 from dit_accel.patch.state import Patch, operators_of, patches_of
@@ -43,7 +45,8 @@ P = TypeVar("P")
 CONFIG, WEIGHTS = "dit_accel_config.json", "diffusion_pytorch_model.safetensors"
 LORA, FULL = "pytorch_lora_weights.safetensors", "attention_weights.safetensors"
 WHOLE = "transformer_weights.safetensors"
-VERSION = 1
+VERSION = 2
+FIRST_VERSION = 1  # one spec, and how many first steps it leaves to the original attention, in the place of an assignment
 
 
 class DitAccelAdapter(ModelMixin, ConfigMixin):
@@ -54,20 +57,21 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        spec: dict[str, Any],
+        assignment: dict[str, Any],
         layers: dict[str, tuple[int, int]],  # attention module -> (heads, head_dim)
         base_model_class: str,
         base_model_name: str = "",
         base_model_hash: str = "",
         base_model_fingerprint: Fingerprint | None = None,
-        dense_steps: int = 0,
         training: dict[str, Any] | None = None,
         files: dict[str, str] | None = None,  # file -> SHA-256
         version: int = VERSION,
     ) -> None:
         super().__init__()
-        parsed = AttentionSpec.from_dict(spec)
-        made = {name: parsed.make_parameters(heads=heads, head_dim=width) for name, (heads, width) in layers.items()}
+        parsed = Assignment.from_dict(assignment)
+        made = {
+            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, alone=False)) for name, (heads, width) in layers.items()
+        }
         self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
         self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
 
@@ -75,7 +79,7 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
     """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
 
-    `training` is a record kept in the config and shown on the card, as are the pictures that lie in the folder.
+    `training` is a record kept in the config and shown on the card, as are the pictures in the folder.
 
     Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
     was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
@@ -83,7 +87,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
-        raise AdapterError(f"wanted one accelerated transformer, got {len(patches)}")
+        raise AdapterError(f"an adapter is of one transformer, but {len(patches)} are accelerated: pass one of them")
     model, patch = patches[0]
     operators = operators_of(model)
     folder = Path(folder)
@@ -104,13 +108,12 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
                 name, full = _full_weights(model, patch, holders)
                 written[name] = write_tensors(stage / name, full, {"format": "pt"})
             adapter = DitAccelAdapter(
-                spec=patch.context.spec.to_dict(),
+                assignment=patch.context.assignment.to_dict(),
                 layers={name: (op.heads, op.head_dim) for name, op in operators.items()},
                 base_model_class=class_of(model).__name__,
                 base_model_name=public_name(loaded_from),
                 base_model_hash=known_hash(model),
                 base_model_fingerprint=fingerprint(model),
-                dense_steps=patch.context.dense_steps,
                 training=training,
                 files={name: _sha256(path) for name, path in written.items()},
             )
@@ -120,7 +123,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
             (folder / name).unlink(missing_ok=True)  # of an adapter saved here before
         write_card(folder, config, licence_of(loaded_from))
     except OSError as error:  # a WriteError is one
-        raise AdapterError(f"wanted to write an adapter to {folder}, which failed: {error}") from error
+        raise AdapterError(f"the adapter can't be written to {folder}: {error}") from error
     return folder
 
 
@@ -171,7 +174,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     Args:
         path_or_repo: a folder of `save_adapter` or its hub id, or a checkpoint that others published: a file, or
             `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
-            projection (`importers`). Their weights stand in for the transformer's own until `restore`; `dense` runs its own.
+            projection (`importers`). Their weights replace the transformer's own until `restore`; `dense` runs its own.
         spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
         backend, strict: as in `accelerate`.
 
@@ -181,9 +184,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     """
     models = find_transformers(pipe)
     if len(models) != 1:
-        raise AdapterError(
-            f"wanted a pipeline with one transformer, or one transformer of its {len(models)}, each with an adapter of its own"
-        )
+        raise AdapterError(f"the pipeline has {len(models)} transformers, each with an adapter of its own: pass one of them")
     (model,) = models
     file = local_file(path_or_repo)
     found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
@@ -191,7 +192,7 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
         check_unfused(model, found.layers, AdapterError)
         if is_offloaded(model):
             raise AdapterError(f"{type(model).__name__} is offloaded: load the adapter before offloading")
-    accelerate(pipe, found.spec, layers=lambda name, _: name in found.layers, dense_steps=found.dense_steps, backend=backend, strict=strict)
+    accelerate(pipe, found.assignment, layers=lambda name, _: name in found.layers, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
         differs = found.base is not None and not _same_base(model, found.base)
@@ -212,24 +213,23 @@ def _same_base(model: Any, base: Base) -> bool:
 
 
 def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
-    """What a folder of `save_adapter` holds, checked against the model."""
+    """The tensors in a folder of `save_adapter`, checked against the model."""
     config = read_config(folder)
     if spec is not None:
-        raise AdapterError(f"the adapter in {folder} names its method itself: wanted no spec, got {spec}")
+        raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")
     tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
-    spec = _parse(folder, config)
-    _check_architecture(model, config, spec, tensors)
+    assignment = _parse(folder, config)
+    _check_architecture(model, config, assignment, tensors)
     prefixes = {f"layers.{layer.replace('.', '__')}.": f"{layer}{OWN}" for layer in config["layers"]}
     parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
     own = {ours + key.removeprefix(prefix): tensors[WEIGHTS][key] for key, (prefix, ours) in parts.items()}
     matters = config["base_model_hash"] and WHOLE not in tensors  # where all weights are the adapter's, the model's own don't
     return Checkpoint(
-        spec,
+        assignment,
         config["layers"],
         own,
         tensors.get(WHOLE, tensors.get(FULL, {})),
         tensors.get(LORA, {}),
-        config["dense_steps"],
         Base(config["base_model_name"], config["base_model_hash"], config["base_model_fingerprint"]) if matters else None,
     )
 
@@ -250,29 +250,34 @@ def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, 
         address = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE, CARD, *shown])
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise AdapterError(f"wanted to upload {folder} to {repo!r}, which failed: {error}") from error
+        raise AdapterError(f"{folder} can't be uploaded to {repo!r}: {error}") from error
     return address
 
 
-def _parse(folder: Path, config: dict[str, Any]) -> AttentionSpec:
-    """The config's spec, its other values checked on the way."""
-    layers, steps = config["layers"], config["dense_steps"]
+def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
+    """The config's assignment, its other values checked on the way."""
+    layers = config["layers"]
     sizes = (
         isinstance(layers, dict)
         and layers
         and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int and n >= 1 for n in v) for v in layers.values())
     )
-    if not sizes or type(steps) is not int or steps < 0:
-        raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each and dense_steps >= 0, got {layers} and {steps}")
+    if not sizes:
+        raise AdapterError(f"{folder / CONFIG} must have layers with [heads, width] each, not {layers}")
     try:
         if config["base_model_fingerprint"] is not None:
             check_fingerprint(config["base_model_fingerprint"])
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
     try:
-        return AttentionSpec.from_dict(config["spec"])
+        assignment = Assignment.from_dict(config["assignment"])
+        for name, (heads, width) in layers.items():
+            if not assignment.specs_of(name):
+                raise ArgumentError(f"no rule of its assignment gives a spec to the layer {name}")
+            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, alone=False))
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
+        raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
+    return assignment
 
 
 def local_folder(path_or_repo: str | Path) -> Path:
@@ -281,76 +286,90 @@ def local_folder(path_or_repo: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if isinstance(path_or_repo, Path) or path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/")):
-        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {str(path_or_repo)!r}")
+        raise AdapterError(f"{str(path_or_repo)!r} is neither a folder made by save_adapter nor a hub id owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_repo, allow_patterns=[CONFIG, WEIGHTS, LORA, FULL, WHOLE]))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"wanted a folder made by save_adapter or a hub id owner/name, got {path_or_repo!r}: {error}") from error
+        raise AdapterError(f"{path_or_repo!r} is neither a folder made by save_adapter nor the id of one on the hub: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config with exactly the fields that DitAccelAdapter has."""
+    """The adapter's config with exactly the fields that DitAccelAdapter has; one of the first format in the form of today's."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise AdapterError(f"wanted {CONFIG} in {folder}: {error}") from error
+        raise AdapterError(f"{CONFIG} in {folder} can't be read: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"wanted a JSON object in {folder / CONFIG}, got {type(config).__name__}")
+        raise AdapterError(f"{folder / CONFIG} must hold a JSON object, not a {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
-    wanted = {
-        "spec", "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "dense_steps", "training",
-        "files", "version",
+    if config.get("version") not in (VERSION, FIRST_VERSION):
+        raise AdapterError(f"{folder / CONFIG} must have version {VERSION} or {FIRST_VERSION}, not {config.get('version')}")
+    method = {"assignment"} if config["version"] == VERSION else {"spec", "dense_steps"}
+    wanted = method | {
+        "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "training", "files", "version",
     }  # fmt: skip
     config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
     if set(config) != wanted:
-        raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
-    if config["version"] != VERSION:
-        raise AdapterError(f"{folder / CONFIG} wants version {VERSION}, got {config['version']}")
+        raise AdapterError(f"{folder / CONFIG} must have the fields {sorted(wanted)}, not {sorted(config)}")
+    if config["version"] == FIRST_VERSION:
+        config["assignment"] = _assignment_of_first(folder, config.pop("spec"), config.pop("dense_steps"))
     files = config["files"]
     if not isinstance(files, dict) or WEIGHTS not in files or not set(files) <= {WEIGHTS, LORA, FULL, WHOLE} or {FULL, WHOLE} <= set(files):
-        raise AdapterError(f"{folder / CONFIG} wants the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, got {files}")
+        raise AdapterError(f"{folder / CONFIG} must name the files {WEIGHTS}, perhaps {LORA}, perhaps {FULL} or {WHOLE}, not {files}")
     return config
+
+
+def _assignment_of_first(folder: Path, spec: Any, dense_steps: Any) -> dict[str, Any]:
+    """What a config of the first format says, as an assignment."""
+    if type(dense_steps) is not int or dense_steps < 0:
+        raise AdapterError(f"{folder / CONFIG} must have dense_steps >= 0, not {dense_steps}")
+    try:
+        return Assignment.of(AttentionSpec.from_dict(spec), dense_steps=dense_steps).to_dict()
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         found = _sha256(path)
         if found != digest:
-            raise AdapterError(f"{path} is damaged or altered: wanted SHA-256 {digest[:16]}, got {found[:16]}")
+            raise AdapterError(f"{path} is damaged or altered: its SHA-256 is {found[:16]}, not {digest[:16]}")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"wanted a readable {path}: {error}") from error
+        raise AdapterError(f"{path} can't be read: {error}") from error
 
 
-def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec, tensors: dict[str, dict[str, Tensor]]) -> None:
+def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignment, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Raise AdapterError unless class, layers and every tensor's name and shape fit the model, in both directions."""
     if LORA in tensors and ADAPTER in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model already has a LoRA named {ADAPTER!r}; delete it first")
     if LORA in tensors and switched_off(model):
-        raise AdapterError(
-            "the model's LoRA is switched off, and so would be the adapter's: wanted enable_lora() or delete_adapters() before"
-        )
+        raise AdapterError("LoRA is disabled on this model, and the adapter's would be too: call enable_lora() or delete_adapters() first")
     if LORA in tensors:
         check_no_fused(model, AdapterError)
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
-        raise AdapterError(f"the adapter wants a {config['base_model_class']}, got {type(model).__name__}")
+        raise AdapterError(f"the adapter is for a {config['base_model_class']}, not for a {type(model).__name__}")
     modules: dict[str, Any] = dict(model.named_modules())
     layers = attention_layers(model)
     for name, (heads, width) in config["layers"].items():
         got = heads_of(model, name, layers[name]) if name in layers else None
         if got != (heads, width):
-            raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
-    own = DitAccelAdapter(spec=spec.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
+            raise AdapterError(f"the adapter is for {name} with {heads} heads of {width}, but the model has {got or 'no such layer'}")
+    try:
+        assignment.check([{name: heads_of(model, name, module)[0] for name, module in layers.items()}])
+    except ArgumentError as error:
+        raise AdapterError(f"the adapter's assignment does not fit the model: {error}") from error
+    own = DitAccelAdapter(assignment=assignment.to_dict(), layers=config["layers"], base_model_class=config["base_model_class"])
     _compare(WEIGHTS, {k: tuple(v.shape) for k, v in own.state_dict().items()}, tensors[WEIGHTS])
     projections = projection_names(model, config["layers"]) if {LORA, FULL} & set(tensors) else []
     if LORA in tensors:
         rank = next((v.shape[0] for k, v in tensors[LORA].items() if ".lora_A." in k), 1)
-        wanted = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
-        wanted |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
-        _compare(LORA, wanted, tensors[LORA])
+        expected = {f"transformer.{n}.lora_A.weight": (rank, modules[n].in_features) for n in projections}
+        expected |= {f"transformer.{n}.lora_B.weight": (modules[n].out_features, rank) for n in projections}
+        _compare(LORA, expected, tensors[LORA])
     parameters = {k: tuple(p.shape) for k, p in plain_parameters(model).items()}
     if FULL in tensors:
         _compare(FULL, {k: v for k, v in parameters.items() if k.rpartition(".")[0] in projections}, tensors[FULL])
@@ -358,13 +377,13 @@ def _check_architecture(model: Any, config: dict[str, Any], spec: AttentionSpec,
         _compare(WHOLE, parameters, tensors[WHOLE])
 
 
-def _compare(file: str, wanted: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
+def _compare(file: str, expected: Mapping[str, tuple[int, ...]], got: dict[str, Tensor]) -> None:
     found = {k: tuple(v.shape) for k, v in got.items()}
-    if found == wanted:
+    if found == expected:
         return
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong = sorted(k for k in set(wanted) & set(found) if wanted[k] != found[k])
-    shapes = [f"{k}: wanted {wanted[k]}, got {found[k]}" for k in wrong]
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(found) if expected[k] != found[k])
+    shapes = [f"{k}: {found[k]}, not {expected[k]}" for k in wrong]
     raise AdapterError(f"{file} does not fit the model: missing {missing[:4]}, unknown {unknown[:4]}, wrong shapes {shapes[:4]}")
 
 

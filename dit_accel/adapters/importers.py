@@ -1,10 +1,10 @@
 """Checkpoints that others published: recognised by the names of their tensors, checked against a transformer, ready for `load_adapter`.
 
 - CLEAR's files (arXiv 2412.16112) for FLUX.1: q, k, v and output weights of every attention, and the pooling weights of the `down`
-  variants. Radius and factor stand in the file's name.
+  variants. Radius and factor are in the file's name.
 - TurboDiffusion's weights (arXiv 2512.16093) for Wan: the whole transformer and the projection of SLA's linear part in every layer, as
-  floats or int8 tiles, under any of the names in `wan_names`. They are distilled to one to four steps as well, so they want a few-step
-  sampler beside the method.
+  floats or int8 tiles, under any of the names in `wan_names`. They are distilled to one to four steps as well, so they require a few-step
+  sampler in addition to the method.
 - One SLA projection for all layers, as SimpleTuner trains it: the state of one module of SLA's released code (arXiv 2509.24006). Where
   text and image share the attention, that code put the text into blocks too, and ours never does: there it is a start for a distillation.
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from dit_accel.adapters.wan_names import INT8, SCALE, bare, dequantised, is_wan, schemes, tile_grid, wan_parameter
 from dit_accel.errors import AdapterError
 from dit_accel.method import AttentionSpec, Disc, Downsampled, Linear, Residual
+from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import CLEAR, SLA
 from dit_accel.patch.anatomy import OWN, attention_layers, heads_of, plain_name
 from dit_accel.pipelines import class_of
@@ -55,7 +56,7 @@ class Kind(Enum):
 
 
 class Entry(NamedTuple):
-    """What a file's header says of one tensor; `dtype` as safetensors names it."""
+    """Shape and type of one tensor in a file's header; `dtype` as safetensors names it."""
 
     shape: Shape
     dtype: str
@@ -74,18 +75,17 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_adapter` puts into one transformer, checked against it.
+    """The tensors that `load_adapter` installs in one transformer, checked against it.
 
     `own`: the method's parameters by their names in the accelerated transformer. `weights`: values for the transformer's own parameters,
     by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter.
     """
 
-    spec: AttentionSpec
+    assignment: Assignment
     layers: Collection[str]
     own: dict[str, Tensor]
     weights: dict[str, Tensor]
     lora: dict[str, Tensor] = field(default_factory=dict)
-    dense_steps: int = 0
     base: Base | None = None
 
 
@@ -103,23 +103,23 @@ def local_file(path_or_repo: str | Path) -> Path | None:
     if path.suffix in PICKLES:
         _refuse_pickle(path)
     if path.suffix != SUFFIX:
-        raise AdapterError(f"wanted a folder made by save_adapter or a {SUFFIX} file, got {text}")
+        raise AdapterError(f"{text} is neither a folder made by save_adapter nor a {SUFFIX} file")
     if path.is_file():
         return path
     if isinstance(path_or_repo, Path) or text.startswith((".", "/", "~")) or text.count("/") < 2:
-        raise AdapterError(f"wanted a file, or owner/name/file{SUFFIX} of the hub, got {text!r}, which is not there")
+        raise AdapterError(f"{text!r} is not there: name a file, or owner/name/file{SUFFIX} of the hub")
     from huggingface_hub import hf_hub_download
 
     owner, name, file = text.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"wanted a file, or owner/name/file{SUFFIX} of the hub, got {text!r}: {error}") from error
+        raise AdapterError(f"{text!r} can't be downloaded: name a file, or owner/name/file{SUFFIX} of the hub: {error}") from error
 
 
 def _refuse_pickle(path: Path) -> NoReturn:
     raise AdapterError(
-        f"wanted a {SUFFIX} file, got {path}: a pickle, which can run code when it is read. Convert it once, if you trust its origin: "
+        f"{path} is not a {SUFFIX} file but a pickle, which can run code when it is read. Convert it once, if you trust its origin: "
         "python -c 'import torch; from safetensors.torch import save_file; "
         f'tensors = torch.load("{path}", map_location="cpu", weights_only=True); '
         f'save_file({{name: x.clone() for name, x in tensors.items()}}, "{path.with_suffix(SUFFIX)}")\'. '
@@ -134,7 +134,7 @@ def read_header(file: Path) -> Header:
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - the handle is no mapping
             return {key: Entry(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"wanted a readable {SUFFIX} file, got {file}: {error}") from error
+        raise AdapterError(f"{file} can't be read as {SUFFIX}: {error}") from error
 
 
 def recognise(file: Path, header: Header) -> Kind:
@@ -152,14 +152,14 @@ def recognise(file: Path, header: Header) -> Kind:
 def import_file(file: Path, model: Any, spec: AttentionSpec | None = None) -> Checkpoint:
     """A published file, checked against a transformer, which is not changed. `spec`: the method, where the file does not tell it.
 
-    Raises AdapterError where the file is damaged or unknown, is for another class, or has a tensor too many, too few or misshaped, and
+    Raises AdapterError where the file is damaged or unknown, is for another class, or has unknown, missing or wrongly shaped tensors, and
     where `spec` contradicts what the file says.
     """
     spec, places, shapes = match_header(file, read_header(file), model, spec)
     parameters = plain_parameters(model)
     values = _read(file, places, shapes, {name: p.dtype for name, p in parameters.items()})
     weights = {name: values.pop(name) for name in list(values) if name in parameters}
-    return Checkpoint(spec, list(attention_layers(model)), values, weights)
+    return Checkpoint(Assignment.of(spec), list(attention_layers(model)), values, weights)
 
 
 def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | None) -> tuple[AttentionSpec, Places, dict[str, Shape]]:
@@ -168,7 +168,7 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
     spec = method_of(kind, file, header, spec)
     wanted_class = {Kind.CLEAR: "FluxTransformer2DModel", Kind.TURBO: "WanTransformer3DModel"}.get(kind)
     if wanted_class not in (None, class_of(model).__name__):
-        raise AdapterError(f"{file} holds {kind.value}, got a {type(model).__name__}")
+        raise AdapterError(f"{file} holds {kind.value}, which don't fit a {type(model).__name__}")
     layers = {name: heads_of(model, name, module) for name, module in attention_layers(model).items()}
     shapes = {name: tuple(p.shape) for name, p in plain_parameters(model).items()}
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
@@ -204,7 +204,7 @@ def method_of(kind: Kind, file: Path, header: Header, spec: AttentionSpec | None
         raise AdapterError(f"{file} does not tell its method: give spec=SLA(topk, scope='all'), with 0.2 for SimpleTuner's own default")
     spec = spec or TURBO
     if spec.find(Linear) is None or spec.find(Residual) is None:
-        raise AdapterError(f"{file} holds {kind.value}: wanted spec=SLA(...) with a linear rest, got {spec}")
+        raise AdapterError(f"{file} holds {kind.value}, which requires spec=SLA(...) with a linear rest, not {spec}")
     return spec
 
 
@@ -212,18 +212,18 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
     """CLEAR with the radius and the factor of the file's name, or `spec`."""
     pooled = any(CLEAR_POOLING.fullmatch(key) for key in header)
     if named := CLEAR_NAME.fullmatch(file.stem):
-        said = CLEAR(int(named[1]), downsample=int(named[2]) if named[2] else None)
-        if spec is not None and (said.keep[0] not in spec.keep or said.rest != spec.rest):
-            raise AdapterError(f"{file} says {said} by its name, got spec={spec}")
-        spec = spec or said
+        published = CLEAR(int(named[1]), downsample=int(named[2]) if named[2] else None)
+        if spec is not None and (published.keep[0] not in spec.keep or published.rest != spec.rest):
+            raise AdapterError(f"{file} is of {published} by its name, not of spec={spec}: leave spec out")
+        spec = spec or published
     if spec is None:
         down, more = ("_down_4", ", downsample=4") if pooled else ("", "")
         raise AdapterError(
-            f"{file} does not tell its radius: wanted its published name, as clear_local_16{down}{SUFFIX}, or spec=CLEAR(16{more})"
+            f"{file} does not tell its radius: give it its published name, as clear_local_16{down}{SUFFIX}, or pass spec=CLEAR(16{more})"
         )
     factors = spec.find(Downsampled)
     if spec.find(Disc) is None or spec.rest != factors:
-        raise AdapterError(f"{file} holds {Kind.CLEAR.value}: wanted spec=CLEAR(radius), got {spec}")
+        raise AdapterError(f"{file} holds {Kind.CLEAR.value}, which require spec=CLEAR(radius), not {spec}")
     if pooled != (factors is not None):
         raise AdapterError(f"{file} holds {'' if pooled else 'no '}pooling weights, which does not fit {spec}")
     return spec
@@ -235,7 +235,7 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
 def _clear_places(
     header: Header, layers: Collection[str], shapes: Mapping[str, Shape], learned: Mapping[str, Shape]
 ) -> tuple[Places, Wanted]:
-    """Parameters have diffusers' names; pooling weights `[f, f]` lie as `[1, 1, 1, f, 1, f, 1]`."""
+    """Parameters have diffusers' names; pooling weights `[f, f]` have the shape `[1, 1, 1, f, 1, f, 1]`."""
     names = (f"{layer}.{leaf}.{part}" for layer in layers for leaf in CLEAR_LEAVES for part in ("weight", "bias"))
     wanted: Wanted = {name: (shapes[name],) for name in names if name in shapes}
     wanted |= {name: ((1, 1, 1, f, 1, f, 1),) for name, (f, _) in learned.items()}
@@ -243,10 +243,10 @@ def _clear_places(
 
 
 def _turbo_places(file: Path, header: Header, shapes: Mapping[str, Shape], learned: Mapping[str, Shape]) -> tuple[Places, Wanted]:
-    """All parameters of the transformer and the projections. The patch embedding may lie as a matrix, a weight as int8 with its scales."""
+    """All parameters of the transformer and the projections. The patch embedding may be a matrix, a weight int8 with its scales."""
     found, stems = schemes(header)
     if len(found) != 1 or len(stems) > 1:
-        raise AdapterError(f"{file} wants one naming scheme of Wan's weights, got {found} with projections under {stems}")
+        raise AdapterError(f"{file} must have one naming scheme of Wan's weights, not {found} with projections under {stems}")
     places: Places = {}
     for key, name in bare(header).items():
         parameter = wan_parameter(name, found[0])
@@ -266,7 +266,7 @@ def _scale_of(weight: str) -> str:
 
 
 def _compare(file: Path, header: Header, places: Places, wanted: Wanted) -> None:
-    """Raise AdapterError unless the tensors are those that are wanted, each of a wanted shape and a type that can be read."""
+    """Raise AdapterError unless the tensors are those that are expected, each of an expected shape and a type that can be read."""
     missing = [name.replace(f"{OWN}proj.", ".proj_l.").replace(OWN, ".processor.") for name in wanted if name not in places]
     unknown = set(header) - {key for name, key in places.items() if name in wanted}
     wrong = {}
@@ -274,11 +274,11 @@ def _compare(file: Path, header: Header, places: Places, wanted: Wanted) -> None
         entry, types = header[places[name]], ("I8",) if places[name].endswith(INT8) else FLOATS
         if entry.shape not in wanted[name] or entry.dtype not in types:
             shapes = " or ".join(str(shape) for shape in wanted[name])
-            wrong[places[name]] = f"{places[name]}: wanted {shapes} of {' or '.join(types)}, got {entry.shape} of {entry.dtype}"
+            wrong[places[name]] = f"{places[name]}: {entry.shape} of {entry.dtype}, not {shapes} of {' or '.join(types)}"
     if missing or unknown or wrong:
         lists = {"missing": sorted(missing), "unknown": sorted(unknown), "wrong": sorted(wrong.values())}
-        said = "; ".join(f"{len(items)} {what}: {', '.join(items[:4])}" for what, items in lists.items() if items)
-        raise AdapterError(f"{file} does not fit the model: {said}")
+        faults = "; ".join(f"{len(items)} {what}: {', '.join(items[:4])}" for what, items in lists.items() if items)
+        raise AdapterError(f"{file} does not fit the model: {faults}")
 
 
 def _read(file: Path, places: Places, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from dit_accel.adapters.base_model import UNKNOWN, licence_of
 from dit_accel.files import write_text
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import Assignment
 
 CARD = "README.md"
 MARK = "<!-- written by dit_accel from the adapter's config; without this line, your own words stay -->"
@@ -16,9 +16,9 @@ PICTURES = (".png", ".jpg", ".gif")
 
 
 def model_card(config: Mapping[str, Any], pictures: list[str], licence: str | None = None) -> str:
-    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files beside it; `licence`: of the base model,
+    """The card's text. `config`: the fields of an adapter's config; `pictures`: names of files next to it; `licence`: of the base model,
     unless its record or its name tells it."""
-    spec, name, record = AttentionSpec.from_dict(config["spec"]), config["base_model_name"], config["training"] or {}
+    assignment, name, record = Assignment.from_dict(config["assignment"]), config["base_model_name"], config["training"] or {}
     licence = str(record.get("licence") or licence or licence_of(name))
     on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
     data = ModelCardData(
@@ -31,13 +31,15 @@ def model_card(config: Mapping[str, Any], pictures: list[str], licence: str | No
     under = "its licence unknown where this was saved" if licence == UNKNOWN else f"under the licence `{licence}`"
     shown = "".join(f"![{picture}]({picture})\n\n" for picture in pictures)
     rows = "".join(f"| {what} | {value} |\n" for what, value in _flat(record))
+    title = str(assignment.spec or f"{len(assignment.specs)} methods by layer, head, step or size")
+    rules = "" if assignment.spec and not assignment.dense_steps else f"## Which method where\n\n{_rules(assignment)}\n"
     training = f"| | |\n| --- | --- |\n{rows}" if rows else "Nothing was trained: the method's own start values.\n"
     return f"""---
 {data.to_yaml()}
 ---
 {MARK}
 
-# {spec}
+# {title}
 
 An adapter of dit_accel for a {config["base_model_class"]}: it replaces the self-attention of
 {len(config["layers"])} layers by a sparse one and holds what a distillation from the original attention learned.
@@ -50,7 +52,7 @@ pipe = DiffusionPipeline.from_pretrained("{name or "the base model"}")
 dit_accel.load_adapter(pipe, "this repository's owner/name")
 ```
 
-{shown}## Base model and licence
+{shown}{rules}## Base model and licence
 
 {base}, {under}, weights with SHA-256 `{config["base_model_hash"][:16]}`.
 What is learned here derives from them: the base model's licence holds.
@@ -58,6 +60,12 @@ What is learned here derives from them: the base model's licence holds.
 ## Training and what was measured
 
 {training}"""
+
+
+def _rules(assignment: Assignment) -> str:
+    """The rules as a list, in which the last that fits wins."""
+    rules = "".join(f"- `{rule}`\n" for rule in assignment.rules)
+    return f"{rules}\nThe last line that fits a layer, head, step and size holds; where none does, the original attention runs.\n"
 
 
 def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

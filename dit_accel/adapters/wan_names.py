@@ -53,7 +53,7 @@ def is_wan(keys: Collection[str]) -> bool:
 
 
 def schemes(keys: Collection[str]) -> tuple[list[str], list[str]]:
-    """The naming schemes of a file, and where its projections stand in their blocks. More than one of either means that two are mixed."""
+    """The naming schemes of a file, and where its projections are in their blocks. More than one of either means that two are mixed."""
     names = bare(keys).values()
     found = {scheme for name in names if (scheme := _scheme_of(name))}
     return sorted(found), sorted({match[2] for name in names if (match := PROJECTION.fullmatch(name))})

@@ -97,16 +97,16 @@ def collect(
         given = [
             name for name, value in (("--prompts", prompts), ("--pictures", pictures), ("--check", check or None)) if value is not None
         ]
-        raise ArgumentError(f"one of --prompts, --pictures and --check is wanted, got {' and '.join(given) or 'none'}")
+        raise ArgumentError(f"give one of --prompts, --pictures and --check, not {' and '.join(given) or 'none'}")
     if check:
         _check_samples(out)
         return
     call = options.sampling_arguments(model, size, steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else []
     if pictures is not None and not pictures.is_dir():
-        raise ArgumentError(f"pictures is a folder, got {pictures}")
+        raise ArgumentError(f"--pictures must be a folder, not {pictures}")
     if pictures is not None and "sizes" in call:
-        raise ArgumentError(f"--pictures takes one --size, got {' and '.join(size or [])}")
+        raise ArgumentError(f"--pictures takes one --size, not {' and '.join(size or [])}")
     files.check_folder(out)
     from dit_accel.cli.models import frames_call, load_pipeline
 
@@ -168,7 +168,7 @@ def distill(
     ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     optimizer: Annotated[
-        OptimizerName, typer.Option(help="adamw, or muon for the attention's weights: wants --train attention.")
+        OptimizerName, typer.Option(help="adamw, or muon for the attention's weights, which requires --train attention.")
     ] = DistillConfig.optimizer,
     learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
     parameter_learning_rate: Annotated[
@@ -198,7 +198,7 @@ def distill(
 
     On several GPUs: accelerate launch -m dit_accel.cli distill ...
     """
-    varied = [options.parse_spec(text, reason="--vary wants accelerated methods") for text in vary or []]
+    varied = [options.parse_spec(text, reason="--vary requires accelerated methods") for text in vary or []]
     config = DistillConfig(
         specs=tuple(varied), steps=steps, parameter_steps=parameter_steps, batch_size=batch_size, train=train,
         lora_rank=lora_rank, optimizer=optimizer, learning_rate=learning_rate,
@@ -208,7 +208,7 @@ def distill(
     call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
     held_out_source = options.read_prompts_or_samples(held_out) if held_out else None
-    spec = options.parse_spec(method, reason="distill wants an accelerated method")
+    spec = options.parse_accelerated(method, reason="distill requires an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, save_adapter
     from dit_accel import distill as run_distillation
@@ -223,7 +223,7 @@ def distill(
         return
     trained_on = Samples(source if isinstance(source, Path) else out / "run" / "samples")
     record = {
-        # where the run lay on this machine means nothing elsewhere
+        # a path of this machine means nothing elsewhere
         "config": {name: value for name, value in config.to_dict().items() if name != "output_dir"},
         "prompts": len(trained_on.entries) if isinstance(source, Path) else len(source),
         "licence": trained_on.manifest["licence"],
@@ -280,8 +280,8 @@ def step(
 ) -> None:
     """Measure the time of one denoising step, with each method and with the original attention."""
     sizes = [options.parse_size(text, model) for text in size or ["1024x1024"]]
-    reason = "bench step wants accelerated methods (the original is always measured)"
-    specs = [options.parse_spec(text, reason=reason) for text in method or ["fovea"]]
+    reason = "bench step requires accelerated methods (the original is always measured)"
+    specs = [options.parse_accelerated(text, reason=reason) for text in method or ["fovea"]]
     if out:
         options.check_file(out)
     from dit_accel.cli.models import load_pipeline
@@ -297,7 +297,7 @@ def draw(
     model: options.Model = "builtin",
     method: options.Methods = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="An adapter as in generate, measured beside the methods, or alone; may be repeated.")
+        list[str] | None, typer.Option(help="An adapter as in generate, measured in addition to the methods, or alone; may be repeated.")
     ] = None,
     size: options.Size = "1024x1024",
     frames: options.Frames = None,
@@ -313,8 +313,8 @@ def draw(
     """Measure the time of a whole picture or video, with each method and with the original attention."""
     pixels = options.parse_size(size, model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
-    reason = "bench draw wants accelerated methods (the original is always measured)"
-    specs = [options.parse_spec(text, reason=reason) for text in method or ([] if adapter else ["fovea"])]
+    reason = "bench draw requires accelerated methods (the original is always measured)"
+    specs = [options.parse_accelerated(text, reason=reason) for text in method or ([] if adapter else ["fovea"])]
     if out:
         options.check_file(out)
     from dit_accel.cli.models import frames_call, load_pipeline
@@ -342,9 +342,9 @@ def kernels(
 ) -> None:
     """Measure the operator by itself against PyTorch's attention, show what the GPU kernels compile to, or tune them for this GPU."""
     if aot and tune:
-        raise ArgumentError("one of --aot and --tune is wanted, got both")
+        raise ArgumentError("give --aot or --tune, not both")
     if tune and (arch or method):
-        raise ArgumentError("arch and method want --aot: --tune takes this GPU and every method, got one of them")
+        raise ArgumentError("--arch and --method require --aot: --tune takes this GPU and every method")
     if out:
         options.check_file(out)
     if aot:
@@ -358,7 +358,7 @@ def kernels(
         bench_tune(work_of(dtype, head_dim), out=out)
         return
     if arch or method or head_dim or dtype:
-        raise ArgumentError("arch, method, head-dim and dtype want --aot (the last two --aot or --tune), got neither")
+        raise ArgumentError("--arch and --method require --aot, --head-dim and --dtype require --aot or --tune")
     from dit_accel.measure.kernels import bench_kernels
 
     bench_kernels(repeats=repeats, largest=largest, out=out)
@@ -375,7 +375,7 @@ def estimate(
 ) -> None:
     """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
     pixels = options.parse_size(size if "x" in size else f"{size}x{size}")
-    specs = [options.parse_spec(text, reason="the original attention is always there") for text in method or ["fovea"]]
+    specs = [options.parse_accelerated(text, reason="the original attention is always there") for text in method or ["fovea"]]
     if out:
         options.check_file(out)
     from dit_accel.measure import estimate as roofline

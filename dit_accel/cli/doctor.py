@@ -26,7 +26,7 @@ def doctor(
     """Check what is installed here: versions, kernels, every method against the reference. Exit code 1 where something is wrong."""
     if report_file is not None:
         if report_file.is_dir():
-            raise ArgumentError(f"--json names a file, got the folder {report_file}")
+            raise ArgumentError(f"--json must name a file, not the folder {report_file}")
         files.check_folder(report_file.parent)
     from dit_accel.console import console
     from dit_accel.measure.doctor import examine

@@ -32,14 +32,14 @@ def evaluate(
 ) -> None:
     """Measure how close an accelerated pipeline is to its own original: pictures, predictions, and every layer and head."""
     if adapter is not None and method is not None:
-        raise ArgumentError("--adapter names the method itself: wanted it alone, got --method beside it")
+        raise ArgumentError("--adapter names the method itself: leave --method out")
     if bool(prompt) == (prompts is not None):
-        raise ArgumentError(f"prompts are given either as arguments or as --prompts FILE, got {'both' if prompt else 'neither'}")
+        raise ArgumentError("give prompts as arguments or as --prompts FILE" + (", not both" if prompt else ""))
     call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
     if not all(texts):
-        raise ArgumentError("a prompt is a text that is not empty, got an empty one")
-    spec = None if adapter is not None else options.parse_spec(method or "fovea", reason="evaluate wants an accelerated method")
+        raise ArgumentError("a prompt must not be empty")
+    spec = None if adapter is not None else options.parse_accelerated(method or "fovea", reason="evaluate requires an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, load_adapter
     from dit_accel.cli.models import frames_call, load_pipeline

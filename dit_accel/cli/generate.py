@@ -52,11 +52,11 @@ def generate(
     A video: dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4
     """
     if adapter is not None and (method is not None or dense_steps):
-        raise ArgumentError("--adapter names method and dense steps itself: wanted it alone, got --method or --dense-steps beside it")
+        raise ArgumentError("--adapter names method and dense steps itself: leave --method and --dense-steps out")
     if not video and (frames is not None or fps is not None):
-        raise ArgumentError("--frames and --fps want --video, got none")
+        raise ArgumentError("--frames and --fps require --video")
     if video and hires:
-        raise ArgumentError("--hires draws pictures: wanted it or --video, got both")
+        raise ArgumentError("--hires draws pictures: give it or --video, not both")
     pixels = options.parse_size(size or ("512x512" if video else "1024x1024"), model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     recipe = options.hires_arguments(hires, base, strength, ntk, proportional)

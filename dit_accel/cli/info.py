@@ -1,4 +1,4 @@
-"""What `dit-accel info` shows: this machine, what the package can do here, a model, an adapter."""
+"""The rows of `dit-accel info`: this machine, what the package can do here, a model, an adapter."""
 
 import os
 import platform
@@ -87,18 +87,22 @@ def adapter_rows(adapter: str) -> dict[str, str]:
     """The config of a saved adapter, or what a checkpoint that others published holds."""
     from dit_accel.adapters.folder import local_folder, read_config
     from dit_accel.adapters.importers import local_file
-    from dit_accel.method.spec import AttentionSpec
+    from dit_accel.method.assignment import Assignment
 
     if file := local_file(adapter):
         return _published_rows(file)
     config = read_config(local_folder(adapter))
-    rows = {"adapter": adapter, "method": str(AttentionSpec.from_dict(config["spec"])), "layers": str(len(config["layers"]))}
-    shown = ("base_model_class", "base_model_name", "base_model_hash", "dense_steps", "training", "files", "version")
+    rows = {
+        "adapter": adapter,
+        "method": str(Assignment.from_dict(config["assignment"])).replace("; ", "\n"),
+        "layers": str(len(config["layers"])),
+    }
+    shown = ("base_model_class", "base_model_name", "base_model_hash", "training", "files", "version")
     return {**rows, **{name.replace("_", " "): _plain(config[name]) for name in shown}}
 
 
 def _published_rows(file: Path) -> dict[str, str]:
-    """What a published checkpoint is and what it is run with, by its header alone."""
+    """The contents of a published checkpoint and the method it is run with, by its header alone."""
     from dit_accel.adapters.importers import method_of, read_header, recognise
     from dit_accel.errors import AdapterError
 

@@ -64,7 +64,7 @@ def load_pipeline(
         try:
             made = builtin(**settings) if model == "builtin" else DiffusionPipeline.from_pretrained(model, **settings)
         except (OSError, ValueError) as error:
-            raise ArgumentError(f"model is 'builtin', a folder in diffusers' format or a hub id, got {model!r}: {error}") from error
+            raise ArgumentError(f"model must be 'builtin', a folder in diffusers' format or a hub id, not {model!r}: {error}") from error
     _check_sizes(made, sizes)
     return made.to(target)
 
@@ -88,13 +88,13 @@ def frames_call(pipe: Any, frames: int | None) -> dict[str, int]:
 
     name = frames_argument(pipe)
     if (name is None) != (frames is None):
-        wanted, got = ("pictures, as no frames were asked for", "videos") if frames is None else ("videos", "pictures")
-        raise ArgumentError(f"wanted a model that makes {wanted}, got {type(pipe).__name__}, which makes {got}")
+        made, advice = ("videos", "give its number of frames") if frames is None else ("pictures", "leave frames out")
+        raise ArgumentError(f"{type(pipe).__name__} makes {made}: {advice}, or use another model")
     return {} if name is None or frames is None else {name: frames}
 
 
 def _dtype_argument() -> str:
-    """What from_pretrained calls the weights' type: old releases ignore the new name, new ones warn about the old."""
+    """The argument of from_pretrained for the weights' type: old releases ignore the new name, new ones warn about the old."""
     from diffusers import __version__
 
     return "dtype" if tuple(int(part) for part in __version__.split(".")[:2]) >= (0, 42) else "torch_dtype"
@@ -109,7 +109,7 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ArgumentError(f"device is auto, cpu, cuda or another torch device, got {name!r}") from error
+        raise ArgumentError(f"device must be auto, cpu, cuda or another torch device, not {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device is one that this machine has ({torch.cuda.device_count()} CUDA devices), got {name!r}")
+        raise ArgumentError(f"this machine has {torch.cuda.device_count()} CUDA devices: there is no {name}")
     return device

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the checks of what a user typed, all made before anything is loaded or computed."""
+"""Options that commands share, and the checks of their values, all made before anything is loaded or computed."""
 
 import math
 import re
@@ -11,13 +11,15 @@ from dit_accel import files
 from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from dit_accel.method.assignment import Assignment
     from dit_accel.method.spec import AttentionSpec
 
 BUILTIN_GUIDANCE = 3.5
 
 METHOD_FORMS = (
     "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
-    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16 or gna:9x9,dilation=2; shares are of key blocks, lengths in tokens, 9x5 "
+    "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16, gna:9x9,dilation=2, "
+    "or a JSON file of a spec or an assignment; shares are of key blocks, lengths in tokens, 9x5 "
     "is height x width, 2x8x8 frames x height x width"
 )
 
@@ -47,7 +49,7 @@ Frames = Annotated[
     typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
 ]
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device such as cpu or cuda:1.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device, as in cuda:1.")]
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
 Hires = Annotated[
     bool,
@@ -78,7 +80,7 @@ def parse_size(text: str, model: str = "") -> tuple[int, int]:
     built-in models, the only ones whose tokens are known before they are loaded (`models.load_pipeline` checks others)."""
     match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip().lower())
     if not match:
-        raise ArgumentError(f"size is WIDTHxHEIGHT in pixels, as in 1024x768, got {text!r}")
+        raise ArgumentError(f"size must be WIDTHxHEIGHT in pixels, as in 1024x768, not {text!r}")
     width, height = (int(side) for side in match.groups())
     if not width or not height:
         raise ArgumentError(f"width and height must be at least 1 pixel, not {text!r}")
@@ -99,14 +101,24 @@ def check_size(size: tuple[int, int], unit: int) -> None:
         )
 
 
-def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
-    """The spec of a method's text where the original attention makes no sense, for that reason."""
+def parse_accelerated(text: str, *, reason: str) -> "AttentionSpec | Assignment":
+    """The spec or assignment of a method's text where the original attention makes no sense, for that reason."""
     from dit_accel.method.text import parse_method
 
-    spec = parse_method(text)
-    if spec is None:
-        raise ArgumentError(f"{reason}, got {text!r}")
-    return spec
+    method = parse_method(text)
+    if method is None:
+        raise ArgumentError(f"{reason}, not {text!r}")
+    return method
+
+
+def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
+    """The same where an assignment of several specs makes no sense either."""
+    from dit_accel.method.spec import AttentionSpec
+
+    method = parse_accelerated(text, reason=reason)
+    if not isinstance(method, AttentionSpec):
+        raise ArgumentError(f"{text!r} holds an assignment of several specs: name one spec here")
+    return method
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -115,10 +127,10 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ArgumentError(f"prompts is a text file with one prompt per line, got {path}: {reason}") from error
+        raise ArgumentError(f"prompts must be a text file with one prompt per line, but {path} can't be read: {reason}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ArgumentError(f"prompts is a text file with one prompt per line, got no prompt in {path}")
+        raise ArgumentError(f"prompts must be a text file with one prompt per line, but {path} has none")
     return prompts
 
 
@@ -130,7 +142,7 @@ def read_prompts_or_samples(path: Path) -> list[str] | Path:
 def check_file(path: Path) -> None:
     """Raise ValueError where no file can be written at a path."""
     if path.is_dir():
-        raise ArgumentError(f"--out wants a file, got the folder {path}")
+        raise ArgumentError(f"--out must name a file, not the folder {path}")
     files.check_folder(path.parent)
 
 
@@ -139,7 +151,7 @@ def check_picture(path: Path) -> None:
     from PIL import Image
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ArgumentError(f"--out wants the name of a picture, as in image.png or image.jpg, got {path}")
+        raise ArgumentError(f"--out must name a picture, as in image.png or image.jpg, not {path}")
     check_file(path)
 
 
@@ -185,9 +197,9 @@ def hires_arguments(hires: bool, base: int | None, strength: float | None, ntk: 
     given = {"base": base, "strength": strength, "ntk": ntk, "proportional": proportional or None}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not hires:
-        raise ArgumentError(f"{', '.join('--' + name for name in given)} wants --hires, got none")
+        raise ArgumentError(f"{', '.join('--' + name for name in given)} requires --hires")
     if strength is not None and not 0 < strength <= 1:
-        raise ArgumentError(f"strength is a share of the steps in (0, 1], got {strength}")
+        raise ArgumentError(f"strength must be a share of the steps in (0, 1], not {strength}")
     if ntk is not None and not 0 < ntk < math.inf:
-        raise ArgumentError(f"ntk is a factor > 0, got {ntk}")
+        raise ArgumentError(f"ntk must be a factor > 0, not {ntk}")
     return given

@@ -41,27 +41,27 @@ def recovery(
     out: Annotated[
         Path,
         typer.Option(
-            help="JSON file for the result, which the same command continues; the curves go beside it as PNG, samples to OUT-runs."
+            help="JSON file for the result, which the same command continues; the curves go next to it as PNG, samples to OUT-runs."
         ),
     ] = Path("recovery.json"),
 ) -> None:
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""
     if not 0 < minutes < math.inf:
-        raise ArgumentError(f"minutes is a number > 0, got {minutes}")
+        raise ArgumentError(f"minutes must be a number > 0, not {minutes}")
     call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else []
     if prompts is None and model != "builtin":
-        raise ArgumentError(f"--prompts is wanted for another model than builtin, got none for {model!r}")
+        raise ArgumentError(f"model {model!r} requires --prompts: only builtin has prompts of its own")
     if prompts is not None and len(set(texts)) < 2:
-        raise ArgumentError(f"wanted at least two different prompts, one to hold out, got {len(set(texts))} in {prompts}")
+        raise ArgumentError(f"{prompts} must hold at least two different prompts, one of them to hold out, not {len(set(texts))}")
     known: tuple[Trainable, ...] = get_args(Trainable)
     if wrong := sorted(set(train or []) - set(known)):
-        raise ArgumentError(f"train is {', '.join(known)}, got {wrong[0]!r}")
+        raise ArgumentError(f"train must be one of {', '.join(known)}, not {wrong[0]!r}")
     names = method or ["fovea:0.05", "clear:8", "sla:0.05"]
-    specs = {name: options.parse_spec(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
+    specs = {name: options.parse_accelerated(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
     options.check_file(out)
     if out.suffix == ".png":
-        raise ArgumentError(f"out is a JSON file, beside which the curves are drawn as .png, got {out}")
+        raise ArgumentError(f"--out is the JSON file, next to which the curves are drawn as .png: name it otherwise than {out}")
     from dit_accel.cli.models import load_pipeline
     from dit_accel.measure.demo import HELD_OUT, training_prompts
     from dit_accel.measure.recovery import Recovery, bench_recovery
@@ -69,7 +69,7 @@ def recovery(
     texts = list(dict.fromkeys(texts)) or [*training_prompts(60, HELD_OUT), *HELD_OUT]
     count = held_out or (max(1, len(texts) // 10) if prompts is not None else len(HELD_OUT))
     if count >= len(texts):
-        raise ArgumentError(f"held-out is less than the {len(texts)} different prompts, got {count}")
+        raise ArgumentError(f"--held-out must be below the number of different prompts ({len(texts)}), not {count}")
     pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call))
     pipe.set_progress_bar_config(disable=True)
     measurement = Recovery(

@@ -1,1 +1,1 @@
-"""What is measured: quality, speed, evaluation pages, the demo."""
+"""Measurements: quality, speed, evaluation pages, the demo."""

@@ -1,4 +1,4 @@
-"""What the attention of a running pipeline is given, and how far a method is from exact attention on it."""
+"""Inputs of the attention in a running pipeline, and how far a method is from exact attention on them."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from dit_accel.kernels import reference
 from dit_accel.method import AttentionSpec, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.operator.attention import attention
-from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
@@ -54,8 +53,9 @@ def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
 
     def dense_instead(layer: str) -> Callable[..., Tensor]:
         def attend(
-            query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+            query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Any
         ) -> Tensor:
+            scale = forward.scaled(scale, key.shape[2], query.shape[3])
             captured = Captured(query, key, value, layout, layer, scale, bias)
             found.append(captured)
             over_keys = captured.key_bias
@@ -104,7 +104,7 @@ class Deviation:
 
 
 def exact_attention(captured: Captured) -> Exact:
-    """What the layer's image tokens get from dense attention."""
+    """Dense attention of the layer's image tokens."""
     q, k, v = (x.float().flatten(0, 1) for x in (captured.query, captured.key, captured.value))
     heads = captured.query.shape[1]
     bias = None if captured.key_bias is None else captured.key_bias.repeat_interleave(heads, 0)

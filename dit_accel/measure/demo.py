@@ -40,7 +40,7 @@ METHODS = {"Fovea 5 %": Fovea(0.05), "CLEAR radius 8": CLEAR(8), "SLA 10 %": SLA
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the demo does. Sizes are pixels of square pictures."""
+    """The amount of work of the demo. Sizes are pixels of square pictures."""
 
     size: int
     steps: int
@@ -60,7 +60,7 @@ HELD_OUT = ("a lion on a pink background", "a turtle left of a mushroom on a blu
 
 
 def training_prompts(count: int, excluded: Sequence[str]) -> list[str]:
-    """What the distillation samples: captions as the built-in model knows them, one in four with two things, none of the excluded ones."""
+    """Prompts of the distillation: captions as the built-in model knows them, one in four with two things, none of the excluded ones."""
     draw, nouns, found = random.Random(0), list(CONCEPTS.values()), dict[str, None]()
     draw.shuffle(nouns)
     while len(found) < count:
@@ -157,7 +157,7 @@ def inputs_for_masks(pipe: Any, scale: Scale) -> Captured:
 def mask_picture(captured: Captured, spec: AttentionSpec, path: Path) -> str:
     """Write what one query sees: its weight on each image token's value, by differentiating the output; black is unseen.
 
-    Weights are shown on a fourth-root scale, mean over heads; the query stands a third from the top left. Returns the file's name.
+    Weights are shown on a fourth-root scale, mean over heads; the query is a third from the top left. Returns the file's name.
     """
     value = captured.value.clone().requires_grad_(True)
     with torch.enable_grad():

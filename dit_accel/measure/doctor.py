@@ -33,7 +33,7 @@ def examine(arch: str | None = None, *, quick: bool = False) -> Report:
         from dit_accel.kernels.triton.tables import ARCHITECTURES
 
         if arch not in ARCHITECTURES:
-            raise ArgumentError(f"arch is one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+            raise ArgumentError(f"arch must be one of {', '.join(ARCHITECTURES)}, not {arch!r}")
     report = Report(_versions())
     for name, check in (
         ("imports", _imports),
@@ -81,7 +81,7 @@ def card() -> "torch.device | None":
 
 
 def _imports(report: Report) -> None:
-    """What a user's script imports first."""
+    """Whether the modules that a user's script imports first can be imported."""
     for module, package in (("torch", "torch"), ("diffusers", "diffusers"), ("dit_accel.patch.verbs", "dit-accel")):
         try:
             importlib.import_module(module)
@@ -170,7 +170,7 @@ def _compilation(report: Report, arch: str | None, quick: bool) -> None:
 
 
 def compiled(arch: str, quick: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What the kernels compile to, and by method why they do not."""
+    """The compiled kernels, and by method the reason where they don't compile."""
     from dit_accel.measure import gpu_compile as bench_aot
 
     methods, head_dims = (QUICK_METHODS, [64]) if quick else (None, [64, 128])

@@ -1,4 +1,4 @@
-"""What `dit-accel doctor` found: shown as a table, and written for bug reports without anything that says whose machine it was."""
+"""The findings of `dit-accel doctor`: shown as a table, and written for bug reports without the names of users and machines."""
 
 import getpass
 import platform
@@ -76,7 +76,7 @@ class Report:
 
 
 def _private() -> Iterator[tuple[re.Pattern[str], str]]:
-    """What a report must not hold, and what is placed there: the home folder first, because names are parts of it."""
+    """Texts that a report must not hold, and their replacements: the home folder first, because names are parts of it."""
     home = str(Path.home())
     if len(home) > 1:
         yield re.compile(re.escape(home)), "~"

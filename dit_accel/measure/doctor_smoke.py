@@ -76,7 +76,7 @@ class Difference:
 
 
 def differences(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> list[Difference]:
-    """What a backend's kernels make of the shape's inputs, compared. Raises what the kernels raise."""
+    """The results of a backend's kernels on the shape's inputs, compared. Raises what the kernels raise."""
     unrounded = [x.to(device, torch.float64) for x in shape.inputs(torch.float64)]
     qkv = [x.to(dtype) for x in unrounded]
     layout, plan = shape.layout, make_plan(spec, shape.layout, device)

@@ -15,25 +15,25 @@ from dit_accel.files import write_json
 from dit_accel.measure.evaluation import draw
 from dit_accel.measure.similarity import compare
 from dit_accel.measure.timing import machine
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import AnyMethod
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 
 def bench_draw(
-    pipe: Any, prompt: str, *, methods: Sequence[AttentionSpec] = (), adapters: Sequence[str] = (), repeats: int = 3, seed: int = 0,
+    pipe: Any, prompt: str, *, methods: Sequence[AnyMethod] = (), adapters: Sequence[str] = (), repeats: int = 3, seed: int = 0,
     out: Path | None = None, **call: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Median seconds of one call of the pipeline, the original and all methods in turns, from the same noise; `call` goes to it.
 
-    `adapters`: folders of `save_adapter` and the like, measured as methods are. Beside the times stands how close the result is to the
+    `adapters`: folders of `save_adapter` and the like, measured as methods are. Next to the times is how close the result is to the
     original's (see `pictures.compare`, and `compare_motion` for a video). Methods run even where the original is faster. Prints a table;
     writes it as JSON where `out` is given.
     """
     made: dict[int, torch.Tensor] = {}
 
-    def seconds(number: int, side: AttentionSpec | str | None) -> float:
+    def seconds(number: int, side: AnyMethod | str | None) -> float:
         def run() -> None:
             made[number] = draw(pipe, prompt, seed, call)
 

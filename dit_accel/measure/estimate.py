@@ -1,5 +1,6 @@
 """`dit-accel estimate`: arithmetic, memory traffic and the least time, for a GPU, a model and a size. Nothing here is measured."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 from dit_accel.console import console
 from dit_accel.errors import ArgumentError
 from dit_accel.method import AttentionSpec, Disc, Window
+from dit_accel.method.assignment import Assignment, groups
 from dit_accel.operator.cost import image_pairs, kept_pairs, passes, with_text
 from dit_accel.operator.layout import TokenLayout
 
@@ -34,24 +36,31 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """What a model's self-attention computes; sizes from its public configuration. `frames`: how many become one token row in time."""
+    """What a model's self-attention computes; sizes from its public configuration. `frames`: how many become one token row in time.
+    `blocks`: names of its layers with N for their number, and how many there are of each."""
 
     heads: int
     head_dim: int
-    layers: int
+    blocks: dict[str, int]
     text: int
     pixels: int = 16
     frames: int = 1
 
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names."""
+        return [name.replace("N", str(n)) for name, count in self.blocks.items() for n in range(count)]
 
+
+DOUBLE, SINGLE = "transformer_blocks.N.attn", "single_transformer_blocks.N.attn"
 MODELS = {
-    "flux": Model(24, 128, 57, 512),  # 19 double and 38 single blocks
-    "sd3.5-large": Model(38, 64, 38, 333),  # 77 CLIP and 256 T5 tokens
-    "qwen-image": Model(24, 128, 60, 512),
-    "hunyuan-video": Model(24, 128, 60, 256, frames=4),  # 20 double and 40 single blocks
-    "wan-1.3b": Model(12, 128, 30, 0, frames=4),  # text in cross-attention
-    "wan-14b": Model(40, 128, 40, 0, frames=4),
-    "builtin": Model(4, 64, 8, 32),
+    "flux": Model(24, 128, {DOUBLE: 19, SINGLE: 38}, 512),
+    "sd3.5-large": Model(38, 64, {DOUBLE: 38}, 333),  # 77 CLIP and 256 T5 tokens
+    "qwen-image": Model(24, 128, {DOUBLE: 60}, 512),
+    "hunyuan-video": Model(24, 128, {DOUBLE: 20, SINGLE: 40}, 256, frames=4),
+    "wan-1.3b": Model(12, 128, {"blocks.N.attn1": 30}, 0, frames=4),  # text in cross-attention
+    "wan-14b": Model(40, 128, {"blocks.N.attn1": 40}, 0, frames=4),
+    "builtin": Model(4, 64, {DOUBLE: 2, SINGLE: 6}, 32),
 }
 
 # Seconds per image on one H100, FLUX.1-dev, 20 steps by our reading (CLEAR, arXiv 2412.16112, table 7): None is the original attention
@@ -66,7 +75,7 @@ PUBLISHED: dict[tuple[str, str, int], dict[float | None, float]] = {
 def find(kind: str, name: str, known: dict[str, Any]) -> Any:
     """A GPU or a model by name. Raises ValueError at one that is not known."""
     if name not in known:
-        raise ArgumentError(f"{kind} is one of {list(known)}, got {name!r}")
+        raise ArgumentError(f"{kind} must be one of {list(known)}, not {name!r}")
     return known[name]
 
 
@@ -81,6 +90,21 @@ def tile_visits(window: Window, grid: tuple[int, int, int], q_tile: tuple[int, i
     return visited, total
 
 
+def _shares(spec: AttentionSpec | Assignment | None, layout: TokenLayout, shape: Model) -> dict[AttentionSpec | None, float]:
+    """The share of all layers' heads that run each spec, the original attention as None."""
+    if spec is None:
+        return {None: 1.0}
+    assignment = Assignment.of(spec)
+    if assignment.of_moments:
+        raise ArgumentError(f"an estimate is of one forward, and forwards differ by step under {assignment}: leave those rules out")
+    assignment.check([dict.fromkeys(shape.layers, shape.heads)])
+    found: Counter[AttentionSpec | None] = Counter()
+    for layer in shape.layers:
+        for group in groups(assignment.at(None, layout.image), layer, shape.heads):
+            found[group.spec] += len(group.heads)
+    return {part: count / found.total() for part, count in found.items()}
+
+
 def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
     """Of one layer's attention over image `pairs`, text keys for every query and text queries over everything: 4·pairs·heads·head_dim.
 
@@ -89,24 +113,27 @@ def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
     return 4 * with_text(pairs, layout) * model.heads * model.head_dim / 1e9
 
 
-def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | None, *, frames: int = 1) -> dict[str, Any]:
+def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | Assignment | None, *, frames: int = 1) -> dict[str, Any]:
     """One row: GFLOP per layer as kept and as computed, megabytes per layer, the floor of the time of all layers' attention, in ms.
 
-    `size`: height and width in pixels; `spec` None: the original attention. Raises ValueError at unknown names and sizes that don't fit.
+    `size`: height and width in pixels; `spec` None: the original attention. Under an assignment the figures of a layer are the mean of
+    all. Raises ValueError at unknown names, sizes that don't fit, and assignments that depend on steps or noise levels.
     """
     chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
     if any(side < shape.pixels or side % shape.pixels for side in size):
-        raise ArgumentError(f"height and width are multiples of {shape.pixels} pixels, got {size}")
+        raise ArgumentError(f"height and width must be multiples of {shape.pixels} pixels, not {size}")
     if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
-        wanted = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1: it makes images"
-        raise ArgumentError(f"frames of {model} is {wanted}, got {frames}")
+        allowed = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1, as it makes images"
+        raise ArgumentError(f"frames of {model} must be {allowed}, not {frames}")
     grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
     layout = TokenLayout(grid, shape.text)
-    kept = gigaflops(kept_pairs(spec, layout), layout, shape)
-    computed = gigaflops(image_pairs(spec, layout, shape.head_dim), layout, shape)
-    megabytes = passes(spec) * layout.tokens * shape.heads * shape.head_dim * 2 / 1e6
+    shares = _shares(spec, layout, shape)
+    kept = sum(share * gigaflops(kept_pairs(part, layout), layout, shape) for part, share in shares.items())
+    computed = sum(share * gigaflops(image_pairs(part, layout, shape.head_dim), layout, shape) for part, share in shares.items())
+    megabytes = sum(share * passes(part) for part, share in shares.items()) * layout.tokens * shape.heads * shape.head_dim * 2 / 1e6
     times = (computed / chip.tflops, megabytes / chip.bandwidth)  # ms: GFLOP over TFLOP/s, MB over GB/s
-    disc = None if spec is None else spec.find(Disc)
+    only = next(iter(shares)) if len(shares) == 1 else None
+    disc = None if only is None else only.find(Disc)
     published = PUBLISHED.get((model, gpu, size[0]), {}) if size[0] == size[1] else {}
     return {
         "method": "original" if spec is None else str(spec),
@@ -114,7 +141,7 @@ def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | 
         "gflop_kept": kept,
         "gflop_computed": computed,
         "megabytes": megabytes,
-        "floor_ms": max(times) * shape.layers,
+        "floor_ms": max(times) * len(shape.layers),
         "bound": "arithmetic" if times[0] >= times[1] else "memory",
         "published_seconds": published.get(disc.radius if disc else None) if spec is None or disc is not None else None,
     }
@@ -133,7 +160,7 @@ def show(gpu: str, model: str, rows: list[dict[str, Any]]) -> None:
     shown = console()
     shown.print(view)
     shown.print(
-        f"An estimate, not a measurement: {rows[0]['tokens']:,} tokens; GFLOP and MB of one layer, floor of the attention of all "
-        f"{shape.layers} layers in one forward at {chip.tflops} TFLOP/s and {chip.bandwidth} GB/s ({chip.source}). No kernel reaches it. "
-        "Published: seconds for a whole image by CLEAR's own implementation (arXiv 2412.16112, table 7)."
+        f"An estimate, not a measurement: {rows[0]['tokens']:,} tokens; GFLOP and MB of one layer, floor of the attention of "
+        f"all {len(shape.layers)} layers in one forward at {chip.tflops} TFLOP/s and {chip.bandwidth} GB/s ({chip.source}). No kernel "
+        "reaches it. Published: seconds for a whole image by CLEAR's own implementation (arXiv 2412.16112, table 7)."
     )

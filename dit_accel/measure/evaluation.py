@@ -1,12 +1,13 @@
 """`dit-accel evaluate`: how close an accelerated pipeline, untrained or distilled, is to its own original.
 
 Every prompt is drawn from the same noise by the original, by the original again, by the original in bfloat16 arithmetic and by the method.
-Against the first stand: the pictures; the denoiser's predictions, replayed on what the original called it with while it drew; and in every
-layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to the first,
-and the third is the noise floor: what is closer than that can't be told from rounding.
+Compared with the first are the pictures; the denoiser's predictions, replayed on what the original called it with while drawing; and in
+every layer and head the method's output against exact attention over the same queries, keys and values. The second must be equal to
+the first, and the third is the noise floor: differences below it can't be distinguished from rounding.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import statistics
@@ -25,27 +26,31 @@ from dit_accel import __version__
 from dit_accel.errors import ArgumentError, FallbackError
 from dit_accel.files import check_folder, write_json
 from dit_accel.finetune.data.collect import Forward, Recorder, original
+from dit_accel.finetune.moments import recorded_moments
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.bootstrap import Bootstrap
-from dit_accel.measure.capture import Deviation, capture_inputs, deviation, exact_attention
+from dit_accel.measure.capture import Captured, Deviation, Exact, capture_inputs, deviation, exact_attention
 from dit_accel.measure.evaluation_page import show, write_page
 from dit_accel.measure.similarity import DISTANCE_SIDE, compare, save_picture
 from dit_accel.measure.timing import machine
+from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers, forward_names
-from dit_accel.patch.modes import always
+from dit_accel.patch.heads import parameters_of
+from dit_accel.patch.modes import always, at_moment, without_dense_steps
+from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.patch.verbs import dense
 from dit_accel.pipelines.video import compare_motion, frames_argument
 
 Side = Callable[[], contextlib.AbstractContextManager[Any]]  # makes a pipeline draw as one side of the comparison
 ONE_PROMPT = "One prompt: there is no interval over prompts."
-NO_DISTANCE = f"No 1 − MS-SSIM: multi-scale SSIM wants sides of {DISTANCE_SIDE} pixels or more."
+NO_DISTANCE = f"No 1 − MS-SSIM: multi-scale SSIM requires sides of {DISTANCE_SIDE} pixels or more."
 ATTENTION_FORWARDS = 3  # of each prompt: the first, the last and one between
 
 
 @dataclass
 class PromptResult:
-    """What one prompt gave. Sides are "method", "bfloat16" (where there is one) and "again"."""
+    """The measurements of one prompt. Sides are "method", "bfloat16" (where there is one) and "again"."""
 
     pictures: dict[str, dict[str, float]] = field(default_factory=dict)  # side -> measure -> value
     velocity: dict[str, dict[float, float]] = field(default_factory=dict)  # side -> timestep -> relative error
@@ -71,8 +76,8 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
     `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the
     original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn where prompts are missing,
-    the folder can't be written to, the pipeline is not accelerated, or it takes no such arguments; FallbackError where no layer runs the
-    method.
+    the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments; FallbackError where no layer runs
+    the method.
     """
     _check(pipe, prompts, call)
     check_folder(out)
@@ -100,25 +105,25 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
 
 def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ArgumentError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
+        raise ArgumentError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     patches_of(pipe)
     kind = type(pipe)
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise ArgumentError(f"wanted a pipeline, which draws pictures, got {kind.__name__}")
+        raise ArgumentError(f"{kind.__name__} draws no pictures: pass a pipeline")
     if ours := sorted({"prompt", "generator", "output_type"} & set(call)):
-        raise ArgumentError(f"prompts, seed and the output's type are set for every run, got {', '.join(ours)} among the call's arguments")
+        raise ArgumentError(f"prompts, seed and output type are set for every run: leave {', '.join(ours)} out")
     taken = inspect.signature(kind.__call__).parameters
     missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        raise ArgumentError(f"wanted a pipeline that takes {', '.join(missing)}, got {kind.__name__}")
+        raise ArgumentError(f"{kind.__name__} takes no {', '.join(missing)}")
     try:
         json.dumps(call)
     except TypeError as error:
-        raise ArgumentError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
+        raise ArgumentError(f"call arguments must be numbers, strings, lists or None, which {sorted(call)} are not: {error}") from error
 
 
 def _sides(pipe: Any) -> dict[str, Side]:
-    """What is compared with the original's first run, as ways to run the pipeline."""
+    """The sides that are compared with the original's first run, as ways to run the pipeline."""
     sides: dict[str, Side] = {"method": lambda: always(pipe), "bfloat16": lambda: in_bfloat16(pipe), "again": lambda: dense(pipe)}
     if not is_wide(pipe):
         del sides["bfloat16"]
@@ -137,44 +142,31 @@ def is_wide(pipe: Any) -> bool:
     return all(transformer.dtype == torch.float32 for transformer in find_transformers(pipe))
 
 
-@contextlib.contextmanager
-def _in_every_step(pipe: Any) -> Iterator[None]:
-    """The method whatever `dense_steps` says: a replayed forward stands alone, it has no place in a run."""
-    contexts = [patch.context for _, patch in patches_of(pipe)]
-    before = [context.dense_steps for context in contexts]
-    try:
-        for context in contexts:
-            context.dense_steps = 0
-        yield
-    finally:
-        for context, steps in zip(contexts, before, strict=True):
-            context.dense_steps = steps
-
-
 def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[PromptResult, dict[str, Tensor]]:
     """One prompt: what all sides gave, and their pictures `[F, 3, H, W]` with those of "original"."""
     row = PromptResult()
     models = patches_of(pipe)
     with dense(pipe), contextlib.ExitStack() as stack:
+        moments = stack.enter_context(recorded_moments([model for model, _ in models]))
         recorders = [stack.enter_context(Recorder(model, forward_names(model))) for model, _ in models]
         pictures = {"original": draw(pipe, prompt, seed, call)}
     names = _component_names(pipe)
     nowhere = torch.empty(0)  # final latents, which nothing here asks for
     runs = [
-        (name, model, patch.context.family, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
-        for name, (model, patch), recorder in zip(names, models, recorders, strict=True)
+        (name, model, patch.context.family, own, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
+        for name, (model, patch), own, recorder in zip(names, models, moments, recorders, strict=True)
     ]
-    for name, model, _, forwards in runs:
-        for layer, calls in attention_deviations(model, forwards).items():
+    for name, model, _, own, forwards in runs:
+        for layer, calls in attention_deviations(model, forwards, own).items():
             row.attention[name + layer] = calls
     if not row.attention:
         reasons = ", ".join(_fallbacks(pipe)) or "no accelerated layer"
-        raise FallbackError(f"wanted a method that runs in some layer, but calls have {reasons}")
+        raise FallbackError(f"the method runs in no layer: calls have {reasons}")
     for side, enter in _sides(pipe).items():
         errors: dict[float, list[float]] = {}
-        with enter(), _in_every_step(pipe):
-            for _, model, family, forwards in runs:
-                for forward, error in zip(forwards, velocity_errors(model, forwards), strict=True):
+        with enter(), without_dense_steps(pipe):
+            for _, model, family, own, forwards in runs:
+                for forward, error in zip(forwards, velocity_errors(model, forwards, own), strict=True):
                     timestep = forward.arguments[family.timestep]
                     errors.setdefault(float(timestep.min() if family.timestep_rises else timestep.max()), []).append(error)
         # guidance in two passes has two forwards at each level
@@ -194,15 +186,15 @@ def draw(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Tensor:
     made = output.images if hasattr(output, "images") else getattr(output, "frames", None)
     if not isinstance(made, Tensor) or made.ndim not in (4, 5) or made.shape[-3] != 3:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ArgumentError(f"wanted a pipeline that returns pictures or frames of three colours as a tensor, got {got}")
+        raise ArgumentError(f"the pipeline must return pictures or frames of three colours as a tensor, not {got}")
     frames = made.flatten(0, -4).float().cpu().clamp(0, 1)
     if not bool(frames.isfinite().all()):
-        raise ArgumentError(f"wanted finite pixels for {prompt!r}, got NaN or infinity from {type(pipe).__name__}")
+        raise ArgumentError(f"{type(pipe).__name__} drew NaN or infinity for {prompt!r}")
     return frames
 
 
 def _component_names(pipe: Any) -> list[str]:
-    """What to put before a layer's name, for each accelerated transformer: nothing where there is one."""
+    """The prefix of a layer's name, for each accelerated transformer: empty where there is one."""
     models = [model for model, _ in patches_of(pipe)]
     if len(models) == 1:
         return [""]
@@ -210,19 +202,38 @@ def _component_names(pipe: Any) -> list[str]:
     return [f"{names[id(model)]}." for model in models]
 
 
-def attention_deviations(transformer: Any, forwards: Sequence[Forward]) -> dict[str, list[Deviation]]:
+def attention_deviations(
+    transformer: Any, forwards: Sequence[Forward], moments: Sequence[Moment] | None = None
+) -> dict[str, list[Deviation]]:
     """For each accelerated layer, its method against exact attention over its own queries, keys and values, in some of the forwards.
 
     They are what the layer gets from the weights as they are, with exact attention in all layers before it.
     """
     operators = operators_of(transformer)
     found: dict[str, list[Deviation]] = {}
-    with torch.no_grad(), _in_every_step(transformer):
+    with torch.no_grad(), without_dense_steps(transformer):
         for index in attention_forwards(len(forwards)):
-            for captured in capture_inputs(transformer, forwards[index]):
-                operator = operators[captured.layer]
-                there = deviation(captured, exact_attention(captured), operator.spec, operator.params)
+            with contextlib.nullcontext() if moments is None else at_moment(transformer, moments[index]):
+                inputs = capture_inputs(transformer, forwards[index])
+            for captured in inputs:
+                there = _deviation(captured, operators[captured.layer])
                 found.setdefault(captured.layer, []).append(Deviation(there.error.cpu(), there.size.cpu(), there.mass.cpu()))
+    return found
+
+
+def _deviation(captured: Captured, operator: AcceleratedAttention) -> Deviation:
+    """Of a layer whose heads may run several specs, or the original attention, in the last forward."""
+    exact, layer = exact_attention(captured), operator.layer
+    size = exact.output.square().sum((0, 2, 3))
+    found = Deviation(torch.zeros_like(size), size, torch.ones_like(size))
+    for spec, heads in operator.context.last.groups(layer):  # type: ignore[union-attr]
+        if spec is None:
+            continue
+        own = list(heads)
+        part = dataclasses.replace(captured, query=captured.query[:, own], key=captured.key[:, own], value=captured.value[:, own])
+        params = parameters_of(operator.params, spec, layer, heads)
+        there = deviation(part, Exact(exact.output[:, own], exact.lse[:, own]), spec, params)
+        found.error[own], found.mass[own] = there.error, there.mass
     return found
 
 
@@ -232,16 +243,16 @@ def attention_forwards(count: int) -> list[int]:
 
 
 def _describe(pipe: Any) -> dict[str, Any]:
-    """What was evaluated."""
+    """The pipeline and method that were evaluated."""
     models = patches_of(pipe)
     context = models[0][1].context
     return {
         "pipeline": type(pipe).__name__,
         "transformers": [type(model).__name__ for model, _ in models],
         "dtype": str(models[0][0].dtype).removeprefix("torch."),
-        "method": str(context.spec),
-        "spec": context.spec.to_dict(),
-        "dense_steps": context.dense_steps,
+        "method": str(context.assignment.after_dense_steps),
+        "spec": context.assignment.record(),
+        "dense_steps": context.assignment.dense_steps,
         "layers": len(operators_of(pipe)),
         "guard": "never asked: the method runs where the original attention is faster, too",
     }
@@ -252,7 +263,7 @@ def _fallbacks(pipe: Any) -> Counter[str]:
 
 
 def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
-    """What the numbers lack, and why."""
+    """The limits of the numbers, and why."""
     notes = []
     if len(rows) == 1:
         notes.append(ONE_PROMPT)
@@ -260,7 +271,7 @@ def _notes(pipe: Any, rows: list[PromptResult]) -> list[str]:
         notes.append("The weights are in half precision already: there is no run in bfloat16 to compare with.")
     if "distance" not in rows[0].pictures["method"]:
         notes.append(NO_DISTANCE)
-    if steps := patches_of(pipe)[0][1].context.dense_steps:
+    if steps := patches_of(pipe)[0][1].context.assignment.dense_steps:
         notes.append(f"The first {steps} steps of every picture keep the original attention; other errors are of the method itself.")
     if any(row.velocity["again"][t] for row in rows for t in row.velocity["again"]) or any(r.pictures["again"]["difference"] for r in rows):
         notes.append("The original differs from itself when it is run again: this machine's arithmetic is not repeatable.")

@@ -1,4 +1,4 @@
-"""What `dit-accel evaluate` shows: plots, a self-contained page, and a table on the console."""
+"""The output of `dit-accel evaluate`: plots, a self-contained page, and a table on the console."""
 
 import base64
 import html
@@ -52,7 +52,7 @@ def measure_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def interval_words(record: dict[str, Any]) -> str:
-    """What stands in brackets."""
+    """The text in brackets."""
     interval = record["interval"]
     if interval is None:
         return "One prompt, so there are no intervals."
@@ -129,7 +129,7 @@ def write_page(out: Path, record: dict[str, Any]) -> None:
 <h2>Measures</h2><p class="small">{html.escape(interval_words(record))} Velocity error: ‖accelerated − original‖ / ‖original‖ of the
 denoiser's prediction, on what the original called it with. Attention error: the same of a layer's output for image tokens, against exact
 attention over the same queries, keys and values, mean over layers. “Original in bfloat16” is the noise floor: what is closer than that
-can't be told from rounding. “Original again” must be equal.</p>{table(*measure_rows(record))}<ul class="small">{notes}</ul>
+can't be distinguished from rounding. “Original again” must be equal.</p>{table(*measure_rows(record))}<ul class="small">{notes}</ul>
 <h2>Where the error is</h2>{_plot(noise, "Velocity error by noise level")}{_plot(heads, "By layer and head, mean over prompts")}
 <h2>Pictures</h2>{"".join(rows)}
 <p class="small">dit_accel {record["version"]}; {html.escape(made)}.</p></html>"""

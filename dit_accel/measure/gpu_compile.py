@@ -97,9 +97,9 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
     """Compile, print the table, and write it as JSON where `out` is given. Raises BackendError where triton can't
     compile here, or where a kernel spills registers, fits no multiprocessor or leaves the tensor cores idle."""
     if not dispatch.TRITON:
-        raise BackendError("compiling the GPU kernels wants triton, which is not installed")
+        raise BackendError("compiling the GPU kernels requires triton, which is not installed: pip install triton")
     if dispatch.INTERPRETED:
-        raise BackendError("compiling the GPU kernels wants TRITON_INTERPRET unset, got 1")
+        raise BackendError("TRITON_INTERPRET=1 interprets the GPU kernels instead of compiling them: unset it")
     # as many as this process may use: `taskset` limits them
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -109,7 +109,7 @@ def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str,
     show(rows)
     faults = [f"{row['kernel']} ({row['method']}, {row['arch']}, D {row['head_dim']}): {fault}" for row in rows for fault in row["faults"]]
     if faults:
-        raise BackendError("compiled, but not as wanted: " + "; ".join(faults))
+        raise BackendError("the kernels compiled, but not as they should: " + "; ".join(faults))
     return rows
 
 

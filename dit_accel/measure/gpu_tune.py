@@ -105,10 +105,10 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
     head_dims = [64, 128] if head_dims is None else head_dims
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ArgumentError(f"dtype is one of {list(DTYPES)}, got {dtype!r}")
+            raise ArgumentError(f"dtype must be one of {list(DTYPES)}, not {dtype!r}")
     for head_dim in head_dims:
         if head_dim not in HEAD_DIMS:
-            raise ArgumentError(f"head_dim is one of {list(HEAD_DIMS)}, got {head_dim!r}")
+            raise ArgumentError(f"head_dim must be one of {list(HEAD_DIMS)}, not {head_dim!r}")
     return [
         Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
     ]
@@ -132,7 +132,7 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
 
 
 def table_tile(work: Work, machine: Machine) -> Tile:
-    """What a machine takes for blocks of 64 tokens."""
+    """The tiles of a machine for blocks of 64 tokens."""
     return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64)
 
 
@@ -149,7 +149,7 @@ def tune(work: Work, machine: Machine, trial: Callable[[Work, Tile], float | str
 
 
 class Unusable(Exception):  # noqa: N818
-    """Leaves a pass whose kernel could not be measured; says why."""
+    """Leaves a pass whose kernel could not be measured; its text is the reason."""
 
 
 def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, device: torch.device, grid: tuple[int, int, int] = GRID,
@@ -242,16 +242,16 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
 def _device() -> torch.device:
     """The GPU to tune. Raises BackendError where there is none that Triton compiles for."""
     if not dispatch.TRITON:
-        raise BackendError("tuning wants triton, which is not installed")
+        raise BackendError("tuning requires triton, which is not installed: pip install triton")
     if dispatch.INTERPRETED:
-        raise BackendError("tuning wants TRITON_INTERPRET unset, got 1")
+        raise BackendError("tuning times a GPU, but TRITON_INTERPRET=1 interprets its kernels: unset it")
     if not torch.cuda.is_available():
         raise BackendError("tuning times the kernels on a CUDA device, and there is none here")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def entries(results: Sequence[Result], gpu: "Gpu") -> list["Entry"]:
-    """What is kept: the tiles that are faster than the table's."""
+    """The tiles that are kept: those that are faster than the table's."""
     from dit_accel.kernels.triton.tuned import Entry
 
     chosen = [(result.work, result.chosen) for result in results if result.chosen not in (None, result.table)]

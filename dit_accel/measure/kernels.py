@@ -119,7 +119,7 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
 
 
 def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
-    """What else is measured on a case, by the names of RIVALS, or why it is not."""
+    """Other libraries' functions for a case, by the names of RIVALS, or the reason that there is none."""
     found: dict[str, Callable[[], None] | str] = {}
     refusals = {"flex": bench_rivals.flex_refusal, "natten": bench_rivals.natten_refusal}
     for name, refusal in refusals.items():
@@ -243,11 +243,11 @@ def bench_kernels(*, repeats: int = 5, largest: int = 1 << 20, out: Path | None 
     """The table of CASES up to `largest` tokens, on a GPU where there is one, printed, and written as JSON where `out` is given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock_of(device)  # which may refuse
-    wanted = [case for case in cases_on(device) if case.layout.tokens <= largest]
+    cases = [case for case in cases_on(device) if case.layout.tokens <= largest]
     groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in wanted:
+    for case in cases:
         groups.setdefault((case.layout.tokens, baseline(case)[1], case.backward), []).append(case)
-    rows = [row for cases in groups.values() for row in measure(cases, repeats)]
+    rows = [row for group in groups.values() for row in measure(group, repeats)]
     heads, head_dim = (ON_GPU["heads"], ON_GPU["head_dim"]) if device.type == "cuda" else (HEADS, HEAD_DIM)
     result = {
         "machine": machine() | {"target": dispatch.CPU_TARGET},

@@ -66,7 +66,7 @@ def bench_quality(
     """
     specs = PRESETS if specs is None else specs
     if steps <= levels:
-        raise ArgumentError(f"steps is more than the {levels} noise levels compared, got {steps}")
+        raise ArgumentError(f"steps must be more than the {levels} noise levels that are compared, not {steps}")
     call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
     if max_sequence_length is not None:
         call["max_sequence_length"] = max_sequence_length

@@ -1,7 +1,7 @@
 """`dit-accel bench recovery`: how much of the original's quality a training of so many minutes brings back.
 
 Every combination of a method and of what is trained learns from the same self-generated samples, collected once. A few steps are timed
-first, and the training is given as many as fit the minutes, so that its learning rate has fallen when they are over.
+first, and the training has as many as fit the minutes, so that its learning rate has fallen when they are over.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from dit_accel.finetune.velocity import velocity_error
 from dit_accel.measure.evaluation import draw, in_bfloat16, is_wide
 from dit_accel.measure.similarity import compare
 from dit_accel.measure.timing import machine
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import AnyMethod
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
 from dit_accel.patch.verbs import accelerate, restore
@@ -58,7 +58,7 @@ class Recovery:
     folder: Path
 
     def settings(self) -> dict[str, Any]:
-        """What two runs must share for the one to continue the other, JSON-ready."""
+        """The settings that two runs must share for the one to continue the other, JSON-ready."""
         return {
             "pipeline": type(self.pipe).__name__, "minutes": self.minutes, "prompts": list(self.prompts), "held_out": list(self.held_out),
             "pictures": list(self.pictures), "call": dict(self.call), "seed": self.seed, "optimizer": self.optimizer,
@@ -83,7 +83,7 @@ class Recovery:
         )  # fmt: skip
 
 
-def bench_recovery(recovery: Recovery, methods: Mapping[str, AttentionSpec], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
+def bench_recovery(recovery: Recovery, methods: Mapping[str, AnyMethod], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
     """Measure every combination that the JSON file `out` lacks, draw the curves beside it as PNG, print the table, and return what the
     file holds.
 
@@ -116,11 +116,11 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         record = json.loads(out.read_text())
         kept = record["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(f"wanted a new file or one of bench recovery, got {out}: {error}") from error
+        raise ArgumentError(f"{out} was not written by bench recovery ({error}): name another file") from error
     differs = [name for name, value in json.loads(json.dumps(settings)).items() if kept.get(name) != value]
     if differs:
         name = differs[0]
-        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, wanted {settings[name]!r}; name another file")
+        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, not {settings[name]!r}: name another file")
     return dict(record)
 
 
@@ -129,7 +129,7 @@ def _row(record: dict[str, Any], name: str, train: str) -> dict[str, Any] | None
 
 
 def _floor(recovery: Recovery, held_out: Samples, originals: Sequence[Tensor]) -> dict[str, Any] | None:
-    """How far the original in bfloat16 is from itself: what is closer can't be told from rounding. None for weights of fewer bits."""
+    """The error of the original in bfloat16: what is below can't be distinguished from rounding. None for weights of fewer bits."""
     if not is_wide(recovery.pipe):
         return None
     with in_bfloat16(recovery.pipe):
@@ -137,14 +137,14 @@ def _floor(recovery: Recovery, held_out: Samples, originals: Sequence[Tensor]) -
 
 
 def _psnr(pictures: Sequence[Tensor], originals: Sequence[Tensor]) -> float | None:
-    """Mean over the pictures, dB; None stands for infinity."""
+    """Mean over the pictures, dB; None means infinity."""
     found = [compare(*pair)["psnr"] for pair in zip(pictures, originals, strict=True)]
     mean = statistics.mean(found)
     return mean if math.isfinite(mean) else None
 
 
 def _measure(
-    recovery: Recovery, name: str, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, originals: Sequence[Tensor]
+    recovery: Recovery, name: str, spec: AnyMethod, train: Trainable, samples: Samples, held_out: Samples, originals: Sequence[Tensor]
 ) -> dict[str, Any]:
     """One combination, trained from the start or its newest checkpoint; the pipeline is restored afterwards."""
     pipe, row = recovery.pipe, {"method": name, "spec": spec.to_dict(), "train": train}
@@ -166,7 +166,7 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _accelerated(pipe: Any, spec: AttentionSpec) -> Any:
+def _accelerated(pipe: Any, spec: AnyMethod) -> Any:
     """The pipeline with a method, for the length of a `with` block."""
     accelerate(pipe, spec)
     try:
@@ -180,10 +180,10 @@ def _slug(name: str) -> str:
 
 
 def _planned(
-    recovery: Recovery, spec: AttentionSpec, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
+    recovery: Recovery, spec: AnyMethod, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
 ) -> tuple[int, int]:
-    """How many steps of both stages fit the minutes, at most `parameter_steps` of the first. Kept, so that a run that continues has
-    as many."""
+    """The number of steps of both stages that fit the minutes, at most `parameter_steps` of the first. Kept, so that a continued run
+    has as many."""
     kept = folder / "steps.json"
     if kept.exists():
         plan = json.loads(kept.read_text())
@@ -210,7 +210,7 @@ def _seconds(rows: Sequence[dict[str, float]]) -> float:
 
 
 def _results(result: DistillResult) -> dict[str, Any]:
-    """What a training gave, for JSON."""
+    """The result of a training, JSON-ready."""
     return {
         "error_untrained": result.error_before, "error_fitted": result.error_fitted, "error_after": result.error_after,
         "recovered": 1 - result.error_after / result.error_before, "minutes": result.history[-1]["seconds"] / 60,

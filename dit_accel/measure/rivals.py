@@ -1,4 +1,4 @@
-"""What `dit-accel bench kernels` compares with, besides PyTorch's dense attention: FlexAttention on the same blocks, NATTEN on windows.
+"""The libraries that `dit-accel bench kernels` compares with, next to PyTorch's: FlexAttention on the same blocks, NATTEN on windows.
 
 Each rival computes what the method keeps exactly: an estimate of the rest has no counterpart there.
 """
@@ -26,19 +26,21 @@ Pairs = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query
 
 
 def flex_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> str | None:
-    """Why FlexAttention can't be measured beside a method, or None where it can."""
+    """Why FlexAttention can't be compared with a method, or None where it can."""
     if device.type != "cuda":
         return "FlexAttention is compiled on CUDA devices; elsewhere it computes all pairs of tokens"
     return _uneven(spec, layout, make_plan(spec, layout, device))
 
 
 def _uneven(spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> str | None:
-    """Why the tokens are not cut into blocks of one size, as a BlockMask wants them."""
+    """Why the tokens are not cut into blocks of one size, as a BlockMask requires; None where they are."""
     if not (plan.q_blocks.even and plan.k_blocks.even):
-        return f"FlexAttention wants blocks of one size, got a grid {layout.grid} that {spec.order} cuts unevenly"
+        return f"FlexAttention requires blocks of one size, but {spec.order} cuts a grid {layout.grid} unevenly"
+    if not plan.geometry.by_reach:
+        return f"FlexAttention is given discs, windows and boxes here, not {spec}"
     sizes = [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
     if any(layout.text % size for size in sizes):
-        return f"FlexAttention wants text of whole blocks of {sizes[0]} queries and {sizes[1]} keys, got {layout.text} tokens"
+        return f"FlexAttention requires text of whole blocks of {sizes[0]} queries and {sizes[1]} keys, not {layout.text} tokens"
     return None
 
 
@@ -48,7 +50,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     q, k `[B, H, N, D]` in the method's own order of tokens (`layout.order` = `spec.order`). Raises ValueError where blocks differ in size.
     """
     if layout.order != spec.order:
-        raise ArgumentError(f"the tokens are wanted in the method's order {spec.order}, got {layout.order}")
+        raise ArgumentError(f"the tokens must be in the method's order {spec.order}, not {layout.order}")
     plan = make_plan(spec, layout, q.device)
     if refusal := _uneven(spec, layout, plan):
         raise ArgumentError(refusal)
@@ -94,7 +96,7 @@ def _kept_pairs(plan: Plan, start: int) -> Pairs:
     first, last, reach = torch.tensor([start, len(plan.coords) - 1, g.reach], device=coords.device, dtype=torch.int32).unbind()
 
     def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # the text lies outside: its blocks are whole, but eager FlexAttention asks for them too
+        # the text is outside of it: its blocks are whole, but eager FlexAttention asks for them too
         q, k = (torch.minimum((x - first).clamp_min(0), last) for x in (query, key))
         inside = functools.reduce(torch.add, [(coords[axis, q] - coords[axis, k]) ** 2 for axis in range(3)]) <= reach
         for bounds in windows:
@@ -126,16 +128,16 @@ def flex(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Atte
 
 
 def natten_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> str | None:
-    """Why NATTEN can't be measured beside a method, or None where it can."""
+    """Why NATTEN can't be compared with a method, or None where it can."""
     window = spec.find(Window)
     if window is None or len(spec.keep) != 1 or spec.rest is not None:
         return "NATTEN computes windows (GNA) alone"
     if layout.text or layout.references:
-        return "NATTEN wants one grid without text"
+        return "NATTEN requires one grid without text"
     if any(n * d > side for n, d, side in zip(window.per_axis("size"), window.per_axis("dilation"), layout.grid, strict=True) if side > 1):
-        return f"NATTEN wants windows within the grid {layout.grid}, got {window}"
+        return f"NATTEN requires windows within the grid {layout.grid}, not {window}"
     if device.type != "cuda":
-        return "NATTEN's kernels want a CUDA device"
+        return "NATTEN's kernels require a CUDA device"
     if importlib.util.find_spec("natten") is None:
         return "natten is not installed"
     return None

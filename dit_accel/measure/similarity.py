@@ -14,7 +14,7 @@ from torchmetrics.functional.image import (
 
 from dit_accel.files import write_bytes
 
-DISTANCE_SIDE = 176  # multi-scale SSIM halves a picture four times and still wants 11 pixels
+DISTANCE_SIDE = 176  # multi-scale SSIM halves a picture four times and still requires 11 pixels
 
 
 def compare(pictures: Tensor, originals: Tensor) -> dict[str, float]:

@@ -11,11 +11,12 @@ from rich.table import Table
 
 from dit_accel.clock import clock, timed
 from dit_accel.console import console
+from dit_accel.errors import ArgumentError
 from dit_accel.files import write_json
 from dit_accel.finetune.velocity import predict
 from dit_accel.measure.capture import record_step
 from dit_accel.measure.timing import machine
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import AnyMethod, Assignment
 from dit_accel.patch.anatomy import attention_layers, find_transformers
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore
@@ -28,7 +29,7 @@ def bench_step(
     pipe: Any,
     *,
     sizes: Sequence[tuple[int, int]],
-    methods: Sequence[AttentionSpec],
+    methods: Sequence[AnyMethod],
     repeats: int = 3,
     out: Path | None = None,
     max_sequence_length: int | None = None,
@@ -37,7 +38,11 @@ def bench_step(
 
     A call is a whole attention module, projections included. Methods run even where the original is faster. Prints a table; writes it as
     JSON where `out` is given.
+    Raises ValueError for an assignment that depends on steps or noise levels.
     """
+    for method in methods:
+        if Assignment.of(method).of_moments:
+            raise ArgumentError(f"steps differ under {method}, and one is measured here: measure a whole picture by `dit-accel bench draw`")
     rows: list[dict[str, Any]] = []
     view = Table("size", "method", "step: original s", "accelerated s", "ratio", "attention call: original s", "accelerated s", "ratio")
     for name in ("original", "accelerated"):
@@ -57,7 +62,7 @@ def bench_step(
     return rows
 
 
-def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[AttentionSpec], repeats: int) -> list[dict[str, float]]:
+def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[AnyMethod], repeats: int) -> list[dict[str, float]]:
     """For each method: median seconds of a step and of one attention module's call in it, and the calls' share of the step.
 
     The original and all methods run in turns. `arguments`: of a forward, as `record_step` gives them. Of several transformers, which take
@@ -66,7 +71,7 @@ def step_times(pipe: Any, arguments: dict[str, Any], methods: Sequence[Attention
     transformer = find_transformers(pipe)[0]
     names = list(attention_layers(transformer))
 
-    def accelerated(spec: AttentionSpec) -> tuple[float, list[float]]:
+    def accelerated(spec: AnyMethod) -> tuple[float, list[float]]:
         with always(accelerate(pipe, spec)):
             measured = _step(transformer, names, arguments)
         restore(pipe)

@@ -1,4 +1,4 @@
-"""What a time was measured with: the function that times a call on a device, the processor, the GPU, the versions."""
+"""How times are measured on a device, and the provenance of a measurement: processor, GPU, versions."""
 
 import platform
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def graphics_card() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement was made with, JSON-ready."""
+    """The provenance of a measurement, JSON-ready."""
     return graphics_card() | {
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),

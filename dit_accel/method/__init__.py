@@ -1,14 +1,17 @@
 """What is computed: a method is a spec whose slots are filled with parts; presets fill them for the published methods."""
 
+from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.method.parts import (
     Blockwise,
     Box,
+    Boxes,
     Call,
     Cost,
     Disc,
     DiscBlocks,
     Downsampled,
     FirstFrames,
+    Grid,
     Ground,
     Intervals,
     Linear,
@@ -28,6 +31,7 @@ from dit_accel.method.parts import (
     Tiles,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -37,9 +41,11 @@ __all__ = [
     "CLEAR",
     "GNA",
     "SLA",
+    "Assignment",
     "AttentionSpec",
     "Blockwise",
     "Box",
+    "Boxes",
     "Call",
     "Cost",
     "Disc",
@@ -47,6 +53,7 @@ __all__ = [
     "Downsampled",
     "FirstFrames",
     "Fovea",
+    "Grid",
     "Ground",
     "Intervals",
     "Linear",
@@ -60,11 +67,13 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Rule",
     "Score",
     "Selection",
     "Sizes",
     "Tiles",
     "Tokenwise",
     "TopK",
+    "TopP",
     "Window",
 ]

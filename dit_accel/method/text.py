@@ -1,9 +1,9 @@
 """Attention methods as text, for command lines and configuration: `fovea:0.05`, `clear:8,downsample=4`, `gna:9x9,dilation=2`.
 
-    NAME | NAME:VALUE | NAME:VALUE,KEY=VALUE,... | NAME:KEY=VALUE,...
+    NAME | NAME:VALUE | NAME:VALUE,KEY=VALUE,... | NAME:KEY=VALUE,... | FILE.json
 
 VALUE alone is the method's first argument; keys are the argument names of the presets in `dit_accel.method`. 9x5 is (9, 5): height, width;
-4x9x5 is frames, height, width.
+4x9x5 is frames, height, width. FILE.json holds a spec (`AttentionSpec.to_dict`) or an assignment of several (`Assignment.save`).
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_accel.errors import ArgumentError
+from dit_accel.method.assignment import Assignment, read_method
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 
@@ -36,7 +37,9 @@ def _pair(text: str) -> tuple[int, int]:
     return first, second
 
 
-Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises ValueError; what it wants, in words
+FILE = ".json"
+
+Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises ValueError; what it requires, in words
 NUMBER: Reader = (_number, "a number")
 INTEGER: Reader = (int, "an integer")
 AXES: Reader = (_axes, "an integer, or integers joined by x as in 9x9")
@@ -75,15 +78,17 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def parse_method(text: str) -> AttentionSpec | None:
-    """The spec that a text like `clear:16` names; None for `none`, the original attention.
+def parse_method(text: str) -> AttentionSpec | Assignment | None:
+    """The spec that a text like `clear:16` names, or what a JSON file holds; None for `none`, the original attention.
 
-    Raises ValueError that says what was wanted and shows the text.
+    Raises ValueError that says what is required and shows the text.
     """
+    if text.strip().lower().endswith(FILE):
+        return read_method(text.strip())
     name, colon, rest = (part.strip() for part in text.partition(":"))
     name = name.lower()
     if name not in METHODS and name != "none":
-        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])}, got {text!r}")
+        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])} or a JSON file, got {text!r}")
     if name == "none":
         if colon:
             raise ArgumentError(f"none takes no arguments, got {text!r}")
@@ -91,7 +96,7 @@ def parse_method(text: str) -> AttentionSpec | None:
     method = METHODS[name]
     arguments = _read_arguments(name, method, rest, text) if colon else {}
     if method.required and method.first not in arguments:
-        raise ArgumentError(f"{name} wants its {method.first}, as in {method.examples[0]}, got {text!r}")
+        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, got {text!r}")
     try:
         return method.preset(**arguments)
     except ArgumentError as error:
@@ -106,11 +111,11 @@ def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str
         if not equals and position == 0:
             key, value = method.first, key
         elif not equals:
-            raise ArgumentError(f"{name} wants key=value after its first argument, got {part!r} in {text!r}")
+            raise ArgumentError(f"{name} requires key=value after its first argument, got {part!r} in {text!r}")
         if key not in method.arguments:
             raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
         if key in found:
-            raise ArgumentError(f"{name} wants each argument once, got {key} twice in {text!r}")
+            raise ArgumentError(f"{name} takes each argument once: {key} is twice in {text!r}")
         read, wanted = method.arguments[key]
         try:
             found[key] = read(value)

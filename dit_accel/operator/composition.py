@@ -87,7 +87,7 @@ def visited_blocks(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:
     if spec.selection is None:
         return plan.static  # type: ignore[return-value]
     chosen = spec.selection.choose(call)
-    return chosen if plan.static is None else listed_beside(plan.static, chosen.index)
+    return chosen if plan.static is None else listed_beside(plan.static, chosen.index, chosen.valid)
 
 
 def _eager(
@@ -95,7 +95,7 @@ def _eager(
 ) -> tuple[Partial, Partial]:
     """The exact part in torch: of the image's queries over their blocks and the text, and of the text's over everything."""
     image = reference.block_sparse_attention(
-        call.q, call.k, call.v, blocks, plan.q_blocks, plan.k_blocks, scale=call.scale, predicate=plan.predicate, coords=plan.coords
+        call.q, call.k, call.v, blocks, plan.q_blocks, plan.k_blocks, scale=call.scale, tables=plan.geometry.tables
     )
     if not layout.text:
         return image, image

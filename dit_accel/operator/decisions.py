@@ -1,4 +1,4 @@
-"""What was decided on this machine, once for all processes: a small JSON file for each question, in the user's cache folder."""
+"""Decisions of this machine, made once for all processes: a small JSON file for each question, in the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from dit_accel.errors import WriteError
 from dit_accel.files import create_json
 
 FORMAT = 1
-PATIENCE = 60.0  # seconds to wait for another process that is measuring
+WAIT = 60.0  # seconds to wait for another process that is measuring
 Question = dict[str, Any]  # all that a decision depends on, ready for JSON
 Seconds = tuple[float, float]  # of the method, of the original attention
 
@@ -51,7 +51,7 @@ def decided(question: Question, measure: Callable[[], Seconds]) -> tuple[Seconds
         return found, path
     with contextlib.suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
-    with _alone(place):  # whoever waited finds what the first one measured, and nobody measures beside another
+    with _exclusively(place):  # whoever waited finds what the first one measured, and no two processes measure at once
         found = read(path, question)
         if found is not None:
             return found, path
@@ -79,7 +79,7 @@ def _text(question: Question) -> str:
 
 
 def _keep(path: Path, question: Question, times: Seconds) -> Seconds | None:
-    """Write the file unless another process was first, and read what it then says; None where it can't be written."""
+    """Write the file unless another process was first, and read what it then holds; None where it can't be written."""
     try:
         if read(path, question) is None:
             path.unlink(missing_ok=True)  # it is damaged
@@ -90,8 +90,8 @@ def _keep(path: Path, question: Question, times: Seconds) -> Seconds | None:
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process or thread at a time; not where the file system has no locks, nor after `PATIENCE`: the file is still made once."""
+def _exclusively(place: Path) -> Iterator[None]:
+    """One process or thread at a time; not where the file system has no locks, nor after `WAIT`: the file is still made once."""
     try:
         import fcntl  # Windows has none
 
@@ -100,7 +100,7 @@ def _alone(place: Path) -> Iterator[None]:
         yield
         return
     with file:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + WAIT
         while time.monotonic() < end:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -55,11 +55,11 @@ class Crossover:
 
 
 def enabled() -> bool:
-    """What the environment says. Raises ValueError where it says neither on nor off."""
-    said = os.environ.get(VARIABLE, "on")
-    if said not in ("on", "off"):
-        raise ValueError(f"the environment variable {VARIABLE} is 'on' or 'off', got {said!r}")
-    return said == "on"
+    """Whether the environment has the guard on. Raises ValueError where it is neither on nor off."""
+    setting = os.environ.get(VARIABLE, "on")
+    if setting not in ("on", "off"):
+        raise ValueError(f"the environment variable {VARIABLE} must be 'on' or 'off', not {setting!r}")
+    return setting == "on"
 
 
 _known: dict[str, Crossover] = {}
@@ -69,8 +69,8 @@ _lock = threading.Lock()
 def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> Crossover | None:
     """The crossover of a grid on this machine's CPU or GPU; the second call costs nothing.
 
-    None where nothing can be measured: on other devices, where the environment says so, while a CUDA graph is captured. Raises ValueError
-    as `enabled`.
+    None where nothing can be measured: on other devices, where the environment has it off, while a CUDA graph is captured. Raises
+    ValueError as `enabled`.
     """
     if not enabled() or device.type not in PAIRS:
         return None

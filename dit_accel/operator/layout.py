@@ -1,4 +1,4 @@
-"""Where tokens stand: the grid of the image or video, the place of the text, and the order of image tokens in memory."""
+"""Where tokens are: the grid of the image or video, the place of the text, and the order of image tokens in memory."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dit_accel.method.parts.base import check_part
 def _grid(name: str, value: Any) -> Grid:
     grid = tuple(plain(value)) if isinstance(value, tuple | list) else ()
     if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid):
-        raise ValueError(f"{name} is (frames, height, width) in tokens, three ints >= 1, got {value!r}")
+        raise ValueError(f"{name} must be (frames, height, width) in tokens, three ints >= 1, not {value!r}")
     return grid
 
 
@@ -23,10 +23,10 @@ def _grid(name: str, value: Any) -> Grid:
 class TokenLayout:
     """A sequence of `text` text tokens and T·H·W image tokens; `grid` is (T, H, W) in tokens.
 
-    `text_first` tells which come first. `order` is the order in which the image tokens lie in memory: raster unless the caller has
-    permuted them already. `references`: the grids of further images behind the first in the sequence, as edit models have them; they lie
-    over the first, corner on corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or a
-    grid axis is below 1.
+    `text_first` tells which come first. `order` is the order of the image tokens in memory: raster unless the caller has
+    permuted them already. `references`: the grids of further images that follow the first in the sequence, as edit models have them; their
+    coordinates begin at the same corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or
+    a grid axis is below 1.
     """
 
     grid: Grid
@@ -40,7 +40,7 @@ class TokenLayout:
         object.__setattr__(self, "references", tuple(_grid("a reference's grid", grid) for grid in self.references))
         object.__setattr__(self, "text", plain(self.text))
         if not isinstance(self.text, int) or isinstance(self.text, bool) or self.text < 0:
-            raise ValueError(f"text is a number of tokens >= 0, got {self.text!r}")
+            raise ValueError(f"text must be a number of tokens >= 0, not {self.text!r}")
         check_part(self.order, Order, "order")
 
     @property

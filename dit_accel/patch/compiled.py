@@ -9,6 +9,7 @@ sizes, dense steps and switched-off patches run in the graphs that the original 
 A backward pass computes the layer once more: which of the kernels ran is not known to the graph.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method.assignment import Rules
 from dit_accel.method.parameters import Values
-from dit_accel.operator.blocks_of_grid import Plan
-from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import processor, tokens
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
+from dit_accel.patch.heads import Layer
 
 # a replayed CUDA graph would repeat what was decided when it was recorded; PyTorch releases without the tag record none with a CPU tensor
 LOOKS_UP: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
@@ -43,7 +44,7 @@ def begin(
     context, _ = tokens.find(tag)
     family = context.family
     if not context.enabled:
-        off = Forward(family, context.spec, (), text, history, context.trained_tokens, context.plans, active=False)
+        off = Forward(family, Rules(), (), text, history, context.trained_tokens, context.plans, active=False)
         return tokens.begin(context, off).clone()
     if family.ids:
         arguments: dict[str, Any] = dict(line.split("=", 1) for line in words.splitlines())
@@ -60,10 +61,10 @@ def _(tag: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("dit_accel::noted", mutates_args=(), **LOOKS_UP)
-def noted(query: Tensor, keys: int, token: Tensor, alone: bool, reason: str) -> Tensor:
+def noted(query: Tensor, keys: int, token: Tensor, number: Tensor, reason: str) -> Tensor:
     """A copy of a query `[B, N, H, D]` whose call runs its original attention for a reason, which is recorded."""
     context, forward = tokens.find(token)
-    context.takes(forward, alone, query.shape[1], keys, None, reason)
+    context.takes(forward, context.layers[int(number)], query.shape[1], keys, None, reason)
     return query.clone(memory_format=torch.contiguous_format)
 
 
@@ -77,18 +78,19 @@ noted.register_autograd(lambda ctx, gradient: (gradient, None, None, None, None)
 
 @torch.library.custom_op("dit_accel::layer", mutates_args=(), **LOOKS_UP)
 def layer(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, token: Tensor, alone: bool,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, token: Tensor, number: Tensor,
     scale: float | None, gqa: bool, primitive: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A layer's attention `[B, N, H, D]`, accelerated or original as `Context.takes` decides, and what tells the backward pass which.
 
-    `learned`: the method's learned tensors, `names` theirs, one a line. `primitive`: "sdpa", or the backend of diffusers' dispatcher
-    ("default" for its own choice).
+    `learned`: the method's learned tensors, `names` theirs, one a line. `number`: of the layer in its context. `primitive`: "sdpa", or the
+    backend of diffusers' dispatcher ("default" for its own choice).
     """
     context, forward = tokens.find(token)
-    taken = context.takes(forward, alone, query.shape[1], key.shape[1], mask, None)
+    own = context.layers[int(number)]
+    taken = context.takes(forward, own, query.shape[1], key.shape[1], mask, None)
     params = dict(zip(names.splitlines(), learned, strict=True))
-    out = _attention(query, key, value, mask, params, context, forward if taken else None, alone, scale, gqa, primitive)
+    out = _attention(query, key, value, mask, params, context, forward if taken else None, own, scale, gqa, primitive)
     ran = tokens.token_of(context, forward).clone() if taken else torch.full_like(token, ORIGINAL)
     return out.contiguous(), ran
 
@@ -102,20 +104,14 @@ def _(
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: Values, context: Context | None, forward: Forward | None,
-    alone: bool, scale: float | None, gqa: bool, primitive: str,
+    own: Layer | None, scale: float | None, gqa: bool, primitive: str,
 ) -> Tensor:  # fmt: skip
     """The method within a forward of a context, or the primitive without them; `[B, N, H, D]`."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):  # the graph has cast what autocast casts
-        if forward is not None and context is not None:
-            spec, own = forward.spec, context.backend
-
-            def method(
-                q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
-            ) -> Tensor:
-                return processor.attend(q, k, v, spec, layout, plan, params, scale, own, text_bias=bias)[0]
-
-            return processor.accelerated(*processor.with_all_heads(q, k, v), scale, mask, forward, alone, method).transpose(1, 2)
+        if forward is not None and context is not None and own is not None:
+            method = functools.partial(processor.by_specs, layer=own, params=params, backend=context.backend)
+            return processor.arranged(*processor.with_all_heads(q, k, v), scale, mask, forward, own.alone, method).transpose(1, 2)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
         if primitive == "sdpa":
@@ -127,17 +123,18 @@ def _attention(
 @torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **LOOKS_UP)
 def layer_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, ran: Tensor,
-    needed: Sequence[bool], alone: bool, scale: float | None, gqa: bool, primitive: str,
+    needed: Sequence[bool], number: Tensor, scale: float | None, gqa: bool, primitive: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of query, key, value and the learned tensors; those that are not needed are empty."""
     inputs = [query, key, value, *learned]
     context, forward = (None, None) if int(ran) == ORIGINAL else tokens.find(ran)
+    layer = None if context is None else context.layers[int(number)]
     autograd = torch._C.DispatchKey.AutogradFunctionality  # an operator runs below autograd
     with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
         copies = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, needed, strict=True)]
         q, k, v, *own = copies
         params = dict(zip(names.splitlines(), own, strict=True))
-        out = _attention(q, k, v, mask, params, context, forward, alone, scale, gqa, primitive)
+        out = _attention(q, k, v, mask, params, context, forward, layer, scale, gqa, primitive)
         learn = [x for x in copies if x.requires_grad]
         found = iter(torch.autograd.grad(out, learn, dout, allow_unused=True))
     grads = [next(found) if x.requires_grad else None for x in copies]
@@ -157,20 +154,20 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    query, key, value, mask, learned, names, _, *settings = inputs
-    ctx.save_for_backward(query, key, value, mask, output[1], *learned)
+    query, key, value, mask, learned, names, _, number, *settings = inputs
+    ctx.save_for_backward(query, key, value, mask, output[1], number, *learned)
     ctx.names, ctx.settings = names, settings
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | list[Tensor | None] | None, ...]:
-    query, key, value, mask, ran, *learned = ctx.saved_tensors
+    query, key, value, mask, ran, number, *learned = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
         raise DitAccelError("an attention mask that requires a gradient is not supported in a compiled model: pass mask.detach()")
     needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4]]
-    after = (None,) * (2 + len(ctx.settings))
+    after = (None,) * (3 + len(ctx.settings))
     if dout is None or not any(needed):
         return (None, None, None, None, [None] * len(learned), *after)
-    grads = torch.ops.dit_accel.layer_backward(dout, query, key, value, mask, learned, ctx.names, ran, needed, *ctx.settings)
+    grads = torch.ops.dit_accel.layer_backward(dout, query, key, value, mask, learned, ctx.names, ran, needed, number, *ctx.settings)
     given: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
     return (*given[:3], None, given[3:], *after)
 

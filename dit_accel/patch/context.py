@@ -12,6 +12,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from dit_accel.errors import FallbackError
 from dit_accel.kernels import capture, dispatch
+from dit_accel.method.assignment import Assignment, Moment, Rules, specs_in, without
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import guard, lowering
 from dit_accel.operator.guard import Crossover
@@ -19,6 +20,7 @@ from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
 from dit_accel.patch.checkpointing import carry_forwards
 from dit_accel.patch.forward import Forward, current, enter, leave
+from dit_accel.patch.heads import Layer
 from dit_accel.patch.mask_check import MaskCheck, given
 from dit_accel.patch.routing import route
 from dit_accel.patch.steps import Steps
@@ -33,24 +35,26 @@ PARSED = 4  # position ids whose grids are kept: those of as many runs at once
 class Settings:
     """What a user or a mode has chosen for one transformer; this, and nothing else of a context, is pickled and copied.
 
-    `names`: of the transformer's forward arguments. `enabled`: `dense(...)` switches it off. `always`: run the operators even where the
-    original attention is faster, as training and measuring must. `trained`: the weights belong to the operators, so nothing else will do.
+    `names`: of the transformer's forward arguments. `layers`: that are accelerated; an operator knows its own by its number. `enabled`:
+    `dense(...)` switches it off. `always`: run the operators even where the original attention is faster, as training and measuring must.
+    `trained`: the weights belong to the operators, so nothing else will do. `moment`: of every forward, where recorded ones are replayed
+    one by one; else it is counted.
     `trained_tokens`: of the sequences that the model was trained on, where logits are to be scaled for longer ones, which the original
     attention does not do. `fallbacks`: how many calls ran their original attention, by the reason.
     """
 
     family: Family
-    spec: AttentionSpec
+    assignment: Assignment
     names: list[str]
-    head_dim: int
+    layers: tuple[Layer, ...]
     steps: Steps
-    dense_steps: int
     backend: str
     strict: bool
     trained_tokens: int | None = None
     enabled: bool = True
     always: bool = False
     trained: bool = False
+    moment: Moment | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
 
 
@@ -58,13 +62,13 @@ class Settings:
 class Context(Settings):
     """The settings of one transformer, and what is remembered from forward to forward: nothing that a result depends on.
 
-    `layout`, `crossover`: of the last forward in any thread, for `summary`; the crossover is None where nothing was to be measured. `last`:
+    `layout`, `crossovers`: of the last forward in any thread, for `summary`; a spec has a crossover where one was to be measured. `last`:
     that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the
     forward while a graph of all of it is traced, else the tag. `known`: what such names are for.
     """
 
     layout: TokenLayout | None = field(default=None, init=False)
-    crossover: Crossover | None = field(default=None, init=False)
+    crossovers: dict[AttentionSpec, Crossover] = field(default_factory=dict, init=False)
     last: Forward | None = field(default=None, init=False)
     device: torch.device | None = field(default=None, init=False)
     plans: Plans = field(default_factory=Plans, init=False)
@@ -73,7 +77,7 @@ class Context(Settings):
     tag: Tensor = field(init=False)
     token: Tensor = field(init=False)
     _parsed: tuple[tuple[tuple[Any, ...], Grids | str], ...] = field(default=(), init=False)
-    _said: set[Grids] = field(default_factory=set, init=False)  # grids of which a user was told that they are left to the original
+    _said: set[tuple[Grids, AttentionSpec]] = field(default_factory=set, init=False)  # reported as left to the original attention
     _slow: set[str] = field(default_factory=set, init=False)  # what a user was told of a GPU without kernels
 
     def __post_init__(self) -> None:
@@ -82,14 +86,15 @@ class Context(Settings):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, setting.name) for setting in fields(Settings))
 
-    def switch(self, spec: AttentionSpec) -> None:
-        """Go on with another spec of the same order from the next forward on."""
-        self.spec, self.layout = spec, None
-
     @property
-    def leaves(self) -> bool:
-        """Whether the last forward's grid is left to the original attention because that is faster."""
-        return self.crossover is not None and self.crossover.loses and not self._runs_anyway(torch.is_grad_enabled())
+    def head_dim(self) -> int:
+        """Channels per head of the first layer."""
+        return self.layers[0].head_dim
+
+    def leaves(self, spec: AttentionSpec) -> bool:
+        """Whether the last forward left a spec's heads to the original attention because that is faster."""
+        crossover = self.crossovers.get(spec)
+        return crossover is not None and crossover.loses and not self._runs_anyway(torch.is_grad_enabled())
 
     def _runs_anyway(self, gradient: bool) -> bool:
         """Whether the method runs at every size, so that nothing is to be measured."""
@@ -99,7 +104,7 @@ class Context(Settings):
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
         if self.strict:
-            raise FallbackError(f"strict=True wants every layer accelerated, but this call has {reason}")
+            raise FallbackError(f"strict=True requires every layer to be accelerated, but this call has {reason}")
         if reason not in self.fallbacks:
             warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
@@ -112,16 +117,18 @@ class Context(Settings):
         found = current(self)
         return self.last if found is None and in_backward() else found
 
-    def takes(self, forward: Forward | None, alone: bool, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
+    def takes(self, forward: Forward | None, layer: Layer, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call within a forward, or outside of any, is accelerated; one that should be and can't is recorded. See `route`."""
         if not self.enabled:
             return False
         if forward is None:
             self.fall_back(OUTSIDE)
             return False
-        taken, reason = route(forward, alone, q_len, kv_len, mask, special)
+        if forward.active and not forward.runs(layer):
+            return False
+        taken, reason = route(forward, layer.alone, q_len, kv_len, mask, special)
         if taken:
-            self.layout = forward.layout(alone, kv_len)
+            self.layout = forward.layout(layer.alone, kv_len)
         elif reason is not None:
             self.fall_back(reason)
         return taken
@@ -181,21 +188,25 @@ class Context(Settings):
         """The forward with these grids, or with a reason why they are not known; to be called once per forward."""
         family, trained_tokens = self.family, self.trained_tokens
         if isinstance(grids, str):
-            self.layout = self.crossover = None
+            self.layout, self.crossovers = None, {}
             self.fall_back(grids)
-            return Forward(family, self.spec, (), text, history, trained_tokens, self.plans, active=False)
-        forward = Forward(family, self.spec, grids, text, history, trained_tokens, self.plans, active=True)
+            return Forward(family, Rules(), (), text, history, trained_tokens, self.plans, active=False)
         if self.enabled and self.backend == "auto":
             self._warn_if_slow(latents)
-        measured = self._measured(forward, latents, gradient)
-        active = self.enabled and not (measured is not None and measured.loses)
-        if self.enabled and self.dense_steps:
-            active = self.steps.index(timestep, latents) >= self.dense_steps and active
+        moment = self.moment
+        if moment is None and self.enabled and self.assignment.of_moments:
+            moment = self.steps.moment(timestep, latents, rising=family.timestep_rises)
+        forward = Forward(family, Rules(), grids, text, history, trained_tokens, self.plans, active=True)
+        rules = self.assignment.at(moment, forward.image)
+        measured = self._measured(forward, specs_in(rules), latents, gradient)
+        rules = without(rules, frozenset(spec for spec, found in measured.items() if found.loses))
+        forward = replace(forward, rules=rules)
+        active = self.enabled and bool(specs_in(rules))
         if active and self.mask_check.hides_image(given_masks, forward):
             active = False
             self.fall_back("an attention mask over image tokens")
         forward = replace(forward, active=active)
-        self.last, self.device, self.crossover = forward, latents.device, measured
+        self.last, self.device, self.crossovers = forward, latents.device, measured
         self.layout = forward.layout(False, forward.image + (text or 0))
         return forward
 
@@ -213,25 +224,32 @@ class Context(Settings):
             self._parsed = ((ids, grids), *self._parsed[: PARSED - 1])
         return grids
 
-    def _measured(self, forward: Forward, latents: Tensor, gradient: bool) -> Crossover | None:
-        """Whether the method or the original attention is faster at this size, where that decides; said once where the original is."""
+    def _measured(
+        self, forward: Forward, specs: tuple[AttentionSpec, ...], latents: Tensor, gradient: bool
+    ) -> dict[AttentionSpec, Crossover]:
+        """Whether each spec or the original attention is faster at this size, where that decides; said once where the original is."""
         if self._runs_anyway(gradient):
-            return None
+            return {}
         layout = forward.layout(False, forward.image + (forward.text or 0))
-        found = guard.measured(self.spec, layout, self.head_dim, latents.dtype, latents.device)
-        if found is not None and found.loses and forward.grids not in self._said:
-            self._said.add(forward.grids)
+        asked = {spec: guard.measured(spec, layout, self.head_dim, latents.dtype, latents.device) for spec in specs}
+        known = {spec: found for spec, found in asked.items() if found is not None}
+        for spec, found in known.items():
+            if not found.loses or (forward.grids, spec) in self._said:
+                continue
+            self._said.add((forward.grids, spec))
+            which = f" in the place of {spec}" if len(self.assignment.specs) > 1 else ""
             sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in forward.grids)
             warnings.warn(
-                f"dit_accel: the original attention runs at {sizes} tokens, because it is faster there: {found}. "
+                f"dit_accel: the original attention runs at {sizes} tokens{which}, because it is faster there: {found}. "
                 "accelerate(..., strict=True) runs the method all the same",
                 stacklevel=2,
             )
-        return found
+        return known
 
     def _warn_if_slow(self, latents: Tensor) -> None:
         """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
-        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=lowering.has_states(self.spec))
+        linear = any(lowering.has_states(spec) for spec in self.assignment.specs)
+        slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=linear)
         if slow is not None and slow not in self._slow:
             self._slow.add(slow)
             warnings.warn(f"dit_accel: {slow}", stacklevel=2)

@@ -10,9 +10,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.assignment import Group, Rules, groups
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
+from dit_accel.patch.heads import Layer
 from dit_accel.pipelines.family import Family, Grids
 
 
@@ -20,19 +21,27 @@ from dit_accel.pipelines.family import Family, Grids
 class Forward:
     """What is read at the transformer's boundary, once per forward.
 
-    `grids`: of the images in its sequence, none where they are not known. `text`: how many other tokens there are, or None where only a
-    call tells. `history`: how many of them come before the image although text comes behind it. `trained_tokens`: see `accelerate`.
-    `active`: the operators run.
+    `rules`: those of the assignment that fit it. `grids`: of the images in its sequence, none where they are not known. `text`: how
+    many other tokens there are, or None where only a call tells. `history`: how many of them come before the image although text comes
+    behind it. `trained_tokens`: see `accelerate`. `active`: the operators run.
     """
 
     family: Family
-    spec: AttentionSpec
+    rules: Rules
     grids: Grids
     text: int | None
     history: int
     trained_tokens: int | None
     plans: Plans = field(compare=False, repr=False)
     active: bool
+
+    def groups(self, layer: Layer) -> tuple[Group, ...]:
+        """The specs that a layer runs, each with its heads."""
+        return groups(self.rules, layer.name, layer.heads)
+
+    def runs(self, layer: Layer) -> bool:
+        """Whether a layer runs a spec in some head."""
+        return any(group.spec is not None for group in self.groups(layer))
 
     @property
     def image(self) -> int:

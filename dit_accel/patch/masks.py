@@ -40,6 +40,12 @@ def text_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor:
     return bias.expand(batch, -1)
 
 
+def over_keys(bias: Tensor, layout: TokenLayout) -> Tensor:
+    """A bias `[B, text]` on the text's keys as a mask over all keys, `[B, 1, 1, N]`."""
+    image = (0, layout.image) if layout.text_first else (layout.image, 0)
+    return F.pad(bias, image)[:, None, None]
+
+
 def rolled(mask: Tensor, shift: int) -> Tensor:
     """An accepted mask for a sequence whose tokens are rolled by `shift`."""
     by_pair = mask.ndim == 4 and mask.shape[2] > 1

@@ -1,11 +1,18 @@
-"""How an accelerated transformer runs for the length of a `with` block, but for `dense`: `always`, `proportional`, `running`."""
+"""How an accelerated transformer runs for the length of a `with` block, but for `dense`: `always`, `proportional`, `running`,
+`at_moment`, `without_dense_steps`."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from dit_accel.errors import ArgumentError
+from dit_accel.method.assignment import Assignment, Moment
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.patch.state import Patch, patches_of
+from dit_accel.patch.anatomy import attention_layers
+from dit_accel.patch.heads import joint_parameters
+from dit_accel.patch.processor import AcceleratedAttention
+from dit_accel.patch.state import patches_of
 
 P = TypeVar("P")
 
@@ -52,22 +59,46 @@ def proportional(pipe_or_transformer: P, trained_tokens: int) -> Iterator[P]:
 
 
 @contextlib.contextmanager
-def running(pipe_or_transformer: P, spec: AttentionSpec) -> Iterator[P]:
-    """Another spec with the same parameters, order and blocks, for the length of a `with` block. Raises NotAcceleratedError."""
-    patches = patches_of(pipe_or_transformer)
-    before = [patch.context.spec for _, patch in patches]
-    try:
-        for model, patch in patches:
-            _switch(model, patch, spec)
+def at_moment(pipe_or_transformer: P, moment: Moment) -> Iterator[P]:
+    """Forwards that are at this moment of a run, whatever calls them, for the length of a `with` block: recorded ones, replayed by
+    themselves. Raises NotAcceleratedError."""
+    with _set(pipe_or_transformer, "moment", lambda _: moment):
         yield pipe_or_transformer
-    finally:
-        for (model, patch), own in zip(patches, before, strict=True):
-            _switch(model, patch, own)
 
 
-def _switch(model: Any, patch: Patch, spec: AttentionSpec) -> None:
-    if patch.context.spec == spec:
-        return
-    patch.context.switch(spec)
-    for name in patch.originals:
-        model.get_submodule(name).dit_accel.spec = spec
+@contextlib.contextmanager
+def running(pipe_or_transformer: P, method: AttentionSpec | Assignment) -> Iterator[P]:
+    """Another method on the accelerated layers, for the length of a `with` block; what is known of grids and runs is kept.
+
+    Layers that are not accelerated stay as they are. Raises NotAcceleratedError, and ValueError where the method names no layer or head of
+    the model or requires learned parameters that the layers lack, before anything is changed.
+    """
+    patches, assignment = patches_of(pipe_or_transformer), Assignment.of(method)
+    heads = [{layer.name: layer.heads for layer in patch.context.layers} for _, patch in patches]
+    assignment.check([dict.fromkeys(attention_layers(model), sys.maxsize) | own for (model, _), own in zip(patches, heads, strict=True)])
+    for model, patch in patches:
+        for name in patch.originals:
+            check_learned(model.get_submodule(name).dit_accel, assignment)
+    with _set(pipe_or_transformer, "assignment", lambda _: assignment):
+        yield pipe_or_transformer
+
+
+@contextlib.contextmanager
+def without_dense_steps(pipe_or_transformer: P) -> Iterator[P]:
+    """The method in the steps, too, that `dense_steps` keeps for the original attention, for the length of a `with` block. For training and
+    measuring. Raises NotAcceleratedError."""
+    with _set(pipe_or_transformer, "assignment", lambda own: own.after_dense_steps):
+        yield pipe_or_transformer
+
+
+def check_learned(operator: AcceleratedAttention, assignment: Assignment) -> None:
+    """Raise ValueError unless a layer has the learned parameters of all specs that an assignment gives it."""
+    specs = assignment.specs_of(operator.name)
+    required = joint_parameters(specs, operator.layer).named_parameters() if specs else ()
+    found = {name: tuple(parameter.shape) for name, parameter in operator.params.named_parameters()}
+    for name, parameter in required:
+        if found.get(name) != tuple(parameter.shape):
+            raise ArgumentError(
+                f"{operator.name} has the parameters {found} of the method that it was accelerated with, but {assignment} requires {name} "
+                f"of the shape {tuple(parameter.shape)}: call restore(...) and accelerate(...) with it"
+            )

@@ -23,51 +23,73 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from dit_accel.errors import UnsupportedModelError
+from dit_accel.method.assignment import Group
+from dit_accel.method.parameters import Values
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attend as attend  # `compiled` calls it by this name, too
 from dit_accel.operator.attention import autocast
-from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import masks
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
+from dit_accel.patch.heads import Layer, by_groups, joint_fit, joint_parameters, of_heads, values_of
 from dit_accel.patch.interception import intercepted, register_like, through_modes
 from dit_accel.patch.rewriting import rewritten
 
 
 class AcceleratedAttention(nn.Module):
-    """The operator on one attention module: its spec, its learned parameters, and the context shared with the other layers."""
+    """The operator on one attention module: what it learns, and the context shared with the other layers, which has the assignment.
 
-    def __init__(self, spec: AttentionSpec, context: Context, name: str, *, heads: int, head_dim: int, alone: bool) -> None:
+    `number`: the layer's in the context, for compiled graphs; a tensor, so that layers share a graph.
+    """
+
+    def __init__(self, context: Context, layer: Layer, number: int) -> None:
         super().__init__()
-        self.spec, self.context, self.name = spec, context, name
-        self.heads, self.head_dim, self.alone = heads, head_dim, alone
-        self.params = spec.make_parameters(heads=heads, head_dim=head_dim)
+        self.context, self.layer, self.number = context, layer, torch.tensor(number)
+        self.params = joint_parameters(self.specs, layer)
+
+    @property
+    def specs(self) -> tuple[AttentionSpec, ...]:
+        """The specs that it may run."""
+        return self.context.assignment.specs_of(self.layer.name)
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def heads(self) -> int:
+        return self.layer.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.layer.head_dim
 
     @property
     def fit(self) -> str | None:
         """How the first stage of a distillation finds the learned tensors, see `AttentionSpec.fit`."""
-        return self.spec.fit(heads=self.heads, head_dim=self.head_dim)
+        return joint_fit(self.specs, self.layer)
 
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""
-        return self.context.takes(self.context.forward(), self.alone, q_len, kv_len, mask, special)
+        return self.context.takes(self.context.forward(), self.layer, q_len, kv_len, mask, special)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
         """`[B, H, N, D]`, image tokens in the forward's order; `mask`: one that `takes` accepted."""
         forward = self.context.forward()
         if forward is None:
             raise RuntimeError("an accelerated attention module's operator was called outside its transformer's forward")
-        return accelerated(query, key, value, scale, mask, forward, self.alone, self.attend)
+        return arranged(query, key, value, scale, mask, forward, self.layer.alone, self.attend)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, scale: float | None, bias: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward
     ) -> Tensor:
-        """The method itself, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
-        return attend(query, key, value, self.spec, layout, plan, self.params(query.device), scale, self.context.backend, text_bias=bias)[0]
+        """The layer's specs, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
+        params = self.params(query.device)
+        return by_specs(query, key, value, layout, scale, bias, forward, self.layer, params, self.context.backend)
 
 
-def accelerated(
+def arranged(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None, forward: Forward, alone: bool,
     method: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
@@ -76,10 +98,8 @@ def accelerated(
     Every token of the layout gets a query, and the text is brought before or behind all images.
     """
     layout = forward.layout(alone, key.shape[2])
-    plan = forward.plans.get(forward.spec, layout, query.device)  # a transformer's layers may be spread over several devices
     if forward.family.mask == "ones":
         mask = None
-    scale = forward.scaled(scale, key.shape[2], query.shape[3])
     history, absent = forward.history, key.shape[2] - query.shape[2]
     before = absent if layout.text_first or history else 0
     if absent:  # queries of zeros for text that has none; their rows are dropped
@@ -88,12 +108,31 @@ def accelerated(
         query, key, value = (x.roll(-history, 2) for x in (query, key, value))
         mask = None if mask is None else masks.rolled(mask, -history)
     bias = None if mask is None else masks.text_bias(mask, layout, len(query))
-    out = method(query, key, value, layout, plan, scale, bias)
+    out = method(query, key, value, layout, scale, bias, forward)
     if mask is not None and masks.differs_by_row(mask):
-        out = masks.with_text_rows(out, query, key, value, mask, layout, scale)
+        out = masks.with_text_rows(out, query, key, value, mask, layout, forward.scaled(scale, key.shape[2], query.shape[3]))
     if history:
         out = out.roll(history, 2)
     return out.narrow(2, before, out.shape[2] - absent) if absent else out
+
+
+def by_specs(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward,
+    layer: Layer, params: Values, backend: str,
+) -> Tensor:  # fmt: skip
+    """`AcceleratedAttention.attend` of a layer: its heads `[B, H, N, D]` by the specs that they have in a forward."""
+
+    def run(group: Group) -> Tensor:
+        spec, heads = group
+        q, k, v = (x if len(heads) == layer.heads else of_heads(x, heads) for x in (query, key, value))
+        if spec is None:
+            mask = None if bias is None else masks.over_keys(bias, layout).to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        plan = forward.plans.get(spec, layout, q.device)  # a transformer's layers may be spread over several devices
+        own = values_of(params, spec, layer, heads)
+        return attend(q, k, v, spec, layout, plan, own, forward.scaled(scale, k.shape[2], q.shape[3]), backend, text_bias=bias)[0]
+
+    return by_groups(forward.groups(layer), run)
 
 
 def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
@@ -144,7 +183,7 @@ def _traced(
     params = operator.params(query.device)
     query, key, value = (x.transpose(1, 2) for x in autocast(query, key, value))
     out: Tensor = torch.ops.dit_accel.layer(
-        query, key, value, mask, list(params.values()), "\n".join(params), operator.context.token, operator.alone, scale, gqa, primitive
+        query, key, value, mask, list(params.values()), "\n".join(params), operator.context.token, operator.number, scale, gqa, primitive
     )[0]
     return out.transpose(1, 2)
 
@@ -152,7 +191,7 @@ def _traced(
 def _noted(operator: AcceleratedAttention, query: Tensor, key: Tensor, special: str | None) -> Tensor:
     """The query `[B, N, H, D]` of a call in a compiled graph that can't be accelerated, which is recorded when it runs."""
     reason = special or "arguments of an attention backend"
-    noted: Tensor = torch.ops.dit_accel.noted(query, key.shape[1], operator.context.token, operator.alone, reason)
+    noted: Tensor = torch.ops.dit_accel.noted(query, key.shape[1], operator.context.token, operator.number, reason)
     return noted
 
 

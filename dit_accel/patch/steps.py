@@ -1,4 +1,4 @@
-"""Which denoising step a forward belongs to: told by the scheduler of the pipeline that runs it, else read from timesteps.
+"""Where in its run a forward is, its denoising step and noise level: told by the scheduler that runs it, else read from timesteps.
 
 A run is one `set_timesteps` of one scheduler. The scheduler is looked up where the forward is called from, so nothing is hooked: pipelines
 that share a transformer, a scheduler put in later, a run inside another one and runs in several threads each count by themselves, and two
@@ -6,6 +6,7 @@ transformers of one pipeline count together. A transformer in a loop without a s
 """
 
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dit_accel.method.assignment import Moment
+
+TRAINING_STEPS = 1000.0  # of schedulers that do not tell theirs
 OWNERS = {"self", "components"}  # what methods of pipelines and blocks of modular pipelines call the object that has the scheduler
 
 
@@ -85,11 +89,45 @@ def _coarse(timestep: Tensor, latents: Tensor) -> Tensor | None:
     return latents if timestep.is_floating_point() and timestep.element_size() < 4 else None
 
 
+def noise_of(timestep: Tensor, *, rising: bool, whole: float | None = None) -> float:
+    """The noise level of a transformer's timestep argument, the noisiest token's where they differ: see `Moment`.
+
+    `rising`: it is 1 − the noise level. `whole`: what it counts to, unless given the scheduler's usual thousand for integers and for more
+    than 1, else 1.
+    """
+    value = float(timestep.double().min() if rising else timestep.double().max())
+    if whole is None:
+        whole = TRAINING_STEPS if not timestep.is_floating_point() or value > 1 else 1.0
+    level = 1 - value / whole if rising else value / whole
+    return min(1.0, max(0.0, level))
+
+
+def noise_levels(scheduler: Any) -> list[float]:
+    """The noise level before each evaluation of a scheduler's run, from its start: see `Moment`."""
+    config = getattr(scheduler, "config", {})
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, Tensor) and len(sigmas) and bool(((sigmas >= 0) & (sigmas <= 1)).all()):  # flow matching's; others exceed 1
+        levels = (1 - sigmas if config.get("invert_sigmas", False) else sigmas).tolist()
+        return [float(level) for level in levels]
+    times = torch.as_tensor(scheduler.timesteps).double() / config.get("num_train_timesteps", TRAINING_STEPS)
+    return [float(level) for level in times.clamp(0, 1).tolist()]
+
+
+def _nearest(times: Sequence[float], timestep: Tensor, whole: float) -> int:
+    """The place among a scheduler's timesteps of the one that a transformer was called with: as it is, or as a share of the whole, or as
+    what such a share lacks to 1."""
+    value = float(timestep.double().max())
+    candidates = (value, value * whole, (1 - value) * whole)
+    return min(range(len(times)), key=lambda n: min(abs(times[n] - candidate) for candidate in candidates))
+
+
 @dataclass
 class Run:
-    """One `set_timesteps` of a scheduler. `begin`: its `step_index` at the first step, once that is known."""
+    """One `set_timesteps` of a scheduler. `begin`: its `step_index` at the first step, once that is known. `levels`: of noise, before each
+    evaluation."""
 
     timesteps: Any
+    levels: list[float]
     counted: Timesteps | None = None
     begin: int | None = None
     last: int | None = None
@@ -112,6 +150,19 @@ class Run:
         self.last = stepped
         return max(0, stepped - self.begin)
 
+    def noise(self, scheduler: Any, timestep: Tensor, evaluation: int) -> float:
+        """The noise level of a forward, which so many evaluations of the run came before."""
+        stepped = getattr(scheduler, "step_index", None)
+        begin = getattr(scheduler, "begin_index", None)
+        if stepped is not None:
+            place = stepped
+        elif begin is not None:
+            place = begin + evaluation
+        else:
+            times = [float(t) for t in torch.as_tensor(scheduler.timesteps).double().tolist()]
+            place = _nearest(times, timestep, getattr(scheduler, "config", {}).get("num_train_timesteps", TRAINING_STEPS))
+        return self.levels[min(place, len(self.levels) - 1)]
+
     def is_over(self, scheduler: Any) -> bool:
         """Whether the scheduler has begun another run since."""
         stepped = getattr(scheduler, "step_index", None)
@@ -130,8 +181,8 @@ class Steps:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def index(self, timestep: Tensor | None, latents: Tensor) -> int:
-        """The step, from 0, that a forward with these arguments belongs to; to be called once per forward.
+    def moment(self, timestep: Tensor | None, latents: Tensor, *, rising: bool = False) -> Moment:
+        """Where in its run a forward with these arguments is; to be called once per forward. `rising`: see `Family`.
 
         Schedulers that evaluate the model more than once a step (Heun's) say so in `order`. Forwards without a timestep are one step,
         unless a scheduler tells.
@@ -139,11 +190,12 @@ class Steps:
         timestep = latents.new_zeros(1) if timestep is None else timestep
         scheduler = running_scheduler()
         if scheduler is None:
-            return self._bare(timestep, latents)
+            return Moment(self._bare(timestep, latents), noise_of(timestep, rising=rising))
         run = self._runs.get(scheduler)
         if run is None or run.is_over(scheduler):
-            run = self._runs[scheduler] = Run(scheduler.timesteps)
-        return run.evaluation(scheduler, timestep, latents) // max(1, getattr(scheduler, "order", 1))
+            run = self._runs[scheduler] = Run(scheduler.timesteps, noise_levels(scheduler))
+        evaluation = run.evaluation(scheduler, timestep, latents)
+        return Moment(evaluation // max(1, getattr(scheduler, "order", 1)), run.noise(scheduler, timestep, evaluation))
 
     def _bare(self, timestep: Tensor, latents: Tensor) -> int:
         before, kept = _counted.get(), _coarse(timestep, latents)

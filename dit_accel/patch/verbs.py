@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -10,12 +11,14 @@ import torch.nn as nn
 import dit_accel.patch.compiled  # noqa: F401  its operators are found by name
 from dit_accel.errors import AlreadyAcceleratedError, UnsupportedModelError
 from dit_accel.kernels import dispatch
+from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import guard, lowering
 from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
+from dit_accel.patch.heads import Layer
 from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora
 from dit_accel.patch.modes import check_trained_tokens
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
@@ -29,7 +32,7 @@ P = TypeVar("P")
 
 def accelerate(
     pipe_or_transformer: P,
-    spec: AttentionSpec | None = None,
+    spec: AttentionSpec | Assignment | None = None,
     *,
     layers: Callable[[str, nn.Module], bool] | None = None,
     dense_steps: int = 0,
@@ -40,24 +43,28 @@ def accelerate(
     """Replace the image self-attention of a stock pipeline (all its transformers) or of a bare transformer; returns the same object.
 
     Args:
-        spec: the method; `Fovea()` unless given, which needs no training.
+        spec: the method, or an `Assignment` of several to layers, heads, steps, noise levels and sizes; `Fovea()` unless given, which needs
+            no training.
         layers: which attention modules, as a predicate on (name, module); all unless given.
-        dense_steps: the first denoising steps of every run that keep the original attention, counted by the scheduler of the pipeline that
-            runs; those of a transformer in a loop without a scheduler by its timesteps.
+        dense_steps: the first denoising steps of every run that keep the original attention, short for a last rule
+            `Rule(None, steps=(0, dense_steps))`. Steps are counted by the scheduler of the pipeline that runs; those of a transformer in a
+            loop without a scheduler by its timesteps.
         backend: which implementation; "auto" chooses, and `summary` tells.
-        strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower.
+        strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower. The
+            original attention that an assignment names raises nothing.
         trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.
 
-    Where the original attention is clearly faster (measured once per size and machine, see `crossover`; DIT_ACCEL_GUARD=off in the
-    environment measures nothing) an untrained patch runs it under backend "auto".
+    Where the original attention is clearly faster than a spec (measured once per size and machine, see `guard`; DIT_ACCEL_GUARD=off in
+    the environment measures nothing) an untrained patch runs it under backend "auto". Heads of one layer that have different specs run
+    group by group; those with the original attention in PyTorch's.
     Call it after loading LoRA or an IP-Adapter, before quantising, offloading or compiling. Raises UnsupportedModelError,
     AlreadyAcceleratedError, BackendError or ValueError before anything is changed.
     """
     spec = Fovea() if spec is None else spec
-    if not isinstance(spec, AttentionSpec):
-        raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...), got {spec!r}")
+    if not isinstance(spec, AttentionSpec | Assignment):
+        raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...) or an Assignment of some, got {spec!r}")
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
         raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
     check_trained_tokens(trained_tokens)
@@ -67,39 +74,54 @@ def accelerate(
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if it := getattr(model, CONTEXT, None):
-            raise AlreadyAcceleratedError(f"{type(model).__name__} is accelerated already, with {it.context.spec}; call restore(...) first")
-    settings: dict[str, Any] = {
-        "steps": Steps(), "dense_steps": dense_steps, "backend": backend, "strict": strict, "trained_tokens": trained_tokens,
-    }  # fmt: skip
-    prepared = [_prepare(model, spec, layers, settings) for model in models]  # whatever can fail fails here
-    for model, (context, modules) in zip(models, prepared, strict=True):
+            raise AlreadyAcceleratedError(
+                f"{type(model).__name__} is accelerated already, with {it.context.assignment}; call restore(...) first"
+            )
+    assignment = Assignment.of(spec, dense_steps=dense_steps)
+    chosen, heads = [_layers(model, layers) for model in models], []
+    for model, found in zip(models, chosen, strict=True):
+        known = {layer.name: layer.heads for layer in found}
+        heads.append({name: known.get(name, sys.maxsize) for name in attention_layers(model)})  # what is not chosen has any
+    assignment.check(heads)
+    used = [[layer for layer in found if assignment.specs_of(layer.name)] for found in chosen]
+    if not any(used):
+        raise UnsupportedModelError(f"no layer that was chosen has a spec: {assignment} leaves {[x.name for x in chosen[0]]} as they are")
+    settings: dict[str, Any] = {"steps": Steps(), "backend": backend, "strict": strict, "trained_tokens": trained_tokens}
+    # whatever can fail fails here; a transformer without any layer that has a spec is left alone
+    prepared = [(model, *_prepare(model, assignment, found, settings)) for model, found in zip(models, used, strict=True) if found]
+    for model, context, modules in prepared:
         _install(model, context, modules)
     dispatch.warn_of_reference(backend, next(models[0].parameters()).device)
     return pipe_or_transformer
 
 
-def _prepare(
-    model: Any, spec: AttentionSpec, layers: Callable[[str, nn.Module], bool] | None, settings: dict[str, Any]
-) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
-    """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
+def _layers(model: Any, layers: Callable[[str, nn.Module], bool] | None) -> list[Layer]:
+    """The attention modules that a user's predicate chooses, all without one. Raises UnsupportedModelError where there is none."""
     family = require_family(model)
     every = attention_layers(model)
-    chosen = [(name, m) for name, m in every.items() if layers is None or layers(name, m)]
-    if not chosen:
+    names = [name for name, module in every.items() if layers is None or layers(name, module)]
+    if not names:
         raise UnsupportedModelError(f"no layer was chosen in {type(model).__name__}; its attention modules are {list(every)}")
-    if any(p.device.type == "meta" for _, m in chosen for p in m.parameters()):
+    alone = {name for name in names if family.image_only is not None and re.fullmatch(family.image_only, name)}
+    return [Layer(name, *heads_of(model, name, every[name]), name in alone) for name in names]
+
+
+def _prepare(
+    model: Any, assignment: Assignment, layers: list[Layer], settings: dict[str, Any]
+) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
+    """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
+    every = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    if any(p.device.type == "meta" for module in every.values() for p in module.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
         )
-    shapes = {name: heads_of(model, name, module) for name, module in chosen}
-    for head_dim in {width for _, width in shapes.values()}:
-        dispatch.check_model(settings["backend"], head_dim, linear=lowering.has_states(spec))
-    context = Context(family, spec, forward_names(model), shapes[chosen[0][0]][1], **settings)
+    for spec in assignment.specs:
+        for head_dim in {layer.head_dim for layer in layers if spec in assignment.specs_of(layer.name)}:
+            dispatch.check_model(settings["backend"], head_dim, linear=lowering.has_states(spec))
+    context = Context(require_family(model), assignment, forward_names(model), tuple(layers), **settings)
     modules = []
-    for name, module in chosen:
-        heads, head_dim = shapes[name]
-        alone = family.image_only is not None and re.fullmatch(family.image_only, name) is not None
-        operator = AcceleratedAttention(spec, context, name, heads=heads, head_dim=head_dim, alone=alone)
+    for number, (name, module) in enumerate(every.items()):
+        operator = AcceleratedAttention(context, layers[number], number)
         modules.append((name, module, operator.to(next(module.parameters()).device), accelerated_copy(module.processor)))
     return context, modules
 

@@ -2,7 +2,7 @@
 
 Every forward of a run is kept with its arguments and the teacher's prediction, and the run's final latents. All conditioning, timestep
 and sign conventions are the pipeline's own, so nothing here knows a model family, nor whether it makes pictures or videos. How a folder of
-runs is kept, and shared by several processes, is told in `cache`.
+runs is kept, and shared by several processes, is in `store`.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ def collect(
 
     Args:
         sizes: (height, width) in pixels, several of them in turn: prompt i is sampled at sizes[i % len(sizes)]. `height` and `width` among
-            the call's arguments are one size. Runs of several sizes may lie in one folder.
+            the call's arguments are one size. Runs of several sizes may be in one folder.
 
     Raises DistillationError where the folder was made by other weights or with other call arguments or where there are no prompts, and
     ValueError where nothing can be written to the folder, before anything is sampled.
@@ -120,7 +120,7 @@ def collect_prompts(
     numbers are then found when they are read."""
     prompts = list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise DistillationError(f"prompts is a non-empty list of non-empty strings, got {prompts!r}")
+        raise DistillationError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     shapes, call = _sizes(sizes, call)
 
     def make(key: Key) -> None:
@@ -139,11 +139,11 @@ def record_runs(
     """
     transformer, *others = find_transformers(pipe)
     if others:
-        raise DistillationError(f"wanted a pipeline with one transformer, got {1 + len(others)}")
+        raise DistillationError(f"samples are of one transformer, but the pipeline has {1 + len(others)}")
     try:
         stored = json.loads(json.dumps(call))
     except TypeError as error:
-        raise DistillationError(f"call arguments are numbers, strings, lists or None, got {sorted(call)}: {error}") from error
+        raise DistillationError(f"call arguments must be numbers, strings, lists or None, which {sorted(call)} are not: {error}") from error
     with processes_kept():
         return _recorded(pipe, transformer, Path(folder), keys, make, stored, contents)
 
@@ -181,10 +181,10 @@ def _sizes(sizes: Sequence[Size] | None, call: dict[str, Any]) -> tuple[list[Siz
             return [None], call
         sizes = [(call["height"], call["width"])]
     elif {"height", "width"} & set(call):
-        raise DistillationError(f"wanted sizes or height and width, got both: {sizes!r} and {sorted({'height', 'width'} & set(call))}")
+        raise DistillationError(f"give sizes, or height and width, not both: {sizes!r} and {sorted({'height', 'width'} & set(call))}")
     shapes: list[Size | None] = [(s[0], s[1]) for s in sizes if isinstance(s, list | tuple) and len(s) == 2]
     if not shapes or len(shapes) != len(sizes) or not all(type(side) is int and side > 0 for s in shapes for side in s or ()):
-        raise DistillationError(f"sizes are (height, width) in pixels, one or more, got {sizes!r}")
+        raise DistillationError(f"sizes must be one or more (height, width) in pixels, not {sizes!r}")
     return shapes, {name: value for name, value in call.items() if name not in ("height", "width")}
 
 

@@ -66,18 +66,18 @@ def collect_pictures(pipe: Any, pictures: str | Path, folder: str | Path, *, see
 def read_pictures(folder: Path) -> list[Picture]:
     """The pictures of a folder with their captions, by name. Raises ValueError as `collect_pictures` does."""
     if not folder.is_dir():
-        raise ArgumentError(f"pictures is a folder of {', '.join(ENDINGS)} files with captions, got {folder}")
+        raise ArgumentError(f"pictures must be a folder of {', '.join(ENDINGS)} files with captions, not {folder}")
     captions = _captions_of_metadata(folder) if (folder / METADATA).is_file() else {}
     paths = sorted({*captions, *(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)})
     if not paths:
-        raise ArgumentError(f"pictures is a folder of {', '.join(ENDINGS)} files with captions, got none in {folder}")
+        raise ArgumentError(f"pictures must be a folder of {', '.join(ENDINGS)} files with captions, but {folder} has none")
     found = []
     for path in paths:
         decoded(path)  # a damaged one is named before the work begins
         caption = captions.get(path) if captions else _caption_beside(path)
         if caption is None or not caption.strip():
             where = METADATA if captions else path.with_suffix(".txt").name
-            raise ArgumentError(f"wanted a caption for {path} in {where}, got none")
+            raise ArgumentError(f"{path} has no caption in {where}: write one")
         found.append(Picture(path, " ".join(caption.split()), hashlib.sha256(path.read_bytes()).hexdigest()))
     return found
 
@@ -88,7 +88,7 @@ def _caption_beside(path: Path) -> str | None:
     try:
         return text.read_text(encoding="utf-8-sig") if text.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"wanted a caption as UTF-8 text in {text}, got {error}") from error
+        raise ArgumentError(f"the caption in {text} is not UTF-8 text: {error}") from error
 
 
 def _captions_of_metadata(folder: Path) -> dict[Path, str]:
@@ -98,7 +98,7 @@ def _captions_of_metadata(folder: Path) -> dict[Path, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a caption may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"wanted UTF-8 text in {path}, got {error}") from error
+        raise ArgumentError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -107,7 +107,7 @@ def _captions_of_metadata(folder: Path) -> dict[Path, str]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("file_name", "text")):
-            raise ArgumentError(f"line {number} of {path} is a JSON object with file_name and text, got {line.strip()[:80]!r}")
+            raise ArgumentError(f"line {number} of {path} must be a JSON object with file_name and text, not {line.strip()[:80]!r}")
         captions[folder / row["file_name"]] = row["text"]
     return captions
 
@@ -119,9 +119,9 @@ def decoded(path: Path) -> Image.Image:
             opened.load()
             picture = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ArgumentError(f"wanted a picture that can be read, got a damaged or missing {path}: {error}") from error
+        raise ArgumentError(f"the picture {path} is damaged or missing: {error}") from error
     if picture.mode.startswith(("I", "F")):
-        raise ArgumentError(f"wanted a picture of 8 bits a colour, got {path} of mode {picture.mode}")
+        raise ArgumentError(f"{path} has mode {picture.mode}: convert it to 8 bits a colour")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -139,14 +139,14 @@ def _size(pipe: Any, transformer: Any, call: dict[str, Any]) -> tuple[int, int]:
     height, width = call.get("height"), call.get("width")
     unit = token_pixels(pipe, transformer)
     if type(height) is not int or type(width) is not int or min(height, width) < 1 or height % unit or width % unit:
-        raise ArgumentError(f"height and width are multiples of {unit} pixels, one token's side, got {height!r} and {width!r}")
+        raise ArgumentError(f"height and width must be multiples of {unit} pixels, the side of one token, not {height!r} and {width!r}")
     return height, width
 
 
 def _family(transformer: Any) -> Any:
     family = family_of(transformer)
     if family is None:
-        raise UnsupportedModelError(f"wanted a transformer of a known family, got {type(transformer).__name__}")
+        raise UnsupportedModelError(f"{type(transformer).__name__} belongs to no supported family")
     return family
 
 
@@ -157,7 +157,7 @@ def _check_digests(folder: Path, pictures: list[Picture], seed: int) -> None:
     kept = {(run.prompt, run.seed): run.picture for run in readable_runs(folder)}
     for i, picture in enumerate(pictures):
         if kept.get((picture.caption, seed + i), picture.digest) != picture.digest:
-            raise ArgumentError(f"{folder} holds samples of another picture in the place of {picture.path}; name another folder")
+            raise ArgumentError(f"{folder} holds samples of another picture in place of {picture.path}: name another folder")
 
 
 def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Path, call: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class Key:
-    """What tells the runs of one folder apart. `size` is None where the pipeline chose it; `picture`: the SHA-256 of a picture's file, None
+    """The identity of a run in its folder. `size` is None where the pipeline chose it; `picture`: the SHA-256 of a picture's file, None
     where the pipeline sampled."""
 
     prompt: str
@@ -98,7 +98,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, list):
         return [_pack(item, tensors) for item in value]
-    if isinstance(value, tuple):  # told apart: some models take a size as a tuple and several sizes as a list
+    if isinstance(value, tuple):  # not as a list: some models take a size as a tuple and several sizes as a list
         return {"tuple": [_pack(item, tensors) for item in value]}
     if isinstance(value, dict):
         return {"dict": {k: _pack(v, tensors) for k, v in value.items()}}
@@ -134,7 +134,7 @@ def _blamed(path: Path) -> Iterator[None]:
 
 
 class StoredRun:
-    """An open run file; what is read of it is checked. `maker`: of the folder it lies in. Raises DistillationError for whatever is wrong
+    """An open run file; what is read of it is checked. `maker`: of the folder it is in. Raises DistillationError for whatever is wrong
     with the file, by name."""
 
     def __init__(self, file: Any, path: Path, maker: str) -> None:
@@ -175,7 +175,7 @@ class StoredRun:
         return self._tensor(value["tensor"]) if "tensor" in value else {k: self._unpack(v) for k, v in value["dict"].items()}
 
     def read(self, index: int) -> Forward:
-        """One forward. Raises IndexError where the run has no such."""
+        """One forward. Raises IndexError where the run has fewer."""
         stored, entry = self.forwards[index], self.entry
         with _blamed(self._path):
             arguments = {k: self._unpack(v) for k, v in stored["arguments"].items()}

@@ -34,15 +34,15 @@ LEFTOVER = 24 * 3600  # seconds after which a temporary file has no living write
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What all runs of a folder share. Raises DistillationError where there is no readable manifest of this format."""
+    """The settings that all runs of a folder share. Raises DistillationError where there is no readable manifest of this format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise DistillationError(f"wanted a folder of samples made by collect, got {folder}: {error}") from error
+        raise DistillationError(f"{folder} is no folder of samples made by collect: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != FORMAT or set(manifest) != {*SHARED, *NOTES}:
         raise DistillationError(
-            f"{folder} wants a manifest of the format {FORMAT!r} with the fields {[*SHARED, *NOTES]}, got {found!r} or other fields: "
+            f"the manifest of {folder} must have the format {FORMAT!r} and the fields {[*SHARED, *NOTES]}, not {found!r} or other fields: "
             "collect into a new folder"
         )
     return dict(manifest)
@@ -59,12 +59,12 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> str:
     found = read_manifest(folder)
     for name in SHARED:
         if found[name] != manifest[name]:
-            raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, wanted {manifest[name]!r}; name another folder")
+            raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, not {manifest[name]!r}: name another folder")
     return maker_of(found)
 
 
 def maker_of(manifest: Mapping[str, Any]) -> str:
-    """What the runs of a folder bear, so that one copied from elsewhere is known."""
+    """The mark that the runs of a folder have, by which one copied from elsewhere is recognised."""
     return hashlib.sha256(json.dumps([manifest[name] for name in SHARED], sort_keys=True).encode()).hexdigest()
 
 
@@ -130,10 +130,13 @@ class Samples:
 
     def timesteps(self, position: int, name: str) -> list[float]:
         """The values of argument `name` over the run that a forward belongs to."""
+        return [float(value.flatten()[0]) for value in self.argument(position, name)]
+
+    def argument(self, position: int, name: str) -> list[Any]:
+        """Argument `name` in every forward of the run that a forward belongs to."""
         entry, _ = self._index[position]
         with record.opened(self.folder / entry.file, self._maker) as run:
-            values = run.argument(name)
-        return [float(value.flatten()[0]) for value in values]
+            return run.argument(name)
 
 
 def _entry(path: Path, maker: str) -> RunRecord:

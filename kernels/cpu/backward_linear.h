@@ -38,7 +38,7 @@ struct LinearGradient {
                 for (int64_t d = 0; p.bias && d < g.channels; d++) others += double(p.bias[d]) * dy[d];
                 delta[r] = float(exact_delta[r] - dot - others);
             } else if (mass > 0) {
-                double offset_here = p.offset ? p.offset[g.head(bh)] : 0.f, lse = p.lse[bh * g.tokens() + run.at(r)];
+                double offset_here = p.offset ? p.offset[g.head(bh)] : 0.f, lse = p.lse[bh * g.queries() + run.at(r)];
                 double share = std::exp(std::log(mass) + offset_here - lse), product = 0;
                 for (int64_t d = 0; d < g.channels; d++) d_r[d] = float(share) * dy[d], product += double(o[d]) * dy[d];
                 dot = share * product;
@@ -58,7 +58,7 @@ struct LinearGradient {
         product_rows(dphi, g.padded, dnum, g.padded, room.matrix, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
         const float* z = rest_rows.state + g.channels * g.padded;
         for (int64_t r = 0; r < run.count; r++) {
-            float* dq = p.dq + (bh * g.tokens() + run.at(r)) * g.channels;
+            float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
             for (int64_t d = 0; d < g.channels; d++) dphi[r * g.padded + d] += dmass[r] * z[d];
             feature_backward(dq, rest_rows.raw + r * g.padded, rest_rows.phi + r * g.padded, dphi + r * g.padded, g.channels, p.feature_map);
         }

@@ -3,21 +3,23 @@
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments, check, dense, in_order
+from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments, check, dense, in_order, text_queries
 from dit_accel.kernels.cpu import native
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
 
 
-def _with_dense_rows(a: Arguments) -> Arguments:
-    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
+def _prepared(a: Arguments) -> Arguments:
+    """The arguments as the library reads them. Raises ValueError where they do not fit each other."""
+    check(a)
+    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), text_q=text_queries(a))
 
 
 def _problem(a: Arguments) -> native.Problem:
-    check(a)
-    batch, heads, tokens, channels = a.q.shape
+    batch, heads, queries, channels = a.q.shape
     return native.Problem(
-        batch=batch, heads=heads, channels=channels, image=tokens - a.text, q_blocks=len(a.q_starts) - 1, k_blocks=len(a.k_starts) - 1,
+        batch=batch, heads=heads, channels=channels, image_q=queries - text_queries(a), image_k=a.k.shape[2] - a.text,
+        q_blocks=len(a.q_starts) - 1, k_blocks=len(a.k_starts) - 1,
         list_width=a.lists.shape[-1], lists_per_head=int(a.lists.ndim == 3), extra=0 if a.extra_k is None else a.extra_k.shape[2],
         n_windows=0 if a.windows is None else a.windows.shape[0], threads=torch.get_num_threads(), **native.fields_of(a),
     )  # fmt: skip
@@ -25,7 +27,7 @@ def _problem(a: Arguments) -> native.Problem:
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
-    a = _with_dense_rows(a)
+    a = _prepared(a)
     out, lse = torch.empty_like(a.q), a.q.new_empty(a.q.shape[:3], dtype=torch.float32)
     problem = _problem(a)
     problem.out, problem.lse = native.rows(out), lse.data_ptr()
@@ -35,7 +37,7 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
     """Gradients of the differentiable arguments; absent ones are empty."""
-    a, dout, out = _with_dense_rows(a), dense(dout), dense(out)
+    a, dout, out = _prepared(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
     grads = {name: _room(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
     problem = _problem(a)

@@ -179,7 +179,7 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
         }
     }
     write_rows(p.out, bh / p.heads, g.head(bh), run, g.channels, s.acc, g.padded);
-    float* lse = p.lse + bh * g.tokens();
+    float* lse = p.lse + bh * g.queries();
     // the scaled queries carry the rounding of scale·log2(e), so that is what to divide by
     double natural = double(p.scale) / double(p.scale * LOG2E);
     for (int64_t r = 0; r < run.count; r++) lse[run.at(r)] = float(room.lse2[r] * (p.scale == 0 ? double(LN2) : natural));

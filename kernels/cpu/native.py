@@ -42,7 +42,7 @@ class Problem(Structure):
     """One call of the operator (problem.h): sizes, the arguments, results, and for the backward pass the gradients."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels image q_blocks k_blocks list_width lists_per_head extra n_windows"),
+        *_fields(c_int64, "batch heads channels image_q image_k q_blocks k_blocks list_width lists_per_head extra n_windows"),
         *declared_fields(Arguments),
         ("out", Rows), ("lse", c_void_p), ("threads", c_int64), ("dout", Rows), ("dlse", c_void_p),
         *((f"d{name}", c_void_p) for name in DIFFERENTIABLE),
@@ -77,19 +77,15 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def fields_of(a: Arguments | SelectionArguments) -> dict[str, Any]:
-    """The arguments as the fields of a struct; the caller keeps the tensors alive."""
+    """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
-    return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True)}
+    return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True) if value is not None}
 
 
 def _field(d: Declared, value: Any) -> Any:
-    if d.mark.strided:
-        return rows(value)
-    if d.mark.choices:
-        if value not in d.mark.choices:
-            raise ValueError(f"{d.name} is one of {d.mark.choices}, got {value!r}")
-        return d.mark.choices.index(value)
-    return pointer(value) if d.kind is Tensor else value
+    if d.kind is Tensor:
+        return rows(value) if d.mark.strided else value.data_ptr()
+    return d.mark.choices.index(value) if d.mark.choices else value
 
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"

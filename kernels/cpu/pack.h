@@ -66,7 +66,7 @@ struct Geometry {
     int64_t channels, padded;     // D, and D rounded up to whole vectors
     int64_t width;                // panel rows per block, a multiple of ROWS and of LANES
     int64_t chunk;                // tokens per text or extra block
-    int64_t text_blocks, extra_blocks, key_blocks, query_blocks;
+    int64_t text_blocks, extra_blocks, key_blocks, query_blocks;  // text_blocks: of keys
     int first_axis = 1;           // of the coordinates that differ at all: 0 in a video, 1 in an image
     Array<float> text_bias;       // [batch, text_blocks, rows()], base 2, zero past the text; null without a bias
 
@@ -79,8 +79,8 @@ struct Geometry {
         text_blocks = (p.text + chunk - 1) / chunk;
         extra_blocks = (p.extra + chunk - 1) / chunk;
         key_blocks = p.k_blocks + text_blocks + extra_blocks;
-        query_blocks = p.q_blocks + text_blocks;
-        for (int64_t n = 0; n < p.image; n++)
+        query_blocks = p.q_blocks + (p.text_q + chunk - 1) / chunk;
+        for (int64_t n = 0; n < p.image_k && (p.windows || p.reach >= 0); n++)
             if (p.coords[n]) first_axis = 0;
         if (p.text_bias) read_text_bias();
     }
@@ -89,28 +89,29 @@ struct Geometry {
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t n = 0; n < p.text; n++) text_bias[(b * text_blocks + n / chunk) * rows() + n % chunk] = p.text_bias[b * p.text + n] * LOG2E;
     }
-    int64_t tokens() const { return p.text + p.image; }
+    int64_t queries() const { return p.text_q + p.image_q; }  // tokens in q, and below in k and v
+    int64_t keys() const { return p.text + p.image_k; }
     int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel
     int64_t head(int64_t bh) const { return bh % p.heads; }
 
-    Run text_run(int64_t i) const {
-        return {text_start() + i * chunk, -1, std::min(chunk, p.text - i * chunk)};
+    // Block i of the text and tokens [first, end) of the image, in a sequence of `text` and `image` tokens.
+    Run text_run(int64_t i, int64_t text, int64_t image) const {
+        return {(p.text_first ? 0 : image) + i * chunk, -1, std::min(chunk, text - i * chunk)};
     }
-    int64_t text_start() const { return p.text_first ? 0 : p.image; }  // in the sequence
-    int64_t image_start() const { return p.text_first ? p.text : 0; }
-    Run image_run(const int32_t* places, int64_t first, int64_t end) const {
-        if (places) return {image_start(), first, end - first, places + first};
-        return {image_start() + first, first, end - first};
+    Run image_run(int64_t first, int64_t end, int64_t text, const int32_t* places) const {
+        int64_t start = p.text_first ? text : 0;
+        if (places) return {start, first, end - first, places + first};
+        return {start + first, first, end - first};
     }
     Run query(int64_t i) const {
-        if (i >= p.q_blocks) return text_run(i - p.q_blocks);
-        return image_run(p.places_q, p.q_starts[i], p.q_starts[i + 1]);
+        if (i >= p.q_blocks) return text_run(i - p.q_blocks, p.text_q, p.image_q);
+        return image_run(p.q_starts[i], p.q_starts[i + 1], p.text_q, p.places_q);
     }
     int64_t first_extra() const { return p.k_blocks + text_blocks; }
     bool is_extra(int64_t j) const { return j >= first_extra(); }
     Run key(int64_t j) const {  // for extra keys, `place` counts among them
-        if (j < p.k_blocks) return image_run(p.places_k, p.k_starts[j], p.k_starts[j + 1]);
-        if (!is_extra(j)) return text_run(j - p.k_blocks);
+        if (j < p.k_blocks) return image_run(p.k_starts[j], p.k_starts[j + 1], p.text, p.places_k);
+        if (!is_extra(j)) return text_run(j - p.k_blocks, p.text, p.image_k);
         int64_t first = (j - first_extra()) * chunk;
         return {first, -1, std::min(chunk, p.extra - first)};
     }

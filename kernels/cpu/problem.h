@@ -14,23 +14,25 @@ enum FeatureMap { PHI_SOFTMAX = 0, PHI_ELU = 1, PHI_RELU = 2 };
 
 struct Problem {
     int64_t batch, heads, channels;
-    int64_t image;                                           // tokens
+    int64_t image_q, image_k;                                // image tokens in q, and in k and v
     int64_t q_blocks, k_blocks, list_width, lists_per_head;  // lists_per_head 0: one set of lists for all heads
     int64_t extra, n_windows;
     // the arguments
     Rows q, k, v;
     const int32_t *lists, *counts, *full;     // [L, q_blocks, list_width], [L, q_blocks]: visited blocks, the `full` ones first
     const int32_t *q_starts, *k_starts;       // [q_blocks + 1], [k_blocks + 1]: first image token of each block
-    const int32_t* coords;                    // [3, image]: frame, row, column of each image token, in the blocks' order
+    const int32_t* coords;                    // [3, image_k + PADDING]: frame, row, column of each image key, in the blocks' order; see mask.h
     int64_t q_width, k_width;                 // the most tokens that a block holds
-    int64_t text;                             // tokens
+    int64_t text;                             // tokens of k and v that are text
     int32_t text_first;                       // 1: the text's tokens come before the image's
     float scale;
-    const int32_t* windows;                   // [n_windows, 3 axes, (first, last, residue), image], in the blocks' order
+    int64_t text_q;                           // tokens of q that are text
+    const int32_t* windows;                   // [n_windows, 3 axes, (first, last, residue), image_q + PADDING], in the blocks' order
+    const int32_t* residues;                  // [n_windows, 3 axes, image_k + PADDING]: the keys' own; null: those of the windows
     int64_t reach;                            // largest squared distance inside the disc, -1 for no disc
     const int64_t *masks, *masks_t;           // [M, q_width, ceil(k_width / 64)], [M, k_width, ceil(q_width / 64)]: bits, see mask.h; or null
     const int32_t* mask_of;                   // as `lists`: which of the masks an entry from `full` on has; null without masks
-    const int32_t *places_q, *places_k;       // [image]: where each token of the blocks' order is among the image's; null: in that order
+    const int32_t *places_q, *places_k;       // [image_q], [image_k]: where each token of the blocks' order is among the image's; null: in that order
     const float *extra_k, *extra_v;           // [B, H, extra, D]: keys that all image queries see in addition to the text's
     const float *offset, *weight, *bias;      // [H] log mass offset; [D, D] and [D] projection; null where absent
     const float* text_bias;                   // [batch, text], natural logarithm, added to the logits of the text's keys; null where absent
@@ -38,12 +40,12 @@ struct Problem {
     float cap;
     // the results
     Rows out;
-    float* lse;                               // [B, H, text + image], natural logarithm
+    float* lse;                               // [B, H, text_q + image_q], natural logarithm
     int64_t threads;
     // backward only
     Rows dout;
-    const float* dlse;                        // [B, H, text + image] or null
-    float *dq, *dk, *dv;                      // [B, H, text + image, D]
+    const float* dlse;                        // [B, H, text_q + image_q] or null
+    float *dq, *dk, *dv;                      // contiguous, in the shapes of q, k and v
     float *dextra_k, *dextra_v;               // [B, H, extra, D]
     float *doffset, *dweight, *dbias;         // [B, H], [B, H, D, D], [B, H, D]: one part per head, summed by the caller
 };
@@ -55,7 +57,7 @@ struct Selection {
     const int32_t *q_starts, *k_starts;
     int64_t q_width, k_width, top;
     const float* weight;                 // [k_blocks] factor of each block's score, or null
-    const int32_t *places_q, *places_k;  // [image] as in a problem, or null
+    const int32_t *places_q, *places_k;  // as in a problem
     // the result
     int32_t* chosen;                     // [B, H, q_blocks, top], ascending
     int64_t threads;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import triton
 from dit_accel.kernels import capture
-from dit_accel.kernels.arguments import Arguments, SelectionArguments, dense, in_order
+from dit_accel.kernels.arguments import Arguments, SelectionArguments, dense, in_order, text_queries
 from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
@@ -160,6 +160,8 @@ def _check_order(a: Arguments | SelectionArguments) -> None:
 def _dense(a: Arguments) -> Arguments:
     """With channels contiguous. Raises ValueError at what the kernels have no code for."""
     _check_order(a)
+    if a.q.shape != a.k.shape or text_queries(a) != a.text:
+        raise ValueError(f"the Triton kernels require as many queries as keys, got {tuple(a.q.shape)} and {tuple(a.k.shape)}")
     if a.masks is not None:
         raise ValueError("the Triton kernels do not read bit masks: give windows or reach, or use the CPU kernels")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

@@ -10,8 +10,10 @@ from dit_accel.pipelines.builtin.autoencoder import PatchAutoencoder
 from dit_accel.pipelines.builtin.drawings import vocabulary
 from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
-TEXT_WIDTH = 256
+TEXT_WIDTH, POOLED_WIDTH = 256, 128
+LATENTS = 8
 PAD, UNK, BOS, EOS = range(4)
+ZERO = ("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
 
 def make_tokenizer(max_length: int, words: list[str], *, begin: bool) -> PreTrainedTokenizerFast:
@@ -29,34 +31,34 @@ def make_tokenizer(max_length: int, words: list[str], *, begin: bool) -> PreTrai
 
 
 def make_text_encoders(vocab_size: int) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """A CLIP text model for the pooled embedding and a T5 encoder for the sequence, about a million parameters each."""
+    """A CLIP text model for the pooled embedding and a T5 encoder for the sequence, one layer each, 0.8 million parameters together."""
     clip = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocab_size, hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=32, projection_dim=TEXT_WIDTH, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+            vocab_size=vocab_size, hidden_size=POOLED_WIDTH, intermediate_size=2 * POOLED_WIDTH, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=32, projection_dim=POOLED_WIDTH, pad_token_id=PAD, bos_token_id=BOS,
+            eos_token_id=EOS,
         )
     )  # fmt: skip
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=vocab_size, d_model=TEXT_WIDTH, d_kv=64, d_ff=2 * TEXT_WIDTH, num_layers=2, num_heads=4, dropout_rate=0.0,
+            vocab_size=vocab_size, d_model=TEXT_WIDTH, d_kv=64, d_ff=2 * TEXT_WIDTH, num_layers=1, num_heads=4, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
         )
     )  # fmt: skip
     return clip, t5
 
 
-def make_transformer() -> BuiltinTransformer2DModel:
-    """2 double and 6 single blocks, 4 heads of 64, 11 million parameters; modulations and output start at zero."""
+def make_transformer(num_single_layers: int = 5) -> BuiltinTransformer2DModel:
+    """1 double block and single ones, 4 heads of 64, 7.9 million parameters; modulations and output start at zero."""
     transformer = BuiltinTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=2, num_single_layers=6, attention_head_dim=64, num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True, axes_dims_rope=(8, 28, 28),
+        patch_size=1, in_channels=4 * LATENTS, num_layers=1, num_single_layers=num_single_layers, attention_head_dim=64,
+        num_attention_heads=4, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True,
+        axes_dims_rope=(8, 28, 28), predicts_clean=True,
     )  # fmt: skip
     for name, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")) and (
-            "blocks" not in name or "norm" in name.split(".")[-2]
-        ):
+        if name.endswith(ZERO) and ("blocks" not in name or "norm" in name.split(".")[-2]):
             nn.init.zeros_(module.weight)
         else:
             nn.init.xavier_uniform_(module.weight)
@@ -65,7 +67,7 @@ def make_transformer() -> BuiltinTransformer2DModel:
     return transformer
 
 
-def make_pipeline(seed: int = 0) -> FluxPipeline:
+def make_pipeline(seed: int = 0, num_single_layers: int = 5) -> FluxPipeline:
     """An untrained built-in pipeline (random weights from `seed`)."""
     torch.manual_seed(seed)
     clip_tokenizer, t5_tokenizer = make_tokenizer(32, vocabulary(), begin=True), make_tokenizer(512, vocabulary(), begin=False)
@@ -74,6 +76,6 @@ def make_pipeline(seed: int = 0) -> FluxPipeline:
         use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.8, max_shift=1.5
     )
     return FluxPipeline(
-        scheduler=scheduler, vae=PatchAutoencoder(), text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=t5,
-        tokenizer_2=t5_tokenizer, transformer=make_transformer(),
+        scheduler=scheduler, vae=PatchAutoencoder(latent_channels=LATENTS), text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer, transformer=make_transformer(num_single_layers),
     )  # fmt: skip

@@ -17,23 +17,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-# drawing name -> noun in the caption, where the two differ
+# drawing name -> noun in the caption, where the two differ; few, with plain outlines: a small budget is better spent on drawing them well
 CONCEPTS = {
-    "red-apple": "red apple", "banana": "banana", "strawberry": "strawberry", "pineapple": "pineapple", "watermelon": "watermelon",
-    "carrot": "carrot", "hamburger": "burger", "doughnut": "donut", "cupcake": "cupcake", "soft-ice-cream": "ice cream",
-    "panda": "panda", "cat-face": "cat", "dog-face": "dog", "fox": "fox", "lion": "lion", "koala": "koala", "frog": "frog",
-    "pig-face": "pig", "penguin": "penguin", "owl": "owl", "baby-chick": "chick", "elephant": "elephant", "octopus": "octopus",
-    "turtle": "turtle", "butterfly": "butterfly", "lady-beetle": "ladybug", "cactus": "cactus", "sunflower": "sunflower",
-    "tulip": "tulip", "mushroom": "mushroom", "evergreen-tree": "pine tree", "automobile": "car", "rocket": "rocket", "house": "house",
-    "balloon": "balloon", "soccer-ball": "soccer ball", "robot": "robot", "ghost": "ghost", "jack-o-lantern": "pumpkin",
-    "snowman": "snowman", "star": "star", "red-heart": "heart", "teddy-bear": "teddy bear",
+    "red-apple": "red apple", "balloon": "balloon", "hamburger": "burger", "cactus": "cactus", "automobile": "car", "cat-face": "cat",
+    "frog": "frog", "ghost": "ghost", "red-heart": "heart", "mushroom": "mushroom", "panda": "panda", "jack-o-lantern": "pumpkin",
+    "rocket": "rocket", "star": "star", "strawberry": "strawberry", "turtle": "turtle",
 }  # fmt: skip
 
-# words that the text encoders know without a drawing of theirs: room for more concepts under the same vocabulary
+# words that the text encoders know without a drawing of theirs: room for more concepts under the same vocabulary, which the video model
+# shares
 SPARE_WORDS = (
-    "airplane", "avocado", "bear", "castle", "cherries", "coffee", "cookie", "cow", "crab", "cream", "crown", "cup", "diamond", "fish",
-    "french", "fries", "gift", "grapes", "green", "guitar", "ladybug", "leaf", "lemon", "maple", "monkey", "palm", "pizza", "rabbit",
-    "rose", "sailboat", "snail", "sun", "tiger", "tree", "umbrella", "unicorn", "whale",
+    "airplane", "avocado", "ball", "banana", "bear", "butterfly", "carrot", "castle", "cherries", "chick", "coffee", "cookie", "cow",
+    "crab", "cream", "crown", "cup", "cupcake", "diamond", "dog", "donut", "elephant", "fish", "fox", "french", "fries", "gift",
+    "grapes", "guitar", "house", "ice", "koala", "ladybug", "leaf", "lemon", "lion", "maple", "monkey", "octopus", "owl", "palm",
+    "penguin", "pig", "pine", "pineapple", "pizza", "rabbit", "robot", "rose", "sailboat", "snail", "snowman", "soccer", "sun",
+    "sunflower", "teddy", "tiger", "tree", "tulip", "umbrella", "unicorn", "watermelon", "whale",
 )  # fmt: skip
 
 BACKGROUNDS = {
@@ -41,6 +39,8 @@ BACKGROUNDS = {
     "blue": (66, 110, 200), "light blue": (150, 205, 238), "purple": (140, 92, 186), "pink": (244, 166, 196), "brown": (140, 100, 72),
     "gray": (140, 144, 150), "black": (36, 36, 40),
 }  # fmt: skip
+
+SIZES = (128, 256, 512, 1024)  # of the renderings, in pixels
 
 RELATIONS = ("left of", "above")
 
@@ -65,7 +65,7 @@ def held_out(noun: str, colour: str) -> bool:
 
 @dataclass(frozen=True)
 class Renderings:
-    """Each drawing as RGBA `[4, S, S]` uint8 at several sizes S."""
+    """Each drawing as RGBA `[4, S, S]` uint8 at several sizes S, on the device that pictures are made on."""
 
     levels: dict[int, list[Tensor]]
     nouns: list[str]
@@ -77,31 +77,62 @@ class Renderings:
         image = torch.cat([image[:, :3] * image[:, 3:], image[:, 3:]], 1)
         return F.interpolate(image, (side, side), mode="bilinear", antialias=True)[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the renderings are."""
+        return next(iter(self.levels.values()))[0].device
 
-def render(folder: Path, sizes: tuple[int, ...] = (128, 256, 512, 1024)) -> Renderings:
-    """Rasterise all concepts from the unpacked npm package at the given sizes (pixels)."""
+
+def render(folder: Path, sizes: tuple[int, ...] = SIZES, device: str | torch.device = "cpu") -> Renderings:
+    """All concepts at the given sizes (pixels), from the unpacked npm package or from a folder that `prepare` made.
+
+    Raises ValueError where drawings are missing.
+    """
+    if (folder / "icons.json").exists():
+        icons = json.loads((folder / "icons.json").read_text())["icons"]
+        known = {name: icons[name]["body"] for name in CONCEPTS if name in icons}
+        levels = {size: {name: _rasterise(body, size) for name, body in known.items()} for size in sizes}
+    else:
+        levels = {size: {} for size in sizes}
+        for name in CONCEPTS:
+            if (file := folder / f"{name}.png").exists():
+                largest = Image.open(file).convert("RGBA")
+                for size in sizes:
+                    # RGBA is averaged premultiplied: Pillow does so for this mode
+                    levels[size][name] = largest.resize((size, size), Image.Resampling.BOX)
+    missing = [name for name in CONCEPTS if name not in levels[sizes[0]]]
+    if missing:
+        raise ValueError(
+            f"the drawings of {', '.join(missing)} are missing in {folder}: name the unpacked package's folder or a prepared one"
+        )
+    tensors = {size: [_tensor(found[name]).to(device) for name in CONCEPTS] for size, found in levels.items()}
+    return Renderings(tensors, list(CONCEPTS.values()))
+
+
+def prepare(fluent: Path, folder: Path, size: int = max(SIZES)) -> None:
+    """Write each concept's drawing as a PNG of `size` pixels to `folder`: all that training needs, on a machine without a network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(CONCEPTS, render(fluent, (size,)).levels[size], strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+
+
+def _rasterise(body: str, size: int) -> Image.Image:
+    """The body of an SVG drawing at `size` pixels."""
     from resvg_py import svg_to_bytes
 
-    icons = json.loads((folder / "icons.json").read_text())["icons"]
-    missing = [name for name in CONCEPTS if name not in icons]
-    if missing:
-        raise ValueError(f"wanted the drawings of CONCEPTS in {folder}, but these are missing: {missing}")
-    levels: dict[int, list[Tensor]] = {size: [] for size in sizes}
-    for name in CONCEPTS:
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{icons[name]["body"]}</svg>'
-        for size in sizes:
-            png = svg_to_bytes(svg_string=svg, width=size, height=size)
-            image = np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
-            levels[size].append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
-    return Renderings(levels, list(CONCEPTS.values()))
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+    return Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
 
 
-def background(rng: random.Random, colour: str, height: int, width: int) -> Tensor:
-    """A slightly graded field of a named colour `[3, height, width]` in [0, 1]."""
-    base = torch.tensor(BACKGROUNDS[colour]).float().div(255) + torch.empty(3).fill_(rng.uniform(-0.02, 0.02))
-    y = torch.linspace(-1, 1, height)[:, None] * rng.uniform(-0.04, 0.04)
-    x = torch.linspace(-1, 1, width)[None] * rng.uniform(-0.04, 0.04)
-    return (base[:, None, None] + y + x).clamp(0, 1)
+def _tensor(image: Image.Image) -> Tensor:
+    """`[4, S, S]` uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def background(colour: str, height: int, width: int, device: str | torch.device = "cpu") -> Tensor:
+    """A field of a named colour `[3, height, width]` in [0, 1]."""
+    # flat: a shade that varies is one more thing to learn, and shows as a stain where it is learnt badly
+    return (torch.tensor(BACKGROUNDS[colour], device=device) / 255)[:, None, None].repeat(1, height, width)
 
 
 def paste(canvas: Tensor, drawing: Tensor, centre_y: float, centre_x: float) -> None:
@@ -119,7 +150,7 @@ def compose(rng: random.Random, renderings: Renderings, height: int, width: int,
     first, second = rng.sample(range(len(renderings.nouns)), 2)
     names = [renderings.nouns[first], renderings.nouns[second]]
     colour = rng.choice([c for c in BACKGROUNDS if not held_out(names[0], c)])
-    canvas = background(rng, colour, height, width)
+    canvas = background(colour, height, width, renderings.device)
     short = min(height, width)
     jitter = lambda: rng.uniform(-0.03, 0.03) * short  # noqa: E731
     if rng.random() < pairs:
@@ -128,17 +159,12 @@ def compose(rng: random.Random, renderings: Renderings, height: int, width: int,
         spots = [(0.5, 0.27), (0.5, 0.73)] if across else [(0.27, 0.5), (0.73, 0.5)]
         side = rng.uniform(0.40, 0.46) * min(width, height) if height == width else 0.46 * min((width, height)[not across], short * 2)
         for index, (y, x) in zip((first, second), spots, strict=True):
-            paste(canvas, flipped(rng, renderings.pick(index, min(int(side), 1024))), y * height + jitter(), x * width + jitter())
+            paste(canvas, renderings.pick(index, min(int(side), 1024)), y * height + jitter(), x * width + jitter())
         caption = f"{article(names[0])} {relation} {article(names[1])}"
     else:
         side = rng.uniform(0.76, 0.94) * short
-        paste(canvas, flipped(rng, renderings.pick(first, int(side))), height / 2 + jitter(), width / 2 + jitter())
+        paste(canvas, renderings.pick(first, int(side)), height / 2 + jitter(), width / 2 + jitter())
         caption = article(names[0])
     if colour != "white" or rng.random() < 0.3:
         caption += f" on a {colour} background"
     return canvas * 2 - 1, caption
-
-
-def flipped(rng: random.Random, drawing: Tensor) -> Tensor:
-    """The drawing, or its mirror image half of the time."""
-    return drawing.flip(-1) if rng.random() < 0.5 else drawing

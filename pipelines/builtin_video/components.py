@@ -46,8 +46,10 @@ def make_transformer(num_layers: int = 6) -> BuiltinWanTransformer3DModel:
 
 def make_autoencoder() -> ClipAutoencoder:
     """The image model's autoencoder within the video model's; the projection over time is still to be fitted."""
-    vae = ClipAutoencoder()
-    vae.frames.load_state_dict(PatchAutoencoder.from_pretrained(IMAGE_WEIGHTS / "vae").state_dict())
+    frames = PatchAutoencoder.from_pretrained(IMAGE_WEIGHTS / "vae")
+    config = frames.config
+    vae = ClipAutoencoder(frame_channels=config.latent_channels, width=config.width, num_blocks=config.num_blocks)
+    vae.frames.load_state_dict(frames.state_dict())
     return vae.requires_grad_(False)
 
 

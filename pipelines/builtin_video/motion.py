@@ -84,7 +84,7 @@ def lay(canvas: Tensor, renderings: Renderings, index: int, path: Path) -> None:
     # from the frame's coordinates in [-1, 1] to the drawing's
     across = torch.stack([width / 2 * cos, height / 2 * sin, (width / 2 - path.columns) * cos + (height / 2 - path.rows) * sin], 1)
     along = torch.stack([-width / 2 * sin, height / 2 * cos, (path.columns - width / 2) * sin + (height / 2 - path.rows) * cos], 1)
-    maps = torch.stack([across, along], 1) / half[:, None, None]
+    maps = (torch.stack([across, along], 1) / half[:, None, None]).to(canvas.device)
     for frame, size in enumerate(sizes):
         grid = F.affine_grid(maps[frame : frame + 1], [1, 4, height, width], align_corners=False)
         drawn = F.grid_sample(drawings[size], grid, align_corners=False)[0]
@@ -95,7 +95,7 @@ def film(rng: random.Random, renderings: Renderings, frames: int, height: int, w
     """One clip `[3, frames, height, width]` in [-1, 1] and its caption; `pairs` is the share with two drawings."""
     nouns = rng.sample(NOUNS, 2)
     colour = rng.choice(list(BACKGROUNDS))
-    canvas = background(rng, colour, height, width).repeat(frames, 1, 1, 1)
+    canvas = background(colour, height, width, renderings.device).repeat(frames, 1, 1, 1)
     scene = two_things if rng.random() < pairs else one_thing
     caption = scene(rng, renderings, canvas, nouns)
     if colour != "white" or rng.random() < 0.3:

@@ -1,19 +1,17 @@
-"""Train the built-in video model on a CPU, within a time budget, resumable.
+"""Train the built-in video model within a time budget, resumable, on a CPU or a CUDA device.
 
-    npm pack @iconify-json/fluent-emoji      (MIT; unpack it, the folder is FLUENT)
-    python -m dit_accel.pipelines.builtin_video.train FLUENT OUT --minutes 95 --bf16 --compile
+    python -m dit_accel.pipelines.builtin_video.train DATA OUT --minutes 95 --bf16 --compile      (DATA as for the image model)
 
 The recipe is the image model's where it can be: latents by PCA, flow matching with a noise shift that grows with the number of tokens,
 Muon on the block matrices, AdamW on the rest, captions dropped for guidance. Single frames teach what things look like at a fifth of a
 clip's price, clips of 17 frames at 128 pixels how they move; 256 pixels and a few clips of 512 and 768 come last. The text encoder
-starts from the image model's and learns on. OUT/state.safetensors is the training state, OUT/log.jsonl the log, OUT/model the pipeline
-with averaged weights. A run that was stopped goes on where its state was written, with the same numbers as if it had not been.
+starts from the image model's and learns on. OUT/state is the training state, OUT/log.jsonl the log, OUT/model the pipeline with averaged
+weights. A run that was stopped goes on where its state was written, with the same numbers as if it had not been.
 """
 
 import argparse
 import json
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from dit_accel.pipelines.builtin_video import TEXT_TOKENS
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.components import make_pipeline
 from dit_accel.pipelines.builtin_video.motion import film
-from dit_accel.pipelines.training import LOG, STATE, Run, load_state, new_run, save, train, update
+from dit_accel.pipelines.training import LOG, STATE, Run, clock_of, load_state, new_run, save_pipeline, train, update
 
 Kind = tuple[int, int]  # frames, pixels of a side
 BATCH: dict[Kind, int] = {
@@ -65,7 +63,7 @@ def begin(renderings: Renderings, seed: int) -> Run:
     rng = random.Random(seed)
     pipe = make_pipeline(seed)
     fit_encoder(pipe, renderings, rng)
-    return new_run(pipe, rng, RATES)
+    return new_run(pipe, rng, RATES, renderings.device)
 
 
 def fit_encoder(pipe: WanPipeline, renderings: Renderings, rng: random.Random, count: int = 48) -> None:
@@ -74,7 +72,7 @@ def fit_encoder(pipe: WanPipeline, renderings: Renderings, rng: random.Random, c
     for size in [128, 256] * (count // 2):
         pixels, _ = film(rng, renderings, 17, size, size)
         with torch.no_grad():
-            groups = pipe.vae.group(pixels[None])[0].flatten(1).T
+            groups = pipe.vae.group(pixels[None].cpu())[0].flatten(1).T
         detail = groups.view(len(groups), 4, -1)[:, :, 3:].abs().amax((1, 2))  # the first three coefficients are about the colour
         groups = groups[detail > 0.05]
         found.append(groups[torch.randperm(len(groups))[:1500]])
@@ -85,8 +83,9 @@ def train_decoder(vae: ClipAutoencoder, renderings: Renderings, minutes: float, 
     """Train the autoencoder's refining network to give the coefficients that the projection lost, on clips of all motions."""
     vae.refine.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.refine.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    start, step = time.time(), 0
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+    clock = clock_of(vae.device)
+    start, step = clock(), 0
+    while (progress := (clock() - start) / (60 * minutes)) < 1:
         size, count = rng.choice([(128, 4), (256, 1)])
         with torch.no_grad():
             pixels = torch.stack([film(rng, renderings, 17, size, size)[0] for _ in range(count)])
@@ -124,10 +123,11 @@ def draw_batch(run: Run, renderings: Renderings, progress: float) -> Batch:
 
 def loss_of(pipe: WanPipeline, batch: Batch) -> Tensor:
     """Flow-matching loss at one noise level per clip."""
-    noise = torch.randn_like(batch.latents)
+    # random numbers are the CPU's, so that its state is all that a resumed run needs
+    noise = torch.randn(batch.latents.shape).to(batch.latents)
     shift = SHIFT[batch.kind]
     # uniform: a logit-normal hardly ever shows noise below a tenth, where the last steps clean up
-    sigma = torch.rand(len(batch.captions))
+    sigma = torch.rand(len(batch.captions)).to(batch.latents)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     share = sigma[:, None, None, None, None]
     text, _ = pipe.encode_prompt(batch.captions, do_classifier_free_guidance=False, max_sequence_length=batch.text)
@@ -138,32 +138,36 @@ def loss_of(pipe: WanPipeline, batch: Batch) -> Tensor:
 def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool) -> tuple[str, float, float]:
     """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's kind, loss, gradient norm."""
     batch = draw_batch(run, renderings, progress)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
         loss = loss_of(run.pipe, batch)
     return "x".join(map(str, batch.kind)), *update(run, loss, progress, bf16=bf16)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fluent", type=Path, help="folder of the unpacked @iconify-json/fluent-emoji package")
+    parser.add_argument("data", type=Path, help="folder of the drawings that the image model's training prepared, or FLUENT")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer; the decoder takes 7 % more")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs that multiply it (AVX-512 BF16, AMX)")
+    parser.add_argument(
+        "--minutes", type=float, default=90.0, help="time for the transformer, the decoder takes 7 %% more; of a CPU its work"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: always with CUDA, else for AVX-512 BF16 or AMX")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, where there is a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    renderings = render(args.fluent, SIZES)
+    renderings = render(args.data, SIZES, args.device)
     run = begin(renderings, args.seed)
     if (args.out / STATE).exists():
         load_state(run, args.out / STATE)
     if args.compile:
         for block in run.pipe.transformer.blocks:
             block.compile(dynamic=True)
-    train(run, lambda progress: train_step(run, renderings, progress, bf16=args.bf16), args.out, args.minutes)
+    bf16 = args.bf16 or run.device.type == "cuda"
+    train(run, lambda progress: train_step(run, renderings, progress, bf16=bf16), args.out, args.minutes)
     train_decoder(run.pipe.vae, renderings, args.minutes * 0.07, run.rng, args.out / LOG)
     run.average.vae.load_state_dict(run.pipe.vae.state_dict())
-    save(run, args.out)
+    save_pipeline(run.average, args.out / "model")
 
 
 if __name__ == "__main__":

@@ -104,12 +104,12 @@ def _check_call(pipe: Any, prompt: object, call: dict[str, Any]) -> None:
     names = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
     unknown = sorted(set(call) - names)
     if unknown:
-        raise ArgumentError(f"wanted arguments of {type(pipe).__name__}'s call, got {unknown}")
+        raise ArgumentError(f"{type(pipe).__name__}'s call takes no {', '.join(unknown)}: leave it out")
     taken = sorted(set(call) & set(OURS))
     if taken:
-        raise ArgumentError(f"generate_hires sets {taken} itself: wanted a call without, got {taken}")
+        raise ArgumentError(f"generate_hires sets {', '.join(taken)} itself: leave it out")
     if prompt is not None and not isinstance(prompt, str):
-        raise ArgumentError(f"prompt is one text or None, got {prompt!r}")
+        raise ArgumentError(f"prompt must be one text or None, not {prompt!r}")
 
 
 class _Drawing:
@@ -123,7 +123,7 @@ class _Drawing:
         patch = getattr(transformer, CONTEXT, None)
         self.context = None if patch is None else patch.context
         if recipe.proportional and self.context is None:
-            raise NotAcceleratedError("proportional wants a pipeline patched by accelerate(...), got one with its original attention")
+            raise NotAcceleratedError("proportional requires an accelerated pipeline: call accelerate(pipe) first")
         self._check_first_forward()
 
     def _check_first_forward(self) -> None:
@@ -134,14 +134,14 @@ class _Drawing:
         first = arguments[family.latents]
         first = first if isinstance(first, Tensor) else first[0][None]
         self.batch = first.shape[0]
-        wanted = forms.latent_shape(self.pipe, self.sizes[0])
-        if first[0].numel() != wanted[1] * wanted[2] * wanted[3]:
+        expected = forms.latent_shape(self.pipe, self.sizes[0])
+        if first[0].numel() != expected[1] * expected[2] * expected[3]:
             raise UnsupportedModelError(
-                f"high resolution wants latents of {wanted} at the base size, {type(self.pipe).__name__} has {tuple(first.shape)}"
+                f"high resolution requires latents of {expected} at the base size, {type(self.pipe).__name__} has {tuple(first.shape)}"
             )
         self.text = family.text(arguments) if family.text else None
         if self.recipe.proportional and self.text is None:
-            raise UnsupportedModelError(f"proportional wants a family whose text length is known, got {family.name}")
+            raise UnsupportedModelError(f"proportional requires a family whose text length is known, not {family.name!r}")
 
     def _call(self, number: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a stage, but for its noise."""
@@ -165,8 +165,8 @@ class _Drawing:
             "scheduler": {k: plain(v) for k, v in dict(self.pipe.scheduler.config).items() if not k.startswith("_")},
             "weights": _hash(self.transformer),
             "autoencoder": _hash(self.pipe.vae),
-            "method": None if context is None else context.spec.to_dict(),
-            "dense_steps": 0 if context is None else context.dense_steps,
+            "method": None if context is None else context.assignment.record(),
+            "dense_steps": 0 if context is None else context.assignment.dense_steps,
             "trained_tokens": None if context is None else context.trained_tokens,
         }
 
@@ -179,8 +179,9 @@ class _Drawing:
         stages = []
         for number in range(finished, len(self.sizes)):
             call = self._call(number)
-            spec = self.context.spec if number and self.context else None
-            stages.append(forecasting.Stage(self.sizes[number], call["num_inference_steps"], spec))
+            method = self.context.assignment if number and self.context else None
+            noise = tuple(call.get("sigmas", [1.0] * call["num_inference_steps"]))  # of the first stage no method asks
+            stages.append(forecasting.Stage(self.sizes[number], noise, method))
         tile = getattr(self.pipe.vae, "tile_sample_min_size", None) if _tiles(self.pipe.vae) else None
         forecasting.show(self.pipe, self.transformer, shape, timed, self.sizes[0], stages, tile, self.batch)
 
@@ -202,7 +203,7 @@ class _Drawing:
 
     @contextlib.contextmanager
     def conditions(self, number: int) -> Iterator[None]:
-        """The pipeline as a stage wants it; then as it was, whatever happens."""
+        """The pipeline as a stage requires it; then as it was, whatever happens."""
         pipe, (height, width) = self.pipe, self.sizes[number]
         scheduler = pipe.scheduler
         with contextlib.ExitStack() as stack:
@@ -225,7 +226,7 @@ def _hash(model: Any) -> str:
     """SHA-256 of a model's weights. Raises ValueError where offloading keeps them away."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ArgumentError(
-            f"a folder for stages wants weights that can be read, {type(model).__name__} is offloaded: leave the folder out"
+            f"a folder for stages requires weights that can be read, but {type(model).__name__} is offloaded: leave the folder out"
         )
     return weights_hash(model)
 

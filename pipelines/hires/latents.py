@@ -1,4 +1,4 @@
-"""What the high-resolution recipe must know of a pipeline: how its latents lie, how pictures become them, where its schedule starts."""
+"""What the high-resolution recipe uses of a pipeline: the form of its latents, encoding and decoding, the start of its schedule."""
 
 import contextlib
 import inspect
@@ -39,7 +39,7 @@ def check_pipeline(pipe: Any) -> Any:
     }
     missing = [reason for reason, there in reasons.items() if not there]
     if missing:
-        raise UnsupportedModelError(f"high resolution wants a pipeline with {'; '.join(missing)}, which {name} does not have")
+        raise UnsupportedModelError(f"high resolution requires a pipeline with {'; '.join(missing)}, which {name} does not have")
     return found[0]
 
 
@@ -119,7 +119,7 @@ class _FirstForward(Exception):  # noqa: N818
 
 
 def first_forward(pipe: Any, transformer: Any, call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the pipeline calls its transformer with first; nothing is computed but the text, and the scheduler is left ready to run."""
+    """The arguments of the pipeline's first forward; nothing is computed but the text, and the scheduler is left ready to run."""
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a stage of a high-resolution picture keeps in memory at once, from shapes alone."""
+"""The memory that a stage of a high-resolution picture requires at once, from shapes alone."""
 
 import weakref
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def memory_bytes(pipe: Any, transformer: Any, width: int, tokens: int, size: tup
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     weights = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
     shown = size if tile is None else (min(size[0], tile), min(size[1], tile))
-    # a tiled picture is put together beside the tile at work, as float32
+    # a tiled picture is assembled in addition to the tile at work, as float32
     whole = 0 if shown == size else 2 * 3 * size[0] * size[1] * 4
     return {
         "weights": weights,

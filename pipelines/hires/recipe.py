@@ -15,7 +15,7 @@ from dit_accel.pipelines.builtin.transformer import BuiltinTransformer2DModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `generate_hires` was asked for; sizes in pixels. Every field is checked."""
+    """The arguments of `generate_hires`; sizes in pixels. Every field is checked."""
 
     height: int
     width: int
@@ -35,9 +35,9 @@ class Recipe:
         self._check("ntk", self.ntk is None or positive, "a factor > 0 or None")
         self._check("proportional", type(self.proportional) is bool, "True or False")
 
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
+    def _check(self, name: str, ok: bool, required: str) -> None:
         if not ok:
-            raise ArgumentError(f"{name} is {wanted}, got {getattr(self, name)!r}")
+            raise ArgumentError(f"{name} must be {required}, not {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""
@@ -49,9 +49,9 @@ class Recipe:
         Raises ValueError where the picture or the base does not fit.
         """
         if self.height % unit or self.width % unit:
-            raise ArgumentError(f"height and width are multiples of {unit} pixels, one token's side, got {self.height} and {self.width}")
+            raise ArgumentError(f"height and width must be multiples of {unit} pixels, a token's side, not {self.height} and {self.width}")
         if self.base < unit:
-            raise ArgumentError(f"base is at least {unit} pixels, one token's side, got {self.base}")
+            raise ArgumentError(f"base must be at least {unit} pixels, a token's side, not {self.base}")
         doublings = max(0, math.ceil(math.log2(max(self.height, self.width) / self.base)))
         steps = (2**n for n in range(doublings, -1, -1))
         return [(_rounded(self.height / step, unit), _rounded(self.width / step, unit)) for step in steps]
@@ -112,5 +112,5 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ArgumentError(
-        f"with a folder, the call's arguments are numbers, strings, tensors, lists or dicts of them, got {type(value).__name__}"
+        f"with a folder, the call's arguments must be numbers, strings, tensors, lists or dicts of them, not {type(value).__name__}"
     )

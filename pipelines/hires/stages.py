@@ -32,18 +32,18 @@ class Stages:
         if not path.exists():
             left = sorted(file.name for file in self.folder.glob("stage-*"))
             if left:
-                raise StageError(f"{path} is missing, but {left} are there: wanted a new folder or a whole one")
+                raise StageError(f"{path} is missing, but {left} are there: put it back, or name another folder")
             write_json(path, settings)
             return
         kept = _read_json(path)
         differs = [name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)]
         if differs:
-            pairs = "; ".join(f"{name}: wanted {kept.get(name)!r} as before, got {settings.get(name)!r}" for name in differs)
+            pairs = "; ".join(f"{name} was {kept.get(name)!r}, is {settings.get(name)!r}" for name in differs)
             raise StageError(f"{self.folder} holds stages of other settings. {pairs}")
 
     def _paths(self, number: int, size: tuple[int, int]) -> tuple[Path, Path]:
         if self.folder is None:
-            raise StageError("wanted a folder for the stages, got none")
+            raise StageError("no folder for the stages was given")
         name = f"stage-{number}-{size[1]}x{size[0]}"
         return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
 
@@ -54,21 +54,21 @@ class Stages:
         path, record = self._paths(number, size)
         if not record.exists():
             return None
-        wanted, found = _read_json(record).get("sha256"), _sha256(path)
-        if wanted != found:
-            raise StageError(f"{path} is damaged: wanted SHA-256 {str(wanted)[:16]}, got {found[:16]}; {_again(path, record)}")
+        recorded, found = _read_json(record).get("sha256"), _sha256(path)
+        if recorded != found:
+            raise StageError(f"{path} is damaged: its SHA-256 is {found[:16]}, not {str(recorded)[:16]}; {_again(path, record)}")
         try:
             return load_file(path)["latents"]
         except (OSError, KeyError, SafetensorError) as error:
             raise StageError(f"{path} is damaged: {error}; {_again(path, record)}") from error
 
     def save(self, number: int, size: tuple[int, int], latents: Tensor, record: dict[str, Any]) -> None:
-        """Keep a finished stage; `record` goes beside its checksum."""
+        """Keep a finished stage; `record` is written next to its checksum."""
         if self.folder is None:
             return
-        path, beside = self._paths(number, size)
+        path, record_path = self._paths(number, size)
         write_tensors(path, {"latents": latents})
-        write_json(beside, {"height": size[0], "width": size[1], **record, "sha256": _sha256(path)})
+        write_json(record_path, {"height": size[0], "width": size[1], **record, "sha256": _sha256(path)})
 
 
 def _again(path: Path, record: Path) -> str:
@@ -80,7 +80,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StageError(f"wanted a readable {path}: {error.strerror}") from error
+        raise StageError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -89,5 +89,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StageError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
-        raise StageError(f"{path} is damaged: wanted a JSON object, got {type(data).__name__}")
+        raise StageError(f"{path} is damaged: it holds no JSON object, but a {type(data).__name__}")
     return data

@@ -20,7 +20,7 @@ from dit_accel.method.parts.merges import Mass, Residual
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import MeanProduct
-from dit_accel.method.parts.selections import TopK
+from dit_accel.method.parts.selections import TopK, TopP
 
 __all__ = [
     "Blockwise",
@@ -53,6 +53,7 @@ __all__ = [
     "Tiles",
     "Tokenwise",
     "TopK",
+    "TopP",
     "Window",
     "part_types",
 ]

@@ -25,7 +25,11 @@ _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too
 
 
 class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
-    """A value of a slot. `fit`: how the first stage of a distillation finds its learned tensors, None where it has none to find."""
+    """A value of a slot.
+
+    `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
+    rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
+    """
 
     fit: ClassVar[Literal["least_squares", "descent"] | None] = None
 
@@ -153,15 +157,21 @@ class Blockwise(Static):
 
 
 class Tokenwise(Static):
-    """A static pattern that decides token by token. `intervals`: along every axis it is an interval of keys, see `Intervals`."""
+    """A static pattern that decides token by token.
+
+    `invariant`: what is kept depends on the difference of the coordinates (t, y, x) alone, so that blocks which are placed alike need to be
+    looked at once. `intervals`: along every axis it is an interval of keys, see `Intervals`.
+    """
 
     whole_blocks = False
+    invariant: ClassVar[bool] = False
     intervals: ClassVar[bool] = False
     reach: int = -1  # the largest squared distance of a kept pair, where nothing but the distance decides
 
     @abstractmethod
     def allowed(self, q: Tensor, k: Tensor, grids: tuple[Grid, ...]) -> Tensor:
-        """Whether pairs are kept, `[..., Nq, Nk]`, of coordinates (t, y, x, image) `[..., Nq, 4]` and `[..., Nk, 4]`."""
+        """Whether pairs are kept, `[..., Nq, Nk]`, of coordinates (t, y, x, image) `[..., Nq, 4]` and `[..., Nk, 4]`; on the CPU, when a
+        plan is made."""
 
 
 class Selection(Pattern):

@@ -29,7 +29,7 @@ class Linear(Rest):
         phi = FEATURE_MAPS[self.feature_map]
         if self.scope == "all":
             return reference.linear_attention(phi(call.q), phi(call.k), call.v)
-        return reference.linear_attention_rest(phi(call.q), phi(call.k), call.v, call.kept, call.q_blocks, call.k_blocks)
+        return reference.linear_attention_rest(phi(call.q), phi(call.k), call.v, ~call.kept, call.q_blocks, call.k_blocks)
 
     def cost(self, sizes: Sizes) -> Cost:
         """States once and one product with each query; of the complement also the sum of states for each query block."""

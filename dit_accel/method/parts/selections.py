@@ -35,8 +35,7 @@ class TopK(Selection):
         return self.density
 
     def count(self, blocks: int) -> int:
-        """How many of so many key blocks are kept; 0.29 of 100 are 29, although the product of floats is a little less."""
-        return max(1, math.floor(self.density * blocks + 1e-9))
+        return _share_of(self.density, blocks)
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         blocks = ground.k_blocks
@@ -49,3 +48,43 @@ class TopK(Selection):
         with torch.no_grad():
             score = self.score(call)
             return best_blocks(score if weight is None else score * weight.to(call.q.dtype), self.count(len(call.k_blocks.count)))
+
+
+@dataclass(frozen=True)
+class TopP(Selection):
+    """For each query block the fewest key blocks, best first, whose share of its pooled softmax reaches `mass`; at least one, and no more
+    than the share `at_most` of all.
+
+    The pooled softmax is that of scale · score + log n over key blocks of n tokens.
+    """
+
+    mass: float
+    at_most: float = 0.25
+    score: Score = MeanProduct()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_real(self.mass) and 0 < self.mass <= 1, "mass is a share of the softmax in (0, 1]", self.mass)
+        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most is a share of key blocks in (0, 1]", self.at_most)
+        check_part(self.score, Score, "score")
+
+    @property
+    def share(self) -> float:
+        return self.at_most
+
+    def count(self, blocks: int) -> int:
+        return _share_of(self.at_most, blocks)
+
+    def choose(self, call: Call) -> BlockMap:
+        with torch.no_grad():
+            logits = call.scale * self.score(call).double() + call.k_blocks.count.log()
+            best = logits.softmax(-1).topk(self.count(len(call.k_blocks.count)), dim=-1)
+            before = best.values.cumsum(-1) - best.values
+            held = (before < self.mass) | (self.mass == 1)  # what is left of 1 may round to nothing
+            held[..., 0] = True
+            return BlockMap(best.indices, held)
+
+
+def _share_of(share: float, blocks: int) -> int:
+    """At least one; 0.29 of 100 are 29, although the product of floats is a little less."""
+    return max(1, math.floor(share * blocks + 1e-9))
