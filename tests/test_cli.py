@@ -284,7 +284,7 @@ def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monk
     arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
     result = run(*arguments, "--strict")
     assert result.exit_code == 2
-    assert "error: strict=True wants every layer accelerated, but this call has no grid today" in result.stderr
+    assert "error: strict=True requires every layer to be accelerated, but this call has no grid today" in result.stderr
     assert not (tmp_path / "a.png").exists()
 
 
