@@ -248,7 +248,7 @@ def renamed_layers(config: dict[str, Any]) -> None:
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown-field": (lambda c: c.update(extra=1), "extra"),
     "missing-field": (lambda c: c.pop("training"), "training"),
-    "first-format": (lambda c: c.update(version=1), "wants the fields .*dense_steps"),
+    "first-format": (lambda c: c.update(version=1), "must have the fields .*dense_steps"),
     "version": (lambda c: c.update(version=99), "99"),
     "class": (lambda c: c.update(base_model_class="WanTransformer3DModel"), "WanTransformer3DModel.*FluxTransformer2DModel"),
     "layers": (renamed_layers, r"transformer_blocks\.9"),
