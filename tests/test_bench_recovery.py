@@ -211,7 +211,7 @@ def test_other_settings_are_refused(tmp_path: Path, whole: tuple[dict[str, Any],
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "out.json").write_text(text)
-    with pytest.raises(ValueError, match="new file or one of bench recovery"):
+    with pytest.raises(ValueError, match="was not written by bench recovery"):
         bench(tmp_path)
 
 

@@ -22,7 +22,7 @@ from dit_accel import files, load_adapter, save_adapter
 from dit_accel.errors import AdapterError, DitAccelError, WriteError
 from dit_accel.finetune.data.collect import Samples, collect, damaged_runs
 
-SAID = "which failed: .*File too large"
+SAID = "can't be written .*: .*File too large"
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def test_the_rows_that_a_float32_program_holds_fit_with_those_of_one_step(arch: 
 def test_jobs() -> None:
     assert len(jobs()) == (len(EVERY) * 3 - len(STATES)) * len(ARCHITECTURES) * 3
     assert {job.method for job in jobs() if job.head_dim > LINEAR_LIMIT} == EVERY.keys() - STATES
-    with pytest.raises(ValueError, match=r"arch is one of .*got 'sm_75'"):
+    with pytest.raises(ValueError, match=r"arch must be one of .*not 'sm_75'"):
         jobs(archs=["sm_75"])
 
 
