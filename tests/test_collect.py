@@ -421,4 +421,7 @@ def test_videos_from_the_command_line(prompts: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "trained" / "adapter" / "dit_accel_config.json").read_text())["training"]
     assert (record["sampling"]["num_frames"], record["licence"]) == (9, UNKNOWN)
     assert "its licence unknown" in (tmp_path / "trained" / "adapter" / "README.md").read_text()
-    assert "which makes videos" in run("collect", "--out", tmp_path / "b", "--prompts", prompts, "--model", tmp_path / "model").stderr
+    assert (
+        "makes videos: give its number of frames"
+        in run("collect", "--out", tmp_path / "b", "--prompts", prompts, "--model", tmp_path / "model").stderr
+    )

@@ -402,7 +402,7 @@ GOOD = {"query": Q, "key": Q, "value": Q, "spec": SLA(0.1), "layout": TokenLayou
         pytest.param({"text_bias": torch.zeros(4)}, "here (1, 4), not (4,)", id="bias-of-one-dimension"),
         pytest.param({"text_bias": torch.ones(1, 4, dtype=torch.bool)}, "got torch.bool on cpu", id="boolean-bias"),
         pytest.param({"text_bias": torch.zeros(1, 4, device="meta")}, "got torch.float32 on meta", id="bias-elsewhere"),
-        pytest.param({"text_bias": torch.zeros(1, 4, requires_grad=True)}, "does not require grad", id="bias-with-gradient"),
+        pytest.param({"text_bias": torch.zeros(1, 4, requires_grad=True)}, "detach it", id="bias-with-gradient"),
     ],
 )
 def test_refuses(change: dict[str, Any], shown: str) -> None:

@@ -137,7 +137,7 @@ def test_rows_padded_behind_the_images_run_the_original() -> None:
     call["shape_list"] = [[(1, 9, 11), (1, 6, 4)]]
     wanted = loop(generator=None, num_inference_steps=1, **call)[0]
     dit_accel.accelerate(loop.transformer, DISC)
-    with pytest.warns(UserWarning, match="original attention for calls with padding behind the images"):
+    with pytest.warns(UserWarning, match="original attention for calls with padding after the images"):
         got = loop(generator=None, num_inference_steps=1, **call)[0]
     assert torch.equal(got, wanted)
 

@@ -14,7 +14,7 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
-from dit_accel.kernels.triton import backward, backward_linear, calls, forward, launch, launch_backward, primitives, summary
+from dit_accel.kernels.triton import backward, backward_linear, block_means, calls, forward, launch, launch_backward, primitives
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -267,7 +267,7 @@ def test_scores_of_a_long_video_fit() -> None:
     found: list[launch.Launch] = []
     a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=64, k_width=64, top=781)
     chosen = launch.select_blocks(a, Machine("sm_90", 132), found.append)
-    choices = [one for one in found if one.kernel is launch.summary.choose_blocks]
+    choices = [one for one in found if one.kernel is launch.block_means.choose_blocks]
     assert chosen.shape == (80, 15625, 781)
     assert sum(one.grid[0] for one in choices) == 80 * 15625
     assert max(one.arguments["scores"].numel() for one in choices) <= 2**28
@@ -278,7 +278,7 @@ def test_choice_among_extremes() -> None:
     for top in range(1, 8):
         chosen = torch.empty(1, top, dtype=torch.int32, device=DEVICE)
         arguments = {"scores": scores, "weight": None, "chosen": chosen, "blocks": 7, "top": top, "W": 16}
-        launch.execute(launch.Launch(launch.summary.choose_blocks, (1,), arguments, 1))
+        launch.execute(launch.Launch(launch.block_means.choose_blocks, (1,), arguments, 1))
         assert chosen.tolist() == [sorted([2, 6, 4, 0, 1, 5, 3][:top])]
 
 
@@ -295,7 +295,7 @@ def test_columns_are_the_lists_turned_around() -> None:
 
 def test_no_constant_has_a_string_for_a_default() -> None:
     """Before Triton 3.7 such a default is no constant, and no kernel that uses it compiles."""
-    modules = (backward, backward_linear, forward, primitives, summary)
+    modules = (backward, backward_linear, forward, primitives, block_means)
     functions = {f.__name__: f for module in modules for f in vars(module).values() if hasattr(f, "arg_names") and hasattr(f, "fn")}
     assert {"tile", "attend_rows", "linear_columns", "choose_blocks"} <= functions.keys()
     wrong = [

@@ -340,7 +340,11 @@ def test_a_cuda_device_reads_its_tiles(cache: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("interpreted", "triton", "says"),
-    [(True, True, "TRITON_INTERPRET unset"), (False, True, "a CUDA device, and there is none"), (False, False, "triton, which is not")],
+    [
+        (True, True, "TRITON_INTERPRET=1 interprets its kernels: unset it"),
+        (False, True, "a CUDA device, and there is none"),
+        (False, False, "triton, which is not"),
+    ],
 )
 def test_a_machine_without_a_gpu_is_refused(interpreted: bool, triton: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)

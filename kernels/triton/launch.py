@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments
-from dit_accel.kernels.triton import forward, summary
+from dit_accel.kernels.triton import block_means, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import Machine, Tile
 from dit_accel.kernels.triton.tuples import (
@@ -100,7 +100,7 @@ def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
         "a": a, "b": b, "out": out, "a_batch": a.stride(0), "b_batch": 0 if len(b) == 1 else b.stride(0), "rows": rows, "columns": columns,
         "D": channels, "DP": padded, "BQ": 32, "BK": width, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
     }  # fmt: skip
-    run(Launch(summary.multiply, (up(rows, 32), up(columns, width), batch), arguments, 4))
+    run(Launch(block_means.multiply, (up(rows, 32), up(columns, width), batch), arguments, 4))
     return out
 
 
@@ -217,7 +217,7 @@ class Call:
         bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
         rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
         arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
-        self.run(Launch(summary.list_bits, (rows, up(words, tile)), arguments, 1))
+        self.run(Launch(block_means.list_bits, (rows, up(words, tile)), arguments, 1))
         return Rests(pooled=pooled._replace(bits=bits))
 
     def linear_rest(self) -> Rests:
@@ -233,8 +233,8 @@ class Call:
 
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
-            summary.summarise, "summarise", (up(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v), pooled=pooled,
-            states=states, starts=self.a.k_starts, blocks=self.k_blocks, group=group, flags=flags,
+            block_means.summarise, "summarise", (up(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v),
+            pooled=pooled, states=states, starts=self.a.k_starts, blocks=self.k_blocks, group=group, flags=flags,
         )  # fmt: skip
 
     def rest(self) -> Rests:
@@ -281,7 +281,7 @@ def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -
     for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
         scores = multiply(q_mean, k_mean, machine, run)
         arguments = {"scores": scores, "weight": a.weight, "chosen": some, "blocks": blocks, "top": a.top, "W": wide}
-        run(Launch(summary.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
+        run(Launch(block_means.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen
 
 
@@ -299,7 +299,7 @@ def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) ->
     arguments = {
         "k": rows_of(x), "v": rows_of(x), "pooled": Pooled(k_mean=means), "states": States(), "starts": starts,
         "heads": heads, "image": tokens, "image_start": 0, "blocks": blocks, "group": 1,
-        "C": constants_of(summary.summarise, constants),
+        "C": constants_of(block_means.summarise, constants),
     }  # fmt: skip
-    tiled(run, Launch(summary.summarise, (blocks, batch * heads), arguments, tile.warps), place)
+    tiled(run, Launch(block_means.summarise, (blocks, batch * heads), arguments, tile.warps), place)
     return means

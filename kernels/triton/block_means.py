@@ -1,4 +1,4 @@
-"""What stands for many keys: block means, variances and linear-attention states in one pass, selection, and lists as bits."""
+"""Keys that represent many others: block means, variances and linear-attention states in one pass, selection, and lists as bits."""
 
 import triton
 import triton.language as tl
