@@ -136,8 +136,8 @@ def _first_error(run: Run) -> float:
     rounding = torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 32)
     if not error > rounding:
         raise DistillationError(
-            f"student and teacher agree to rounding before the first step (relative error {error:.1e}): wanted a method that changes the "
-            f"output at this size, got {run.patch.context.assignment}"
+            f"student and teacher agree to rounding before the first step (relative error {error:.1e}): there is nothing to "
+            f"learn, because {run.patch.context.assignment} does not change the output at this size"
         )
     return error
 

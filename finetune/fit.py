@@ -98,7 +98,7 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
             predict(run.transformer, forward.arguments)
     if not errors:
         raise DistillationError(
-            f"no layer was accelerated in a recorded forward: wanted {run.patch.context.assignment} to fit the parameters of"
+            f"no layer was accelerated in a recorded forward: {run.patch.context.assignment} has nothing to fit its parameters to"
         )
     (totals,) = summed([torch.stack([torch.stack(errors).double().sum(), errors[0].new_tensor(len(errors), dtype=torch.float64)])])
     error = float(totals[0] / totals[1])

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+WORD = 64  # bits of a word of a mask
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -55,18 +57,61 @@ class BlockMap:
 
     `index` `[..., Tq, n]` int64, `valid` `[..., Tq, n]` (false: padding of a shorter list), `partial` `[..., Tq, n]` (the token predicate
     applies) or None where no block is partial. Leading dimensions are absent (shared by batch and heads) or (batch · heads).
-    `complete`: every entry is known to be valid.
+    `complete`: every entry is known to be valid. `mask_of`: the number of each entry's bit mask, read where it is partial (`TokenTables`).
     """
 
     index: Tensor
     valid: Tensor
     partial: Tensor | None = None
     complete: bool = False
+    mask_of: Tensor | None = None
 
     def kept(self, key_blocks: int) -> Tensor:
         """The same as a mask `[..., Tq, Tk]`."""
         seen = torch.zeros(*self.index.shape[:-1], key_blocks, dtype=torch.int32, device=self.index.device)
         return seen.scatter_add(-1, self.index, self.valid.int()) > 0
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """Which pairs of tokens are kept in partial blocks, as the kernels read it: `masks`, or without them any of the `windows`.
+
+    See `arguments.Arguments`; both count tokens in the order of the blocks.
+    """
+
+    coords: Tensor
+    windows: Tensor | None
+    masks: Tensor | None
+
+    def kept(self, rows: Tensor, index: Tensor, mask_of: Tensor | None, q_blocks: Blocks, k_blocks: Blocks) -> Tensor:
+        """`[..., C, q width, n · k width]` for query blocks `rows` `[C]` and their key blocks `index` `[..., C, n]`."""
+        if self.masks is not None and mask_of is not None:
+            return unpacked(self.masks[mask_of], k_blocks.index.shape[1]).transpose(-3, -2).flatten(-2)
+        if self.windows is None:
+            raise ValueError("partial blocks require windows or masks, got neither")
+        q, k = _places(q_blocks, rows), _places(k_blocks, index).flatten(-2)
+        found = torch.zeros((), dtype=torch.bool, device=index.device)
+        for first, last, residue in (axes.unbind(1) for axes in self.windows):  # [3 axes, N] each
+            inside = torch.ones((), dtype=torch.bool, device=index.device)
+            for axis in range(3):
+                key = self.coords[axis][k][..., None, :]
+                inside = inside & (first[axis][q][..., None] <= key) & (key <= last[axis][q][..., None])
+                inside = inside & (residue[axis][q][..., None] == residue[axis][k][..., None, :])
+            found = found | inside
+        return found
+
+
+def _places(blocks: Blocks, numbers: Tensor) -> Tensor:
+    """Of blocks by number `[...]`: the places `[..., width]` of their tokens in the blocks' order, the last repeated in short ones."""
+    offset = torch.arange(blocks.index.shape[1], device=numbers.device)
+    start = blocks.count.cumsum(0) - blocks.count
+    return start[numbers][..., None] + torch.minimum(offset, blocks.count[numbers][..., None] - 1)
+
+
+def unpacked(masks: Tensor, width: int) -> Tensor:
+    """Bits of words `[..., words]` (int64) as `[..., width]`, the lowest of each word first."""
+    bits = (masks[..., None] >> torch.arange(WORD, device=masks.device)) & 1
+    return bits.flatten(-2)[..., :width].bool()
 
 
 def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor]]) -> BlockMap:

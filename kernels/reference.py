@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_accel.kernels.blocks import BlockMap, Blocks
+from dit_accel.kernels.blocks import BlockMap, Blocks, TokenTables
 
 # a bias that leaves a key out, as -inf does: its difference to any logit is a number, and its weight is exactly 0 beside any other key
 MASKED = -1e30
 CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float32: a few second-level caches
 
 Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
-Predicate = Callable[[Tensor, Tensor], Tensor]  # token coordinates [..., Nq, 3], [..., Nk, 3] -> allowed [..., Nq, Nk]
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:
@@ -60,11 +59,11 @@ def _chunks(total: int, elements_each: int) -> list[slice]:
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, q_blocks: Blocks, k_blocks: Blocks, *, scale: float,
-    predicate: Predicate | None = None, coords: Tensor | None = None,
+    tables: TokenTables | None = None,
 ) -> Partial:  # fmt: skip
     """Softmax of each query over the keys of the blocks that its query block visits.
 
-    `predicate` decides token by token inside partial blocks, from `coords` `[N, 3]`. Gradients: q, k, v, from output and lse.
+    `tables` decide token by token inside partial blocks. Gradients: q, k, v, from output and lse.
     """
     bh, _, d = q.shape
     t_k, width = k_blocks.index.shape
@@ -81,7 +80,7 @@ def block_sparse_attention(
         keys, values = (rows.index_select(0, flat).view(shape) for rows in (rows_k, rows_v))
         scores = part @ keys.transpose(-1, -2)
         if not whole:
-            scores = scores.masked_fill(~_allowed(blocks, q_blocks, k_blocks, chunk, predicate, coords), -torch.inf)
+            scores = scores.masked_fill(~_allowed(blocks, q_blocks, k_blocks, chunk, tables), -torch.inf)
         return softmax_partial(scores, values)
 
     visited = blocks.index.shape[-1] * width
@@ -92,15 +91,15 @@ def block_sparse_attention(
     return _join(outs, q_blocks)
 
 
-def _allowed(
-    blocks: BlockMap, q_blocks: Blocks, k_blocks: Blocks, chunk: slice, predicate: Predicate | None, coords: Tensor | None
-) -> Tensor:
+def _allowed(blocks: BlockMap, q_blocks: Blocks, k_blocks: Blocks, chunk: slice, tables: TokenTables | None) -> Tensor:
     """Which keys `[..., C, 1 or width_q, n · width_k]` the chunk's query blocks may see."""
     index = blocks.index[..., chunk, :]
     allowed = (k_blocks.valid[index] & blocks.valid[..., chunk, :, None]).flatten(-2)[..., None, :]
-    if blocks.partial is None or predicate is None or coords is None:
+    if blocks.partial is None or tables is None:
         return allowed
-    inside = predicate(coords[q_blocks.index[chunk]], coords[k_blocks.index[index].flatten(-2)])
+    rows = torch.arange(len(q_blocks.count), device=index.device)[chunk]
+    mask_of = None if blocks.mask_of is None else blocks.mask_of[..., chunk, :]
+    inside = tables.kept(rows, index, mask_of, q_blocks, k_blocks)
     whole = (~blocks.partial[..., chunk, :, None]).expand(*index.shape, k_blocks.index.shape[1]).flatten(-2)[..., None, :]
     return allowed & (whole | inside)
 

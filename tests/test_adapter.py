@@ -248,7 +248,7 @@ def renamed_layers(config: dict[str, Any]) -> None:
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown-field": (lambda c: c.update(extra=1), "extra"),
     "missing-field": (lambda c: c.pop("training"), "training"),
-    "first-format": (lambda c: c.update(version=1), "wants the fields .*dense_steps"),
+    "first-format": (lambda c: c.update(version=1), "must have the fields .*dense_steps"),
     "version": (lambda c: c.update(version=99), "99"),
     "class": (lambda c: c.update(base_model_class="WanTransformer3DModel"), "WanTransformer3DModel.*FluxTransformer2DModel"),
     "layers": (renamed_layers, r"transformer_blocks\.9"),
@@ -342,7 +342,7 @@ def test_saving_within_dense_writes_what_was_trained(trained: dict[str, tuple[Pa
 def test_no_lora_is_loaded_where_it_would_be_off(trained: dict[str, tuple[Path, Tensor]]) -> None:
     add_lora(pipe := prompt_pipe())
     pipe.transformer.disable_lora()
-    with unchanged(pipe), pytest.raises(AdapterError, match="switched off"):
+    with unchanged(pipe), pytest.raises(AdapterError, match="LoRA is disabled"):
         load_adapter(pipe, trained["lora"][0])
 
 

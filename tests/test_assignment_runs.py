@@ -70,17 +70,18 @@ MIXED = Assignment(
 )
 
 
-def four_heads(assignment: Assignment | None = MIXED, blocks: int = 2) -> Any:
+def four_heads(assignment: Assignment | None = MIXED, blocks: int = 2, backend: str = "auto") -> Any:
     transformer = tiny_transformer(double=blocks, single=blocks, heads=4)
     if assignment is not None:
-        dit_accel.accelerate(transformer, assignment, strict=True)
+        dit_accel.accelerate(transformer, assignment, strict=True, backend=backend)
         for operator in operators_of(transformer).values():
             fill_randomly(operator, seed=1, scale=0.3)
     return transformer
 
 
-def test_every_head_runs_its_spec_with_its_parameters() -> None:
-    transformer, layout = four_heads(), TokenLayout((1, 9, 14), TEXT)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_every_head_runs_its_spec_with_its_parameters(backend: str) -> None:
+    transformer, layout = four_heads(backend=backend), TokenLayout((1, 9, 14), TEXT)
     with watched(transformer) as calls, torch.no_grad():
         transformer(**forward_arguments(9, 14))
     assert len(calls) == LAYERS
@@ -198,6 +199,8 @@ def test_another_method_needs_the_parameters_that_the_layers_have(pipe: Any) -> 
         pytest.raises(ValueError, match=r"requires offset of the shape \(2,\)"),
         running(pipe, Assignment((Rule(Fovea(0.1), heads=(0,)),))),
     ):
+        pass
+    with pytest.raises(ValueError, match=r"no layer is named blocks\.\*"), running(pipe, Assignment((Rule(GNA(5), layers="blocks.*"),))):
         pass
     assert pipe.transformer._dit_accel.context.assignment == Assignment.of(CLEAR(3.0))
 

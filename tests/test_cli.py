@@ -284,7 +284,7 @@ def test_strict_generate_is_refused_in_one_line(model: str, tmp_path: Path, monk
     arguments = ["generate", "a panda", "--model", model, "--steps", "1", *SMALL, "--out", tmp_path / "a.png"]
     result = run(*arguments, "--strict")
     assert result.exit_code == 2
-    assert "error: strict=True wants every layer accelerated, but this call has no grid today" in result.stderr
+    assert "error: strict=True requires every layer to be accelerated, but this call has no grid today" in result.stderr
     assert not (tmp_path / "a.png").exists()
 
 
@@ -420,7 +420,7 @@ def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> No
     assert "seed was 0, is 1" in fail(*arguments, "--seed", 1)
 
 
-@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec"])
+@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec", "new_part"])
 def test_samples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FluxPipeline
 

@@ -114,7 +114,7 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, mode: Any, stop: int, 
     assert untimed(again).history == untimed(whole).history
     assert untimed(again).parameter_history == untimed(whole).parameter_history
     assert same(state(resumed.transformer), state(pipe.transformer))
-    with pytest.raises(DistillationError, match="belongs to another run: wanted spec"):
+    with pytest.raises(DistillationError, match="belongs to another run: its spec is"):
         learn(pupil(Assignment(MIXED.rules[:3])), tmp_path / "stopped", train=mode, **RUN)
 
 

@@ -221,7 +221,7 @@ def test_a_card_without_triton_or_too_old_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dispatch, "TRITON", True)
     a_card(monkeypatch, 7)
     doctor._card(report)
-    assert "compute capability 8.0, got 7.0: use another card" in report.faults[1].says
+    assert "compute capability 8.0, this GPU has 7.0: use another card" in report.faults[1].says
 
 
 def test_a_torch_that_does_not_see_the_card_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_refusals(idle: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be written to"):
         evaluate(idle, PROMPTS, tmp_path / "file" / "out", **CALL)
     for prompts in ([], [" "], "a panda"):
-        with pytest.raises(ValueError, match="prompts is a non-empty list of non-empty strings"):
+        with pytest.raises(ValueError, match="prompts must be a non-empty list of non-empty strings"):
             evaluate(idle, prompts, tmp_path / "out", **CALL)
     with pytest.raises(ValueError, match="FluxTransformer2DModel draws no pictures: pass a pipeline"):
         evaluate(idle.transformer, PROMPTS, tmp_path / "out", **CALL)

@@ -56,7 +56,7 @@ def test_projections_that_are_fused_after_loading_are_refused(adapter: Path) -> 
     pipe = load_adapter(prompt_pipe(), adapter)
     picture = draw(pipe)
     pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(UnsupportedModelError, match=r"got 2 fused layers.*unfuse_qkv_projections"):
+    with pytest.raises(UnsupportedModelError, match=r"2 layers have fused projections.*unfuse_qkv_projections"):
         draw(pipe)
     pipe.transformer.unfuse_qkv_projections()
     assert torch.equal(draw(pipe), picture)

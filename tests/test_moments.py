@@ -13,6 +13,7 @@ from test_steps import Heun
 
 import dit_accel
 from dit_accel import Assignment, Rule
+from dit_accel.finetune.moments import recorded_moments
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.steps import Steps, noise_of
 
@@ -159,3 +160,15 @@ def test_a_schedule_that_is_never_stepped_is_read_by_its_timesteps(moments: list
 )
 def test_the_noise_level_of_a_timestep_by_itself(timestep: torch.Tensor, rising: bool, noise: float) -> None:
     assert noise_of(timestep, rising=rising) == pytest.approx(noise)
+
+
+def test_two_transformers_of_a_pipeline_share_the_steps_of_a_run(moments: list[Moment]) -> None:
+    """Noise levels tell the experts apart, and a forward that is recorded is at the moment at which it ran."""
+    tiny = accelerated("wan22_two_experts")
+    with recorded_moments(tiny.transformers) as recorded:
+        tiny.run(num_inference_steps=4)
+    both = [once_each(own) for own in recorded]
+    assert [moment.step for own in both for moment in own] == [0, 1, 2, 3]
+    assert all(both)
+    assert min(moment.noise for moment in both[0]) > max(moment.noise for moment in both[1])
+    assert set(moments) == {moment for own in both for moment in own}

@@ -191,7 +191,8 @@ def test_a_checkout_without_symbolic_links_says_so(tmp_path: Path) -> None:
     for name in LINKS:
         (package / name).write_text(f"../{name}")  # what git writes where it can't make a link
     code = "import dit_accel; dit_accel.builtin_pipeline"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    # without site-packages, where an editable installation leads to the rooms of another checkout
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "ImportError: this checkout of dit_accel has text files in the place of its symbolic links" in done.stderr
     assert "git config core.symlinks true" in done.stderr
 

@@ -108,18 +108,18 @@ def test_copies_begin_without_plans(copied: object) -> None:
 
 def test_bytes_are_the_bound(made: list[weakref.ref[Plan]]) -> None:
     layouts = [TokenLayout((1, 32, side)) for side in range(32, 40)]
-    size = plan_bytes(make_plan(CLEAR(4), layouts[-1], CPU))
+    size = plan_bytes(make_plan(Fovea(radius=4), layouts[-1], CPU))
     plans = Plans(limit=3 * size)
     for layout in layouts:
-        plans.get(CLEAR(4), layout, CPU)
+        plans.get(Fovea(radius=4), layout, CPU)
     kept = [key[1][0][2] for key in plans._kept]
     assert kept[-1] == 39
     assert kept == list(range(40 - len(kept), 40))
     assert 3 <= len(kept) < 6
     assert sum(plan_bytes(each) for each in plans._kept.values()) <= 3 * size
     assert alive(made) == len(kept)
-    oldest = plans.get(CLEAR(4), layouts[kept[0] - 32], CPU)  # used again: now the newest
-    plans.get(CLEAR(4), TokenLayout((1, 32, 40)), CPU)
+    oldest = plans.get(Fovea(radius=4), layouts[kept[0] - 32], CPU)  # used again: now the newest
+    plans.get(Fovea(radius=4), TokenLayout((1, 32, 40)), CPU)
     assert oldest in plans._kept.values()
 
 

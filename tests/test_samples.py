@@ -292,7 +292,7 @@ def test_a_folder_of_another_teacher_or_call_is_refused(tmp_path: Path, make: Ca
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a cat", "  "], ["a cat", 3], [None]], ids=str)
 def test_blank_prompts_are_refused(tmp_path: Path, prompts: list[Any]) -> None:
-    with pytest.raises(DistillationError, match="prompts is a non-empty list of non-empty strings"):
+    with pytest.raises(DistillationError, match="prompts must be a non-empty list of non-empty strings"):
         collect(prompt_pipe(), prompts, tmp_path / "new", **CALL)
     assert not (tmp_path / "new").exists()
 

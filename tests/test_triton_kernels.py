@@ -433,7 +433,7 @@ def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, reason: st
 
 def test_a_linear_rest_ends_at_128() -> None:
     assert dispatch.triton_refusal(DEVICE, torch.float32, 160) is None
-    assert "linear rest up to head_dim 128, got 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
+    assert "linear rest up to head_dim 128, not 160" in str(dispatch.triton_refusal(DEVICE, torch.float32, 160, linear=True))
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

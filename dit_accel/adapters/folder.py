@@ -263,7 +263,7 @@ def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
         and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int and n >= 1 for n in v) for v in layers.values())
     )
     if not sizes:
-        raise AdapterError(f"{folder / CONFIG} wants layers with [heads, width] each, got {layers}")
+        raise AdapterError(f"{folder / CONFIG} must have layers with [heads, width] each, not {layers}")
     try:
         if config["base_model_fingerprint"] is not None:
             check_fingerprint(config["base_model_fingerprint"])
@@ -305,14 +305,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder / CONFIG} must hold a JSON object, not a {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     if config.get("version") not in (VERSION, FIRST_VERSION):
-        raise AdapterError(f"{folder / CONFIG} wants version {VERSION} or {FIRST_VERSION}, got {config.get('version')}")
+        raise AdapterError(f"{folder / CONFIG} must have version {VERSION} or {FIRST_VERSION}, not {config.get('version')}")
     method = {"assignment"} if config["version"] == VERSION else {"spec", "dense_steps"}
     wanted = method | {
         "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "training", "files", "version",
     }  # fmt: skip
     config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
     if set(config) != wanted:
-        raise AdapterError(f"{folder / CONFIG} wants the fields {sorted(wanted)}, got {sorted(config)}")
+        raise AdapterError(f"{folder / CONFIG} must have the fields {sorted(wanted)}, not {sorted(config)}")
     if config["version"] == FIRST_VERSION:
         config["assignment"] = _assignment_of_first(folder, config.pop("spec"), config.pop("dense_steps"))
     files = config["files"]
@@ -324,7 +324,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _assignment_of_first(folder: Path, spec: Any, dense_steps: Any) -> dict[str, Any]:
     """What a config of the first format says, as an assignment."""
     if type(dense_steps) is not int or dense_steps < 0:
-        raise AdapterError(f"{folder / CONFIG} wants dense_steps >= 0, got {dense_steps}")
+        raise AdapterError(f"{folder / CONFIG} must have dense_steps >= 0, not {dense_steps}")
     try:
         return Assignment.of(AttentionSpec.from_dict(spec), dense_steps=dense_steps).to_dict()
     except (ValueError, TypeError) as error:
@@ -357,7 +357,7 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
     for name, (heads, width) in config["layers"].items():
         got = heads_of(model, name, layers[name]) if name in layers else None
         if got != (heads, width):
-            raise AdapterError(f"the adapter wants {name} with {heads} heads of {width}, got {got or 'no such layer'}")
+            raise AdapterError(f"the adapter is for {name} with {heads} heads of {width}, but the model has {got or 'no such layer'}")
     try:
         assignment.check([{name: heads_of(model, name, module)[0] for name, module in layers.items()}])
     except ArgumentError as error:

@@ -208,7 +208,7 @@ def distill(
     call = options.sampling_arguments(model, size, sampling_steps, guidance, max_sequence_length)
     source = options.read_prompts_or_samples(prompts)
     held_out_source = options.read_prompts_or_samples(held_out) if held_out else None
-    spec = options.parse_accelerated(method, reason="distill wants an accelerated method")
+    spec = options.parse_accelerated(method, reason="distill requires an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, save_adapter
     from dit_accel import distill as run_distillation
@@ -280,7 +280,7 @@ def step(
 ) -> None:
     """Measure the time of one denoising step, with each method and with the original attention."""
     sizes = [options.parse_size(text, model) for text in size or ["1024x1024"]]
-    reason = "bench step wants accelerated methods (the original is always measured)"
+    reason = "bench step requires accelerated methods (the original is always measured)"
     specs = [options.parse_accelerated(text, reason=reason) for text in method or ["fovea"]]
     if out:
         options.check_file(out)
@@ -313,7 +313,7 @@ def draw(
     """Measure the time of a whole picture or video, with each method and with the original attention."""
     pixels = options.parse_size(size, model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
-    reason = "bench draw wants accelerated methods (the original is always measured)"
+    reason = "bench draw requires accelerated methods (the original is always measured)"
     specs = [options.parse_accelerated(text, reason=reason) for text in method or ([] if adapter else ["fovea"])]
     if out:
         options.check_file(out)

@@ -38,8 +38,8 @@ def evaluate(
     call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
     if not all(texts):
-        raise ArgumentError("a prompt is a text that is not empty, got an empty one")
-    spec = None if adapter is not None else options.parse_accelerated(method or "fovea", reason="evaluate wants an accelerated method")
+        raise ArgumentError("a prompt must not be empty")
+    spec = None if adapter is not None else options.parse_accelerated(method or "fovea", reason="evaluate requires an accelerated method")
     files.check_folder(out)
     from dit_accel import accelerate, load_adapter
     from dit_accel.cli.models import frames_call, load_pipeline

@@ -107,7 +107,7 @@ def parse_accelerated(text: str, *, reason: str) -> "AttentionSpec | Assignment"
 
     method = parse_method(text)
     if method is None:
-        raise ArgumentError(f"{reason}, got {text!r}")
+        raise ArgumentError(f"{reason}, not {text!r}")
     return method
 
 

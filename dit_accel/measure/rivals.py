@@ -36,6 +36,8 @@ def _uneven(spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> str | None:
     """Why the tokens are not cut into blocks of one size, as a BlockMask requires; None where they are."""
     if not (plan.q_blocks.even and plan.k_blocks.even):
         return f"FlexAttention requires blocks of one size, but {spec.order} cuts a grid {layout.grid} unevenly"
+    if not plan.geometry.by_reach:
+        return f"FlexAttention is given discs, windows and boxes here, not {spec}"
     sizes = [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
     if any(layout.text % size for size in sizes):
         return f"FlexAttention requires text of whole blocks of {sizes[0]} queries and {sizes[1]} keys, not {layout.text} tokens"

@@ -39,7 +39,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 FILE = ".json"
 
-Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises ValueError; what it wants, in words
+Reader = tuple[Callable[[str], Any], str]  # turns text into a value or raises ValueError; what it requires, in words
 NUMBER: Reader = (_number, "a number")
 INTEGER: Reader = (int, "an integer")
 AXES: Reader = (_axes, "an integer, or integers joined by x as in 9x9")
@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
 def parse_method(text: str) -> AttentionSpec | Assignment | None:
     """The spec that a text like `clear:16` names, or what a JSON file holds; None for `none`, the original attention.
 
-    Raises ValueError that says what was wanted and shows the text.
+    Raises ValueError that says what is required and shows the text.
     """
     if text.strip().lower().endswith(FILE):
         return read_method(text.strip())
@@ -96,7 +96,7 @@ def parse_method(text: str) -> AttentionSpec | Assignment | None:
     method = METHODS[name]
     arguments = _read_arguments(name, method, rest, text) if colon else {}
     if method.required and method.first not in arguments:
-        raise ArgumentError(f"{name} wants its {method.first}, as in {method.examples[0]}, got {text!r}")
+        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, got {text!r}")
     try:
         return method.preset(**arguments)
     except ArgumentError as error:
@@ -111,11 +111,11 @@ def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str
         if not equals and position == 0:
             key, value = method.first, key
         elif not equals:
-            raise ArgumentError(f"{name} wants key=value after its first argument, got {part!r} in {text!r}")
+            raise ArgumentError(f"{name} requires key=value after its first argument, got {part!r} in {text!r}")
         if key not in method.arguments:
             raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
         if key in found:
-            raise ArgumentError(f"{name} wants each argument once, got {key} twice in {text!r}")
+            raise ArgumentError(f"{name} takes each argument once: {key} is twice in {text!r}")
         read, wanted = method.arguments[key]
         try:
             found[key] = read(value)

@@ -123,7 +123,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
             f"query, key and value have one shape [B, H, N, D], got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     if query.shape[2] != layout.tokens:
-        raise ValueError(f"the layout {layout.grid} with {layout.text} text tokens wants {layout.tokens} tokens, got {query.shape[2]}")
+        raise ValueError(f"the layout {layout.grid} with {layout.text} text tokens requires {layout.tokens} tokens, not {query.shape[2]}")
     check_dtypes(query, key, value)
 
 
@@ -151,11 +151,11 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
         return
     wanted = (query.shape[0], layout.text)
     if tuple(text_bias.shape) != wanted:
-        raise ValueError(f"text_bias is [batch, text], here {wanted}, got {tuple(text_bias.shape)}")
+        raise ValueError(f"text_bias must have shape [batch, text], here {wanted}, not {tuple(text_bias.shape)}")
     if not text_bias.is_floating_point() or text_bias.device != query.device:
         raise ValueError(f"text_bias is floating and on {query.device}, got {text_bias.dtype} on {text_bias.device}")
     if text_bias.requires_grad:
-        raise ValueError("text_bias is not differentiated: wanted one that does not require grad, got one that does")
+        raise ValueError("text_bias is not differentiated, but requires grad: detach it")
 
 
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
@@ -163,7 +163,7 @@ def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Te
     wanted = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
     got = {k: tuple(v.shape) for k, v in params.named_parameters()}
     if wanted != got:
-        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} wants parameters {wanted}, got {got}")
+        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {wanted}, not {got}")
     elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
     if elsewhere:
-        raise ValueError(f"the parameters are wanted on {query.device}, got {sorted(elsewhere)}")
+        raise ValueError(f"the parameters must be on {query.device}, not on {sorted(elsewhere)}")

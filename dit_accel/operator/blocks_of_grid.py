@@ -1,8 +1,8 @@
-"""From a spec and a layout to tensors: blocks, the static part of the block lists, and the token predicate. `plans` keeps them."""
+"""From a spec and a layout to tensors: blocks, the static part of the block lists, and what decides token by token. `plans` keeps them."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 
 from dit_accel.kernels import capture
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
-from dit_accel.method.parts import Grid, Ground, Intervals, Order, Static, Tokenwise
+from dit_accel.method.parts import Grid, Ground, Intervals, Order, Static
 from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.bit_masks import bit_masks
 from dit_accel.operator.layout import TokenLayout, coordinates, joint_memory_order, joint_partition
 from dit_accel.operator.lists import FARTHEST, Geometry, Lists, make_geometry
 
-Predicate = Callable[[Tensor, Tensor], Tensor]
 Key = tuple[AttentionSpec, tuple[Grid, ...], Order, torch.device]
 MASK_ELEMENTS = 1 << 20  # pairs of blocks that are looked at together
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
@@ -42,7 +42,6 @@ class Plan:
     to_memory: Tensor | None
     to_raster: Tensor | None
     static: BlockMap | None
-    predicate: Predicate | None
     top: int
     prepared: dict[str, Tensor]
     geometry: Geometry
@@ -101,9 +100,16 @@ def _new_plan(key: Key) -> Plan:
     static = _static_lists(spec.static, grids, in_blocks, blocks) if spec.static else None
     to_memory = None if layout_order == spec.order else joint_memory_order(grids, layout_order).argsort()[q_part.order]
     to_raster = None if to_memory is None else to_memory.argsort()
-    windows = [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals]  # type: ignore[arg-type]
-    reach = max((pattern.reach for pattern in spec.tokenwise), default=-1)
-    geometry = make_geometry(q_part.starts, k_part.starts, in_blocks[:, :3], static, windows, to_memory, reach)
+    masks = None
+    if static is not None and static.partial is not None and not all(pattern.intervals for pattern in spec.tokenwise):
+        masks = bit_masks(spec.tokenwise, grids, in_blocks, *blocks, static)
+        static = replace(static, mask_of=masks.mask_of)
+    geometry = make_geometry(
+        q_part.starts, k_part.starts, in_blocks[:, :3], static,
+        [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals],  # type: ignore[arg-type]
+        to_memory, masks, reach=max((pattern.reach for pattern in spec.tokenwise), default=-1),
+        by_reach=all(pattern.intervals or pattern.reach >= 0 for pattern in spec.tokenwise),
+    )  # fmt: skip
     if to_memory is not None and to_raster is not None:
         blocks = (blocks[0].among(to_memory), blocks[1].among(to_memory))
     ground = Ground(grids, in_blocks if to_raster is None else in_blocks[to_raster], *blocks, spec.block)
@@ -116,20 +122,10 @@ def _new_plan(key: Key) -> Plan:
         to_memory=None if to_memory is None else to_memory.to(device),
         to_raster=None if to_raster is None else to_raster.to(device),
         static=_moved(static, device) if static else None,
-        predicate=_predicate(spec.tokenwise, grids) if spec.tokenwise else None,
         top=spec.selection.count(len(k_part.starts) - 1) if spec.selection else 0,
         prepared={name: tensor.to(device) for name, tensor in prepared.items()},
         geometry=_moved(geometry, device),
     )
-
-
-def _predicate(patterns: tuple[Tokenwise, ...], grids: tuple[Grid, ...]) -> Predicate:
-    """Whether a pair of coordinates (t, y, x, image) is kept by any of the patterns."""
-
-    def allowed(q: Tensor, k: Tensor) -> Tensor:
-        return functools.reduce(torch.logical_or, [pattern.allowed(q, k, grids) for pattern in patterns])
-
-    return allowed
 
 
 def _window(pattern: Intervals, grids: tuple[Grid, ...], coords: Tensor) -> Tensor:
@@ -157,7 +153,11 @@ def listed_beside(static: BlockMap, chosen: Tensor, held: Tensor | None = None) 
     valid = torch.cat([static.valid & (ordered.gather(-1, place) != listed), mine], -1)
     if static.partial is None:
         return BlockMap(index, valid)
-    return BlockMap(index, valid, torch.cat([static.partial.expand(len(chosen), -1, -1), torch.zeros_like(mine)], -1))
+    partial = torch.cat([static.partial.expand(len(chosen), -1, -1), torch.zeros_like(mine)], -1)
+    if static.mask_of is None:
+        return BlockMap(index, valid, partial)
+    mask_of = torch.cat([static.mask_of.expand(len(chosen), -1, -1), torch.zeros_like(chosen, dtype=torch.int32)], -1)
+    return BlockMap(index, valid, partial, mask_of=mask_of)
 
 
 def _moved(value: T, device: torch.device) -> T:

@@ -95,7 +95,7 @@ def _eager(
 ) -> tuple[Partial, Partial]:
     """The exact part in torch: of the image's queries over their blocks and the text, and of the text's over everything."""
     image = reference.block_sparse_attention(
-        call.q, call.k, call.v, blocks, plan.q_blocks, plan.k_blocks, scale=call.scale, predicate=plan.predicate, coords=plan.coords
+        call.q, call.k, call.v, blocks, plan.q_blocks, plan.k_blocks, scale=call.scale, tables=plan.geometry.tables
     )
     if not layout.text:
         return image, image

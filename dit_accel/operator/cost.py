@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dit_accel.kernels.blocks import BlockMap
+from dit_accel.kernels.blocks import BlockMap, unpacked
 from dit_accel.method.parts import Grid, Sizes
 from dit_accel.method.parts.call import Cost, total
 from dit_accel.method.spec import AttentionSpec
@@ -102,17 +102,20 @@ def _shares(spec: AttentionSpec, grids: tuple[Grid, ...]) -> _Shares:
 
 
 def _static_pairs(plan: Plan, static: BlockMap) -> int:
-    """Pairs of tokens in the static lists that are kept: all of a whole block, of a partial one those that the predicate allows."""
+    """Pairs of tokens in the static lists that are kept: all of a whole block, of a partial one those that the tables say."""
     partial = torch.zeros_like(static.valid) if static.partial is None else static.partial & static.valid
     whole = plan.k_blocks.count[static.index] * (static.valid & ~partial)
     pairs = int((whole.sum(-1) * plan.q_blocks.count).sum())
     row, place = partial.nonzero(as_tuple=True)
-    if plan.predicate is None or not len(row):
+    if not len(row):
         return pairs
+    together, tables = max(1, COUNTED_PAIRS // (plan.q_blocks.index.shape[1] * plan.k_blocks.index.shape[1])), plan.geometry.tables
+    if tables.masks is not None and static.mask_of is not None:
+        bits = [unpacked(part, plan.k_blocks.index.shape[1]).sum((-1, -2)) for part in tables.masks.split(together)]
+        return pairs + int(torch.cat(bits)[static.mask_of[row, place]].sum())
     column = static.index[row, place]
-    together = max(1, COUNTED_PAIRS // (plan.q_blocks.index.shape[1] * plan.k_blocks.index.shape[1]))
     for rows, columns in zip(row.split(together), column.split(together), strict=True):
-        allowed = plan.predicate(plan.coords[plan.q_blocks.index[rows]], plan.coords[plan.k_blocks.index[columns]])
+        allowed = tables.kept(rows, columns[:, None], None, plan.q_blocks, plan.k_blocks)
         tokens = plan.q_blocks.valid[rows][..., :, None] & plan.k_blocks.valid[columns][..., None, :]
         pairs += int((allowed & tokens).sum())
     return pairs

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.blocks import BlockMap
+from dit_accel.kernels.blocks import BlockMap, TokenTables
+from dit_accel.operator.bit_masks import BitMasks
 
 PADDING = 16  # entries past the last token, because kernels load whole vectors
 FARTHEST = 2**31 - 1
@@ -13,11 +14,15 @@ FARTHEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Lists:
-    """Visited key blocks of each query block, `[..., Tq, n]` int32, of which `counts` `[..., Tq]` hold, the `full` ones first."""
+    """Visited key blocks of each query block, `[..., Tq, n]` int32, of which `counts` `[..., Tq]` hold, the `full` ones first.
+
+    `mask_of` `[..., Tq, n]` int32: the number of each entry's bit mask, read from `full` to `counts`, or None.
+    """
 
     index: Tensor
     counts: Tensor
     full: Tensor
+    mask_of: Tensor | None = None
 
     @classmethod
     def from_map(cls, blocks: BlockMap) -> "Lists":
@@ -25,7 +30,8 @@ class Lists:
         whole = blocks.valid if blocks.partial is None else blocks.valid & ~blocks.partial
         order = (blocks.valid.int() + whole.int()).argsort(dim=-1, descending=True, stable=True)
         index = blocks.index.gather(-1, order).to(torch.int32).contiguous()
-        return cls(index, blocks.valid.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32))
+        mask_of = None if blocks.mask_of is None else blocks.mask_of.gather(-1, order).contiguous()
+        return cls(index, blocks.valid.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32), mask_of)
 
     def kept(self, key_blocks: int) -> Tensor:
         """The same as a mask `[..., Tq, Tk]`."""
@@ -47,7 +53,8 @@ class Geometry:
     `starts_q`, `starts_k` `[T + 1]`: first token of each block. `coords` `[3, N + PADDING]`: (t, y, x). `windows`
     `[W, 3 axes, 3, N + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or None. Both are
     in the order of the blocks; `places` `[N]`: where each token of that order is among the image's tokens, or None where they are in it.
-    `reach`: largest squared distance inside the largest disc, -1 without one. All int32.
+    `masks`, `masks_t`: bit masks of partial blocks, None where windows say all. `reach`: largest squared distance inside the largest disc,
+    -1 without one; `by_reach`: reach and windows say what the masks do. All int32 but the masks, which are int64.
     """
 
     starts_q: Tensor
@@ -56,7 +63,15 @@ class Geometry:
     coords: Tensor
     windows: Tensor | None
     places: Tensor | None
+    masks: Tensor | None
+    masks_t: Tensor | None
     reach: int
+    by_reach: bool
+
+    @property
+    def tables(self) -> TokenTables:
+        """What decides token by token."""
+        return TokenTables(self.coords, self.windows, self.masks)
 
 
 def padded(rows: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ def padded(rows: Tensor) -> Tensor:
 
 def make_geometry(
     starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor],
-    places: Tensor | None, reach: int,
+    places: Tensor | None, masks: BitMasks | None, reach: int, *, by_reach: bool,
 ) -> Geometry:  # fmt: skip
     """`coords` `[N, 3]`; `windows`: each as `[3 axes, 3, N]`; `places` `[N]`, see `Geometry`."""
     return Geometry(
@@ -76,5 +91,8 @@ def make_geometry(
         coords=padded(coords.T),
         windows=padded(torch.stack(windows)) if windows else None,
         places=None if places is None else places.to(torch.int32),
+        masks=None if masks is None else masks.masks,
+        masks_t=None if masks is None else masks.masks_t,
         reach=min(reach, FARTHEST),
+        by_reach=by_reach,
     )

@@ -73,10 +73,14 @@ def _run(
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     for name in rest.keys() & {"extra_k", "extra_v"}:
         rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if in_place else q.dtype).contiguous()
+    by_masks = g.masks is not None and (implementation == "cpu" or not g.by_reach)  # the Triton kernels read windows and reach
+    tables: dict[str, Any] = {"windows": g.windows, "reach": g.reach}
+    if by_masks:
+        tables = {"masks": g.masks, "masks_t": g.masks_t, "mask_of": lists.mask_of}
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
-        text=layout.text, text_first=layout.text_first, scale=scale, windows=g.windows, reach=g.reach, places_q=places, places_k=places,
-        text_bias=text_bias, **_widths(plan), **rest,
+        text=layout.text, text_first=layout.text_first, scale=scale, places_q=places, places_k=places,
+        text_bias=text_bias, **_widths(plan), **tables, **rest,
     )  # fmt: skip
     out, lse = ops.attention(arguments, implementation)
     back = None if in_place else _sequence_order(plan.to_raster, layout)

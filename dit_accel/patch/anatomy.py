@@ -76,7 +76,7 @@ def _why_unsupported(candidates: list[Any]) -> str:
     found = {type(c).__name__: n for c in candidates if isinstance(c, nn.Module) and (n := _attention_modules(c))}
     if not found:
         supported = ", ".join(name for family in FAMILIES for name in family.classes)
-        return f"no transformer of a supported family: wanted one of {supported}, got {', '.join(sorted(set(names))) or 'nothing'}"
+        return f"no transformer of a supported family in {', '.join(sorted(set(names))) or 'it'}: supported are {supported}"
     kinds = "; ".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
     return (
         f"no family is registered for {' or '.join(found)}. Its attention modules are {kinds}. What is missing is a declaration of which "
@@ -127,8 +127,8 @@ def check_unfused(model: Any, layers: Iterable[str], error: type[DitAccelError])
     fused = [name for name in layers if getattr(model.get_submodule(name), "fused_projections", False)]
     if fused:
         raise error(
-            f"wanted projections that are not fused, as fused ones run neither a LoRA nor trained weights, got {len(fused)} fused layers "
-            f"({fused[0]} the first): call unfuse_qkv_projections() before"
+            f"{len(fused)} layers have fused projections ({fused[0]} is the first), which run neither a LoRA nor trained weights: "
+            "call unfuse_qkv_projections() first"
         )
 
 

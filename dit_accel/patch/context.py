@@ -104,7 +104,7 @@ class Context(Settings):
     def fall_back(self, reason: str) -> None:
         """Record that a call runs its original attention: counted, said once, an error under strict."""
         if self.strict:
-            raise FallbackError(f"strict=True wants every layer accelerated, but this call has {reason}")
+            raise FallbackError(f"strict=True requires every layer to be accelerated, but this call has {reason}")
         if reason not in self.fallbacks:
             warnings.warn(f"dit_accel: original attention for calls with {reason}", stacklevel=2)
         self.fallbacks[reason] += 1

@@ -59,12 +59,11 @@ def _axis(spec: AttentionSpec, layer: Layer, name: str) -> int | None:
 
 def values_of(values: Values, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> Values:
     """What one spec uses of a layer's learned tensors; of those with an axis of heads, the rows of these heads."""
-    return {name: _of_heads(values[name], spec, layer, name, heads) for name in _shapes(spec, layer.heads, layer.head_dim)}
-
-
-def _of_heads(value: Tensor, spec: AttentionSpec, layer: Layer, name: str, heads: Sequence[int]) -> Tensor:
-    axis = _axis(spec, layer, name)
-    return value if axis is None else of_heads(value, heads, axis)
+    own = {name: values[name] for name in _shapes(spec, layer.heads, layer.head_dim)}
+    if len(heads) == layer.heads:
+        return own
+    axes = {name: _axis(spec, layer, name) for name in own}
+    return {name: value if (axis := axes[name]) is None else of_heads(value, heads, axis) for name, value in own.items()}
 
 
 def parameters_of(params: AttentionParameters, spec: AttentionSpec, layer: Layer, heads: Sequence[int]) -> AttentionParameters:

@@ -37,8 +37,8 @@ def check_apart(model: Any) -> None:
     """Raise DitAccelError where `fuse_lora` added ours to the weights: nothing tells the original from what was trained then."""
     if any(ADAPTER in getattr(module, "merged_adapters", ()) for module in model.modules()):
         raise DitAccelError(
-            f"wanted the LoRA {ADAPTER!r} beside the weights, as the original can't be told from what was trained otherwise, got one that "
-            "fuse_lora() put into them: call unfuse_lora() before"
+            f"fuse_lora() added the LoRA {ADAPTER!r} to the weights, so that the original can't be distinguished from what was trained: "
+            "call unfuse_lora() first"
         )
 
 

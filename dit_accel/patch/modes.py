@@ -2,12 +2,14 @@
 `at_moment`, `without_dense_steps`."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from dit_accel.errors import ArgumentError
 from dit_accel.method.assignment import Assignment, Moment
 from dit_accel.method.spec import AttentionSpec
+from dit_accel.patch.anatomy import attention_layers
 from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import patches_of
@@ -68,9 +70,12 @@ def at_moment(pipe_or_transformer: P, moment: Moment) -> Iterator[P]:
 def running(pipe_or_transformer: P, method: AttentionSpec | Assignment) -> Iterator[P]:
     """Another method on the accelerated layers, for the length of a `with` block; what is known of grids and runs is kept.
 
-    Raises NotAcceleratedError, and ValueError where it requires learned parameters that the layers lack, before anything is changed.
+    Layers that are not accelerated stay as they are. Raises NotAcceleratedError, and ValueError where the method names no layer or head of
+    the model or requires learned parameters that the layers lack, before anything is changed.
     """
     patches, assignment = patches_of(pipe_or_transformer), Assignment.of(method)
+    heads = [{layer.name: layer.heads for layer in patch.context.layers} for _, patch in patches]
+    assignment.check([dict.fromkeys(attention_layers(model), sys.maxsize) | own for (model, _), own in zip(patches, heads, strict=True)])
     for model, patch in patches:
         for name in patch.originals:
             check_learned(model.get_submodule(name).dit_accel, assignment)

@@ -124,7 +124,7 @@ def by_specs(
 
     def run(group: Group) -> Tensor:
         spec, heads = group
-        q, k, v = (of_heads(x, heads) for x in (query, key, value))
+        q, k, v = (x if len(heads) == layer.heads else of_heads(x, heads) for x in (query, key, value))
         if spec is None:
             mask = None if bias is None else masks.over_keys(bias, layout).to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

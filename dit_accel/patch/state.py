@@ -59,9 +59,7 @@ def patches_of(pipe_or_transformer: object) -> list[tuple[Any, Patch]]:
     """The accelerated transformers and their patches. Raises NotAcceleratedError if there is none."""
     found = [(model, getattr(model, CONTEXT)) for model in find_transformers(pipe_or_transformer) if hasattr(model, CONTEXT)]
     if not found:
-        raise NotAcceleratedError(
-            f"wanted a pipeline or transformer patched by accelerate(...), got an unpatched {type(pipe_or_transformer).__name__}"
-        )
+        raise NotAcceleratedError(f"{type(pipe_or_transformer).__name__} is not accelerated: call accelerate(...) first")
     return found
 
 

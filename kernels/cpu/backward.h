@@ -95,36 +95,41 @@ struct Live {
 };
 
 // ROWS rows of P and dlogit: `a` times `columns` are logits, `da` times `dcolumns` are dout·v. `lse2` and `delta` by (row, column at).
-// masked(kept, c) fills the masks of a strip and says whether any pair is kept; edit(row, column, logits) changes logits.
+// masked(kept, c) fills the masks of a strip and says which vectors anything is kept of; edit(row, column, logits) changes logits.
 template <class Masked, class Edit, class Lse, class Delta>
 static inline __attribute__((always_inline)) Live weights_and_gradients(
     float* probability, float* gradient, int64_t ld_out, int64_t columns_used, const float* a, const float* columns, const float* da,
     const float* dcolumns, int64_t ld_in, int64_t lda, int64_t channels, Masked&& masked, Edit&& edit, Lse&& lse2, Delta&& delta) {
     Live live{columns_used, 0};
     for_strips(round_up(columns_used, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
-        V x[ROWS][strip.value];
         I kept[ROWS][strip.value];
-        bool any = masked(kept, c);
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < strip.value; s++) x[r][s] = V{};
-        if (any) {
-            live.first = std::min(live.first, c), live.last = std::min(c + strip.value * LANES, columns_used);
-            tile<strip.value>(x, a, lda, columns + c, ld_in, channels);
-        }
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < strip.value; s++) {
-                int64_t at = c + s * LANES;
-                V logits = edit(r, at, x[r][s]);
-                if (!masked.none) logits = select(kept[r][s], logits, all(-INFINITY));
-                store(probability + r * ld_out + at, exp2(logits - lse2(r, at)));
-                x[r][s] = V{};
-            }
-        if (any) tile<strip.value>(x, da, lda, dcolumns + c, ld_in, channels);
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < strip.value; s++) {
-                int64_t at = r * ld_out + c + s * LANES;
-                store(gradient + at, load(probability + at) * (x[r][s] - delta(r, c + s * LANES)));
-            }
+        uint32_t any = masked(kept, c);
+        if (any) live.first = std::min(live.first, c + __builtin_ctz(any) * LANES), live.last = std::min(c + (32 - __builtin_clz(any)) * LANES, columns_used);
+        auto some = [&](int from, auto count) __attribute__((always_inline)) {
+            V x[ROWS][count.value];
+            int64_t first = c + from * LANES;
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < count.value; s++) x[r][s] = V{};
+            tile<count.value>(x, a, lda, columns + first, ld_in, channels);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < count.value; s++) {
+                    int64_t at = first + s * LANES;
+                    V logits = edit(r, at, x[r][s]);
+                    if (!masked.none) logits = select(kept[r][from + s], logits, all(-INFINITY));
+                    store(probability + r * ld_out + at, exp2(logits - lse2(r, at)));
+                    x[r][s] = V{};
+                }
+            tile<count.value>(x, da, lda, dcolumns + first, ld_in, channels);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < count.value; s++) {
+                    int64_t at = r * ld_out + first + s * LANES;
+                    store(gradient + at, load(probability + at) * (x[r][s] - delta(r, first + s * LANES)));
+                }
+        };
+        auto none = [&](int s) __attribute__((always_inline)) {
+            for (int r = 0; r < ROWS; r++) store(probability + r * ld_out + c + s * LANES, V{}), store(gradient + r * ld_out + c + s * LANES, V{});
+        };
+        for_live<strip.value>(any, some, none);
     });
     return live;
 }
@@ -136,8 +141,8 @@ struct Unchanged {
 struct KeepAll {
     static constexpr bool none = true;
     template <int N>
-    bool operator()(I (&)[ROWS][N], int64_t) const {
-        return true;
+    uint32_t operator()(I (&)[ROWS][N], int64_t) const {
+        return (uint32_t(1) << N) - 1;
     }
 };
 
@@ -148,7 +153,7 @@ struct KeepMasked {
     const Mask& mask;
     const int64_t r;
     template <int N>
-    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t c) const {
+    inline __attribute__((always_inline)) uint32_t operator()(I (&kept)[ROWS][N], int64_t c) const {
         return mask(kept, r, c);
     }
 };

@@ -1,7 +1,7 @@
 // Which pairs of image tokens a partial block keeps: by bit masks, or by a disc and windows decided from coordinates in registers.
 //
-// Both are called as keep(kept, r, c): they fill the masks of ROWS rows of a block from row r on against N vectors of columns from c on, and
-// say whether any pair is kept. Rows past the block's last repeat a row or keep nothing; nobody reads them. Columns past it are never kept.
+// Both are called as keep(kept, r, c): they fill the masks of ROWS rows of a block from row r on against N vectors of columns from c on. Bit n
+// of what they return says whether any pair of vector n is kept. Rows past the block's last repeat a row or keep nothing; nobody reads them. Columns past it are never kept.
 
 static constexpr int64_t PADDING = 16;  // entries behind each row of coordinates (operator/lists.py)
 
@@ -17,17 +17,18 @@ struct BitMask {
     }
 
     template <int N>
-    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
+    inline __attribute__((always_inline)) uint32_t operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
         static_assert(64 % (N * LANES) == 0, "a strip lies in one word");
         uint64_t bits[ROWS], any = 0;
         for (int i = 0; i < ROWS; i++) {
             bits[i] = uint64_t(rows[std::min(r + i, height - 1) * words + c / 64]) >> (c % 64);
             any |= bits[i];
         }
-        if (N * LANES < 64) any &= (uint64_t(1) << (N * LANES % 64)) - 1;
         for (int i = 0; i < ROWS; i++)
             for (int n = 0; n < N; n++) kept[i][n] = (all(int32_t(bits[i] >> (n * LANES))) & load(LANE_BITS)) != I{};
-        return any != 0;
+        uint32_t live = 0;
+        for (int n = 0; n < N; n++) live |= uint32_t((any >> (n * LANES) & ((1 << LANES) - 1)) != 0) << n;
+        return live;
     }
 };
 
@@ -77,19 +78,22 @@ struct CoordinateMask {
     }
 
     template <int N>
-    inline __attribute__((always_inline)) bool operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
-        I seen = all(int32_t(0));
-        for (int i = 0; i < ROWS; i++)
-            for (int n = 0; n < N; n++) {
-                int64_t at = others + c + n * LANES;
+    inline __attribute__((always_inline)) uint32_t operator()(I (&kept)[ROWS][N], int64_t r, int64_t c) const {
+        uint32_t live = 0;
+        for (int n = 0; n < N; n++) {
+            I seen = all(int32_t(0));
+            int64_t at = others + c + n * LANES;
+            for (int i = 0; i < ROWS; i++) {
                 kept[i][n] = pairs(std::min(one + r + i, last), at);
                 if (at + LANES > end) kept[i][n] &= LANE < all(int32_t(end - at));
                 seen |= kept[i][n];
             }
-        int64_t words[LANES / 2], any = 0;
-        __builtin_memcpy(words, &seen, sizeof seen);
-        for (int64_t word : words) any |= word;
-        return any != 0;
+            int64_t words[LANES / 2], any = 0;
+            __builtin_memcpy(words, &seen, sizeof seen);
+            for (int64_t word : words) any |= word;
+            live |= uint32_t(any != 0) << n;
+        }
+        return live;
     }
 };
 

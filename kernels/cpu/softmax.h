@@ -50,7 +50,7 @@ struct Softmax {
         absorb(r0, b, 0, keys, best);
     }
 
-    // The same for keys that a mask decides: strips of keys that none of the rows keeps cost nothing.
+    // The same for keys that a mask decides: vectors of keys that none of the rows keeps cost little.
     template <class E, class Mask>
     void visit_masked(int64_t queries, int64_t keys, const Block<E>& b, const Mask& mask) {
         for (int64_t r0 = 0; r0 < queries; r0 += ROWS) {
@@ -59,18 +59,22 @@ struct Softmax {
             int64_t first = keys, last = 0;
             for_strips(round_up(keys, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
                 I kept[ROWS][strip.value];
-                bool live = mask(kept, r0, c);
-                V x[ROWS][strip.value] = {};
-                if (live) {
-                    logits<strip.value>(x, r0, b, c);
-                    first = std::min(first, c), last = std::min(c + strip.value * LANES, keys);
-                }
-                for (int r = 0; r < ROWS; r++)
-                    for (int s = 0; s < strip.value; s++) {
-                        V logits = select(kept[r][s], x[r][s], all(-INFINITY));
-                        best[r] = max(best[r], logits);
-                        store(score + r * width + c + s * LANES, logits);
-                    }
+                uint32_t live = mask(kept, r0, c);
+                if (live) first = std::min(first, c + __builtin_ctz(live) * LANES), last = std::min(c + (32 - __builtin_clz(live)) * LANES, keys);
+                auto some = [&](int from, auto count) __attribute__((always_inline)) {
+                    V x[ROWS][count.value];
+                    logits<count.value>(x, r0, b, c + from * LANES);
+                    for (int r = 0; r < ROWS; r++)
+                        for (int s = 0; s < count.value; s++) {
+                            V logits = select(kept[r][from + s], x[r][s], all(-INFINITY));
+                            best[r] = max(best[r], logits);
+                            store(score + r * width + c + (from + s) * LANES, logits);
+                        }
+                };
+                auto none = [&](int s) __attribute__((always_inline)) {
+                    for (int r = 0; r < ROWS; r++) store(score + r * width + c + s * LANES, all(-INFINITY));
+                };
+                for_live<strip.value>(live, some, none);
             });
             if (last) absorb(r0, b, first, last, best);
         }

@@ -36,6 +36,31 @@ static inline __attribute__((always_inline)) void for_strips(int64_t columns, Bo
     for (; c < columns; c += LANES) body(c, std::integral_constant<int, 1>{});
 }
 
+// Computes the vectors of a strip of N that a mask keeps anything of (bits of `live`), by a narrower tile where they are few: calls
+// body(s, count) for vectors [s, s + count), in which all live ones are, and dead(s) for each of the others.
+template <int N, class Body, class Dead>
+static inline __attribute__((always_inline)) void for_live(uint32_t live, Body&& body, Dead&& dead) {
+    constexpr int HALF = N / 2;
+    if (live == 0) {
+        for (int s = 0; s < N; s++) dead(s);
+        return;
+    }
+    if constexpr (N > 1) {
+        int first = __builtin_ctz(live), width = 32 - __builtin_clz(live) - first;
+        if (width <= HALF) {
+            first = std::min(first, N - (width == 1 ? 1 : HALF));
+            for (int s = 0; s < first; s++) dead(s);
+            if (width == 1)
+                body(first, std::integral_constant<int, 1>{});
+            else
+                body(first, std::integral_constant<int, HALF>{});
+            for (int s = first + (width == 1 ? 1 : HALF); s < N; s++) dead(s);
+            return;
+        }
+    }
+    body(0, std::integral_constant<int, N>{});
+}
+
 // out (ROWS × columns) = factor[r] · out + A · B; without factor, A · B alone
 template <class E>
 static inline void product_of(float* out, int64_t ldo, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int64_t columns, const float* factor) {

@@ -157,15 +157,21 @@ class Blockwise(Static):
 
 
 class Tokenwise(Static):
-    """A static pattern that decides token by token. `intervals`: along every axis it is an interval of keys, see `Intervals`."""
+    """A static pattern that decides token by token.
+
+    `invariant`: what is kept depends on the difference of the coordinates (t, y, x) alone, so that blocks which are placed alike need to be
+    looked at once. `intervals`: along every axis it is an interval of keys, see `Intervals`.
+    """
 
     whole_blocks = False
+    invariant: ClassVar[bool] = False
     intervals: ClassVar[bool] = False
     reach: int = -1  # the largest squared distance of a kept pair, where nothing but the distance decides
 
     @abstractmethod
     def allowed(self, q: Tensor, k: Tensor, grids: tuple[Grid, ...]) -> Tensor:
-        """Whether pairs are kept, `[..., Nq, Nk]`, of coordinates (t, y, x, image) `[..., Nq, 4]` and `[..., Nk, 4]`."""
+        """Whether pairs are kept, `[..., Nq, Nk]`, of coordinates (t, y, x, image) `[..., Nq, 4]` and `[..., Nk, 4]`; on the CPU, when a
+        plan is made."""
 
 
 class Selection(Pattern):

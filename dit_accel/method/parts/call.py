@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dit_accel.kernels import reference
-from dit_accel.kernels.blocks import Blocks
+from dit_accel.kernels.blocks import Blocks, pool_blocks
 from dit_accel.kernels.reference import Partial
 
 Grid = tuple[int, int, int]  # (frames, height, width) in tokens
@@ -66,6 +66,10 @@ class Call:
         if self.visited is None:
             raise ValueError("a call's kept blocks are known once they are chosen: a score can't depend on them")
         return self.visited.kept(len(self.k_blocks.count))
+
+    def key_means(self, x: Tensor) -> Tensor:
+        """The mean `[BH, Tk, D]` of `[BH, N, D]` over the tokens of each key block."""
+        return pool_blocks(x, self.k_blocks)[0]
 
     def own(self, name: str) -> Tensor:
         """A learned tensor in the tokens' dtype."""

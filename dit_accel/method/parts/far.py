@@ -47,9 +47,9 @@ class Pooled(Rest):
 
     def __call__(self, call: Call) -> Partial:
         k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
-        v_mean, _ = pool_blocks(call.v, call.k_blocks)
         log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
-        return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, call.kept, call.q_blocks, scale=call.scale, cap=self.cap)
+        v_mean, kept = call.key_means(call.v), call.kept
+        return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
 
     def cost(self, sizes: Sizes) -> Cost:
         """Logits from q and q², one value for each pooled key."""

@@ -36,16 +36,21 @@ class _Round(Static):
 
     def gaps(self, boxes: Boxes) -> tuple[Tensor, Tensor]:
         """Whether the nearest and whether the farthest tokens of two blocks are within the radius, `[Tq, Tk]`."""
-        q_low, q_high, k_low, k_high = boxes
-        after, before = k_low[None] - q_high[:, None], q_low[:, None] - k_high[None]
-        near = torch.maximum(after, before).clamp_min(0)
-        far = torch.maximum(k_high[None] - q_low[:, None], q_high[:, None] - k_low[None])
-        return near.square().sum(-1) <= self.reach, far.square().sum(-1) <= self.reach
+        near = far = torch.zeros((), dtype=torch.int64)
+        for q_low, q_high, k_low, k_high in zip(*(corner.unbind(-1) for corner in boxes), strict=True):  # axis by axis
+            if max(int(q_high.max()), int(k_high.max())) > 0:
+                after, before = k_low[None] - q_high[:, None], q_low[:, None] - k_high[None]
+                near = near + torch.maximum(after, before).clamp_min(0).square()
+                far = far + torch.maximum(k_high[None] - q_low[:, None], q_high[:, None] - k_low[None]).square()
+        shape = (len(boxes[0]), len(boxes[2]))
+        return (near <= self.reach).expand(shape), (far <= self.reach).expand(shape)
 
 
 @dataclass(frozen=True)
 class Disc(_Round, Tokenwise):  # type: ignore[override]
     """Keys with dt² + dy² + dx² < radius² in token coordinates, strict, clipped at borders (CLEAR, arXiv 2412.16112)."""
+
+    invariant = True
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
         return self.gaps(boxes)
@@ -128,7 +133,7 @@ class Intervals(Tokenwise):
         inside = torch.ones((), dtype=torch.bool, device=q.device)
         for axis in range(3):
             table, dilation = _stacked(self, grids, axis)
-            span = table.to(q.device)[q[..., 3], q[..., axis]]
+            span = table[q[..., 3], q[..., axis]]
             key = k[..., None, :, axis]
             inside = inside & (key >= span[..., :1]) & (key <= span[..., 1:])
             if dilation > 1:
@@ -205,6 +210,7 @@ class Box(Intervals):
     An int holds for all axes of the grid, a pair for height and width, a triple for frames, height and width; an axis not named has 1.
     """
 
+    invariant = True
     radius: int | tuple[int, ...]
 
     def __post_init__(self) -> None:

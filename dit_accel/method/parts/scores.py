@@ -14,7 +14,7 @@ class MeanProduct(Score):
     """The product of the blocks' means, q̄·k̄ (SLA, arXiv 2509.24006, section 3)."""
 
     def __call__(self, call: Call) -> Tensor:
-        return mean_product(pool_blocks(call.q, call.q_blocks)[0], pool_blocks(call.k, call.k_blocks)[0])
+        return mean_product(pool_blocks(call.q, call.q_blocks)[0], call.key_means(call.k))
 
     def cost(self, sizes: Sizes) -> Cost:
         """The products; queries and keys are read once more."""
