@@ -68,7 +68,7 @@ from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
-    layout = TokenLayout((1, height, width), text, order=spec.order)
+    layout = TokenLayout((1, height, width), text)
     q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
     with calls.recorded(Machine("sm_90", 132)) as launches:
         plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()

@@ -285,9 +285,11 @@ def test_choice_among_extremes() -> None:
 def test_columns_are_the_lists_turned_around() -> None:
     lists = torch.tensor([[[0, 2, 1], [2, 0, 0], [1, 2, 0]]], dtype=torch.int32)
     counts, full = torch.tensor([[3, 1, 2]], dtype=torch.int32), torch.tensor([[1, 1, 0]], dtype=torch.int32)
-    entries, borders = launch_backward.columns(lists, counts, full, 3)
+    entries, borders, numbers = launch_backward.columns(lists, counts, full, 3, mask_of=torch.arange(9, dtype=torch.int32).view(1, 3, 3))
     found = [entries[0, a:b].tolist() for a, b in zip(borders[0, :-1], borders[0, 1:], strict=True)]
     assert found == [[0], [], [], [0, 2], [1], [0, 2]]  # block 0 whole, partly; block 1 whole, partly; ...
+    assert numbers is not None
+    assert numbers[0, :6].tolist() == [0, 2, 6, 3, 1, 7]  # of the same entries, where they were
 
 
 # The launches
@@ -405,16 +407,6 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
 
 
 # Refusals
-
-
-def test_bit_masks_are_refused() -> None:
-    q, none = torch.zeros(1, 1, 4, 8), torch.zeros(1, dtype=torch.int32)
-    a = Arguments(
-        q=q, k=q, v=q, lists=none, counts=none, full=none, q_starts=none, k_starts=none, coords=none, q_width=4, k_width=4, text=0,
-        text_first=True, scale=1.0, masks=torch.zeros(1, 4, 1, dtype=torch.int64),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="do not read bit masks"):
-        calls.attend(a)
 
 
 @pytest.mark.parametrize(

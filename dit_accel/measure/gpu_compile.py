@@ -60,7 +60,7 @@ class Job:
         from dit_accel.kernels.triton import aot, calls
 
         spec = EVERY[self.method]
-        layout = TokenLayout((1, 32, 32), 64, order=spec.order)
+        layout = TokenLayout((1, 32, 32), 64)
         bias = torch.zeros(1, layout.text) if self.method in PADDED else None
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
         params = start_values(spec, q).requires_grad_()

@@ -192,7 +192,7 @@ def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[
                      heads: int = HEADS, *, empty: bool = False) -> None:  # fmt: skip
     """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
     spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
-    layout = TokenLayout(grid, text, order=spec.order)
+    layout = TokenLayout(grid, text)
     size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
     if empty:
         made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]

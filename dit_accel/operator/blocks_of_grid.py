@@ -31,7 +31,6 @@ class Plan:
     `q_blocks`, `k_blocks`: the spec's blocks of the image tokens, which are in the layout's order. `coords` `[N, 4]`: (t, y, x, image) of
     those tokens; `image` counts the grids of the layout. `static`: the visited blocks of the patterns that depend on coordinates alone.
     `top`: the most blocks that are chosen for a query block in addition. `prepared`: what the spec's parts keep of the grid (`Call`).
-    `to_memory`, `to_raster` `[N]`: the token at each place of the blocks' order, and the inverse, or None where that is the layout's order.
     `geometry`: the same for compiled kernels, in the blocks' order. `key`: see `plan_key`.
     """
 
@@ -39,8 +38,6 @@ class Plan:
     q_blocks: Blocks
     k_blocks: Blocks
     coords: Tensor
-    to_memory: Tensor | None
-    to_raster: Tensor | None
     static: BlockMap | None
     top: int
     prepared: dict[str, Tensor]
@@ -119,8 +116,6 @@ def _new_plan(key: Key) -> Plan:
         q_blocks=_moved(blocks[0], device),
         k_blocks=_moved(blocks[1], device),
         coords=ground.coords.to(device),
-        to_memory=None if to_memory is None else to_memory.to(device),
-        to_raster=None if to_raster is None else to_raster.to(device),
         static=_moved(static, device) if static else None,
         top=spec.selection.count(len(k_part.starts) - 1) if spec.selection else 0,
         prepared={name: tensor.to(device) for name, tensor in prepared.items()},

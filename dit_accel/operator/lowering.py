@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.errors import BackendError
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.reference import MASKED
@@ -67,26 +66,22 @@ def _run(
     text_bias: Tensor | None, rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One call of the kernels; `rest`: further arguments by name."""
-    g, in_place = plan.geometry, implementation == "cpu"  # the CPU kernels find a block's tokens where they are
-    order, places = (None, g.places) if in_place else (_sequence_order(plan.to_memory, layout), None)
-    q, k, v = (_reordered(_widened(x, implementation), order) for x in (query, key, value))
+    g = plan.geometry
+    q, k, v = (_widened(x, implementation) for x in (query, key, value))
     if text_bias is not None:
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     for name in rest.keys() & {"extra_k", "extra_v"}:
-        rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if in_place else q.dtype).contiguous()
+        rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if implementation == "cpu" else q.dtype).contiguous()
     tables: dict[str, Any] = {"windows": g.windows, "reach": g.reach}
-    if g.masks is not None and implementation == "cpu":
+    if g.masks is not None:
         tables = {"masks": g.masks, "masks_t": g.masks_t, "mask_of": lists.mask_of}
-    elif g.masks is not None and not g.by_reach:
-        raise BackendError("the Triton kernels know discs, windows and boxes alone of the patterns of tokens: use backend='reference'")
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
-        text=layout.text, text_first=layout.text_first, scale=scale, places_q=places, places_k=places,
+        text=layout.text, text_first=layout.text_first, scale=scale, places_q=g.places, places_k=g.places,
         text_bias=text_bias, **_widths(plan), **tables, **rest,
     )  # fmt: skip
     out, lse = ops.attention(arguments, implementation)
-    back = None if in_place else _sequence_order(plan.to_raster, layout)
-    return _reordered(out, back).to(query.dtype), lse if back is None else lse.index_select(2, back)
+    return out.to(query.dtype), lse
 
 
 def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values) -> dict[str, Any]:
@@ -113,24 +108,6 @@ def _widened(x: Tensor, implementation: str) -> Tensor:
     return x.float() if x.dtype == torch.float16 and implementation == "cpu" else x
 
 
-def _reordered(x: Tensor, order: Tensor | None) -> Tensor:
-    """Tokens of `[B, H, N, D]` in another order; where the heads of a token follow each other in memory they go on doing so.
-
-    Whole tokens are copied then, and what a processor makes of the output, one row per token, is no further copy.
-    """
-    if order is None:
-        return x
-    return x.transpose(1, 2).index_select(1, order).transpose(1, 2) if x.stride(1) < x.stride(2) else x.index_select(2, order)
-
-
-def _sequence_order(order: Tensor | None, layout: TokenLayout) -> Tensor | None:
-    """A permutation of the image's tokens as one of the sequence."""
-    if order is None or not layout.text:
-        return order
-    text = torch.arange(layout.text, device=order.device)
-    return torch.cat([text, order + layout.text] if layout.text_first else [order, text + layout.image])
-
-
 def _widths(plan: Plan) -> dict[str, Any]:
     return {"q_width": plan.q_blocks.index.shape[1], "k_width": plan.k_blocks.index.shape[1]}
 
@@ -140,11 +117,10 @@ def lists(query: Tensor, key: Tensor, spec: AttentionSpec, layout: TokenLayout, 
     g = plan.geometry
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
-    order, places = (None, g.places) if implementation == "cpu" else (plan.to_memory, None)
-    q, k = (_reordered(_widened(x[:, :, layout.image_slice].detach(), implementation), order) for x in (query, key))
+    q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x in (query, key))
     arguments = SelectionArguments(
-        q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"), places_q=places,
-        places_k=places, **_widths(plan),
+        q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"), places_q=g.places,
+        places_k=g.places, **_widths(plan),
     )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))

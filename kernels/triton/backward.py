@@ -11,6 +11,8 @@ from dit_accel.kernels.triton.primitives import (
     head,
     kept_pairs,
     listed_at,
+    masked_pairs,
+    placed,
     pooled_logits,
     put,
     scaled_squares,
@@ -61,23 +63,28 @@ def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, facto
 
 
 @triton.jit
-def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, k_starts, predicate, length, reach, q_token, q_valid, factor,
-               MASKED: tl.constexpr, C):  # fmt: skip
+def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows, length, reach, q_token,
+               q_valid, factor, MASKED: tl.constexpr, C):  # fmt: skip
     """What the listed key blocks from `begin` to `end` add to the gradient of the queries, but for the scale."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(k_starts + j + 1)
-        key = tile(k, k_token, k_n, k_valid, C)
+        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
+        k_valid = k_token < tl.load(lists.k_starts + j + 1)
+        k_place = placed(lists.k_places, k_token, k_valid)
+        key = tile(k, k_place, k_n, k_valid, C)
         kept = k_valid[None, :]
         if MASKED:
-            kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
-        _, ds = score_gradient(q, key, tile(v, k_token, v_n, k_valid, C), dout, lse2, delta, None, kept, factor, C)
+            if predicate.masks is None:
+                kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+            else:
+                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * C.MASK
+                kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
+        _, ds = score_gradient(q, key, tile(v, k_place, v_n, k_valid, C), dout, lse2, delta, None, kept, factor, C)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens, image, image_start, text, text_start,
     extra_keys, k_blocks, width, length, reach, C: tl.constexpr,
@@ -95,24 +102,29 @@ def gradient_rows(
     image_k, image_v = k_base + image_start.to(tl.int64) * k.n, v_base + image_start.to(tl.int64) * v.n
     q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     q_valid = q_token < tl.load(lists.q_starts + block + 1)
-    queries = tile(head(q, bh, heads), q_token + image_start, q.n, q_valid, C)
-    dout = tile(head(pull.dout, bh, heads), q_token + image_start, pull.dout.n, q_valid, C)
-    at_row = bh * tokens + image_start + q_token
+    q_place = placed(lists.q_places, q_token, q_valid)
+    queries = tile(head(q, bh, heads), q_place + image_start, q.n, q_valid, C)
+    dout = tile(head(pull.dout, bh, heads), q_place + image_start, pull.dout.n, q_valid, C)
+    at_row = bh * tokens + image_start + q_place
     lse2 = tl.load(pull.lse + at_row, mask=q_valid, other=0.0) * LOG2E
     mine = tl.load(pull.delta + at_row, mask=q_valid, other=0.0)
     factor = logits.scale * LOG2E
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
     row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
+    mask_of, mask_rows = predicate.mask_of, predicate.masks
+    if predicate.masks is not None:
+        mask_of += at_list * width
+        mask_rows += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
     grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(
-        grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists.k_starts, predicate,
-        length, reach, q_token, q_valid, factor, False, C,
+        grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists, predicate,
+        mask_of, mask_rows, length, reach, q_token, q_valid, factor, False, C,
     )  # fmt: skip
     if C.PARTIAL:
         grad = visit_rows(
-            grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, whole, listed, lists.k_starts, predicate,
-            length, reach, q_token, q_valid, factor, True, C,
+            grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, whole, listed, lists, predicate,
+            mask_of, mask_rows, length, reach, q_token, q_valid, factor, True, C,
         )  # fmt: skip
     grad = sweep_rows(
         grad, queries, dout, lse2, mine, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
@@ -142,9 +154,10 @@ def gradient_rows(
         if C.VARIANCE:
             grad += 2.0 * logits.scale * queries.to(tl.float32) * second
     grad *= logits.scale
+    q_place = placed(lists.q_places, q_token, q_valid, True)
     if more is not None:
-        grad += tile(more + bh * image * C.D, q_token, C.D, q_valid, C)
-    put(dq + bh * tokens * C.D, q_token + image_start, C.D, q_valid, grad, C)
+        grad += tile(more + bh * image * C.D, q_place, C.D, q_valid, C)
+    put(dq + bh * tokens * C.D, q_place + image_start, C.D, q_valid, grad, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
@@ -196,27 +209,32 @@ def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, 
 
 
 @triton.jit
-def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, q_starts, predicate, length,
-                  reach, factor, MASKED: tl.constexpr, C):  # fmt: skip
+def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, lists, predicate,
+                  mask_of, mask_rows, length, reach, factor, MASKED: tl.constexpr, C):  # fmt: skip
     """What the query blocks on a column add to the gradients of one key tile."""
     for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
         i = tl.load(entries + n // C.SUB_Q)
-        token = tl.load(q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
-        valid = token < tl.load(q_starts + i + 1)
-        queries = tile(q, token, q_n, valid, C)
-        pull = tile(dout, token, g_n, valid, C)
-        lse2 = tl.load(lse + token, mask=valid, other=0.0) * LOG2E
-        mine = tl.load(delta + token, mask=valid, other=0.0)
+        token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
+        valid = token < tl.load(lists.q_starts + i + 1)
+        place = placed(lists.q_places, token, valid)
+        queries = tile(q, place, q_n, valid, C)
+        pull = tile(dout, place, g_n, valid, C)
+        lse2 = tl.load(lse + place, mask=valid, other=0.0) * LOG2E
+        mine = tl.load(delta + place, mask=valid, other=0.0)
         kept = k_valid[:, None] & valid[None, :]
         if MASKED:
-            kept &= kept_pairs(predicate, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
+            if predicate.masks is None:
+                kept &= kept_pairs(predicate, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
+            else:
+                mask = tl.load(mask_of + n // C.SUB_Q).to(tl.int64) * C.MASK
+                kept &= masked_pairs(mask_rows + mask, k_valid, (n % C.SUB_Q) * C.BQ, C.BQ)
         weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, C)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=C.PRECISION)
     return dk, dv
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS POOLED VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK POOLED VARIANCE STAGES PRECISION")
 def gradient_columns(
     q, k, v, pull, more, grads, turned, lists, predicate, pooled, pooled_grads, logits, heads, tokens, image, image_start, text, text_start,
     entries, length, reach, C: tl.constexpr,
@@ -235,8 +253,9 @@ def gradient_columns(
     end = tl.load(lists.k_starts + block + 1)
     token = first + sub * C.BK + tl.arange(0, C.BK)
     valid = token < end
-    key = tile(head(k, bh, heads), token + image_start, k.n, valid, C)
-    value = tile(head(v, bh, heads), token + image_start, v.n, valid, C)
+    place = placed(lists.k_places, token, valid)
+    key = tile(head(k, bh, heads), place + image_start, k.n, valid, C)
+    value = tile(head(v, bh, heads), place + image_start, v.n, valid, C)
     factor = logits.scale * LOG2E
     grad_k = tl.zeros([C.BK, C.DP], tl.float32)
     grad_v = tl.zeros([C.BK, C.DP], tl.float32)
@@ -245,18 +264,22 @@ def gradient_columns(
     k_blocks = tl.num_programs(0) // C.SUB_K
     entry = turned.entries
     border = turned.borders + 2 * block
+    mask_of, mask_rows = turned.mask_of, predicate.masks
+    if predicate.masks is not None:
+        mask_of += bh * entries if C.OWN else 0
+        mask_rows += (sub * C.BK + tl.arange(0, C.BK)) * C.WORDS
     if C.OWN:
         entry += bh * entries
         border += bh * (2 * k_blocks + 1)
     whole, partial, stop = tl.load(border), tl.load(border + 1), tl.load(border + 2)
     grad_k, grad_v = visit_columns(
         grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-        pull.dout.n, entry, whole, partial, lists.q_starts, predicate, length, reach, factor, False, C,
+        pull.dout.n, entry, whole, partial, lists, predicate, mask_of, mask_rows, length, reach, factor, False, C,
     )  # fmt: skip
     if C.PARTIAL:
         grad_k, grad_v = visit_columns(
             grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-            pull.dout.n, entry, partial, stop, lists.q_starts, predicate, length, reach, factor, True, C,
+            pull.dout.n, entry, partial, stop, lists, predicate, mask_of, mask_rows, length, reach, factor, True, C,
         )  # fmt: skip
     grad_k, grad_v = sweep_columns(
         grad_k, grad_v, key, value, None, valid, q_base, g_base, lse, delta, q.n, pull.dout.n, text_start, text_start + text,
@@ -264,8 +287,8 @@ def gradient_columns(
     )  # fmt: skip
     grad_k *= logits.scale
     if more.k is not None:
-        grad_k += tile(more.k + bh * image * C.D, token, C.D, valid, C)
-        grad_v += tile(more.v + bh * image * C.D, token, C.D, valid, C)
+        grad_k += tile(more.k + bh * image * C.D, place, C.D, valid, C)
+        grad_v += tile(more.v + bh * image * C.D, place, C.D, valid, C)
     if C.POOLED:
         count = 1.0 / (end - first).to(tl.float32)
         at = (bh * k_blocks + block) * C.D
@@ -274,8 +297,8 @@ def gradient_columns(
         if C.VARIANCE:
             mean = vector(pooled.k_mean + at, C).to(tl.float32)
             grad_k += vector(pooled_grads.k_half + at, C)[None, :] * (key.to(tl.float32) - mean[None, :]) * count
-    put(grads.k + bh * tokens * C.D, token + image_start, C.D, valid, grad_k, C)
-    put(grads.v + bh * tokens * C.D, token + image_start, C.D, valid, grad_v, C)
+    put(grads.k + bh * tokens * C.D, place + image_start, C.D, valid, grad_k, C)
+    put(grads.v + bh * tokens * C.D, place + image_start, C.D, valid, grad_v, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
@@ -333,9 +356,10 @@ def gradient_pooled(
         i = n // C.SUB_Q
         token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
         valid = token < tl.load(lists.q_starts + i + 1)
-        queries, dout = tile(q_base, token, q.n, valid, C), tile(g_base, token, pull.dout.n, valid, C)
-        lse2 = tl.load(pull.lse + row + token, mask=valid, other=0.0) * LOG2E
-        mine = tl.load(pull.delta + row + token, mask=valid, other=0.0)
+        place = placed(lists.q_places, token, valid)
+        queries, dout = tile(q_base, place, q.n, valid, C), tile(g_base, place, pull.dout.n, valid, C)
+        lse2 = tl.load(pull.lse + row + place, mask=valid, other=0.0) * LOG2E
+        mine = tl.load(pull.delta + row + place, mask=valid, other=0.0)
         x = tl.dot(mean, tl.trans(queries), input_precision=C.PRECISION) * factor + bias[:, None]
         if C.VARIANCE:
             squares = scaled_squares(queries, logits.scale)

@@ -9,7 +9,7 @@ float16 is larger than its features or values make it, and every product is accu
 
 import triton.language as tl
 from dit_accel.kernels.triton.forward import linear_visit, rest_of
-from dit_accel.kernels.triton.primitives import LOG2E, feature, feature_gradient, head, listed_at, put, split_dot, tile, vector
+from dit_accel.kernels.triton.primitives import LOG2E, feature, feature_gradient, head, listed_at, placed, put, split_dot, tile, vector
 from dit_accel.kernels.triton.tuples import kernel
 
 TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
@@ -32,8 +32,9 @@ def linear_gradient(
     k_base, v_base = head(k, bh, heads) + start * k.n, head(v, bh, heads) + start * v.n
     token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     valid = token < tl.load(lists.q_starts + block + 1)
+    place = placed(lists.q_places, token, valid)
     q_base = head(q, bh, heads)
-    phi_low = feature(tile(q_base, token + image_start, q.n, valid, C), C).to(q.base.dtype.element_ty)
+    phi_low = feature(tile(q_base, place + image_start, q.n, valid, C), C).to(q.base.dtype.element_ty)
     taken = tl.zeros([C.BQ, C.DP], tl.float32)
     taken_mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
@@ -42,15 +43,15 @@ def linear_gradient(
     first = listed if C.LEFT else listed * 0
     last = k_blocks if C.LEFT else listed
     if not C.ALL:
-        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, k_base, v_base, k.n, v.n, row, first, last, lists.k_starts, C)
+        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, k_base, v_base, k.n, v.n, row, first, last, lists, C)
     num, den = rest_of(phi_low, taken, taken_mass, states, bh, listed, k_blocks, image, C)
     real = den > 0
     safe = tl.where(real, den, 1.0)
     rest = num / safe[:, None]
     keys = image.to(tl.float32)
-    at = bh * tokens + image_start + token
+    at = bh * tokens + image_start + place
     mine = tl.load(pull.delta + at, mask=valid, other=0.0)
-    dout = tile(head(pull.dout, bh, heads), token + image_start, pull.dout.n, valid, C)
+    dout = tile(head(pull.dout, bh, heads), place + image_start, pull.dout.n, valid, C)
     wide = dout.to(tl.float32)
     if C.RESIDUAL:
         residual = split_dot(rest.to(dout.dtype), learned.weight, 0, True, C) + vector(learned.bias, C)[None, :]
@@ -58,7 +59,7 @@ def linear_gradient(
         back = split_dot(dout, learned.weight, 0, False, C)
         numerator = tl.where(real[:, None], back * (keys / safe)[:, None], 0.0)
         mass = tl.where(real, -tl.sum(back * rest, 1) * (keys / safe), 0.0)
-        put(mean + bh * image * C.D, token, C.D, valid, tl.where(real[:, None], rest, 0.0), C)
+        put(mean + bh * image * C.D, place, C.D, valid, tl.where(real[:, None], rest, 0.0), C)
     else:
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + bh % heads) * LOG2E
         weights = tl.where(real & valid, tl.exp2(shift - tl.load(pull.lse + at, mask=valid, other=0.0) * LOG2E), 0.0)
@@ -71,18 +72,19 @@ def linear_gradient(
     shrink = 1.0 / tl.maximum(largest, TINY)
     mass *= shrink
     low = (numerator * shrink[:, None]).to(rest_pull.num.dtype.element_ty)
-    put(rest_pull.num + bh * image * C.D, token, C.D, valid, low, C)
-    tl.store(rest_pull.den + bh * image + token, mass, mask=valid)
-    tl.store(rest_pull.size + bh * image + token, largest, mask=valid)
+    put(rest_pull.num + bh * image * C.D, place, C.D, valid, low, C)
+    tl.store(rest_pull.den + bh * image + place, mass, mask=valid)
+    tl.store(rest_pull.size + bh * image + place, largest, mask=valid)
     dphi = tl.zeros([C.BQ, C.DP], tl.float32)
     if not C.ALL:
         for n in tl.range(first * C.SUB_K, last * C.SUB_K, num_stages=C.STAGES):
             j = tl.load(row + n // C.SUB_K)
             k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
             k_valid = k_token < tl.load(lists.k_starts + j + 1)
-            value = tile(v_base, k_token, v.n, k_valid, C).to(low.dtype)
+            k_place = placed(lists.k_places, k_token, k_valid)
+            value = tile(v_base, k_place, v.n, k_valid, C).to(low.dtype)
             change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=C.PRECISION) + mass[:, None], 0.0)
-            mapped = feature(tile(k_base, k_token, k.n, k_valid, C), C).to(low.dtype)
+            mapped = feature(tile(k_base, k_place, k.n, k_valid, C), C).to(low.dtype)
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=C.PRECISION)
     if C.LEFT:
         dphi *= 1.0 / keys
@@ -90,9 +92,9 @@ def linear_gradient(
         dphi = split_dot(low, states.state, bh, True, C) - dphi * (1.0 / keys)
         dphi += mass[:, None] * vector(states.total + bh * C.D, C)[None, :]
     dphi *= largest[:, None]
-    again = tile(q_base, token + image_start, q.n, valid, C)
+    again = tile(q_base, place + image_start, q.n, valid, C)
     # nothing left means no mass and no pull
-    put(more + bh * image * C.D, token, C.D, valid, feature_gradient(again, feature(again, C), dphi, C), C)
+    put(more + bh * image * C.D, place, C.D, valid, feature_gradient(again, feature(again, C), dphi, C), C)
 
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT STAGES PRECISION")
@@ -108,9 +110,10 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
     bh = tl.program_id(1).to(tl.int64)
     token = tl.load(lists.k_starts + block) + sub * C.BK + tl.arange(0, C.BK)
     valid = token < tl.load(lists.k_starts + block + 1)
+    place = placed(lists.k_places, token, valid)
     k_base, q_base = head(k, bh, heads), head(q, bh, heads) + image_start.to(tl.int64) * q.n
-    key = tile(k_base, token + image_start, k.n, valid, C)
-    value = tile(head(v, bh, heads), token + image_start, v.n, valid, C)
+    key = tile(k_base, place + image_start, k.n, valid, C)
+    value = tile(head(v, bh, heads), place + image_start, v.n, valid, C)
     dphi = tl.zeros([C.BK, C.DP], tl.float32)
     taken = tl.zeros([C.BK, C.DP], tl.float32)
     if not C.ALL:
@@ -125,8 +128,9 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
         begin, end = tl.load(border), tl.load(border + 2)
         for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
             i = tl.load(entry + n // C.SUB_Q)
-            row = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
-            inside = row < tl.load(lists.q_starts + i + 1)
+            q_token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
+            inside = q_token < tl.load(lists.q_starts + i + 1)
+            row = placed(lists.q_places, q_token, inside)
             num = tile(rest_pull.num + bh * image * C.D, row, C.D, inside, C)
             den = tl.load(rest_pull.den + bh * image + row, mask=inside, other=0.0)
             weight = tl.load(rest_pull.size + bh * image + row, mask=inside, other=0.0)
@@ -138,7 +142,7 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
     share = 1.0 / image.to(tl.float32)  # dnum and dden carry it
     largest = tl.load(unit.total + bh)
     # read again, and said to be another read: held through the loop, the features would cost registers
-    again = tile(k_base, token + image_start, k.n, valid, C, True)
+    again = tile(k_base, place + image_start, k.n, valid, C, True)
     mapped_again = feature(again, C)
     dphi *= share
     dv = taken * share
@@ -146,8 +150,8 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
         scale = tl.load(unit.state + bh)
         dphi = split_dot(value, states.state, bh, True, C) * scale + vector(states.total + bh * C.D, C)[None, :] - dphi
         dv = split_dot(mapped_again.to(value.dtype), states.state, bh, False, C) * scale - dv
-    put(more.k + bh * image * C.D, token, C.D, valid, feature_gradient(again, mapped_again, dphi * largest, C), C)
-    put(more.v + bh * image * C.D, token, C.D, valid, dv * largest, C)
+    put(more.k + bh * image * C.D, place, C.D, valid, feature_gradient(again, mapped_again, dphi * largest, C), C)
+    put(more.v + bh * image * C.D, place, C.D, valid, dv * largest, C)
 
 
 @kernel("D DP BQ MAP STAGES PRECISION")

@@ -2,12 +2,12 @@
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import feature, head, put, tile
+from dit_accel.kernels.triton.primitives import feature, head, placed, put, tile
 from dit_accel.kernels.triton.tuples import SIZES, kernel
 
 
 @kernel("D DP BK SUB_K VALUES VARIANCE STATES MAP PRECISION")
-def summarise(k, v, pooled, states, starts, heads, image, image_start, blocks, group, C: tl.constexpr):
+def summarise(k, v, pooled, states, starts, places, heads, image, image_start, blocks, group, C: tl.constexpr):
     """`group` of the `blocks` of one head: means of keys (and values) `[BH, T, D]` and half the (biased) variance (`pooled`), and
     phi(K)ᵀV and the sum of phi(K) over the group, divided by the number of the image's keys (`states`, with a first axis of groups).
     Grid: (groups, batch · heads).
@@ -30,10 +30,11 @@ def summarise(k, v, pooled, states, starts, heads, image, image_start, blocks, g
         for sub in range(C.SUB_K):
             token = begin + sub * C.BK + tl.arange(0, C.BK)
             valid = token < end
-            key = tile(k_base, token, k.n, valid, C)
+            place = placed(places, token, valid)
+            key = tile(k_base, place, k.n, valid, C)
             k_sum += tl.sum(key.to(tl.float32), 0)
             if C.VALUES or C.STATES:
-                value = tile(v_base, token, v.n, valid, C)
+                value = tile(v_base, place, v.n, valid, C)
                 v_sum += tl.sum(value.to(tl.float32), 0)
             if C.STATES:
                 phi = tl.where(valid[:, None], feature(key, C), 0.0).to(value.dtype)
@@ -49,15 +50,16 @@ def summarise(k, v, pooled, states, starts, heads, image, image_start, blocks, g
             for sub in range(C.SUB_K):  # a second look at the same rows: E[x²] − E[x]² cancels
                 token = begin + sub * C.BK + tl.arange(0, C.BK)
                 valid = token < end
-                gap = tl.where(valid[:, None], tile(k_base, token, k.n, valid, C).to(tl.float32) - mean[None, :], 0.0)
+                row = tile(k_base, placed(places, token, valid), k.n, valid, C)
+                gap = tl.where(valid[:, None], row.to(tl.float32) - mean[None, :], 0.0)
                 spread += tl.sum(gap * gap, 0)
             half = tl.minimum(spread / count * 0.5, 60000.0)  # float16 ends before infinity
             tl.store(pooled.k_half + at, half.to(pooled.k_half.dtype.element_ty), mask=real)
     if C.STATES:
-        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
+        at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
         share = 1.0 / image.to(tl.float32)
-        put(states.state + place * C.D * C.D, channel, C.D, real, state * share, C)
-        tl.store(states.total + place * C.D + channel, total * share, mask=real)
+        put(states.state + at * C.D * C.D, channel, C.D, real, state * share, C)
+        tl.store(states.total + at * C.D + channel, total * share, mask=real)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -140,8 +140,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
 
 
 def select_blocks(a: SelectionArguments) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Raises ValueError with places."""
-    _check_order(a)
+    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
     a = a._replace(q=dense(a.q), k=dense(a.k))
     q, k = a.q, a.k
     blocks = len(a.q_starts), len(a.k_starts)
@@ -152,16 +151,8 @@ def select_blocks(a: SelectionArguments) -> Tensor:
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
 
 
-def _check_order(a: Arguments | SelectionArguments) -> None:
-    if a.places_q is not None or a.places_k is not None:
-        raise ValueError("the Triton kernels take tokens in the order of their blocks: reorder them before the call")
-
-
 def _dense(a: Arguments) -> Arguments:
     """With channels contiguous. Raises ValueError at what the kernels have no code for."""
-    _check_order(a)
     if a.q.shape != a.k.shape or text_queries(a) != a.text:
         raise ValueError(f"the Triton kernels require as many queries as keys, got {tuple(a.q.shape)} and {tuple(a.k.shape)}")
-    if a.masks is not None:
-        raise ValueError("the Triton kernels do not read bit masks: give windows or reach, or use the CPU kernels")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

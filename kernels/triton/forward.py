@@ -10,6 +10,8 @@ from dit_accel.kernels.triton.primitives import (
     head,
     kept_pairs,
     listed_at,
+    masked_pairs,
+    placed,
     pooled_logits,
     put,
     scaled_squares,
@@ -40,19 +42,24 @@ def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, C):
 
 
 @triton.jit
-def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, begin, end, k_starts, predicate, length, reach, q_token,
-          q_valid, factor, MASKED: tl.constexpr, TAKE: tl.constexpr, C):  # fmt: skip
+def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows,
+          length, reach, q_token, q_valid, factor, MASKED: tl.constexpr, TAKE: tl.constexpr, C):  # fmt: skip
     """The listed key blocks from `begin` to `end` join the softmax and, where TAKE, the sums of the linear attention over them."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(k_starts + j + 1)
-        key = tile(k, k_token, k_n, k_valid, C)
-        value = tile(v, k_token, v_n, k_valid, C)
+        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
+        k_valid = k_token < tl.load(lists.k_starts + j + 1)
+        k_place = placed(lists.k_places, k_token, k_valid)
+        key = tile(k, k_place, k_n, k_valid, C)
+        value = tile(v, k_place, v_n, k_valid, C)
         logits = tl.dot(queries, tl.trans(key), input_precision=C.PRECISION) * factor
         kept = k_valid[None, :]
         if MASKED:
-            kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+            if predicate.masks is None:
+                kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+            else:
+                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * C.MASK
+                kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
         acc, top, mass = absorb(acc, top, mass, tl.where(kept, logits, float("-inf")), value, C)
         if TAKE:
             product = tl.dot(phi, tl.trans(feature(key, C).to(key.dtype)), input_precision=C.PRECISION)
@@ -63,21 +70,22 @@ def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, 
 
 
 @triton.jit
-def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, k_starts, C):
+def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, lists, C):
     """The linear attention's sums `[R, DP]` and mass `[R]` over the listed key blocks from `begin` to `end`."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(k_starts + j + 1)
-        mapped = feature(tile(k, k_token, k_n, k_valid, C), C).to(phi.dtype)
-        value = tile(v, k_token, v_n, k_valid, C)
+        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
+        k_valid = k_token < tl.load(lists.k_starts + j + 1)
+        k_place = placed(lists.k_places, k_token, k_valid)
+        mapped = feature(tile(k, k_place, k_n, k_valid, C), C).to(phi.dtype)
+        value = tile(v, k_place, v_n, k_valid, C)
         product = tl.where(k_valid[None, :], tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION), 0.0)
         mass += tl.sum(product, 1)
         sums = tl.dot(product.to(value.dtype), value, sums, input_precision=C.PRECISION)
     return sums, mass
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens, image, image_start, text, text_start,
     extra_keys, k_blocks, width, length, reach, C: tl.constexpr,
@@ -94,7 +102,8 @@ def attend_rows(
     image_k, image_v = k_base + image_start.to(tl.int64) * k.n, v_base + image_start.to(tl.int64) * v.n
     q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     q_valid = q_token < tl.load(lists.q_starts + block + 1)
-    queries = tile(head(q, bh, heads), q_token + image_start, q.n, q_valid, C)
+    q_row = placed(lists.q_places, q_token, q_valid) + image_start
+    queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
     factor = logits.scale * LOG2E
     acc = tl.zeros([C.BQ, C.DP], tl.float32)
     top = tl.full([C.BQ], float("-inf"), tl.float32)
@@ -102,19 +111,23 @@ def attend_rows(
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
     row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
+    mask_of, mask_rows = predicate.mask_of, predicate.masks
+    if predicate.masks is not None:
+        mask_of += at_list * width
+        mask_rows += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
     taken = tl.zeros([C.BQ, C.DP], tl.float32)  # what the visited blocks contribute to the linear attention over all
     taken_mass = tl.zeros([C.BQ], tl.float32)
     phi = queries
     if C.LINEAR and not C.ALL and not C.LEFT:
         phi = feature(queries, C).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
-        acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists.k_starts,
-        predicate, length, reach, q_token, q_valid, factor, False, C.LINEAR and not C.ALL and not C.LEFT, C,
+        acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists,
+        predicate, mask_of, mask_rows, length, reach, q_token, q_valid, factor, False, C.LINEAR and not C.ALL and not C.LEFT, C,
     )  # fmt: skip
     if C.PARTIAL:
         acc, top, mass, taken, taken_mass = visit(
-            acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, whole, listed, lists.k_starts,
-            predicate, length, reach, q_token, q_valid, factor, True, False, C,
+            acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, whole, listed, lists,
+            predicate, mask_of, mask_rows, length, reach, q_token, q_valid, factor, True, False, C,
         )  # fmt: skip
     acc, top, mass = sweep(
         acc, top, mass, queries, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens, text_start,
@@ -138,11 +151,9 @@ def attend_rows(
             acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, j < k_blocks, C), C)
     if C.LINEAR:
         # read again, and said to be another read: held through the loops, the features would cost registers
-        mapped = feature(tile(head(q, bh, heads), q_token + image_start, q.n, q_valid, C, True), C).to(queries.dtype)
+        mapped = feature(tile(head(q, bh, heads), q_row, q.n, q_valid, C, True), C).to(queries.dtype)
         if C.LEFT:
-            taken, taken_mass = linear_visit(
-                taken, taken_mass, mapped, image_k, image_v, k.n, v.n, row, listed, k_blocks, lists.k_starts, C
-            )
+            taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_k, image_v, k.n, v.n, row, listed, k_blocks, lists, C)
         rest, rest_mass = rest_of(mapped, taken, taken_mass, states, bh, listed, k_blocks, image, C)
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not C.RESIDUAL:
@@ -159,8 +170,8 @@ def attend_rows(
             result += mean
         else:
             result += split_dot(mean.to(queries.dtype), learned.weight, 0, True, C)
-    put(head(out, bh, heads), q_token + image_start, out.n, q_valid, result, C)
-    tl.store(lse + bh * tokens + image_start + q_token, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
+    put(head(out, bh, heads), q_row, out.n, q_valid, result, C)
+    tl.store(lse + bh * tokens + q_row, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
 
 
 @triton.jit

@@ -71,6 +71,11 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def mask_sizes(masks: Tensor | None) -> Flags:
+    """Words of a bit mask's row, and of a mask."""
+    return {"WORDS": 0, "MASK": 0} if masks is None else {"WORDS": masks.shape[2], "MASK": masks.shape[1] * masks.shape[2]}
+
+
 def tf32_allowed() -> bool:
     """Whether products of float32 matrices may round their operands, as torch's own on a GPU.
 
@@ -145,12 +150,12 @@ class Call:
         self.flags: Flags = {
             "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all, "LEFT": left,
             "POOLED": self.pooled, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
-            "WINDOWS": 0 if a.windows is None else len(a.windows), "PARTIAL": a.windows is not None or a.reach >= 0,
-            "OWN": a.lists.ndim == 3,
+            "WINDOWS": 0 if a.windows is None else len(a.windows), "OWN": a.lists.ndim == 3,
+            "PARTIAL": a.windows is not None or a.reach >= 0 or a.masks is not None, **mask_sizes(a.masks),
         }  # fmt: skip
         index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
-        self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts)
-        self.predicate = Predicate(a.coords, a.windows)
+        self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts, a.places_q, a.places_k)
+        self.predicate = Predicate(a.coords, a.windows, a.masks, a.mask_of)
         self.learned = Learned(a.offset, halves(a.weight, a.q.dtype), a.bias)
         self.logits = Logits(a.scale, self._key_bias(), a.cap)
         self.unbiased = self.logits._replace(bias=None)  # for kernels that read no text's key: they are not compiled twice
@@ -234,7 +239,7 @@ class Call:
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
             block_means.summarise, "summarise", (up(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v),
-            pooled=pooled, states=states, starts=self.a.k_starts, blocks=self.k_blocks, group=group, flags=flags,
+            pooled=pooled, states=states, starts=self.a.k_starts, places=self.a.places_k, blocks=self.k_blocks, group=group, flags=flags,
         )  # fmt: skip
 
     def rest(self) -> Rests:
@@ -274,7 +279,10 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
 
 def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -> Tensor:
     """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
-    means = [_means(a.q, a.q_starts, a.q_width, machine, run), _means(a.k, a.k_starts, a.k_width, machine, run)]
+    means = [
+        _means(a.q, a.q_starts, a.places_q, a.q_width, machine, run),
+        _means(a.k, a.k_starts, a.places_k, a.k_width, machine, run),
+    ]
     (bh, rows, _), blocks = means[0].shape, means[1].shape[1]
     chosen = torch.empty(bh, rows, a.top, dtype=torch.int32, device=a.q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
@@ -285,7 +293,7 @@ def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -
     return chosen
 
 
-def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) -> Tensor:
+def _means(x: Tensor, starts: Tensor, places: Tensor | None, width: int, machine: Machine, run: Run) -> Tensor:
     """Means `[BH, T, D]` of blocks of tokens, float32."""
     batch, heads, tokens, channels = x.shape
     blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())
@@ -297,7 +305,7 @@ def _means(x: Tensor, starts: Tensor, width: int, machine: Machine, run: Run) ->
         "MAP": 0, "PRECISION": "ieee",
     }  # fmt: skip
     arguments = {
-        "k": rows_of(x), "v": rows_of(x), "pooled": Pooled(k_mean=means), "states": States(), "starts": starts,
+        "k": rows_of(x), "v": rows_of(x), "pooled": Pooled(k_mean=means), "states": States(), "starts": starts, "places": places,
         "heads": heads, "image": tokens, "image_start": 0, "blocks": blocks, "group": 1,
         "C": constants_of(block_means.summarise, constants),
     }  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, up
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_sizes, up
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -43,7 +43,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     grid = (up(call.tokens, call.tile("merge").queries), call.bh)
     call.start(backward.deltas, "merge", grid, out=rows_of(out), dout=pull.dout, dlse=dlse, delta=pull.delta)
     rests = call.rest()
-    turned = columns(a.lists, a.counts, a.full, call.k_blocks)
+    turned = columns(a.lists, a.counts, a.full, call.k_blocks, a.mask_of)
     linear = _linear(call, pull, rests, turned) if call.linear else Linear()
     pooled, doffset = _pooled(call, pull, rests) if call.pooled else (PooledGradients(), linear.doffset)
     dq, dk, dv = (torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device) for _ in range(3))
@@ -150,12 +150,13 @@ def _rows(call: Call, pull: Pull, rests: Rests, linear: Linear, dq: Tensor) -> N
 def _columns(call: Call, pull: Pull, rests: Rests, turned: Turned, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
-        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists, predicate=call.predicate,
+        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists,
+        predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags=mask_sizes(call.a.masks_t),
         pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=turned.entries.shape[-1],
     )  # fmt: skip
 
 
-def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> Turned:
+def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int, mask_of: Tensor | None = None) -> Turned:
     """The lists turned around: for each key block the query blocks that visit it, those that visit it whole first.
 
     `entries` `[1 or BH, Tq · n]` int32 and `borders` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
@@ -167,7 +168,9 @@ def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int) -> Tur
     ordered, position = key.sort(dim=1, stable=True)
     sought = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
     borders = torch.searchsorted(ordered.contiguous(), sought)
-    return Turned((position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32))
+    if mask_of is not None:
+        mask_of = mask_of.reshape(key.shape).gather(1, position)
+    return Turned((position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32), mask_of)
 
 
 def _dense_gradient(call: Call, pull: Pull, dq: Tensor) -> None:

@@ -25,6 +25,13 @@ def listed_at(block, bh, q_blocks, C):
 
 
 @triton.jit
+def placed(places, token, valid, AGAIN: tl.constexpr = False):
+    """Where tokens of the blocks' order are among the image's: `places` or, where that is None, in that order. AGAIN: read once more,
+    because held through a loop it would cost a register."""
+    return token if places is None else tl.load(places + token, mask=valid, other=0, eviction_policy="evict_first" if AGAIN else "")
+
+
+@triton.jit
 def words_of(k_blocks):
     """32-bit words that hold a bit for each key block."""
     return (k_blocks + 31) // 32
@@ -108,6 +115,18 @@ def kept_pairs(predicate, length, reach, q_token, q_valid, k_token, k_valid, C):
             inside &= (place >= first) & (place <= last) & (residue == mine)
         kept |= inside
     return kept
+
+
+@triton.jit
+def masked_pairs(rows, valid, start, N: tl.constexpr):
+    """Which pairs of a block's rows and the `N` columns from `start` on of another block a bit mask keeps: `rows` `[R]`, pointers to the
+    mask's rows, of which those are read that are `valid`."""
+    column = start + tl.arange(0, N)
+    if N <= 64:  # all in one word
+        words = tl.load(rows + start // 64, mask=valid, other=0)[:, None]
+    else:
+        words = tl.load(rows[:, None] + (column // 64)[None, :], mask=valid[:, None], other=0)
+    return ((words >> (column % 64).to(tl.int64)[None, :]) & 1) != 0
 
 
 @triton.jit

@@ -39,27 +39,33 @@ class Pair(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The block lists as in `ops.attention`, and the first token of each block."""
+    """The block lists, the first token of each block and the places of the tokens, as `arguments.Arguments` has them."""
 
     blocks: Tensor
     counts: Tensor
     full: Tensor
     q_starts: Tensor
     k_starts: Tensor
+    q_places: Tensor | None
+    k_places: Tensor | None
 
 
 class Turned(NamedTuple):
-    """The lists by key block (`launch_backward.columns`)."""
+    """The lists by key block (`launch_backward.columns`), and the number of each entry's mask."""
 
     entries: Tensor
     borders: Tensor
+    mask_of: Tensor | None = None
 
 
 class Predicate(NamedTuple):
-    """Coordinates `[3, length]` and windows `[W, 3, 3, length]` for blocks that are kept in part."""
+    """For blocks that are kept in part: coordinates `[3, length]` and windows `[W, 3, 3, length]`, or bit masks `[M, rows, WORDS]` with the
+    rows that a program holds, and the number of each list entry's mask."""
 
     coords: Tensor
     windows: Tensor | None
+    masks: Tensor | None = None
+    mask_of: Tensor | None = None
 
 
 class Pooled(NamedTuple):
@@ -130,7 +136,8 @@ def kernel(constants: str) -> Callable[[Any], Any]:
     """A kernel whose last parameter `C` holds these constants. Those that a device function reads it finds in `C` by their names:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
-    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; the rest says what a method has.
+    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS, MASK: words of a bit mask's row, and of a
+    mask; the rest says what a method has.
     """
 
     def make(function: Any) -> Any:
