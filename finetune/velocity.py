@@ -12,7 +12,7 @@ from dit_accel.finetune.moments import Moments
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import at_moment
-from dit_accel.patch.state import patches_of
+from dit_accel.patch.state import CONTEXT
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -49,7 +49,9 @@ def velocity_errors(pipe_or_transformer: Any, forwards: Iterable[Forward], momen
 
 def velocity_error(pipe_or_transformer: Any, samples: Samples) -> float:
     """Mean of `velocity_errors` over the samples."""
-    ((_, patch),) = patches_of(pipe_or_transformer)
-    by_position = Moments(samples, pipe_or_transformer, patch.context.family)
-    moments = [by_position[i] for i in range(len(samples))] if patch.context.assignment.of_moments else None
+    (transformer,) = find_transformers(pipe_or_transformer)
+    patch, moments = getattr(transformer, CONTEXT, None), None  # the original has an error as well, in other arithmetic
+    if patch is not None and patch.context.assignment.of_moments:
+        by_position = Moments(samples, pipe_or_transformer, patch.context.family)
+        moments = [by_position[i] for i in range(len(samples))]
     return sum(velocity_errors(pipe_or_transformer, (samples[i] for i in range(len(samples))), moments)) / len(samples)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import Grids, box_pairs, coordinates, disc_pairs, image_of, window_pairs
+from helpers import Grids, Shape, box_pairs, coordinates, disc_pairs, image_of, window_pairs
 from torch import Tensor
 
-from dit_accel import AttentionSpec, TokenLayout
+from dit_accel import AttentionSpec, TokenLayout, attention
+from dit_accel.errors import BackendError
 from dit_accel.kernels.blocks import unpacked
 from dit_accel.method import Box, Disc, Raster, Tiles, Tokenwise, Window
 from dit_accel.method.parts import Boxes, Grid
@@ -77,6 +78,34 @@ def test_masks_say_what_the_patterns_say(name: str, order: str, grids: Grids) ->
     assert unpacked(g.masks_t, widths[0]).mT.equal(unpacked(g.masks, widths[1]))
     assert len(g.masks.flatten(1).unique(dim=0)) == len(g.masks)
     assert kept_density(spec, layout) == pytest.approx(float(wanted.double().mean()), abs=1e-12)
+
+
+@dataclass(frozen=True)
+class Everything(Chess):
+    """Chess of one colour, which cuts no block."""
+
+    def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        every, _ = super().visits(grid, boxes)
+        return every, every
+
+    def allowed(self, q: Tensor, k: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        return torch.ones(*q.shape[:-1], k.shape[-2], dtype=torch.bool)
+
+
+def test_a_pattern_that_cuts_no_block_needs_no_masks() -> None:
+    spec, shape = AttentionSpec((Everything(),), order=Tiles((4, 4)), block=(16, 16)), Shape(1, 1, 16, (1, 9, 7))
+    q, k, v = shape.inputs()
+    assert make_plan(spec, shape.layout, CPU).geometry.masks is None
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for backend in ("cpu", "reference"):
+        torch.testing.assert_close(attention(q, k, v, spec, shape.layout, backend=backend), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_what_triton_does_not_read_is_refused() -> None:
+    spec, shape = AttentionSpec((Chess(),), order=Tiles((4, 4)), block=(16, 16)), Shape(1, 1, 16, (1, 9, 7))
+    with pytest.raises(BackendError, match="use backend='reference'"):
+        attention(*shape.inputs(), spec, shape.layout, backend="triton")
 
 
 def test_windows_alone_need_no_masks() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fill_randomly, relative_error, tiny_pipe
+from distill_fixtures import CALL, PROMPTS, distill, prompt_pipe, quick
 from helpers import Shape, assert_close_as_eager, flat, gradients, random_parameters
 from test_families import Tiny
 from torch import Tensor
@@ -275,3 +276,16 @@ def test_the_samples_parts_run_on_every_backend(model: str, backend: str) -> Non
             assert row.density_kept < 1
             assert ("MeanOfRest and Mass in torch" in row.why) == (name != "reference")
     assert relative_error(drawn[backend], drawn["reference"]) < 1e-5
+
+
+def test_the_samples_parts_learn_and_compile(tmp_path: Path) -> None:
+    pipe, spec = prompt_pipe(), dataclasses.replace(NEW["SPEC"], order=Tiles((4, 4)), block=(16, 16))
+    dit_accel.accelerate(pipe, spec)
+    distill(pipe, PROMPTS, quick(tmp_path / "run", train="parameters"), progress=False, **CALL)
+    learned = [dict(operator.params.named_parameters()) for operator in operators_of(pipe).values()]
+    assert all(list(tensors) == ["mean.shift"] and tensors["mean.shift"].abs().min() > 1e-3 for tensors in learned)
+    tiny = Tiny("flux")
+    dit_accel.accelerate(tiny.pipe, spec, strict=True)
+    drawn = tiny.run()
+    tiny.pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert relative_error(tiny.run(), drawn) < 1e-6

@@ -112,7 +112,10 @@ class AttentionSpec:
         return AttentionParameters(self.start_values(heads=heads, head_dim=head_dim))
 
     def fit(self, *, heads: int, head_dim: int) -> Literal["least_squares", "descent"] | None:
-        """How the first stage of a distillation finds the learned tensors; None where there are none to find."""
+        """How the first stage of a distillation finds the learned tensors; None where there are none to find.
+
+        By least squares where one part's are found so: then the others' keep their start values until the second stage.
+        """
         ways = {part.fit for part in self.parts() if part.parameters(heads, head_dim)}
         return "least_squares" if "least_squares" in ways else "descent" if "descent" in ways else None
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.errors import BackendError
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.reference import MASKED
@@ -73,10 +74,11 @@ def _run(
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     for name in rest.keys() & {"extra_k", "extra_v"}:
         rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if in_place else q.dtype).contiguous()
-    by_masks = g.masks is not None and (implementation == "cpu" or not g.by_reach)  # the Triton kernels read windows and reach
     tables: dict[str, Any] = {"windows": g.windows, "reach": g.reach}
-    if by_masks:
+    if g.masks is not None and implementation == "cpu":
         tables = {"masks": g.masks, "masks_t": g.masks_t, "mask_of": lists.mask_of}
+    elif g.masks is not None and not g.by_reach:
+        raise BackendError("the Triton kernels know discs, windows and boxes alone of the patterns of tokens: use backend='reference'")
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
         text=layout.text, text_first=layout.text_first, scale=scale, places_q=places, places_k=places,

@@ -102,7 +102,7 @@ def gradient_rows(
     mine = tl.load(pull.delta + at_row, mask=q_valid, other=0.0)
     factor = logits.scale * LOG2E
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.index + at_list * width
+    row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
     grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(

@@ -37,7 +37,7 @@ def linear_gradient(
     taken = tl.zeros([C.BQ, C.DP], tl.float32)
     taken_mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.index + at_list * width
+    row = lists.blocks + at_list * width
     listed = tl.load(lists.counts + at_list)
     first = listed if C.LEFT else listed * 0
     last = k_blocks if C.LEFT else listed

@@ -100,7 +100,7 @@ def attend_rows(
     top = tl.full([C.BQ], float("-inf"), tl.float32)
     mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.index + at_list * width
+    row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
     taken = tl.zeros([C.BQ, C.DP], tl.float32)  # what the visited blocks contribute to the linear attention over all
     taken_mass = tl.zeros([C.BQ], tl.float32)

@@ -153,6 +153,7 @@ class Call:
         self.predicate = Predicate(a.coords, a.windows)
         self.learned = Learned(a.offset, halves(a.weight, a.q.dtype), a.bias)
         self.logits = Logits(a.scale, self._key_bias(), a.cap)
+        self.unbiased = self.logits._replace(bias=None)  # for kernels that read no text's key: they are not compiled twice
         self.sizes = self._sizes()
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
         self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
@@ -169,7 +170,7 @@ class Call:
         return {
             "heads": self.heads, "tokens": self.tokens, "image": self.image, "image_start": self.image_start, "text": a.text,
             "text_start": self.text_start, "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "q_blocks": self.q_blocks,
-            "k_blocks": self.k_blocks, "width": self.lists.index.shape[-1], "length": a.coords.shape[-1], "reach": a.reach,
+            "k_blocks": self.k_blocks, "width": self.lists.blocks.shape[-1], "length": a.coords.shape[-1], "reach": a.reach,
         }  # fmt: skip
 
     def place(self, kernel: str) -> Place:
@@ -225,9 +226,10 @@ class Call:
             return Rests()
         group = up(self.k_blocks, STATE_GROUPS)
         groups = up(self.k_blocks, group)
-        states = States(self.empty(groups, self.bh, self.channels, self.channels), self.empty(groups, self.bh, self.channels))
-        self._summarise(group, Pooled(), states, {"VALUES": False, "VARIANCE": False, "STATES": True})
-        return Rests(states=States(*(x.sum(0) for x in states)))
+        states = self.empty(groups, self.bh, self.channels, self.channels)
+        totals = self.empty(groups, self.bh, self.channels)
+        self._summarise(group, Pooled(), States(states, totals), {"VALUES": False, "VARIANCE": False, "STATES": True})
+        return Rests(states=States(states.sum(0), totals.sum(0)))
 
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
@@ -264,7 +266,7 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     tiles = up(a.text, tile.queries)
     splits, chunk = call.splits(tiles, call.tokens, tile.keys)
     part, part_lse = call.empty(splits, call.bh, a.text, call.channels), call.empty(splits, call.bh, a.text)
-    shared = {"part": part, "part_lse": part_lse, "first": call.text_start, "rows": a.text}
+    shared: dict[str, Any] = {"part": part, "part_lse": part_lse, "first": call.text_start, "rows": a.text}
     call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), **shared, logits=call.logits, chunk=chunk)
     grid = (up(a.text, call.tile("merge").queries), call.bh)
     call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)

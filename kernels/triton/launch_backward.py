@@ -57,7 +57,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     extra: tuple[Tensor | None, Tensor | None] = (None, None)
     if a.extra_k is not None and a.extra_v is not None:
         seen_by = range(call.image_start, call.image_start + call.image)
-        extra = _shared(call, pull, a.extra_k, a.extra_v, Logits(a.scale), range(a.extra_k.shape[2]), seen_by)
+        extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
     return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
 
 
@@ -77,7 +77,7 @@ def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
     a = call.a
     dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=a.q.dtype) for _ in range(2))
     rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image) for _ in range(2)))
-    more_q, *more = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
+    more_q, more_k, more_v = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
     programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
@@ -90,22 +90,21 @@ def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
     states, largest = States(), None
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
-        turned = columns(call.lists.index.flip(-1), left, left, call.k_blocks)
+        turned = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
     else:
         state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image)
         largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
         states = States(halves(state / largest[:, None, None], a.q.dtype), total)
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
-        **call.rows(), rest_pull=rest_pull, more=Pair(*more), turned=turned, lists=call.lists, states=states, unit=States(largest, unit),
-        entries=turned.entries.shape[-1],
+        **call.rows(), rest_pull=rest_pull, more=Pair(more_k, more_v), turned=turned, lists=call.lists, states=states,
+        unit=States(largest, unit), entries=turned.entries.shape[-1],
     )  # fmt: skip
-    shared: tuple[Tensor | None, Tensor | None] = (None, None)
+    dweight = dbias = None
     if call.residual:
-        products, sums = _outer(call, pull.dout.base, mean, None, 1.0)
-        shared = (products, sums)
+        dweight, dbias = (x.sum(0) for x in _outer(call, pull.dout.base, mean, None, 1.0))
     per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
-    return Linear(more_q, *more, *(None if x is None else x.sum(0) for x in shared), per_head)
+    return Linear(more_q, more_k, more_v, dweight, dbias, per_head)
 
 
 def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: float) -> tuple[Tensor, Tensor]:
@@ -114,15 +113,15 @@ def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: f
     tile = call.tile("outer")
     chunk = up(up(call.image, STATE_GROUPS), tile.queries) * tile.queries
     chunks = up(call.image, chunk)
-    states = States(call.empty(chunks, call.bh, call.channels, call.channels), call.empty(chunks, call.bh, call.channels))
+    products = call.empty(chunks, call.bh, call.channels, call.channels)
+    sums = call.empty(chunks, call.bh, call.channels)
     y = y.view(call.batch, call.heads, call.image, call.channels)
     given = {"relative": None, "factor": None} if scaled is None else {"relative": scaled.size, "factor": scaled.den}
     call.start(
-        backward_linear.outer_sums, "outer", (chunks, call.bh), a=rows_of(x), b=rows_of(y), **given, states=states, share=share,
-        first=call.image_start, rows=call.image, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
+        backward_linear.outer_sums, "outer", (chunks, call.bh), a=rows_of(x), b=rows_of(y), **given, states=States(products, sums),
+        share=share, first=call.image_start, rows=call.image, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
     )  # fmt: skip
-    products, sums = (part.sum(0) for part in states)
-    return products, sums
+    return products.sum(0), sums.sum(0)
 
 
 def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
@@ -130,10 +129,11 @@ def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tens
     a = call.a
     tiles = up(call.k_blocks, call.tile("pooled").keys)
     parts = None if a.offset is None else call.empty(call.bh, tiles)
-    grads = PooledGradients(*(call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3)), parts)
+    k_mean, v_mean, k_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
+    grads = PooledGradients(k_mean, v_mean, k_half, parts)
     call.start(
         backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=pull, pooled=rests.pooled, grads=grads,
-        lists=call.lists, learned=call.learned, logits=call.logits,
+        lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
     return grads, None if parts is None else parts.view(call.batch, call.heads, -1).sum((0, 2))
 
@@ -151,7 +151,7 @@ def _columns(call: Call, pull: Pull, rests: Rests, turned: Turned, linear: Linea
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
         **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists, predicate=call.predicate,
-        pooled=rests.pooled, pooled_grads=pooled, logits=call.logits, entries=turned.entries.shape[-1],
+        pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=turned.entries.shape[-1],
     )  # fmt: skip
 
 
@@ -188,10 +188,10 @@ def _shared(call: Call, pull: Pull, k: Tensor, v: Tensor, logits: Logits, own: r
     tile, keys = call.tile("gradient_shared"), len(own)
     tiles = up(keys, tile.keys)
     splits, chunk = call.splits(tiles, len(seen_by), tile.queries)
-    parts = Pair(*(call.empty(splits, call.bh, keys, call.channels) for _ in range(2)))
+    dk, dv = (call.empty(splits, call.bh, keys, call.channels) for _ in range(2))
     call.start(
         backward.gradient_shared_keys, "gradient_shared", (tiles, call.bh, splits), q=rows_of(call.a.q), k=rows_of(k), v=rows_of(v),
-        pull=pull, grads=parts, logits=logits, first=own.start, keys=keys, begin=seen_by.start, end=seen_by.stop, chunk=chunk,
+        pull=pull, grads=Pair(dk, dv), logits=logits, first=own.start, keys=keys, begin=seen_by.start, end=seen_by.stop, chunk=chunk,
     )  # fmt: skip
-    dk, dv = (part.sum(0).view(call.batch, call.heads, keys, call.channels) for part in (parts.k, parts.v))
-    return dk, dv
+    shape = (call.batch, call.heads, keys, call.channels)
+    return dk.sum(0).view(shape), dv.sum(0).view(shape)

@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 class Lists(NamedTuple):
     """The block lists as in `ops.attention`, and the first token of each block."""
 
-    index: Tensor
+    blocks: Tensor
     counts: Tensor
     full: Tensor
     q_starts: Tensor
@@ -135,7 +135,7 @@ def kernel(constants: str) -> Callable[[Any], Any]:
 
     def make(function: Any) -> Any:
         made = triton.jit(do_not_specialize=SIZES)(function)
-        made.constants = namedtuple("Constants", constants.split())
+        made.constants = namedtuple("Constants", constants.split())  # type: ignore[misc]
         return made
 
     return make
