@@ -266,7 +266,7 @@ def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
             both = operator.params, joint_parameters((spec,), operator.layer)
             shapes = [{name: value.shape for name, value in parameters.state_dict().items()} for parameters in both]
             if own is None or shapes[0] != shapes[1] or (own.order, own.block) != (spec.order, spec.block):
-                raise DistillationError(f"specs have the parameters, order and blocks of the pipeline's own, here {own}, got {spec}")
+                raise DistillationError(f"specs must have the parameters, order and blocks of the pipeline's {own}, which {spec} has not")
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:

@@ -260,7 +260,7 @@ def test_without_locks_the_first_file_holds(reason: str, monkeypatch: pytest.Mon
         raise OSError(38, "Function not implemented") if reason == "no-locks" else BlockingIOError
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(decisions, "PATIENCE", 0.05)
+    monkeypatch.setattr(decisions, "WAIT", 0.05)
 
     def slow() -> tuple[float, float]:
         assert decisions.decided(QUESTION, lambda: (1.0, 2.0))[0] == (1.0, 2.0)  # another process, meanwhile
