@@ -8,7 +8,6 @@ from helpers import Grids, Shape, box_pairs, coordinates, disc_pairs, image_of, 
 from torch import Tensor
 
 from dit_accel import AttentionSpec, TokenLayout, attention
-from dit_accel.errors import BackendError
 from dit_accel.kernels.blocks import unpacked
 from dit_accel.method import Box, Disc, Raster, Tiles, Tokenwise, Window
 from dit_accel.method.parts import Boxes, Grid
@@ -99,13 +98,6 @@ def test_a_pattern_that_cuts_no_block_needs_no_masks() -> None:
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for backend in ("cpu", "reference"):
         torch.testing.assert_close(attention(q, k, v, spec, shape.layout, backend=backend), wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.gpu
-def test_what_triton_does_not_read_is_refused() -> None:
-    spec, shape = AttentionSpec((Chess(),), order=Tiles((4, 4)), block=(16, 16)), Shape(1, 1, 16, (1, 9, 7))
-    with pytest.raises(BackendError, match="use backend='reference'"):
-        attention(*shape.inputs(), spec, shape.layout, backend="triton")
 
 
 def test_windows_alone_need_no_masks() -> None:

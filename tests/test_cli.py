@@ -420,7 +420,7 @@ def test_generate_in_high_resolution_continues(model: str, tmp_path: Path) -> No
     assert "seed was 0, is 1" in fail(*arguments, "--seed", 1)
 
 
-@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec", "new_part"])
+@pytest.mark.parametrize("name", ["generate", "distill_clear", "custom_spec"])
 def test_samples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FluxPipeline
 

@@ -223,7 +223,7 @@ BAD: dict[str, Any] = {"none": [], "one-side": [(16,)], "zero": [(0, 16)], "text
 
 @pytest.mark.parametrize("sizes", BAD.values(), ids=BAD)
 def test_bad_sizes_are_refused(tmp_path: Path, sizes: Any) -> None:
-    with pytest.raises(DistillationError, match="sizes are"):
+    with pytest.raises(DistillationError, match="sizes must be"):
         collect(prompt_pipe(), PROMPTS, tmp_path / "a", sizes=sizes, **REST)
     with pytest.raises(DistillationError, match="not both"):
         collect(prompt_pipe(), PROMPTS, tmp_path / "a", sizes=SIZES, **CALL)

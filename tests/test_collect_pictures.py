@@ -308,18 +308,18 @@ def empty(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no-picture": (lambda f: (f / "1.png").write_text("hello"), r"damaged or missing .*1\.png"),
-    "flipped": (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:-30]), r"damaged or missing .*1\.png"),
-    "truncated": (truncated, r"damaged or missing .*0\.jpg"),
-    "no-caption": (lambda f: (f / "2.txt").unlink(), r"caption for .*2\.png in 2\.txt"),
-    "blank-caption": (lambda f: (f / "2.txt").write_text(" \n"), r"caption for .*2\.png in 2\.txt"),
-    "no-text": (lambda f: (f / "2.txt").write_bytes(b"\xff\xfe\xff"), r"UTF-8 text in .*2\.txt"),
+    "no-picture": (lambda f: (f / "1.png").write_text("hello"), r"1\.png is damaged or missing"),
+    "flipped": (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:-30]), r"1\.png is damaged or missing"),
+    "truncated": (truncated, r"0\.jpg is damaged or missing"),
+    "no-caption": (lambda f: (f / "2.txt").unlink(), r"2\.png has no caption in 2\.txt"),
+    "blank-caption": (lambda f: (f / "2.txt").write_text(" \n"), r"2\.png has no caption in 2\.txt"),
+    "no-text": (lambda f: (f / "2.txt").write_bytes(b"\xff\xfe\xff"), r"2\.txt is not UTF-8 text"),
     "sixteen-bits": (lambda f: Image.new("I;16", (8, 8)).save(f / "0.png"), r"0\.png has mode I;16: convert it to 8 bits a colour"),
     "empty": (empty, "has none"),
-    "not-listed": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}'), r"caption for .*1\.png in metadata"),
-    "not-there": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "z.png", "text": "x"}'), r"caption for .*0\.png|missing .*z"),
+    "not-listed": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}'), r"1\.png has no caption in"),
+    "not-there": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "z.png", "text": "x"}'), r"0\.png has no caption in"),
     "no-json": (lambda f: (f / "metadata.jsonl").write_text("{}\n{"), "line 1 of .*metadata"),
-    "metadata-of-bytes": (lambda f: (f / "metadata.jsonl").write_bytes(b"\xff"), "UTF-8 text in .*metadata"),
+    "metadata-of-bytes": (lambda f: (f / "metadata.jsonl").write_bytes(b"\xff"), r"metadata\.jsonl is not UTF-8 text"),
 }
 
 
@@ -350,7 +350,7 @@ def test_another_picture_under_a_name_is_refused(tmp_path: Path) -> None:
     pictures, pipe = fill(tmp_path / "pictures", 2), tiny.picture_pipe()
     collect_pictures(pipe, pictures, tmp_path / "samples", **CALL)
     picture(8).save(pictures / "1.png")
-    with pytest.raises(ValueError, match=r"another picture in the place of .*1\.png"):
+    with pytest.raises(ValueError, match=r"another picture in place of .*1\.png"):
         collect_pictures(pipe, pictures, tmp_path / "samples", **CALL)
 
 

@@ -194,7 +194,7 @@ def test_the_sample_adds_a_family() -> None:
     said = re.search(r"relative difference (\S+)", done.stdout)
     assert said
     assert float(said.group(1)) < 1e-5
-    assert re.search(r"blocks\.1 +│ 1560 +│ - +│ 10\.38%", done.stdout)
+    assert re.search(r"blocks\.0-1 \(2 layers\) +│ 1560 +│ - +│ 10\.38%", done.stdout)
     lines = (ROOT / "samples" / "new_family.py").read_text().split("register(\n")[1].split("\n)\n")[0].splitlines()
     assert len(lines) < 40
 

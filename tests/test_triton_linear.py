@@ -136,7 +136,7 @@ def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
     shape, spec = Shape(1, 1, 16, (1, 8, 8)), SLA(0.3, "elu", "all", block=(16, 16))
     with calls.recorded(Machine(arch, 132)) as seen, torch.no_grad():
         attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")
-    products = [one for one in seen if one.kernel is launch.summary.multiply]
+    products = [one for one in seen if one.kernel is launch.block_means.multiply]
     assert len(products) == 2  # the scores of the blocks, the state's projection
     assert {one.constants["PRECISION"] for one in products} == {"ieee" if arch == "gfx942" else "tf32x3"}
     assert math.prod(products[1].arguments["out"].shape) == 16 * 16

@@ -367,7 +367,7 @@ def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
 
     def compute(name: str, machine: Machine) -> tuple[Tensor, Tensor]:
         def execute(one: launch.Launch) -> None:
-            if one.kernel is not launch.summary.multiply:  # has one tile
+            if one.kernel is not launch.block_means.multiply:  # has one tile
                 seen[name].add(one.warps)
             launch.execute(one)
 

@@ -88,7 +88,7 @@ def jobs(
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]
         if wrong:
-            raise ArgumentError(f"{name} is one of {list(every)}, got {wrong[0]!r}")
+            raise ArgumentError(f"{name} must be one of {list(every)}, not {wrong[0]!r}")
     every = [Job(*combination) for combination in itertools.product(*given)]
     return [job for job in every if job.head_dim <= dispatch.LINEAR_LIMIT or job.method not in STATES]
 

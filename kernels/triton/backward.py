@@ -63,7 +63,7 @@ def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, facto
 
 
 @triton.jit
-def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows, length, reach, q_token,
+def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows, length, mask_size, q_token,
                q_valid, factor, MASKED: tl.constexpr, C):  # fmt: skip
     """What the listed key blocks from `begin` to `end` add to the gradient of the queries, but for the scale."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
@@ -75,19 +75,19 @@ def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, lists,
         kept = k_valid[None, :]
         if MASKED:
             if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+                kept &= kept_pairs(predicate, length, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
             else:
-                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * C.MASK
+                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * mask_size
                 kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
         _, ds = score_gradient(q, key, tile(v, k_place, v_n, k_valid, C), dout, lse2, delta, None, kept, factor, C)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens, image, image_start, text, text_start,
-    extra_keys, k_blocks, width, length, reach, C: tl.constexpr,
+    extra_keys, k_blocks, width, length, mask_size, C: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, H, N, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
 
@@ -119,12 +119,12 @@ def gradient_rows(
     grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(
         grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists, predicate,
-        mask_of, mask_rows, length, reach, q_token, q_valid, factor, False, C,
+        mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, False, C,
     )  # fmt: skip
     if C.PARTIAL:
         grad = visit_rows(
             grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, whole, listed, lists, predicate,
-            mask_of, mask_rows, length, reach, q_token, q_valid, factor, True, C,
+            mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, True, C,
         )  # fmt: skip
     grad = sweep_rows(
         grad, queries, dout, lse2, mine, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
@@ -210,7 +210,7 @@ def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, 
 
 @triton.jit
 def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, lists, predicate,
-                  mask_of, mask_rows, length, reach, factor, MASKED: tl.constexpr, C):  # fmt: skip
+                  mask_of, mask_rows, length, mask_size, factor, MASKED: tl.constexpr, C):  # fmt: skip
     """What the query blocks on a column add to the gradients of one key tile."""
     for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
         i = tl.load(entries + n // C.SUB_Q)
@@ -224,9 +224,9 @@ def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n
         kept = k_valid[:, None] & valid[None, :]
         if MASKED:
             if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, reach, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
+                kept &= kept_pairs(predicate, length, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
             else:
-                mask = tl.load(mask_of + n // C.SUB_Q).to(tl.int64) * C.MASK
+                mask = tl.load(mask_of + n // C.SUB_Q).to(tl.int64) * mask_size
                 kept &= masked_pairs(mask_rows + mask, k_valid, (n % C.SUB_Q) * C.BQ, C.BQ)
         weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, C)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
@@ -234,10 +234,10 @@ def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n
     return dk, dv
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK POOLED VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS POOLED VARIANCE STAGES PRECISION")
 def gradient_columns(
     q, k, v, pull, more, grads, turned, lists, predicate, pooled, pooled_grads, logits, heads, tokens, image, image_start, text, text_start,
-    entries, length, reach, C: tl.constexpr,
+    entries, length, mask_size, C: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (`grads`) `[B, H, N, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the
     text's queries.
@@ -274,12 +274,12 @@ def gradient_columns(
     whole, partial, stop = tl.load(border), tl.load(border + 1), tl.load(border + 2)
     grad_k, grad_v = visit_columns(
         grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-        pull.dout.n, entry, whole, partial, lists, predicate, mask_of, mask_rows, length, reach, factor, False, C,
+        pull.dout.n, entry, whole, partial, lists, predicate, mask_of, mask_rows, length, mask_size, factor, False, C,
     )  # fmt: skip
     if C.PARTIAL:
         grad_k, grad_v = visit_columns(
             grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-            pull.dout.n, entry, partial, stop, lists, predicate, mask_of, mask_rows, length, reach, factor, True, C,
+            pull.dout.n, entry, partial, stop, lists, predicate, mask_of, mask_rows, length, mask_size, factor, True, C,
         )  # fmt: skip
     grad_k, grad_v = sweep_columns(
         grad_k, grad_v, key, value, None, valid, q_base, g_base, lse, delta, q.n, pull.dout.n, text_start, text_start + text,

@@ -155,4 +155,6 @@ def _dense(a: Arguments) -> Arguments:
     """With channels contiguous. Raises ValueError at what the kernels have no code for."""
     if a.q.shape != a.k.shape or text_queries(a) != a.text:
         raise ValueError(f"the Triton kernels require as many queries as keys, got {tuple(a.q.shape)} and {tuple(a.k.shape)}")
+    if a.reach >= 0 and a.masks is None:
+        raise ValueError("the Triton kernels keep a disc by bit masks: give masks, masks_t and mask_of")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

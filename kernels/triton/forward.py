@@ -43,7 +43,7 @@ def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, C):
 
 @triton.jit
 def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows,
-          length, reach, q_token, q_valid, factor, MASKED: tl.constexpr, TAKE: tl.constexpr, C):  # fmt: skip
+          length, mask_size, q_token, q_valid, factor, MASKED: tl.constexpr, TAKE: tl.constexpr, C):  # fmt: skip
     """The listed key blocks from `begin` to `end` join the softmax and, where TAKE, the sums of the linear attention over them."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         j = tl.load(row + n // C.SUB_K)
@@ -56,9 +56,9 @@ def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, 
         kept = k_valid[None, :]
         if MASKED:
             if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, reach, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
+                kept &= kept_pairs(predicate, length, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
             else:
-                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * C.MASK
+                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * mask_size
                 kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
         acc, top, mass = absorb(acc, top, mass, tl.where(kept, logits, float("-inf")), value, C)
         if TAKE:
@@ -85,10 +85,10 @@ def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, lists, C):
     return sums, mass
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS MASK EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens, image, image_start, text, text_start,
-    extra_keys, k_blocks, width, length, reach, C: tl.constexpr,
+    extra_keys, k_blocks, width, length, mask_size, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse `[BH, N]` (natural log) once.
 
@@ -122,12 +122,12 @@ def attend_rows(
         phi = feature(queries, C).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
         acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists,
-        predicate, mask_of, mask_rows, length, reach, q_token, q_valid, factor, False, C.LINEAR and not C.ALL and not C.LEFT, C,
+        predicate, mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, False, C.LINEAR and not C.ALL and not C.LEFT, C,
     )  # fmt: skip
     if C.PARTIAL:
         acc, top, mass, taken, taken_mass = visit(
             acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, whole, listed, lists,
-            predicate, mask_of, mask_rows, length, reach, q_token, q_valid, factor, True, False, C,
+            predicate, mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, True, False, C,
         )  # fmt: skip
     acc, top, mass = sweep(
         acc, top, mass, queries, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens, text_start,

@@ -71,9 +71,9 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def mask_sizes(masks: Tensor | None) -> Flags:
+def mask_words(masks: Tensor | None) -> tuple[int, int]:
     """Words of a bit mask's row, and of a mask."""
-    return {"WORDS": 0, "MASK": 0} if masks is None else {"WORDS": masks.shape[2], "MASK": masks.shape[1] * masks.shape[2]}
+    return (0, 0) if masks is None else (masks.shape[2], masks.shape[1] * masks.shape[2])
 
 
 def tf32_allowed() -> bool:
@@ -151,7 +151,7 @@ class Call:
             "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all, "LEFT": left,
             "POOLED": self.pooled, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
             "WINDOWS": 0 if a.windows is None else len(a.windows), "OWN": a.lists.ndim == 3,
-            "PARTIAL": a.windows is not None or a.reach >= 0 or a.masks is not None, **mask_sizes(a.masks),
+            "PARTIAL": a.windows is not None or a.masks is not None, "WORDS": mask_words(a.masks)[0],
         }  # fmt: skip
         index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
         self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts, a.places_q, a.places_k)
@@ -175,7 +175,8 @@ class Call:
         return {
             "heads": self.heads, "tokens": self.tokens, "image": self.image, "image_start": self.image_start, "text": a.text,
             "text_start": self.text_start, "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "q_blocks": self.q_blocks,
-            "k_blocks": self.k_blocks, "width": self.lists.blocks.shape[-1], "length": a.coords.shape[-1], "reach": a.reach,
+            "k_blocks": self.k_blocks, "width": self.lists.blocks.shape[-1], "length": a.coords.shape[-1],
+            "mask_size": mask_words(a.masks)[1],
         }  # fmt: skip
 
     def place(self, kernel: str) -> Place:

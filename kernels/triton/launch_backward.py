@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_sizes, up
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_words, up
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -148,10 +148,11 @@ def _rows(call: Call, pull: Pull, rests: Rests, linear: Linear, dq: Tensor) -> N
 
 
 def _columns(call: Call, pull: Pull, rests: Rests, turned: Turned, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
+    words, size = mask_words(call.a.masks_t)
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
         **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists,
-        predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags=mask_sizes(call.a.masks_t),
+        predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words}, mask_size=size,
         pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=turned.entries.shape[-1],
     )  # fmt: skip
 

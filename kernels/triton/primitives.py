@@ -92,17 +92,12 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
 
 
 @triton.jit
-def kept_pairs(predicate, length, reach, q_token, q_valid, k_token, k_valid, C):
-    """Which pairs of image tokens a disc or one of the windows keeps.
+def kept_pairs(predicate, length, q_token, q_valid, k_token, k_valid, C):
+    """Which pairs of image tokens one of the windows keeps.
 
     Tokens are `[Q, 1]` and `[1, K]`, or `[1, Q]` and `[K, 1]`.
     """
-    distance = (q_token - k_token) * 0
-    for axis in tl.static_range(3):
-        here = tl.load(predicate.coords + axis * length + q_token, mask=q_valid, other=0)
-        gap = here - tl.load(predicate.coords + axis * length + k_token, mask=k_valid, other=0)
-        distance += gap * gap
-    kept = distance <= reach
+    kept = q_token < 0  # none so far
     for window in tl.static_range(C.WINDOWS):
         inside = q_valid & k_valid
         for axis in tl.static_range(3):

@@ -128,7 +128,7 @@ class LinearPull(NamedTuple):
 # of a call and of a launch: Triton compiles nothing anew for them
 SIZES = [
     "heads", "tokens", "image", "image_start", "text", "text_start", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries",
-    "length", "reach", "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
+    "length", "mask_size", "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
 ]  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def kernel(constants: str) -> Callable[[Any], Any]:
     """A kernel whose last parameter `C` holds these constants. Those that a device function reads it finds in `C` by their names:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
-    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS, MASK: words of a bit mask's row, and of a
-    mask; the rest says what a method has.
+    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; the
+    rest says what a method has.
     """
 
     def make(function: Any) -> Any:
