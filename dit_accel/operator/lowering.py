@@ -72,7 +72,7 @@ def _run(
         text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
     for name in rest.keys() & {"extra_k", "extra_v"}:
         rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if implementation == "cpu" else q.dtype).contiguous()
-    tables: dict[str, Any] = {"windows": g.windows, "reach": g.reach}
+    tables: dict[str, Any] = {"windows": g.windows}  # where there are neither windows nor masks, no block is kept in part
     if g.masks is not None:
         tables = {"masks": g.masks, "masks_t": g.masks_t, "mask_of": lists.mask_of}
     arguments = Arguments(
