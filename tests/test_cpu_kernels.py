@@ -310,7 +310,7 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
     specs(), st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 20)), st.integers(0, 40), st.sampled_from([8, 24, 40]),
     st.booleans(), st.sampled_from([1.0, 30.0]), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_spec_on_any_shape_is_finite_and_near_the_reference(
     spec: AttentionSpec, grid: tuple[int, int, int], text: int, head_dim: int, text_first: bool, size: float, backward: bool
 ) -> None:
