@@ -307,12 +307,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("version") not in (VERSION, FIRST_VERSION):
         raise AdapterError(f"{folder / CONFIG} must have version {VERSION} or {FIRST_VERSION}, not {config.get('version')}")
     method = {"assignment"} if config["version"] == VERSION else {"spec", "dense_steps"}
-    wanted = method | {
+    expected = method | {
         "layers", "base_model_class", "base_model_name", "base_model_hash", "base_model_fingerprint", "training", "files", "version",
     }  # fmt: skip
     config.setdefault("base_model_fingerprint", None)  # adapters that were saved before there were any
-    if set(config) != wanted:
-        raise AdapterError(f"{folder / CONFIG} must have the fields {sorted(wanted)}, not {sorted(config)}")
+    if set(config) != expected:
+        raise AdapterError(f"{folder / CONFIG} must have the fields {sorted(expected)}, not {sorted(config)}")
     if config["version"] == FIRST_VERSION:
         config["assignment"] = _assignment_of_first(folder, config.pop("spec"), config.pop("dense_steps"))
     files = config["files"]

@@ -149,9 +149,9 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
     """Raise ValueError unless the bias is `[B, layout.text]`, floating, on the query's device and without a gradient."""
     if text_bias is None:
         return
-    wanted = (query.shape[0], layout.text)
-    if tuple(text_bias.shape) != wanted:
-        raise ValueError(f"text_bias must have shape [batch, text], here {wanted}, not {tuple(text_bias.shape)}")
+    expected = (query.shape[0], layout.text)
+    if tuple(text_bias.shape) != expected:
+        raise ValueError(f"text_bias must have shape [batch, text], here {expected}, not {tuple(text_bias.shape)}")
     if not text_bias.is_floating_point() or text_bias.device != query.device:
         raise ValueError(f"text_bias is floating and on {query.device}, got {text_bias.dtype} on {text_bias.device}")
     if text_bias.requires_grad:
@@ -160,10 +160,10 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
 
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
-    wanted = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
+    expected = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
     got = {k: tuple(v.shape) for k, v in params.named_parameters()}
-    if wanted != got:
-        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {wanted}, not {got}")
+    if expected != got:
+        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {got}")
     elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
     if elsewhere:
         raise ValueError(f"the parameters must be on {query.device}, not on {sorted(elsewhere)}")

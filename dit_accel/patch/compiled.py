@@ -131,7 +131,7 @@ def layer_backward(
     layer = None if context is None else context.layers[int(number)]
     autograd = torch._C.DispatchKey.AutogradFunctionality  # an operator runs below autograd
     with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
-        copies = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, needed, strict=True)]
+        copies = [x.detach().requires_grad_(needs) for x, needs in zip(inputs, needed, strict=True)]
         q, k, v, *own = copies
         params = dict(zip(names.splitlines(), own, strict=True))
         out = _attention(q, k, v, mask, params, context, forward, layer, scale, gqa, primitive)
@@ -139,8 +139,8 @@ def layer_backward(
         found = iter(torch.autograd.grad(out, learn, dout, allow_unused=True))
     grads = [next(found) if x.requires_grad else None for x in copies]
     return [
-        query.new_empty(0) if not wanted else torch.zeros_like(x) if g is None else g.contiguous()
-        for x, g, wanted in zip(inputs, grads, needed, strict=True)
+        query.new_empty(0) if not needs else torch.zeros_like(x) if g is None else g.contiguous()
+        for x, g, needs in zip(inputs, grads, needed, strict=True)
     ]
 
 
@@ -149,7 +149,7 @@ def _(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, ran: Tensor,
     needed: Sequence[bool], *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty(x.shape if wanted else 0) for x, wanted in zip((query, key, value, *learned), needed, strict=True)]
+    return [x.new_empty(x.shape if needs else 0) for x, needs in zip((query, key, value, *learned), needed, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,7 +168,7 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor 
     if dout is None or not any(needed):
         return (None, None, None, None, [None] * len(learned), *after)
     grads = torch.ops.dit_accel.layer_backward(dout, query, key, value, mask, learned, ctx.names, ran, needed, number, *ctx.settings)
-    given: list[Tensor | None] = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
+    given: list[Tensor | None] = [grad if needs else None for grad, needs in zip(grads, needed, strict=True)]
     return (*given[:3], None, given[3:], *after)
 
 

@@ -7,6 +7,7 @@ spec is read. What the slot's class leaves abstract must be given; Python refuse
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -185,9 +186,10 @@ class Selection(Pattern):
     def share(self) -> float:
         """The largest share of key blocks that is kept."""
 
-    @abstractmethod
     def count(self, blocks: int) -> int:
-        """The largest number of so many key blocks that is kept for a query block."""
+        """The largest number of so many key blocks that is kept for a query block; 0.29 of 100 are 29, although the product of floats is a
+        little less."""
+        return max(1, math.floor(self.share * blocks + 1e-9))
 
     @abstractmethod
     def choose(self, call: Call) -> BlockMap:

@@ -1,6 +1,5 @@
 """Keep patterns that choose key blocks by a score."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +32,6 @@ class TopK(Selection):
     @property
     def share(self) -> float:
         return self.density
-
-    def count(self, blocks: int) -> int:
-        return _share_of(self.density, blocks)
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         blocks = ground.k_blocks
@@ -72,9 +68,6 @@ class TopP(Selection):
     def share(self) -> float:
         return self.at_most
 
-    def count(self, blocks: int) -> int:
-        return _share_of(self.at_most, blocks)
-
     def choose(self, call: Call) -> BlockMap:
         with torch.no_grad():
             logits = call.scale * self.score(call).double() + call.k_blocks.count.log()
@@ -83,8 +76,3 @@ class TopP(Selection):
             held = (before < self.mass) | (self.mass == 1)  # what is left of 1 may round to nothing
             held[..., 0] = True
             return BlockMap(best.indices, held)
-
-
-def _share_of(share: float, blocks: int) -> int:
-    """At least one; 0.29 of 100 are 29, although the product of floats is a little less."""
-    return max(1, math.floor(share * blocks + 1e-9))
