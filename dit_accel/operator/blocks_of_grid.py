@@ -104,8 +104,7 @@ def _new_plan(key: Key) -> Plan:
     geometry = make_geometry(
         q_part.starts, k_part.starts, in_blocks[:, :3], static,
         [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals],  # type: ignore[arg-type]
-        to_memory, masks, reach=max((pattern.reach for pattern in spec.tokenwise), default=-1),
-        by_reach=all(pattern.intervals or pattern.reach >= 0 for pattern in spec.tokenwise),
+        to_memory, masks,
     )  # fmt: skip
     if to_memory is not None and to_raster is not None:
         blocks = (blocks[0].among(to_memory), blocks[1].among(to_memory))
