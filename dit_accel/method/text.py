@@ -68,7 +68,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "fovea": Method(
-        Fovea, {"density": NUMBER, "radius": NUMBER} | MORE, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
+        Fovea, {"density": NUMBER, "radius": NUMBER, "order": INTEGER, "parts": INTEGER} | MORE,
+        ("fovea", "fovea:0.05", "fovea:0.05,order=1", "fovea:radius=8"), required=False,
     ),
     "clear": Method(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
     "sla": Method(

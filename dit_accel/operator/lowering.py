@@ -24,7 +24,8 @@ FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: on
 
 def fuses(spec: AttentionSpec) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
-    return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
+    finer = type(spec.rest) is Pooled and not spec.rest.plain
+    return not finer and all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
 def selects(spec: AttentionSpec) -> bool:

@@ -9,7 +9,7 @@ from dit_accel.kernels.blocks import BlockMap, best_blocks
 from dit_accel.method.checks import flag, is_real, require
 from dit_accel.method.parts.base import Score, Selection, check_part
 from dit_accel.method.parts.call import Call, Ground
-from dit_accel.method.parts.scores import MeanProduct
+from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class TopK(Selection):
         require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
+        twice = self.correct_short and isinstance(self.score, ErrorProduct)
+        require(not twice, "ErrorProduct counts a block's tokens already: leave out correct_short", self)
 
     @property
     def share(self) -> float:
@@ -63,6 +65,8 @@ class TopP(Selection):
         require(is_real(self.mass) and 0 < self.mass <= 1, "mass is a share of the softmax in (0, 1]", self.mass)
         require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most is a share of key blocks in (0, 1]", self.at_most)
         check_part(self.score, Score, "score")
+        error = isinstance(self.score, ErrorProduct)
+        require(not error, "a share of the softmax mass requires a score of the mass, as MeanProduct(): ErrorProduct is of an error", self)
 
     @property
     def share(self) -> float:
