@@ -52,8 +52,8 @@ class Arguments(NamedTuple):
     `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
     `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]` float32: the pooled keys of a "pooled" rest where the kernel does not
     pool itself, P / k blocks of them for each key block, one block after the other, and what joins their logits (-inf: never seen).
-    `slopes` `[B, H, q blocks, D, D]` float32: scale · q · slopes[I] times the share that pooled keys have of the query's softmax is added to
-    the output.
+    `slopes` `[B, H, q blocks, D, D]` float32: scale · q · slopes[I], times the share that pooled keys have of the query's softmax, is added
+    to the output.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
