@@ -1,9 +1,10 @@
-"""Attention inputs that `fovea_forms.py` compares forms on: queries, keys and values of real and of random models, captured once into files.
+"""Attention inputs that `fovea_forms.py` compares forms on: queries, keys and values of real and of random models, captured into files.
 
     python benchmarks/fovea_captures.py FOLDER [NAME ...]
 
 One file for each name: `image-512`, `image-1024`, `image-2048` and `video-512` of the built-in models, `flux-64`, `wan-128` and the like of
-tiny random transformers with heads of so many channels. A file is a list of (layer, grid, text tokens, text first, scale, q, k, v `[H, N, D]`).
+tiny random transformers with heads of so many channels. A file is a list of (layer, grid, text tokens, text first, scale, q, k, v), the
+last three `[H, N, D]`.
 """
 
 import os

@@ -2,8 +2,8 @@
 
     python benchmarks/fovea_velocity.py OUT.jsonl image-1024 "fovea:0.05" "fovea:0.05,order=1" bfloat16
 
-Models: `image-512`, `image-1024`, `image-2048`, `video-512`. A line of OUT holds a method's errors, one for each recorded forward. Lines that
-are there already are not computed again.
+Models: `image-512`, `image-1024`, `image-2048`, `video-512`. A line of OUT holds a method's errors, one for each recorded forward. Lines
+that are there already are not computed again.
 """
 
 import json

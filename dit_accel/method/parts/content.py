@@ -69,7 +69,7 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: 
     """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split.
 
     Part p of a block of n tokens, of which it has n_p: k̄_p, v̄_p, σ²_p = `query_spread` of its keys' variance,
-    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / √(1 + (σ²_p / 2)²) · Cov_p(v, k).
+    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(v, k).
     """
     blocks, dtype = call.k_blocks, call.k.dtype
     numbers = torch.arange(parts, device=call.k.device)
@@ -93,8 +93,8 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: 
 
 
 def damping(spread: Tensor) -> Tensor:
-    """1/√(1 + (σ²/2)²): nothing where logits lie close together, 2/σ² where they spread too far for a straight line."""
-    return (1 + (spread / 2).square()).rsqrt()
+    """1/(1 + σ²): where logits spread too far for a straight line, the first order fades; without it, it is worse than none."""
+    return 1 / (1 + spread)
 
 
 def tilted(call: Call, pooled: PooledKeys, parts: int) -> Tensor:

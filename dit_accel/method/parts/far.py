@@ -78,8 +78,8 @@ class Pooled(Rest):
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.
 
-        Else logits and values of all pooled keys, and the split and the moments of the parts; to order 1 also the slopes, the logits of mean
-        queries, the states S_I and their products with the queries. The states have about N × D numbers, which are written and read.
+        Else logits and values of all pooled keys, and the split and the moments of the parts; to order 1 also the slopes, the logits of
+        mean queries, the states S_I and their products with the queries. The states, about N × D numbers, are written and read.
         """
         n, d, pools = sizes.tokens, sizes.head_dim, self.parts * sizes.k_blocks
         if self.plain:
