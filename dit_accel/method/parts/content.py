@@ -15,7 +15,7 @@ STEPS = 4  # of the power iteration that finds a block's principal direction
 class PooledKeys(NamedTuple):
     """Pooled keys and values `[BH, P, D]`, those of a block next to each other, and what is added to their logits `[BH, P]`.
 
-    `slope` `[BH, T, D of v, D of k]`: how a block's value changes with the query, None where it was not asked for.
+    `slope` `[BH, T, D of k, D of v]`: how a block's value changes with the query, None where it was not asked for.
     """
 
     key: Tensor
@@ -69,7 +69,7 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: 
     """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split.
 
     Part p of a block of n tokens, of which it has n_p: k̄_p, v̄_p, σ²_p = `query_spread` of its keys' variance,
-    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(v, k).
+    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(k, v).
     """
     blocks, dtype = call.k_blocks, call.k.dtype
     numbers = torch.arange(parts, device=call.k.device)
@@ -88,7 +88,7 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: 
     if slope:
         weight = (member.transpose(-1, -2) @ damping(spread)[..., None]) / blocks.count[:, None, None]
         v_off = values - member.transpose(-1, -2) @ v_mean
-        matrix = (v_off * weight).transpose(-1, -2) @ k_off
+        matrix = k_off.transpose(-1, -2) @ (v_off * weight)
     return PooledKeys(k_mean.flatten(1, 2), v_mean.flatten(1, 2), bias.flatten(1), matrix)
 
 
@@ -97,8 +97,8 @@ def damping(spread: Tensor) -> Tensor:
     return 1 / (1 + spread)
 
 
-def tilted(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
-    """The first order of the rest's value, s S_I q `[BH, N, D]`, with one matrix S_I for each query block I.
+def slopes_of_queries(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
+    """One matrix S_I `[BH, Tq, D of k, D of v]` for each query block I: to first order the rest's value changes by s q S_I.
 
     S_I = Σ_J ω_IJ · slope_J over the blocks that are not kept, ω_IJ their share of the pooled softmax of the block's mean query: one matrix
     product `[Tq, T] · [T, D²]` for each head.
@@ -108,5 +108,9 @@ def tilted(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
     mean = pool_blocks(call.q, call.q_blocks)[0]
     logits = (call.scale * mean @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
     state, _ = softmax_partial(logits.masked_fill(call.kept, -torch.inf), pooled.slope.flatten(-2))
-    d = call.q.shape[-1]
-    return call.scale * call.q_blocks.ungather(call.q_blocks.gather(call.q) @ state.unflatten(-1, (d, d)).transpose(-1, -2))
+    return state.unflatten(-1, pooled.slope.shape[-2:])
+
+
+def tilted(call: Call, slopes: Tensor) -> Tensor:
+    """s q S_I `[BH, N, D]` for the queries of each block I."""
+    return call.scale * call.q_blocks.ungather(call.q_blocks.gather(call.q) @ slopes)

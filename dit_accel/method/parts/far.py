@@ -14,7 +14,7 @@ from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
-from dit_accel.method.parts.content import STEPS, pool_parts, tilted
+from dit_accel.method.parts.content import STEPS, PooledKeys, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:
@@ -66,14 +66,18 @@ class Pooled(Rest):
             log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
             v_mean = call.key_means(call.v)
             return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
-        flags = {"log_count": self.log_count, "variance": self.variance, "cap": self.cap}
-        pooled = pool_parts(call, self.parts, **flags, slope=self.order > 0)
+        pooled = self.pooled(call)
         without = kept.repeat_interleave(self.parts, -1)
         bias = pooled.bias[:, None, None]  # in place of log n: of each head
         rest = reference.pooled_attention(
             call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap
         )
-        return (rest[0] + tilted(call, pooled, self.parts), rest[1]) if self.order else rest
+        return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
+
+    def pooled(self, call: Call) -> PooledKeys:
+        """The pooled keys of all blocks."""
+        flags = {"log_count": self.log_count, "variance": self.variance, "cap": self.cap}
+        return pool_parts(call, self.parts, **flags, slope=self.order > 0)
 
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.
