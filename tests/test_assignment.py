@@ -63,9 +63,9 @@ def test_the_last_rule_that_fits_wins(seed: int) -> None:
     for layer, moment, tokens in itertools.product(layers, moments, (5, 10, 16, 20)):
         found = groups(assignment.at(moment, tokens), layer, 4)
         assert sorted(head for group in found for head in group.heads) == [0, 1, 2, 3]
-        wanted = [naive(assignment.rules, layer, head, moment, tokens) for head in range(4)]
-        assert [next(g.spec for g in found if head in g.heads) for head in range(4)] == wanted
-        used = {spec for spec in wanted if spec is not None}
+        expected = [naive(assignment.rules, layer, head, moment, tokens) for head in range(4)]
+        assert [next(g.spec for g in found if head in g.heads) for head in range(4)] == expected
+        used = {spec for spec in expected if spec is not None}
         assert used <= set(assignment.specs_of(layer))
 
 

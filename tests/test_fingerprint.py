@@ -90,7 +90,7 @@ def test_a_cast_changes_no_weights(recorded: str, now: str) -> None:
 def test_other_weights_are_told(recorded: str, now: str) -> None:
     made = CAST[recorded](tiny_transformer())
     other = OTHER[now](tiny_transformer())
-    if (recorded, now) != ("bfloat16", "one-number"):  # below what bfloat16 rounds away, beyond what is sampled, it can't be told
+    if (recorded, now) != ("bfloat16", "one-number"):  # below what bfloat16 rounds away, beyond what is sampled, it can't be seen
         assert not same_weights(other, fingerprint.fingerprint(made), known_hash(made))
 
 

@@ -87,6 +87,6 @@ def test_scaled_logits_are_not_left_to_the_original() -> None:
 
     context.crossovers[Fovea()] = Loses()  # type: ignore[assignment]
     with torch.no_grad():
-        assert not context.leaves(Fovea())
+        assert not context.left_to_original(Fovea())
         context.trained_tokens = None
-        assert context.leaves(Fovea())
+        assert context.left_to_original(Fovea())

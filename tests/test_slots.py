@@ -107,20 +107,20 @@ NUMPY: dict[str, tuple[Callable[[], AttentionSpec], AttentionSpec]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "wanted"), NUMPY.values(), ids=NUMPY)
-def test_numbers_of_numpy_are_numbers(make: Callable[[], AttentionSpec], wanted: AttentionSpec) -> None:
+@pytest.mark.parametrize(("make", "expected"), NUMPY.values(), ids=NUMPY)
+def test_numbers_of_numpy_are_numbers(make: Callable[[], AttentionSpec], expected: AttentionSpec) -> None:
     made = make()
-    assert made == wanted
-    assert hash(made) == hash(wanted)
-    assert str(made) == str(wanted)
-    assert json.dumps(made.to_dict()) == json.dumps(wanted.to_dict())
+    assert made == expected
+    assert hash(made) == hash(expected)
+    assert str(made) == str(expected)
+    assert json.dumps(made.to_dict()) == json.dumps(expected.to_dict())
 
 
 def test_a_layout_takes_numbers_of_numpy() -> None:
     made = TokenLayout(tuple(np.array([2, 3, 4])), np.int64(5), references=(tuple(np.array([1, 2, 2])),))
-    wanted = TokenLayout((2, 3, 4), 5, references=((1, 2, 2),))
-    assert made == wanted
-    assert repr(made) == repr(wanted)
+    expected = TokenLayout((2, 3, 4), 5, references=((1, 2, 2),))
+    assert made == expected
+    assert repr(made) == repr(expected)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, sa
 from dit_accel.patch.fingerprint import check as check_fingerprint
 from dit_accel.patch.heads import Layer, joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
-from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
+from dit_accel.patch.lora import ADAPTER, activate_lora, check_user_lora_unfused, switched_off
 from dit_accel.patch.state import Patch, operators_of, patches_of
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.patch.weights import replace_weights
@@ -70,7 +70,8 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         parsed = Assignment.from_dict(assignment)
         made = {
-            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, alone=False)) for name, (heads, width) in layers.items()
+            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, image_only=False))
+            for name, (heads, width) in layers.items()
         }
         self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
         self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
@@ -83,7 +84,7 @@ def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: d
 
     Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
     was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
-    can't be told from it.
+    can't be distinguished from it.
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
@@ -274,7 +275,7 @@ def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
         for name, (heads, width) in layers.items():
             if not assignment.specs_of(name):
                 raise ArgumentError(f"no rule of its assignment gives a spec to the layer {name}")
-            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, alone=False))
+            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, image_only=False))
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
     return assignment
@@ -348,7 +349,7 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
     if LORA in tensors and switched_off(model):
         raise AdapterError("LoRA is disabled on this model, and the adapter's would be too: call enable_lora() or delete_adapters() first")
     if LORA in tensors:
-        check_no_fused(model, AdapterError)
+        check_user_lora_unfused(model, AdapterError)
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter is for a {config['base_model_class']}, not for a {type(model).__name__}")

@@ -52,8 +52,8 @@ MORE: dict[str, Reader] = {"tile": AXES, "first_frames": INTEGER}  # arguments o
 
 
 @dataclass(frozen=True)
-class Method:
-    """A preset and how its arguments are read; the first of them may stand without its name."""
+class PresetSyntax:
+    """A preset and how its arguments are read; the first of them may be given without its name."""
 
     preset: Callable[..., AttentionSpec]
     arguments: dict[str, Reader]
@@ -62,19 +62,19 @@ class Method:
 
     @property
     def first(self) -> str:
-        """The argument that may stand without its name."""
+        """The argument that may be given without its name."""
         return next(iter(self.arguments))
 
 
-METHODS: dict[str, Method] = {
-    "fovea": Method(
+METHODS: dict[str, PresetSyntax] = {
+    "fovea": PresetSyntax(
         Fovea, {"density": NUMBER, "radius": NUMBER} | MORE, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
     ),
-    "clear": Method(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
-    "sla": Method(
+    "clear": PresetSyntax(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
+    "sla": PresetSyntax(
         SLA, {"topk": NUMBER, "feature_map": WORD, "scope": WORD, "block": PAIR} | MORE, ("sla:0.1", "sla:0.1,scope=all,feature_map=elu")
     ),
-    "gna": Method(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
+    "gna": PresetSyntax(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def parse_method(text: str) -> AttentionSpec | Assignment | None:
         raise ArgumentError(f"{error} (in {text!r})") from None
 
 
-def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str, Any]:
+def _read_arguments(name: str, method: PresetSyntax, rest: str, text: str) -> dict[str, Any]:
     """The arguments after the colon, by name."""
     found: dict[str, Any] = {}
     for position, part in enumerate(rest.split(",")):
@@ -116,9 +116,9 @@ def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str
             raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
         if key in found:
             raise ArgumentError(f"{name} takes each argument once: {key} is twice in {text!r}")
-        read, wanted = method.arguments[key]
+        read, required = method.arguments[key]
         try:
             found[key] = read(value)
         except ValueError:
-            raise ArgumentError(f"{name}'s {key} is {wanted}, got {value!r} in {text!r}") from None
+            raise ArgumentError(f"{name}'s {key} is {required}, got {value!r} in {text!r}") from None
     return found

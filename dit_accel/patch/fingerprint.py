@@ -36,7 +36,7 @@ def known_hash(transformer: nn.Module) -> str:
 
 
 def _state(transformer: nn.Module) -> str:
-    """What changes whenever the original weights do, and not by a LoRA beside them."""
+    """What changes whenever the original weights do, and not with a LoRA on them."""
     digest = hashlib.sha256()
     for plain, read in sorted(teacher_values(transformer).items()):
         for part in stored(read()):

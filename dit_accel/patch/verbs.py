@@ -19,13 +19,13 @@ from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_t
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
 from dit_accel.patch.heads import Layer
-from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora
+from dit_accel.patch.lora import ADAPTER, delete_lora, scale_own_lora, zero_own_lora
 from dit_accel.patch.modes import check_trained_tokens
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.patch.saving import SaveOriginal, UnloadLora
 from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
-from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
+from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, record_inseparable, rename, swap_weights, tolerate
 
 P = TypeVar("P")
 
@@ -135,7 +135,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
         module.processor = processor
     patch = Patch(context, originals)
     patch.hooks = [
-        model.register_forward_pre_hook(patch.take_over),
+        model.register_forward_pre_hook(patch.accelerate_new_processors),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
         model.register_forward_hook(context.after, always_call=True),
         model.register_load_state_dict_pre_hook(rename),
@@ -143,7 +143,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
         model.register_state_dict_post_hook(hide),
     ]
     setattr(model, CONTEXT, patch)
-    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, seal)):
+    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, record_inseparable)):
         if hasattr(model, stand_in.name):
             setattr(model, stand_in.name, stand_in)
 
@@ -204,7 +204,7 @@ def _dense(model: Any, patch: Patch) -> Iterator[None]:
     before, scales = context.enabled, {}
     if outermost:
         swap_weights(model, patch)
-        scales = silence_lora(model)
+        scales = zero_own_lora(model)
     context.enabled = False
     try:
         yield
@@ -213,5 +213,5 @@ def _dense(model: Any, patch: Patch) -> Iterator[None]:
             if outermost:
                 check_exchange(model, patch)  # what was done to the model meanwhile is to be undone first; it is the original until then
                 swap_weights(model, patch)
-                scale_lora(model, scales)
+                scale_own_lora(model, scales)
             context.enabled = before

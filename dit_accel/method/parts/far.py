@@ -1,4 +1,4 @@
-"""Few keys that stand for many, as a rest: one softmax over them and the kept keys."""
+"""Few keys in the place of many, as a rest: one softmax over them and the kept keys."""
 
 import math
 from collections.abc import Mapping

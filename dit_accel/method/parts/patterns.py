@@ -109,7 +109,7 @@ class Intervals(Tokenwise):
     def bounds(self, grid: Grid, axis: int) -> tuple[Tensor, int]:
         """First and last key `[length, 2]` that each query of an axis sees, and the step between its keys (a dilation).
 
-        Both ends may lie outside the grid: a reference may be larger.
+        Both ends may lie outside the grid: another image's may be larger.
         """
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ class Window(Intervals):
             require(stride <= size, f"stride is at most the window's size {self.size}", self.stride)
 
     def per_axis(self, name: str) -> tuple[int, int, int]:
-        """The field's values for (T, H, W): an int stands for every axis that `size` names, and axes not named are 1."""
+        """The field's values for (T, H, W): an int is that of every axis that `size` names, and axes not named are 1."""
         value = getattr(self, name)
         if isinstance(value, int):
             value = (value,) * (len(self.size) if isinstance(self.size, tuple) else 3)
