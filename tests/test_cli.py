@@ -156,7 +156,7 @@ def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
-    expected = "method is one of none, fovea, clear, sla, gna or a JSON file, got 'flash'"
+    expected = "method must be one of none, fovea, clear, sla, gna or a JSON file, not 'flash'"
     assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == expected
     assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == expected
     assert fail("bench", "step", "--method", "fovea", "--method", "flash") == expected

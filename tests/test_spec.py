@@ -94,7 +94,7 @@ def refused(make: Callable[[], object], value: object, name: str) -> Any:
     ],
 )
 def test_refuses_and_shows_the_value(make: Callable[[], object], value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"got {value!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"not {value!r}")):
         make()
 
 

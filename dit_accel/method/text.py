@@ -88,15 +88,15 @@ def parse_method(text: str) -> AttentionSpec | Assignment | None:
     name, colon, rest = (part.strip() for part in text.partition(":"))
     name = name.lower()
     if name not in METHODS and name != "none":
-        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])} or a JSON file, got {text!r}")
+        raise ArgumentError(f"method must be one of {', '.join(['none', *METHODS])} or a JSON file, not {text!r}")
     if name == "none":
         if colon:
-            raise ArgumentError(f"none takes no arguments, got {text!r}")
+            raise ArgumentError(f"none takes no arguments: write none, not {text!r}")
         return None
     method = METHODS[name]
     arguments = _read_arguments(name, method, rest, text) if colon else {}
     if method.required and method.first not in arguments:
-        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, got {text!r}")
+        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, which {text!r} lacks")
     try:
         return method.preset(**arguments)
     except ArgumentError as error:
@@ -111,14 +111,14 @@ def _read_arguments(name: str, method: PresetSyntax, rest: str, text: str) -> di
         if not equals and position == 0:
             key, value = method.first, key
         elif not equals:
-            raise ArgumentError(f"{name} requires key=value after its first argument, got {part!r} in {text!r}")
+            raise ArgumentError(f"{name} requires key=value after its first argument, not {part!r} in {text!r}")
         if key not in method.arguments:
-            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
+            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, not {key!r} in {text!r}")
         if key in found:
-            raise ArgumentError(f"{name} takes each argument once: {key} is twice in {text!r}")
+            raise ArgumentError(f"{name} takes each argument once, but {key} is twice in {text!r}: remove one")
         read, required = method.arguments[key]
         try:
             found[key] = read(value)
         except ValueError:
-            raise ArgumentError(f"{name}'s {key} is {required}, got {value!r} in {text!r}") from None
+            raise ArgumentError(f"{name}'s {key} must be {required}, not {value!r} in {text!r}") from None
     return found

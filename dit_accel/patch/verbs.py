@@ -64,9 +64,9 @@ def accelerate(
     """
     spec = Fovea() if spec is None else spec
     if not isinstance(spec, AttentionSpec | Assignment):
-        raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...) or an Assignment of some, got {spec!r}")
+        raise ValueError(f"spec must be an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...) or an Assignment of some, not {spec!r}")
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
-        raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
+        raise ValueError(f"dense_steps must be a number of steps >= 0, not {dense_steps!r}")
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
     check_not_parallel(pipe_or_transformer)
@@ -85,7 +85,8 @@ def accelerate(
     assignment.check(heads)
     used = [[layer for layer in found if assignment.specs_of(layer.name)] for found in chosen]
     if not any(used):
-        raise UnsupportedModelError(f"no layer that was chosen has a spec: {assignment} leaves {[x.name for x in chosen[0]]} as they are")
+        names = [layer.name for layer in chosen[0]]
+        raise UnsupportedModelError(f"{assignment} gives no spec to a chosen layer: choose others than {names}, or add a rule for them")
     settings: dict[str, Any] = {"steps": Steps(), "backend": backend, "strict": strict, "trained_tokens": trained_tokens}
     # whatever can fail fails here; a transformer without any layer that has a spec is left alone
     prepared = [(model, *_prepare(model, assignment, found, settings)) for model, found in zip(models, used, strict=True) if found]
