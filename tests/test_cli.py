@@ -187,7 +187,7 @@ def test_bad_models_and_devices(model: str, tmp_path: Path) -> None:
         expected = f"model must be 'builtin', a folder in diffusers' format or a hub id, not '{name}': "
         assert fail("generate", "x", "--model", name, *out).startswith(expected)
     assert fail("generate", "x", "--device", "abacus", *out) == "device must be auto, cpu, cuda or another torch device, not 'abacus'"
-    assert "CUDA devices: there is no cuda:99" in fail("generate", "x", "--device", "cuda:99", *out)
+    assert "CUDA devices of this machine, not 'cuda:99'" in fail("generate", "x", "--device", "cuda:99", *out)
     text = fail("generate", "x", "--model", model, *SMALL, "--adapter", empty, *out)
     assert text.startswith(f"dit_accel_config.json in {empty} can't be read")
     assert fail("info", "--adapter", empty).startswith(f"dit_accel_config.json in {empty} can't be read")

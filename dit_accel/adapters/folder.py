@@ -78,7 +78,7 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
 
 
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
-    """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
+    """Write the adapter of an accelerated pipeline to a folder (created if it does not exist), with a model card made from its config.
 
     `training` is a record kept in the config and shown on the card, as are the pictures in the folder.
 
@@ -236,7 +236,7 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
 
 
 def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload an adapter's folder, card and pictures with it, to the hub repository `owner/name` (made if need be); returns its address.
+    """Upload an adapter's folder, card and pictures to the hub repository `owner/name`, created if it does not exist; gives its address.
 
     The folder is checked first as `load_adapter` does. Raises AdapterError where it is damaged, or where the hub refuses.
     """
