@@ -159,7 +159,7 @@ def test_every_kind_of_mask_and_sequence_leaves_the_teacher_as_it_is(name: str) 
         seen.append(float(relative_error(out, original)))
         least.learn(operator, arguments, out, original)
 
-    with always(transformer), fitting._beside_the_teacher(run, learn):
+    with always(transformer), fitting._comparing_with_teacher(run, learn):
         got = model.run()
     assert relative_norm(got, expected) < 2e-5
     assert len(seen) >= 2

@@ -79,7 +79,7 @@ def test_a_disc_is_one_where_the_image_stands(name: str, monkeypatch: pytest.Mon
 
     def compared(self: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
         out = original(self, query, key, value, scale, mask)
-        place = (0, grids[:1]) if self.layer.alone else (0, grids * 2) if self.name in TWICE.get(name, ()) else (start, grids)
+        place = (0, grids[:1]) if self.layer.image_only else (0, grids * 2) if self.name in TWICE.get(name, ()) else (start, grids)
         pair = allowed(*place, key.shape[2])
         rows = pair if query.shape[2] == key.shape[2] else pair[start : start + query.shape[2]]  # from the image on
         bias = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
