@@ -114,14 +114,17 @@ def unpacked(masks: Tensor, width: int) -> Tensor:
     return bits.flatten(-2)[..., :width].bool()
 
 
-def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor]]) -> BlockMap:
-    """Lists from pairs of masks (visited, full) `[q, Tk]` over chunks of query blocks: full blocks first, padded to the longest list."""
+def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> BlockMap:
+    """Lists of key blocks, full ones first, padded to the longest list.
+
+    Each chunk: masks (visited, full) `[q, n]` of some query blocks, and the numbers `[n]` of the key blocks that they are of, ascending.
+    """
     parts = []
-    for visited, full in chunks:
+    for visited, full, columns in chunks:
         row, column = visited.nonzero(as_tuple=True)
         partial = ~full[row, column]
         order = (row * 2 + partial).argsort(stable=True)
-        parts.append((column[order], partial[order], visited.sum(-1)))
+        parts.append((columns[column[order]], partial[order], visited.sum(-1)))
     column, partial, count = (torch.cat(part) for part in zip(*parts, strict=True))
     row = torch.arange(len(count), device=count.device).repeat_interleave(count)
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
