@@ -52,7 +52,7 @@ def test_method_text(text: str, spec: AttentionSpec | None) -> None:
         ("fovea:0.05,8", "fovea requires key=value after its first argument, not '8' in 'fovea:0.05,8'"),
         ("fovea:0.05,", "fovea requires key=value after its first argument, not '' in 'fovea:0.05,'"),
         ("fovea:size=3", "fovea takes density, radius, tile, first_frames, not 'size' in 'fovea:size=3'"),
-        ("clear:8,radius=9", "clear takes each argument once: radius is twice in 'clear:8,radius=9'"),
+        ("clear:8,radius=9", "clear takes each argument once, but radius is twice in 'clear:8,radius=9': remove one"),
         ("fovea:2", "density must be a share of key blocks in (0, 1], not 2 (in 'fovea:2')"),
         ("fovea:nan", "density must be a share of key blocks in (0, 1], not nan (in 'fovea:nan')"),
         ("fovea:0.1,radius=8", "Fovea takes density or radius, not both: leave density=0.1 or radius=8 out (in 'fovea:0.1,radius=8')"),
