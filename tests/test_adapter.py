@@ -264,7 +264,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "spec-slot": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(type="Sphere"), "Sphere"),
     "spec-value": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(density=3), "density"),
     "no-assignment": (lambda c: c.update(assignment=None), "an assignment must have exactly the keys"),
-    "rule-field": (lambda c: c["assignment"]["rules"][0].update(extra=1), "a rule has the key spec"),
+    "rule-field": (lambda c: c["assignment"]["rules"][0].update(extra=1), "a rule must have the key spec"),
     "rule-steps": (lambda c: c["assignment"]["rules"].append({"spec": None, "steps": [0, -1]}), "steps must be None or"),
     "rule-layer": (lambda c: c["assignment"]["rules"].append({"spec": 0, "layers": ["blocks.*"]}), r"no layer is named blocks\.\*"),
     "layer-without-spec": (
