@@ -118,8 +118,7 @@ def _new_plan(key: Key) -> Plan:
     geometry = make_geometry(
         q_part.starts, k_part.starts, in_blocks[:, :3], static,
         [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals],  # type: ignore[arg-type]
-        to_memory, masks, reach=max((pattern.reach for pattern in spec.tokenwise), default=-1),
-        by_reach=all(pattern.intervals or pattern.reach >= 0 for pattern in spec.tokenwise),
+        to_memory, masks,
     )  # fmt: skip
     coords = in_blocks
     if to_memory is not None:
