@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "train": (lambda _: ["--train", "all"], "train must be one of parameters, lora, attention, not 'all'"),
     "model": (lambda _: ["--model", "somewhere"], "model 'somewhere' requires --prompts"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),
-    "picture": (lambda path: ["--out", path.with_suffix(".png")], "--out must name a JSON file, next to which the curves are drawn as .png"),
+    "picture": (lambda path: ["--out", path.with_suffix(".png")], "--out must name a JSON file, next to which the curves are drawn"),
     "original": (lambda _: ["--method", "none"], "bench recovery requires accelerated methods, not 'none'"),
 }
 
