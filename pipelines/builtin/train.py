@@ -28,7 +28,18 @@ from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.decoder import DECODER, load_decoder, train_decoder
 from dit_accel.pipelines.builtin.drawings import SIZES, Renderings, compose, prepare, render
 from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
-from dit_accel.pipelines.training import STATE, Run, load_state, load_weights, new_run, read_state, save_pipeline, train, update
+from dit_accel.pipelines.training import (
+    STATE,
+    Run,
+    add_run_arguments,
+    load_state,
+    load_weights,
+    new_run,
+    read_state,
+    save_pipeline,
+    train,
+    update,
+)  # fmt: skip
 
 Kind = tuple[int, int]  # pixels of a picture's longer side, and of the window of it that is trained on
 GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained
@@ -222,17 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.set_defaults(call=lambda args: prepare(args.fluent, args.data))
     for name, call, minutes in (("run", run_training, 600.0), ("decoder", run_decoder, 60.0)):
         command = commands.add_parser(name, help=call.__doc__)
-        command.add_argument("data", type=Path, help="folder that `prepare` wrote, or FLUENT")
-        command.add_argument("out", type=Path)
-        command.add_argument(
-            "--minutes", type=float, default=minutes, help="the whole budget, over all starts; on a CPU only its threads' work counts"
-        )
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument(
-            "--bf16", action="store_true", help="bfloat16 autocast; always on with CUDA; for CPUs with AVX-512 BF16 or AMX"
-        )
-        command.add_argument("--factor", type=int, default=1, help="this many times larger batches, for a device that has room")
-        command.add_argument("--seed", type=int, default=0)
+        add_run_arguments(command, minutes)
         command.set_defaults(call=call)
     command = commands.add_parser("export", help=export.__doc__)
     command.add_argument("out", type=Path)
