@@ -25,7 +25,7 @@ def camera(said: str = "", shown: str = "") -> look.Callable[[str, int], Tensor]
         while True:
             pixels, caption = film(rng, renderings, 5, 48, 48)
             contrast = float((pixels[:, :, 24, 24] - pixels[:, :, 0, 0]).abs().sum(0).min())
-            if motion in caption and contrast > 0.5:
+            if motion in caption and contrast > 1:
                 return pixels.transpose(0, 1) / 2 + 0.5
 
     return clip_of
