@@ -57,7 +57,7 @@ class SmallCard:
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SmallCard]:
     """Makes a small card of the device that runs launches here; what was learned about it is forgotten afterwards."""
     monkeypatch.setattr(calls, "_fitting", {})
-    monkeypatch.setattr(calls, "_said", set())
+    monkeypatch.setattr(calls, "_warned", set())
 
     def make(kernels: set[str], most: int, tuned: dict[Any, Tile] | None = None) -> SmallCard:
         small = SmallCard(kernels, most)
@@ -104,15 +104,15 @@ def test_a_table_tile_that_does_not_fit_gives_way_to_a_smaller_one(
     spec: AttentionSpec, kernels: set[str], card: Callable[..., SmallCard]
 ) -> None:
     small = card(kernels, 40)
-    with pytest.warns(UserWarning, match="smaller tile from now on") as told:
+    with pytest.warns(UserWarning, match="smaller tile from now on") as warned:
         found = compute(spec)
     assert_right(spec, found)
     refused = set(small.refused)
     assert refused >= kernels - {"summarise", "outer_sums"}  # these hold one side only
     assert all(small.ran[name] <= 40 for name in refused)
     # one for each row of the table, and what it says
-    assert len(told) == len({str(one.message).split("'")[1] for one in told})
-    assert "needs 300000 of shared memory, of which there are 232448" in str(told[0].message)
+    assert len(warned) == len({str(one.message).split("'")[1] for one in warned})
+    assert "needs 300000 of shared memory, of which there are 232448" in str(warned[0].message)
     small.refused.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -144,7 +144,7 @@ def test_a_kernel_that_fits_with_no_tile_says_what_to_do(card: Callable[..., Sma
     card({"attend_rows"}, 0)
     with pytest.raises(BackendError, match=r"'rows' needs 300000 .* even with its smallest tile: use backend='reference'"):
         attention(*SHAPE.inputs(), CLEAR(4), SHAPE.layout, backend="triton")
-    assert calls._said == set()
+    assert calls._warned == set()
 
 
 def steps_down(place: Place, machine: Machine) -> list[Tile]:
