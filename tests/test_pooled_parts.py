@@ -188,10 +188,10 @@ def test_the_zeroth_order_in_one_part_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rest": {"parts": 3}}, "parts is 1, 2 or 4 pooled keys for a block, got 3"),
-        ({"rest": {"parts": True}}, "parts is 1, 2 or 4 pooled keys for a block, got True"),
-        ({"rest": {"order": 2}}, "order is 0, the mean value, or 1, its slope in the query too, got 2"),
-        ({"score": {"cap": -1.0}}, "cap is a number >= 0, got -1.0"),
+        ({"rest": {"parts": 3}}, "parts must be 1, 2 or 4 pooled keys for a block, not 3"),
+        ({"rest": {"parts": True}}, "parts must be 1, 2 or 4 pooled keys for a block, not True"),
+        ({"rest": {"order": 2}}, "order must be 0, the mean value, or 1, its slope in the query too, not 2"),
+        ({"score": {"cap": -1.0}}, "cap must be a number >= 0, not -1.0"),
     ],
 )
 def test_what_is_refused(change: dict[str, dict[str, Any]], message: str) -> None:
@@ -204,11 +204,11 @@ def test_what_is_refused(change: dict[str, dict[str, Any]], message: str) -> Non
 
 def test_the_score_of_the_error_goes_with_a_count_of_blocks_alone() -> None:
     score = Fovea(order=1).keep[0].score  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="counts a block's tokens already: leave out correct_short"):
+    with pytest.raises(ValueError, match=r"correct_short must be False with ErrorProduct\(\), which counts a block's tokens already"):
         TopK(0.1, correct_short=True, score=score)
-    with pytest.raises(ValueError, match="requires a score of the mass, as MeanProduct"):
+    with pytest.raises(ValueError, match="the score of TopP must be one of the softmax mass"):
         TopP(0.5, score=score)
-    with pytest.raises(ValueError, match="parts is 1, 2 or 4"):
+    with pytest.raises(ValueError, match="parts must be 1, 2 or 4"):
         Fovea(parts=8)
 
 

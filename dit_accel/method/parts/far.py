@@ -1,4 +1,4 @@
-"""Few keys that stand for many, as a rest: one softmax over them and the kept keys."""
+"""Few keys in the place of many, as a rest: one softmax over them and the kept keys."""
 
 import math
 from collections.abc import Mapping
@@ -40,11 +40,13 @@ class Pooled(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
         flag("log_count", self.log_count)
         flag("variance", self.variance)
-        require(is_int(self.parts) and self.parts in (1, 2, 4), "parts is 1, 2 or 4 pooled keys for a block", self.parts)
-        require(is_int(self.order) and self.order in (0, 1), "order is 0, the mean value, or 1, its slope in the query too", self.order)
+        require(is_int(self.parts) and self.parts in (1, 2, 4), "parts must be 1, 2 or 4 pooled keys for a block", self.parts)
+        require(
+            is_int(self.order) and self.order in (0, 1), "order must be 0, the mean value, or 1, its slope in the query too", self.order
+        )
 
     @property
     def whole_blocks(self) -> bool:
@@ -57,7 +59,7 @@ class Pooled(Rest):
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
-        require(isinstance(spec.merge, Mass), "pooled keys merge by Mass()", spec.merge)
+        require(isinstance(spec.merge, Mass), "the merge of pooled keys must be Mass()", spec.merge)
 
     def __call__(self, call: Call) -> Partial:
         kept = call.kept
@@ -106,12 +108,12 @@ class Downsampled(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
+        require(is_int(self.factor) and self.factor >= 2, "downsample must be None or an int >= 2", self.factor)
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
         plain_mass = isinstance(spec.merge, Mass) and not spec.merge.offset
-        require(plain_mass, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", spec.merge)
+        require(plain_mass, "the merge of down-sampled keys, whose learned weights scale them, must be Mass(offset=False)", spec.merge)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"spatial_weight": torch.full((self.factor, self.factor), 1 / self.factor**2)}

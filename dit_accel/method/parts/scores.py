@@ -36,7 +36,7 @@ class ErrorProduct(Score):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
 
     def __call__(self, call: Call) -> Tensor:
         with torch.no_grad():

@@ -25,11 +25,11 @@ class TopK(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
+        require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
         twice = self.correct_short and isinstance(self.score, ErrorProduct)
-        require(not twice, "ErrorProduct counts a block's tokens already: leave out correct_short", self)
+        require(not twice, "correct_short must be False with ErrorProduct(), which counts a block's tokens already", True)
 
     @property
     def share(self) -> float:
@@ -62,11 +62,11 @@ class TopP(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.mass) and 0 < self.mass <= 1, "mass is a share of the softmax in (0, 1]", self.mass)
-        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most is a share of key blocks in (0, 1]", self.at_most)
+        require(is_real(self.mass) and 0 < self.mass <= 1, "mass must be a share of the softmax in (0, 1]", self.mass)
+        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most must be a share of key blocks in (0, 1]", self.at_most)
         check_part(self.score, Score, "score")
         error = isinstance(self.score, ErrorProduct)
-        require(not error, "a share of the softmax mass requires a score of the mass, as MeanProduct(): ErrorProduct is of an error", self)
+        require(not error, "the score of TopP must be one of the softmax mass, as MeanProduct()", self.score)
 
     @property
     def share(self) -> float:
