@@ -133,7 +133,7 @@ def compare(backend: str, spec: AttentionSpec, shape: Shape, bias: Tensor | None
 def composed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels know no rest and no merge; notes each exact part that they run."""
     ran, exact = [], lowering.exact
-    monkeypatch.setattr(lowering, "fuses", lambda spec: spec.rest is None)
+    monkeypatch.setattr(lowering, "fuses", lambda spec, *_: spec.rest is None)
     monkeypatch.setattr(lowering, "exact", lambda *args: (ran.append("exact"), exact(*args))[1])
     return ran
 
@@ -149,7 +149,7 @@ def test_one_call_equals_the_composition(spec: AttentionSpec, monkeypatch: pytes
     """Whole layers by one kernel, and by an exact part and torch, on the same inputs."""
     params, function = random_parameters(spec, VIDEO), run("cpu", spec, VIDEO.layout)
     whole = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
-    monkeypatch.setattr(lowering, "fuses", lambda spec: False)
+    monkeypatch.setattr(lowering, "fuses", lambda spec, *_: False)
     parts = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
     torch.testing.assert_close(whole, parts, rtol=2e-4, atol=2e-5)
     assert not torch.equal(whole[0], parts[0])

@@ -78,8 +78,7 @@ class Pooled(Rest):
 
     def pooled(self, call: Call) -> PooledKeys:
         """The pooled keys of all blocks."""
-        flags = {"log_count": self.log_count, "variance": self.variance, "cap": self.cap}
-        return pool_parts(call, self.parts, **flags, slope=self.order > 0)
+        return pool_parts(call, self.parts, log_count=self.log_count, variance=self.variance, cap=self.cap, slope=self.order > 0)
 
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.
