@@ -68,8 +68,8 @@ class Pooled(Rest):
             log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
             v_mean = call.key_means(call.v)
             return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
-        flags = {"log_count": self.log_count, "variance": self.variance, "cap": self.cap}
-        pooled = pool_parts(call, self.parts, **flags, slope=self.order > 0)
+        cap, slope = self.cap if self.variance else 0.0, self.order > 0
+        pooled = pool_parts(call, self.parts, log_count=self.log_count, cap=cap, slope=slope)
         without = kept.repeat_interleave(self.parts, -1)
         bias = pooled.bias[:, None, None]  # in place of log n: of each head
         rest = reference.pooled_attention(
