@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.blocks import pool_blocks
+from dit_accel.kernels.blocks import Blocks, pool_blocks
 from dit_accel.kernels.reference import softmax_partial
 from dit_accel.method.parts.call import Call
 
@@ -28,6 +28,14 @@ def query_spread(call: Call, k_var: Tensor) -> Tensor:
     """Variance of the logits s·q·k within blocks, `[BH, ...]` of `[BH, ..., D]`: s² Σ_d E[q_d²] Var(k_d), E over all queries of a head."""
     second = call.q.square().mean(1)
     return call.scale**2 * (k_var @ second.view(len(second), *[1] * (k_var.ndim - 3), -1, 1))[..., 0]
+
+
+def block_variance(x: Tensor, blocks: Blocks) -> Tensor:
+    """The biased variance `[BH, T, D]` of `[BH, N, D]` within each block."""
+    variance = pool_blocks(x, blocks, variance=True)[1]
+    if variance is None:
+        raise ValueError("pool_blocks gave no variance")
+    return variance
 
 
 def split_by_content(call: Call, parts: int) -> Tensor:
@@ -65,7 +73,7 @@ def _projected(keys: Tensor, mine: Tensor, metric: Tensor) -> Tensor:
     return (centred @ direction)[..., 0]
 
 
-def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: float, slope: bool) -> PooledKeys:
+def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bool) -> PooledKeys:
     """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split.
 
     Part p of a block of n tokens, of which it has n_p: k̄_p, v̄_p, σ²_p = `query_spread` of its keys' variance,
@@ -80,9 +88,7 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, variance: bool, cap: 
     k_mean, v_mean = share @ keys, share @ values
     k_off = keys - member.transpose(-1, -2) @ k_mean  # of a place that is no token: the token that is repeated there, with share 0
     spread = query_spread(call, share @ k_off.square())
-    bias = torch.zeros_like(spread)
-    if variance:
-        bias = bias + (spread / 2).clamp(max=cap)
+    bias = (spread / 2).clamp(max=cap)
     bias = bias + count.log() if log_count else bias.masked_fill(count == 0, -torch.inf)
     matrix = None
     if slope:

@@ -78,7 +78,8 @@ class Pooled(Rest):
 
     def pooled(self, call: Call) -> PooledKeys:
         """The pooled keys of all blocks."""
-        return pool_parts(call, self.parts, log_count=self.log_count, variance=self.variance, cap=self.cap, slope=self.order > 0)
+        cap, slope = self.cap if self.variance else 0.0, self.order > 0
+        return pool_parts(call, self.parts, log_count=self.log_count, cap=cap, slope=slope)
 
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.

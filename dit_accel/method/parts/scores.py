@@ -9,7 +9,7 @@ from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Score
 from dit_accel.method.parts.call import Call, Cost, Sizes
-from dit_accel.method.parts.content import query_spread
+from dit_accel.method.parts.content import block_variance, query_spread
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ErrorProduct(Score):
 
     def __call__(self, call: Call) -> Tensor:
         with torch.no_grad():
-            (k_mean, k_var), (_, v_var) = (pool_blocks(x, call.k_blocks, variance=True) for x in (call.k, call.v))
+            k_mean, (k_var, v_var) = call.key_means(call.k), (block_variance(x, call.k_blocks) for x in (call.k, call.v))
             spread, tiny = query_spread(call, k_var), torch.finfo(k_var.dtype).tiny
             error = spread.clamp_min(tiny).log() + v_var.sum(-1).clamp_min(tiny).log() / 2
             bias = call.k_blocks.count.log() + (spread / 2).clamp(max=self.cap) + error
