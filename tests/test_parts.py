@@ -186,8 +186,8 @@ def test_a_pattern_of_tokens_is_what_it_allows(spec: AttentionSpec, shape: Shape
     places = [F.pad(coordinates(grid, torch.arange(grid[0] * grid[1] * grid[2])), (0, 1), value=n) for n, grid in enumerate(layout.grids)]
     every = torch.cat(places)
     q, k, v = (x[:, :, : layout.image] for x in shape.inputs(torch.float64))
-    wanted = F.scaled_dot_product_attention(q, k, v, pattern.allowed(every, every, layout.grids))
-    torch.testing.assert_close(attention(q, k, v, spec, layout), wanted, rtol=1e-11, atol=1e-11)
+    expected = F.scaled_dot_product_attention(q, k, v, pattern.allowed(every, every, layout.grids))
+    torch.testing.assert_close(attention(q, k, v, spec, layout), expected, rtol=1e-11, atol=1e-11)
 
 
 STATIC = {name: spec for name, spec in SPECS.items() if spec.static} | {

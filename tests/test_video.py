@@ -32,7 +32,9 @@ SMALL = ["--size", "128x96", "--max-sequence-length", TEXT_TOKENS, "--steps", 2]
 def model(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
     """A folder with the built-in video model's parts around one random block."""
     made = train.make_pipeline(0, num_layers=1)
-    train.fit_encoder(made, renderings, random.Random(0), count=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "FITTED_ON", (128, 256) * 2)
+        train.fit_encoder(made, renderings, random.Random(0))
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
     training.save_pipeline(made, folder)
@@ -55,9 +57,9 @@ def test_a_gif_holds_the_frames(tmp_path: Path) -> None:
     with Image.open(path) as image:
         frames = [torch.tensor(list(f.convert("RGB").tobytes())).view(32, 48, 3) for f in ImageSequence.Iterator(image)]
         assert image.info["duration"] == 100
-    wanted = (clip() * 255).round().permute(0, 2, 3, 1)
+    expected = (clip() * 255).round().permute(0, 2, 3, 1)
     assert len(frames) == 5
-    assert float((torch.stack(frames) - wanted).abs().max()) <= 1
+    assert float((torch.stack(frames) - expected).abs().max()) <= 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.gif"]
 
 
@@ -172,11 +174,11 @@ def test_errors_before_a_model_is_loaded(tmp_path: Path) -> None:
 def test_pictures_and_videos_are_not_taken_for_each_other(model: str, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     make_tiny().save_pretrained(pictures)
-    wanted = "FluxPipeline makes pictures: leave frames out, or use another model"
-    assert fail("generate", "x", "--video", "--model", pictures, *SMALL, "--out", tmp_path / "a.gif") == wanted
-    wanted = "WanPipeline makes videos: give its number of frames, or use another model"
-    assert fail("generate", "x", "--model", model, *SMALL, "--out", tmp_path / "a.png") == wanted
-    assert wanted in run("evaluate", "x", "--model", model, *SMALL, "--out", tmp_path / "evaluation").stderr
+    expected = "FluxPipeline makes pictures: leave frames out, or use another model"
+    assert fail("generate", "x", "--video", "--model", pictures, *SMALL, "--out", tmp_path / "a.gif") == expected
+    expected = "WanPipeline makes videos: give its number of frames, or use another model"
+    assert fail("generate", "x", "--model", model, *SMALL, "--out", tmp_path / "a.png") == expected
+    assert expected in run("evaluate", "x", "--model", model, *SMALL, "--out", tmp_path / "evaluation").stderr
 
 
 def test_frames_argument(model: str) -> None:

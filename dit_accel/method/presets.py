@@ -28,7 +28,7 @@ from dit_accel.method.spec import AttentionSpec
 
 def _frames(count: int) -> tuple[Pattern, ...]:
     count = plain(count)
-    require(is_int(count) and count >= 0, "first_frames is a number of frames >= 0", count)
+    require(is_int(count) and count >= 0, "first_frames must be a number of frames >= 0", count)
     return (FirstFrames(count),) if count else ()
 
 
@@ -47,7 +47,7 @@ def Fovea(  # noqa: N802
     `first_frames` of a video are always kept. Ancestors: MRA (arXiv 2207.10284), token merging's proportional attention.
     """
     if density is not None and radius is not None:
-        raise ArgumentError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
+        raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
     kept: Pattern = DiscBlocks(radius) if radius is not None else TopK(0.05 if density is None else density, correct_short=True)
     return AttentionSpec((kept, *_frames(first_frames)), Pooled(), Mass(), *_tiles(tile))
 
@@ -79,13 +79,13 @@ def SLA(  # noqa: N802
 
     `tile` puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
     """
-    require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
+    require(scope in ("complement", "all", "none"), "scope must be 'complement', 'all' or 'none'", scope)
     topk = plain(topk)
-    require(is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
-    require(feature_map in tuple(FEATURE_MAPS), f"feature_map is one of {tuple(FEATURE_MAPS)}", feature_map)
+    require(is_real(topk) and 0 < topk <= 1, "topk must be a share of key blocks in (0, 1]", topk)
+    require(feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", feature_map)
     order: Order = Raster()
     if tile is not None:
-        require(block == (64, 64), "block is for raster order: a tile's tokens are the block", block)
+        require(block == (64, 64), "block must keep its default (64, 64) where tile is given", block, "leave it out, a tile is the block")
         order, block = _tiles(tile)
     keep = (TopK(topk), *_frames(first_frames))
     if scope == "none":

@@ -101,7 +101,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
     """What a layer runs for a spec and why."""
     crossover = context.crossovers.get(spec)
     with torch.no_grad():  # as in a pipeline
-        if context.leaves(spec):
+        if context.left_to_original(spec):
             return "original", f"faster here: {crossover}"
         guarded = f"; {crossover}" if crossover is not None and context.backend == "auto" else ""
     linear = lowering.has_states(spec)

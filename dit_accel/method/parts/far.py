@@ -1,4 +1,4 @@
-"""Few keys that stand for many, as a rest: one softmax over them and the kept keys."""
+"""Few keys in the place of many, as a rest: one softmax over them and the kept keys."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Pooled(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
         flag("log_count", self.log_count)
         flag("variance", self.variance)
 
@@ -43,7 +43,7 @@ class Pooled(Rest):
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
-        require(isinstance(spec.merge, Mass), "pooled keys merge by Mass()", spec.merge)
+        require(isinstance(spec.merge, Mass), "the merge of pooled keys must be Mass()", spec.merge)
 
     def __call__(self, call: Call) -> Partial:
         k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
@@ -66,12 +66,12 @@ class Downsampled(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
+        require(is_int(self.factor) and self.factor >= 2, "downsample must be None or an int >= 2", self.factor)
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
         plain_mass = isinstance(spec.merge, Mass) and not spec.merge.offset
-        require(plain_mass, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", spec.merge)
+        require(plain_mass, "the merge of down-sampled keys, whose learned weights scale them, must be Mass(offset=False)", spec.merge)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"spatial_weight": torch.full((self.factor, self.factor), 1 / self.factor**2)}

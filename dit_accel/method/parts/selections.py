@@ -25,7 +25,7 @@ class TopK(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
+        require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
 
@@ -60,8 +60,8 @@ class TopP(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.mass) and 0 < self.mass <= 1, "mass is a share of the softmax in (0, 1]", self.mass)
-        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most is a share of key blocks in (0, 1]", self.at_most)
+        require(is_real(self.mass) and 0 < self.mass <= 1, "mass must be a share of the softmax in (0, 1]", self.mass)
+        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most must be a share of key blocks in (0, 1]", self.at_most)
         check_part(self.score, Score, "score")
 
     @property
