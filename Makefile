@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 KERNELS := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test gpu-compile
+.PHONY: demo test figures gpu-compile
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp
@@ -15,6 +15,10 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest tests -n auto --dist worksteal --matrix docs/models.md
+
+# every table and picture that README and docs show: hours on two cores; FIGURES="step quality" makes some
+figures: .venv/test.stamp
+	$(BIN)/python benchmarks/figures.py $(FIGURES)
 
 # the GPU kernels under every Triton that is supported, for every architecture: hours on one core
 gpu-compile: .venv/test.stamp

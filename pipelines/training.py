@@ -1,5 +1,6 @@
 """What the trainers of the built-in models share: a run's state, its update, its loop and its files."""
 
+import argparse
 import copy
 import json
 import math
@@ -136,6 +137,19 @@ def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out:
     save_state(run, out / STATE)
 
 
+def add_run_arguments(command: argparse.ArgumentParser, minutes: float) -> None:
+    """What the commands that train have in common: data, out, budget, device, size of batches and seed."""
+    command.add_argument("data", type=Path, help="folder of drawings that the image model's `prepare` wrote, or the unpacked package")
+    command.add_argument("out", type=Path)
+    command.add_argument(
+        "--minutes", type=float, default=minutes, help="the whole budget, over all starts; on a CPU only its threads' work counts"
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--bf16", action="store_true", help="bfloat16 autocast; always on with CUDA; for CPUs with AVX-512 BF16 or AMX")
+    command.add_argument("--factor", type=int, default=1, help="this many times larger batches, for a device that has room")
+    command.add_argument("--seed", type=int, default=0)
+
+
 # Files
 
 
@@ -203,7 +217,7 @@ def load_state(run: Run, folder: Path) -> None:
 def load_weights(run: Run, saved: dict[str, Tensor]) -> None:
     """Copy a state's weights, average and projection into a run. Raises ValueError where one is missing."""
     targets = _weights(run)
-    if missing := sorted(set(targets) - set(saved)):
+    if missing := sorted(name for name, target in targets.items() if name not in saved or saved[name].shape != target.shape):
         raise ValueError(f"the state lacks {len(missing)} tensors of this model, like {missing[0]}: another model's, or a file is missing")
     with torch.no_grad():
         for name, target in targets.items():

@@ -31,6 +31,8 @@ from dit_accel.pipelines.training import MOST_DROPPED, Run, parameters
 RATES = (2e-3, 1e-3)
 PICTURE_KINDS: dict[Any, float] = {(32, 32): 0.5, (48, 32): 0.5}  # whole pictures, and windows of larger ones
 TOY_PICTURES = {"BATCH": dict.fromkeys(PICTURE_KINDS, 2), "SHIFT": {32: 1.5, 48: 1.5}, "PHASES": [(1.01, PICTURE_KINDS)]}
+CLIP_KINDS: dict[Any, float] = {(1, 32): 0.5, (5, 32): 0.5}
+TOY_CLIPS = {"BATCH": dict.fromkeys(CLIP_KINDS, 2), "SHIFT": dict.fromkeys(CLIP_KINDS, 1.5), "PHASES": [(1.01, CLIP_KINDS)]}
 Step = tuple[str, float, float]
 
 
@@ -81,8 +83,7 @@ def trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         toy: dict[str, Any] = TOY_PICTURES
         made = Trainer(pictures, begin_pictures, FluxPipeline)
     else:
-        kinds: dict[Any, float] = {(1, 32): 0.5, (5, 32): 0.5}
-        toy = {"BATCH": dict.fromkeys(kinds, 2), "SHIFT": dict.fromkeys(kinds, 1.5), "PHASES": [(1.01, kinds)]}
+        toy = TOY_CLIPS
         made = Trainer(videos, begin_videos, WanPipeline)
     for name, value in toy.items():
         monkeypatch.setattr(made.module, name, value)
@@ -241,6 +242,36 @@ def test_the_commands_make_a_pipeline_from_prepared_drawings(prepared: Path, tmp
     assert bool(trained.any())
 
 
+def test_the_video_commands_make_a_pipeline_with_the_image_models_autoencoder(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, other, out = tmp_path / "image", tmp_path / "other", tmp_path / "out"
+    for folder, seed in ((image, 0), (other, 1)):
+        made = pictures.make_pipeline(seed, num_single_layers=1)
+        made.vae.fit(torch.rand(400, 192, generator=torch.Generator().manual_seed(seed)))
+        training.save_pipeline(made, folder)
+    small = functools.partial(videos.make_pipeline, num_layers=1)
+    for name, value in (TOY_CLIPS | {"FITTED_ON": (32,) * 4, "SIZES": (64,), "make_pipeline": small}).items():
+        monkeypatch.setattr(videos, name, value)
+    command = ["run", str(prepared), str(out), "--minutes", "0.02", "--device", "cpu", "--bf16", "--factor", "2", "--image"]
+    for _ in range(2):  # the second takes no step
+        videos.main([*command, str(image)])
+    assert all(p.stat().st_size <= training.SHARD for p in out.rglob("*") if p.is_file())
+    state, numbers = training.read_state(out / training.STATE)
+    assert numbers["step"] > 0
+    videos.main(["export", str(out), str(tmp_path / "model"), "--image", str(image)])
+    loaded = WanPipeline.from_pretrained(tmp_path / "model")
+    for name, parameter in parameters(loaded).items():
+        if parameter.numel() < training.LARGE:
+            assert torch.equal(parameter, state[f"average.{name}"]), name
+    frames = FluxPipeline.from_pretrained(image).vae.state_dict()
+    assert all(torch.equal(value, frames[name]) for name, value in loaded.vae.frames.state_dict().items())
+    assert torch.equal(loaded.vae.basis, state["vae.basis"])
+    for refused in (command, ["export", str(out), str(tmp_path / "none"), "--image"]):
+        with pytest.raises(ValueError, match="the state was made with another image model: name that one's folder with --image"):
+            videos.main([*refused, str(other)])
+
+
 def test_a_decoder_whose_training_was_stopped_goes_on_as_if_it_had_not_been(
     renderings: Renderings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,8 +326,9 @@ def test_drawings_that_are_missing_are_named(tmp_path: Path) -> None:
 # Files
 
 
-def test_a_state_of_the_real_size_fits_its_files() -> None:
-    run = training.new_run(pictures.make_pipeline(0), random.Random(0), RATES)
+@pytest.mark.parametrize("module", [pictures, videos], ids=["pictures", "videos"])
+def test_a_state_of_the_real_size_fits_its_files(module: Any) -> None:
+    run = training.new_run(module.make_pipeline(0), random.Random(0), RATES)
     tensors = {f"{part}.{n}": p for part in ("model", "average") for n, p in parameters(run.pipe).items()}
     for number, optimizer in enumerate(run.optimizers):
         for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dit_accel import SLA, AttentionSpec, Fovea, accelerate, restore, summary
 from dit_accel.pipelines import training
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, CONCEPTS, Renderings, article
 from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabulary
+from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
@@ -35,11 +37,19 @@ def renderings() -> Renderings:
     return discs()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_clips() -> Iterator[None]:
+    """Axes over time are fitted to few clips."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "FITTED_ON", (128, 256) * 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pipe(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> WanPipeline:
     """Two blocks with noise in every weight, an autoencoder fitted to the discs, through a folder."""
     made = train.make_pipeline(0, num_layers=2)
-    train.fit_encoder(made, renderings, random.Random(0), count=8)
+    train.fit_encoder(made, renderings, random.Random(0))
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
     training.save_pipeline(made, folder)
@@ -148,17 +158,14 @@ def test_a_token_knows_its_place(pipe: WanPipeline) -> None:
     assert all(float(end.norm()) > 0.01 * float(small[:, 0, 0, 0].norm()) for end in ends)
 
 
-def test_an_untrained_transformer_hands_its_input_through() -> None:
+def test_the_velocity_follows_from_the_clean_latents_that_are_predicted() -> None:
+    """Before training they are zero, and the velocity is what comes in divided by its noise level, or by the least one."""
     transformer = train.make_pipeline(0, num_layers=1).transformer
-    last = transformer.condition_embedder.time_embedder.linear_2
-    for parameter in (transformer.scale_shift_table, transformer.blocks[0].scale_shift_table, last.weight, last.bias):
-        torch.nn.init.zeros_(parameter)  # what varies with time
-    x = torch.randn(1, transformer.config.in_channels, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, transformer.config.in_channels, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        (velocity,) = transformer(x, torch.tensor([500.0]), torch.zeros(1, 4, transformer.config.text_dim), return_dict=False)
-    share = float((velocity * x).sum() / x.square().sum())
-    assert 0.4 < share < 0.5
-    assert float((velocity - share * x).norm() / (share * x).norm()) < 0.1
+        (velocity,) = transformer(x, torch.tensor([500.0, 1.0]), torch.zeros(2, 4, transformer.config.text_dim), return_dict=False)
+    assert torch.allclose(velocity[0], x[0] / 0.5)
+    assert torch.allclose(velocity[1], x[1] / LEAST_SIGMA)
 
 
 # Captions and clips
@@ -168,7 +175,7 @@ def test_words() -> None:
     words = vocabulary()
     assert words[: len(picture_vocabulary())] == picture_vocabulary()
     assert len(set(words)) == len(words)
-    for phrase in (*map(article, NOUNS), *BACKGROUNDS, *MOTIONS, "a above below left of right of an on background"):
+    for phrase in (*map(article, NOUNS), *BACKGROUNDS, *MOTIONS, "a above below left of right of an on background still spinning"):
         assert set(phrase.split()) <= set(words), phrase
     assert set(NOUNS) <= set(CONCEPTS.values())
 
@@ -178,7 +185,7 @@ def test_every_word_of_a_caption_is_a_token(pipe: WanPipeline, renderings: Rende
     unknown = pipe.tokenizer.unk_token_id
     for frames in (1, 5):
         for _ in range(60):
-            _, caption = film(rng, renderings, frames, 16, 16, pairs=0.5)
+            _, caption = film(rng, renderings, frames, 16, 16)
             ids = pipe.tokenizer(caption).input_ids
             assert unknown not in ids, caption
             assert len(ids) <= TEXT_TOKENS, caption
@@ -197,7 +204,7 @@ def test_held_out_pairs_are_never_filmed(renderings: Renderings) -> None:
     kept = {(n, m) for n in NOUNS for m in MOTIONS if not held_out(n, m)}
     assert 0.03 < 1 - len(kept) / (len(NOUNS) * len(MOTIONS)) < 0.15
     for _ in range(300):
-        _, caption = film(rng, renderings, 2, 8, 8, pairs=0.0)
+        _, caption = film(rng, renderings, 2, 8, 8)
         thing = caption.split(" on a")[0]
         noun = next(n for n in NOUNS if n in thing)
         assert (noun, next(m for m in MOTIONS if m in thing)) in kept, caption
@@ -206,26 +213,19 @@ def test_held_out_pairs_are_never_filmed(renderings: Renderings) -> None:
 @pytest.mark.parametrize(
     ("motion", "attribute", "sign"),
     [("moving left", "columns", -1), ("moving right", "columns", 1), ("moving up", "rows", -1), ("moving down", "rows", 1),
-     ("growing", "sides", 1), ("shrinking", "sides", -1), ("spinning", "angles", 1)],
+     ("growing", "sides", 1)],
 )  # fmt: skip
 def test_paths_do_what_the_caption_says(motion: str, attribute: str, sign: int) -> None:
     path = moving(random.Random(0), motion, 17, (32.0, 32.0), 20.0, (64, 64))
-    for name in ("rows", "columns", "sides", "angles"):
+    for name in ("rows", "columns", "sides"):
         steps = getattr(path, name).diff()
         assert bool((steps * sign > 0).all()) if name == attribute else bool((steps == 0).all()), name
-
-
-def test_a_jump_ends_where_it_began() -> None:
-    path = moving(random.Random(0), "jumping", 17, (32.0, 32.0), 20.0, (64, 64))
-    assert path.rows[0] == path.rows[-1]
-    assert int(path.rows.argmin()) == 8
-    assert bool((path.columns == 32).all())
 
 
 def test_a_drawing_lands_on_its_path(renderings: Renderings) -> None:
     """The centre of what differs from a flat background follows the caption's direction."""
     rng = random.Random(1)
-    clips = [film(rng, renderings, 9, 64, 64, pairs=0.0) for _ in range(120)]
+    clips = [film(rng, renderings, 9, 64, 64) for _ in range(120)]
     pixels = next(p for p, caption in clips if "moving right" in caption)
     ink = (pixels - pixels[:, :1, :1, :1]).abs().amax(0) > 0.3  # [F, H, W]
     columns = torch.arange(64.0)
@@ -242,18 +242,25 @@ def small_autoencoder(renderings: Renderings) -> tuple[ClipAutoencoder, Tensor]:
     return vae, clips
 
 
-def test_the_projection_inverts_on_its_subspace(renderings: Renderings) -> None:
-    vae, clips = small_autoencoder(renderings)
-    groups = vae.group(clips)
+@pytest.mark.parametrize("channels", [32, 64])
+def test_the_projection_inverts_on_its_subspace(channels: int) -> None:
+    vae = ClipAutoencoder(z_dim=channels, refine_width=0, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
     torch.manual_seed(0)
-    within = torch.randn(500, 32) @ torch.randn(32, 64)
+    within = torch.randn(500, channels) @ torch.randn(channels, 64)
     vae.fit(within)
     spread = (within - vae.mean) @ vae.basis.T / vae.deviation
     assert float(spread.square().mean()) == pytest.approx(1.0, abs=1e-2)
     assert bool((spread.std(0).diff() <= 1e-3).all())
     latents = torch.einsum("kp,mp->mk", vae.basis, within - vae.mean) / vae.deviation
-    assert torch.allclose(vae.ungroup(latents.view(500, 32, 1, 1, 1)).flatten(1), within, atol=1e-3)
-    assert groups.shape == (6, 64, 3, 8, 8)
+    assert torch.allclose(vae.ungroup(latents.view(500, channels, 1, 1, 1)).flatten(1), within, atol=1e-3)
+
+
+def test_four_frames_in_one_lose_nothing(renderings: Renderings) -> None:
+    vae, clips = small_autoencoder(renderings)
+    vae.fit(vae.group(clips).transpose(0, 1).flatten(1).T)
+    groups, latents = vae.group(clips), vae.encode(clips).latents
+    assert groups.shape == latents.shape == (6, 64, 3, 8, 8)
+    assert torch.allclose(vae.ungroup(latents), groups, atol=1e-4)
 
 
 def test_the_first_frame_stands_alone(pipe: WanPipeline, renderings: Renderings) -> None:

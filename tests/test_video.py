@@ -32,7 +32,9 @@ SMALL = ["--size", "128x96", "--max-sequence-length", TEXT_TOKENS, "--steps", 2]
 def model(renderings: Renderings, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
     """A folder with the built-in video model's parts around one random block."""
     made = train.make_pipeline(0, num_layers=1)
-    train.fit_encoder(made, renderings, random.Random(0), count=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "FITTED_ON", (128, 256) * 2)
+        train.fit_encoder(made, renderings, random.Random(0))
     fill_randomly(made.transformer)
     folder = tmp_path_factory.mktemp("video") / "model"
     training.save_pipeline(made, folder)

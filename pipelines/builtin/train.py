@@ -28,20 +28,31 @@ from dit_accel.pipelines.builtin.components import make_pipeline
 from dit_accel.pipelines.builtin.decoder import DECODER, load_decoder, train_decoder
 from dit_accel.pipelines.builtin.drawings import SIZES, Renderings, compose, prepare, render
 from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
-from dit_accel.pipelines.training import STATE, Run, load_state, load_weights, new_run, read_state, save_pipeline, train, update
+from dit_accel.pipelines.training import (
+    STATE,
+    Run,
+    add_run_arguments,
+    load_state,
+    load_weights,
+    new_run,
+    read_state,
+    save_pipeline,
+    train,
+    update,
+)  # fmt: skip
 
 Kind = tuple[int, int]  # pixels of a picture's longer side, and of the window of it that is trained on
-GUIDANCE_FROM = 0.80  # share of the budget after which the guidance embedding is trained
-BATCH: dict[Kind, int] = {(128, 128): 48, (256, 256): 14, (512, 256): 14, (512, 512): 4, (1024, 512): 4, (1024, 1024): 1}
+GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained
+BATCH: dict[Kind, int] = {(128, 128): 48, (256, 256): 14, (512, 512): 4, (1024, 512): 4, (1024, 1024): 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
 FITTED_ON = (128, 256, 512, 1024) * 24  # sides of the pictures that the projection is fitted to
 RATES = (2e-3, 1e-3)  # Muon's and AdamW's learning rates
 # (share of the budget at which the phase ends, how often each kind is drawn)
 PHASES: list[tuple[float, dict[Kind, float]]] = [
-    (0.03, {(128, 128): 0.6, (256, 256): 0.4}),
-    (0.08, {(128, 128): 0.2, (256, 256): 0.5, (512, 256): 0.1, (512, 512): 0.2}),
-    (0.50, {(128, 128): 0.1, (256, 256): 0.3, (512, 256): 0.1, (512, 512): 0.3, (1024, 512): 0.15, (1024, 1024): 0.05}),
-    (1.01, {(128, 128): 0.05, (256, 256): 0.2, (512, 512): 0.4, (1024, 512): 0.15, (1024, 1024): 0.2}),
+    (0.04, {(128, 128): 0.6, (256, 256): 0.4}),
+    (0.28, {(128, 128): 0.12, (256, 256): 0.53, (512, 512): 0.3, (1024, 512): 0.05}),
+    (0.60, {(128, 128): 0.05, (256, 256): 0.28, (512, 512): 0.35, (1024, 512): 0.22, (1024, 1024): 0.1}),
+    (1.01, {(256, 256): 0.18, (512, 512): 0.37, (1024, 512): 0.25, (1024, 1024): 0.2}),
 ]
 
 
@@ -72,9 +83,9 @@ def draw_batch(run: Run, renderings: Renderings, progress: float, factor: int = 
     if size >= 256 and rng.random() < 0.10:  # FluxPipeline pads text to 512 unless told otherwise
         text = rng.choice([32, 64, 128, 512])
         count = max(1, count // 2) if text == 512 else count
-    side, ratio = size // 16, rng.choice([1, 1, 1, 1, 1.5, 1 / 1.5]) if window == size else 1
+    side, ratio = size // 16, rng.choice([1] * 8 + [1.5, 1 / 1.5]) if window == size else 1
     height, width = round(side / math.sqrt(ratio)), round(side * math.sqrt(ratio))
-    share = 0.2 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
+    share = 0.15 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
     pairs = [compose(rng, renderings, height * 16, width * 16, pairs=share) for _ in range(count)]
     pixels, ids = torch.stack([pixels for pixels, _ in pairs]), raster(height, width)
     if window < size:
@@ -222,17 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.set_defaults(call=lambda args: prepare(args.fluent, args.data))
     for name, call, minutes in (("run", run_training, 600.0), ("decoder", run_decoder, 60.0)):
         command = commands.add_parser(name, help=call.__doc__)
-        command.add_argument("data", type=Path, help="folder that `prepare` wrote, or FLUENT")
-        command.add_argument("out", type=Path)
-        command.add_argument(
-            "--minutes", type=float, default=minutes, help="the whole budget, over all starts; on a CPU only its threads' work counts"
-        )
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument(
-            "--bf16", action="store_true", help="bfloat16 autocast; always on with CUDA; for CPUs with AVX-512 BF16 or AMX"
-        )
-        command.add_argument("--factor", type=int, default=1, help="this many times larger batches, for a device that has room")
-        command.add_argument("--seed", type=int, default=0)
+        add_run_arguments(command, minutes)
         command.set_defaults(call=call)
     command = commands.add_parser("export", help=export.__doc__)
     command.add_argument("out", type=Path)

@@ -1,10 +1,11 @@
 """The built-in video model's autoencoder: the image model's, frame by frame, and a projection of four frames to one by PCA.
 
-Each 8×8 patch of a frame has 16 coefficients in the image model's encoder. Those of one place in four successive frames, 64 numbers, are
-projected onto their 32 directions of largest variance; the first frame of a clip stands alone, as if it had been there four times. The
-encoder is linear and found without training. Decoding, a small network adds to the transposed projection what the neighbours in time and
-space tell of the lost directions (its last layer starts at zero), and the image model's decoder makes pixels of the frames. `WanPipeline`
-finds what it reads of a video autoencoder: the factors of time and space in the configuration, latents that need no further scaling.
+Each 8×8 patch of a frame has 8 or 16 coefficients in the image model's encoder. Those of one place in four successive frames are turned
+onto their directions of largest variance, all of them or the `z_dim` largest; the first frame of a clip is alone, as if it had been there
+four times. The encoder is linear and found without training. Decoding, the transposed projection gives the coefficients back, and the
+image model's decoder makes pixels of the frames. Where directions are lost, a small network (`refine_width` channels wide, none where that
+is 0) adds what the neighbours in time and space tell of them. `WanPipeline` finds what it reads of a video autoencoder: the factors of time
+and space in the configuration, latents that need no further scaling.
 """
 
 from types import SimpleNamespace
@@ -57,15 +58,15 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("basis", torch.zeros(z_dim, values))
         self.register_buffer("deviation", torch.ones(z_dim))
-        last = nn.Conv3d(refine_width, values, 1)
-        nn.init.zeros_(last.weight)
-        last.bias = nn.Parameter(torch.zeros(values))
-        self.refine = nn.Sequential(
-            nn.Conv3d(z_dim, refine_width, 3, padding=1), ResidualBlock(refine_width), ResidualBlock(refine_width), nn.SiLU(), last
-        )
+        self.refine: nn.Sequential | None = None
+        if refine_width:
+            last = nn.Conv3d(refine_width, values, 1)
+            self.refine = nn.Sequential(
+                nn.Conv3d(z_dim, refine_width, 3, padding=1), ResidualBlock(refine_width), ResidualBlock(refine_width), nn.SiLU(), last
+            )
 
     def fit(self, groups: Tensor) -> None:
-        """Set the projection from sample groups `[M, 64]` (frame, coefficient order), by PCA.
+        """Set the projection from sample groups `[M, 4·frame_channels]` (frame, coefficient order), by PCA.
 
         Channels keep their share of the coarsest one's deviation to the power of 0.35, and a mean variance of one over all. With the
         image model's square root, colour would be ten times louder than detail, and the transformer's norms, which divide a token by its
@@ -80,12 +81,12 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
         self.deviation.copy_(deviation / kept * kept.square().mean().sqrt())
 
     def group(self, x: Tensor) -> Tensor:
-        """Coefficients `[B, 64, k + 1, H/8, W/8]` of pixels. Raises ValueError unless there are 4k + 1 frames."""
+        """Coefficients `[B, 4·frame_channels, k + 1, H/8, W/8]` of pixels. Raises ValueError unless there are 4k + 1 frames."""
         count = x.shape[2]
         if count % GROUP != 1:
             raise ValueError(f"wanted {GROUP}k + 1 frames, got {count}")
         x = torch.cat([x[:, :, :1].expand(-1, -1, GROUP - 1, -1, -1), x], 2)
-        latents = self.frames.encode(x.transpose(1, 2).flatten(0, 1)).latents  # [B·F, 16, h, w]
+        latents = self.frames.encode(x.transpose(1, 2).flatten(0, 1)).latents  # [B·F, frame_channels, h, w]
         coefficients = latents * self.frames.deviation.view(1, -1, 1, 1)
         return coefficients.reshape(x.shape[0], -1, GROUP * latents.shape[1], *latents.shape[2:]).transpose(1, 2)
 
@@ -97,13 +98,14 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
         return SimpleNamespace(latents=latents, latent_dist=dist)
 
     def ungroup(self, z: Tensor) -> Tensor:
-        """Coefficients `[B, 64, k + 1, H/8, W/8]` of latents."""
+        """Coefficients `[B, 4·frame_channels, k + 1, H/8, W/8]` of latents."""
         projected = torch.einsum("kp,bkthw->bpthw", self.basis, z * self.deviation.view(1, -1, 1, 1, 1))
-        return projected + self.mean.view(1, -1, 1, 1, 1) + self.refine(z)
+        projected = projected + self.mean.view(1, -1, 1, 1, 1)
+        return projected if self.refine is None else projected + self.refine(z)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Pixels of latents."""
-        groups = self.ungroup(z).transpose(1, 2).unflatten(2, (GROUP, -1))  # [B, k + 1, 4, 16, h, w]
+        groups = self.ungroup(z).transpose(1, 2).unflatten(2, (GROUP, -1))  # [B, k + 1, 4, frame_channels, h, w]
         latents = (groups / self.frames.deviation.view(1, 1, 1, -1, 1, 1)).flatten(1, 2)[:, GROUP - 1 :]
         # one frame at a time: the decoder's widest layer takes 64 times a frame's latents
         frames = [self.frames.decode(frame).sample for frame in latents.unbind(1)]

@@ -3,18 +3,22 @@
 Wan numbers rows and columns 0, 1, 2, ...; a model trained at one size then reads a larger clip as a larger scene. Here row and column k of
 a grid whose longer side has n tokens stand at (k + 1/2)·32/n − 1/2, as in the built-in image model; at 512 pixels (n = 32) and in time they
 are unchanged. Rotary positions tell tokens only where they are from one another, which takes a large model to make a scene of (FLUX has its
-text at the origin). So the patch embedding adds a token's place. The blocks, and their attention, are Wan's.
+text at the origin). So the patch embedding adds a token's place. With `predicts_clean` the blocks predict the clean latents, from which the
+velocity follows, as the image model's do. The blocks, and their attention, are Wan's.
 """
 
-import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks ModelMixin up in a component's own module
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
+
+from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
 
 CANVAS = 32
 THETA = 10000.0
@@ -68,13 +72,27 @@ class PlacedPatches(nn.Conv3d):
 
 
 class BuiltinWanTransformer3DModel(WanTransformer3DModel):
-    """`WanTransformer3DModel` with `StretchedRotary` and `PlacedPatches`; everything else is inherited."""
+    """`WanTransformer3DModel` with `StretchedRotary` and `PlacedPatches`; see above for `predicts_clean`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config = self.config
-        self.rope = StretchedRotary(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-        inner = config.num_attention_heads * config.attention_head_dim
-        self.patch_embedding = PlacedPatches(config.in_channels, inner, tuple(config.patch_size))
+    @register_to_config
+    def __init__(
+        self, patch_size: tuple[int, int, int] = (1, 2, 2), num_attention_heads: int = 40, attention_head_dim: int = 128,
+        in_channels: int = 16, out_channels: int = 16, text_dim: int = 4096, freq_dim: int = 256, ffn_dim: int = 13824,
+        num_layers: int = 40, cross_attn_norm: bool = True, qk_norm: str | None = "rms_norm_across_heads", eps: float = 1e-6,
+        image_dim: int | None = None, added_kv_proj_dim: int | None = None, rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None, predicts_clean: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim, ffn_dim, num_layers,
+            cross_attn_norm, qk_norm, eps, image_dim, added_kv_proj_dim, rope_max_seq_len, pos_embed_seq_len,
+        )  # fmt: skip
+        self.rope = StretchedRotary(attention_head_dim, patch_size, rope_max_seq_len)
+        self.patch_embedding = PlacedPatches(in_channels, num_attention_heads * attention_head_dim, patch_size)
 
-    functools.update_wrapper(__init__, WanTransformer3DModel.__init__)  # diffusers reads the configuration's keys from the signature
+    def forward(self, hidden_states: Tensor, timestep: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Velocities of latents `[B, C, F, H', W']` at time steps [B], which are noise levels times 1000."""
+        out = super().forward(hidden_states, timestep, *args, return_dict=False, **kwargs)[0]
+        if getattr(self.config, "predicts_clean", False):
+            sigma = (timestep.float() / 1000).clamp_min(LEAST_SIGMA).view(-1, 1, 1, 1, 1)
+            out = ((hidden_states.float() - out.float()) / sigma).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)

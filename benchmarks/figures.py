@@ -1,0 +1,201 @@
+"""Make what README and docs show: every table and picture, from one machine and the code as it is.
+
+    make figures                                  (hours on two cores)
+    python benchmarks/figures.py step quality     (some of them)
+    python benchmarks/figures.py --tables         (the tables alone, from the files that are here)
+
+Each figure is a few commands and the files that they leave; files are replaced when all of a figure's commands have ended well. The tables
+of README.md, each after a line `<!-- table: NAME -->`, are written from the JSON files next to this one (`tables.py`).
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tables import TABLES, fill, read
+
+from dit_accel.files import write_bytes, write_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = "a panda moving left on a blue background"
+GHOST = "a ghost on a green background"
+LEARN = (  # from clips of the model's own
+    "distill --prompts clips.txt --held-out held-out.txt --frames 17 --size 512x512 --sampling-steps 4 --guidance 3 "
+    "--max-sequence-length 24 --train attention --optimizer muon"
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Arguments of Python, one list per command, run in an empty folder; and for each file that they leave where it is kept."""
+
+    commands: tuple[tuple[str, ...], ...]
+    files: dict[str, str]
+    prepare: Callable[[Path], None] | None = None  # writes what the commands read
+    finish: Callable[[Path], None] | None = None  # changes what they wrote
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Arguments of Python for a `dit-accel` command, quoted as in a shell."""
+    return ("-m", "dit_accel.cli", *shlex.split(text))
+
+
+def captions(folder: Path) -> None:
+    """400 captions as the demo makes them, its held-out ones last, and the four of the evaluation."""
+    from dit_accel.measure.demo import HELD_OUT, training_prompts
+
+    (folder / "400.txt").write_text("\n".join([*training_prompts(400, HELD_OUT), *HELD_OUT]) + "\n")
+    (folder / "4.txt").write_text("\n".join(training_prompts(4, HELD_OUT)) + "\n")
+
+
+def clips(folder: Path) -> None:
+    """The captions of the clips that the video adapters learn from, and those of the held-out ones."""
+    pairs = [
+        f"a {thing} moving {way} on a pink background" for thing in ("cat", "car", "ghost", "rocket") for way in ("left", "up", "down")
+    ]
+    (folder / "clips.txt").write_text("\n".join(pairs) + "\n")
+    (folder / "held-out.txt").write_text("a panda moving left on a blue background\na star moving up on a gray background\n")
+
+
+def add_errors(folder: Path) -> None:
+    """Write the adapters' held-out errors, from their own records, to the rows of video.json, and what is drawn there in words."""
+    record = read(folder / "video.json")
+    fovea, sla = (read(folder / name / "adapter" / "dit_accel_config.json")["training"] for name in ("fovea", "sla"))
+    before, after = "held_out_error_before", "held_out_error_after"
+    errors = [
+        {"held_out_error": fovea[before]},
+        {"held_out_error": fovea[after]},
+        {"held_out_error": sla[after], "untrained_error": sla[before]},
+    ]
+    names = ("Fovea 10 %, untrained", "Fovea 10 %, distilled", "SLA 5 %, distilled")
+    record["rows"] = [row | {"name": name} | error for row, name, error in zip(record["rows"], names, errors, strict=True)]
+    write_json(folder / "video.json", record)
+
+
+def gather_errors(folder: Path) -> None:
+    """Write evaluate.json: the velocity errors of both methods and of the original in bfloat16."""
+    found = {name: read(folder / name / "results.json") for name in ("fovea", "clear")}
+    errors = [("Fovea 5 %", "fovea", "method"), ("CLEAR radius 8", "clear", "method"), ("the original in bfloat16", "fovea", "bfloat16")]
+    rows = [{"name": name} | found[folder_name]["measures"][side]["velocity_error"] for name, folder_name, side in errors]
+    write_json(folder / "evaluate.json", {"machine": found["fovea"]["machine"], "prompts": found["fovea"]["prompts"], "rows": rows})
+
+
+def draw_all(folder: Path) -> None:
+    """Write recovery.png, the curves of all four files."""
+    from dit_accel.finetune.curve import draw_recovery
+
+    names = {"parameters": "own parameters", "lora": "LoRA", "attention": "weights"}
+    record, rows = read(folder / "recovery.json"), []
+    for name, label in (("", ""), ("-400", ", 400 prompts"), ("-400-fovea", ", 400 prompts"), ("-30", ", 60 prompts")):
+        rows += [row | {"train": names[row["train"]] + label} for row in read(folder / f"recovery{name}.json")["rows"]]
+    write_bytes(folder / "recovery.png", draw_recovery(record | {"rows": rows}))
+
+
+def shrink(source: str, side: int) -> tuple[str, ...]:
+    """Python that writes a picture to picture.jpg with no side above `side` pixels."""
+    return ("-c", f"from PIL import Image; i = Image.open({source!r}).convert('RGB'); i.thumbnail(({side}, {side})); i.save('picture.jpg')")
+
+
+def recovery(name: str, options: str) -> tuple[str, ...]:
+    """`dit-accel bench recovery` to a file of its own."""
+    return words(f"bench recovery --optimizer muon --out {name}.json {options}")
+
+
+FIGURES: dict[str, Figure] = {
+    "step": Figure(
+        (words(
+            "bench step --size 512x512 --size 1024x1024 --size 2048x2048 --size 4096x4096 --method fovea --method fovea:radius=8 "
+            "--method clear:8 --method sla:0.1 --out step.json"
+        ),),
+        {"step.json": "benchmarks/step.json"},
+    ),
+    "kernels": Figure((words("bench kernels --repeats 3 --out kernels.json"),), {"kernels.json": "benchmarks/kernels.json"}),
+    "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
+    "recovery": Figure(
+        (
+            recovery("recovery", "--minutes 4 --pictures 2"),
+            recovery("recovery-30", "--minutes 30 --train attention --method clear:8"),
+            recovery("recovery-400", "--minutes 20 --train attention --method clear:8 --method sla:0.05 --held-out 2 --prompts 400.txt"),
+            recovery("recovery-400-fovea", "--minutes 9.5 --train attention --method fovea:0.05 --held-out 2 --prompts 400.txt"),
+        ),
+        {f"{name}.json": f"benchmarks/{name}.json" for name in ("recovery", "recovery-30", "recovery-400", "recovery-400-fovea")}
+        | {"recovery.png": "samples/recovery.png"},
+        captions,
+        draw_all,
+    ),
+    "evaluate": Figure(
+        tuple(words(f"evaluate --prompts 4.txt --method {m} --size 512x512 --steps 8 --out {m[:5]}") for m in ("fovea:0.05", "clear:8")),
+        {"evaluate.json": "benchmarks/evaluate.json"},
+        captions,
+        gather_errors,
+    ),
+    "demo": Figure((words("demo --out demo"),), {"demo/sheet.jpg": "samples/demo.jpg"}),
+    "hires": Figure(
+        (
+            words(f"generate '{GHOST}' --hires --size 4096x4096 --base 256 --strength 0.2 --seed 2 --out ghost.png"),
+            shrink("ghost.png", 512),
+            words("bench step --size 4096x4096 --method fovea:0.05 --repeats 1 --out step-4096.json"),
+        ),
+        {"picture.jpg": "samples/high-resolution.jpg", "step-4096.json": "benchmarks/step-4096.json"},
+    ),
+    "video": Figure(
+        (
+            (str(ROOT / "samples" / "video.py"), "60"),
+            words(f"{LEARN} --method fovea:0.1,tile=2x8x8 --learning-rate 3e-4 --steps 60 --out fovea"),
+            words(f"{LEARN} --method sla:0.05,tile=4x4x4 --learning-rate 6e-4 --steps 90 --out sla"),
+            words(
+                f"bench draw '{CLIP}' --frames 17 --size 768x768 --steps 6 --guidance 3 --method fovea:0.1,tile=2x8x8 "
+                "--adapter fovea/adapter --adapter sla/adapter --max-sequence-length 24 --out video.json"
+            ),
+        ),
+        {"video/video.gif": "samples/video.gif", "video.json": "benchmarks/video.json"},
+        clips,
+        add_errors,
+    ),
+    "sheets": Figure(
+        (
+            ("-m", "dit_accel.pipelines.builtin.look", "sheet", "pictures.jpg", "builtin", "--size", "512", "--size", "1024"),
+            ("-m", "dit_accel.pipelines.builtin_video.look", "sheet", "clips.jpg", "builtin"),
+        ),
+        {"pictures.jpg": "pipelines/builtin/weights/sample.jpg", "clips.jpg": "pipelines/builtin_video/weights/sample.jpg"},
+    ),
+}  # fmt: skip
+
+
+def make(name: str) -> None:
+    """Run a figure's commands in an empty folder, and keep their files. Raises RuntimeError where a command fails: nothing is replaced."""
+    figure = FIGURES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        if figure.prepare:
+            figure.prepare(Path(folder))
+        for command in figure.commands:
+            print(f"{name}: {' '.join(command)}", flush=True)
+            if status := subprocess.run([sys.executable, *command], cwd=folder).returncode:
+                raise RuntimeError(f"{name}: the command above ended with status {status}; its files are as they were")
+        if figure.finish:
+            figure.finish(Path(folder))
+        for made, kept in figure.files.items():
+            shutil.copyfile(Path(folder) / made, ROOT / kept)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)}; all unless given")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    args = parser.parse_args(arguments)
+    if wrong := sorted(set(args.names) - set(FIGURES)):
+        parser.error(f"no figure is called {wrong[0]!r}: {', '.join(FIGURES)}")
+    for name in [] if args.tables else args.names or FIGURES:
+        make(name)
+    page = ROOT / "README.md"
+    write_text(page, fill(page.read_text(), {name: table(ROOT / "benchmarks") for name, table in TABLES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The tables of README.md, from the JSON files in this folder; each function is given the folder and gives the table's lines."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+METHODS = {  # a spec as the files name it -> its name in the step table
+    "TopK(density=0.05, correct_short=True) + Pooled() + Mass() + Tiles()": "Fovea 5 %",
+    "DiscBlocks(radius=8) + Pooled() + Mass() + Tiles()": "Fovea radius 8",
+    "Disc(radius=8) + Tiles()": "CLEAR radius 8",
+    "TopK(density=0.1) + Linear() + Residual() + Raster()": "SLA 10 %",
+}
+KERNELS = {"dense: Fovea density 1": "everything kept (Fovea density 1)"}
+HIDDEN_KERNELS = ("dense: SLA density 1, no linear branch", "dense: CLEAR past the grid")
+PRESETS = {  # preset of the quality file -> its name in the table; bold ones need no training
+    "top-k 5 %, tiles": "top-k 5 %, tiles", "SLA 10 %": "SLA 10 %", "CLEAR radius 8": "CLEAR radius 8",
+    "CLEAR radius 16": "CLEAR radius 16", "GNA window 17": "GNA window 17", "Fovea 2 %": "**Fovea 2 %**", "Fovea 5 %": "**Fovea 5 %**",
+    "Fovea radius 8": "**Fovea radius 8**", "Fovea 5 % without log n": "Fovea 5 % without `log n`",
+    "Fovea 5 %, raster order": "Fovea 5 % in raster order",
+}  # fmt: skip
+TRAINED = {"fovea:0.05": "Fovea 5 %", "clear:8": "CLEAR radius 8", "sla:0.05": "SLA 5 %"}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON file."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    made = [[f" {cell} " if cell else " " for cell in row] for row in [head, *rows]]
+    made.insert(1, ["---"] * len(head))
+    return "\n".join(f"|{'|'.join(row)}|" for row in made)
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """A number with so many digits that count: 0.91, 2.62, 13.5, 194."""
+    places = digits - 1 - (len(str(int(value))) - 1 if value >= 1 else 0)
+    return f"{value:.{max(0, places)}f}"
+
+
+def seconds(value: float) -> str:
+    """37 ms, 1.34 s, 22.2 s."""
+    return f"{round(value * 1000)} ms" if value < 0.9995 else f"{figures(value)} s"
+
+
+def times(value: float, places: int) -> str:
+    """1.9×, 27×."""
+    return f"{value:.{places if value < 9.95 else 0}f}×"
+
+
+def step(folder: Path) -> str:
+    """Seconds of a step by method and size, and attention's share."""
+    rows = read(folder / "step.json")["rows"]
+    sizes = list(dict.fromkeys(tuple(row["size"]) for row in rows))
+    first = {tuple(row["size"]): row for row in rows}
+
+    def original(row: dict[str, Any]) -> str:
+        value = row["original"]
+        return f"{figures(value) if value >= 1 else f'{value:.2f}'} s ({row['original_share']:.0%})".replace("%", " %")
+
+    def cell(row: dict[str, Any]) -> str:
+        ratio = row["original"] / row["accelerated"]
+        text = f"{figures(ratio) if ratio >= 1 else f'{ratio:.2f}'}×"
+        return f"{f'**{text}**' if ratio < 1 else text} ({row['accelerated_share']:.0%})".replace("%)", " %)")
+
+    made = [["original", *(original(first[size]) for size in sizes)]]
+    for spec, name in METHODS.items():
+        made.append([name, *(cell(next(r for r in rows if r["method"] == spec and tuple(r["size"]) == size)) for size in sizes)])
+    return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made)
+
+
+def kernels(folder: Path) -> str:
+    """Time of the operator against SDPA's."""
+    made = []
+    for row in read(folder / "kernels.json")["rows"]:
+        if row["method"] in HIDDEN_KERNELS:
+            continue
+        name = KERNELS.get(row["method"], row["method"]) + (f", {row['text']} text tokens" if row["text"] else "")
+        ratios = [times(row[key], 1 if row["tokens"] <= 4096 else 0) for key in ("ratio", "ideal")]
+        made.append([name, f"{row['tokens']:,}", row["pass"], seconds(row["sdpa_seconds"]), seconds(row["seconds"]), *ratios])
+    return lines(["operator", "tokens", "pass", "SDPA", "ours", "ratio", "ideal"], made)
+
+
+def recovery(folder: Path) -> str:
+    """Errors by method and by what is trained."""
+    few = read(folder / "recovery.json")["rows"]
+    many = [row for name in ("recovery-400", "recovery-400-fovea") for row in read(folder / f"{name}.json")["rows"]]
+
+    def cell(rows: list[dict[str, Any]], method: str, train: str) -> str:
+        row = next(r for r in rows if (r["method"], r["train"]) == (method, train))
+        return "none" if "impossible" in row else f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
+
+    made = []
+    for method, name in TRAINED.items():
+        last = next(r for r in many if r["method"] == method)
+        cells = [cell(few, method, train) for train in ("parameters", "lora", "attention")] + [cell(many, method, "attention")]
+        made.append([name, f"{last['error_untrained']:.3f}", *cells, f"{last['psnr']['untrained']:.1f} → {last['psnr']['after']:.1f}"])
+    return lines(["method", "untrained", "own parameters", "LoRA", "attention's weights", "weights, 400 prompts", "PSNR, dB"], made)
+
+
+def quality(folder: Path) -> str:
+    """Errors without any training."""
+    presets = read(folder / "quality.json")["presets"]
+    made = []
+    for preset, name in PRESETS.items():
+        row = presets[preset]
+        shares = [f"{row[key]:.1%}".replace("%", " %") for key in ("density_kept", "multiply_adds")]
+        made.append([name, *(f"{row[key]:.3f}" for key in ("attention_error", "velocity_error")), f"{row['kept_mass']:.2f}", *shares])
+    return lines(["method", "attention error", "velocity error", "softmax mass kept", "density kept", "multiply-adds"], made)
+
+
+def video(folder: Path) -> str:
+    """Seconds of whole videos, and how close they are to the original's."""
+    rows = read(folder / "video.json")["rows"]
+    made = [["original", figures(rows[0]["original"]), *[""] * 4]]
+    for row in rows:
+        error = f"{row['held_out_error']:.3f}" + (f" (untrained {row['untrained_error']:.3f})" if "untrained_error" in row else "")
+        ratio = f"{row['original'] / row['accelerated']:.2f}×"
+        made.append([row["name"], figures(row["accelerated"]), ratio, f"{row['psnr']:.1f}", f"{row['change']:.2f}", error])
+    return lines(["method", "seconds", "ratio", "PSNR, dB", "change", "held-out velocity error"], made)
+
+
+def evaluate(folder: Path) -> str:
+    """Errors of the prediction with their intervals."""
+    rows = read(folder / "evaluate.json")["rows"]
+    return lines(["", "velocity error"], [[row["name"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for row in rows])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "step": step,
+    "kernels": kernels,
+    "recovery": recovery,
+    "quality": quality,
+    "video": video,
+    "evaluate": evaluate,
+}
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with each table after its marker replaced. Raises ValueError where a page has no place for one."""
+    for name, table in tables.items():
+        marker = f"<!-- table: {name} -->\n"
+        if page.count(marker) != 1:
+            raise ValueError(f"README.md has {page.count(marker)} places for the table {name!r}: write {marker.strip()!r} above it, once")
+        before, after = page.split(marker)
+        page = before + marker + table + "\n" + re.sub(r"\A(\|[^\n]*\n)*", "", after)
+    return page

@@ -1,0 +1,115 @@
+"""What README and docs show is what the files of the last measurements say, and all of it is made by one command."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import ROOT
+from test_readme import PAGES, understand
+
+
+@pytest.fixture(scope="module")
+def figures() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("figures")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_the_readmes_tables_are_the_files(figures: Any) -> None:
+    page = (ROOT / "README.md").read_text()
+    made = {name: table(ROOT / "benchmarks") for name, table in figures.TABLES.items()}
+    assert figures.fill(page, made) == page
+
+
+def test_a_table_that_is_older_than_its_file_is_replaced(figures: Any, tmp_path: Path) -> None:
+    for file in (ROOT / "benchmarks").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    record = json.loads((tmp_path / "quality.json").read_text())
+    record["presets"]["Fovea 5 %"]["attention_error"] = 0.987
+    (tmp_path / "quality.json").write_text(json.dumps(record))
+    page = (ROOT / "README.md").read_text()
+    changed = figures.fill(page, {"quality": figures.TABLES["quality"](tmp_path)})
+    before, after = page.splitlines(), changed.splitlines()
+    assert len(before) == len(after)
+    assert [line for line in after if line not in before] == ["| **Fovea 5 %** | 0.987 | 0.098 | 0.43 | 4.7 % | 7.0 % |"]
+
+
+def test_a_page_without_a_place_for_a_table_is_refused(figures: Any) -> None:
+    with pytest.raises(ValueError, match=r"has 0 places for the table 'step': write '<!-- table: step -->' above it, once"):
+        figures.fill("nothing", {"step": "| a |"})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0371, "37 ms"), (0.9994, "999 ms"), (1.3359, "1.34 s"), (22.17, "22.2 s"), (193.8, "194 s")]
+)
+def test_seconds(figures: Any, value: float, shown: str) -> None:
+    assert sys.modules["tables"].seconds(value) == shown
+
+
+def test_every_picture_and_measurement_that_is_kept_is_made(figures: Any) -> None:
+    made = {kept for figure in figures.FIGURES.values() for kept in figure.files.values()}
+    shown = {(page.parent / name).resolve() for page in PAGES for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
+    kept = {*shown, *(ROOT / "benchmarks").glob("*.json"), *(ROOT / "pipelines").glob("*/weights/*.jpg")}
+    assert {str(path.relative_to(ROOT)) for path in kept} == made
+    assert all((ROOT / name).is_file() for name in made)
+
+
+def test_every_command_is_understood(figures: Any) -> None:
+    commands = [command[2:] for figure in figures.FIGURES.values() for command in figure.commands if command[1] == "dit_accel.cli"]
+    assert len(commands) > 10
+    for command in commands:
+        understand(list(command))
+
+
+def test_a_command_that_fails_replaces_nothing(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    write = ("-c", "open('a.json', 'w').write('new')")
+    monkeypatch.setitem(figures.FIGURES, "good", figures.Figure((write,), {"a.json": "a.json"}))
+    monkeypatch.setitem(figures.FIGURES, "bad", figures.Figure((write, ("-c", "raise SystemExit(3)")), {"a.json": "a.json"}))
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(RuntimeError, match="bad: the command above ended with status 3; its files are as they were"):
+        figures.make("bad")
+    assert (tmp_path / "a.json").read_text() == "old"
+    figures.make("good")
+    assert (tmp_path / "a.json").read_text() == "new"
+
+
+def test_what_the_commands_leave_is_put_together(figures: Any, tmp_path: Path) -> None:
+    """Errors of the adapters and evaluations, as the commands write them, come into the files that the tables are made from."""
+    adapters = {"fovea": (0.06, 0.04), "sla": (0.15, 0.11)}
+    for name, (before, after) in adapters.items():
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        training = {"held_out_error_before": before, "held_out_error_after": after}
+        (tmp_path / name / "adapter" / "dit_accel_config.json").write_text(json.dumps({"training": training}))
+    rows = [{"original": 60.0, "accelerated": 20.0, "psnr": 30.0, "change": 1.0}] * 3
+    (tmp_path / "video.json").write_text(json.dumps({"rows": rows}))
+    figures.add_errors(tmp_path)
+    ends = [line.split(" | ")[-1] for line in figures.TABLES["video"](tmp_path).splitlines()[3:]]
+    assert ends == ["0.060 |", "0.040 |", "0.110 (untrained 0.150) |"]
+    for name, error in (("fovea", 0.2), ("clear", 0.3)):
+        sides = {
+            side: {"velocity_error": {"mean": value, "low": 0.1, "high": 0.4}} for side, value in (("method", error), ("bfloat16", 0.05))
+        }
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "results.json").write_text(json.dumps({"machine": {}, "prompts": ["a"], "measures": sides}))
+    figures.gather_errors(tmp_path)
+    table = figures.TABLES["evaluate"](tmp_path).splitlines()
+    assert table[2:] == [
+        "| Fovea 5 % | 0.200 [0.100, 0.400] |", "| CLEAR radius 8 | 0.300 [0.100, 0.400] |",
+        "| the original in bfloat16 | 0.050 [0.100, 0.400] |",
+    ]  # fmt: skip
+
+
+def test_captions_are_as_many_as_they_say(figures: Any, tmp_path: Path) -> None:
+    figures.captions(tmp_path)
+    figures.clips(tmp_path)
+    assert {file.name: len(file.read_text().splitlines()) for file in tmp_path.iterdir()} == {
+        "400.txt": 402, "4.txt": 4, "clips.txt": 12, "held-out.txt": 2,
+    }  # fmt: skip
