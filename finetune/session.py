@@ -98,7 +98,7 @@ class Distillation:
     @property
     def projected(self) -> bool:
         """Whether the method's parameters are a projection, which least squares find."""
-        return any(operator.fit == "least_squares" for operator in operators_of(self.transformer).values())
+        return any(operator.solved for operator in operators_of(self.transformer).values())
 
     @property
     def parameter_rate(self) -> float:
@@ -277,10 +277,13 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
             method = next(iter(operators)).context.assignment
             raise DistillationError(f"parameter_steps={config.parameter_steps} has nothing to fit: {method} has no parameters of its own")
         return 0
+    if config.parameter_steps and not any(any(operator.fit.values()) for operator in operators):
+        method = next(iter(operators)).context.assignment
+        raise DistillationError(f"the parameters of {method} are trained in the second stage alone: leave parameter_steps out")
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = any(operator.fit == "least_squares" for operator in operators)
+    projected = any(operator.solved for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 

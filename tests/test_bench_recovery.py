@@ -10,6 +10,7 @@ import pytest
 import torch
 from distill_fixtures import CALL, PROMPTS, same, state
 from PIL import Image
+from test_cli import make_tiny
 from typer.testing import CliRunner
 
 from dit_accel import CLEAR, SLA, Fovea, accelerate
@@ -25,7 +26,7 @@ from dit_accel.measure.similarity import compare
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import patches_of
 
-METHODS = {"clear:2": CLEAR(2.0), "sla:0.25": SLA(0.25, block=(16, 16)), "fovea:0.25": Fovea(0.25, tile=(4, 4))}
+METHODS = {"clear:2": CLEAR(2.0), "sla:0.25": SLA(0.25, block=(16, 16))}  # without parameters of its own, and with
 SECONDS = 12  # steps of a second fit the minutes
 
 
@@ -177,7 +178,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bench_recovery, "collect", lambda *_, **__: pytest.fail("something was sampled"))
     assert bench(tmp_path, one, ["attention"], minutes=2 / 60)["rows"] == first["rows"]
     monkeypatch.undo()
-    more = bench(tmp_path, one | {"fovea:0.25": METHODS["fovea:0.25"]}, ["attention"], minutes=2 / 60)
+    more = bench(tmp_path, one | {"fovea:0.25": Fovea(0.25, tile=(4, 4))}, ["attention"], minutes=2 / 60)
     assert more["rows"][0] == first["rows"][0]
     assert [row["method"] for row in more["rows"]] == ["clear:2", "fovea:0.25"]
 
@@ -231,7 +232,9 @@ def run(*arguments: object) -> Any:
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     out = tmp_path / "out.json"
+    make_tiny().save_pretrained(tmp_path / "model")
     arguments: list[object] = ["--method", "clear:2", "--train", "parameters", "--train", "attention", "--minutes", "0.05"]
+    arguments += ["--model", tmp_path / "model", "--max-sequence-length", 16]
     arguments += ["--prompts", tmp_path / "prompts.txt", "--size", "128x128", "--steps", 2, "--optimizer", "muon", "--out", out]
     result = run(*arguments)
     assert result.exit_code == 0, result.output

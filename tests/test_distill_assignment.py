@@ -96,14 +96,14 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, mode: Any, stop: int, 
     whole = learn(pipe := pupil(), tmp_path / "whole", train=mode, **RUN)
     stopped = pupil()
     if stop == 1:
-        real = fit.Both.update
+        real = fit.Combined.update
 
         def update(self: Any, step: int) -> None:
             if step == 1:
                 raise KeyboardInterrupt
             real(self, step)
 
-        monkeypatch.setattr(fit.Both, "update", update)
+        monkeypatch.setattr(fit.Combined, "update", update)
     else:
         stop_training(stopped, stop)
     with pytest.raises(KeyboardInterrupt):

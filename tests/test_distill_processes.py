@@ -1,15 +1,13 @@
 """Distillation in two processes over gloo, as `accelerate launch --cpu --num_processes 2` starts them, against one alone."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import distill_fixtures as tiny
+import forked
 import pytest
 import torch
 from distill_fixtures import learn, prompt_pipe, state
@@ -66,25 +64,21 @@ def launch(folder: Path, count: int = 2, child: str = CHILD) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tests = Path(__file__).parent
     shared = {
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
+    errors = [folder / f"stderr-{rank}.txt" for rank in range(count)]
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", child, str(folder)], env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+        forked.start(child, folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file) for rank, file in enumerate(errors)
+    ]
     try:
-        errors = [child.communicate(timeout=240)[1] for child in children]
+        for process in children:
+            process.join(240)
     finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * count, "\n".join(text[-3000:] for text in errors)
+        for process in children:
+            process.kill()
+    assert [process.exitcode for process in children] == [0] * count, "\n".join(file.read_text()[-3000:] for file in errors)
 
 
 @pytest.fixture(scope="module")

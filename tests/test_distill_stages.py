@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.finetune.velocity import predict
+from dit_accel.method import Call, Cost, Mass, Raster, Residual, Rest, Sizes, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of, patches_of
@@ -32,7 +34,7 @@ METHODS: dict[str, AttentionSpec] = {
     "sla": tiny.SPARSE, "sla-tiles": SLA(0.25, tile=(4, 4)), "fovea": Fovea(0.25, tile=(4, 4)), "clear-pooled": CLEAR(2.0, downsample=2),
 }  # fmt: skip
 STAGE: dict[str, Any] = {"parameter_steps": 8, "parameter_learning_rate": 0.05, "train": "parameters"}
-Call = tuple[str, tuple[Any, ...], Any, Tensor]  # layer, q, k, v and so on, layout, the original attention's output
+TeacherCall = tuple[str, tuple[Any, ...], Any, Tensor]  # layer, q, k, v and so on, layout, the original attention's output
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def no_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "_train", lambda run, checkpoint, progress: 0)
 
 
-def teacher_calls(pipe: Any, samples: Samples) -> list[Call]:
+def teacher_calls(pipe: Any, samples: Samples) -> list[TeacherCall]:
     """Every accelerated call of the teacher's forwards, two layers each, by hooks that put the original's output in the place of ours."""
-    seen: list[Call] = []
+    seen: list[TeacherCall] = []
 
     def hook(operator: Any, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
         original = F.scaled_dot_product_attention(*arguments[:3])
@@ -58,7 +60,7 @@ def teacher_calls(pipe: Any, samples: Samples) -> list[Call]:
     return seen
 
 
-def errors(pipe: Any, calls: list[Call]) -> list[tuple[str, Tensor]]:
+def errors(pipe: Any, calls: list[TeacherCall]) -> list[tuple[str, Tensor]]:
     """The relative error of the layer's operator, with its parameters as they are now, at each call."""
     found = []
     for name, arguments, layout, original in calls:
@@ -286,3 +288,66 @@ def test_an_error_is_said_with_its_step(tmp_path: Path, monkeypatch: pytest.Monk
         learn(pipe, tmp_path, **STAGE)
     assert flags(pipe.transformer) == requires
     assert pipe.transformer._dit_accel.context.enabled
+
+
+# A projection and other tensors in one spec
+
+
+@dataclass(frozen=True)
+class Softened(Rest):
+    """One softmax over the means of all key blocks at a learned temperature, in which the output is not linear."""
+
+    fit = "descent"
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        return {"softened.heat": torch.zeros(heads)}
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        q = call.q * call.per_head("softened.heat")[:, None, None].exp()
+        return call.dense(q, call.key_means(call.k), call.key_means(call.v), scale=call.scale)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        return Cost(2 * sizes.tokens * sizes.k_blocks * sizes.head_dim, passes=2)
+
+
+@dataclass(frozen=True)
+class Fixed(Softened):
+    """The same whose temperature waits for the second stage."""
+
+    fit = None
+
+
+@pytest.mark.usefixtures("no_second_stage")
+def test_a_projection_and_what_it_multiplies_are_both_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers are compared with themselves at other values: the projection alone comes nearer, and with the temperature nearer still."""
+    settings, heats, ends = STAGE | {"parameter_steps": 24, "parameter_learning_rate": 0.1}, {}, {}
+    monkeypatch.setattr(fitting, "RIDGE", 1e-6)
+    for kind in (Softened, Fixed):
+        spec = AttentionSpec((TopK(0.1),), kind(), Residual(), Raster(), (16, 16))
+        pipe, planted = accelerate(prompt_pipe(), spec), spec.make_parameters(heads=2, head_dim=16)
+        noise = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            planted.get_parameter("softened.heat").fill_(1.0)
+            planted.get_parameter("proj.weight").copy_(torch.eye(16) + 0.3 * noise)
+        context = patches_of(pipe)[0][1].context
+
+        def plant(q: Tensor, k: Tensor, v: Tensor, *_: Any, spec: Any = spec, planted: Any = planted, context: Any = context) -> Tensor:
+            return attention(q, k, v, spec, context.layout, params=planted).detach()
+
+        monkeypatch.setattr(fitting, "_original", plant)
+        rows = learn(pipe, tmp_path / kind.__name__, **settings).parameter_history
+        heats[kind] = torch.cat([operator.params.get_parameter("softened.heat") for operator in operators_of(pipe).values()])
+        ends[kind] = sum(row["attention"] for row in rows[-4:]) / 4
+        assert ends[kind] < rows[0]["attention"] / 20
+    assert not bool(heats[Fixed].any())  # a part that says neither keeps its start values
+    assert 0.1 < float(heats[Softened].mean()) < 1
+    assert ends[Softened] < 0.75 * ends[Fixed]
+
+
+def test_steps_for_what_waits_for_the_second_stage_are_refused(tmp_path: Path) -> None:
+    spec = AttentionSpec((TopK(0.1),), Fixed(), Mass(offset=False), Raster(), (16, 16))
+    with pytest.raises(DistillationError, match=r"trained in the second stage alone: leave parameter_steps out"):
+        learn(accelerate(prompt_pipe(), spec), tmp_path, parameter_steps=2)
+    result = learn(pipe := accelerate(prompt_pipe(), spec), tmp_path / "run", steps=2, train="parameters")
+    assert result.parameter_history == []
+    assert all(bool(operator.params.get_parameter("softened.heat").any()) for operator in operators_of(pipe).values())

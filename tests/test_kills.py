@@ -1,18 +1,18 @@
 """Processes killed for good, at any moment and in the middle of writing a file: what is left continues to the same bits."""
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import distill_fixtures as tiny
+import forked
 import hires_fixtures as stages
 import pytest
 from distill_fixtures import CALL, PROMPTS, learn, prompt_pipe, state
@@ -22,7 +22,6 @@ from dit_accel.finetune.data.collect import Samples, collect, damaged_runs
 
 MANY = [f"{prompt} {number}" for number in range(4) for prompt in PROMPTS]
 RUN: dict[str, Any] = {"steps": 6, "parameter_steps": 6, "checkpoint_every": 2}
-SERVER = multiprocessing.get_context("forkserver")  # one process imports everything, and those that are killed are forked from it
 
 
 def _collect(folder: Path, before: Callable[..., None]) -> dict[str, bytes]:
@@ -96,18 +95,9 @@ def child(name: str, folder: str, half: bool) -> None:
     program.run(Path(folder), slowly)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _server() -> Iterator[None]:
-    """The process that the others are forked from finds this module."""
-    tests = Path(__file__).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
-        SERVER.set_forkserver_preload([__name__])
-        yield
-
-
 def start(name: str, folder: Path, *, half: bool = False) -> BaseProcess:
-    process = SERVER.Process(target=child, args=(name, str(folder), half))
+    forked.prepare()
+    process = forked.SERVER.Process(target=child, args=(name, str(folder), half))
     process.start()
     return process
 

@@ -153,7 +153,7 @@ def _measure(
         operators = operators_of(pipe).values()
         if train == "parameters" and not any(list(operator.parameters()) for operator in operators):
             return row | {"impossible": "the method has no parameters"}
-        projected = any(operator.fit == "least_squares" for operator in operators)
+        projected = any(operator.solved for operator in operators)
     steps, parameter_steps = _planned(recovery, spec, train, samples, held_out, folder, PARAMETER_STEPS if projected else 0)
     with _accelerated(pipe, spec), always(pipe):
         untrained = _psnr(recovery.draw(), originals)

@@ -8,7 +8,7 @@ query keeps all text keys, and text queries are dense, in every method. The reso
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from dit_accel.errors import ArgumentError
 from dit_accel.method.checks import is_int, items, plain, require
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.parts.base import (
+    Fit,
     Merge,
     Order,
     Part,
@@ -111,13 +112,9 @@ class AttentionSpec:
         """The learned part at its start values, float32; a module without parameters where the method has none."""
         return AttentionParameters(self.start_values(heads=heads, head_dim=head_dim))
 
-    def fit(self, *, heads: int, head_dim: int) -> Literal["least_squares", "descent"] | None:
-        """How the first stage of a distillation finds the learned tensors; None where there are none to find.
-
-        By least squares where one part's are found so: then the others' keep their start values until the second stage.
-        """
-        ways = {part.fit for part in self.parts() if part.parameters(heads, head_dim)}
-        return "least_squares" if "least_squares" in ways else "descent" if "descent" in ways else None
+    def fit(self, *, heads: int, head_dim: int) -> dict[str, Fit | None]:
+        """How the first stage of a distillation finds each learned tensor, by the tensor's name: as its part says, see `Part.fit`."""
+        return {name: part.fit for part in self.parts() for name in part.parameters(heads, head_dim)}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form: every part as its fields plus `type`."""

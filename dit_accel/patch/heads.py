@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_accel.errors import ArgumentError
 from dit_accel.method.assignment import Group
 from dit_accel.method.parameters import AttentionParameters, Values
+from dit_accel.method.parts.base import Fit
 from dit_accel.method.spec import AttentionSpec
 
 
@@ -39,10 +40,13 @@ def joint_parameters(specs: Sequence[AttentionSpec], layer: Layer) -> AttentionP
     return AttentionParameters(joint)
 
 
-def joint_fit(specs: Sequence[AttentionSpec], layer: Layer) -> str | None:
-    """How the first stage of a distillation finds what a layer learns: by least squares where one of its specs is found so."""
-    ways = {spec.fit(heads=layer.heads, head_dim=layer.head_dim) for spec in specs}
-    return next((way for way in ("least_squares", "descent") if way in ways), None)
+def joint_fit(specs: Sequence[AttentionSpec], layer: Layer) -> dict[str, Fit | None]:
+    """How the first stage of a distillation finds each tensor that a layer learns, see `AttentionSpec.fit`; of one name in two specs, as
+    the first says."""
+    found: dict[str, Fit | None] = {}
+    for spec in specs:
+        found = spec.fit(heads=layer.heads, head_dim=layer.head_dim) | found
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ from torch import Tensor
 from dit_accel.errors import UnsupportedModelError
 from dit_accel.method.assignment import Group
 from dit_accel.method.parameters import Values
+from dit_accel.method.parts.base import Fit
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attend as attend  # `compiled` calls it by this name, too
 from dit_accel.operator.attention import autocast
@@ -66,9 +67,14 @@ class AcceleratedAttention(nn.Module):
         return self.layer.head_dim
 
     @property
-    def fit(self) -> str | None:
-        """How the first stage of a distillation finds the learned tensors, see `AttentionSpec.fit`."""
+    def fit(self) -> dict[str, Fit | None]:
+        """How the first stage of a distillation finds each learned tensor, by its name in `params`; see `Part.fit`."""
         return joint_fit(self.specs, self.layer)
+
+    @property
+    def solved(self) -> bool:
+        """Whether the first stage finds some of them by least squares."""
+        return "least_squares" in self.fit.values()
 
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""

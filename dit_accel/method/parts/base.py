@@ -22,6 +22,8 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
 
+Fit = Literal["least_squares", "descent"]
+
 _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too, by name
 
 
@@ -32,7 +34,7 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
     rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
     """
 
-    fit: ClassVar[Literal["least_squares", "descent"] | None] = None
+    fit: ClassVar[Fit | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
