@@ -41,10 +41,10 @@ class Arguments(NamedTuple):
     `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them.
     `q_starts`, `k_starts` `[blocks + 1]`: first image token of each block, in the order of the blocks; `q_width`, `k_width`: the most
     tokens that a block holds.
-    `coords` `[3, Nk + padding]` of the image's keys, read with windows or reach alone; `windows` `[W, 3, 3, Nq + padding]`: first, last and
-    residue that a query sees per axis; `residues` `[W, 3, Nk + padding]`: the keys' own, None where queries and keys are the same tokens.
-    All in the order of the blocks, N without the text. `reach`: largest squared distance inside a disc of the same tokens, or -1.
-    `masks` `[M, q_width, ceil(k_width / 64)]` int64, in place of windows and reach: bit j of word w of row i says whether place i of a
+    `coords` `[3, Nk + padding]` of the image's keys, read with windows alone; `windows` `[W, 3, 3, Nq + padding]`: first, last and residue
+    that a query sees per axis; `residues` `[W, 3, Nk + padding]`: the keys' own, None where queries and keys are the same tokens.
+    All in the order of the blocks, N without the text.
+    `masks` `[M, q_width, ceil(k_width / 64)]` int64, in place of windows: bit j of word w of row i says whether place i of a
     query block keeps place 64·w + j of a key block; places past a short block's end are 0. `masks_t` `[M, k_width, ceil(q_width / 64)]`:
     the same with keys as rows. `mask_of` int32 in the shape of `lists`: the number of an entry's mask, read from `full` to `counts`.
     `places_q` `[Nq]`, `places_k` `[Nk]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v;
@@ -72,7 +72,6 @@ class Arguments(NamedTuple):
     text_q: int | None = None
     windows: Tensor | None = None
     residues: Tensor | None = None
-    reach: int = -1
     masks: Tensor | None = None
     masks_t: Tensor | None = None
     mask_of: Tensor | None = None
@@ -221,16 +220,8 @@ def _check_numbers(a: Arguments) -> None:
         raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
     if not (0 <= text_q <= queries and 0 <= a.text <= keys):
         raise ValueError(f"the text is a part of the tokens, got {text_q} of {queries} queries and {a.text} of {keys} keys")
-    if (queries, text_q) == (keys, a.text):
-        return
-    numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
-    if a.rest != "none":
-        raise ValueError(f"a {a.rest} rest inside the kernel requires as many queries as keys, {numbers}: compute it apart and merge it")
-    if queries - text_q == keys - a.text:
-        return
-    if a.reach >= 0:
-        raise ValueError(f"a disc by its reach requires the same image tokens as queries and as keys, {numbers}: give bit masks")
-    if a.windows is not None and a.residues is None:
+    if queries - text_q != keys - a.text and a.windows is not None and a.residues is None:
+        numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
         raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
 
 

@@ -76,12 +76,13 @@ class BlockMap:
 class TokenTables:
     """Which pairs of tokens are kept in partial blocks, as the kernels read it: `masks`, or without them any of the `windows`.
 
-    See `arguments.Arguments`; both count tokens in the order of the blocks.
+    See `arguments.Arguments`; all count tokens in the order of the blocks. `residues`: the keys' own, None: those of the windows.
     """
 
     coords: Tensor
     windows: Tensor | None
     masks: Tensor | None
+    residues: Tensor | None = None
 
     def kept(self, rows: Tensor, index: Tensor, mask_of: Tensor | None, q_blocks: Blocks, k_blocks: Blocks) -> Tensor:
         """`[..., C, q width, n · k width]` for query blocks `rows` `[C]` and their key blocks `index` `[..., C, n]`."""
@@ -91,12 +92,13 @@ class TokenTables:
             raise ValueError("partial blocks require windows or masks, got neither")
         q, k = _places(q_blocks, rows), _places(k_blocks, index).flatten(-2)
         found = torch.zeros((), dtype=torch.bool, device=index.device)
-        for first, last, residue in (axes.unbind(1) for axes in self.windows):  # [3 axes, N] each
+        of_keys = self.windows[:, :, 2] if self.residues is None else self.residues
+        for (first, last, residue), of_key in zip((axes.unbind(1) for axes in self.windows), of_keys, strict=True):  # [3 axes, N] each
             inside = torch.ones((), dtype=torch.bool, device=index.device)
             for axis in range(3):
                 key = self.coords[axis][k][..., None, :]
                 inside = inside & (first[axis][q][..., None] <= key) & (key <= last[axis][q][..., None])
-                inside = inside & (residue[axis][q][..., None] == residue[axis][k][..., None, :])
+                inside = inside & (residue[axis][q][..., None] == of_key[axis][k][..., None, :])
             found = found | inside
         return found
 
@@ -114,14 +116,17 @@ def unpacked(masks: Tensor, width: int) -> Tensor:
     return bits.flatten(-2)[..., :width].bool()
 
 
-def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor]]) -> BlockMap:
-    """Lists from pairs of masks (visited, full) `[q, Tk]` over chunks of query blocks: full blocks first, padded to the longest list."""
+def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> BlockMap:
+    """Lists of key blocks, full ones first, padded to the longest list.
+
+    Each chunk: masks (visited, full) `[q, n]` of some query blocks, and the numbers `[n]` of the key blocks that they are of, ascending.
+    """
     parts = []
-    for visited, full in chunks:
+    for visited, full, columns in chunks:
         row, column = visited.nonzero(as_tuple=True)
         partial = ~full[row, column]
         order = (row * 2 + partial).argsort(stable=True)
-        parts.append((column[order], partial[order], visited.sum(-1)))
+        parts.append((columns[column[order]], partial[order], visited.sum(-1)))
     column, partial, count = (torch.cat(part) for part in zip(*parts, strict=True))
     row = torch.arange(len(count), device=count.device).repeat_interleave(count)
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]

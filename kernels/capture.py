@@ -1,6 +1,6 @@
 """CUDA graphs: what must have run before a capture begins, and what a captured graph reads for as long as it is replayed.
 
-A graph holds raw pointers. Nobody tells when it is gone, and it may outlive the model that it was captured from: so what it reads of
+A graph holds raw pointers. Nothing says when it is gone, and it may outlive the model that it was captured from: so what it reads of
 ours is never freed, a few megabytes for each captured size.
 """
 

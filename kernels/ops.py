@@ -15,7 +15,7 @@ from dit_accel.kernels.cpu import calls
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
-    """Output (q's dtype and layout) and lse `[B, H, N]`, float32 and natural."""
+    """Output (q's dtype and layout) and lse `[B, H, Nq]`, float32 and natural."""
     out, lse = attention_op(implementation, *ATTENTION.pack(a))
     return out, lse
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_accel.kernels.blocks import BlockMap, Blocks, TokenTables
 
-# a bias that leaves a key out, as -inf does: its difference to any logit is a number, and its weight is exactly 0 beside any other key
+# a bias that leaves a key out, as -inf does: its difference to any logit is a number, and its weight is exactly 0 next to any other key
 MASKED = -1e30
 CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float32: a few second-level caches
 

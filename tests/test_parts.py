@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import pickle
 import runpy
 import typing
@@ -21,12 +22,31 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
-from dit_accel.method import Call, Mass, Merge, Order, Part, Pattern, Raster, Rest, Score, Selection, Sizes, Tiles, Tokenwise, TopK
-from dit_accel.method.parts import part_types
+from dit_accel.method import (
+    Call,
+    Disc,
+    DiscBlocks,
+    FirstFrames,
+    Mass,
+    Merge,
+    Order,
+    Part,
+    Pattern,
+    Raster,
+    Rest,
+    Score,
+    Selection,
+    Sizes,
+    Tiles,
+    Tokenwise,
+    TopK,
+    Window,
+)
+from dit_accel.method.parts import Grid, part_types
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call
 from dit_accel.operator.cost import kept_density, multiply_adds, passes
-from dit_accel.operator.layout import coordinates
+from dit_accel.operator.layout import coordinates, joint_partition
 from dit_accel.patch.state import operators_of
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "new_part.py"
@@ -168,6 +188,35 @@ def test_a_pattern_of_tokens_is_what_it_allows(spec: AttentionSpec, shape: Shape
     q, k, v = (x[:, :, : layout.image] for x in shape.inputs(torch.float64))
     wanted = F.scaled_dot_product_attention(q, k, v, pattern.allowed(every, every, layout.grids))
     torch.testing.assert_close(attention(q, k, v, spec, layout), wanted, rtol=1e-11, atol=1e-11)
+
+
+STATIC = {name: spec for name, spec in SPECS.items() if spec.static} | {
+    name: dataclasses.replace(SPECS["Disc"], keep=keep)
+    for name, keep in {"two": (Disc(3.0), Window((1, 3), dilation=(1, 2))), "whole blocks": (DiscBlocks(2.0), FirstFrames(2))}.items()
+}
+LONG = {"5-frames": ((5, 24, 40),), "references": ((1, 40, 33), (1, 24, 16)), "one-row": ((1, 1, 700),)}
+
+
+@pytest.mark.parametrize("grids", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("spec", STATIC.values(), ids=STATIC)
+def test_lists_are_those_of_every_pair_of_blocks(spec: AttentionSpec, grids: tuple[Grid, ...]) -> None:
+    """However many query blocks a plan looks at together."""
+    found = make_plan(spec, TokenLayout(grids[0], references=grids[1:]), torch.device("cpu"))
+    part = joint_partition(grids, spec.order, spec.block[0])
+    raster = torch.cat([F.pad(coordinates(grid, torch.arange(math.prod(grid))), (0, 1), value=n) for n, grid in enumerate(grids)])
+    inside = [raster[part.order][a:b] for a, b in itertools.pairwise(part.starts.tolist())]
+    low, high = (torch.stack([getattr(block[:, :3], edge)(0) for block in inside]) for edge in ("amin", "amax"))
+    visited, full = torch.zeros(2, len(inside), len(inside), dtype=torch.bool)
+    for number, block in enumerate(inside):
+        own = slice(number, number + 1)
+        for pattern in spec.static:
+            seen, every = pattern.visits(grids[int(block[0, 3])], (low[own], high[own], low, high))
+            visited[number] |= seen[0]
+            full[number] |= every[0]
+    assert found.static is not None
+    assert torch.equal(found.static.kept(len(inside)), visited)
+    partial = torch.zeros_like(found.static.valid) if found.static.partial is None else found.static.partial
+    assert torch.equal(dataclasses.replace(found.static, valid=found.static.valid & ~partial).kept(len(inside)), visited & full)
 
 
 def whole(spec: AttentionSpec) -> AttentionSpec | None:

@@ -282,11 +282,11 @@ def test_choice_among_extremes() -> None:
         assert chosen.tolist() == [sorted([2, 6, 4, 0, 1, 5, 3][:top])]
 
 
-def test_columns_are_the_lists_turned_around() -> None:
+def test_columns_are_the_lists_transposed() -> None:
     lists = torch.tensor([[[0, 2, 1], [2, 0, 0], [1, 2, 0]]], dtype=torch.int32)
     counts, full = torch.tensor([[3, 1, 2]], dtype=torch.int32), torch.tensor([[1, 1, 0]], dtype=torch.int32)
-    entries, borders, numbers = launch_backward.columns(lists, counts, full, 3, mask_of=torch.arange(9, dtype=torch.int32).view(1, 3, 3))
-    found = [entries[0, a:b].tolist() for a, b in zip(borders[0, :-1], borders[0, 1:], strict=True)]
+    entries, indptr, numbers = launch_backward.columns(lists, counts, full, 3, mask_of=torch.arange(9, dtype=torch.int32).view(1, 3, 3))
+    found = [entries[0, a:b].tolist() for a, b in zip(indptr[0, :-1], indptr[0, 1:], strict=True)]
     assert found == [[0], [], [], [0, 2], [1], [0, 2]]  # block 0 whole, partly; block 1 whole, partly; ...
     assert numbers is not None
     assert numbers[0, :6].tolist() == [0, 2, 6, 3, 1, 7]  # of the same entries, where they were

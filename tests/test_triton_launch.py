@@ -57,7 +57,7 @@ class SmallCard:
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SmallCard]:
     """Makes a small card of the device that runs launches here; what was learned about it is forgotten afterwards."""
     monkeypatch.setattr(calls, "_fitting", {})
-    monkeypatch.setattr(calls, "_said", set())
+    monkeypatch.setattr(calls, "_warned", set())
 
     def make(kernels: set[str], most: int, tuned: dict[Any, Tile] | None = None) -> SmallCard:
         small = SmallCard(kernels, most)
@@ -144,7 +144,7 @@ def test_a_kernel_that_fits_with_no_tile_says_what_to_do(card: Callable[..., Sma
     card({"attend_rows"}, 0)
     with pytest.raises(BackendError, match=r"'rows' needs 300000 .* even with its smallest tile: use backend='reference'"):
         attention(*SHAPE.inputs(), CLEAR(4), SHAPE.layout, backend="triton")
-    assert calls._said == set()
+    assert calls._warned == set()
 
 
 def steps_down(place: Place, machine: Machine) -> list[Tile]:

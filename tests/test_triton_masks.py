@@ -1,9 +1,9 @@
-"""The Triton kernels by bit masks: random lists and masks over ragged blocks, against dense attention in float64."""
+"""The Triton kernels by bit masks and windows, with other queries than keys, against dense attention in float64."""
 
 import pytest
 import torch
 from helpers import assert_close_as_eager
-from test_cpu_masks import Case, results
+from test_cpu_masks import Case, Windows, results
 
 from dit_accel.kernels import ops
 
@@ -17,11 +17,24 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.is_available(), rea
         Case(90, 90, (32, 24), text=3, shared=False),
         Case(150, 150, (72, 80)),
         Case(150, 150, (24, 128), text=2, text_first=False),
+        Case(17, 90, (16, 32), text=5, text_q=0, head_dim=72),
+        Case(90, 17, (24, 16), text=0, text_q=3, shared=False),
+        Case(33, 70, (16, 72), text=3, text_q=7, text_first=False),
+        Windows(30, 36, (16, 24), text=2, text_q=0, grid=(3, 3, 4)),
     ],
-    ids=lambda case: f"{case.widths}",
+    ids=lambda case: f"{case.queries}x{case.keys}-{case.widths}",
 )
 def test_random_masks_equal_dense(case: Case) -> None:
     got = results(case, lambda *qkv: ops.attention(case.arguments(*qkv), "triton"), torch.float32)
     exact, eager = (results(case, case.oracle, d) for d in (torch.float64, torch.float32))
+    for name, found in got.items():
+        assert_close_as_eager(found, exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("case", [Case(33, 50, (16, 32), 3, 2, head_dim=72), Case(50, 33, (32, 16), 0, 2)], ids=["fewer", "more"])
+def test_float16(case: Case) -> None:
+    inputs = [x.half() for x in case.inputs(torch.float32)]
+    got = results(case, lambda *qkv: ops.attention(case.arguments(*qkv), "triton"), torch.float16, inputs)
+    exact, eager = (results(case, case.oracle, d, inputs) for d in (torch.float64, torch.float16))
     for name, found in got.items():
         assert_close_as_eager(found, exact[name], eager[name], name)

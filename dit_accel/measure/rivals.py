@@ -20,6 +20,7 @@ from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.lists import FARTHEST
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Pairs = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key: whether the pair is kept
@@ -29,14 +30,14 @@ def flex_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device)
     """Why FlexAttention can't be compared with a method, or None where it can."""
     if device.type != "cuda":
         return "FlexAttention is compiled on CUDA devices; elsewhere it computes all pairs of tokens"
-    return _uneven(spec, layout, make_plan(spec, layout, device))
+    return _no_block_mask(spec, layout, make_plan(spec, layout, device))
 
 
-def _uneven(spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> str | None:
-    """Why the tokens are not cut into blocks of one size, as a BlockMask requires; None where they are."""
+def _no_block_mask(spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> str | None:
+    """Why a method can't be a BlockMask, which requires blocks of one size and a predicate of coordinates; None where it can."""
     if not (plan.q_blocks.even and plan.k_blocks.even):
         return f"FlexAttention requires blocks of one size, but {spec.order} cuts a grid {layout.grid} unevenly"
-    if not plan.geometry.by_reach:
+    if not all(pattern.intervals or pattern.reach >= 0 for pattern in spec.tokenwise):
         return f"FlexAttention is given discs, windows and boxes here, not {spec}"
     sizes = [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
     if any(layout.text % size for size in sizes):
@@ -52,7 +53,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
     if layout.order != spec.order:
         raise ArgumentError(f"the tokens must be in the method's order {spec.order}, not {layout.order}")
     plan = make_plan(spec, layout, q.device)
-    if refusal := _uneven(spec, layout, plan):
+    if refusal := _no_block_mask(spec, layout, plan):
         raise ArgumentError(refusal)
     blocks = visited_blocks(image_call(q, k, k, layout, plan, start_values(spec, q)(), q.shape[-1] ** -0.5), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial
@@ -68,7 +69,7 @@ def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -
         *lists[0],
         *lists[1],
         BLOCK_SIZE=size,
-        mask_mod=_kept_pairs(plan, layout.image_slice.start),
+        mask_mod=_kept_pairs(spec, plan, layout.image_slice.start),
         seq_lengths=(layout.tokens, layout.tokens),
     )
 
@@ -86,14 +87,15 @@ def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.sum(-1, dtype=torch.int32), mask.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
-def _kept_pairs(plan: Plan, start: int) -> Pairs:
+def _kept_pairs(spec: AttentionSpec, plan: Plan, start: int) -> Pairs:
     """The token predicate of blocks that are kept in part; the image's tokens begin at `start`.
 
     It closes over tensors alone, so that one compilation serves every grid, radius and window: numbers would be constants of the graph.
     """
     g = plan.geometry
     coords, windows = g.coords, () if g.windows is None else tuple(g.windows)
-    first, last, reach = torch.tensor([start, len(plan.coords) - 1, g.reach], device=coords.device, dtype=torch.int32).unbind()
+    widest = min(max((pattern.reach for pattern in spec.tokenwise), default=-1), FARTHEST)
+    first, last, reach = torch.tensor([start, len(plan.coords) - 1, widest], device=coords.device, dtype=torch.int32).unbind()
 
     def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # the text is outside of it: its blocks are whole, but eager FlexAttention asks for them too

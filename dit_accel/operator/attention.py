@@ -70,12 +70,13 @@ def attention(
         params = start_values(spec, query)
     else:
         check_parameters(params, spec, query)
+    check_text_bias(text_bias, query, layout)
     values = params()
-    _choose(backend, spec, values, text_bias, query, key, value)
+    chosen = _choose(backend, spec, values, text_bias, query, key, value)
     if not torch.compiler.is_compiling():
         dispatch.warn_of_reference(backend, query.device)
     plan = RECENT.get(spec, layout, query.device)
-    out, lse = attend(query, key, value, spec, layout, plan, values, scale, backend, text_bias=text_bias)
+    out, lse = _planned(query, key, value, spec, layout, plan, values, scale, chosen, text_bias)
     return (out, lse) if return_lse else out
 
 
@@ -87,9 +88,16 @@ def attend(
     query, key, value = autocast(query, key, value)
     check_dtypes(query, key, value)
     check_text_bias(text_bias, query, layout)
+    chosen = _choose(backend, spec, params, text_bias, query, key, value)
+    return _planned(query, key, value, spec, layout, plan, params, scale, chosen, text_bias)
+
+
+def _planned(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
+    scale: float | None, chosen: str, text_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not torch.compiler.is_compiling():
         capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
-    chosen = _choose(backend, spec, params, text_bias, query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # autocast has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
@@ -97,15 +105,24 @@ def attend(
 
 
 def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:
-    """The backend for this call. What the rest has learned may be in keys, whose gradients pass through the attention."""
+    """The backend for this call."""
     query = tensors[0]
-    learns = [name for name, value in params.items() if value.requires_grad]
-    in_keys = spec.rest.parameters(query.shape[1], query.shape[3]) if learns and spec.rest is not None else {}
-    gradient = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or any(name in in_keys for name in learns))
     linear = lowering.has_states(spec)
+    gradient = _through_keys(spec, params, tensors)
     return dispatch.choose(
         backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None
     )[0]
+
+
+def _through_keys(spec: AttentionSpec, params: Values, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a gradient passes through the attention: also where the rest has learned tensors, which may be in keys."""
+    if not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
+        return torch.is_grad_enabled()
+    learns = [name for name, value in params.items() if value.requires_grad]
+    if not learns or spec.rest is None:
+        return False
+    in_keys = spec.rest.parameters(tensors[0].shape[1], tensors[0].shape[3])
+    return any(name in in_keys for name in learns)
 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
@@ -160,7 +177,7 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
 
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
-    expected = {k: tuple(v.shape) for k, v in spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3]).named_parameters()}
+    expected = {k: tuple(v.shape) for k, v in spec.start_values(heads=query.shape[1], head_dim=query.shape[3]).items()}
     got = {k: tuple(v.shape) for k, v in params.named_parameters()}
     if expected != got:
         raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {got}")

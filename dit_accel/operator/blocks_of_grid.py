@@ -20,7 +20,7 @@ from dit_accel.operator.layout import TokenLayout, coordinates, joint_memory_ord
 from dit_accel.operator.lists import FARTHEST, Geometry, Lists, make_geometry
 
 Key = tuple[AttentionSpec, tuple[Grid, ...], Order, torch.device]
-MASK_ELEMENTS = 1 << 20  # pairs of blocks that are looked at together
+TOGETHER = 32  # query blocks, neighbours in memory, that have one box around them
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
 
@@ -50,18 +50,33 @@ def _joined(masks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _static_lists(fixed: Sequence[Static], grids: tuple[Grid, ...], coords: Tensor, blocks: tuple[Blocks, Blocks]) -> BlockMap:
-    """The block lists of the patterns that depend on coordinates alone."""
+    """The block lists of the patterns that depend on coordinates alone.
+
+    Query blocks are looked at some at a time, over the key blocks that a box around all of them may visit: to look at every pair of blocks
+    takes minutes at a million tokens.
+    """
     corners = [coords[side.index] for side in blocks]
     q_boxes, k_boxes = ((corner.amin(1), corner.amax(1)) for corner in corners)
-    rows = max(1, MASK_ELEMENTS // len(k_boxes[0]))  # all pairs of blocks at once would fill the memory at a million tokens
+    k_corners = tuple(corner[:, :3] for corner in k_boxes)
     blocks_of = torch.bincount(q_boxes[0][:, 3], minlength=len(grids)).tolist()  # no block holds tokens of two images
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for grid, *bounds in zip(grids, *(bound.split(blocks_of) for bound in q_boxes), strict=True):
-            for chunk in zip(*(bound.split(rows) for bound in bounds), strict=True):
-                yield _joined([p.visits(grid, (*(x[:, :3] for x in (*chunk, *k_boxes)),)) for p in fixed])
+    def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for grid, *bounds in zip(grids, *(bound[:, :3].split(blocks_of) for bound in q_boxes), strict=True):
+            for low, high in zip(*(bound.split(TOGETHER) for bound in bounds), strict=True):
+                columns = _may_be_visited(fixed, grid, low, high, k_corners)
+                boxes = (low, high, *(corner[columns] for corner in k_corners))
+                visited, full = _joined([pattern.visits(grid, boxes) for pattern in fixed])
+                yield visited, full, columns
 
     return map_from_masks(chunks())
+
+
+def _may_be_visited(fixed: Sequence[Static], grid: Grid, low: Tensor, high: Tensor, keys: tuple[Tensor, ...]) -> Tensor:
+    """The key blocks, of all, that any of the query blocks `low` to `high` may visit."""
+    if not all(pattern.nested_boxes for pattern in fixed):
+        return torch.arange(len(keys[0]))
+    around = (low.amin(0, keepdim=True), high.amax(0, keepdim=True), *keys)
+    return _joined([pattern.visits(grid, around) for pattern in fixed])[0][0].nonzero().flatten()  # type: ignore[arg-type]
 
 
 _alive: WeakValueDictionary[Key, Plan] = WeakValueDictionary()  # so that models and layers share a plan; whoever uses one keeps it alive
@@ -96,7 +111,6 @@ def _new_plan(key: Key) -> Plan:
     blocks = Blocks.from_starts(q_part.starts), Blocks.from_starts(k_part.starts)
     static = _static_lists(spec.static, grids, in_blocks, blocks) if spec.static else None
     to_memory = None if layout_order == spec.order else joint_memory_order(grids, layout_order).argsort()[q_part.order]
-    to_raster = None if to_memory is None else to_memory.argsort()
     masks = None
     if static is not None and static.partial is not None and not all(pattern.intervals for pattern in spec.tokenwise):
         masks = bit_masks(spec.tokenwise, grids, in_blocks, *blocks, static)
@@ -104,12 +118,12 @@ def _new_plan(key: Key) -> Plan:
     geometry = make_geometry(
         q_part.starts, k_part.starts, in_blocks[:, :3], static,
         [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals],  # type: ignore[arg-type]
-        to_memory, masks, reach=max((pattern.reach for pattern in spec.tokenwise), default=-1),
-        by_reach=all(pattern.intervals or pattern.reach >= 0 for pattern in spec.tokenwise),
+        to_memory, masks,
     )  # fmt: skip
-    if to_memory is not None and to_raster is not None:
-        blocks = (blocks[0].among(to_memory), blocks[1].among(to_memory))
-    ground = Ground(grids, in_blocks if to_raster is None else in_blocks[to_raster], *blocks, spec.block)
+    coords = in_blocks
+    if to_memory is not None:
+        coords, blocks = in_blocks[to_memory.argsort()], (blocks[0].among(to_memory), blocks[1].among(to_memory))
+    ground = Ground(grids, coords, *blocks, spec.block)
     prepared = {name: tensor for part in spec.parts() for name, tensor in part.prepare(ground).items()}
     return Plan(
         key=key,

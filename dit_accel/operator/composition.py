@@ -20,7 +20,7 @@ from dit_accel.method.parts.call import Visited
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import lowering
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.layout import Layouts, TokenLayout, layouts_of
 from dit_accel.operator.lists import Lists
 
 Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
@@ -28,33 +28,38 @@ Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
-    backend: str, text_bias: Tensor | None = None,
+    backend: str, text_bias: Tensor | None = None, key_layout: TokenLayout | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output `[B, H, N, D]`, in the query's dtype, and lse `[B, H, N]`, by a backend's exact part."""
+    """Output `[B, H, Nq, D]`, in the query's dtype, and lse `[B, H, Nq]`, by a backend's exact part.
+
+    `key_layout`: where key and value `[B, H, Nk, D]` are other tokens than query, the layout of theirs; then the plan's query blocks are of
+    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others.
+    """
+    layouts = layouts_of(layout, key_layout)
     if backend in lowering.COMPILED:
-        return _compiled(query, key, value, spec, layout, plan, params, scale, backend, text_bias)
+        return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias)
     dense = xformers_rows.dense_attention if backend == "xformers" else reference.dense_attention
-    call = image_call(query, key, value, layout, plan, params, scale, dense)
+    call = _image_call(query, key, value, layouts, plan, params, scale, dense)
     blocks = visited_blocks(call, spec, plan)
-    image, text = _eager(query, key, value, call, blocks, layout, plan, text_bias)
+    image, text = _eager(query, key, value, call, blocks, layouts, plan, text_bias)
     return _joined(query, layout, _merged(image, spec, call, blocks), text)
 
 
 def _compiled(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float,
     backend: str, text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if lowering.selects(spec):
-        lists = lowering.lists(query, key, spec, layout, plan, backend)
+        lists = lowering.lists(query, key, spec, layouts, plan, backend)
     else:
-        lists = Lists.from_map(visited_blocks(image_call(query, key, value, layout, plan, params, scale), spec, plan))
+        lists = Lists.from_map(visited_blocks(_image_call(query, key, value, layouts, plan, params, scale), spec, plan))
     if lowering.fuses(spec):
-        return lowering.attend(query, key, value, spec, layout, plan, lists, params, scale, backend, text_bias)
-    out, lse = lowering.exact(query, key, value, layout, plan, lists, scale, backend, text_bias)
-    call = image_call(query, key, value, layout, plan, params, scale)
+        return lowering.attend(query, key, value, spec, layouts, plan, lists, params, scale, backend, text_bias)
+    out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
+    call = _image_call(query, key, value, layouts, plan, params, scale)
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)
-    image, text = ((out[:, part], lse[:, part]) for part in (layout.image_slice, layout.text_slice))
-    return _joined(query, layout, _merged(image, spec, call, lists), text)
+    image, text = ((out[:, part], lse[:, part]) for part in (layouts.q.image_slice, layouts.q.text_slice))
+    return _joined(query, layouts.q, _merged(image, spec, call, lists), text)
 
 
 def _merged(exact: Partial, spec: AttentionSpec, call: Call, visited: Visited) -> Partial:
@@ -77,8 +82,15 @@ def image_call(
     dense: Dense = reference.dense_attention,
 ) -> Call:  # fmt: skip
     """What the parts are given of a call `[B, H, N, D]`."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x[:, :, layout.image_slice].to(wide).flatten(0, 1) for x in (query, key, value))
+    return _image_call(query, key, value, layouts_of(layout, None), plan, params, scale, dense)
+
+
+def _image_call(
+    query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, params: Values, scale: float,
+    dense: Dense = reference.dense_attention,
+) -> Call:  # fmt: skip
+    wide, (of_q, of_k) = torch.promote_types(query.dtype, torch.float32), layouts
+    q, k, v = (x[:, :, side.image_slice].to(wide).flatten(0, 1) for x, side in ((query, of_q), (key, of_k), (value, of_k)))
     return Call(q, k, v, query.shape[1], scale, plan.coords, plan.q_blocks, plan.k_blocks, plan.prepared, params, dense=dense)
 
 
@@ -91,17 +103,23 @@ def visited_blocks(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:
 
 
 def _eager(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, blocks: BlockMap, layout: TokenLayout, plan: Plan, text_bias: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, call: Call, blocks: BlockMap, layouts: Layouts, plan: Plan, text_bias: Tensor | None
 ) -> tuple[Partial, Partial]:
     """The exact part in torch: of the image's queries over their blocks and the text, and of the text's over everything."""
     image = reference.block_sparse_attention(
         call.q, call.k, call.v, blocks, plan.q_blocks, plan.k_blocks, scale=call.scale, tables=plan.geometry.tables
     )
-    if not layout.text:
+    queries, keys = layouts
+    if not (queries.text or keys.text):
         return image, image
     q, k, v = (x.to(call.q.dtype).flatten(0, 1) for x in (query, key, value))
-    text, bias = layout.text_slice, None if text_bias is None else text_bias.to(q.dtype).repeat_interleave(query.shape[1], 0)
-    over_text = call.dense(call.q, k[:, text], v[:, text], *(() if bias is None else (bias,)), scale=call.scale)
-    others = (0, layout.image) if layout.text_first else (layout.image, 0)
-    rows = call.dense(q[:, text], k, v, *(() if bias is None else (F.pad(bias, others),)), scale=call.scale)
-    return reference.merge_partials([image, over_text]), rows
+    bias = None if text_bias is None or not keys.text else text_bias.to(q.dtype).repeat_interleave(query.shape[1], 0)
+    if keys.text:
+        over_text = call.dense(
+            call.q, k[:, keys.text_slice], v[:, keys.text_slice], *(() if bias is None else (bias,)), scale=call.scale
+        )  # fmt: skip
+        image = reference.merge_partials([image, over_text])
+    if not queries.text:
+        return image, image
+    others = (0, keys.image) if keys.text_first else (keys.image, 0)
+    return image, call.dense(q[:, queries.text_slice], k, v, *(() if bias is None else (F.pad(bias, others),)), scale=call.scale)

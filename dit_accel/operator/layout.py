@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,26 @@ class TokenLayout:
     def image_slice(self) -> slice:
         """Where the image's tokens are in the sequence."""
         return slice(self.text, None) if self.text_first else slice(0, self.image)
+
+
+class Layouts(NamedTuple):
+    """Where the queries' tokens are, and where the keys' are."""
+
+    q: TokenLayout
+    k: TokenLayout
+
+    @property
+    def text_first(self) -> bool:
+        return self.k.text_first if self.k.text else self.q.text_first
+
+
+def layouts_of(queries: TokenLayout, keys: TokenLayout | None) -> Layouts:
+    """Both; None: the keys' tokens are the queries'. Raises ValueError where the text is first in one and last in the other."""
+    keys = queries if keys is None else keys
+    if queries.text and keys.text and queries.text_first != keys.text_first:
+        places = ["first" if layout.text_first else "last" for layout in (queries, keys)]
+        raise ValueError(f"the text is {places[0]} among the queries and {places[1]} among the keys: move it to the same end of both")
+    return Layouts(queries, keys)
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,13 @@ class Lists:
 
 @dataclass(frozen=True)
 class Geometry:
-    """One grid for the kernels.
+    """One grid for the kernels, or a part of it as queries and another as keys.
 
-    `starts_q`, `starts_k` `[T + 1]`: first token of each block. `coords` `[3, N + PADDING]`: (t, y, x). `windows`
-    `[W, 3 axes, 3, N + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or None. Both are
-    in the order of the blocks; `places` `[N]`: where each token of that order is among the image's tokens, or None where they are in it.
-    `masks`, `masks_t`: bit masks of partial blocks, None where windows say all. `reach`: largest squared distance inside the largest disc,
-    -1 without one; `by_reach`: reach and windows say what the masks do. All int32 but the masks, which are int64.
+    `starts_q`, `starts_k` `[T + 1]`: first token of each block. `coords` `[3, Nk + PADDING]`: (t, y, x) of the keys, read with windows
+    alone. `windows` `[W, 3 axes, 3, Nq + PADDING]`: first and last coordinate that a query sees, and the residue that its keys share, or
+    None; `residues` `[W, 3 axes, Nk + PADDING]`: the keys' own, None where queries and keys are the same tokens. All in the order of the
+    blocks; `places_q`, `places_k` `[N]`: where each token of that order is among the image's tokens, or None where they are in it. `masks`,
+    `masks_t`: bit masks of partial blocks, None where windows say all. All int32 but the masks, which are int64.
     """
 
     starts_q: Tensor
@@ -62,16 +62,16 @@ class Geometry:
     lists: Lists | None
     coords: Tensor
     windows: Tensor | None
-    places: Tensor | None
+    places_q: Tensor | None
+    places_k: Tensor | None
     masks: Tensor | None
     masks_t: Tensor | None
-    reach: int
-    by_reach: bool
+    residues: Tensor | None = None
 
     @property
     def tables(self) -> TokenTables:
         """What decides token by token."""
-        return TokenTables(self.coords, self.windows, self.masks)
+        return TokenTables(self.coords, self.windows, self.masks, self.residues)
 
 
 def padded(rows: Tensor) -> Tensor:
@@ -81,18 +81,18 @@ def padded(rows: Tensor) -> Tensor:
 
 def make_geometry(
     starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor],
-    places: Tensor | None, masks: BitMasks | None, reach: int, *, by_reach: bool,
+    places: Tensor | None, masks: BitMasks | None,
 ) -> Geometry:  # fmt: skip
     """`coords` `[N, 3]`; `windows`: each as `[3 axes, 3, N]`; `places` `[N]`, see `Geometry`."""
+    places = None if places is None else places.to(torch.int32)
     return Geometry(
         starts_q=starts_q.to(torch.int32),
         starts_k=starts_k.to(torch.int32),
         lists=Lists.from_map(static) if static else None,
         coords=padded(coords.T),
         windows=padded(torch.stack(windows)) if windows else None,
-        places=None if places is None else places.to(torch.int32),
+        places_q=places,
+        places_k=places,
         masks=None if masks is None else masks.masks,
         masks_t=None if masks is None else masks.masks_t,
-        reach=min(reach, FARTHEST),
-        by_reach=by_reach,
     )

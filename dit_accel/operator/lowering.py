@@ -15,7 +15,7 @@ from dit_accel.method.parameters import Values
 from dit_accel.method.parts import Downsampled, Linear, Mass, MeanProduct, Part, Pooled, Residual, TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.layout import Layouts
 from dit_accel.operator.lists import Lists
 
 COMPILED = ("cpu", "triton")
@@ -45,46 +45,47 @@ def has_states(spec: AttentionSpec) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, lists: Lists, params: Values,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, lists: Lists, params: Values,
     scale: float, implementation: str, text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse of `[B, H, N, D]` for a spec whose rest and merge the kernels know."""
-    rest = _rest(key, value, spec, layout, plan, params)
-    return _run(query, key, value, layout, plan, lists, scale, implementation, text_bias, rest)
+    """Output and lse of queries `[B, H, Nq, D]` for a spec whose rest and merge the kernels know."""
+    rest = _rest(key, value, spec, layouts, plan, params)
+    return _run(query, key, value, layouts, plan, lists, scale, implementation, text_bias, rest)
 
 
 def exact(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, lists: Lists, scale: float, implementation: str,
+    query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
     text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse of `[B, H, N, D]`: of the image's queries over their blocks and the text, of the text's over everything."""
-    return _run(query, key, value, layout, plan, lists, scale, implementation, text_bias, {})
+    """Output and lse of queries `[B, H, Nq, D]`: of the image's queries over their blocks and the text, of the text's over everything."""
+    return _run(query, key, value, layouts, plan, lists, scale, implementation, text_bias, {})
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, plan: Plan, lists: Lists, scale: float, implementation: str,
+    query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
     text_bias: Tensor | None, rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One call of the kernels; `rest`: further arguments by name."""
     g = plan.geometry
     q, k, v = (_widened(x, implementation) for x in (query, key, value))
     if text_bias is not None:
-        text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layout.text else None
+        text_bias = text_bias.float().clamp_min(MASKED).contiguous() if layouts.k.text else None
     for name in rest.keys() & {"extra_k", "extra_v"}:
         rest[name] = rest[name].unflatten(0, q.shape[:2]).to(torch.float32 if implementation == "cpu" else q.dtype).contiguous()
-    tables: dict[str, Any] = {"windows": g.windows}  # where there are neither windows nor masks, no block is kept in part
+    # where there are neither windows nor masks, no block is kept in part
+    tables: dict[str, Any] = {"windows": g.windows, "residues": g.residues}
     if g.masks is not None:
         tables = {"masks": g.masks, "masks_t": g.masks_t, "mask_of": lists.mask_of}
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
-        text=layout.text, text_first=layout.text_first, scale=scale, places_q=g.places, places_k=g.places,
+        text=layouts.k.text, text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, places_q=g.places_q, places_k=g.places_k,
         text_bias=text_bias, **_widths(plan), **tables, **rest,
     )  # fmt: skip
     out, lse = ops.attention(arguments, implementation)
     return out.to(query.dtype), lse
 
 
-def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values) -> dict[str, Any]:
+def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values) -> dict[str, Any]:
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`."""
     found: dict[str, Any] = {}
     match spec.rest:
@@ -94,7 +95,7 @@ def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, 
             found = {"rest": "linear", "feature_map": feature_map, "linear_all": scope == "all"}
         case Downsampled():
             for name, x in (("extra_k", key), ("extra_v", value)):
-                found[name] = spec.rest.pooled(x[:, :, layout.image_slice].float().flatten(0, 1), plan.prepared, params)
+                found[name] = spec.rest.pooled(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
     match spec.merge:
         case Residual():
             found |= {"residual": True} | {name: params[f"proj.{name}"].float().contiguous() for name in ("weight", "bias")}
@@ -112,15 +113,15 @@ def _widths(plan: Plan) -> dict[str, Any]:
     return {"q_width": plan.q_blocks.index.shape[1], "k_width": plan.k_blocks.index.shape[1]}
 
 
-def lists(query: Tensor, key: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, implementation: str) -> Lists:
+def lists(query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, implementation: str) -> Lists:
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose."""
     g = plan.geometry
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
-    q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x in (query, key))
+    q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
     arguments = SelectionArguments(
-        q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"), places_q=g.places,
-        places_k=g.places, **_widths(plan),
+        q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"),
+        places_q=g.places_q, places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))

@@ -11,7 +11,7 @@ struct Queries {
     explicit Queries(const Geometry& g)
         : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width) {}
 
-    void pack(int64_t bh, int64_t i, float* out) {  // `out`: room for a panel
+    void pack(int64_t bh, int64_t i, float* out) {  // `out`: space for a panel
         const Problem& p = g.p;
         Run run = g.query(i);
         int64_t b = bh / p.heads, h = g.head(bh), at = bh * g.queries();
@@ -71,20 +71,20 @@ struct Columns {
     }
 };
 
-// One thread's room.
-struct BackwardRoom {
+// One thread's workspace.
+struct BackwardWorkspace {
     const Geometry& g;
     const int64_t ld;
-    PackRoom pack;
+    PackWorkspace pack;
     Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
-    States::Room room;
+    States::Workspace rest_work;
     std::unique_ptr<LinearRows> linear;
 
-    explicit BackwardRoom(const Geometry& g)
+    explicit BackwardWorkspace(const Geometry& g)
         : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
           bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
-          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), room(g, g.p.q_blocks) {
+          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -161,10 +161,10 @@ struct KeepMasked {
 #include "backward_linear.h"
 #include "backward_pooled.h"
 
-static void query_gradient(const Geometry& g, const Keys& keys, const Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
+static void query_gradient(const Geometry& g, const Keys& keys, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     const Problem& p = g.p;
     Run run = g.query(i);
-    float *acc = room.a, *by_variance = room.b;
+    float *acc = work.a, *by_variance = work.b;
     const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
     __builtin_memset(acc, 0, g.rows() * g.padded * 4);
     g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
@@ -173,7 +173,7 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
             auto gradients = [&](auto&& masked, auto&& edit) __attribute__((always_inline)) {
                 return weights_and_gradients(
-                    room.probability, room.gradient, room.ld, key.count, q + r0 * g.padded, keys.keys.column(j), dout + r0 * g.padded,
+                    work.probability, work.gradient, work.ld, key.count, q + r0 * g.padded, keys.keys.column(j), dout + r0 * g.padded,
                     keys.values.column(j), g.width, g.padded, g.channels, masked, edit,
                     [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
                     [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
@@ -184,11 +184,11 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
                         : bias        ? gradients(KeepAll{}, biased)
                                       : gradients(KeepAll{}, Unchanged{});
             if (live.last)
-                product(acc + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, keys.keys.row(j) + live.first * g.padded, g.padded, live.last - live.first, g.padded, ONES);
+                product(acc + r0 * g.padded, g.padded, work.gradient + live.first, work.ld, keys.keys.row(j) + live.first * g.padded, g.padded, live.last - live.first, g.padded, ONES);
         }
     });
     bool pooled = i < p.q_blocks && keys.pool;
-    if (pooled) pooled_query_gradient(g, *keys.pool, queries, room, bh, i);
+    if (pooled) pooled_query_gradient(g, *keys.pool, queries, work, bh, i);
     for (int64_t r = 0; r < run.count; r++) {
         float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
         for (int64_t d = 0; d < g.channels; d++) {
@@ -199,10 +199,10 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     }
 }
 
-static void key_gradient(const Geometry& g, const Keys& keys, const Queries& queries, const Columns& columns, const PoolGradient* pool, const States* dstates, BackwardRoom& room, int64_t bh, int64_t j) {
+static void key_gradient(const Geometry& g, const Keys& keys, const Queries& queries, const Columns& columns, const PoolGradient* pool, const States* dstates, BackwardWorkspace& work, int64_t bh, int64_t j) {
     const Problem& p = g.p;
     Run run = g.key(j);
-    float *dk = room.a, *dv = room.b;
+    float *dk = work.a, *dv = work.b;
     __builtin_memset(dk, 0, g.rows() * g.padded * 4);
     __builtin_memset(dv, 0, g.rows() * g.padded * 4);
     const float *key = keys.keys.row(j), *value = keys.values.row(j), *bias = g.key_bias(bh, j);
@@ -212,7 +212,7 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
             auto gradients = [&](auto&& masked, auto&& edit) __attribute__((always_inline)) {
                 return weights_and_gradients(
-                    room.probability, room.gradient, room.ld, query.count, key + r0 * g.padded, queries.q.column(i), value + r0 * g.padded,
+                    work.probability, work.gradient, work.ld, query.count, key + r0 * g.padded, queries.q.column(i), value + r0 * g.padded,
                     queries.dout.column(i), g.width, g.padded, g.channels, masked, edit,
                     [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(lse2 + c); },
                     [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
@@ -224,13 +224,13 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
                                       : gradients(KeepAll{}, Unchanged{});
             if (!live.last) continue;
             int64_t from = live.first * g.padded, depth = live.last - live.first;
-            product(dk + r0 * g.padded, g.padded, room.gradient + live.first, room.ld, queries.q.row(i) + from, g.padded, depth, g.padded, ONES);
-            product(dv + r0 * g.padded, g.padded, room.probability + live.first, room.ld, queries.dout.row(i) + from, g.padded, depth, g.padded, ONES);
+            product(dk + r0 * g.padded, g.padded, work.gradient + live.first, work.ld, queries.q.row(i) + from, g.padded, depth, g.padded, ONES);
+            product(dv + r0 * g.padded, g.padded, work.probability + live.first, work.ld, queries.dout.row(i) + from, g.padded, depth, g.padded, ONES);
         }
     });
     for (int64_t e = 0; e < run.count * g.padded; e++) dk[e] *= 1.f / LOG2E;
     if (j < p.k_blocks && pool) pool->distribute(dk, dv, key, j);
-    if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, room, dk, dv, j);
+    if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, work, dk, dv, j);
     int64_t tokens = g.is_extra(j) ? p.extra : g.keys();
     float *to_k = g.is_extra(j) ? p.dextra_k : p.dk, *to_v = g.is_extra(j) ? p.dextra_v : p.dv;
     for (int64_t r = 0; r < run.count; r++) {
@@ -250,27 +250,27 @@ void backward(const Problem& p) {
     if (keys.pool) pool = std::make_unique<PoolGradient>(g, *keys.pool);
     if (keys.states) linear = std::make_unique<LinearGradient>(g);
     Team team(p.threads);
-    std::vector<std::unique_ptr<BackwardRoom>> rooms;
-    for (int t = 0; t < team.size(); t++) rooms.push_back(std::make_unique<BackwardRoom>(g));
+    std::vector<std::unique_ptr<BackwardWorkspace>> workspaces;
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<BackwardWorkspace>(g));
     team.run([&](int thread) {
-        BackwardRoom& room = *rooms[size_t(thread)];
+        BackwardWorkspace& work = *workspaces[size_t(thread)];
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
             if (thread == 0 && (bh == 0 || p.lists_per_head)) columns.build(bh);
-            keys.prepare(team, bh, room.pack);
+            keys.prepare(team, bh, work.pack);
             team.share(g.query_blocks, [&](int64_t i) {
-                queries.pack(bh, i, room.a);
-                if (linear && i < p.q_blocks) linear->rows(keys, queries, room, bh, i);
+                queries.pack(bh, i, work.a);
+                if (linear && i < p.q_blocks) linear->rows(keys, queries, work, bh, i);
             });
-            if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, room, bh, part, team.size()); });
+            if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, work, bh, part, team.size()); });
             if (pool) {
                 team.share(p.q_blocks, [&](int64_t i) { pool->mark(bh, i); });
-                team.share(pool->tasks(), [&](int64_t task) { pool->keys(queries, room, bh, task); });
+                team.share(pool->tasks(), [&](int64_t task) { pool->keys(queries, work, bh, task); });
             }
             team.share(g.key_blocks + g.query_blocks, [&](int64_t task) {  // text and extra keys, the longest tasks, come first
                 if (task < g.key_blocks)
-                    key_gradient(g, keys, queries, columns, pool.get(), linear ? &linear->states : nullptr, room, bh, g.key_blocks - 1 - task);
+                    key_gradient(g, keys, queries, columns, pool.get(), linear ? &linear->states : nullptr, work, bh, g.key_blocks - 1 - task);
                 else
-                    query_gradient(g, keys, queries, room, bh, g.key_blocks + g.query_blocks - 1 - task);
+                    query_gradient(g, keys, queries, work, bh, g.key_blocks + g.query_blocks - 1 - task);
             });
             if (thread == 0 && p.doffset) p.doffset[bh] = pool ? pool->offset_sum() : linear ? linear->offset_sum() : 0.f;
         }

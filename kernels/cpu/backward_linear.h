@@ -14,12 +14,12 @@ struct LinearGradient {
     }
 
     // Query block i: its dq through the features, its share of dH, and its deltas under a residual merge.
-    void rows(const Keys& keys, Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
+    void rows(const Keys& keys, Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
         const Problem& p = g.p;
         Run run = g.query(i);
-        LinearRows& rest_rows = *room.linear;
+        LinearRows& rest_rows = *work.linear;
         rest_rows.compute(keys, bh, i);
-        float *dnum = room.a, *dphi = room.b, *dmass = room.c, *delta = queries.delta + i * g.width;
+        float *dnum = work.a, *dphi = work.b, *dmass = work.c, *delta = queries.delta + i * g.width;
         const float* dout = queries.dout.row(i);
         __builtin_memset(dnum, 0, g.rows() * g.padded * 4);
         if (p.residual && p.weight) {
@@ -54,8 +54,8 @@ struct LinearGradient {
             __builtin_memset(states.of(i), 0, states.size * 4);
             return;
         }
-        transpose(room.matrix, g.padded, rest_rows.state, g.padded, g.channels, g.channels);
-        product_rows(dphi, g.padded, dnum, g.padded, room.matrix, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
+        transpose(work.matrix, g.padded, rest_rows.state, g.padded, g.channels, g.channels);
+        product_rows(dphi, g.padded, dnum, g.padded, work.matrix, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
         const float* z = rest_rows.state + g.channels * g.padded;
         for (int64_t r = 0; r < run.count; r++) {
             float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
@@ -67,12 +67,12 @@ struct LinearGradient {
     }
 
     // One of `parts` slices of the total of dH and of the projection's gradients.
-    void reduce(const Queries& queries, BackwardRoom& room, int64_t bh, int64_t part, int64_t parts) {
+    void reduce(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t part, int64_t parts) {
         states.add_up(part, parts);
         const Problem& p = g.p;
         if (!p.dweight) return;
         int64_t groups = (g.channels + ROWS - 1) / ROWS;
-        float *panel = room.strip, *columns = room.strip_t;
+        float *panel = work.strip, *columns = work.strip_t;
         for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; group++) {
             int64_t first = group * ROWS, rows = std::min<int64_t>(ROWS, g.channels - first);
             __builtin_memset(panel, 0, ROWS * g.padded * 4);
@@ -99,20 +99,20 @@ struct LinearGradient {
 };
 
 // Add key block j's gradients through the states of all query blocks that don't keep it.
-static void linear_key_gradient(const Geometry& g, const Keys& keys, const States& dstates, const Columns& columns, BackwardRoom& room, float* dk, float* dv, int64_t j) {
+static void linear_key_gradient(const Geometry& g, const Keys& keys, const States& dstates, const Columns& columns, BackwardWorkspace& work, float* dk, float* dv, int64_t j) {
     int64_t n = g.key(j).count;
     if (g.p.linear_all)
-        for (int64_t e = 0; e < dstates.size; e++) room.state[e] = float(dstates.total[e]);
-    else if (!dstates.rest(room.state, columns.of(j), columns.count(j), room.room))
+        for (int64_t e = 0; e < dstates.size; e++) work.state[e] = float(dstates.total[e]);
+    else if (!dstates.rest(work.state, columns.of(j), columns.count(j), work.rest_work))
         return;
-    const float *key = keys.keys.row(j), *dz = room.state + g.channels * g.padded;
-    for (int64_t r = 0; r < n; r++) feature(room.phi + r * g.padded, key + r * g.padded, g.channels, g.p.feature_map);
-    product_rows(dv, g.padded, room.phi, g.padded, room.state, g.padded, round_up(n, ROWS), g.channels, g.padded, true);
-    transpose(room.matrix, g.padded, room.state, g.padded, g.channels, g.channels);
-    product_rows(room.c, g.padded, keys.values.row(j), g.padded, room.matrix, g.padded, round_up(n, ROWS), g.channels, g.padded, false);
+    const float *key = keys.keys.row(j), *dz = work.state + g.channels * g.padded;
+    for (int64_t r = 0; r < n; r++) feature(work.phi + r * g.padded, key + r * g.padded, g.channels, g.p.feature_map);
+    product_rows(dv, g.padded, work.phi, g.padded, work.state, g.padded, round_up(n, ROWS), g.channels, g.padded, true);
+    transpose(work.matrix, g.padded, work.state, g.padded, g.channels, g.channels);
+    product_rows(work.c, g.padded, keys.values.row(j), g.padded, work.matrix, g.padded, round_up(n, ROWS), g.channels, g.padded, false);
     for (int64_t r = 0; r < n; r++) {
-        float* dphi = room.c + r * g.padded;
+        float* dphi = work.c + r * g.padded;
         for (int64_t d = 0; d < g.channels; d++) dphi[d] += dz[d];
-        feature_backward(dk + r * g.padded, key + r * g.padded, room.phi + r * g.padded, dphi, g.channels, g.p.feature_map);
+        feature_backward(dk + r * g.padded, key + r * g.padded, work.phi + r * g.padded, dphi, g.channels, g.p.feature_map);
     }
 }

@@ -1,34 +1,34 @@
 // Gradients of the pooled rest: first of the pooled keys, values and variances, then of the tokens they were made from.
 
-// Query block i: room.a += the gradient through the means, room.b = the one through the variances (to be multiplied by q).
-static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Queries& queries, BackwardRoom& room, int64_t bh, int64_t i) {
+// Query block i: work.a += the gradient through the means, work.b = the one through the variances (to be multiplied by q).
+static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     const Problem& p = g.p;
     Run run = g.query(i);
     const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
-    __builtin_memset(room.b, 0, g.rows() * g.padded * 4);
-    square(room.squares, q, g.rows() * g.padded);
-    pool.bias(room.bias, bh, i);
+    __builtin_memset(work.b, 0, g.rows() * g.padded * 4);
+    square(work.squares, q, g.rows() * g.padded);
+    pool.bias(work.bias, bh, i);
     V cap = all(p.cap * LOG2E);
     for (int64_t chunk = 0; chunk < pool.chunks; chunk++)
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
-            if (p.variance) pool.capped_terms(room.terms, room.squares + r0 * g.padded, chunk);
+            if (p.variance) pool.capped_terms(work.terms, work.squares + r0 * g.padded, chunk);
             int64_t n = pool.keys(chunk), first = chunk * POOL;
             auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {
-                if (p.variance) x += load(room.terms + r * POOL + c);
-                return x + load(room.bias + first + c);
+                if (p.variance) x += load(work.terms + r * POOL + c);
+                return x + load(work.bias + first + c);
             };
             weights_and_gradients(
-                room.probability, room.gradient, room.ld, n, q + r0 * g.padded, pool.mean_t + first * g.channels, dout + r0 * g.padded, pool.value_t + first * g.channels,
+                work.probability, work.gradient, work.ld, n, q + r0 * g.padded, pool.mean_t + first * g.channels, dout + r0 * g.padded, pool.value_t + first * g.channels,
                 POOL, g.padded, g.channels, KeepAll{}, edit, [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
                 [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
-            product(room.a + r0 * g.padded, g.padded, room.gradient, room.ld, pool.mean + first * g.padded, g.padded, n, g.padded, ONES);
+            product(work.a + r0 * g.padded, g.padded, work.gradient, work.ld, pool.mean + first * g.padded, g.padded, n, g.padded, ONES);
             if (!p.variance) continue;
             for (int r = 0; r < ROWS; r++)  // past the cap the variance has no part in the logit
                 for (int64_t c = 0; c < n; c += LANES) {
-                    I below = load(room.terms + r * POOL + c) < cap;
-                    store(room.gradient + r * room.ld + c, select(below, load(room.gradient + r * room.ld + c), V{}));
+                    I below = load(work.terms + r * POOL + c) < cap;
+                    store(work.gradient + r * work.ld + c, select(below, load(work.gradient + r * work.ld + c), V{}));
                 }
-            product(room.b + r0 * g.padded, g.padded, room.gradient, room.ld, pool.var + first * g.padded, g.padded, n, g.padded, ONES);
+            product(work.b + r0 * g.padded, g.padded, work.gradient, work.ld, pool.var + first * g.padded, g.padded, n, g.padded, ONES);
         }
 }
 
@@ -53,7 +53,7 @@ struct PoolGradient {
     }
 
     // The gradients of GROUP pooled keys, from all image query blocks.
-    void keys(const Queries& queries, BackwardRoom& room, int64_t bh, int64_t task) {
+    void keys(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t task) {
         const Problem& p = g.p;
         int64_t first = task * GROUP, count = std::min(GROUP, p.k_blocks - first);
         __builtin_memset(dmean + first * g.padded, 0, GROUP * g.padded * 4);
@@ -62,51 +62,51 @@ struct PoolGradient {
         __builtin_memset(doffset + first, 0, GROUP * 4);
         for (int64_t i = 0; i < p.q_blocks; i++) {
             if (p.variance) {
-                square(room.squares, queries.q.row(i), g.rows() * g.padded);
-                square(room.squares_t, queries.q.column(i), g.channels * g.width);
+                square(work.squares, queries.q.row(i), g.rows() * g.padded);
+                square(work.squares_t, queries.q.column(i), g.channels * g.width);
             }
-            for (int64_t j = first; j < first + count; j += ROWS) keys_from_block(queries, room, bh, j, i);
+            for (int64_t j = first; j < first + count; j += ROWS) keys_from_block(queries, work, bh, j, i);
         }
         for (int64_t e = first * g.padded; e < (first + count) * g.padded; e++) dmean[e] *= 1.f / LOG2E, dvar[e] *= 0.5f / (LOG2E * LOG2E);
     }
 
-    void keys_from_block(const Queries& queries, BackwardRoom& room, int64_t bh, int64_t j, int64_t i) {
+    void keys_from_block(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t j, int64_t i) {
         const Problem& p = g.p;
         int64_t n = g.query(i).count;
         float bias[ROWS], offset = p.offset ? p.offset[g.head(bh)] * LOG2E : 0.f;
         for (int64_t r = 0; r < ROWS; r++)
             bias[r] = j + r < p.k_blocks && !kept[i * p.k_blocks + j + r] ? pool.log2_count[j + r] + offset : -INFINITY;
         V cap = all(p.cap * LOG2E);
-        float* terms = room.uncapped;
+        float* terms = work.uncapped;
         if (p.variance)
             for_strips(round_up(n, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
                 V x[ROWS][strip.value];
                 for (int r = 0; r < ROWS; r++)
                     for (int s = 0; s < strip.value; s++) x[r][s] = V{};
-                tile<strip.value>(x, pool.var + j * g.padded, g.padded, room.squares_t + c, g.width, g.channels);
+                tile<strip.value>(x, pool.var + j * g.padded, g.padded, work.squares_t + c, g.width, g.channels);
                 for (int r = 0; r < ROWS; r++)
-                    for (int s = 0; s < strip.value; s++) store(terms + r * room.ld + c + s * LANES, min(x[r][s] * (0.5f / LOG2E), cap));
+                    for (int s = 0; s < strip.value; s++) store(terms + r * work.ld + c + s * LANES, min(x[r][s] * (0.5f / LOG2E), cap));
             });
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
         auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {
-            if (p.variance) x += load(terms + r * room.ld + c);
+            if (p.variance) x += load(terms + r * work.ld + c);
             return x + bias[r];
         };
         weights_and_gradients(
-            room.probability, room.gradient, room.ld, n, pool.mean + j * g.padded, queries.q.column(i), pool.value + j * g.padded, queries.dout.column(i), g.width,
+            work.probability, work.gradient, work.ld, n, pool.mean + j * g.padded, queries.q.column(i), pool.value + j * g.padded, queries.dout.column(i), g.width,
             g.padded, g.channels, KeepAll{}, edit, [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(lse2 + c); },
             [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
-        product(dvalue + j * g.padded, g.padded, room.probability, room.ld, queries.dout.row(i), g.padded, n, g.padded, ONES);
-        product(dmean + j * g.padded, g.padded, room.gradient, room.ld, queries.q.row(i), g.padded, n, g.padded, ONES);
+        product(dvalue + j * g.padded, g.padded, work.probability, work.ld, queries.dout.row(i), g.padded, n, g.padded, ONES);
+        product(dmean + j * g.padded, g.padded, work.gradient, work.ld, queries.q.row(i), g.padded, n, g.padded, ONES);
         for (int64_t r = 0; r < ROWS; r++)
-            for (int64_t c = 0; c < n; c++) doffset[j + r] += room.gradient[r * room.ld + c];
+            for (int64_t c = 0; c < n; c++) doffset[j + r] += work.gradient[r * work.ld + c];
         if (!p.variance) return;
         for (int r = 0; r < ROWS; r++)
             for (int64_t c = 0; c < n; c += LANES) {
-                I below = load(terms + r * room.ld + c) < cap;
-                store(room.gradient + r * room.ld + c, select(below, load(room.gradient + r * room.ld + c), V{}));
+                I below = load(terms + r * work.ld + c) < cap;
+                store(work.gradient + r * work.ld + c, select(below, load(work.gradient + r * work.ld + c), V{}));
             }
-        product(dvar + j * g.padded, g.padded, room.gradient, room.ld, room.squares, g.padded, n, g.padded, ONES);
+        product(dvar + j * g.padded, g.padded, work.gradient, work.ld, work.squares, g.padded, n, g.padded, ONES);
     }
 
     // Add block j's share to the gradients of its tokens.

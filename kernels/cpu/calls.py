@@ -39,7 +39,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     """Gradients of the differentiable arguments; absent ones are empty."""
     a, dout, out = _prepared(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
-    grads = {name: _room(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
+    grads = {name: _zeros(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
     problem = _problem(a)
     problem.out, problem.lse, problem.dout, problem.dlse = native.rows(out), lse.data_ptr(), native.rows(dout), native.pointer(dlse)
     for name, x in grads.items():
@@ -50,7 +50,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     return in_order(grads | summed | own, a)
 
 
-def _room(name: str, a: Arguments) -> Tensor:
+def _zeros(name: str, a: Arguments) -> Tensor:
     """Zeros for a gradient as the library writes it: float32, and for each head what all heads share."""
     shape = tuple(getattr(a, name).shape)
     if name in PER_HEAD:

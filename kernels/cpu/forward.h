@@ -1,10 +1,10 @@
 // The forward pass, head by head: pack keys and values, then query block by query block everything that its outputs need.
 
-// One thread's room for packing a block.
-struct PackRoom {
+// One thread's workspace for packing a block.
+struct PackWorkspace {
     Array<float> keys, values, phi, phi_t;
     Array<uint16_t> halves;
-    explicit PackRoom(const Geometry& g)
+    explicit PackWorkspace(const Geometry& g)
         : keys(g.rows() * g.padded), values(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width),
           halves(g.width * g.channels) {}
 };
@@ -38,12 +38,12 @@ struct Keys {
         return {keys.column(j), g.width, head + g.key(j).place * v.row, v.row};
     }
 
-    void pack(int64_t bh, int64_t j, PackRoom& room) {
+    void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
         bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && (pool || states);
-        if (pair) pairs->fill(bh, j, room.halves);
+        if (pair) pairs->fill(bh, j, work.halves);
         if (pair && !rest) return;
-        float* key = backward ? keys.row(j) : room.keys;
+        float* key = backward ? keys.row(j) : work.keys;
         g.read_key(key, g.p.k, g.p.extra_k, bh, j);
         if (!pair) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
         const float* value;
@@ -52,7 +52,7 @@ struct Keys {
             Block<float> b = block(bh, j);
             value = b.rows, ldv = b.rows_ld;
         } else {
-            float* to = pair ? room.values : values.row(j);
+            float* to = pair ? work.values : values.row(j);
             g.read_key(to, g.p.v, g.p.extra_v, bh, j);
             value = to;
         }
@@ -60,14 +60,14 @@ struct Keys {
         if (!rest) return;
         if (pool) pool->fill(j, key, value, ldv);
         if (states) {
-            for (int64_t i = 0; i < n; i++) feature(room.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
-            transpose(room.phi_t, g.width, room.phi, g.padded, n, g.channels);
-            states->fill(j, room.phi_t, g.width, value, ldv, n, nullptr);
+            for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
+            transpose(work.phi_t, g.width, work.phi, g.padded, n, g.channels);
+            states->fill(j, work.phi_t, g.width, value, ldv, n, nullptr);
         }
     }
 
-    void prepare(Team& team, int64_t bh, PackRoom& room) {
-        team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, room); });
+    void prepare(Team& team, int64_t bh, PackWorkspace& work) {
+        team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, work); });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
     }
 };
@@ -77,12 +77,12 @@ struct LinearRows {
     const Geometry& g;
     Array<float> raw, phi, phi_t, state, out;
     Array<double> mass;  // float64 sums: log masses and their gradients are differences of near numbers
-    States::Room room;
+    States::Workspace rest_work;
     bool any = false;
 
     explicit LinearRows(const Geometry& g)
         : g(g), raw(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), state((g.channels + 1) * g.padded),
-          out(g.rows() * g.padded), mass(g.rows()), room(g, g.p.k_blocks) {}
+          out(g.rows() * g.padded), mass(g.rows()), rest_work(g, g.p.k_blocks) {}
 
     void compute(const Keys& keys, int64_t bh, int64_t i) {
         const Problem& p = g.p;
@@ -94,7 +94,7 @@ struct LinearRows {
             any = true;
         } else {
             Geometry::List l = g.list(bh, i);
-            any = keys.states->rest(state, l.blocks, l.count, room);
+            any = keys.states->rest(state, l.blocks, l.count, rest_work);
         }
         if (!any) {
             __builtin_memset(out, 0, run.count * g.padded * 4);
@@ -112,15 +112,15 @@ struct LinearRows {
     }
 };
 
-// One thread's room for the forward pass.
-struct ForwardRoom {
+// One thread's workspace for the forward pass.
+struct ForwardWorkspace {
     Softmax softmax;
-    PackRoom pack;
+    PackWorkspace pack;
     Array<float> squares, bias, terms;
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
 
-    ForwardRoom(const Geometry& g, bool pairs)
+    ForwardWorkspace(const Geometry& g, bool pairs)
         : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
@@ -138,10 +138,10 @@ static inline void merge_mass(float* out, double* lse2, const LinearRows& rest, 
     }
 }
 
-static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room, const float* weight_t, int64_t bh, int64_t i) {
+static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace& work, const float* weight_t, int64_t bh, int64_t i) {
     const Problem& p = g.p;
     Run run = g.query(i);
-    Softmax& s = room.softmax;
+    Softmax& s = work.softmax;
     read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
     if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
     s.start();
@@ -163,17 +163,17 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     });
     bool image = i < p.q_blocks;
     if (image && keys.pool) {
-        square(room.squares, s.q, g.rows() * g.padded);
-        keys.pool->bias(room.bias, bh, i);
-        keys.pool->visit(s, run.count, room.squares, room.bias, room.terms);
+        square(work.squares, s.q, g.rows() * g.padded);
+        keys.pool->bias(work.bias, bh, i);
+        keys.pool->visit(s, run.count, work.squares, work.bias, work.terms);
     }
-    s.finish(run.count, room.lse2);
-    if (image && room.linear) {
-        room.linear->compute(keys, bh, i);
+    s.finish(run.count, work.lse2);
+    if (image && work.linear) {
+        work.linear->compute(keys, bh, i);
         if (!p.residual)
-            merge_mass(s.acc, room.lse2, *room.linear, g, run.count, p.offset ? p.offset[g.head(bh)] : 0.f);
+            merge_mass(s.acc, work.lse2, *work.linear, g, run.count, p.offset ? p.offset[g.head(bh)] : 0.f);
         else if (weight_t) {
-            product_rows(s.acc, g.padded, room.linear->out, g.padded, weight_t, g.padded, round_up(run.count, ROWS), g.channels, g.padded, true);
+            product_rows(s.acc, g.padded, work.linear->out, g.padded, weight_t, g.padded, round_up(run.count, ROWS), g.channels, g.padded, true);
             for (int64_t r = 0; r < run.count; r++)
                 for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += p.bias[d];
         }
@@ -182,7 +182,7 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardRoom& room
     float* lse = p.lse + bh * g.queries();
     // the scaled queries carry the rounding of scale·log2(e), so that is what to divide by
     double natural = double(p.scale) / double(p.scale * LOG2E);
-    for (int64_t r = 0; r < run.count; r++) lse[run.at(r)] = float(room.lse2[r] * (p.scale == 0 ? double(LN2) : natural));
+    for (int64_t r = 0; r < run.count; r++) lse[run.at(r)] = float(work.lse2[r] * (p.scale == 0 ? double(LN2) : natural));
 }
 
 static Array<float> transposed_weight(const Geometry& g) {
@@ -196,14 +196,14 @@ void forward(const Problem& p) {
     Keys keys(g, false);
     Array<float> weight_t = transposed_weight(g);
     Team team(p.threads);
-    std::vector<std::unique_ptr<ForwardRoom>> rooms;
-    for (int t = 0; t < team.size(); t++) rooms.push_back(std::make_unique<ForwardRoom>(g, keys.paired));
+    std::vector<std::unique_ptr<ForwardWorkspace>> workspaces;
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<ForwardWorkspace>(g, keys.paired));
     team.run([&](int thread) {
-        ForwardRoom& room = *rooms[size_t(thread)];
+        ForwardWorkspace& work = *workspaces[size_t(thread)];
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
-            keys.prepare(team, bh, room.pack);
+            keys.prepare(team, bh, work.pack);
             // text rows see every key: the longest tasks come first
-            team.share(g.query_blocks, [&](int64_t t) { forward_block(g, keys, room, p.weight ? static_cast<float*>(weight_t) : nullptr, bh, g.query_blocks - 1 - t); });
+            team.share(g.query_blocks, [&](int64_t t) { forward_block(g, keys, work, p.weight ? static_cast<float*>(weight_t) : nullptr, bh, g.query_blocks - 1 - t); });
         }
     });
 }

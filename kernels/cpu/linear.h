@@ -77,21 +77,21 @@ struct States {
             for (int64_t e = first; e < last; e++) total[e] += double(of(i)[e]);
     }
 
-    // One thread's room for `rest`.
-    struct Room {
+    // One thread's workspace for `rest`.
+    struct Workspace {
         Array<double> sum;
         Array<uint8_t> taken;
-        Room(const Geometry& g, int64_t blocks) : sum((g.channels + 1) * g.padded), taken(blocks) {}
+        Workspace(const Geometry& g, int64_t blocks) : sum((g.channels + 1) * g.padded), taken(blocks) {}
     };
 
     // out = sum over the blocks that are not among `taken`. False where nothing is left.
-    bool rest(float* out, const int32_t* taken, int64_t count, Room& scratch) const {
+    bool rest(float* out, const int32_t* taken, int64_t count, Workspace& work) const {
         if (count == blocks) return false;
-        double* room = scratch.sum;
+        double* sums = work.sum;
         bool few = 2 * count <= blocks;  // subtract what is taken from the total, or add up what is left
         if (!few) {
-            __builtin_memset(scratch.taken, 0, size_t(blocks));
-            for (int64_t n = 0; n < count; n++) scratch.taken[taken[n]] = 1;
+            __builtin_memset(work.taken, 0, size_t(blocks));
+            for (int64_t n = 0; n < count; n++) work.taken[taken[n]] = 1;
         }
         const int64_t STEP = 32;  // sums that stay in registers
         for (int64_t e = 0; e < size; e += STEP) {
@@ -99,7 +99,7 @@ struct States {
             double sum[STEP];
             for (int64_t s = 0; s < width; s++) sum[s] = few ? total[e + s] : 0;
             for (int64_t n = 0; n < (few ? count : blocks); n++) {
-                if (!few && scratch.taken[n]) continue;
+                if (!few && work.taken[n]) continue;
                 const float* from = of(few ? taken[n] : n) + e;
                 double sign = few ? -1 : 1;
                 if (width == STEP)
@@ -107,11 +107,11 @@ struct States {
                 else
                     for (int64_t s = 0; s < width; s++) sum[s] += sign * double(from[s]);
             }
-            __builtin_memcpy(room + e, sum, size_t(width) * 8);
+            __builtin_memcpy(sums + e, sum, size_t(width) * 8);
         }
-        for (int64_t e = 0; e < size; e++) out[e] = float(room[e]);
+        for (int64_t e = 0; e < size; e++) out[e] = float(sums[e]);
         for (int64_t e = g.channels * g.padded; e < size; e++)  // what rounding left of a sum of zeros
-            if (std::fabs(room[e]) < 1e-12 * std::fabs(total[e])) out[e] = 0;
+            if (std::fabs(sums[e]) < 1e-12 * std::fabs(total[e])) out[e] = 0;
         return true;
     }
 };

@@ -1,4 +1,4 @@
-// Which pairs of image tokens a partial block keeps: by bit masks, or by a disc and windows decided from coordinates in registers.
+// Which pairs of image tokens a partial block keeps: by bit masks, or by windows decided from coordinates in registers.
 //
 // Both are called as keep(kept, r, c): they fill the masks of ROWS rows of a block from row r on against N vectors of columns from c on. Bit n
 // of what they return says whether any pair of vector n is kept. Rows past the block's last repeat a row or keep nothing; nobody reads them. Columns past it are never kept.
@@ -32,15 +32,15 @@ struct BitMask {
     }
 };
 
-// A disc and windows, united. `one`: the image token of row 0, `others`: of column 0, `last`: of the last row that there is, `end`: past the
-// last column; `by_query`: rows are queries and columns keys. A disc is of queries and keys that are the same tokens.
-struct CoordinateMask {
+// Windows, united. `one`: the image token of row 0, `others`: of column 0, `last`: of the last row that there is, `end`: past the
+// last column; `by_query`: rows are queries and columns keys.
+struct WindowMask {
     const Problem& p;
     const int first_axis;
     const int64_t one, last, others, end;
     const bool by_query;
 
-    CoordinateMask(const Geometry& g, const Run& rows, const Run& columns, bool by_query)
+    WindowMask(const Geometry& g, const Run& rows, const Run& columns, bool by_query)
         : p(g.p), first_axis(g.first_axis), one(rows.image), last(rows.image + rows.count - 1), others(columns.image), end(columns.image + columns.count), by_query(by_query) {}
 
     const int32_t* coord(int axis) const { return p.coords + axis * (p.image_k + PADDING); }
@@ -51,14 +51,6 @@ struct CoordinateMask {
     // hence PADDING.
     I pairs(int64_t row, int64_t column) const {
         I kept = all(int32_t(0));
-        if (p.reach >= 0) {
-            I distance = all(int32_t(0));
-            for (int axis = first_axis; axis < 3; axis++) {
-                I d = load(coord(axis) + column) - coord(axis)[row];
-                distance += d * d;
-            }
-            kept = distance <= all(int32_t(p.reach));
-        }
         for (int64_t w = 0; w < p.n_windows; w++) {
             I inside = all(int32_t(-1));
             for (int axis = first_axis; axis < 3; axis++) {
@@ -97,8 +89,8 @@ struct CoordinateMask {
     }
 };
 
-// Calls body(keep) with the mask of a partial block that has bit mask n, or is decided by coordinates where there are none.
+// Calls body(keep) with the mask of a partial block that has bit mask n, or is decided by windows where there are none.
 template <class Body>
 static inline __attribute__((always_inline)) auto with_mask(const Geometry& g, int64_t n, const Run& rows, const Run& columns, bool by_query, Body&& body) {
-    return g.p.masks ? body(BitMask(g.p, n, by_query)) : body(CoordinateMask(g, rows, columns, by_query));
+    return g.p.masks ? body(BitMask(g.p, n, by_query)) : body(WindowMask(g, rows, columns, by_query));
 }

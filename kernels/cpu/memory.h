@@ -1,4 +1,4 @@
-// Threads and scratch memory shared by all targets. Plain threads, started per call: no runtime of ours lives beside torch's pool.
+// Threads and scratch memory shared by all targets. Plain threads, started per call: no runtime of ours is kept in addition to torch's pool.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -114,9 +114,9 @@ def refusal() -> str | None:
     path = library_file()
     if not path.exists():
         return NOT_BUILT
-    wanted, found = sources.fingerprint(path.parent), _built_from(path)
-    if found != wanted:
-        return f"dit_accel's CPU kernels ({path}) were built from other sources ({found}, now {wanted}): build them again by {REBUILD}"
+    expected, found = sources.fingerprint(path.parent), _built_from(path)
+    if found != expected:
+        return f"dit_accel's CPU kernels ({path}) were built from other sources ({found}, now {expected}): build them again by {REBUILD}"
     return None
 
 
@@ -133,11 +133,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
 def _built_from(path: Path) -> str:
     """The fingerprint of the sources that a library was built from."""
     try:
-        told = ctypes.CDLL(str(path)).dit_accel_sources
+        function = ctypes.CDLL(str(path)).dit_accel_sources
     except (OSError, AttributeError):  # not a library for this machine, or one from before there were fingerprints
         return "unknown"
-    told.restype = c_char_p
-    return str(told().decode())
+    function.restype = c_char_p
+    return str(function().decode())
 
 
 def compare_fields(kind: type[Structure], table: Any) -> None:
@@ -163,10 +163,10 @@ def best_target() -> str:
 
 def target() -> int:
     """The target of the next call: the CPU's best, or the one that the environment names, as long as the CPU has it."""
-    wanted = os.environ.get(TARGET_VARIABLE, best_target())
-    if wanted not in TARGETS or TARGETS.index(wanted) > TARGETS.index(best_target()):
-        raise ValueError(f"{TARGET_VARIABLE} is one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, got {wanted!r}")
-    return TARGETS.index(wanted)
+    name = os.environ.get(TARGET_VARIABLE, best_target())
+    if name not in TARGETS or TARGETS.index(name) > TARGETS.index(best_target()):
+        raise ValueError(f"{TARGET_VARIABLE} is one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, got {name!r}")
+    return TARGETS.index(name)
 
 
 def call(name: str, argument: Structure) -> None:

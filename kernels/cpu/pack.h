@@ -80,7 +80,7 @@ struct Geometry {
         extra_blocks = (p.extra + chunk - 1) / chunk;
         key_blocks = p.k_blocks + text_blocks + extra_blocks;
         query_blocks = p.q_blocks + (p.text_q + chunk - 1) / chunk;
-        for (int64_t n = 0; n < p.image_k && (p.windows || p.reach >= 0); n++)
+        for (int64_t n = 0; n < p.image_k && p.windows; n++)
             if (p.coords[n]) first_axis = 0;
         if (p.text_bias) read_text_bias();
     }
@@ -199,22 +199,22 @@ struct Pairs {
         : g(g), row_size(g.width / 2 * g.padded), column_size(g.channels / 2 * g.width), rows((g.p.k_blocks + g.text_blocks) * row_size),
           columns((g.p.k_blocks + g.text_blocks) * column_size) {}
 
-    // `room`: width rows of channels
-    void fill(int64_t bh, int64_t j, uint16_t* room) {
+    // `space`: width rows of channels
+    void fill(int64_t bh, int64_t j, uint16_t* space) {
         Run run = g.key(j);
         int64_t d = g.channels;
-        copy_rows(room, d, g.p.k, bh / g.p.heads, g.head(bh), run, d);
-        g.clear_masked(room, d, bh, j);
+        copy_rows(space, d, g.p.k, bh / g.p.heads, g.head(bh), run, d);
+        g.clear_masked(space, d, bh, j);
         int32_t* column = columns + j * column_size;
         for (int64_t c = 0; c < d / 2; c++)
-            for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, room + n * d + 2 * c, 4);
-        copy_rows(room, d, g.p.v, bh / g.p.heads, g.head(bh), run, d);
-        g.clear_masked(room, d, bh, j);
+            for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, space + n * d + 2 * c, 4);
+        copy_rows(space, d, g.p.v, bh / g.p.heads, g.head(bh), run, d);
+        g.clear_masked(space, d, bh, j);
         int32_t* row = rows + j * row_size;
         for (int64_t n = 0; n < run.count; n += 2)
             for (int64_t c = 0; c < d; c++) {
-                uint32_t next = n + 1 < run.count ? room[(n + 1) * d + c] : 0;
-                row[n / 2 * g.padded + c] = int32_t(room[n * d + c] | next << 16);
+                uint32_t next = n + 1 < run.count ? space[(n + 1) * d + c] : 0;
+                row[n / 2 * g.padded + c] = int32_t(space[n * d + c] | next << 16);
             }
     }
     Block<int32_t> block(int64_t j) const { return {columns + j * column_size, g.width, rows + j * row_size, g.padded}; }

@@ -58,7 +58,7 @@ struct Pool {
         tile<N>(x, squares, ld, var_t, POOL, depth);
     }
 
-    // Add all pooled keys to a softmax; `squares` [rows, padded]: its scaled queries squared; `terms`: room for ROWS × POOL.
+    // Add all pooled keys to a softmax; `squares` [rows, padded]: its scaled queries squared; `terms`: space for ROWS × POOL.
     void visit(Softmax& softmax, int64_t queries, const float* squares, const float* bias, float* terms) const {
         for (int64_t chunk = 0; chunk < chunks; chunk++)
             for (int64_t r0 = 0; r0 < queries; r0 += ROWS) {

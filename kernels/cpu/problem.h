@@ -21,7 +21,7 @@ struct Problem {
     Rows q, k, v;
     const int32_t *lists, *counts, *full;     // [L, q_blocks, list_width], [L, q_blocks]: visited blocks, the `full` ones first
     const int32_t *q_starts, *k_starts;       // [q_blocks + 1], [k_blocks + 1]: first image token of each block
-    const int32_t* coords;                    // [3, image_k + PADDING]: frame, row, column of each image key, in the blocks' order; see mask.h
+    const int32_t* coords;                    // [3, image_k + PADDING]: frame, row, column of each image key, in the blocks' order, read with windows alone
     int64_t q_width, k_width;                 // the most tokens that a block holds
     int64_t text;                             // tokens of k and v that are text
     int32_t text_first;                       // 1: the text's tokens come before the image's
@@ -29,7 +29,6 @@ struct Problem {
     int64_t text_q;                           // tokens of q that are text
     const int32_t* windows;                   // [n_windows, 3 axes, (first, last, residue), image_q + PADDING], in the blocks' order
     const int32_t* residues;                  // [n_windows, 3 axes, image_k + PADDING]: the keys' own; null: those of the windows
-    int64_t reach;                            // largest squared distance inside the disc, -1 for no disc
     const int64_t *masks, *masks_t;           // [M, q_width, ceil(k_width / 64)], [M, k_width, ceil(q_width / 64)]: bits, see mask.h; or null
     const int32_t* mask_of;                   // as `lists`: which of the masks an entry from `full` on has; null without masks
     const int32_t *places_q, *places_k;       // [image_q], [image_k]: where each token of the blocks' order is among the image's; null: in that order

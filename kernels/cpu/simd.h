@@ -86,4 +86,4 @@ static inline V exp2(V x) {
 }
 
 static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-static const float NEVER = -1e30f;  // stands for -inf where a difference of two must not be NaN
+static const float NEVER = -1e30f;  // in place of -inf where a difference of two must not be NaN

@@ -1,4 +1,4 @@
-"""The fingerprint of the C++ sources: compiled into the library, and compared with the sources beside it when it is loaded.
+"""The fingerprint of the C++ sources: compiled into the library, and compared with the sources next to it when it is loaded.
 
 Standard library only, because the build runs it, too: `python kernels/cpu/sources.py` prints the fingerprint.
 """

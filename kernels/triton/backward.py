@@ -9,9 +9,10 @@ from dit_accel.kernels.triton.primitives import (
     GONE,
     LOG2E,
     head,
-    kept_pairs,
+    kept_in_part,
     listed_at,
-    masked_pairs,
+    listed_keys,
+    listed_queries,
     placed,
     pooled_logits,
     put,
@@ -21,21 +22,21 @@ from dit_accel.kernels.triton.primitives import (
     vector,
     words_of,
 )  # fmt: skip
-from dit_accel.kernels.triton.tuples import kernel
+from dit_accel.kernels.triton.tuples import Keys, Queries, Row, kernel
 
 
 @kernel("D DP BQ")
-def deltas(out, dout, dlse, delta, heads, tokens, C: tl.constexpr):
-    """delta `[BH, N]` = Σ out·dout − dlse, in float32. Grid: (tiles of tokens, batch · heads)."""
+def deltas(out, dout, dlse, delta, heads, tokens_q, C: tl.constexpr):
+    """delta `[BH, Nq]` = Σ out·dout − dlse, in float32. Grid: (tiles of tokens, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
-    valid = row < tokens
+    valid = row < tokens_q
     x = tile(head(out, bh, heads), row, out.n, valid, C).to(tl.float32)
     g = tile(head(dout, bh, heads), row, dout.n, valid, C).to(tl.float32)
     result = tl.sum(x * g, 1)
     if dlse is not None:
-        result -= tl.load(dlse + bh * tokens + row, mask=valid, other=0.0)
-    tl.store(delta + bh * tokens + row, result, mask=valid)
+        result -= tl.load(dlse + bh * tokens_q + row, mask=valid, other=0.0)
+    tl.store(delta + bh * tokens_q + row, result, mask=valid)
 
 
 @triton.jit
@@ -49,92 +50,80 @@ def score_gradient(q, k, v, dout, lse2, delta, shift, kept, factor, C):
 
 
 @triton.jit
-def sweep_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, bias, begin, end, factor, C):
+def sweep_rows(dq, q, dout, lse2, delta, keys, bias, begin, end, factor, C):
     """What the keys from `begin` to `end`, under their `bias` or None, add to the gradient of the queries, but for the scale."""
     for at in tl.range(begin, end, C.BK, num_stages=C.STAGES):
         rows = at + tl.arange(0, C.BK)
         valid = rows < end
         shift = bias if bias is None else tl.load(bias + rows, mask=valid, other=0.0)
         read = valid if bias is None else valid & (shift > GONE)
-        key = tile(k, rows, k_n, read, C)
-        _, ds = score_gradient(q, key, tile(v, rows, v_n, read, C), dout, lse2, delta, shift, valid[None, :], factor, C)
+        key = tile(keys.k, rows, keys.k_n, read, C)
+        _, ds = score_gradient(q, key, tile(keys.v, rows, keys.v_n, read, C), dout, lse2, delta, shift, valid[None, :], factor, C)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
 @triton.jit
-def visit_rows(dq, q, dout, lse2, delta, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows, length, mask_size, q_token,
-               q_valid, factor, MASKED: tl.constexpr, C):  # fmt: skip
+def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate, factor, MASKED: tl.constexpr, C):
     """What the listed key blocks from `begin` to `end` add to the gradient of the queries, but for the scale."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
-        j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(lists.k_starts + j + 1)
-        k_place = placed(lists.k_places, k_token, k_valid)
-        key = tile(k, k_place, k_n, k_valid, C)
-        kept = k_valid[None, :]
+        token, valid, place = listed_keys(row, n, lists, C)
+        key = tile(keys.k, place, keys.k_n, valid, C)
+        kept = valid[None, :]
         if MASKED:
-            if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
-            else:
-                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * mask_size
-                kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
-        _, ds = score_gradient(q, key, tile(v, k_place, v_n, k_valid, C), dout, lse2, delta, None, kept, factor, C)
+            kept &= kept_in_part(predicate, row, n, token, valid, True, C)
+        _, ds = score_gradient(q, key, tile(keys.v, place, keys.v_n, valid, C), dout, lse2, delta, None, kept, factor, C)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=C.PRECISION)
     return dq
 
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
-    q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens, image, image_start, text, text_start,
-    extra_keys, k_blocks, width, length, mask_size, C: tl.constexpr,
+    q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
+    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, H, N, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
+    """dq `[B, H, Nq, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
 
-    `more` `[BH, image, D]`: what the linear rest adds (`linear_gradient`).
+    `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`).
 
     Grid: (query blocks · SUB_Q, batch · heads).
     """
     block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
     bh = tl.program_id(1).to(tl.int64)
     h = bh % heads
-    k_base, v_base = head(k, bh, heads), head(v, bh, heads)
-    image_k, image_v = k_base + image_start.to(tl.int64) * k.n, v_base + image_start.to(tl.int64) * v.n
+    keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
+    start = image_start_k.to(tl.int64)
+    image_keys = Keys(keys.k + start * k.n, keys.v + start * v.n, k.n, v.n)
     q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     q_valid = q_token < tl.load(lists.q_starts + block + 1)
     q_place = placed(lists.q_places, q_token, q_valid)
-    queries = tile(head(q, bh, heads), q_place + image_start, q.n, q_valid, C)
-    dout = tile(head(pull.dout, bh, heads), q_place + image_start, pull.dout.n, q_valid, C)
-    at_row = bh * tokens + image_start + q_place
+    queries = tile(head(q, bh, heads), q_place + image_start_q, q.n, q_valid, C)
+    dout = tile(head(pull.dout, bh, heads), q_place + image_start_q, pull.dout.n, q_valid, C)
+    at_row = bh * tokens_q + image_start_q + q_place
     lse2 = tl.load(pull.lse + at_row, mask=q_valid, other=0.0) * LOG2E
     mine = tl.load(pull.delta + at_row, mask=q_valid, other=0.0)
     factor = logits.scale * LOG2E
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
-    mask_of, mask_rows = predicate.mask_of, predicate.masks
+    mask_of, masks = predicate.mask_of, predicate.masks
     if predicate.masks is not None:
         mask_of += at_list * width
-        mask_rows += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
+        masks += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
+    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k)
     grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(
-        grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists, predicate,
-        mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, False, C,
+        grad, queries, dout, lse2, mine, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor, False, C
     )  # fmt: skip
     if C.PARTIAL:
-        grad = visit_rows(
-            grad, queries, dout, lse2, mine, image_k, image_v, k.n, v.n, row, whole, listed, lists, predicate,
-            mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, True, C,
-        )  # fmt: skip
+        grad = visit_rows(grad, queries, dout, lse2, mine, image_keys, row, whole, listed, lists, predicate, factor, True, C)
     grad = sweep_rows(
-        grad, queries, dout, lse2, mine, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
-        text_start, text_start + text, factor, C,
+        grad, queries, dout, lse2, mine, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
+        text_start + text, factor, C,
     )  # fmt: skip
     if C.EXTRA:
-        grad = sweep_rows(
-            grad, queries, dout, lse2, mine, extra.k + bh * extra_keys * C.D, extra.v + bh * extra_keys * C.D, C.D, C.D, None, 0,
-            extra_keys, factor, C,
-        )  # fmt: skip
+        at = bh * extra_keys * C.D
+        further = Keys(extra.k + at, extra.v + at, C.D, C.D)
+        grad = sweep_rows(grad, queries, dout, lse2, mine, further, None, 0, extra_keys, factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         second = tl.zeros([C.BQ, C.DP], tl.float32)
@@ -156,12 +145,12 @@ def gradient_rows(
     grad *= logits.scale
     q_place = placed(lists.q_places, q_token, q_valid, True)
     if more is not None:
-        grad += tile(more + bh * image * C.D, q_place, C.D, q_valid, C)
-    put(dq + bh * tokens * C.D, q_place + image_start, C.D, q_valid, grad, C)
+        grad += tile(more + bh * image_q * C.D, q_place, C.D, q_valid, C)
+    put(dq + bh * tokens_q * C.D, q_place + image_start_q, C.D, q_valid, grad, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
-def gradient_dense_rows(q, k, v, pull, part, logits, heads, tokens, rows, first, chunk, C: tl.constexpr):
+def gradient_dense_rows(q, k, v, pull, part, logits, heads, tokens_q, tokens_k, rows, first, chunk, C: tl.constexpr):
     """dq of the query rows `first` to `first + rows` from one chunk of all keys: part `[splits, BH, rows, D]`.
 
     Grid: (tiles of rows, batch · heads, splits).
@@ -173,10 +162,10 @@ def gradient_dense_rows(q, k, v, pull, part, logits, heads, tokens, rows, first,
     grad = sweep_rows(
         tl.zeros([C.BQ, C.DP], tl.float32), tile(head(q, bh, heads), row + first, q.n, valid, C),
         tile(head(pull.dout, bh, heads), row + first, pull.dout.n, valid, C),
-        tl.load(pull.lse + bh * tokens + first + row, mask=valid, other=0.0) * LOG2E,
-        tl.load(pull.delta + bh * tokens + first + row, mask=valid, other=0.0),
-        head(k, bh, heads), head(v, bh, heads), k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
-        begin, tl.minimum(begin + chunk, tokens), logits.scale * LOG2E, C,
+        tl.load(pull.lse + bh * tokens_q + first + row, mask=valid, other=0.0) * LOG2E,
+        tl.load(pull.delta + bh * tokens_q + first + row, mask=valid, other=0.0),
+        Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n), logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
+        begin, tl.minimum(begin + chunk, tokens_k), logits.scale * LOG2E, C,
     )  # fmt: skip
     put(part + (split * tl.num_programs(1) + bh) * rows * C.D, row, C.D, valid, grad * logits.scale, C)
 
@@ -192,15 +181,15 @@ def column_gradient(key, value, q, dout, lse2, delta, shift, kept, factor, C):
 
 
 @triton.jit
-def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, g_n, begin, end, factor, C):
+def sweep_columns(dk, dv, key, value, shift, k_valid, source, begin, end, factor, C):
     """What the queries from `begin` to `end` add to the gradients of keys (but for the scale), whose bias is `shift`, and values."""
     for at in tl.range(begin, end, C.BQ, num_stages=C.STAGES):
         rows = at + tl.arange(0, C.BQ)
         valid = rows < end
-        queries = tile(q, rows, q_n, valid, C)
-        pull = tile(dout, rows, g_n, valid, C)
-        lse2 = tl.load(lse + rows, mask=valid, other=0.0) * LOG2E
-        mine = tl.load(delta + rows, mask=valid, other=0.0)
+        queries = tile(source.q, rows, source.q_n, valid, C)
+        pull = tile(source.dout, rows, source.g_n, valid, C)
+        lse2 = tl.load(source.lse + rows, mask=valid, other=0.0) * LOG2E
+        mine = tl.load(source.delta + rows, mask=valid, other=0.0)
         kept = k_valid[:, None] & valid[None, :]
         weights, ds = column_gradient(key, value, queries, pull, lse2, mine, shift, kept, factor, C)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
@@ -209,25 +198,17 @@ def sweep_columns(dk, dv, key, value, shift, k_valid, q, dout, lse, delta, q_n, 
 
 
 @triton.jit
-def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n, g_n, entries, begin, end, lists, predicate,
-                  mask_of, mask_rows, length, mask_size, factor, MASKED: tl.constexpr, C):  # fmt: skip
+def visit_columns(dk, dv, key, value, source, row, begin, end, lists, predicate, factor, MASKED: tl.constexpr, C):
     """What the query blocks on a column add to the gradients of one key tile."""
     for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
-        i = tl.load(entries + n // C.SUB_Q)
-        token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
-        valid = token < tl.load(lists.q_starts + i + 1)
-        place = placed(lists.q_places, token, valid)
-        queries = tile(q, place, q_n, valid, C)
-        pull = tile(dout, place, g_n, valid, C)
-        lse2 = tl.load(lse + place, mask=valid, other=0.0) * LOG2E
-        mine = tl.load(delta + place, mask=valid, other=0.0)
-        kept = k_valid[:, None] & valid[None, :]
+        token, valid, place = listed_queries(row, n, lists, C)
+        queries = tile(source.q, place, source.q_n, valid, C)
+        pull = tile(source.dout, place, source.g_n, valid, C)
+        lse2 = tl.load(source.lse + place, mask=valid, other=0.0) * LOG2E
+        mine = tl.load(source.delta + place, mask=valid, other=0.0)
+        kept = row.valid[:, None] & valid[None, :]
         if MASKED:
-            if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, token[None, :], valid[None, :], k_token[:, None], k_valid[:, None], C)
-            else:
-                mask = tl.load(mask_of + n // C.SUB_Q).to(tl.int64) * mask_size
-                kept &= masked_pairs(mask_rows + mask, k_valid, (n % C.SUB_Q) * C.BQ, C.BQ)
+            kept &= kept_in_part(predicate, row, n, token, valid, False, C)
         weights, ds = column_gradient(key, value, queries, pull, lse2, mine, None, kept, factor, C)
         dv = tl.dot(weights.to(pull.dtype), pull, dv, input_precision=C.PRECISION)
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=C.PRECISION)
@@ -236,59 +217,59 @@ def visit_columns(dk, dv, key, value, k_token, k_valid, q, dout, lse, delta, q_n
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS POOLED VARIANCE STAGES PRECISION")
 def gradient_columns(
-    q, k, v, pull, more, grads, turned, lists, predicate, pooled, pooled_grads, logits, heads, tokens, image, image_start, text, text_start,
-    entries, length, mask_size, C: tl.constexpr,
+    q, k, v, pull, more, grads, transposed, lists, predicate, pooled, pooled_grads, logits, heads, tokens_q, tokens_k, image_k,
+    image_start_q, image_start_k, text_q, text_start_q, entries, length_q, length_k, mask_size, C: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (`grads`) `[B, H, N, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the
+    """dk, dv (`grads`) `[B, H, Nk, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the
     text's queries.
 
-    `turned`: a head's `entries` entries and 2·Tk + 1 borders; for key block j the query blocks that visit it whole are
-    entries[borders[2j]:borders[2j + 1]], those that visit it partly entries[borders[2j + 1]:borders[2j + 2]]. `more`: pairs
-    `[BH, image, D]`, what the linear rest adds (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
+    `transposed`: a head's `entries` entries and an indptr of 2·Tk + 1; for key block j the query blocks that visit it whole are
+    entries[indptr[2j]:indptr[2j + 1]], those that visit it partly entries[indptr[2j + 1]:indptr[2j + 2]]. `more`: pairs
+    `[BH, image_k, D]`, what the linear rest adds (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
     """
     block, sub = tl.program_id(0) // C.SUB_K, tl.program_id(0) % C.SUB_K
     bh = tl.program_id(1).to(tl.int64)
-    q_base, g_base = head(q, bh, heads), head(pull.dout, bh, heads)
     first = tl.load(lists.k_starts + block)
     end = tl.load(lists.k_starts + block + 1)
     token = first + sub * C.BK + tl.arange(0, C.BK)
     valid = token < end
     place = placed(lists.k_places, token, valid)
-    key = tile(head(k, bh, heads), place + image_start, k.n, valid, C)
-    value = tile(head(v, bh, heads), place + image_start, v.n, valid, C)
+    key = tile(head(k, bh, heads), place + image_start_k, k.n, valid, C)
+    value = tile(head(v, bh, heads), place + image_start_k, v.n, valid, C)
     factor = logits.scale * LOG2E
     grad_k = tl.zeros([C.BK, C.DP], tl.float32)
     grad_v = tl.zeros([C.BK, C.DP], tl.float32)
-    start = image_start.to(tl.int64)
-    lse, delta = pull.lse + bh * tokens, pull.delta + bh * tokens
+    every = Queries(
+        head(q, bh, heads), head(pull.dout, bh, heads), pull.lse + bh * tokens_q, pull.delta + bh * tokens_q, q.n, pull.dout.n
+    )  # fmt: skip
+    start = image_start_q.to(tl.int64)
+    image_queries = Queries(
+        every.q + start * q.n, every.dout + start * pull.dout.n, every.lse + start, every.delta + start, q.n, pull.dout.n
+    )  # fmt: skip
     k_blocks = tl.num_programs(0) // C.SUB_K
-    entry = turned.entries
-    border = turned.borders + 2 * block
-    mask_of, mask_rows = turned.mask_of, predicate.masks
+    entry = transposed.entries
+    indptr = transposed.indptr + 2 * block
+    mask_of, masks = transposed.mask_of, predicate.masks
     if predicate.masks is not None:
         mask_of += bh * entries if C.OWN else 0
-        mask_rows += (sub * C.BK + tl.arange(0, C.BK)) * C.WORDS
+        masks += (sub * C.BK + tl.arange(0, C.BK)) * C.WORDS
     if C.OWN:
         entry += bh * entries
-        border += bh * (2 * k_blocks + 1)
-    whole, partial, stop = tl.load(border), tl.load(border + 1), tl.load(border + 2)
+        indptr += bh * (2 * k_blocks + 1)
+    whole, partial, stop = tl.load(indptr), tl.load(indptr + 1), tl.load(indptr + 2)
+    row = Row(entry, mask_of, masks, mask_size, token, valid, length_q, length_k)
     grad_k, grad_v = visit_columns(
-        grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-        pull.dout.n, entry, whole, partial, lists, predicate, mask_of, mask_rows, length, mask_size, factor, False, C,
+        grad_k, grad_v, key, value, image_queries, row, whole, partial, lists, predicate, factor, False, C
     )  # fmt: skip
     if C.PARTIAL:
-        grad_k, grad_v = visit_columns(
-            grad_k, grad_v, key, value, token, valid, q_base + start * q.n, g_base + start * pull.dout.n, lse + start, delta + start, q.n,
-            pull.dout.n, entry, partial, stop, lists, predicate, mask_of, mask_rows, length, mask_size, factor, True, C,
-        )  # fmt: skip
+        grad_k, grad_v = visit_columns(grad_k, grad_v, key, value, image_queries, row, partial, stop, lists, predicate, factor, True, C)
     grad_k, grad_v = sweep_columns(
-        grad_k, grad_v, key, value, None, valid, q_base, g_base, lse, delta, q.n, pull.dout.n, text_start, text_start + text,
-        factor, C,
+        grad_k, grad_v, key, value, None, valid, every, text_start_q, text_start_q + text_q, factor, C
     )  # fmt: skip
     grad_k *= logits.scale
     if more.k is not None:
-        grad_k += tile(more.k + bh * image * C.D, place, C.D, valid, C)
-        grad_v += tile(more.v + bh * image * C.D, place, C.D, valid, C)
+        grad_k += tile(more.k + bh * image_k * C.D, place, C.D, valid, C)
+        grad_v += tile(more.v + bh * image_k * C.D, place, C.D, valid, C)
     if C.POOLED:
         count = 1.0 / (end - first).to(tl.float32)
         at = (bh * k_blocks + block) * C.D
@@ -297,12 +278,12 @@ def gradient_columns(
         if C.VARIANCE:
             mean = vector(pooled.k_mean + at, C).to(tl.float32)
             grad_k += vector(pooled_grads.k_half + at, C)[None, :] * (key.to(tl.float32) - mean[None, :]) * count
-    put(grads.k + bh * tokens * C.D, place + image_start, C.D, valid, grad_k, C)
-    put(grads.v + bh * tokens * C.D, place + image_start, C.D, valid, grad_v, C)
+    put(grads.k + bh * tokens_k * C.D, place + image_start_k, C.D, valid, grad_k, C)
+    put(grads.v + bh * tokens_k * C.D, place + image_start_k, C.D, valid, grad_v, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
-def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens, keys, first, begin, end, chunk, C: tl.constexpr):
+def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens_q, tokens_k, keys, first, begin, end, chunk, C: tl.constexpr):
     """Gradients of the keys `first` to `first + keys`, which every query row from `begin` to `end` sees: one chunk of those rows.
 
     `grads`: parts `[splits, BH, keys, D]` float32. Grid: (tiles of keys, batch · heads, splits).
@@ -310,14 +291,16 @@ def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens, keys, firs
     bh, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     at = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
     valid = at < keys
-    shift = logits.bias if logits.bias is None else tl.load(logits.bias + bh * tokens + first + at, mask=valid, other=0.0)
+    shift = logits.bias if logits.bias is None else tl.load(logits.bias + bh * tokens_k + first + at, mask=valid, other=0.0)
     read = valid if logits.bias is None else valid & (shift > GONE)
     key = tile(head(k, bh, heads), at + first, k.n, read, C)
     value = tile(head(v, bh, heads), at + first, v.n, read, C)
     start = begin + tl.program_id(2) * chunk
+    every = Queries(
+        head(q, bh, heads), head(pull.dout, bh, heads), pull.lse + bh * tokens_q, pull.delta + bh * tokens_q, q.n, pull.dout.n
+    )  # fmt: skip
     grad_k, grad_v = sweep_columns(
-        tl.zeros([C.BK, C.DP], tl.float32), tl.zeros([C.BK, C.DP], tl.float32), key, value, shift, valid, head(q, bh, heads),
-        head(pull.dout, bh, heads), pull.lse + bh * tokens, pull.delta + bh * tokens, q.n, pull.dout.n, start,
+        tl.zeros([C.BK, C.DP], tl.float32), tl.zeros([C.BK, C.DP], tl.float32), key, value, shift, valid, every, start,
         tl.minimum(start + chunk, end), logits.scale * LOG2E, C,
     )  # fmt: skip
     place = (split * tl.num_programs(1) + bh) * keys * C.D
@@ -327,7 +310,7 @@ def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens, keys, firs
 
 @kernel("D DP BQ BK SUB_Q OWN COUNT VARIANCE STAGES PRECISION")
 def gradient_pooled(
-    q, pull, pooled, grads, lists, learned, logits, heads, tokens, image_start, q_blocks, k_blocks, C: tl.constexpr
+    q, pull, pooled, grads, lists, learned, logits, heads, tokens_q, image_start_q, q_blocks, k_blocks, C: tl.constexpr
 ):  # fmt: skip
     """Gradients of a tile of pooled keys, values and half variances, and of the offset. Grid: (tiles of pooled keys, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
@@ -349,9 +332,9 @@ def gradient_pooled(
     grad_v = tl.zeros([C.BK, C.DP], tl.float32)
     grad_h = tl.zeros([C.BK, C.DP], tl.float32)
     grad_o = tl.zeros([C.BK], tl.float32)
-    q_base = head(q, bh, heads) + image_start.to(tl.int64) * q.n
-    g_base = head(pull.dout, bh, heads) + image_start.to(tl.int64) * pull.dout.n
-    row = bh * tokens + image_start
+    q_base = head(q, bh, heads) + image_start_q.to(tl.int64) * q.n
+    g_base = head(pull.dout, bh, heads) + image_start_q.to(tl.int64) * pull.dout.n
+    row = bh * tokens_q + image_start_q
     for n in tl.range(0, q_blocks * C.SUB_Q, num_stages=C.STAGES):
         i = n // C.SUB_Q
         token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)

@@ -3,55 +3,69 @@
 Apart from the exact keys' kernels, because both together would not fit the registers.
 
 A pull is a gradient divided by a mass: at a loss scale of 2¹⁶ it exceeds float16. So each row is stored with a largest entry of 1 and its
-`size` beside it, and where rows are summed the features carry the sizes, relative to the largest of the head: no operand of a product in
+`size` next to it, and where rows are summed the features carry the sizes, relative to the largest of the head: no operand of a product in
 float16 is larger than its features or values make it, and every product is accumulated in float32.
 """
 
 import triton.language as tl
 from dit_accel.kernels.triton.forward import linear_visit, rest_of
-from dit_accel.kernels.triton.primitives import LOG2E, feature, feature_gradient, head, listed_at, placed, put, split_dot, tile, vector
-from dit_accel.kernels.triton.tuples import kernel
+from dit_accel.kernels.triton.primitives import (
+    LOG2E,
+    feature,
+    feature_gradient,
+    head,
+    listed_at,
+    listed_keys,
+    listed_queries,
+    placed,
+    put,
+    split_dot,
+    tile,
+    vector,
+)  # fmt: skip
+from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
 TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
 
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT RESIDUAL STAGES PRECISION")
 def linear_gradient(
-    q, k, v, pull, rest_pull, more, mean, doffset, lists, states, learned, heads, tokens, image, image_start, k_blocks, width,
-    C: tl.constexpr,
+    q, k, v, pull, rest_pull, more, mean, doffset, lists, states, learned, heads, tokens_q, image_q, image_k, image_start_q, image_start_k,
+    k_blocks, width, C: tl.constexpr,
 ):  # fmt: skip
     """`rest_pull`: gradients of the rest's numerator and mass, times the number of keys, over their row's size (0: no gradient); `more`
-    `[BH, image, D]` float32: what they add to dq.
+    `[BH, image_q, D]` float32: what they add to dq.
 
-    Under the residual merge also the rest's `mean` `[BH, image, D]`, and delta without the residual's share; else doffset `[BH, programs]`.
+    Under the residual merge also the rest's `mean` `[BH, image_q, D]`, and delta without the residual's share; else doffset
+    `[BH, programs]`.
     `states` are without the projection; LEFT as in `attend_rows`. Grid: (query blocks · SUB_Q, batch · heads).
     """
     block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
     bh = tl.program_id(1).to(tl.int64)
-    start = image_start.to(tl.int64)
-    k_base, v_base = head(k, bh, heads) + start * k.n, head(v, bh, heads) + start * v.n
+    start = image_start_k.to(tl.int64)
+    image_keys = Keys(head(k, bh, heads) + start * k.n, head(v, bh, heads) + start * v.n, k.n, v.n)
     token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     valid = token < tl.load(lists.q_starts + block + 1)
     place = placed(lists.q_places, token, valid)
     q_base = head(q, bh, heads)
-    phi_low = feature(tile(q_base, place + image_start, q.n, valid, C), C).to(q.base.dtype.element_ty)
+    phi_low = feature(tile(q_base, place + image_start_q, q.n, valid, C), C).to(q.base.dtype.element_ty)
     taken = tl.zeros([C.BQ, C.DP], tl.float32)
     taken_mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.blocks + at_list * width
+    row = Row(lists.blocks + at_list * width, None, None, 0, token, valid, 0, 0)
     listed = tl.load(lists.counts + at_list)
     first = listed if C.LEFT else listed * 0
     last = k_blocks if C.LEFT else listed
     if not C.ALL:
-        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, k_base, v_base, k.n, v.n, row, first, last, lists, C)
-    num, den = rest_of(phi_low, taken, taken_mass, states, bh, listed, k_blocks, image, C)
+        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, image_keys, row, first, last, lists, C)
+    num, den = rest_of(phi_low, taken, taken_mass, states, bh, listed, k_blocks, image_k, C)
     real = den > 0
     safe = tl.where(real, den, 1.0)
     rest = num / safe[:, None]
-    keys = image.to(tl.float32)
-    at = bh * tokens + image_start + place
+    keys = image_k.to(tl.float32)
+    at = bh * tokens_q + image_start_q + place
     mine = tl.load(pull.delta + at, mask=valid, other=0.0)
-    dout = tile(head(pull.dout, bh, heads), place + image_start, pull.dout.n, valid, C)
+    dout = tile(head(pull.dout, bh, heads), place + image_start_q, pull.dout.n, valid, C)
     wide = dout.to(tl.float32)
     if C.RESIDUAL:
         residual = split_dot(rest.to(dout.dtype), learned.weight, 0, True, C) + vector(learned.bias, C)[None, :]
@@ -59,7 +73,7 @@ def linear_gradient(
         back = split_dot(dout, learned.weight, 0, False, C)
         numerator = tl.where(real[:, None], back * (keys / safe)[:, None], 0.0)
         mass = tl.where(real, -tl.sum(back * rest, 1) * (keys / safe), 0.0)
-        put(mean + bh * image * C.D, place, C.D, valid, tl.where(real[:, None], rest, 0.0), C)
+        put(mean + bh * image_q * C.D, place, C.D, valid, tl.where(real[:, None], rest, 0.0), C)
     else:
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + bh % heads) * LOG2E
         weights = tl.where(real & valid, tl.exp2(shift - tl.load(pull.lse + at, mask=valid, other=0.0) * LOG2E), 0.0)
@@ -72,19 +86,16 @@ def linear_gradient(
     shrink = 1.0 / tl.maximum(largest, TINY)
     mass *= shrink
     low = (numerator * shrink[:, None]).to(rest_pull.num.dtype.element_ty)
-    put(rest_pull.num + bh * image * C.D, place, C.D, valid, low, C)
-    tl.store(rest_pull.den + bh * image + place, mass, mask=valid)
-    tl.store(rest_pull.size + bh * image + place, largest, mask=valid)
+    put(rest_pull.num + bh * image_q * C.D, place, C.D, valid, low, C)
+    tl.store(rest_pull.den + bh * image_q + place, mass, mask=valid)
+    tl.store(rest_pull.size + bh * image_q + place, largest, mask=valid)
     dphi = tl.zeros([C.BQ, C.DP], tl.float32)
     if not C.ALL:
         for n in tl.range(first * C.SUB_K, last * C.SUB_K, num_stages=C.STAGES):
-            j = tl.load(row + n // C.SUB_K)
-            k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-            k_valid = k_token < tl.load(lists.k_starts + j + 1)
-            k_place = placed(lists.k_places, k_token, k_valid)
-            value = tile(v_base, k_place, v.n, k_valid, C).to(low.dtype)
+            _, k_valid, k_place = listed_keys(row, n, lists, C)
+            value = tile(image_keys.v, k_place, v.n, k_valid, C).to(low.dtype)
             change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=C.PRECISION) + mass[:, None], 0.0)
-            mapped = feature(tile(k_base, k_place, k.n, k_valid, C), C).to(low.dtype)
+            mapped = feature(tile(image_keys.k, k_place, k.n, k_valid, C), C).to(low.dtype)
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=C.PRECISION)
     if C.LEFT:
         dphi *= 1.0 / keys
@@ -92,17 +103,20 @@ def linear_gradient(
         dphi = split_dot(low, states.state, bh, True, C) - dphi * (1.0 / keys)
         dphi += mass[:, None] * vector(states.total + bh * C.D, C)[None, :]
     dphi *= largest[:, None]
-    again = tile(q_base, place + image_start, q.n, valid, C)
+    again = tile(q_base, place + image_start_q, q.n, valid, C)
     # nothing left means no mass and no pull
-    put(more + bh * image * C.D, place, C.D, valid, feature_gradient(again, feature(again, C), dphi, C), C)
+    put(more + bh * image_q * C.D, place, C.D, valid, feature_gradient(again, feature(again, C), dphi, C), C)
 
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT STAGES PRECISION")
-def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads, image, image_start, entries, C: tl.constexpr):
-    """What the linear rest adds to dk and dv: `more`, a pair of `[BH, image, D]` float32. Sums over all queries, less those that visit the
-    block; LEFT: the entries are the query blocks that do not visit it, and the sums are those over them, without `states`.
+def linear_columns(
+    q, k, v, rest_pull, more, transposed, lists, states, unit, heads, image_q, image_k, image_start_q, image_start_k, entries,
+    C: tl.constexpr,
+):  # fmt: skip
+    """What the linear rest adds to dk and dv: `more`, a pair of `[BH, image_k, D]` float32. Sums over all queries, less those that visit
+    the block; LEFT: the entries are the query blocks that do not visit it, and the sums are those over them, without `states`.
 
-    `turned` as in `gradient_columns`; the pull's sizes are here over the largest of the head, `unit.total` `[BH]`. `states`: sums of
+    `transposed` as in `gradient_columns`; the pull's sizes are here over the largest of the head, `unit.total` `[BH]`. `states`: sums of
     phi(q)·dnum and phi(q)·dden over all queries in those units, the first over `unit.state` `[BH]`. Grid: (key blocks · SUB_K, batch ·
     heads).
     """
@@ -111,38 +125,36 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
     token = tl.load(lists.k_starts + block) + sub * C.BK + tl.arange(0, C.BK)
     valid = token < tl.load(lists.k_starts + block + 1)
     place = placed(lists.k_places, token, valid)
-    k_base, q_base = head(k, bh, heads), head(q, bh, heads) + image_start.to(tl.int64) * q.n
-    key = tile(k_base, place + image_start, k.n, valid, C)
-    value = tile(head(v, bh, heads), place + image_start, v.n, valid, C)
+    k_base, q_base = head(k, bh, heads), head(q, bh, heads) + image_start_q.to(tl.int64) * q.n
+    key = tile(k_base, place + image_start_k, k.n, valid, C)
+    value = tile(head(v, bh, heads), place + image_start_k, v.n, valid, C)
     dphi = tl.zeros([C.BK, C.DP], tl.float32)
     taken = tl.zeros([C.BK, C.DP], tl.float32)
     if not C.ALL:
         kind = rest_pull.num.dtype.element_ty
         wide = value.to(kind)
         phi = feature(key, C).to(kind)
-        entry = turned.entries
-        border = turned.borders + 2 * block
+        entry = transposed.entries
+        indptr = transposed.indptr + 2 * block
         if C.OWN:
             entry += bh * entries
-            border += bh * (2 * (tl.num_programs(0) // C.SUB_K) + 1)
-        begin, end = tl.load(border), tl.load(border + 2)
+            indptr += bh * (2 * (tl.num_programs(0) // C.SUB_K) + 1)
+        begin, end = tl.load(indptr), tl.load(indptr + 2)
+        column = Row(entry, None, None, 0, token, valid, 0, 0)
         for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
-            i = tl.load(entry + n // C.SUB_Q)
-            q_token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
-            inside = q_token < tl.load(lists.q_starts + i + 1)
-            row = placed(lists.q_places, q_token, inside)
-            num = tile(rest_pull.num + bh * image * C.D, row, C.D, inside, C)
-            den = tl.load(rest_pull.den + bh * image + row, mask=inside, other=0.0)
-            weight = tl.load(rest_pull.size + bh * image + row, mask=inside, other=0.0)
+            _, inside, row = listed_queries(column, n, lists, C)
+            num = tile(rest_pull.num + bh * image_q * C.D, row, C.D, inside, C)
+            den = tl.load(rest_pull.den + bh * image_q + row, mask=inside, other=0.0)
+            weight = tl.load(rest_pull.size + bh * image_q + row, mask=inside, other=0.0)
             mapped = (feature(tile(q_base, row, q.n, inside, C), C) * weight[:, None]).to(kind)
             product = tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION)
             taken = tl.dot(product.to(kind), num, taken, input_precision=C.PRECISION)
             change = tl.dot(wide, tl.trans(num), input_precision=C.PRECISION) + den[None, :]
             dphi = tl.dot(change.to(kind), mapped, dphi, input_precision=C.PRECISION)
-    share = 1.0 / image.to(tl.float32)  # dnum and dden carry it
+    share = 1.0 / image_k.to(tl.float32)  # dnum and dden carry it
     largest = tl.load(unit.total + bh)
     # read again, and said to be another read: held through the loop, the features would cost registers
-    again = tile(k_base, place + image_start, k.n, valid, C, True)
+    again = tile(k_base, place + image_start_k, k.n, valid, C, True)
     mapped_again = feature(again, C)
     dphi *= share
     dv = taken * share
@@ -150,8 +162,8 @@ def linear_columns(q, k, v, rest_pull, more, turned, lists, states, unit, heads,
         scale = tl.load(unit.state + bh)
         dphi = split_dot(value, states.state, bh, True, C) * scale + vector(states.total + bh * C.D, C)[None, :] - dphi
         dv = split_dot(mapped_again.to(value.dtype), states.state, bh, False, C) * scale - dv
-    put(more.k + bh * image * C.D, place, C.D, valid, feature_gradient(again, mapped_again, dphi * largest, C), C)
-    put(more.v + bh * image * C.D, place, C.D, valid, dv * largest, C)
+    put(more.k + bh * image_k * C.D, place, C.D, valid, feature_gradient(again, mapped_again, dphi * largest, C), C)
+    put(more.v + bh * image_k * C.D, place, C.D, valid, dv * largest, C)
 
 
 @kernel("D DP BQ MAP STAGES PRECISION")

@@ -133,6 +133,6 @@ def list_bits(lists, counts, bits, width, words, W: tl.constexpr, N: tl.constexp
         n = at + tl.arange(0, N)
         j = tl.load(lists + row * width + n, mask=n < count, other=0)
         mine = (j[None, :] // 32 == word[:, None]) & (n < count)[None, :]
-        # a block stands on a list once, so that a sum of bits is their union
+        # a block is on a list once, so that a sum of bits is their union
         found += tl.sum(tl.where(mine, 1 << (j % 32)[None, :], 0), 1)
     tl.store(bits + row * words + word, found, mask=word < words)

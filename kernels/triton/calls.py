@@ -12,7 +12,7 @@ from torch import Tensor
 
 import triton
 from dit_accel.kernels import capture
-from dit_accel.kernels.arguments import Arguments, SelectionArguments, dense, in_order, text_queries
+from dit_accel.kernels.arguments import Arguments, SelectionArguments, check, dense, in_order
 from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
@@ -73,7 +73,7 @@ def gpu_of(device: torch.device) -> tuned.Gpu:
 
 
 _fitting: dict[torch.device, Machine] = {}  # in place of `machine_of`: with smaller tiles for the kernels that did not fit the device
-_said: set[tuple[torch.device, fallback.Key]] = set()  # of which a user was told
+_warned: set[tuple[torch.device, fallback.Key]] = set()  # of which a user was warned
 
 
 def _run(device: torch.device, call: Hashable, function: Callable[[Machine, Run], T]) -> T:
@@ -98,16 +98,16 @@ def _run(device: torch.device, call: Hashable, function: Callable[[Machine, Run]
         else:
             break
     for key, refused in refusals.items():
-        _tell(device, key, refused)
+        _warn(device, key, refused)
     if not captured:
         capture.ran(call)
     return result
 
 
-def _tell(device: torch.device, key: fallback.Key, refused: fallback.TooLargeError) -> None:
+def _warn(device: torch.device, key: fallback.Key, refused: fallback.TooLargeError) -> None:
     """Warn, once for each kernel and device."""
-    if (device, key) not in _said:
-        _said.add((device, key))
+    if (device, key) not in _warned:
+        _warned.add((device, key))
         warnings.warn(
             f"{refused}: on {device} it runs with a smaller tile from now on. `dit-accel bench kernels --tune` finds the fastest that fits",
             stacklevel=2,
@@ -118,7 +118,7 @@ def _signature(name: str, a: Arguments) -> Hashable:
     """What decides which kernels a call loads. Made at every call, so no more than what all else follows from: type, sizes, strides."""
     windows = 0 if a.windows is None else len(a.windows)
     settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))  # numbers, and which tensors there are
-    sizes = (a.q.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), windows)
+    sizes = (a.q.shape, a.k.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), windows)
     return (name, a.q.device, a.q.dtype, *sizes, *settings)
 
 
@@ -152,9 +152,6 @@ def select_blocks(a: SelectionArguments) -> Tensor:
 
 
 def _dense(a: Arguments) -> Arguments:
-    """With channels contiguous. Raises ValueError at what the kernels have no code for."""
-    if a.q.shape != a.k.shape or text_queries(a) != a.text:
-        raise ValueError(f"the Triton kernels require as many queries as keys, got {tuple(a.q.shape)} and {tuple(a.k.shape)}")
-    if a.reach >= 0 and a.masks is None:
-        raise ValueError("the Triton kernels keep a disc by bit masks: give masks, masks_t and mask_of")
+    """With channels contiguous. Raises ValueError at arguments that do not fit each other."""
+    check(a)
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

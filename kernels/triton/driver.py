@@ -13,7 +13,7 @@ _KERNEL_MODULE = re.compile(r"Kernel Module\D.*?\s(\d+\.\d+(?:\.\d+)*)\s")
 
 @functools.cache
 def version() -> str:
-    """As the kernel module tells it ("580.65.06"); where it tells none (Windows, WSL), the newest CUDA or ROCm version that it serves."""
+    """As the kernel module reports it ("580.65.06"); without one (Windows, WSL) the newest CUDA or ROCm version that it serves."""
     if torch.version.hip:
         return _read(AMD).strip() or f"ROCm {torch.version.hip}"
     if found := _KERNEL_MODULE.search(_read(NVIDIA)):

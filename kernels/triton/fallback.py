@@ -15,7 +15,7 @@ WIDE = 1 << 20  # blocks so wide that they cut no tile
 
 @dataclass(frozen=True)
 class Place:
-    """What a kernel's tile is looked up by, besides the machine: the arguments of `tables.tile_for`."""
+    """What a kernel's tile is looked up by, in addition to the machine: the arguments of `tables.tile_for`."""
 
     kernel: str
     head_dim: int

@@ -8,9 +8,9 @@ from dit_accel.kernels.triton.primitives import (
     absorb,
     feature,
     head,
-    kept_pairs,
+    kept_in_part,
     listed_at,
-    masked_pairs,
+    listed_keys,
     placed,
     pooled_logits,
     put,
@@ -20,11 +20,11 @@ from dit_accel.kernels.triton.primitives import (
     vector,
     words_of,
 )  # fmt: skip
-from dit_accel.kernels.triton.tuples import kernel
+from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
 
 @triton.jit
-def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, C):
+def sweep(acc, top, mass, q, keys, bias, begin, end, factor, C):
     """All keys from `begin` to `end` join the softmax; `bias`, a number per key or None, joins their logits."""
     for at in tl.range(begin, end, C.BK, num_stages=C.STAGES):
         rows = at + tl.arange(0, C.BK)
@@ -33,53 +33,43 @@ def sweep(acc, top, mass, q, k, v, k_n, v_n, bias, begin, end, factor, C):
         if bias is not None:
             shift = tl.load(bias + rows, mask=valid, other=0.0)
             read = valid & (shift > GONE)  # what is padded may hold anything, and 0 times NaN is NaN
-        logits = tl.dot(q, tl.trans(tile(k, rows, k_n, read, C)), input_precision=C.PRECISION) * factor
+        logits = tl.dot(q, tl.trans(tile(keys.k, rows, keys.k_n, read, C)), input_precision=C.PRECISION) * factor
         if bias is not None:
             logits += shift[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
-        acc, top, mass = absorb(acc, top, mass, logits, tile(v, rows, v_n, read, C), C)
+        acc, top, mass = absorb(acc, top, mass, logits, tile(keys.v, rows, keys.v_n, read, C), C)
     return acc, top, mass
 
 
 @triton.jit
-def visit(acc, top, mass, taken, taken_mass, queries, phi, k, v, k_n, v_n, row, begin, end, lists, predicate, mask_of, mask_rows,
-          length, mask_size, q_token, q_valid, factor, MASKED: tl.constexpr, TAKE: tl.constexpr, C):  # fmt: skip
+def visit(acc, top, mass, taken, taken_mass, queries, phi, keys, row, begin, end, lists, predicate, factor, MASKED: tl.constexpr,
+          TAKE: tl.constexpr, C):  # fmt: skip
     """The listed key blocks from `begin` to `end` join the softmax and, where TAKE, the sums of the linear attention over them."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
-        j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(lists.k_starts + j + 1)
-        k_place = placed(lists.k_places, k_token, k_valid)
-        key = tile(k, k_place, k_n, k_valid, C)
-        value = tile(v, k_place, v_n, k_valid, C)
+        token, valid, place = listed_keys(row, n, lists, C)
+        key = tile(keys.k, place, keys.k_n, valid, C)
+        value = tile(keys.v, place, keys.v_n, valid, C)
         logits = tl.dot(queries, tl.trans(key), input_precision=C.PRECISION) * factor
-        kept = k_valid[None, :]
+        kept = valid[None, :]
         if MASKED:
-            if predicate.masks is None:
-                kept &= kept_pairs(predicate, length, q_token[:, None], q_valid[:, None], k_token[None, :], k_valid[None, :], C)
-            else:
-                mask = tl.load(mask_of + n // C.SUB_K).to(tl.int64) * mask_size
-                kept &= masked_pairs(mask_rows + mask, q_valid, (n % C.SUB_K) * C.BK, C.BK)
+            kept &= kept_in_part(predicate, row, n, token, valid, True, C)
         acc, top, mass = absorb(acc, top, mass, tl.where(kept, logits, float("-inf")), value, C)
         if TAKE:
             product = tl.dot(phi, tl.trans(feature(key, C).to(key.dtype)), input_precision=C.PRECISION)
-            product = tl.where(k_valid[None, :], product, 0.0)
+            product = tl.where(valid[None, :], product, 0.0)
             taken_mass += tl.sum(product, 1)
             taken = tl.dot(product.to(value.dtype), value, taken, input_precision=C.PRECISION)
     return acc, top, mass, taken, taken_mass
 
 
 @triton.jit
-def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, lists, C):
+def linear_visit(sums, mass, phi, keys, row, begin, end, lists, C):
     """The linear attention's sums `[R, DP]` and mass `[R]` over the listed key blocks from `begin` to `end`."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
-        j = tl.load(row + n // C.SUB_K)
-        k_token = tl.load(lists.k_starts + j) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
-        k_valid = k_token < tl.load(lists.k_starts + j + 1)
-        k_place = placed(lists.k_places, k_token, k_valid)
-        mapped = feature(tile(k, k_place, k_n, k_valid, C), C).to(phi.dtype)
-        value = tile(v, k_place, v_n, k_valid, C)
-        product = tl.where(k_valid[None, :], tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION), 0.0)
+        _, valid, place = listed_keys(row, n, lists, C)
+        mapped = feature(tile(keys.k, place, keys.k_n, valid, C), C).to(phi.dtype)
+        value = tile(keys.v, place, keys.v_n, valid, C)
+        product = tl.where(valid[None, :], tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION), 0.0)
         mass += tl.sum(product, 1)
         sums = tl.dot(product.to(value.dtype), value, sums, input_precision=C.PRECISION)
     return sums, mass
@@ -87,10 +77,10 @@ def linear_visit(sums, mass, phi, k, v, k_n, v_n, row, begin, end, lists, C):
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
 def attend_rows(
-    q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens, image, image_start, text, text_start,
-    extra_keys, k_blocks, width, length, mask_size, C: tl.constexpr,
+    q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
+    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a query block of one head; writes its output and lse `[BH, N]` (natural log) once.
+    """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
     Grid: (query blocks · SUB_Q, batch · heads). `states`: means over the image's keys. LEFT: the lists go on with the key blocks that are
     not visited, and the linear attention is summed over these, without a state; else it is that over all less that over the visited.
@@ -98,46 +88,45 @@ def attend_rows(
     block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
     bh = tl.program_id(1).to(tl.int64)
     h = bh % heads
-    k_base, v_base = head(k, bh, heads), head(v, bh, heads)
-    image_k, image_v = k_base + image_start.to(tl.int64) * k.n, v_base + image_start.to(tl.int64) * v.n
+    keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
+    start = image_start_k.to(tl.int64)
+    image_keys = Keys(keys.k + start * k.n, keys.v + start * v.n, k.n, v.n)
     q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     q_valid = q_token < tl.load(lists.q_starts + block + 1)
-    q_row = placed(lists.q_places, q_token, q_valid) + image_start
+    q_row = placed(lists.q_places, q_token, q_valid) + image_start_q
     queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
     factor = logits.scale * LOG2E
     acc = tl.zeros([C.BQ, C.DP], tl.float32)
     top = tl.full([C.BQ], float("-inf"), tl.float32)
     mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = lists.blocks + at_list * width
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
-    mask_of, mask_rows = predicate.mask_of, predicate.masks
+    mask_of, masks = predicate.mask_of, predicate.masks
     if predicate.masks is not None:
         mask_of += at_list * width
-        mask_rows += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
+        masks += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
+    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k)
     taken = tl.zeros([C.BQ, C.DP], tl.float32)  # what the visited blocks contribute to the linear attention over all
     taken_mass = tl.zeros([C.BQ], tl.float32)
     phi = queries
     if C.LINEAR and not C.ALL and not C.LEFT:
         phi = feature(queries, C).to(queries.dtype)
     acc, top, mass, taken, taken_mass = visit(
-        acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, 0, whole if C.PARTIAL else listed, lists,
-        predicate, mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, False, C.LINEAR and not C.ALL and not C.LEFT, C,
+        acc, top, mass, taken, taken_mass, queries, phi, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor,
+        False, C.LINEAR and not C.ALL and not C.LEFT, C,
     )  # fmt: skip
     if C.PARTIAL:
         acc, top, mass, taken, taken_mass = visit(
-            acc, top, mass, taken, taken_mass, queries, phi, image_k, image_v, k.n, v.n, row, whole, listed, lists,
-            predicate, mask_of, mask_rows, length, mask_size, q_token, q_valid, factor, True, False, C,
+            acc, top, mass, taken, taken_mass, queries, phi, image_keys, row, whole, listed, lists, predicate, factor, True, False, C
         )  # fmt: skip
     acc, top, mass = sweep(
-        acc, top, mass, queries, k_base, v_base, k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens, text_start,
+        acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
         text_start + text, factor, C,
     )  # fmt: skip
     if C.EXTRA:
-        acc, top, mass = sweep(
-            acc, top, mass, queries, extra.k + bh * extra_keys * C.D, extra.v + bh * extra_keys * C.D, C.D, C.D, None, 0, extra_keys,
-            factor, C,
-        )  # fmt: skip
+        at = bh * extra_keys * C.D
+        further = Keys(extra.k + at, extra.v + at, C.D, C.D)
+        acc, top, mass = sweep(acc, top, mass, queries, further, None, 0, extra_keys, factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         at_head = bh * k_blocks * C.D
@@ -153,8 +142,8 @@ def attend_rows(
         # read again, and said to be another read: held through the loops, the features would cost registers
         mapped = feature(tile(head(q, bh, heads), q_row, q.n, q_valid, C, True), C).to(queries.dtype)
         if C.LEFT:
-            taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_k, image_v, k.n, v.n, row, listed, k_blocks, lists, C)
-        rest, rest_mass = rest_of(mapped, taken, taken_mass, states, bh, listed, k_blocks, image, C)
+            taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_keys, row, listed, k_blocks, lists, C)
+        rest, rest_mass = rest_of(mapped, taken, taken_mass, states, bh, listed, k_blocks, image_k, C)
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not C.RESIDUAL:
             shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
@@ -171,7 +160,7 @@ def attend_rows(
         else:
             result += split_dot(mean.to(queries.dtype), learned.weight, 0, True, C)
     put(head(out, bh, heads), q_row, out.n, q_valid, result, C)
-    tl.store(lse + bh * tokens + q_row, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
+    tl.store(lse + bh * tokens_q + q_row, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
 
 
 @triton.jit
@@ -200,7 +189,7 @@ def rest_of(phi, taken, taken_mass, states, bh, listed, k_blocks, keys, C):
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
-def dense_rows(q, k, v, part, part_lse, logits, heads, tokens, rows, first, chunk, C: tl.constexpr):
+def dense_rows(q, k, v, part, part_lse, logits, heads, tokens_k, rows, first, chunk, C: tl.constexpr):
     """Query rows `first` to `first + rows` over one chunk of all the keys: part `[splits, BH, rows, D]` and its lse, in log2.
 
     Grid: (tiles of rows, batch · heads, splits).
@@ -212,8 +201,8 @@ def dense_rows(q, k, v, part, part_lse, logits, heads, tokens, rows, first, chun
     begin = tl.program_id(2) * chunk
     acc, top, mass = sweep(
         tl.zeros([C.BQ, C.DP], tl.float32), tl.full([C.BQ], float("-inf"), tl.float32), tl.zeros([C.BQ], tl.float32), queries,
-        head(k, bh, heads), head(v, bh, heads), k.n, v.n, logits.bias if logits.bias is None else logits.bias + bh * tokens,
-        begin, tl.minimum(begin + chunk, tokens), logits.scale * LOG2E, C,
+        Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n), logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
+        begin, tl.minimum(begin + chunk, tokens_k), logits.scale * LOG2E, C,
     )  # fmt: skip
     at = (split * tl.num_programs(1) + bh) * rows
     put(part + at * C.D, row, C.D, valid, acc / mass[:, None], C)
@@ -221,7 +210,7 @@ def dense_rows(q, k, v, part, part_lse, logits, heads, tokens, rows, first, chun
 
 
 @kernel("D DP BQ")
-def merge_rows(part, part_lse, out, lse, heads, tokens, rows, first, splits, C: tl.constexpr):
+def merge_rows(part, part_lse, out, lse, heads, tokens_q, rows, first, splits, C: tl.constexpr):
     """The softmax over all chunks from the softmax over each. Grid: (tiles of rows, batch · heads)."""
     bh = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
@@ -239,4 +228,4 @@ def merge_rows(part, part_lse, out, lse, heads, tokens, rows, first, splits, C: 
         mass = mass * fade + gain
         top = new
     put(head(out, bh, heads), row + first, out.n, valid, acc / mass[:, None], C)
-    tl.store(lse + bh * tokens + first + row, (top + tl.log2(mass)) / LOG2E, mask=valid)
+    tl.store(lse + bh * tokens_q + first + row, (top + tl.log2(mass)) / LOG2E, mask=valid)

@@ -1,6 +1,6 @@
 """From one call of the operator to kernel launches: buffers, grids and tiles. Nothing here waits for the device.
 
-`execute` runs a launch; anything else that takes one (a recorder, a compiler ahead of time) may stand in its place.
+`execute` runs a launch; anything else that takes one (a recorder, a compiler ahead of time) may take its place.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments
+from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments, text_queries
 from dit_accel.kernels.triton import block_means, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import Machine, Tile
@@ -25,6 +25,7 @@ from dit_accel.kernels.triton.tuples import (
     constants_of,
     rows_of,
 )
+from triton import cdiv
 from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
@@ -66,11 +67,6 @@ def tiled(run: Run, launch: Launch, place: Place) -> None:
         raise TooLargeError(place, error) from error
 
 
-def up(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
 def mask_words(masks: Tensor | None) -> tuple[int, int]:
     """Words of a bit mask's row, and of a mask."""
     return (0, 0) if masks is None else (masks.shape[2], masks.shape[1] * masks.shape[2])
@@ -105,7 +101,7 @@ def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
         "a": a, "b": b, "out": out, "a_batch": a.stride(0), "b_batch": 0 if len(b) == 1 else b.stride(0), "rows": rows, "columns": columns,
         "D": channels, "DP": padded, "BQ": 32, "BK": width, "BD": min(32, padded), "PRECISION": precision_of(machine.arch),
     }  # fmt: skip
-    run(Launch(block_means.multiply, (up(rows, 32), up(columns, width), batch), arguments, 4))
+    run(Launch(block_means.multiply, (cdiv(rows, 32), cdiv(columns, width), batch), arguments, 4))
     return out
 
 
@@ -119,7 +115,7 @@ def complement(lists: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
 
 
 class Rests(NamedTuple):
-    """What stands for the rest: pooled keys and the lists as bits, or linear states."""
+    """What represents the rest: pooled keys and the lists as bits, or linear states."""
 
     pooled: Pooled = Pooled()
     states: States = States()
@@ -139,9 +135,11 @@ class Call:
 
     def __init__(self, a: Arguments, machine: Machine, run: Run) -> None:
         self.a, self.machine, self.run = a, machine, run
-        self.batch, self.heads, self.tokens, self.channels = a.q.shape
-        self.bh, self.image = self.batch * self.heads, self.tokens - a.text
-        self.text_start, self.image_start = (0, a.text) if a.text_first else (self.image, 0)
+        self.batch, self.heads, self.tokens_q, self.channels = a.q.shape
+        self.bh, self.tokens_k, self.text_q = self.batch * self.heads, a.k.shape[2], text_queries(a)
+        self.image_q, self.image_k = self.tokens_q - self.text_q, self.tokens_k - a.text
+        self.text_start_q, self.image_start_q = (0, self.text_q) if a.text_first else (self.image_q, 0)
+        self.text_start, self.image_start_k = (0, a.text) if a.text_first else (self.image_k, 0)
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
         self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
         self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
@@ -155,7 +153,7 @@ class Call:
         }  # fmt: skip
         index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
         self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts, a.places_q, a.places_k)
-        self.predicate = Predicate(a.coords, a.windows, a.masks, a.mask_of)
+        self.predicate = Predicate(a.coords, a.windows, a.residues, a.masks, a.mask_of)
         self.learned = Learned(a.offset, halves(a.weight, a.q.dtype), a.bias)
         self.logits = Logits(a.scale, self._key_bias(), a.cap)
         self.unbiased = self.logits._replace(bias=None)  # for kernels that read no text's key: they are not compiled twice
@@ -164,18 +162,20 @@ class Call:
         self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
 
     def _key_bias(self) -> Tensor | None:
-        """What joins the logits of each key `[BH, N]`, in log2; by head, because a sample's number costs registers."""
+        """What joins the logits of each key `[BH, Nk]`, in log2; by head, because a sample's number costs registers."""
         if self.a.text_bias is None:
             return None
-        of_all = F.pad(self.a.text_bias * LOG2E, (self.text_start, self.tokens - self.text_start - self.a.text))
+        of_all = F.pad(self.a.text_bias * LOG2E, (self.text_start, self.tokens_k - self.text_start - self.a.text))
         return of_all.repeat_interleave(self.heads, 0)
 
     def _sizes(self) -> dict[str, int]:
         a = self.a
         return {
-            "heads": self.heads, "tokens": self.tokens, "image": self.image, "image_start": self.image_start, "text": a.text,
-            "text_start": self.text_start, "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "q_blocks": self.q_blocks,
-            "k_blocks": self.k_blocks, "width": self.lists.blocks.shape[-1], "length": a.coords.shape[-1],
+            "heads": self.heads, "tokens_q": self.tokens_q, "tokens_k": self.tokens_k, "image_q": self.image_q, "image_k": self.image_k,
+            "image_start_q": self.image_start_q, "image_start_k": self.image_start_k, "text": a.text, "text_q": self.text_q,
+            "text_start": self.text_start, "text_start_q": self.text_start_q, "q_blocks": self.q_blocks, "k_blocks": self.k_blocks,
+            "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "width": self.lists.blocks.shape[-1],
+            "length_q": 0 if a.windows is None else a.windows.shape[-1], "length_k": a.coords.shape[-1],
             "mask_size": mask_words(a.masks)[1],
         }  # fmt: skip
 
@@ -194,7 +194,7 @@ class Call:
         tile = self.tile(name)
         constants = {
             "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "STAGES": tile.stages,
-            "SUB_Q": up(self.q_width, tile.queries), "SUB_K": up(self.k_width, tile.keys), "PRECISION": self.precision,
+            "SUB_Q": cdiv(self.q_width, tile.queries), "SUB_K": cdiv(self.k_width, tile.keys), "PRECISION": self.precision,
             **self.flags, **(flags or {}),
         }  # fmt: skip
         sizes = {name: size for name, size in self.sizes.items() if name in kernel.arg_names}
@@ -207,9 +207,9 @@ class Call:
 
     def splits(self, tiles: int, length: int, step: int) -> tuple[int, int]:
         """How many chunks of how many rows a reduction over `length` rows is cut into, so that `tiles` programs become a full device."""
-        wanted = up(2 * self.machine.units, tiles * self.bh)
-        chunk = up(up(length, max(1, wanted)), step) * step
-        return up(length, chunk), chunk
+        most = cdiv(2 * self.machine.units, tiles * self.bh)
+        chunk = cdiv(cdiv(length, max(1, most)), step) * step
+        return cdiv(length, chunk), chunk
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.a.q.new_empty(shape, dtype=dtype)
@@ -219,19 +219,19 @@ class Call:
         a, kind = self.a, self.a.q.dtype
         pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
         self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
-        lists, words = a.lists, up(self.k_blocks, 32)
+        lists, words = a.lists, cdiv(self.k_blocks, 32)
         bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
         rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
         arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
-        self.run(Launch(block_means.list_bits, (rows, up(words, tile)), arguments, 1))
+        self.run(Launch(block_means.list_bits, (rows, cdiv(words, tile)), arguments, 1))
         return Rests(pooled=pooled._replace(bits=bits))
 
     def linear_rest(self) -> Rests:
         """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""
         if self.flags["LEFT"]:
             return Rests()
-        group = up(self.k_blocks, STATE_GROUPS)
-        groups = up(self.k_blocks, group)
+        group = cdiv(self.k_blocks, STATE_GROUPS)
+        groups = cdiv(self.k_blocks, group)
         states = self.empty(groups, self.bh, self.channels, self.channels)
         totals = self.empty(groups, self.bh, self.channels)
         self._summarise(group, Pooled(), States(states, totals), {"VALUES": False, "VARIANCE": False, "STATES": True})
@@ -239,17 +239,18 @@ class Call:
 
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
-            block_means.summarise, "summarise", (up(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v),
-            pooled=pooled, states=states, starts=self.a.k_starts, places=self.a.places_k, blocks=self.k_blocks, group=group, flags=flags,
+            block_means.summarise, "summarise", (cdiv(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v),
+            pooled=pooled, states=states, starts=self.a.k_starts, places=self.a.places_k, image=self.image_k,
+            image_start=self.image_start_k, blocks=self.k_blocks, group=group, flags=flags,
         )  # fmt: skip
 
     def rest(self) -> Rests:
-        """Whatever the method wants in place of the rest."""
+        """What the kernels read of the rest."""
         return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
 
 
 def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, Tensor]:
-    """Output in q's layout and lse `[B, H, N]` of one call (see `ops.attention`)."""
+    """Output in q's layout and lse `[B, H, Nq]` of one call (see `ops.attention`)."""
     call = Call(a, machine, run)
     out, lse = torch.empty_like(a.q), call.empty(*a.q.shape[:3])
     pooled, states = call.rest()
@@ -257,24 +258,24 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
         state = multiply(states.state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
         states = states._replace(state=state)
     call.start(
-        forward.attend_rows, "rows", (call.q_blocks * up(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
+        forward.attend_rows, "rows", (call.q_blocks * cdiv(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
         extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=call.lists, predicate=call.predicate, pooled=pooled,
         states=States(halves(states.state, a.q.dtype), states.total), learned=call.learned, logits=call.logits,
     )  # fmt: skip
-    if a.text:
+    if call.text_q:
         _dense_rows(call, out, lse)
     return out, lse
 
 
 def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     """The text's queries over all keys, split over the keys."""
-    a, tile = call.a, call.tile("dense")
-    tiles = up(a.text, tile.queries)
-    splits, chunk = call.splits(tiles, call.tokens, tile.keys)
-    part, part_lse = call.empty(splits, call.bh, a.text, call.channels), call.empty(splits, call.bh, a.text)
-    shared: dict[str, Any] = {"part": part, "part_lse": part_lse, "first": call.text_start, "rows": a.text}
+    rows, tile = call.text_q, call.tile("dense")
+    tiles = cdiv(rows, tile.queries)
+    splits, chunk = call.splits(tiles, call.tokens_k, tile.keys)
+    part, part_lse = call.empty(splits, call.bh, rows, call.channels), call.empty(splits, call.bh, rows)
+    shared: dict[str, Any] = {"part": part, "part_lse": part_lse, "first": call.text_start_q, "rows": rows}
     call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), **shared, logits=call.logits, chunk=chunk)
-    grid = (up(a.text, call.tile("merge").queries), call.bh)
+    grid = (cdiv(rows, call.tile("merge").queries), call.bh)
     call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)
 
 
@@ -302,7 +303,7 @@ def _means(x: Tensor, starts: Tensor, places: Tensor | None, width: int, machine
     place = Place("summarise", padded, x.dtype, width, width)
     tile = place.tile(machine)
     constants = {
-        "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": up(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
+        "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": cdiv(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
         "MAP": 0, "PRECISION": "ieee",
     }  # fmt: skip
     arguments = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_words, up
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_words
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -16,9 +16,10 @@ from dit_accel.kernels.triton.tuples import (
     PooledGradients,
     Pull,
     States,
-    Turned,
+    Transposed,
     rows_of,
 )
+from triton import cdiv
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -40,29 +41,30 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     """Gradients of `attend`, summed in an order that depends on the shapes alone."""
     call = Call(a, machine, run)
     pull = Pull(rows_of(dout), lse, torch.empty_like(lse))
-    grid = (up(call.tokens, call.tile("merge").queries), call.bh)
+    grid = (cdiv(call.tokens_q, call.tile("merge").queries), call.bh)
     call.start(backward.deltas, "merge", grid, out=rows_of(out), dout=pull.dout, dlse=dlse, delta=pull.delta)
     rests = call.rest()
-    turned = columns(a.lists, a.counts, a.full, call.k_blocks, a.mask_of)
-    linear = _linear(call, pull, rests, turned) if call.linear else Linear()
+    transposed = columns(a.lists, a.counts, a.full, call.k_blocks, a.mask_of)
+    linear = _linear(call, pull, rests, transposed) if call.linear else Linear()
     pooled, doffset = _pooled(call, pull, rests) if call.pooled else (PooledGradients(), linear.doffset)
-    dq, dk, dv = (torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.q, a.k, a.v))
     _rows(call, pull, rests, linear, dq)
-    _columns(call, pull, rests, turned, linear, pooled, Pair(dk, dv))
-    if a.text:
+    _columns(call, pull, rests, transposed, linear, pooled, Pair(dk, dv))
+    if call.text_q:
         _dense_gradient(call, pull, dq)
+    if a.text:
         own = range(call.text_start, call.text_start + a.text)
-        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.logits, own, range(call.tokens)), strict=True):
+        for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.logits, own, range(call.tokens_q)), strict=True):
             full[:, :, call.text_start : call.text_start + a.text] = part
     extra: tuple[Tensor | None, Tensor | None] = (None, None)
     if a.extra_k is not None and a.extra_v is not None:
-        seen_by = range(call.image_start, call.image_start + call.image)
+        seen_by = range(call.image_start_q, call.image_start_q + call.image_q)
         extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
     return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
 
 
 class Linear(NamedTuple):
-    """What the linear rest adds to dq, dk and dv `[BH, image, D]`, and the gradients of what is learned."""
+    """What the linear rest adds to dq `[BH, image_q, D]`, dk and dv `[BH, image_k, D]`, and the gradients of what is learned."""
 
     dq: Tensor | None = None
     dk: Tensor | None = None
@@ -72,13 +74,13 @@ class Linear(NamedTuple):
     doffset: Tensor | None = None
 
 
-def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
-    """`turned`: the lists by key block."""
+def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Linear:
+    """`transposed`: the lists by key block."""
     a = call.a
-    dnum, mean = (call.empty(call.bh, call.image, call.channels, dtype=a.q.dtype) for _ in range(2))
-    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image) for _ in range(2)))
-    more_q, more_k, more_v = (call.empty(call.bh, call.image, call.channels) for _ in range(3))
-    programs = call.q_blocks * up(call.q_width, call.tile("linear").queries)
+    dnum, mean = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(2))
+    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image_q) for _ in range(2)))
+    more_q, more_k, more_v = (call.empty(call.bh, rows, call.channels) for rows in (call.image_q, call.image_k, call.image_k))
+    programs = call.q_blocks * cdiv(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
         backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more_q,
@@ -90,15 +92,15 @@ def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
     states, largest = States(), None
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
-        turned = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
+        transposed = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
     else:
-        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image)
+        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image_k)
         largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
         states = States(halves(state / largest[:, None, None], a.q.dtype), total)
     call.start(
-        backward_linear.linear_columns, "linear_columns", (call.k_blocks * up(call.k_width, call.tile("linear_columns").keys), call.bh),
-        **call.rows(), rest_pull=rest_pull, more=Pair(more_k, more_v), turned=turned, lists=call.lists, states=states,
-        unit=States(largest, unit), entries=turned.entries.shape[-1],
+        backward_linear.linear_columns, "linear_columns", (call.k_blocks * cdiv(call.k_width, call.tile("linear_columns").keys), call.bh),
+        **call.rows(), rest_pull=rest_pull, more=Pair(more_k, more_v), transposed=transposed, lists=call.lists, states=states,
+        unit=States(largest, unit), entries=transposed.entries.shape[-1],
     )  # fmt: skip
     dweight = dbias = None
     if call.residual:
@@ -108,18 +110,18 @@ def _linear(call: Call, pull: Pull, rests: Rests, turned: Turned) -> Linear:
 
 
 def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: float) -> tuple[Tensor, Tensor]:
-    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's rows, times `share`; see `outer_sums`. `scaled`: relative sizes
-    and the factor, or None, and f is nothing."""
+    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's queries, times `share`; see `outer_sums`. `scaled`: relative
+    sizes and the factor, or None, and f is nothing."""
     tile = call.tile("outer")
-    chunk = up(up(call.image, STATE_GROUPS), tile.queries) * tile.queries
-    chunks = up(call.image, chunk)
+    chunk = cdiv(cdiv(call.image_q, STATE_GROUPS), tile.queries) * tile.queries
+    chunks = cdiv(call.image_q, chunk)
     products = call.empty(chunks, call.bh, call.channels, call.channels)
     sums = call.empty(chunks, call.bh, call.channels)
-    y = y.view(call.batch, call.heads, call.image, call.channels)
+    y = y.view(call.batch, call.heads, call.image_q, call.channels)
     given = {"relative": None, "factor": None} if scaled is None else {"relative": scaled.size, "factor": scaled.den}
     call.start(
         backward_linear.outer_sums, "outer", (chunks, call.bh), a=rows_of(x), b=rows_of(y), **given, states=States(products, sums),
-        share=share, first=call.image_start, rows=call.image, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
+        share=share, first=call.image_start_q, rows=call.image_q, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
     )  # fmt: skip
     return products.sum(0), sums.sum(0)
 
@@ -127,7 +129,7 @@ def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: f
 def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
     """The gradients by block, and that of the offset `[H]`."""
     a = call.a
-    tiles = up(call.k_blocks, call.tile("pooled").keys)
+    tiles = cdiv(call.k_blocks, call.tile("pooled").keys)
     parts = None if a.offset is None else call.empty(call.bh, tiles)
     k_mean, v_mean, k_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
     grads = PooledGradients(k_mean, v_mean, k_half, parts)
@@ -141,56 +143,56 @@ def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tens
 def _rows(call: Call, pull: Pull, rests: Rests, linear: Linear, dq: Tensor) -> None:
     a = call.a
     call.start(
-        backward.gradient_rows, "gradient_rows", (call.q_blocks * up(call.q_width, call.tile("gradient_rows").queries), call.bh),
+        backward.gradient_rows, "gradient_rows", (call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries), call.bh),
         **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull, more=linear.dq, dq=dq, lists=call.lists, predicate=call.predicate,
         pooled=rests.pooled, learned=call.learned, logits=call.logits,
     )  # fmt: skip
 
 
-def _columns(call: Call, pull: Pull, rests: Rests, turned: Turned, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
+def _columns(call: Call, pull: Pull, rests: Rests, transposed: Transposed, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
     words, size = mask_words(call.a.masks_t)
     call.start(
-        backward.gradient_columns, "gradient_columns", (call.k_blocks * up(call.k_width, call.tile("gradient_columns").keys), call.bh),
-        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, turned=turned, lists=call.lists,
+        backward.gradient_columns, "gradient_columns", (call.k_blocks * cdiv(call.k_width, call.tile("gradient_columns").keys), call.bh),
+        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, transposed=transposed, lists=call.lists,
         predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words}, mask_size=size,
-        pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=turned.entries.shape[-1],
+        pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=transposed.entries.shape[-1],
     )  # fmt: skip
 
 
-def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int, mask_of: Tensor | None = None) -> Turned:
-    """The lists turned around: for each key block the query blocks that visit it, those that visit it whole first.
+def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int, mask_of: Tensor | None = None) -> Transposed:
+    """The lists transposed: for each key block the query blocks that visit it, those that visit it whole first.
 
-    `entries` `[1 or BH, Tq · n]` int32 and `borders` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
+    `entries` `[1 or BH, Tq · n]` int32 and `indptr` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
     """
     lists, counts, full = (x if x.ndim == y else x[None] for x, y in ((lists, 3), (counts, 2), (full, 2)))
     place = torch.arange(lists.shape[-1], device=lists.device)
     key = lists * 2 + (place >= full[..., None])
     key = torch.where(place < counts[..., None], key, 2 * key_blocks).flatten(1)
     ordered, position = key.sort(dim=1, stable=True)
-    sought = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
-    borders = torch.searchsorted(ordered.contiguous(), sought)
+    bounds = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
+    indptr = torch.searchsorted(ordered.contiguous(), bounds)
     if mask_of is not None:
         mask_of = mask_of.reshape(key.shape).gather(1, position)
-    return Turned((position // lists.shape[-1]).to(torch.int32), borders.to(torch.int32), mask_of)
+    return Transposed((position // lists.shape[-1]).to(torch.int32), indptr.to(torch.int32), mask_of)
 
 
 def _dense_gradient(call: Call, pull: Pull, dq: Tensor) -> None:
     """dq of the text's queries."""
-    a, tile = call.a, call.tile("gradient_dense")
-    tiles = up(a.text, tile.queries)
-    splits, chunk = call.splits(tiles, call.tokens, tile.keys)
-    part = call.empty(splits, call.bh, a.text, call.channels)
+    rows, first, tile = call.text_q, call.text_start_q, call.tile("gradient_dense")
+    tiles = cdiv(rows, tile.queries)
+    splits, chunk = call.splits(tiles, call.tokens_k, tile.keys)
+    part = call.empty(splits, call.bh, rows, call.channels)
     call.start(
         backward.gradient_dense_rows, "gradient_dense", (tiles, call.bh, splits), **call.rows(), pull=pull, part=part, logits=call.logits,
-        first=call.text_start, rows=a.text, chunk=chunk,
+        first=first, rows=rows, chunk=chunk,
     )  # fmt: skip
-    dq[:, :, call.text_start : call.text_start + a.text] = part.sum(0).view(call.batch, call.heads, a.text, call.channels)
+    dq[:, :, first : first + rows] = part.sum(0).view(call.batch, call.heads, rows, call.channels)
 
 
 def _shared(call: Call, pull: Pull, k: Tensor, v: Tensor, logits: Logits, own: range, seen_by: range) -> tuple[Tensor, Tensor]:
     """Gradients `[B, H, keys, D]` float32 of the keys `own`, which all rows `seen_by` see."""
     tile, keys = call.tile("gradient_shared"), len(own)
-    tiles = up(keys, tile.keys)
+    tiles = cdiv(keys, tile.keys)
     splits, chunk = call.splits(tiles, len(seen_by), tile.queries)
     dk, dv = (call.empty(splits, call.bh, keys, call.channels) for _ in range(2))
     call.start(

@@ -92,7 +92,43 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
 
 
 @triton.jit
-def kept_pairs(predicate, length, q_token, q_valid, k_token, k_valid, C):
+def listed_keys(row, n, lists, C):
+    """The `n`th tile of the key blocks on a list: its tokens in the blocks' order, which of them there are, and their places."""
+    block = tl.load(row.entries + n // C.SUB_K)
+    token = tl.load(lists.k_starts + block) + (n % C.SUB_K) * C.BK + tl.arange(0, C.BK)
+    valid = token < tl.load(lists.k_starts + block + 1)
+    return token, valid, placed(lists.k_places, token, valid)
+
+
+@triton.jit
+def listed_queries(row, n, lists, C):
+    """`listed_keys` of query blocks."""
+    block = tl.load(row.entries + n // C.SUB_Q)
+    token = tl.load(lists.q_starts + block) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
+    valid = token < tl.load(lists.q_starts + block + 1)
+    return token, valid, placed(lists.q_places, token, valid)
+
+
+@triton.jit
+def kept_in_part(predicate, row, n, token, valid, BY_QUERY: tl.constexpr, C):
+    """Which pairs of a program's tokens (rows) and those of the `n`th tile of its list (columns) are kept, where not all are.
+
+    BY_QUERY: the program's are queries.
+    """
+    SUB: tl.constexpr = C.SUB_K if BY_QUERY else C.SUB_Q
+    SIZE: tl.constexpr = C.BK if BY_QUERY else C.BQ
+    if predicate.masks is not None:
+        mask = tl.load(row.mask_of + n // SUB).to(tl.int64) * row.mask_size
+        kept = masked_pairs(row.masks + mask, row.valid, (n % SUB) * SIZE, SIZE)
+    elif BY_QUERY:
+        kept = windowed_pairs(predicate, row, row.token[:, None], row.valid[:, None], token[None, :], valid[None, :], C)
+    else:
+        kept = windowed_pairs(predicate, row, token[None, :], valid[None, :], row.token[:, None], row.valid[:, None], C)
+    return kept
+
+
+@triton.jit
+def windowed_pairs(predicate, row, q_token, q_valid, k_token, k_valid, C):
     """Which pairs of image tokens one of the windows keeps.
 
     Tokens are `[Q, 1]` and `[1, K]`, or `[1, Q]` and `[K, 1]`.
@@ -101,12 +137,15 @@ def kept_pairs(predicate, length, q_token, q_valid, k_token, k_valid, C):
     for window in tl.static_range(C.WINDOWS):
         inside = q_valid & k_valid
         for axis in tl.static_range(3):
-            bounds = predicate.windows + (window * 3 + axis) * 3 * length
-            place = tl.load(predicate.coords + axis * length + k_token, mask=k_valid, other=0)
-            residue = tl.load(bounds + 2 * length + k_token, mask=k_valid, other=0)
+            bounds = predicate.windows + (window * 3 + axis) * 3 * row.length_q
+            place = tl.load(predicate.coords + axis * row.length_k + k_token, mask=k_valid, other=0)
+            if predicate.residues is None:
+                residue = tl.load(bounds + 2 * row.length_q + k_token, mask=k_valid, other=0)
+            else:
+                residue = tl.load(predicate.residues + (window * 3 + axis) * row.length_k + k_token, mask=k_valid, other=0)
             first = tl.load(bounds + q_token, mask=q_valid, other=0)
-            last = tl.load(bounds + length + q_token, mask=q_valid, other=0)
-            mine = tl.load(bounds + 2 * length + q_token, mask=q_valid, other=0)
+            last = tl.load(bounds + row.length_q + q_token, mask=q_valid, other=0)
+            mine = tl.load(bounds + 2 * row.length_q + q_token, mask=q_valid, other=0)
             inside &= (place >= first) & (place <= last) & (residue == mine)
         kept |= inside
     return kept

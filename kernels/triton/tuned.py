@@ -93,9 +93,9 @@ def read(path: Path) -> list[Entry]:
 
 
 def _entry(path: Path, row: Any) -> Entry:
-    wanted = {field.name: field.type for field in fields(Entry)}
-    if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != wanted:
-        raise ValueError(f"{path}: a tile has the fields {', '.join(wanted)}, got {row}")
+    expected = {field.name: field.type for field in fields(Entry)}
+    if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != expected:
+        raise ValueError(f"{path}: a tile has the fields {', '.join(expected)}, got {row}")
     entry = Entry(**row)
     if entry.kernel not in KERNELS:
         raise ValueError(f"{path}: a kernel is one of {KERNELS}, got {entry.kernel!r}")

@@ -1,6 +1,6 @@
 """What kernels take: a tuple for each thing that belongs together, instead of a parameter for each pointer and number of it.
 
-Strides lie in the tuple of their tensor: Triton compiles anew for those that are 1 or divisible by 16, by which it knows that whole vectors
+Strides are in the tuple of their tensor: Triton compiles anew for those that are 1 or divisible by 16, by which it knows that whole vectors
 can be loaded. It does so with every integer in a tuple, whatever a kernel says of the parameter (as of 3.6 to 3.9); sizes change from call
 to call, so that they stay parameters of their own (SIZES). Constants are one tuple of `tl.constexpr`, the last parameter `C` (`kernel`);
 plain numbers there would be no constants before Triton 3.9.
@@ -50,22 +50,61 @@ class Lists(NamedTuple):
     k_places: Tensor | None
 
 
-class Turned(NamedTuple):
+class Transposed(NamedTuple):
     """The lists by key block (`launch_backward.columns`), and the number of each entry's mask."""
 
     entries: Tensor
-    borders: Tensor
+    indptr: Tensor
     mask_of: Tensor | None = None
 
 
 class Predicate(NamedTuple):
-    """For blocks that are kept in part: coordinates `[3, length]` and windows `[W, 3, 3, length]`, or bit masks `[M, rows, WORDS]` with the
+    """For blocks that are kept in part: windows of the queries `[W, 3, 3, length_q]` with the coordinates of the keys `[3, length_k]`,
+    which nothing else reads, and their residues `[W, 3, length_k]` (None: those of the windows); or bit masks `[M, rows, WORDS]` with the
     rows that a program holds, and the number of each list entry's mask."""
 
     coords: Tensor
     windows: Tensor | None
+    residues: Tensor | None = None
     masks: Tensor | None = None
     mask_of: Tensor | None = None
+
+
+class Keys(NamedTuple):
+    """Inside a kernel: where the keys and the values of one head begin, and the strides of their rows."""
+
+    k: Any
+    v: Any
+    k_n: Any
+    v_n: Any
+
+
+class Queries(NamedTuple):
+    """Inside a kernel: where one head's queries, their output's gradients, lse and delta begin, and the strides of the first two's rows."""
+
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    q_n: Any
+    g_n: Any
+
+
+class Row(NamedTuple):
+    """Inside a kernel: one row (of query blocks) or column (of key blocks) of the lists, and the tokens of it that a program holds.
+
+    `entries`: the other side's blocks; `mask_of`: the number of each entry's mask; `masks`: the program's rows of mask 0, `mask_size` words
+    before those of mask 1; `token`, `valid`: its tokens in the blocks' order; `length_q`, `length_k`: see `Predicate`.
+    """
+
+    entries: Any
+    mask_of: Any
+    masks: Any
+    mask_size: Any
+    token: Any
+    valid: Any
+    length_q: Any
+    length_k: Any
 
 
 class Pooled(NamedTuple):
@@ -127,8 +166,9 @@ class LinearPull(NamedTuple):
 
 # of a call and of a launch: Triton compiles nothing anew for them
 SIZES = [
-    "heads", "tokens", "image", "image_start", "text", "text_start", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries",
-    "length", "mask_size", "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
+    "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
+    "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
+    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
 ]  # fmt: skip
 
 

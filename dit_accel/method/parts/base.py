@@ -137,7 +137,13 @@ class Pattern(Part):
 
 
 class Static(Pattern):
-    """A pattern that depends on the tokens' places alone."""
+    """A pattern that depends on the tokens' places alone.
+
+    `nested_boxes`: what is not visited from a box of queries isn't visited from any box inside it, so that a plan may look at many query
+    blocks at once before it looks at each.
+    """
+
+    nested_boxes: ClassVar[bool] = False
 
     @abstractmethod
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
@@ -165,6 +171,7 @@ class Tokenwise(Static):
     """
 
     whole_blocks = False
+    nested_boxes = True  # a pair that is kept inside a box is kept inside the larger one
     invariant: ClassVar[bool] = False
     intervals: ClassVar[bool] = False
     reach: int = -1  # the largest squared distance of a kept pair, where nothing but the distance decides

@@ -75,6 +75,8 @@ class Disc(_Round, Tokenwise):  # type: ignore[override]
 class DiscBlocks(_Round, Blockwise):
     """Every whole key block that holds a key closer than `radius` to some query of the query block: no partial blocks."""
 
+    nested_boxes = True
+
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
         near, _ = self.gaps(boxes)
         return near, near
@@ -88,6 +90,7 @@ class FirstFrames(Blockwise):
     """Every whole key block that holds a token of the first `count` frames of the grid, for every query: the given image of an
     image-to-video model, an attention sink."""
 
+    nested_boxes = True
     count: int = 1
 
     def __post_init__(self) -> None:
