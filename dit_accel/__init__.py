@@ -80,7 +80,7 @@ def __getattr__(name: str) -> object:
     try:
         module = importlib.import_module(f"dit_accel.{_HOMES[name]}")
     except ModuleNotFoundError:
-        if any(link.is_file() for link in (Path(__file__).with_name(room) for room in ("kernels", "finetune", "pipelines"))):
+        if any(link.is_file() for link in (Path(__file__).with_name(name) for name in ("kernels", "finetune", "pipelines"))):
             raise ImportError(
                 "this checkout of dit_accel has text files in the place of its symbolic links (dit_accel/kernels and others): "
                 "run `git config core.symlinks true` and `git checkout -- dit_accel`, or install a wheel"

@@ -114,7 +114,7 @@ def _create(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append UTF-8 to a file, made if need be; for logs, which a reader may see growing."""
+    """Append UTF-8 to a file, created if it does not exist; for logs, which a reader may see growing."""
     with failing_as_write_error(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 

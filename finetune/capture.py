@@ -1,7 +1,7 @@
 """The outputs of a model's accelerated attention layers in one forward: the teacher's outputs, and the student's compared with them.
 
 Of all layers at once there is one tensor of the output's size, which backward needs: a teacher's output is let go of when the student's
-has been compared with it, and of that the gradient alone is kept, which then has the teacher's room.
+has been compared with it, and of that the gradient alone is kept, in the teacher's memory.
 """
 
 import contextlib

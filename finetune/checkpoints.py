@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.errors import DistillationError
 from dit_accel.files import replace_folder
 from dit_accel.finetune.processes import is_main
-from dit_accel.finetune.session import Run
+from dit_accel.finetune.session import Distillation
 
 STEPS, PARAMETERS = "checkpoint", "parameters"  # how the folders of each stage begin
 KEPT = (
@@ -26,7 +26,7 @@ KEPT = (
 )  # of a run, next to what it trains
 
 
-def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+def save(run: Distillation, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the state after `step` finished steps of a stage; the two newest are kept."""
     if not is_main():
         return
@@ -38,7 +38,7 @@ def save(run: Run, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None
         shutil.rmtree(old)
 
 
-def newest(run: Run, stage: str) -> Path | None:
+def newest(run: Distillation, stage: str) -> Path | None:
     """The newest checkpoint of a stage. Raises DistillationError where it belongs to another run."""
     found = _found(run, stage)
     if not found:
@@ -51,7 +51,7 @@ def newest(run: Run, stage: str) -> Path | None:
     return found[-1]
 
 
-def load(run: Run, checkpoint: Path) -> dict[str, Tensor]:
+def load(run: Distillation, checkpoint: Path) -> dict[str, Tensor]:
     """Its tensors; what else it holds of a run goes back into it."""
     try:
         tensors = load_file(checkpoint / "state.safetensors")
@@ -63,11 +63,11 @@ def load(run: Run, checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _found(run: Run, stage: str) -> list[Path]:
+def _found(run: Distillation, stage: str) -> list[Path]:
     return sorted(p for p in run.folder.glob(f"{stage}-*") if (p / "record.json").exists())
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def _identity(run: Distillation) -> dict[str, Any]:
     """The settings that two runs must share to be one. The number of processes is not one of them: the batches are the same."""
     config = {k: v for k, v in run.config.to_dict().items() if k not in ("output_dir", "checkpoint_every", "evaluate_every")}
     parts = (run.samples, run.held_out)

@@ -28,9 +28,9 @@ from dit_accel.finetune.fit import fit
 from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
-from dit_accel.finetune.session import Run, prepare
+from dit_accel.finetune.session import Distillation, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
-from dit_accel.finetune.trainables import Masters, make_optimizers, optimizer_tensors, put_back, set_trainable
+from dit_accel.finetune.trainables import MasterWeights, load_optimizer_tensors, make_optimizers, optimizer_tensors, set_trainable
 from dit_accel.finetune.velocity import on_device, predict
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.modes import always, without_dense_steps
@@ -89,7 +89,7 @@ def distill(
             return _distill(run, progress)
 
 
-def _distill(run: Run, progress: bool) -> DistillResult:
+def _distill(run: Distillation, progress: bool) -> DistillResult:
     """Check, train, evaluate."""
     checkpoint = checkpoints.newest(run, checkpoints.STEPS)
     if checkpoint is None and checkpoints.newest(run, checkpoints.PARAMETERS) is None:
@@ -105,16 +105,16 @@ def _distill(run: Run, progress: bool) -> DistillResult:
     return DistillResult(run.error_before, run.history[-1]["held_out_error"], run.history, start, run.parameter_history, run.error_fitted)
 
 
-def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
+def _train(run: Distillation, checkpoint: Path | None, progress: bool) -> int:
     """The loop, from the start or from a checkpoint; returns the step it started at."""
     config = run.config
-    masters = Masters(set_trainable(run.transformer, run.patch, config))
+    masters = MasterWeights(set_trainable(run.transformer, run.patch, config))
     parameters = masters.parameters
     tensors = None if checkpoint is None else checkpoints.load(run, checkpoint)
     optimizers = make_optimizers(parameters, config, run.parameter_rate)
     if tensors is not None:
-        put_back(tensors, parameters, optimizers)
-        masters.give_values()
+        load_optimizer_tensors(tensors, parameters, optimizers)
+        masters.copy_to_model()
     start = int(run.history[-1]["step"])
     run.write_log("log.jsonl", run.history, anew=True)
     if config.gradient_checkpointing and not run.transformer.is_gradient_checkpointing:
@@ -129,7 +129,7 @@ def _train(run: Run, checkpoint: Path | None, progress: bool) -> int:
     return start
 
 
-def _first_error(run: Run) -> float:
+def _first_error(run: Distillation) -> float:
     """Held-out error before the first step. Raises DistillationError where there is nothing to learn."""
     error = run.held_out_error()
     dtype = run.held_out[0].prediction.dtype
@@ -142,7 +142,7 @@ def _first_error(run: Run) -> float:
     return error
 
 
-def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int) -> dict[str, float]:
+def _train_step(run: Distillation, masters: MasterWeights, optimizers: Sequence[Any], step: int) -> dict[str, float]:
     """One optimizer step over `batch_size` recorded forwards, of which each process takes its share; returns the mean of each loss."""
     config = run.config
     factor = cosine_factor(step, config.steps, warmup=config.warmup_steps)
@@ -157,7 +157,7 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
             method = run.patch.context.assignment
             raise DistillationError(f"{method} runs no spec in a sample of this size, so nothing is learned from it: collect other sizes")
         (losses["loss"] / config.batch_size).backward()
-        masters.take_gradients()
+        masters.collect_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
     run.transformer.eval()
     means = {k: float(v) for k, v in zip(totals, summed(list(totals.values())), strict=True)}
@@ -170,11 +170,11 @@ def _train_step(run: Run, masters: Masters, optimizers: Sequence[Any], step: int
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    masters.give_values()
+    masters.copy_to_model()
     return means
 
 
-def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
+def _losses(run: Distillation, position: int, draw: random.Random) -> dict[str, Tensor]:
     """The weighted losses of one recorded forward, `loss` their sum."""
     config, forward = run.config, run.samples[position]
     arguments, flow_target, moment = forward.arguments, None, run.moment(position)
@@ -194,7 +194,7 @@ def _losses(run: Run, position: int, draw: random.Random) -> dict[str, Tensor]:
     return {"loss": total, **{k: v.detach() for k, v in losses.items()}}
 
 
-def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tuple[Tensor, Outputs]:
+def _teach(run: Distillation, arguments: dict[str, Any], recorded: Tensor | None) -> tuple[Tensor, Outputs]:
     """The teacher's prediction and attention outputs; the recorded prediction is enough where attention is not compared."""
     if recorded is not None and run.config.attention_weight == 0:
         return recorded.to(next(run.transformer.parameters()).device), {}
@@ -205,7 +205,7 @@ def _teach(run: Run, arguments: dict[str, Any], recorded: Tensor | None) -> tupl
             return predict(run.transformer, arguments), taught
 
 
-def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor, Moment | None]:
+def _flow_inputs(run: Distillation, forward: Forward, position: int, draw: random.Random) -> tuple[dict[str, Any], Tensor, Moment | None]:
     """Arguments for x_t = (1 − σ)·x0 + σ·noise of the run's final latents, the flow-matching target, noise − x0 or its negative, and the
     moment, where it matters.
 
@@ -230,7 +230,9 @@ def _flow_inputs(run: Run, forward: Forward, position: int, draw: random.Random)
     return arguments, run.flow.sign * (noise - x0), moment
 
 
-def _after_step(run: Run, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]) -> None:
+def _after_step(
+    run: Distillation, parameters: Any, optimizers: Sequence[torch.optim.Optimizer], step: int, losses: dict[str, float]
+) -> None:
     """Log, evaluate, checkpoint and draw the curve where the config says so. `step` counts finished steps."""
     config = run.config
     row = {"step": step, **losses}

@@ -22,8 +22,8 @@ from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed
-from dit_accel.finetune.session import Run
-from dit_accel.finetune.trainables import optimizer_tensors, put_back
+from dit_accel.finetune.session import Distillation
+from dit_accel.finetune.trainables import load_optimizer_tensors, optimizer_tensors
 from dit_accel.finetune.velocity import predict
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of
@@ -46,7 +46,7 @@ class Fitter(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
-def fit(run: Run, progress: bool) -> None:
+def fit(run: Distillation, progress: bool) -> None:
     """Run the first stage, from its start or its newest checkpoint."""
     operators = operators_of(run.transformer)
     run.transformer.requires_grad_(False)
@@ -73,7 +73,7 @@ def fit(run: Run, progress: bool) -> None:
             checkpoints.save(run, checkpoints.PARAMETERS, step + 1, fitter.tensors())
 
 
-def _fitter(run: Run, operators: Mapping[str, AcceleratedAttention], own: Mapping[str, nn.Parameter]) -> Fitter:
+def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention], own: Mapping[str, nn.Parameter]) -> Fitter:
     """What fits the layers' parameters: their projections by least squares, all others by descent."""
     linear = {name: operator for name, operator in operators.items() if operator.fit == "least_squares"}
     others = {name: p for name, p in own.items() if not any(name.startswith(f"{layer}.proj.") for layer in linear)}
@@ -82,7 +82,7 @@ def _fitter(run: Run, operators: Mapping[str, AcceleratedAttention], own: Mappin
     return Both(LeastSquares(linear), Descent(others, run)) if others else LeastSquares(linear)
 
 
-def _step(run: Run, fitter: Fitter, step: int) -> float:
+def _step(run: Distillation, fitter: Fitter, step: int) -> float:
     """Fit to `batch_size` recorded forwards; returns the mean relative error of the layers' outputs before this step's update."""
     size = run.config.batch_size
     errors: list[Tensor] = []
@@ -94,7 +94,7 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
     for item in share(size):
         position = _position(run, step * size + item)
         forward = run.samples[position]
-        with run.replayed(run.moment(position)), run.autocast(), _beside_the_teacher(run, learn):
+        with run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if not errors:
         raise DistillationError(
@@ -108,7 +108,7 @@ def _step(run: Run, fitter: Fitter, step: int) -> float:
     return error
 
 
-def _position(run: Run, number: int) -> int:
+def _position(run: Distillation, number: int) -> int:
     """Which recorded forward is the n-th to be learned from: all once in the order that the seed gives, then all in another."""
     count = len(run.positions)
     return run.positions[_order(f"{run.config.seed} parameters {number // count}", count)[number % count]]
@@ -121,7 +121,7 @@ def _order(seed: str, count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _beside_the_teacher(run: Run, learn: Learn) -> Iterator[None]:
+def _comparing_with_teacher(run: Distillation, learn: Learn) -> Iterator[None]:
     """The original model, whose accelerated layers also run their operators: `learn` gets each with its arguments, its output and the
     original's, with which the forward goes on."""
 
@@ -221,7 +221,7 @@ class LeastSquares:
 class Descent:
     """AdamW on the relative error of each layer's output; the layers' parameters are apart, so one optimizer serves all."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], run: Run) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], run: Distillation) -> None:
         self.parameters, self.run = parameters, run
         self.optimizer = torch.optim.AdamW(parameters.values(), run.parameter_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizer.zero_grad()  # an interrupted run leaves its last gradients
@@ -239,7 +239,7 @@ class Descent:
         return optimizer_tensors(self.parameters, [self.optimizer])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        put_back(tensors, self.parameters, [self.optimizer])
+        load_optimizer_tensors(tensors, self.parameters, [self.optimizer])
 
 
 class Both:

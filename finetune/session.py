@@ -29,7 +29,7 @@ from dit_accel.patch.anatomy import check_unfused, projection_names
 from dit_accel.patch.fingerprint import known_hash
 from dit_accel.patch.heads import joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
-from dit_accel.patch.lora import ADAPTER, check_no_fused, switched_off
+from dit_accel.patch.lora import ADAPTER, check_user_lora_unfused, switched_off
 from dit_accel.patch.modes import at_moment, running
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import Patch, operators_of, patches_of
@@ -40,7 +40,7 @@ PARAMETER_STEPS = 48
 
 
 @dataclass
-class Run:
+class Distillation:
     """One distillation under way. All processes hold the same history; the main one alone writes."""
 
     pipe: Any
@@ -158,7 +158,7 @@ class Run:
             (write_text if anew else append_text)(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: dict[str, Any]) -> Run:
+def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: dict[str, Any]) -> Distillation:
     """Check everything that can be checked, and collect what has to be sampled."""
     patches = patches_of(pipe)
     if len(patches) != 1:
@@ -170,7 +170,7 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
     if is_offloaded(transformer):
         raise DistillationError(f"{type(transformer).__name__} is offloaded: distil before offloading")
     if config.train == "lora" and present is None:
-        check_no_fused(transformer, DistillationError)
+        check_user_lora_unfused(transformer, DistillationError)
     if config.train == "attention":
         _check_plain(transformer, patch)
     if config.train == "lora" and present is not None and present.r != config.lora_rank:
@@ -202,20 +202,20 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             raise DistillationError(f"distill requires at least two prompts, one of them to hold out, not {len(source)}")
         source, held_out = source[:-count], source[-count:]
     source, held_out = (Samples(part) if isinstance(part, str | Path) else part for part in (source, held_out))
-    _check_apart(source, held_out)  # before sampling, which may take days
+    _check_disjoint(source, held_out)  # before sampling, which may take days
     steps = _parameter_steps(transformer, config, folder)
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.assignment} has no parameters of its own")
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
-    aside = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
+    evaluated = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = known_hash(transformer)
-    for part in (samples, aside):
+    for part in (samples, evaluated):
         if part.teacher != teacher:
             raise DistillationError(
                 f"{part.folder} was made by other weights (hash {part.teacher[:12]}, the model's is {teacher[:12]}): "
                 "collect samples anew, in another folder"
             )
-    run = Run(pipe, transformer, patch, config, samples, aside, folder, steps)
+    run = Distillation(pipe, transformer, patch, config, samples, evaluated, folder, steps)
     if config.flow_weight > 0:
         _ = run.flow  # refused here or not at all
     return run
@@ -247,7 +247,7 @@ def _check_plain(transformer: Any, patch: Patch) -> None:
             raise DistillationError(f"{name} is quantised ({type(weight).__name__}) and can't be trained: use train='lora'")
 
 
-def _check_apart(source: Any, held_out: Any) -> None:
+def _check_disjoint(source: Any, held_out: Any) -> None:
     """Raise DistillationError where training and evaluation share a prompt; each is Samples or prompts."""
     both_prompts = [[run.prompt for run in part.entries] if isinstance(part, Samples) else part for part in (source, held_out)]
     first, second = ({prompt for prompt in prompts if isinstance(prompt, str)} for prompts in both_prompts)

@@ -17,7 +17,7 @@ from dit_accel.patch.weights import keep_weight
 
 def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Freeze everything, then open what the config trains; returns it by name. A LoRA and the method's own
-    parameters are float32; full weights keep the model's dtype, see `Masters`.
+    parameters are float32; full weights keep the model's dtype, see `MasterWeights`.
 
     A LoRA's first values come from the config's seed. Full weights keep their originals in the patch, for `dense` and `restore`.
     """
@@ -47,7 +47,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-class Masters:
+class MasterWeights:
     """The tensors that the optimizer trains: float32 copies of weights of fewer bits, in which a small step is not lost, and the other
     parameters themselves. `parameters` holds them by name."""
 
@@ -58,7 +58,7 @@ class Masters:
         self.parameters = wide
         self._copies = [(p, wide[name]) for name, p in parameters.items() if wide[name] is not p]
 
-    def take_gradients(self) -> None:
+    def collect_gradients(self) -> None:
         """Add the gradients of the model's weights to their copies'; to be called after each backward."""
         for parameter, master in self._copies:
             if parameter.grad is not None:
@@ -67,7 +67,7 @@ class Masters:
                 parameter.grad = None
 
     @torch.no_grad()
-    def give_values(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the copies to the model's weights; to be called after each step and after loading."""
         for parameter, master in self._copies:
             parameter.copy_(master)
@@ -97,7 +97,7 @@ def _group(parameters: list[nn.Parameter], rate: float) -> dict[str, Any]:
 
 
 def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Parameters and the optimizers' moments by name, as `put_back` takes them."""
+    """Parameters and the optimizers' moments by name, as `load_optimizer_tensors` takes them."""
     owners = _owners(optimizers)
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -106,7 +106,9 @@ def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizers: Sequen
     return tensors
 
 
-def put_back(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def load_optimizer_tensors(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     """Restore what `optimizer_tensors` gave, exactly."""
     owners = _owners(optimizers)
     for name, parameter in parameters.items():

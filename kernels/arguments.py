@@ -50,6 +50,10 @@ class Arguments(NamedTuple):
     `places_q` `[Nq]`, `places_k` `[Nk]` int32: where each token of the blocks' order is among the image's tokens of q, and of k and v;
     None: they are in that order.
     `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
+    `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]` float32: the pooled keys of a "pooled" rest where the kernel does not
+    pool itself, P / k blocks of them for each key block, one block after the other, and what joins their logits (-inf: never seen).
+    `slopes` `[B, H, q blocks, D, D]` float32: scale · q · slopes[I], times the share that pooled keys have of the query's softmax, is added
+    to the output.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
@@ -79,6 +83,10 @@ class Arguments(NamedTuple):
     places_k: Tensor | None = None
     extra_k: Learned = None
     extra_v: Learned = None
+    pooled_k: Learned = None
+    pooled_v: Learned = None
+    pooled_bias: Learned = None
+    slopes: Learned = None
     offset: Learned = None
     weight: Learned = None
     bias: Learned = None
@@ -198,6 +206,7 @@ def in_order(gradients: Mapping[str, Tensor | None], a: Arguments) -> list[Tenso
 def check(a: Arguments) -> None:
     """Raise ValueError at arguments that do not fit each other: a kernel would read what is not there."""
     _check_numbers(a)
+    _check_pooled(a)
     if a.masks is None and a.masks_t is None and a.mask_of is None:
         return
     if a.masks is None or a.masks_t is None or a.mask_of is None:
@@ -223,6 +232,23 @@ def _check_numbers(a: Arguments) -> None:
     if queries - text_q != keys - a.text and a.windows is not None and a.residues is None:
         numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
         raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
+
+
+def _check_pooled(a: Arguments) -> None:
+    if a.pooled_k is None and a.pooled_v is None and a.pooled_bias is None and a.slopes is None:
+        return
+    if a.pooled_k is None or a.pooled_v is None or a.pooled_bias is None or a.rest != "pooled" or a.variance or a.log_count:
+        raise ValueError("pooled keys are given as pooled_k, pooled_v and pooled_bias of a pooled rest without variance and log_count")
+    (batch, heads, _, channels), pools, blocks = a.q.shape, a.pooled_k.shape[2], len(a.k_starts) - 1
+    if pools == 0 or pools % blocks:
+        raise ValueError(f"each of {blocks} key blocks has the same number of pooled keys, 1 or more: {pools} is no multiple")
+    shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,)}
+    shapes["slopes"] = (len(a.q_starts) - 1, channels, channels)
+    for name, shape in shapes.items():
+        x = getattr(a, name)
+        if x is not None and (x.shape != (batch, heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous()):
+            expected = f"float32 {(batch, heads, *shape)} and contiguous"
+            raise ValueError(f"{name} must be {expected}, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
 
 
 def text_queries(a: Arguments) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -134,6 +135,14 @@ def map_from_masks(chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> BlockMap:
     valid, masked = torch.zeros_like(index, dtype=torch.bool), torch.zeros_like(index, dtype=torch.bool)
     index[row, place], valid[row, place], masked[row, place] = column, True, partial
     return BlockMap(index, valid, masked if bool(partial.any()) else None, bool(valid.all()))
+
+
+@overload
+def pool_blocks(x: Tensor, blocks: Blocks, *, variance: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]: ...
 
 
 def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]:

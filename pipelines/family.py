@@ -81,3 +81,8 @@ class Family:
             value = getattr(self, name)
             if not isinstance(value, tuple):
                 raise ValueError(f"{name} of family {self.name!r} must be a tuple of names, not {value!r}")
+
+    def lengths(self, arguments: Arguments, transformer: Any) -> tuple[int | None, int]:
+        """The number of text tokens, None where the call's length gives it, and of tokens before the image although text follows it."""
+        text = self.text(arguments) if self.text else None
+        return text, self.history(arguments, transformer) if self.history else 0

@@ -103,11 +103,11 @@ def forward_arguments(height: int = 17, width: int = 25, *, batch: int = 1, time
     }
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of `wanted`; infinity where there is NaN."""
-    assert got.shape == wanted.shape, f"got {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
-    got, wanted = got.detach().double(), wanted.detach().double()
-    error = float((got - wanted).norm() / wanted.norm())
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; infinity where there is NaN."""
+    assert got.shape == expected.shape, f"got {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    got, expected = got.detach().double(), expected.detach().double()
+    error = float((got - expected).norm() / expected.norm())
     return error if error == error else float("inf")
 
 

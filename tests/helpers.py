@@ -109,7 +109,7 @@ def assert_close_as_eager(got: Tensor, exact: Tensor, eager: Tensor, name: str =
 
     Errors are root mean squares against `exact` (float64); a maximum over few numbers would be luck.
     """
-    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
+    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert exact.dtype == torch.float64
     assert got.isfinite().all(), f"{name} is not finite"
     error, allowed, size = (x.square().mean().sqrt().item() for x in (got.double() - exact, eager.double() - exact, exact))

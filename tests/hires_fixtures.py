@@ -15,7 +15,7 @@ TEXT = 12
 
 
 def make(builder: Any = flux, seed: int = 0, **parts: Any) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline, and the embeddings that stand for its prompt."""
+    """A tiny pipeline, and the embeddings in the place of its prompt."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe, call = builder()

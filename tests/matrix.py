@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, written from what the tests of this run said: `pytest tests --matrix docs/models.md`.
+"""The tables of docs/models.md, written from the outcomes of the tests of this run: `pytest tests --matrix docs/models.md`.
 
 A row's cell is "yes" where every test of it passed, "no" where one failed, "-" where there is none. conftest takes these hooks.
 """

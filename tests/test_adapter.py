@@ -68,7 +68,11 @@ def test_what_was_trained_comes_back_to_the_bit(trained: dict[str, tuple[Path, T
     folder, picture = trained[mode]
     assert {path.name for path in folder.iterdir()} == FILES[mode] | {CONFIG, CARD}
     pipe = prompt_pipe()
-    before, original, wants = state(pipe.transformer), draw(pipe), {n: p.requires_grad for n, p in pipe.transformer.named_parameters()}
+    before, original, requires = (
+        state(pipe.transformer),
+        draw(pipe),
+        {n: p.requires_grad for n, p in pipe.transformer.named_parameters()},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_adapter(pipe, folder) is pipe
@@ -78,7 +82,7 @@ def test_what_was_trained_comes_back_to_the_bit(trained: dict[str, tuple[Path, T
     restore(pipe)
     assert torch.equal(draw(pipe), original)
     assert same(state(pipe.transformer), before)
-    assert {n: p.requires_grad for n, p in pipe.transformer.named_parameters()} == wants
+    assert {n: p.requires_grad for n, p in pipe.transformer.named_parameters()} == requires
 
 
 def test_saving_what_was_loaded_gives_the_same_tensors(trained: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
@@ -259,9 +263,9 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "spec-field": (lambda c: c["assignment"]["specs"][0].update(extra=1), "extra"),
     "spec-slot": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(type="Sphere"), "Sphere"),
     "spec-value": (lambda c: c["assignment"]["specs"][0]["keep"][0].update(density=3), "density"),
-    "no-assignment": (lambda c: c.update(assignment=None), "an assignment has exactly the keys"),
-    "rule-field": (lambda c: c["assignment"]["rules"][0].update(extra=1), "a rule has the key spec"),
-    "rule-steps": (lambda c: c["assignment"]["rules"].append({"spec": None, "steps": [0, -1]}), "steps is None or"),
+    "no-assignment": (lambda c: c.update(assignment=None), "an assignment must have exactly the keys"),
+    "rule-field": (lambda c: c["assignment"]["rules"][0].update(extra=1), "a rule must have the key spec"),
+    "rule-steps": (lambda c: c["assignment"]["rules"].append({"spec": None, "steps": [0, -1]}), "steps must be None or"),
     "rule-layer": (lambda c: c["assignment"]["rules"].append({"spec": 0, "layers": ["blocks.*"]}), r"no layer is named blocks\.\*"),
     "layer-without-spec": (
         lambda c: c["assignment"]["rules"][0].update(layers=["single_*"]),

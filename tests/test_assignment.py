@@ -63,9 +63,9 @@ def test_the_last_rule_that_fits_wins(seed: int) -> None:
     for layer, moment, tokens in itertools.product(layers, moments, (5, 10, 16, 20)):
         found = groups(assignment.at(moment, tokens), layer, 4)
         assert sorted(head for group in found for head in group.heads) == [0, 1, 2, 3]
-        wanted = [naive(assignment.rules, layer, head, moment, tokens) for head in range(4)]
-        assert [next(g.spec for g in found if head in g.heads) for head in range(4)] == wanted
-        used = {spec for spec in wanted if spec is not None}
+        expected = [naive(assignment.rules, layer, head, moment, tokens) for head in range(4)]
+        assert [next(g.spec for g in found if head in g.heads) for head in range(4)] == expected
+        used = {spec for spec in expected if spec is not None}
         assert used <= set(assignment.specs_of(layer))
 
 
@@ -121,17 +121,17 @@ def changed(change: Any) -> dict[str, Any]:
 
 
 WRONG_JSON: dict[str, tuple[Any, str]] = {
-    "unknown-key": (changed(lambda d: d.update(more=1)), "has exactly the keys"),
-    "missing-key": (changed(lambda d: d.pop("order")), "has exactly the keys"),
-    "unknown-condition": (changed(lambda d: d["rules"][0].update(head=[0])), "a rule has the key spec and some of layers, heads"),
-    "no-spec": (changed(lambda d: d["rules"][0].pop("spec")), "a rule has the key spec"),
+    "unknown-key": (changed(lambda d: d.update(more=1)), "must have exactly the keys"),
+    "missing-key": (changed(lambda d: d.pop("order")), "must have exactly the keys"),
+    "unknown-condition": (changed(lambda d: d["rules"][0].update(head=[0])), "a rule must have the key spec and may have layers, heads"),
+    "no-spec": (changed(lambda d: d["rules"][0].pop("spec")), "a rule must have the key spec"),
     "number-of-no-spec": (changed(lambda d: d["rules"][0].update(spec=3)), "null or a number in specs"),
     "no-number": (changed(lambda d: d["rules"][0].update(spec=True)), "null or a number in specs"),
     "unused-spec": (changed(lambda d: d["specs"].append(GNA(3).to_dict())), r"no rule of the assignment names its specs \[3\]"),
-    "other-order": (changed(lambda d: d.update(order=SLA(0.1).to_dict()["order"])), "order is that of the specs"),
-    "damaged-spec": (changed(lambda d: d["specs"][0].pop("keep")), "a spec has exactly the keys"),
-    "rules-no-list": (changed(lambda d: d.update(rules={})), "rules of an assignment is a list"),
-    "heads": (changed(lambda d: d["rules"][1].update(heads=[])), "heads is None or some different ints"),
+    "other-order": (changed(lambda d: d.update(order=SLA(0.1).to_dict()["order"])), "order must be that of the specs"),
+    "damaged-spec": (changed(lambda d: d["specs"][0].pop("keep")), "a spec must have exactly the keys"),
+    "rules-no-list": (changed(lambda d: d.update(rules={})), "rules of an assignment must be a list"),
+    "heads": (changed(lambda d: d["rules"][1].update(heads=[])), "heads must be None or different ints"),
 }
 
 
@@ -154,23 +154,23 @@ def test_a_file_without_a_method_is_named(text: str | None, tmp_path: Path) -> N
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "spec": (lambda: Rule("fovea"), "a rule's spec is an AttentionSpec or None"),
-    "layers": (lambda: Rule(A, layers=()), "layers is a pattern"),
-    "layer-no-text": (lambda: Rule(A, layers=(1,)), "layers is a pattern"),
-    "heads-twice": (lambda: Rule(A, heads=(1, 1)), "heads is None or some different ints"),
-    "heads-negative": (lambda: Rule(A, heads=(-1,)), "heads is None or some different ints"),
-    "heads-share": (lambda: Rule(A, heads=0.5), "heads is None or some different ints"),
-    "steps-turned": (lambda: Rule(A, steps=(3, 3)), "steps is None or"),
-    "steps-number": (lambda: Rule(A, steps=3), "steps is None or"),
-    "steps-stride": (lambda: Rule(A, steps=range(0, 6, 2)), "steps is None or"),
-    "tokens": (lambda: Rule(A, tokens=(-1, 5)), "tokens is None or"),
-    "noise": (lambda: Rule(A, noise=(0.5, 1.5)), "noise is None or"),
-    "noise-turned": (lambda: Rule(A, noise=(0.5, 0.5)), "noise is None or"),
+    "spec": (lambda: Rule("fovea"), "a rule's spec must be an AttentionSpec or None"),
+    "layers": (lambda: Rule(A, layers=()), "layers must be a pattern"),
+    "layer-no-text": (lambda: Rule(A, layers=(1,)), "layers must be a pattern"),
+    "heads-twice": (lambda: Rule(A, heads=(1, 1)), "heads must be None or different ints"),
+    "heads-negative": (lambda: Rule(A, heads=(-1,)), "heads must be None or different ints"),
+    "heads-share": (lambda: Rule(A, heads=0.5), "heads must be None or different ints"),
+    "steps-turned": (lambda: Rule(A, steps=(3, 3)), "steps must be None or"),
+    "steps-number": (lambda: Rule(A, steps=3), "steps must be None or"),
+    "steps-stride": (lambda: Rule(A, steps=range(0, 6, 2)), "steps must be None or"),
+    "tokens": (lambda: Rule(A, tokens=(-1, 5)), "tokens must be None or"),
+    "noise": (lambda: Rule(A, noise=(0.5, 1.5)), "noise must be None or"),
+    "noise-turned": (lambda: Rule(A, noise=(0.5, 0.5)), "noise must be None or"),
     "no-rules": (lambda: Assignment(()), "requires a spec in one rule at least"),
     "no-spec": (lambda: Assignment((Rule(None),)), "requires a spec in one rule at least"),
-    "rules": (lambda: Assignment((A,)), "rules is a tuple of Rule"),
-    "orders": (lambda: Assignment((Rule(A), Rule(SLA(0.1), layers="a"))), "share one order"),
-    "given-order": (lambda: Assignment((Rule(A),), order=SLA(0.1).order), "share one order"),
+    "rules": (lambda: Assignment((A,)), "rules must be a tuple of Rule"),
+    "orders": (lambda: Assignment((Rule(A), Rule(SLA(0.1), layers="a"))), "must have one order"),
+    "given-order": (lambda: Assignment((Rule(A),), order=SLA(0.1).order), "must have one order"),
 }
 
 

@@ -91,7 +91,7 @@ def test_every_head_runs_its_spec_with_its_parameters(backend: str) -> None:
             q1, k1, v1 = (x[:, head : head + 1] for x in (q, k, v))
             spec = naive(MIXED.rules, name, head, Moment(0, 1.0), 9 * 14)
             if spec is None:
-                wanted = F.scaled_dot_product_attention(q1, k1, v1, scale=scale)
+                expected = F.scaled_dot_product_attention(q1, k1, v1, scale=scale)
             else:
                 own = spec.make_parameters(heads=1, head_dim=q.shape[3])
                 learned = dict(operator.params.named_parameters())
@@ -99,9 +99,9 @@ def test_every_head_runs_its_spec_with_its_parameters(backend: str) -> None:
                     for key, parameter in own.named_parameters():
                         value = learned[key]
                         parameter.copy_(value if value.shape == parameter.shape else value[head : head + 1])
-                wanted = attention(q1, k1, v1, spec, layout, params=own, scale=scale)
+                expected = attention(q1, k1, v1, spec, layout, params=own, scale=scale)
             assert mask is None
-            assert relative_error(out[:, head : head + 1], wanted) < 1e-5, (name, head)
+            assert relative_error(out[:, head : head + 1], expected) < 1e-5, (name, head)
 
 
 def test_a_layer_learns_the_union_of_what_its_specs_learn() -> None:
@@ -233,7 +233,7 @@ def test_the_guard_decides_spec_by_spec(pipe: Any, monkeypatch: pytest.MonkeyPat
     backends = {(row.layer.partition("_")[0], row.method, row.backend) for row in dit_accel.summary(pipe, show=False)}
     assert ("single", str(B), "original") in backends
     assert {backend for _, method, backend in backends if method == str(A)} <= {"cpu", "reference"}
-    pipe.transformer._dit_accel.context._said.clear()
+    pipe.transformer._dit_accel.context._reported.clear()
     with pytest.warns(UserWarning, match="in the place of TopK"):
         run(pipe, steps=1)
 
@@ -242,9 +242,9 @@ def test_the_guard_decides_spec_by_spec(pipe: Any, monkeypatch: pytest.MonkeyPat
 def test_copies_run_the_same(way: Any) -> None:
     transformer = four_heads()
     with torch.no_grad():
-        wanted, twin = transformer(**forward_arguments(9, 14)).sample, way(transformer)
+        expected, twin = transformer(**forward_arguments(9, 14)).sample, way(transformer)
         del transformer
-        assert torch.equal(twin(**forward_arguments(9, 14)).sample, wanted)
+        assert torch.equal(twin(**forward_arguments(9, 14)).sample, expected)
     assert twin._dit_accel.context.assignment == MIXED
 
 
@@ -292,7 +292,7 @@ def test_compiled_heads_and_layers_run_their_specs(way: str) -> None:
     transformer = four_heads(Assignment((*MIXED.rules, Rule(None, noise=(0.9, 1.0)))), blocks=1)
     arguments = [forward_arguments(9, 14, time=time) for time in (0.95, 0.7)]
     with torch.no_grad():
-        wanted = [transformer(**each).sample for each in arguments]
+        expected = [transformer(**each).sample for each in arguments]
     ours: Any = transformer
     if way == "whole":
         ours = torch.compile(transformer, backend="eager", fullgraph=True)
@@ -300,8 +300,8 @@ def test_compiled_heads_and_layers_run_their_specs(way: str) -> None:
         transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     with torch.no_grad():
         got = [ours(**each).sample for each in arguments]
-        assert max(relative_error(*pair) for pair in zip(got, wanted, strict=True)) < 1e-5
+        assert max(relative_error(*pair) for pair in zip(got, expected, strict=True)) < 1e-5
         known = counters["stats"]["unique_graphs"]
         with running(transformer, Assignment(MIXED.rules[1:])):  # other specs for the same layers need no other graph
-            assert relative_error(ours(**arguments[1]).sample, wanted[1]) > 1e-4
+            assert relative_error(ours(**arguments[1]).sample, expected[1]) > 1e-4
     assert counters["stats"]["unique_graphs"] == known

@@ -26,11 +26,11 @@ def test_autocast_casts_what_it_casts_for_torchs_attention(name: str, dtypes: tu
         out, lse = run(qkv, spec, RAGGED.layout, params)
         assert out.dtype == F.scaled_dot_product_attention(*qkv).dtype
     inputs = [x.detach().to(out.dtype).requires_grad_() for x in qkv]
-    wanted, wanted_lse = run(inputs, spec, RAGGED.layout, params)
-    torch.testing.assert_close((out, lse), (wanted, wanted_lse), rtol=0, atol=0)
+    whole, whole_lse = run(inputs, spec, RAGGED.layout, params)
+    torch.testing.assert_close((out, lse), (whole, whole_lse), rtol=0, atol=0)
     towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     got = torch.autograd.grad(out, [*qkv, *params.parameters()], towards, allow_unused=True)
-    expected = torch.autograd.grad(wanted, [*inputs, *params.parameters()], towards, allow_unused=True)
+    expected = torch.autograd.grad(whole, [*inputs, *params.parameters()], towards, allow_unused=True)
     assert [x.dtype for x in got[:3] if x is not None] == list(dtypes)
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours is None) == (theirs is None)

@@ -36,12 +36,12 @@ def test_a_backend_that_is_not_installed_is_refused(
 ) -> None:
     monkeypatch.setattr(module, name, value)
     pipe = tiny_pipe()
-    before, wanted = dict(pipe.transformer.attn_processors), run(pipe, steps=1)
+    before, expected = dict(pipe.transformer.attn_processors), run(pipe, steps=1)
     with pytest.raises(BackendError, match=says):
         dit_accel.accelerate(pipe, Fovea(0.2), backend=backend)
     assert pipe.transformer.attn_processors == before
     assert not pipe.transformer._forward_hooks
-    assert torch.equal(run(pipe, steps=1), wanted)
+    assert torch.equal(run(pipe, steps=1), expected)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_summary_needs_neither_device_nor_dtype_of_a_model(monkeypatch: pytest.M
 
 
 def test_summary_of_weights_offloaded_to_the_meta_device() -> None:
-    """Sequential offload leaves no weight behind; the tokens' device counts, once a forward has told it."""
+    """Sequential offload leaves no weight behind; the tokens' device counts, once a forward has shown it."""
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     chosen = {row.backend for row in dit_accel.summary(pipe, show=False)}
     run(pipe, steps=1)

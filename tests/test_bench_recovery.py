@@ -80,13 +80,13 @@ def test_steps_are_as_many_as_fit_the_minutes(whole: tuple[dict[str, Any], Path]
 
 def test_errors_and_the_curve_are_the_trainings_own(whole: tuple[dict[str, Any], Path]) -> None:
     record, folder = whole
-    aside = Samples(folder / "runs" / "held-out")
+    held_out = Samples(folder / "runs" / "held-out")
     for (name, train), row in rows_of(record).items():
         if "impossible" in row:
             continue
         pipe = accelerate(tiny.picture_pipe(), METHODS[name])
         with always(pipe):
-            assert row["error_untrained"] == pytest.approx(velocity_error(pipe, aside), rel=1e-5)
+            assert row["error_untrained"] == pytest.approx(velocity_error(pipe, held_out), rel=1e-5)
         assert row["recovered"] == pytest.approx(1 - row["error_after"] / row["error_untrained"])
         assert (row["error_fitted"] is None) == (name != "sla:0.25")
         curve = row["curve"]
@@ -191,8 +191,8 @@ def test_an_interrupted_training_continues_with_its_steps(tmp_path: Path, whole:
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == []
     assert not list((tmp_path / "runs").glob(".timed-*"))
     restarted = bench(tmp_path, one, ["attention"])
-    wanted = rows_of(whole[0])["clear:2", "attention"]
-    assert rows_of(restarted)["clear:2", "attention"] == wanted
+    expected = rows_of(whole[0])["clear:2", "attention"]
+    assert rows_of(restarted)["clear:2", "attention"] == expected
 
 
 DIFFERENT: dict[str, dict[str, Any]] = {
@@ -248,8 +248,8 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "train": (lambda _: ["--train", "all"], "train must be one of parameters, lora, attention, not 'all'"),
     "model": (lambda _: ["--model", "somewhere"], "model 'somewhere' requires --prompts"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),
-    "picture": (lambda path: ["--out", path.with_suffix(".png")], "--out is the JSON file, next to which the curves are drawn as .png"),
-    "original": (lambda _: ["--method", "none"], "bench recovery trains accelerated methods, not 'none'"),
+    "picture": (lambda path: ["--out", path.with_suffix(".png")], "--out must name a JSON file, next to which the curves are drawn"),
+    "original": (lambda _: ["--method", "none"], "bench recovery requires accelerated methods, not 'none'"),
 }
 
 

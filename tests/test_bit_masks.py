@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Chess(Tokenwise):
-    """Keys on squares of the query's colour, on a board that each image begins anew: not the same under translation of one of the two."""
+    """Keys on squares of the query's colour, on a board of each image: not the same under translation of one of the two."""
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
         every = torch.ones(len(boxes[0]), len(boxes[2]), dtype=torch.bool)
@@ -35,7 +35,7 @@ def chess_pairs(grids: Grids) -> Tensor:
     return colour[:, None] == colour
 
 
-def said(plan: Plan) -> Tensor:
+def kept_by(plan: Plan) -> Tensor:
     """`[N, N]` in raster order: what lists and masks keep."""
     lists, g, tokens = plan.geometry.lists, plan.geometry, len(plan.coords)
     assert lists is not None
@@ -68,15 +68,15 @@ def test_masks_say_what_the_patterns_say(name: str, order: str, grids: Grids) ->
     patterns, pairs = PATTERNS[name]
     spec = AttentionSpec(patterns, order=ORDERS[order][0], block=ORDERS[order][1])
     layout = TokenLayout(grids[0], references=grids[1:])
-    plan, wanted = make_plan(spec, layout, CPU), pairs(grids)
-    assert said(plan).equal(wanted)
+    plan, expected = make_plan(spec, layout, CPU), pairs(grids)
+    assert kept_by(plan).equal(expected)
     g = plan.geometry
     assert g.masks is not None
     assert g.masks_t is not None
     widths = [blocks.index.shape[1] for blocks in (plan.q_blocks, plan.k_blocks)]
     assert unpacked(g.masks_t, widths[0]).mT.equal(unpacked(g.masks, widths[1]))
     assert len(g.masks.flatten(1).unique(dim=0)) == len(g.masks)
-    assert kept_density(spec, layout) == pytest.approx(float(wanted.double().mean()), abs=1e-12)
+    assert kept_density(spec, layout) == pytest.approx(float(expected.double().mean()), abs=1e-12)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def test_a_pattern_that_cuts_no_block_needs_no_masks() -> None:
     spec, shape = AttentionSpec((Everything(),), order=Tiles((4, 4)), block=(16, 16)), Shape(1, 1, 16, (1, 9, 7))
     q, k, v = shape.inputs()
     assert make_plan(spec, shape.layout, CPU).geometry.masks is None
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for backend in ("cpu", "reference"):
-        torch.testing.assert_close(attention(q, k, v, spec, shape.layout, backend=backend), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attention(q, k, v, spec, shape.layout, backend=backend), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_windows_alone_need_no_masks() -> None:

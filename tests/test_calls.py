@@ -159,12 +159,12 @@ UNKNOWN_GRIDS = {
 def test_an_unknown_grid_falls_back_to_the_original(ids: Tensor, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     transformer = tiny_transformer()
     unknown = forward_arguments() | {"hidden_states": normal(1, len(ids), 16), "img_ids": ids}
-    wanted, known = transformer(**unknown).sample, dit_accel.accelerate(tiny_transformer(), Fovea(0.1))(**forward_arguments()).sample
+    expected, known = transformer(**unknown).sample, dit_accel.accelerate(tiny_transformer(), Fovea(0.1))(**forward_arguments()).sample
     dit_accel.accelerate(transformer, Fovea(0.1))
-    with pytest.warns(UserWarning, match=says) as said:
+    with pytest.warns(UserWarning, match=says) as warned:
         outputs = [transformer(**unknown).sample for _ in range(2)]
-    assert [torch.equal(x, wanted) for x in outputs] == [True, True]
-    assert len(said) == 1
+    assert [torch.equal(x, expected) for x in outputs] == [True, True]
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         transformer(**(unknown | {"img_ids": ids.clone()}))

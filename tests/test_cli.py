@@ -128,26 +128,26 @@ def test_size_is_width_by_height() -> None:
 @pytest.mark.usefixtures("no_models")
 def test_bad_prompts(command: str, tmp_path: Path) -> None:
     file, out = tmp_path / "p.txt", tmp_path / "out"
-    wanted = "prompts must be a text file with one prompt per line, but"
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} can't be read: No such file or directory"
+    expected = "prompts must be a text file with one prompt per line, but"
+    assert fail(command, "--prompts", file, "--out", out) == f"{expected} {file} can't be read: No such file or directory"
     file.write_text("\n  \n")
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} has none"
+    assert fail(command, "--prompts", file, "--out", out) == f"{expected} {file} has none"
     file.write_bytes(b"\xff\xfe\xfa")
-    assert fail(command, "--prompts", file, "--out", out) == f"{wanted} {file} can't be read: not UTF-8"
+    assert fail(command, "--prompts", file, "--out", out) == f"{expected} {file} can't be read: not UTF-8"
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_models")
 def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
     blocked = prompts / "below"  # a folder can't be made below a file
-    wanted = f"the folder {blocked} can't be written to: Not a directory"
-    assert fail("demo", "--out", blocked) == wanted
-    assert fail("collect", "--prompts", prompts, "--out", blocked) == wanted
-    assert fail("distill", "--prompts", prompts, "--out", blocked) == wanted
-    assert fail("generate", "x", "--out", blocked / "a.png") == wanted
-    assert fail("bench", "quality", "--out", blocked / "a.json") == wanted
-    assert fail("bench", "step", "--out", blocked / "a.json") == wanted
-    assert fail("bench", "kernels", "--out", blocked / "a.json") == wanted
+    expected = f"the folder {blocked} can't be written to: Not a directory"
+    assert fail("demo", "--out", blocked) == expected
+    assert fail("collect", "--prompts", prompts, "--out", blocked) == expected
+    assert fail("distill", "--prompts", prompts, "--out", blocked) == expected
+    assert fail("generate", "x", "--out", blocked / "a.png") == expected
+    assert fail("bench", "quality", "--out", blocked / "a.json") == expected
+    assert fail("bench", "step", "--out", blocked / "a.json") == expected
+    assert fail("bench", "kernels", "--out", blocked / "a.json") == expected
     assert fail("bench", "step", "--out", tmp_path) == f"--out must name a file, not the folder {tmp_path}"
     for name in ("a.txt", "a"):
         text = fail("generate", "x", "--out", tmp_path / name)
@@ -156,10 +156,10 @@ def test_unwritable_outputs(prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
-    wanted = "method is one of none, fovea, clear, sla, gna or a JSON file, got 'flash'"
-    assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == wanted
-    assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == wanted
-    assert fail("bench", "step", "--method", "fovea", "--method", "flash") == wanted
+    expected = "method must be one of none, fovea, clear, sla, gna or a JSON file, not 'flash'"
+    assert fail("generate", "x", "--method", "flash", "--out", tmp_path / "a.png") == expected
+    assert fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "flash") == expected
+    assert fail("bench", "step", "--method", "fovea", "--method", "flash") == expected
     assert "requires an accelerated method, not 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
     assert "requires accelerated methods (the original is always measured), not 'none'" in fail("bench", "step", "--method", "none")
     for more in (["--method", "fovea"], ["--dense-steps", "2"]):
@@ -184,10 +184,10 @@ def test_bad_models_and_devices(model: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for name in (str(empty), "nobody/nothing"):
-        wanted = f"model must be 'builtin', a folder in diffusers' format or a hub id, not '{name}': "
-        assert fail("generate", "x", "--model", name, *out).startswith(wanted)
+        expected = f"model must be 'builtin', a folder in diffusers' format or a hub id, not '{name}': "
+        assert fail("generate", "x", "--model", name, *out).startswith(expected)
     assert fail("generate", "x", "--device", "abacus", *out) == "device must be auto, cpu, cuda or another torch device, not 'abacus'"
-    assert "CUDA devices: there is no cuda:99" in fail("generate", "x", "--device", "cuda:99", *out)
+    assert "CUDA devices of this machine, not 'cuda:99'" in fail("generate", "x", "--device", "cuda:99", *out)
     text = fail("generate", "x", "--model", model, *SMALL, "--adapter", empty, *out)
     assert text.startswith(f"dit_accel_config.json in {empty} can't be read")
     assert fail("info", "--adapter", empty).startswith(f"dit_accel_config.json in {empty} can't be read")
@@ -293,9 +293,9 @@ def test_collect_distill_generate(model: str, prompts: Path, tmp_path: Path) -> 
     text = succeed("collect", "--prompts", prompts, "--out", samples, "--model", model, "--steps", 2, *SMALL)
     assert f"4 forwards in {samples}" in text
 
-    aside = tmp_path / "aside.txt"
-    aside.write_text("a rocket\n")
-    arguments = ["distill", "--prompts", samples, "--held-out", aside, "--method", "clear:2", "--out", out, "--model", model]
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("a rocket\n")
+    arguments = ["distill", "--prompts", samples, "--held-out", held_out, "--method", "clear:2", "--out", out, "--model", model]
     arguments += ["--train", "lora", "--lora-rank", "2", "--steps", "2", "--sampling-steps", "2", "--checkpoint-every", "1", *SMALL]
     text = succeed(*arguments)
     before, after = (float(x) for x in re.findall(r"([0-9.]+) (?:before|after)", text))

@@ -1,4 +1,4 @@
-"""Whose fault an error is: what a user got wrong is told in one line, anything else keeps its traceback."""
+"""Whose fault an error is: what a user got wrong is said in one line, anything else keeps its traceback."""
 
 import ast
 from pathlib import Path
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_value_error_of_a_library_keeps_its_traceback(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a bug: the user is not told to change an argument."""
+    """It may be a bug: the user is not asked to change an argument."""
 
     def fails(*_: object, **__: object) -> None:
         raise ValueError("a library's own")
@@ -46,8 +46,8 @@ def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    wanted = f"roof.json can't be written in {tmp_path}: No space left on device"
-    assert fail("estimate", "--out", tmp_path / "roof.json") == wanted
+    expected = f"roof.json can't be written in {tmp_path}: No space left on device"
+    assert fail("estimate", "--out", tmp_path / "roof.json") == expected
 
 
 def test_a_file_is_a_method(model: str, tmp_path: Path) -> None:

@@ -291,10 +291,10 @@ def test_videos_are_recorded_with_both_passes_of_guidance(tmp_path: Path) -> Non
         assert not torch.equal(with_prompt.prediction, without.prediction)
     assert samples[0].arguments["hidden_states"].shape == samples[0].latents.shape
     assert samples[0].latents.shape[2] > 1  # frames
-    wanted = video_pipe()(
+    expected = video_pipe()(
         "a panda moving left", generator=torch.Generator().manual_seed(0), output_type="latent", guidance_scale=3.0, **CLIP
     ).frames
-    assert torch.equal(samples[3].latents, wanted)
+    assert torch.equal(samples[3].latents, expected)
     assert samples.manifest["call"]["num_frames"] == 9
     with pytest.raises(DistillationError, match=r"call.*num_frames"):
         collect(video_pipe(), ["a panda moving left"], tmp_path, guidance_scale=3.0, **CLIP | {"num_frames": 5})
@@ -332,12 +332,12 @@ def test_the_licence_is_what_a_card_on_this_machine_names(tmp_path: Path) -> Non
 
     assert licence_of(str(WEIGHTS)) == licence_of(str(WEIGHTS / "transformer")) == "apache-2.0"
     assert licence_of("") == licence_of("nobody/nothing") == licence_of(str(tmp_path)) == licence_of("no such/name/at all") == UNKNOWN
-    for front, wanted in (
+    for front, expected in (
         ("license: mit\n", "mit"), ("license: other\nlicense_name: flux-1-dev\n", "flux-1-dev"), ("tags: []\n", UNKNOWN),
         ("license: [\n", UNKNOWN),
     ):  # fmt: skip
         (tmp_path / "README.md").write_text(f"---\n{front}---\n# A model\n")
-        assert licence_of(str(tmp_path)) == wanted
+        assert licence_of(str(tmp_path)) == expected
     (tmp_path / "part").mkdir()
     assert licence_of(str(tmp_path / "part")) == UNKNOWN  # of what lies above it, unless that is its pipeline
 
@@ -388,18 +388,18 @@ def test_collect_shows_the_licence_and_checks(model: str, prompts: Path, tmp_pat
     assert "1 of 2 runs are damaged" in result.stdout
     succeed(*arguments)
     assert path.read_bytes() == whole
-    wanted = "give one of --prompts, --pictures and --check, not"
-    assert fail("collect", "--check", "--out", out, "--prompts", prompts) == f"{wanted} --prompts and --check"
-    assert fail("collect", "--out", out) == f"{wanted} none"
+    expected = "give one of --prompts, --pictures and --check, not"
+    assert fail("collect", "--check", "--out", out, "--prompts", prompts) == f"{expected} --prompts and --check"
+    assert fail("collect", "--out", out) == f"{expected} none"
     sizes = ["--size", "256x128", "--size", "128x128"]
     assert fail("collect", "--pictures", tmp_path, "--out", out, *sizes) == "--pictures takes one --size, not 256x128 and 128x128"
     assert "is no folder of samples made by collect" in fail("collect", "--check", "--out", tmp_path / "nowhere")
 
 
 def test_sizes_and_licence_reach_the_adapter(model: str, prompts: Path, tmp_path: Path) -> None:
-    aside, out = tmp_path / "aside.txt", tmp_path / "out"
-    aside.write_text("a rocket\na tree\n")
-    arguments = ["distill", "--prompts", prompts, "--held-out", aside, "--method", "clear:2", "--out", out, "--model", model]
+    held_out, out = tmp_path / "held-out.txt", tmp_path / "out"
+    held_out.write_text("a rocket\na tree\n")
+    arguments = ["distill", "--prompts", prompts, "--held-out", held_out, "--method", "clear:2", "--out", out, "--model", model]
     arguments += ["--size", "256x128", "--size", "128x256", "--lora-rank", 2, "--steps", 1, "--sampling-steps", 1]
     succeed(*arguments, "--max-sequence-length", 16)
     record = json.loads((out / "adapter" / "dit_accel_config.json").read_text())["training"]

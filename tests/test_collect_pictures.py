@@ -38,7 +38,7 @@ def picture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
 
 
 def fill(folder: Path, count: int = 3, first: int = 0) -> Path:
-    """A folder of pictures, with captions beside them."""
+    """A folder of pictures, with captions next to them."""
     folder.mkdir(parents=True)
     for i in range(first, first + count):
         picture(i).save(folder / f"{i}.png")
@@ -229,7 +229,7 @@ def test_two_processes_share_the_pictures(tmp_path: Path) -> None:
 def test_a_distillation_learns_from_pictures(tmp_path: Path) -> None:
     pipe = accelerate(tiny.picture_pipe(), CLEAR(2.0))
     source = collect_pictures(pipe, fill(tmp_path / "pictures"), tmp_path / "samples", **CALL)
-    held_out = collect_pictures(pipe, fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **CALL)
+    held_out = collect_pictures(pipe, fill(tmp_path / "others", 1, first=9), tmp_path / "held-out", **CALL)
     assert velocity_error(pipe, held_out) > 0.001
     result = learn(pipe, tmp_path / "run", source, held_out, train="attention", steps=30, learning_rate=3e-3)
     assert result.error_after < 0.97 * result.error_before
@@ -243,7 +243,7 @@ def test_other_pictures_under_the_same_captions_are_another_run(tmp_path: Path) 
         for i in range(2):
             (folder / f"{first + i}.txt").write_text(f"picture number {i}")
         recorded.append(collect_pictures(tiny.picture_pipe(), folder, tmp_path / f"samples-{first}", **CALL))
-    held_out = collect_pictures(tiny.picture_pipe(), fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **CALL)
+    held_out = collect_pictures(tiny.picture_pipe(), fill(tmp_path / "others", 1, first=9), tmp_path / "held-out", **CALL)
     run: dict[str, Any] = {"held_out": held_out, "train": "parameters", "steps": 2, "checkpoint_every": 1}
     learn(tiny.student(), tmp_path / "run", recorded[0], **run)
     with pytest.raises(DistillationError, match="another run: its prompts"):
@@ -269,7 +269,7 @@ def test_flow_matching_learns_the_pictures_themselves(tmp_path: Path) -> None:
         way = (forward.arguments["hidden_states"] - forward.latents) / sigma
         errors.append(float((forward.prediction - way).square().mean() / way.square().mean()))
     assert sum(errors) / len(errors) < 0.5
-    held_out = collect_pictures(pipe, fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **call)
+    held_out = collect_pictures(pipe, fill(tmp_path / "others", 1, first=9), tmp_path / "held-out", **call)
     settings: dict[str, Any] = {"train": "attention", "learning_rate": 3e-4, "flow_weight": 1.0, "attention_weight": 0.0}
     rows = tiny.steps_of(learn(pipe, tmp_path / "run", source, held_out, steps=12, **settings))
     assert sum(row["flow"] for row in rows) / len(rows) < 0.6
@@ -278,7 +278,7 @@ def test_flow_matching_learns_the_pictures_themselves(tmp_path: Path) -> None:
 def test_a_random_model_is_refused_flow_matching_on_pictures(tmp_path: Path) -> None:
     pipe = accelerate(tiny.picture_pipe(), CLEAR(2.0))
     source = collect_pictures(pipe, fill(tmp_path / "pictures"), tmp_path / "samples", **CALL)
-    held_out = collect_pictures(pipe, fill(tmp_path / "aside", 1, first=9), tmp_path / "held-out", **CALL)
+    held_out = collect_pictures(pipe, fill(tmp_path / "others", 1, first=9), tmp_path / "held-out", **CALL)
     with pytest.raises(DistillationError, match="point from pictures to noise"):
         learn(pipe, tmp_path / "run", source, held_out, train="attention", flow_weight=0.5)
 
@@ -395,8 +395,8 @@ def test_the_command_wants_one_source(tmp_path: Path, both: bool) -> None:
     given = ["--pictures", fill(tmp_path / "pictures"), "--prompts", tmp_path / "p.txt"] if both else []
     result = run("collect", "--out", tmp_path / "samples", *given)
     assert result.exit_code == 2
-    wanted = "give one of --prompts, --pictures and --check, not"
-    assert f"{wanted} {'--prompts and --pictures' if both else 'none'}" in result.stderr
+    expected = "give one of --prompts, --pictures and --check, not"
+    assert f"{expected} {'--prompts and --pictures' if both else 'none'}" in result.stderr
 
 
 def test_the_command_names_what_is_no_folder(tmp_path: Path) -> None:

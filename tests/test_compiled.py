@@ -80,12 +80,12 @@ def test_any_number_of_sizes_takes_the_graphs_of_the_original(way: str) -> None:
     stock = compiled(small(), way)
     for size in SIZES:
         draw(stock, size)
-    wanted = graphs()
+    expected = graphs()
     torch._dynamo.reset()
     counters.clear()
     eager, ours = small(Fovea(0.2)), compiled(small(Fovea(0.2)), way)
     assert [relative_error(draw(ours, size), draw(eager, size)) < 1e-5 for size in SIZES] == [True] * len(SIZES)
-    assert 0 < graphs() <= wanted
+    assert 0 < graphs() <= expected
 
 
 def test_another_family_takes_the_graphs_of_the_original() -> None:
@@ -96,10 +96,10 @@ def test_another_family_takes_the_graphs_of_the_original() -> None:
         tiny = Tiny("wan")
         if spec is not None:
             dit_accel.accelerate(tiny.pipe, spec, strict=True)
-        wanted = [tiny.run(height=h, width=w, num_inference_steps=1) for h, w in sizes]
+        expected = [tiny.run(height=h, width=w, num_inference_steps=1) for h, w in sizes]
         tiny.pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
         got = [tiny.run(height=h, width=w, num_inference_steps=1) for h, w in sizes]
-        assert max(relative_error(*pair) for pair in zip(got, wanted, strict=True)) < 1e-5
+        assert max(relative_error(*pair) for pair in zip(got, expected, strict=True)) < 1e-5
         found.append(graphs())
     assert 0 < found[1] <= found[0]
 
@@ -109,11 +109,11 @@ def test_dense_steps_and_switching_off_add_no_graph(way: str, sparse_calls: list
     pipe = small_pipe()
     original = run(pipe, 64, 80)
     dit_accel.accelerate(pipe, Fovea(0.2), strict=True, dense_steps=2)
-    wanted, eager = run(pipe, 64, 80, steps=4), pipe.transformer
+    expected, eager = run(pipe, 64, 80, steps=4), pipe.transformer
     sparse_calls.clear()
     pipe.transformer = compiled(eager, way)
     for _ in range(2):
-        assert relative_error(run(pipe, 64, 80, steps=4), wanted) < 1e-5
+        assert relative_error(run(pipe, 64, 80, steps=4), expected) < 1e-5
     assert len(sparse_calls) == 2 * 2
     known = graphs()
     with dit_accel.dense(pipe):
@@ -168,8 +168,8 @@ def test_gradients_of_a_dense_step_are_the_originals() -> None:
     stock, ours = small().train(), small(Fovea(0.2), dense_steps=1).train()
     for model in (stock, compiled(ours, "blocks", "aot_eager")):
         draw(model, (6, 20)).square().mean().backward()
-    wanted = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
-    assert max(relative_error(dict(ours.named_parameters())[name].grad, g) for name, g in wanted.items()) < 1e-5  # type: ignore[arg-type]
+    expected = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    assert max(relative_error(dict(ours.named_parameters())[name].grad, g) for name, g in expected.items()) < 1e-5  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -202,11 +202,11 @@ def test_threads_share_compiled_blocks() -> None:
 @torch.no_grad()
 def test_what_falls_back_is_said_and_refused_as_in_eager_mode(way: str) -> None:
     arguments = forward_arguments(6, 20) | {"img_ids": position_ids(20, 6)[torch.arange(120).flip(0)], "return_dict": False}
-    wanted = small()(**arguments)[0]
+    expected = small()(**arguments)[0]
     transformer = small(Fovea(0.2), strict=False)
     ours = compiled(transformer, way)
     with pytest.warns(UserWarning, match="not one raster"):
-        assert relative_error(ours(**arguments)[0], wanted) < 1e-5
+        assert relative_error(ours(**arguments)[0], expected) < 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours(**arguments)
@@ -224,10 +224,10 @@ def test_a_compiled_block_by_itself_runs_its_original_attention() -> None:
         x, time = normal(1, TEXT + 120, 32), normal(1, 32)
         return torch.cat(transformer.single_transformer_blocks[0](x[:, TEXT:], x[:, :TEXT], time, image_rotary_emb=rope), 1)
 
-    wanted, transformer = block(small()), compiled(small(CLEAR(2.0), strict=False), "blocks")
+    expected, transformer = block(small()), compiled(small(CLEAR(2.0), strict=False), "blocks")
     draw(transformer, (6, 20))
     with pytest.warns(UserWarning, match="outside of its transformer's forward"):
-        assert relative_error(block(transformer), wanted) < 1e-6
+        assert relative_error(block(transformer), expected) < 1e-6
 
 
 def test_measuring_reads_the_layers_of_a_compiled_model() -> None:

@@ -1,4 +1,4 @@
-"""An accelerated pipeline beside what diffusers, peft, accelerate and torch.compile do to a model."""
+"""An accelerated pipeline with what diffusers, peft, accelerate and torch.compile do to a model."""
 
 import copy
 import pickle
@@ -90,15 +90,15 @@ def add_ip_adapter(pipe: Any) -> dict[str, Any]:
 def test_an_ip_adapter_keeps_its_own_attention(pipe: Any, height: int, width: int) -> None:
     plain = run(pipe, height, width)  # at 32 × 32 the image has as many tokens as the adapter
     call = add_ip_adapter(pipe)
-    before, keys, wanted = processors(pipe), list(pipe.transformer.state_dict()), run(pipe, height, width, **call)
-    assert relative_error(wanted, plain) > 1e-3
+    before, keys, expected = processors(pipe), list(pipe.transformer.state_dict()), run(pipe, height, width, **call)
+    assert relative_error(expected, plain) > 1e-3
     dit_accel.accelerate(pipe, Fovea(1.0), strict=True)
     assert set(keys) <= set(pipe.transformer.state_dict())
-    assert relative_error(run(pipe, height, width, **call), wanted) < 1e-5
+    assert relative_error(run(pipe, height, width, **call), expected) < 1e-5
     dit_accel.restore(pipe)
     assert same_objects(pipe, before)
     assert list(pipe.transformer.state_dict()) == keys
-    assert torch.equal(run(pipe, height, width, **call), wanted)
+    assert torch.equal(run(pipe, height, width, **call), expected)
 
 
 def test_restore_keeps_an_ip_adapter_scale_set_meanwhile(pipe: Any) -> None:
@@ -106,20 +106,20 @@ def test_restore_keeps_an_ip_adapter_scale_set_meanwhile(pipe: Any) -> None:
     dit_accel.accelerate(pipe, Fovea(1.0))
     for block in pipe.transformer.transformer_blocks:
         block.attn.processor.scale = [0.1]  # as set_ip_adapter_scale does
-    wanted = run(pipe, **call)
-    assert relative_error(run(dit_accel.restore(pipe), **call), wanted) < 1e-5
+    expected = run(pipe, **call)
+    assert relative_error(run(dit_accel.restore(pipe), **call), expected) < 1e-5
 
 
 @pytest.mark.parametrize("first", ["fuse", "accelerate"])
 def test_fused_projections(pipe: Any, first: str) -> None:
-    before, wanted = processors(pipe), run(accelerated(tiny_pipe(), Fovea(0.2)))
+    before, expected = processors(pipe), run(accelerated(tiny_pipe(), Fovea(0.2)))
     if first == "fuse":
         pipe.transformer.fuse_qkv_projections()
     accelerated(pipe, Fovea(0.2))
     if first == "accelerate":
         pipe.transformer.fuse_qkv_projections()
     assert pipe.transformer.transformer_blocks[0].attn.fused_projections
-    assert relative_error(run(pipe), wanted) < 1e-4
+    assert relative_error(run(pipe), expected) < 1e-4
     pipe.transformer.unfuse_qkv_projections()
     dit_accel.restore(pipe)
     assert same_objects(pipe, before)
@@ -131,14 +131,14 @@ def test_fused_projections(pipe: Any, first: str) -> None:
 @pytest.mark.composes("dtype changes")
 @METHODS
 def test_casting_to_bfloat16_and_back(spec: AttentionSpec) -> None:
-    pipe, wanted = accelerated(tiny_pipe(), spec), run(accelerated(tiny_pipe(), spec))
+    pipe, expected = accelerated(tiny_pipe(), spec), run(accelerated(tiny_pipe(), spec))
     pipe.to(torch.bfloat16)
     low = run(pipe)
     assert low.dtype == torch.bfloat16
-    assert relative_error(low, wanted) < 0.1
+    assert relative_error(low, expected) < 0.1
     pipe.to(torch.float32)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
-    assert relative_error(run(pipe), wanted) < 0.1
+    assert relative_error(run(pipe), expected) < 0.1
 
 
 def test_keeping_everything_in_bfloat16(pipe: Any) -> None:
@@ -169,10 +169,10 @@ OFFLOADS: dict[str, Callable[[Any], None]] = {
 @METHODS
 @pytest.mark.parametrize("offload", list(OFFLOADS.values()), ids=list(OFFLOADS))
 def test_offloading_keeps_the_learned_parameters(pipe: Any, spec: AttentionSpec, offload: Callable[[Any], None]) -> None:
-    before, wanted = processors(pipe), run(accelerated(pipe, spec))
+    before, expected = processors(pipe), run(accelerated(pipe, spec))
     offload(pipe.transformer)
-    assert torch.equal(run(pipe), wanted)
-    assert torch.equal(run(pipe), wanted)
+    assert torch.equal(run(pipe), expected)
+    assert torch.equal(run(pipe), expected)
     dit_accel.restore(pipe)
     assert same_objects(pipe, before)
     assert torch.equal(run(pipe), run(tiny_pipe()))
@@ -180,10 +180,10 @@ def test_offloading_keeps_the_learned_parameters(pipe: Any, spec: AttentionSpec,
 
 @pytest.mark.composes("set_attention_backend")
 def test_setting_an_attention_backend_keeps_the_operators(pipe: Any, sparse_calls: list[Any]) -> None:
-    wanted = run(accelerated(pipe, Fovea(0.2)))
+    expected = run(accelerated(pipe, Fovea(0.2)))
     pipe.transformer.set_attention_backend("native")
     sparse_calls.clear()
-    assert torch.equal(run(pipe), wanted)
+    assert torch.equal(run(pipe), expected)
     assert len(sparse_calls) == 2 * LAYERS
 
 
@@ -203,11 +203,11 @@ def caches() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["first-block", "taylor", "pyramid"])
 def test_a_cache_skips_the_same_calls_as_without_us(pipe: Any, name: str, sparse_calls: list[Any]) -> None:
     pipe.transformer.enable_cache(caches()[name])
-    wanted = run(pipe, steps=6)
+    expected = run(pipe, steps=6)
     pipe.transformer.disable_cache()
     dit_accel.accelerate(pipe, Fovea(1.0))
     pipe.transformer.enable_cache(caches()[name])
-    assert relative_error(run(pipe, steps=6), wanted) < 1e-4
+    assert relative_error(run(pipe, steps=6), expected) < 1e-4
     assert LAYERS <= len(sparse_calls) < 6 * LAYERS
     pipe.transformer.disable_cache()
     dit_accel.restore(pipe)
@@ -244,27 +244,27 @@ def twin(value: Any, way: str) -> Any:
 def test_a_copy_lives_its_own_life(pipe: Any, way: str, adapter: bool, spec: AttentionSpec) -> None:
     call = add_ip_adapter(pipe) if adapter else {}
     original = run(pipe, **call)
-    wanted = run(accelerated(pipe, spec), **call)
+    expected = run(accelerated(pipe, spec), **call)
     other = copy.copy(pipe)
     other.transformer = twin(pipe.transformer, way)
-    assert torch.equal(run(other, **call), wanted)
+    assert torch.equal(run(other, **call), expected)
     assert not {id(p) for p in other.transformer.parameters()} & {id(p) for p in pipe.transformer.parameters()}
     with dit_accel.dense(other):
-        assert torch.equal(run(pipe, **call), wanted)
+        assert torch.equal(run(pipe, **call), expected)
     dit_accel.restore(other)
     assert torch.equal(run(other, **call), original)
     assert {type(p) for p in processors(other).values()}.isdisjoint({type(p) for p in processors(pipe).values()})
-    assert torch.equal(run(pipe, **call), wanted)
+    assert torch.equal(run(pipe, **call), expected)
     dit_accel.restore(pipe)
     assert not torch.equal(run(dit_accel.accelerate(other, CLEAR(2.0)), **call), original)
     assert torch.equal(run(pipe, **call), original)
 
 
 def test_a_whole_pipeline_can_be_copied(pipe: Any) -> None:
-    wanted = run(accelerated(pipe, Fovea(0.2), dense_steps=1))
+    expected = run(accelerated(pipe, Fovea(0.2), dense_steps=1))
     other = copy.deepcopy(pipe)
     dit_accel.restore(pipe)
-    assert torch.equal(run(other), wanted)
+    assert torch.equal(run(other), expected)
     assert torch.equal(run(dit_accel.restore(other)), run(pipe))
 
 
@@ -293,31 +293,31 @@ COMPILED = pytest.mark.parametrize("spec", [Fovea(0.2), CLEAR(4.0)], ids=["fovea
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiling_the_transformer(spec: AttentionSpec, way: str) -> None:
     transformer, arguments = accelerated(tiny_transformer(double=1, single=1), spec), forward_arguments()
-    wanted = accelerated(tiny_transformer(double=1, single=1), spec)(**arguments).sample
+    expected = accelerated(tiny_transformer(double=1, single=1), spec)(**arguments).sample
     fullgraph, backend = way.startswith("fullgraph"), way.split("-")[1]
     with torch.no_grad():
         if fullgraph:
             transformer(**arguments)  # the grid is read outside of the graph
         compiled = torch.compile(transformer, backend=backend, fullgraph=fullgraph)
         got = [compiled(**arguments, return_dict=False)[0] for _ in range(2)]
-    assert [relative_error(x, wanted) < 1e-5 for x in got] == [True, True]
+    assert [relative_error(x, expected) < 1e-5 for x in got] == [True, True]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_transformer_follows_the_size() -> None:
     sizes = [(6, 20), (20, 6), (7, 20)]  # the first two have as many tokens
     eager = accelerated(tiny_transformer(double=1, single=0), Fovea(0.2))
-    wanted = [eager(**forward_arguments(*size)).sample for size in sizes]
+    expected = [eager(**forward_arguments(*size)).sample for size in sizes]
     compiled = torch.compile(accelerated(tiny_transformer(double=1, single=0), Fovea(0.2)), backend="eager")
     with torch.no_grad():
         got = [compiled(**forward_arguments(*size), return_dict=False)[0] for size in sizes]
-    assert [relative_error(*pair) < 1e-5 for pair in zip(got, wanted, strict=True)] == [True] * 3
+    assert [relative_error(*pair) < 1e-5 for pair in zip(got, expected, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("region", ["repeated-blocks", "in-place", "component"])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_pipeline_runs_its_steps(pipe: Any, region: str) -> None:
-    before, original, wanted = processors(pipe), run(pipe), run(accelerated(tiny_pipe(), Fovea(0.2), dense_steps=1), steps=3)
+    before, original, expected = processors(pipe), run(pipe), run(accelerated(tiny_pipe(), Fovea(0.2), dense_steps=1), steps=3)
     accelerated(pipe, Fovea(0.2), dense_steps=1)
     if region == "repeated-blocks":
         pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
@@ -325,11 +325,11 @@ def test_a_compiled_pipeline_runs_its_steps(pipe: Any, region: str) -> None:
         pipe.transformer.compile(backend="eager")
     else:
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    assert relative_error(run(pipe, steps=3), wanted) < 1e-5
-    assert relative_error(run(pipe, steps=3), wanted) < 1e-5
+    assert relative_error(run(pipe, steps=3), expected) < 1e-5
+    assert relative_error(run(pipe, steps=3), expected) < 1e-5
     with dit_accel.dense(pipe):
         assert relative_error(run(pipe), original) < 1e-5
-    assert relative_error(run(pipe, steps=3), wanted) < 1e-5
+    assert relative_error(run(pipe, steps=3), expected) < 1e-5
     dit_accel.restore(pipe)
     assert same_objects(pipe, before)
     assert relative_error(run(pipe), original) < 1e-5

@@ -1,4 +1,4 @@
-"""What diffusers and its companions do to a model, beside acceleration, on an image model of each kind and a video model."""
+"""What diffusers and its companions do to a model, with acceleration, on an image model of each kind and a video model."""
 
 import copy
 import warnings
@@ -42,12 +42,12 @@ def test_int8_weights(tiny: Tiny) -> None:
 
     exact = tiny.run()
     quantize_(tiny.pipe.transformer, Int8WeightOnlyConfig())
-    wanted = tiny.run()
-    assert relative_error(wanted, exact) > 1e-5, "nothing was quantised"
+    expected = tiny.run()
+    assert relative_error(expected, exact) > 1e-5, "nothing was quantised"
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=True)
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
     dit_accel.restore(tiny.pipe)
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @models
@@ -73,14 +73,14 @@ def test_layerwise_casting(tiny: Tiny) -> None:
     exact = tiny.run()
     settings = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
     tiny.pipe.transformer.enable_layerwise_casting(**settings)
-    wanted = tiny.run()
-    assert relative_error(wanted, exact) > 1e-5, "nothing was cast"
+    expected = tiny.run()
+    assert relative_error(expected, exact) > 1e-5, "nothing was cast"
     twin = Tiny(tiny.name)
     dit_accel.accelerate(twin.pipe, WHOLE_FOVEA, strict=True)
     learned(twin)
     before = {name: p.clone() for name, p in twin.pipe.transformer.named_parameters() if ".dit_accel." in name}
     twin.pipe.transformer.enable_layerwise_casting(**settings)
-    assert relative_error(twin.run(), wanted) < 1e-5
+    assert relative_error(twin.run(), expected) < 1e-5
     after = dict(twin.pipe.transformer.named_parameters())
     assert [name for name in before if not torch.equal(after[name], before[name])] == []
 
@@ -92,22 +92,22 @@ def test_layerwise_casting(tiny: Tiny) -> None:
 def test_fused_projections(tiny: Tiny, first: str, sparse_calls: list[Any]) -> None:
     transformer = tiny.pipe.transformer
     before = {n: m.processor for n, m in transformer.named_modules() if hasattr(m, "processor")}
-    wanted = tiny.run()
+    expected = tiny.run()
     if first == "fuse":
         transformer.fuse_qkv_projections()
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=True)
     if first == "accelerate":
         transformer.fuse_qkv_projections()
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
     fused = len(sparse_calls)
     assert fused > 0
     transformer.unfuse_qkv_projections()
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
     assert len(sparse_calls) == 2 * fused
     dit_accel.restore(tiny.pipe)
     after = {n: m.processor for n, m in transformer.named_modules() if hasattr(m, "processor")}
     assert [n for n in before if after[n] is not before[n]] == []
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
@@ -116,14 +116,14 @@ def test_a_lora_file(tiny: Tiny, tmp_path: Path) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    maker, wanted = Tiny(tiny.name), tiny.run()
+    maker, expected = Tiny(tiny.name), tiny.run()
     maker.pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
     fill_randomly(maker.pipe.transformer, seed=5, scale=0.2)
     lora = get_peft_model_state_dict(maker.pipe.transformer)
     type(tiny.pipe).save_lora_weights(tmp_path, transformer_lora_layers=lora)
     tiny.pipe.load_lora_weights(tmp_path)
     with_lora = tiny.run()
-    assert relative_error(with_lora, wanted) > 1e-4
+    assert relative_error(with_lora, expected) > 1e-4
     tiny.pipe.unload_lora_weights()
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=True)
     tiny.pipe.load_lora_weights(tmp_path)
@@ -132,7 +132,7 @@ def test_a_lora_file(tiny: Tiny, tmp_path: Path) -> None:
     assert relative_error(tiny.run(), with_lora) < 1e-4
     tiny.pipe.unfuse_lora()
     tiny.pipe.unload_lora_weights()
-    assert relative_error(tiny.run(), wanted) < 1e-4
+    assert relative_error(tiny.run(), expected) < 1e-4
 
 
 # What skips work
@@ -146,13 +146,13 @@ def test_magcache_skips_the_same_calls(tiny: Tiny, sparse_calls: list[Any]) -> N
     steps = 6
     settings = {"threshold": 1.0, "max_skip_steps": 2, "retention_ratio": 0.2, "num_inference_steps": steps, "mag_ratios": [1.0] * steps}
     tiny.pipe.transformer.enable_cache(MagCacheConfig(**settings))
-    wanted = tiny.run(num_inference_steps=steps)
+    expected = tiny.run(num_inference_steps=steps)
     tiny.pipe.transformer.disable_cache()
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=True)
     tiny.run(num_inference_steps=steps)
     every = len(sparse_calls)
     tiny.pipe.transformer.enable_cache(MagCacheConfig(**settings))
-    assert relative_error(tiny.run(num_inference_steps=steps), wanted) < 1e-4
+    assert relative_error(tiny.run(num_inference_steps=steps), expected) < 1e-4
     assert 0 < len(sparse_calls) - every < every
 
 
@@ -171,12 +171,12 @@ def test_cache_dit_skips_the_same_calls(tiny: Tiny, sparse_calls: list[Any]) -> 
 
     plain = Tiny(tiny.name)
     cached(plain.pipe)
-    wanted = plain.run(num_inference_steps=6)
+    expected = plain.run(num_inference_steps=6)
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=True)
     tiny.run(num_inference_steps=6)
     every = len(sparse_calls)
     cached(tiny.pipe)
-    assert relative_error(tiny.run(num_inference_steps=6), wanted) < 1e-4
+    assert relative_error(tiny.run(num_inference_steps=6), expected) < 1e-4
     assert 0 < len(sparse_calls) - every < every
     cache_dit.disable_cache(tiny.pipe)
 
@@ -190,10 +190,10 @@ def test_cache_dit_skips_the_same_calls(tiny: Tiny, sparse_calls: list[Any]) -> 
 def test_group_offload(tiny: Tiny, kind: str) -> None:
     dit_accel.accelerate(tiny.pipe, SPARSE_FOVEA, strict=True)
     learned(tiny)
-    wanted = tiny.run()
+    expected = tiny.run()
     settings = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     tiny.pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **settings)
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @models
@@ -203,11 +203,11 @@ def test_model_offload(tiny: Tiny) -> None:
 
     dit_accel.accelerate(tiny.pipe, SPARSE_FOVEA, strict=True)
     learned(tiny)
-    wanted = tiny.run()
+    expected = tiny.run()
     _, hook = cpu_offload_with_hook(tiny.pipe.transformer, torch.device("cpu"))
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
     hook.offload()
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
@@ -215,7 +215,7 @@ def test_model_offload(tiny: Tiny) -> None:
 def test_context_parallelism_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel.patch import processor
 
-    wanted = tiny.run()
+    expected = tiny.run()
     original = processor.dispatch_attention_fn
     monkeypatch.setattr(processor, "dispatch_attention_fn", lambda *args, parallel_config, **kwargs: original(*args, **kwargs))
 
@@ -226,9 +226,9 @@ def test_context_parallelism_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPa
 
     dit_accel.accelerate(tiny.pipe, SPARSE_FOVEA)
     parallel()
-    with pytest.warns(UserWarning, match="original attention for calls with context parallelism") as said:
-        assert relative_error(tiny.run(), wanted) < 1e-5
-    assert len([w for w in said if "context parallelism" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="original attention for calls with context parallelism") as warned:
+        assert relative_error(tiny.run(), expected) < 1e-5
+    assert len([w for w in warned if "context parallelism" in str(w.message)]) == 1
     dit_accel.restore(tiny.pipe)
     dit_accel.accelerate(tiny.pipe, SPARSE_FOVEA, strict=True)
     parallel()
@@ -241,9 +241,9 @@ def test_context_parallelism_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPa
 def test_compiled_blocks(tiny: Tiny) -> None:
     torch._dynamo.reset()
     dit_accel.accelerate(tiny.pipe, SPARSE_FOVEA, strict=True)
-    wanted = tiny.run()
+    expected = tiny.run()
     tiny.pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
     torch._dynamo.reset()
 
 
@@ -253,7 +253,7 @@ def test_compiled_blocks(tiny: Tiny) -> None:
 @models
 @pytest.mark.composes("save_pretrained: the original model")
 def test_a_saved_pipeline_is_the_original(tiny: Tiny, tmp_path: Path) -> None:
-    transformer, wanted = tiny.pipe.transformer, tiny.run()
+    transformer, expected = tiny.pipe.transformer, tiny.run()
     original = copy.deepcopy(transformer.state_dict())
     dit_accel.accelerate(tiny.pipe, SPARSE["sla"], strict=True)
     learned(tiny)
@@ -267,7 +267,7 @@ def test_a_saved_pipeline_is_the_original(tiny: Tiny, tmp_path: Path) -> None:
     dit_accel.restore(tiny.pipe)
     transformer.save_pretrained(tmp_path / "plain")
     assert same(state(type(transformer).from_pretrained(tmp_path / "plain")), original)
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @pytest.mark.parametrize("train", ["lora", "attention"])

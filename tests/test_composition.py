@@ -118,9 +118,9 @@ def run(backend: str, spec: AttentionSpec, layout: TokenLayout, bias: Tensor | N
 
 def compare(backend: str, spec: AttentionSpec, shape: Shape, bias: Tensor | None = None) -> None:
     """A backend's output, lse and gradients with those of the reference."""
-    own, wanted = run(backend, spec, shape.layout, bias), run("reference", spec, shape.layout, bias)
+    own, expected = run(backend, spec, shape.layout, bias), run("reference", spec, shape.layout, bias)
     results = []
-    for function, dtype in ((own, torch.float32), (wanted, torch.float64), (wanted, torch.float32)):
+    for function, dtype in ((own, torch.float32), (expected, torch.float64), (expected, torch.float32)):
         params = random_parameters(spec, shape, dtype)
         with torch.no_grad():
             found = function(shape.inputs(dtype), params)
@@ -133,7 +133,7 @@ def compare(backend: str, spec: AttentionSpec, shape: Shape, bias: Tensor | None
 def composed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels know no rest and no merge; notes each exact part that they run."""
     ran, exact = [], lowering.exact
-    monkeypatch.setattr(lowering, "fuses", lambda spec: spec.rest is None)
+    monkeypatch.setattr(lowering, "fuses", lambda spec, *_: spec.rest is None)
     monkeypatch.setattr(lowering, "exact", lambda *args: (ran.append("exact"), exact(*args))[1])
     return ran
 
@@ -149,7 +149,7 @@ def test_one_call_equals_the_composition(spec: AttentionSpec, monkeypatch: pytes
     """Whole layers by one kernel, and by an exact part and torch, on the same inputs."""
     params, function = random_parameters(spec, VIDEO), run("cpu", spec, VIDEO.layout)
     whole = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
-    monkeypatch.setattr(lowering, "fuses", lambda spec: False)
+    monkeypatch.setattr(lowering, "fuses", lambda spec, *_: False)
     parts = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
     torch.testing.assert_close(whole, parts, rtol=2e-4, atol=2e-5)
     assert not torch.equal(whole[0], parts[0])
@@ -182,8 +182,8 @@ def test_a_composition_in_low_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", [FOREIGN["top-p"], FOREIGN["top-p-and-frame"], FOREIGN["top-p-pooled"]], ids=["alone", "frame", "pooled"])
 def test_top_p_equals_the_oracle(spec: AttentionSpec, shape: Shape) -> None:
     qkv, params = shape.inputs(torch.float64), random_parameters(spec, shape, torch.float64)
-    wanted = oracle(*qkv, spec, shape.layout, params)
-    torch.testing.assert_close(run("reference", spec, shape.layout)(qkv, params), wanted, rtol=1e-11, atol=1e-11)
+    expected = oracle(*qkv, spec, shape.layout, params)
+    torch.testing.assert_close(run("reference", spec, shape.layout)(qkv, params), expected, rtol=1e-11, atol=1e-11)
 
 
 def chosen(top: TopP) -> Tensor:
@@ -207,8 +207,8 @@ def test_top_p_keeps_as_many_blocks_as_the_mass_needs() -> None:
 def test_everything_kept_is_dense_attention() -> None:
     spec = AttentionSpec((TopP(1.0, 1.0),), Pooled(), Mass(), SMALL, (16, 16))
     q, k, v = RAGGED.inputs(torch.float64)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention(q, k, v, spec, RAGGED.layout), wanted, rtol=1e-11, atol=1e-11)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v, spec, RAGGED.layout), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_a_block_that_is_not_held_hides_no_listed_one() -> None:
@@ -228,15 +228,15 @@ def test_a_composition_compiles_without_a_break() -> None:
         lambda q, k, v: attend(q, k, v, spec, layout, plan, params(), None, "cpu"), backend="aot_eager", fullgraph=True
     )
     qkv, again = RAGGED.inputs(grad=True), RAGGED.inputs(grad=True)
-    out, wanted = compiled(*qkv)[0], run("cpu", spec, layout)(again, params)[0]
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+    out, expected = compiled(*qkv)[0], run("cpu", spec, layout)(again, params)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     out.square().sum().backward()
-    wanted.square().sum().backward()
+    expected.square().sum().backward()
     torch.testing.assert_close([x.grad for x in qkv], [x.grad for x in again], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "words"),
     [
         (Fovea(0.2), "compiled kernels, "),
         (FOREIGN["top-p"], "TopP in torch"),
@@ -245,8 +245,8 @@ def test_a_composition_compiles_without_a_break() -> None:
     ],
     ids=["known", "selection", "rest", "all"],
 )
-def test_the_summary_says_what_runs_in_torch(spec: AttentionSpec, said: str) -> None:
+def test_the_summary_says_what_runs_in_torch(spec: AttentionSpec, words: str) -> None:
     from conftest import tiny_pipe
 
     rows = dit_accel.summary(dit_accel.accelerate(tiny_pipe(), spec), show=False)
-    assert all(said in row.why and ("in torch" in row.why) == ("in torch" in said) for row in rows)
+    assert all(words in row.why and ("in torch" in row.why) == ("in torch" in words) for row in rows)

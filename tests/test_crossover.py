@@ -35,10 +35,10 @@ def slower(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_slower_size_runs_the_original_to_the_bit_and_says_so(slower: list[Any], sparse_calls: list[Any]) -> None:
-    wanted = run(tiny_pipe())
+    expected = run(tiny_pipe())
     pipe = dit_accel.accelerate(tiny_pipe(), CLEAR(2))
     with pytest.warns(UserWarning, match=r"original attention runs at 17×25 tokens.*2\.00 ms against 1\.00 ms"):
-        assert torch.equal(run(pipe), wanted)
+        assert torch.equal(run(pipe), expected)
     assert sparse_calls == []
     rows = dit_accel.summary(pipe, show=False)
     assert {row.backend for row in rows} == {"original"}
@@ -65,8 +65,8 @@ def test_a_method_that_runs_says_what_was_decided(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(guard, "measured", lambda *_: dataclasses.replace(FASTER, file=Path("/cache/a.json")))
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     run(pipe, steps=1)
-    said = "measured 1.00 ms against 2.00 ms of the original attention, decided once, kept in /cache/a.json"
-    assert all(row.why.endswith(f"; {said}") for row in dit_accel.summary(pipe, show=False))
+    words = "measured 1.00 ms against 2.00 ms of the original attention, decided once, kept in /cache/a.json"
+    assert all(row.why.endswith(f"; {words}") for row in dit_accel.summary(pipe, show=False))
 
 
 def test_only_what_is_clearly_slower_is_left_to_the_original() -> None:
@@ -83,11 +83,11 @@ def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any]
     assert {row.backend for row in dit_accel.summary(pipe, show=False)} == {"cpu"}
 
 
-@pytest.mark.parametrize("said", ["no", "OFF", "0", ""], ids=repr)
-def test_the_environment_is_refused_in_plain_words(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(guard.VARIABLE, said)
+@pytest.mark.parametrize("value", ["no", "OFF", "0", ""], ids=repr)
+def test_the_environment_is_refused_in_plain_words(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guard.VARIABLE, value)
     pipe = tiny_pipe()
-    with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD must be 'on' or 'off', not {said!r}"):
+    with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD must be 'on' or 'off', not {value!r}"):
         dit_accel.accelerate(pipe)
     assert not hasattr(pipe.transformer, CONTEXT)
 

@@ -1,5 +1,5 @@
 """CLEAR and SLA through whole models, against their definitions: the original model, whose calls of PyTorch's attention over the sequence
-are answered by the dense oracle. Where image and text stand in each model's sequence is written down here, not asked of the library."""
+are answered by the dense oracle. Where image and text are in each model's sequence is written down here, not asked of the library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +52,7 @@ def by_definition(
         if layout is None or key.shape[2] != query.shape[2]:
             return stock(query, key, value, attn_mask, *args, scale=scale, **kwargs)
         bias = None
-        if attn_mask is not None:  # HunyuanVideo's `[B, 1, 1, N]`, true at what may be attended to; its text stands last
+        if attn_mask is not None:  # HunyuanVideo's `[B, 1, 1, N]`, true at what may be attended to; its text is placed last
             bias = torch.where(attn_mask[:, 0, 0, layout.image :], 0.0, -torch.inf).double()
         answered.append(layout.tokens)
         params = learned(spec, query.shape[1], query.shape[3])
@@ -71,11 +71,11 @@ def test_a_model_equals_the_definition(name: str, spec: AttentionSpec, monkeypat
     plain = tiny.run(**call)
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(F, "scaled_dot_product_attention", by_definition(spec, layouts, F.scaled_dot_product_attention, answered))
-        wanted = tiny.run(**call)
+        expected = tiny.run(**call)
     assert set(answered) == {layout.tokens for layout in layouts}
     dit_accel.accelerate(tiny.pipe, spec, strict=True)
     for operator in operators_of(tiny.pipe).values():
         operator.params.load_state_dict(learned(spec, operator.heads, operator.head_dim).state_dict())
     got = tiny.run(**call)
-    assert relative_error(got, wanted) < 1e-5
+    assert relative_error(got, expected) < 1e-5
     assert relative_error(got, plain) > 1e-3

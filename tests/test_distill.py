@@ -149,10 +149,10 @@ def test_prompts_added_to_an_interrupted_run_stay_apart(tmp_path: Path) -> None:
     assert untimed(late) == untimed(fresh)
 
 
-@pytest.mark.parametrize(("prompts", "aside"), [([PROMPTS[0]] * 2, None), (PROMPTS, PROMPTS[1:2])], ids=["twice", "in-both"])
-def test_a_prompt_on_both_sides_is_refused(tmp_path: Path, prompts: list[str], aside: list[str] | None) -> None:
+@pytest.mark.parametrize(("prompts", "held_out"), [([PROMPTS[0]] * 2, None), (PROMPTS, PROMPTS[1:2])], ids=["twice", "in-both"])
+def test_a_prompt_on_both_sides_is_refused(tmp_path: Path, prompts: list[str], held_out: list[str] | None) -> None:
     with pytest.raises(DistillationError, match="held"):
-        learn(student(), tmp_path, prompts, aside, train="parameters")
+        learn(student(), tmp_path, prompts, held_out, train="parameters")
 
 
 def test_other_prompts_are_another_run(tmp_path: Path) -> None:
@@ -198,18 +198,23 @@ def test_the_original_stays_as_it_was(tmp_path: Path, mode: Any, lora: bool) -> 
         tiny.add_lora(pipe, weight=0.5)
     for name, parameter in pipe.transformer.named_parameters():
         parameter.requires_grad_("norm" not in name and "single" not in name)
-    before, wants, picture, processors = state(pipe.transformer), flags(pipe.transformer), draw(pipe), pipe.transformer.attn_processors
+    before, requires, picture, processors = (
+        state(pipe.transformer),
+        flags(pipe.transformer),
+        draw(pipe),
+        pipe.transformer.attn_processors,
+    )
     accelerate(pipe, SPECS[mode])
     student_picture = draw(pipe)
     learn(pipe, tmp_path, train=mode)
-    assert flags(pipe.transformer) | wants == flags(pipe.transformer)
+    assert flags(pipe.transformer) | requires == flags(pipe.transformer)
     assert not torch.equal(draw(pipe), student_picture)
     with dense(pipe):
         assert torch.equal(draw(pipe), picture)
     restore(pipe)
     assert torch.equal(draw(pipe), picture)
     assert same(state(pipe.transformer), before)
-    assert flags(pipe.transformer) == wants
+    assert flags(pipe.transformer) == requires
     assert pipe.transformer.attn_processors == processors
     assert (getattr(pipe.transformer, "peft_config", {}).keys() == {"style"}) == lora
 
@@ -233,10 +238,10 @@ RUN = {"steps": 6, "batch_size": 2, "checkpoint_every": 2}
 def assert_resumes(folder: Path, mode: Any, **settings: Any) -> None:
     """The run in `folder`, continued, ends as one that was never interrupted."""
     whole, resumed = student(mode), student(mode)
-    wanted, got = learn(whole, folder.parent / "whole", train=mode, **settings), learn(resumed, folder, train=mode, **settings)
+    expected, got = learn(whole, folder.parent / "whole", train=mode, **settings), learn(resumed, folder, train=mode, **settings)
     assert 0 < got.resumed_from < settings["steps"]
     assert same(state(resumed.transformer), state(whole.transformer))
-    assert untimed(got) == dataclasses.replace(untimed(wanted), resumed_from=got.resumed_from)
+    assert untimed(got) == dataclasses.replace(untimed(expected), resumed_from=got.resumed_from)
     rows = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert rows == list(range(settings["steps"] + 1))
 
@@ -370,7 +375,7 @@ def test_dense_steps_do_not_hide_the_method_from_the_training(tmp_path: Path) ->
     assert pipe.transformer._dit_accel.context.assignment.dense_steps == 1
 
 
-# What is refused beside fused projections
+# What is refused with fused projections
 
 
 def test_trained_weights_are_not_put_beside_fused_projections(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def pupil(assignment: Assignment = MIXED, dense_steps: int = 0) -> Any:
 
 @pytest.fixture
 def moments(monkeypatch: pytest.MonkeyPatch) -> list[Moment | None]:
-    """Grows by the moment that every forward with gradients is told."""
+    """Grows by the moment of every forward with gradients."""
     seen: list[Moment | None] = []
     real = Context.begin
 

@@ -32,7 +32,7 @@ FORWARDS = {"flux": STEPS, "sd3": STEPS, "wan": 2 * STEPS, "z_image": STEPS}
 
 
 def words(text: str, *shape: int) -> Tensor:
-    """Numbers that stand for a text."""
+    """Numbers in the place of a text."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(text.encode())))
 
 
@@ -90,7 +90,7 @@ def test_the_loss_and_the_error_see_both(tmp_path: Path, name: str) -> None:
     samples, other = Samples(tmp_path / "samples"), accelerate(pipeline(name), CLEAR(1.5))
     with torch.no_grad(), always(other):
         pairs = [(predict(other.transformer, f.arguments), f.prediction) for f in map(samples.__getitem__, range(len(samples)))]
-    errors = [float((got - wanted).square().mean() / wanted.square().mean()) for got, wanted in pairs]
+    errors = [float((got - expected).square().mean() / expected.square().mean()) for got, expected in pairs]
     nearest = [min(range(len(errors)), key=lambda i: abs(errors[i] - row["prediction"])) for row in tiny.steps_of(result)]
     for row, index in zip(tiny.steps_of(result), nearest, strict=True):
         assert row["prediction"] == pytest.approx(errors[index], rel=1e-3)
@@ -149,8 +149,8 @@ def test_flow_matching_draws_between_the_levels_of_the_run(tmp_path: Path, name:
         assert len(items) == len(list(own))
         assert all(torch.equal(item, items[0]) for item in items)
         noise = flow.sign * target + forward.latents
-        wanted = (1 - sigma) * forward.latents + sigma * noise
-        assert torch.allclose(items[0].flatten(), wanted.flatten(), atol=1e-5)
+        expected = (1 - sigma) * forward.latents + sigma * noise
+        assert torch.allclose(items[0].flatten(), expected.flatten(), atol=1e-5)
         assert 0.8 < float(noise.std()) < 1.2
         assert row["loss"] == pytest.approx(row["prediction"] + 0.5 * row["flow"], rel=1e-5)
     samples = Samples(tmp_path / "samples")

@@ -58,10 +58,10 @@ def test_a_file_that_was_cut_off_is_made_again_and_a_damaged_one_is_named_when_i
 def test_the_error_and_its_gradient_are_the_formulas(dtype: torch.dtype) -> None:
     value, target = (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
     first, second = value.clone().requires_grad_(), value.clone().requires_grad_()
-    wanted, got = relative_error(first, target), _RelativeError.apply(second, target)
-    (wanted * 0.3).backward()
+    expected, got = relative_error(first, target), _RelativeError.apply(second, target)
+    (expected * 0.3).backward()
     (got * 0.3).backward()
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     assert second.grad is not None
     torch.testing.assert_close(second.grad, first.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert float(second.grad.abs().max()) > 0
@@ -83,8 +83,8 @@ def test_a_teachers_output_is_let_go_of_when_it_was_compared(tmp_path: Path) -> 
     assert prediction.requires_grad
     assert left == [len(references) - i for i in range(len(references))]
     assert [reference() for reference in references] == [None] * len(references)
-    wanted = [relative_error(learnt[name][0], kept[name][0]) for name in kept]
-    assert [float(error) for error in errors] == [float(error) for error in wanted]
+    expected = [relative_error(learnt[name][0], kept[name][0]) for name in kept]
+    assert [float(error) for error in errors] == [float(error) for error in expected]
     assert min(map(float, errors)) > 0
 
 

@@ -27,14 +27,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += 1
         return now[0]
 
-    real = runs.Run.held_out_error
+    real = runs.Distillation.held_out_error
 
     def slow(run: Any) -> float:
         now[0] += 100
         return real(run)
 
     monkeypatch.setattr(runs.time, "perf_counter", read)
-    monkeypatch.setattr(runs.Run, "held_out_error", slow)
+    monkeypatch.setattr(runs.Distillation, "held_out_error", slow)
     return now
 
 

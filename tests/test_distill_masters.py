@@ -30,9 +30,9 @@ def test_steps_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
     starts = [state(pipe.transformer) for pipe in (half, full)]
     for pipe, name in ((half, "half"), (full, "full")):
         learn(pipe, tmp_path / name, **RUN)
-    got, wanted = (moves(pipe, start) for pipe, start in zip((half, full), starts, strict=True))
+    got, expected = (moves(pipe, start) for pipe, start in zip((half, full), starts, strict=True))
     assert all(p.dtype == torch.bfloat16 for p in half.transformer.parameters())
-    for name, move in wanted.items():
+    for name, move in expected.items():
         unit = starts[0][name].double().abs() * 2**-8
         lost = unit > 2 * 3e-4  # where one step rounds to nothing
         assert int(lost.sum()) > 20, name
@@ -44,12 +44,12 @@ def test_steps_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
 def test_a_run_resumes_to_the_bit_and_is_undone(tmp_path: Path) -> None:
     whole, stopped, resumed = half_student(), half_student(), half_student()
     before = state(tiny.half_pipe().transformer)
-    wanted = learn(whole, tmp_path / "whole", **RUN)
+    expected = learn(whole, tmp_path / "whole", **RUN)
     tiny.stop_training(stopped, 7)
     with pytest.raises(KeyboardInterrupt):
         learn(stopped, tmp_path / "stopped", **RUN)
     got = learn(resumed, tmp_path / "stopped", **RUN)
-    assert tiny.untimed(got) == dataclasses.replace(tiny.untimed(wanted), resumed_from=2)
+    assert tiny.untimed(got) == dataclasses.replace(tiny.untimed(expected), resumed_from=2)
     assert same(state(resumed.transformer), state(whole.transformer))
     with dense(whole):
         assert all(torch.equal(state(whole.transformer)[name], tensor) for name, tensor in before.items())

@@ -100,12 +100,12 @@ def test_weights_move_by_orthogonal_updates_and_the_error_falls(tmp_path: Path) 
 def test_a_run_resumes_to_the_bit(tmp_path: Path, half: bool) -> None:
     spec = SLA(0.25, block=(16, 16))
     whole, stopped, resumed = (accelerate(tiny.half_pipe() if half else prompt_pipe(), spec) for _ in range(3))
-    wanted = learn(whole, tmp_path / "whole", **RUN)
+    expected = learn(whole, tmp_path / "whole", **RUN)
     tiny.stop_training(stopped, 7)
     with pytest.raises(KeyboardInterrupt):
         learn(stopped, tmp_path / "stopped", **RUN)
     got = learn(resumed, tmp_path / "stopped", **RUN)
-    assert tiny.untimed(got) == dataclasses.replace(tiny.untimed(wanted), resumed_from=2)
+    assert tiny.untimed(got) == dataclasses.replace(tiny.untimed(expected), resumed_from=2)
     assert same(state(resumed.transformer), state(whole.transformer))
 
 

@@ -80,11 +80,11 @@ def launch(folder: Path, count: int = 2, child: str = CHILD) -> None:
         for rank in range(count)
     ]  # fmt: skip
     try:
-        said = [child.communicate(timeout=240)[1] for child in children]
+        errors = [child.communicate(timeout=240)[1] for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0] * count, "\n".join(text[-3000:] for text in said)
+    assert [child.returncode for child in children] == [0] * count, "\n".join(text[-3000:] for text in errors)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,10 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, two: Path, results: l
     assert len({row["loss"] for row in tiny.steps_of(one)}) > 1
     start, theirs = state(accelerate(prompt_pipe(), tiny.SPARSE).transformer), load_file(two / "whole-0.safetensors")
     moved = 0
-    for name, wanted in state(pipe.transformer).items():
-        step = float((wanted - start.get(name.replace(".base_layer", ""), torch.zeros(()))).abs().max())
+    for name, expected in state(pipe.transformer).items():
+        step = float((expected - start.get(name.replace(".base_layer", ""), torch.zeros(()))).abs().max())
         moved += step > 0
-        assert float((theirs[name] - wanted).abs().max()) <= 1e-3 * step, name
+        assert float((theirs[name] - expected).abs().max()) <= 1e-3 * step, name
     assert moved > 10
 
 

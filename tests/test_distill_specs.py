@@ -49,7 +49,7 @@ def test_the_pipeline_keeps_its_own_spec(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["parameters", "checkpoint"])
 def test_a_run_resumes_to_the_bit(tmp_path: Path, stage: str) -> None:
     whole, stopped, resumed = (accelerate(prompt_pipe(), DENSITIES[0]) for _ in range(3))
-    wanted = learn(whole, tmp_path / "whole", **RUN)
+    expected = learn(whole, tmp_path / "whole", **RUN)
     calls = iter(range(1000))
     last = 3 if stage == "parameters" else 6 + 5
 
@@ -63,7 +63,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, stage: str) -> None:
     assert {op.specs for op in operators_of(stopped).values()} == {(DENSITIES[0],)}
     got = learn(resumed, tmp_path / "stopped", **RUN)
     assert got.resumed_from == (0 if stage == "parameters" else 4)
-    assert untimed(got) == dataclasses.replace(untimed(wanted), resumed_from=got.resumed_from)
+    assert untimed(got) == dataclasses.replace(untimed(expected), resumed_from=got.resumed_from)
     assert same(state(whole.transformer), state(resumed.transformer))
 
 

@@ -130,7 +130,7 @@ def test_the_teacher_goes_its_way_without_gradients(tmp_path: Path, monkeypatch:
         return seen[-1][0]
 
     monkeypatch.setattr(fitting, "predict", watched)
-    before, wants = state(pipe.transformer), flags(pipe.transformer)
+    before, requires = state(pipe.transformer), flags(pipe.transformer)
     learn(pipe, tmp_path, steps=1, learning_rate=1e-12, **STAGE | {"parameter_steps": 4})
     samples = Samples(tmp_path / "samples")
     assert len(seen) == len(samples) == 4
@@ -138,7 +138,7 @@ def test_the_teacher_goes_its_way_without_gradients(tmp_path: Path, monkeypatch:
     for out, _ in seen:
         assert not out.requires_grad
         assert min(float((out - r).abs().max() / r.abs().max()) for r in recorded) < 1e-5
-    assert flags(pipe.transformer) == wants
+    assert flags(pipe.transformer) == requires
     changed = {name for name, tensor in state(pipe.transformer).items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(".dit_accel.params." in name for name in changed)
@@ -149,7 +149,7 @@ def test_the_teacher_goes_its_way_without_gradients(tmp_path: Path, monkeypatch:
 )
 def test_every_kind_of_mask_and_sequence_leaves_the_teacher_as_it_is(name: str) -> None:
     model = Family(name)
-    wanted, seen = model.run(), []
+    expected, seen = model.run(), []
     accelerate(model.pipe, SLA(0.3, tile=(2, 4, 2)))
     ((transformer, patch),) = patches_of(model.pipe)
     run: Any = SimpleNamespace(transformer=transformer, patch=patch)
@@ -159,9 +159,9 @@ def test_every_kind_of_mask_and_sequence_leaves_the_teacher_as_it_is(name: str) 
         seen.append(float(relative_error(out, original)))
         least.learn(operator, arguments, out, original)
 
-    with always(transformer), fitting._beside_the_teacher(run, learn):
+    with always(transformer), fitting._comparing_with_teacher(run, learn):
         got = model.run()
-    assert relative_norm(got, wanted) < 2e-5
+    assert relative_norm(got, expected) < 2e-5
     assert len(seen) >= 2
     assert max(seen) > 1e-4  # the operators did run
     least.update(0)
@@ -225,7 +225,7 @@ def test_a_resumed_second_stage_keeps_what_the_first_found(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("spec", "steps", "perturbed", "wanted"),
+    ("spec", "steps", "perturbed", "expected"),
     [
         (tiny.SPARSE, None, False, PARAMETER_STEPS), (tiny.SPARSE, None, True, 0), (tiny.SPARSE, 3, True, 3), (tiny.SPARSE, 0, False, 0),
         (METHODS["fovea"], None, False, 0), (METHODS["fovea"], 3, False, 3), (tiny.LORA_SPEC, None, False, 0),
@@ -233,22 +233,22 @@ def test_a_resumed_second_stage_keeps_what_the_first_found(tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_how_many_steps_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: AttentionSpec, steps: int | None, perturbed: bool, wanted: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: AttentionSpec, steps: int | None, perturbed: bool, expected: int
 ) -> None:
     pipe, asked = accelerate(prompt_pipe(), spec), []
     if perturbed:
         tiny.perturb(pipe)
     monkeypatch.setattr(distillation, "fit", lambda run, progress: asked.append(run.parameter_steps))
     learn(pipe, tmp_path, steps=1, parameter_steps=steps)
-    assert asked == [wanted] * (wanted > 0)
+    assert asked == [expected] * (expected > 0)
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "given", "wanted"),
+    ("method", "steps", "given", "expected"),
     [("sla", 2, None, 1e-3), ("sla", 0, None, 1e-2), ("fovea", 2, None, 1e-2), ("fovea", 0, None, 1e-2), ("sla", 2, 0.5, 0.5)],
 )
 def test_parameters_that_were_solved_for_are_trained_gently(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int, given: float | None, wanted: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int, given: float | None, expected: float
 ) -> None:
     rates: list[float] = []
     real = distillation.make_optimizers
@@ -262,7 +262,7 @@ def test_parameters_that_were_solved_for_are_trained_gently(
     settings: dict[str, Any] = {"steps": 1, "parameter_steps": steps, "parameter_learning_rate": given, "train": "parameters"}
     learn(accelerate(prompt_pipe(), METHODS[method]), tmp_path, **settings)
     learn(accelerate(prompt_pipe(), METHODS[method]), tmp_path, **settings)  # resumed
-    assert rates == [wanted, wanted]
+    assert rates == [expected, expected]
 
 
 def test_steps_with_nothing_to_fit_are_refused(tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_a_bad_number_of_steps_is_named(value: Any) -> None:
 
 
 def test_an_error_is_said_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "relative_error", lambda out, wanted: relative_error(out, wanted) * float("nan"))
+    monkeypatch.setattr(fitting, "relative_error", lambda out, expected: relative_error(out, expected) * float("nan"))
     pipe = tiny.student()
-    wants = flags(pipe.transformer)
+    requires = flags(pipe.transformer)
     with pytest.raises(DistillationError, match="step 0 of the parameters"):
         learn(pipe, tmp_path, **STAGE)
-    assert flags(pipe.transformer) == wants
+    assert flags(pipe.transformer) == requires
     assert pipe.transformer._dit_accel.context.enabled

@@ -131,8 +131,8 @@ def test_everything_is_as_it_was(tmp_path: Path, recorded: dict[str, list[Sample
     before, own = process(), model(pipe)
     settings = {"gradient_checkpointing": True, "mixed_precision": "bf16", "train": mode} | settings
     with contextlib.nullcontext() if error is None else pytest.raises(error):
-        samples, aside = recorded.get(mode, recorded["plain"])
-        distill(pipe, samples, tiny.quick(tmp_path, steps=2, **settings), held_out=aside, progress=False)
+        samples, held_out = recorded.get(mode, recorded["plain"])
+        distill(pipe, samples, tiny.quick(tmp_path, steps=2, **settings), held_out=held_out, progress=False)
     after = process()
     for name, value in before.items():
         assert after[name] == value, name
@@ -151,25 +151,25 @@ def test_a_users_accelerator_lives_on(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> DistillResult:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> DistillResult:
     """What a training gives in a process that has nothing of its own."""
-    return untimed(learn(student("lora"), tmp_path_factory.mktemp("wanted"), train="lora"))
+    return untimed(learn(student("lora"), tmp_path_factory.mktemp("expected"), train="lora"))
 
 
-def test_the_precision_is_the_configs_and_no_accelerators(tmp_path: Path, wanted: DistillResult) -> None:
+def test_the_precision_is_the_configs_and_no_accelerators(tmp_path: Path, expected: DistillResult) -> None:
     Accelerator(cpu=True, mixed_precision="bf16")
-    assert untimed(learn(student("lora"), tmp_path / "full", train="lora")) == wanted
+    assert untimed(learn(student("lora"), tmp_path / "full", train="lora")) == expected
     half = learn(student("lora"), tmp_path / "half", train="lora", mixed_precision="bf16")
-    assert half.history[-1]["loss"] != wanted.history[-1]["loss"]
+    assert half.history[-1]["loss"] != expected.history[-1]["loss"]
 
 
 @pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
-def test_gradients_that_a_caller_switched_off_are_taken(tmp_path: Path, wanted: DistillResult, switched_off: Any) -> None:
+def test_gradients_that_a_caller_switched_off_are_taken(tmp_path: Path, expected: DistillResult, switched_off: Any) -> None:
     pipe = student("lora")
     with switched_off():
         got = learn(pipe, tmp_path, train="lora")
         assert not torch.is_grad_enabled()
-    assert untimed(got) == wanted
+    assert untimed(got) == expected
 
 
 def test_collecting_leaves_accelerate_alone(tmp_path: Path) -> None:

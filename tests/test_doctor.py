@@ -134,8 +134,8 @@ def gap(q: torch.Tensor, k: torch.Tensor, spec: Any, shape: Any) -> float:
 def test_a_missing_library_of_cpu_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(dispatch, "CPU_TARGET", "none")
-    said = fault()
-    assert said.startswith("CPU kernels: the compiled CPU kernels are missing, so a CPU runs the slow reference: install dit_accel again")
+    text = fault()
+    assert text.startswith("CPU kernels: the compiled CPU kernels are missing, so a CPU runs the slow reference: install dit_accel again")
 
 
 def test_a_library_of_another_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +235,9 @@ def test_a_torch_that_does_not_see_the_card_is_named(monkeypatch: pytest.MonkeyP
 
 def test_kernels_that_do_not_compile_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "compiled", lambda arch, quick: ([], {"sla": f"CompilationError: at 3:4 for {arch}"}))
-    said = fault("--arch", "sm_90")
-    assert "the kernels of sla don't compile for sm_90 with triton" in said
-    assert "(CompilationError: at 3:4 for sm_90): report it with the file that" in said
+    text = fault("--arch", "sm_90")
+    assert "the kernels of sla don't compile for sm_90 with triton" in text
+    assert "(CompilationError: at 3:4 for sm_90): report it with the file that" in text
 
 
 class Pool:
@@ -282,8 +282,8 @@ def test_a_damaged_file_of_tiles_is_named() -> None:
     path = tuned.cache_file()
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    assert "tuned tiles: the file of tuned tiles is left out" in (said := fault())
-    assert said.endswith("delete it, or tune again")
+    assert "tuned tiles: the file of tuned tiles is left out" in (text := fault())
+    assert text.endswith("delete it, or tune again")
 
 
 def test_a_check_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,22 +18,22 @@ from dit_accel.operator.layout import TokenLayout
 
 
 @pytest.mark.parametrize(
-    ("side", "wanted"),
+    ("side", "expected"),
     [(1024, [63.5, 86.6, 154.1]), (2048, [246.2, 352.6, 724.3]), (4096, [979.3, 1433.2, 3141.7]), (8192, [3915.4, 5789.2, 13085.0])],
 )
-def test_published_arithmetic_of_clear(side: int, wanted: list[float]) -> None:
+def test_published_arithmetic_of_clear(side: int, expected: list[float]) -> None:
     """CLEAR, tables 2, 3 and 7: GFLOP per layer of FLUX at radius 8, 16 and 32."""
     layout, found = TokenLayout((1, side // 16, side // 16), 512), []
     for radius in (8, 16, 32):
         (disc,) = CLEAR(radius).keep
         assert isinstance(disc, Disc)
         found.append(round(gigaflops(disc.pairs(layout.grid), layout, MODELS["flux"]), 1))
-    assert found == wanted
+    assert found == expected
 
 
-@pytest.mark.parametrize(("side", "wanted"), [(1024, 260.9), (2048, 3507.9), (4096, 53604.4)])
-def test_published_arithmetic_of_flux(side: int, wanted: float) -> None:
-    assert round(estimate("h100", "flux", (side, side), None)["gflop_kept"], 1) == wanted
+@pytest.mark.parametrize(("side", "expected"), [(1024, 260.9), (2048, 3507.9), (4096, 53604.4)])
+def test_published_arithmetic_of_flux(side: int, expected: float) -> None:
+    assert round(estimate("h100", "flux", (side, side), None)["gflop_kept"], 1) == expected
 
 
 @pytest.mark.parametrize(("stride", "visited"), [((1, 1), 84), ((16, 1), 60), ((16, 16), 50)])

@@ -58,10 +58,10 @@ def test_pictures_are_compared_by_the_formulas(result: tuple[dict[str, Any], Pat
     accelerate(pipe, METHOD)
     pictures = [paint(pipe, prompt, 5 + i) for i, prompt in enumerate(PROMPTS)]
     found = record["measures"]["method"]
-    wanted = [decibels(*pair) for pair in zip(pictures, originals, strict=True)]
-    assert found["psnr"]["by_prompt"] == pytest.approx(wanted, rel=1e-5)
-    assert found["psnr"]["mean"] == pytest.approx(np.mean(wanted), rel=1e-5)
-    assert found["difference"]["by_prompt"] == pytest.approx([10 ** (-d / 20) for d in wanted], rel=1e-5)
+    expected = [decibels(*pair) for pair in zip(pictures, originals, strict=True)]
+    assert found["psnr"]["by_prompt"] == pytest.approx(expected, rel=1e-5)
+    assert found["psnr"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert found["difference"]["by_prompt"] == pytest.approx([10 ** (-d / 20) for d in expected], rel=1e-5)
     assert 0 < found["ssim"]["mean"] < 1
     assert "distance" not in found
     assert evaluation.NO_DISTANCE in record["notes"]
@@ -189,8 +189,8 @@ def test_a_distilled_pipeline_is_compared_with_the_weights_it_had(mode: str, tmp
     learn(pipe, tmp_path / "run", PROMPTS[2:], PROMPTS[:1], train=mode)
     distilled = [paint(pipe, prompt, i) for i, prompt in enumerate(PROMPTS[:2])]
     record = evaluate(pipe, PROMPTS[:2], tmp_path / "out", **CALL)["measures"]
-    wanted = [decibels(*pair) for pair in zip(distilled, original, strict=True)]
-    assert record["method"]["psnr"]["by_prompt"] == pytest.approx(wanted, rel=1e-4)
+    expected = [decibels(*pair) for pair in zip(distilled, original, strict=True)]
+    assert record["method"]["psnr"]["by_prompt"] == pytest.approx(expected, rel=1e-4)
     assert record["again"]["difference"]["mean"] == record["again"]["velocity_error"]["mean"] == 0
     assert torch.equal(paint(pipe, PROMPTS[0], 0), distilled[0])
 
@@ -324,9 +324,9 @@ def test_videos_are_compared_frame_by_frame(name: str, names: set[str], tmp_path
     videos = [frames(prompt, i) for i, prompt in enumerate(PROMPTS[:2])]
     record = evaluate(pipe, PROMPTS[:2], tmp_path, **call)
     found = record["measures"]["method"]
-    wanted = [np.mean([decibels(a, b) for a, b in zip(*pair, strict=True)]) for pair in zip(videos, originals, strict=True)]
+    expected = [np.mean([decibels(a, b) for a, b in zip(*pair, strict=True)]) for pair in zip(videos, originals, strict=True)]
     assert len(originals[0]) == call["num_frames"]
-    assert found["psnr"]["by_prompt"] == pytest.approx(wanted, rel=1e-4)
+    assert found["psnr"]["by_prompt"] == pytest.approx(expected, rel=1e-4)
     assert record["measures"]["again"]["difference"]["mean"] == record["measures"]["again"]["velocity_error"]["mean"] == 0
     assert len(record["noise_levels"]) == call["num_inference_steps"]  # two passes of guidance at each
     assert {layer["layer"].partition("blocks.")[0] for layer in record["heads"]} == names

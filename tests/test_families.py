@@ -148,10 +148,10 @@ def test_cached_keys_of_reference_images_run_the_original(reference: bool, spars
     stock.pipe.set_progress_bar_config(disable=True)
     call = {name: value for name, value in stock.call.items() if name != "guidance_scale"}
     stock.call = call | ({"image": [Image.new("RGB", (64, 64), (90, 20, 200))]} if reference else {})
-    wanted = stock.run()
+    expected = stock.run()
     dit_accel.accelerate(stock.pipe, SPARSE["clear"])
     got = stock.run()
-    assert torch.equal(got, wanted) == reference
+    assert torch.equal(got, expected) == reference
     assert (len(sparse_calls) == 0) == reference
     assert list(stock.context().fallbacks) == (["a cache of the reference images' keys"] if reference else [])
 
@@ -191,9 +191,9 @@ def test_names_are_a_tuple(field: str) -> None:
 def test_the_sample_adds_a_family() -> None:
     done = subprocess.run([sys.executable, ROOT / "samples" / "new_family.py"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    said = re.search(r"relative difference (\S+)", done.stdout)
-    assert said
-    assert float(said.group(1)) < 1e-5
+    found = re.search(r"relative difference (\S+)", done.stdout)
+    assert found
+    assert float(found.group(1)) < 1e-5
     assert re.search(r"blocks\.0-1 \(2 layers\) +│ 1560 +│ - +│ 10\.38%", done.stdout)
     lines = (ROOT / "samples" / "new_family.py").read_text().split("register(\n")[1].split("\n)\n")[0].splitlines()
     assert len(lines) < 40

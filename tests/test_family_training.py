@@ -75,9 +75,9 @@ def test_an_adapter_loads_again(name: str, tiny: Tiny, tmp_path: Path) -> None:
             for part, parameter in transformer.named_parameters():
                 if ".dit_accel." in part:
                     parameter.add_(0.05)
-    wanted = tiny.run()
+    expected = tiny.run()
     other = Tiny(name)
     for number, (transformer, fresh) in enumerate(zip(tiny.transformers, other.transformers, strict=True)):
         dit_accel.save_adapter(transformer, tmp_path / str(number))
         dit_accel.load_adapter(fresh, tmp_path / str(number))
-    assert torch.equal(other.run(), wanted)
+    assert torch.equal(other.run(), expected)

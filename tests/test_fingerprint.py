@@ -90,7 +90,7 @@ def test_a_cast_changes_no_weights(recorded: str, now: str) -> None:
 def test_other_weights_are_told(recorded: str, now: str) -> None:
     made = CAST[recorded](tiny_transformer())
     other = OTHER[now](tiny_transformer())
-    if (recorded, now) != ("bfloat16", "one-number"):  # below what bfloat16 rounds away, beyond what is sampled, it can't be told
+    if (recorded, now) != ("bfloat16", "one-number"):  # below what bfloat16 rounds away, beyond what is sampled, it can't be seen
         assert not same_weights(other, fingerprint.fingerprint(made), known_hash(made))
 
 
@@ -204,6 +204,6 @@ def test_a_damaged_fingerprint_is_refused(value: Any, tmp_path: Path) -> None:
     folder = save_adapter(student(), tmp_path / "a")
     edit(folder, lambda config: config.update(base_model_fingerprint=value))
     pipe = prompt_pipe()
-    with pytest.raises(AdapterError, match=r"dit_accel_config\.json is damaged: a fingerprint holds"):
+    with pytest.raises(AdapterError, match=r"dit_accel_config\.json is damaged: .*fingerprint .*(must be|are not base64)"):
         load_adapter(pipe, folder)
     assert not hasattr(pipe.transformer, state.CONTEXT)

@@ -76,11 +76,11 @@ def test_a_forward_in_the_middle_of_another_threads() -> None:
 
 def test_a_forward_inside_another_transformers() -> None:
     outer, inner = (dit_accel.accelerate(tiny_transformer(seed), CLEAR(2.0), strict=True) for seed in (0, 1))
-    wanted = [outer(**forward_arguments(17, 25)).sample, inner(**forward_arguments(5, 6)).sample]
+    expected = [outer(**forward_arguments(17, 25)).sample, inner(**forward_arguments(5, 6)).sample]
     found: list[Tensor] = []
     outer.transformer_blocks[1].register_forward_pre_hook(lambda *_: found.append(inner(**forward_arguments(5, 6)).sample))
-    assert torch.equal(outer(**forward_arguments(17, 25)).sample, wanted[0])
-    assert torch.equal(found[0], wanted[1])
+    assert torch.equal(outer(**forward_arguments(17, 25)).sample, expected[0])
+    assert torch.equal(found[0], expected[1])
 
 
 # After a forward
@@ -102,7 +102,7 @@ class HookError(Exception):
 @torch.no_grad()
 def test_a_module_by_itself_runs_its_original_attention(ends: str) -> None:
     transformer, x = tiny_transformer(), normal(1, TEXT + 17 * 25, 32)
-    wanted = attention(transformer, x)
+    expected = attention(transformer, x)
     dit_accel.accelerate(transformer, CLEAR(2.0))
     if ends == "returns":
         transformer(**forward_arguments())
@@ -116,7 +116,7 @@ def test_a_module_by_itself_runs_its_original_attention(ends: str) -> None:
             transformer(**forward_arguments())
         handle.remove()
     with pytest.warns(UserWarning, match=OUTSIDE):
-        assert torch.equal(attention(transformer, x), wanted)
+        assert torch.equal(attention(transformer, x), expected)
     assert [count for reason, count in transformer._dit_accel.context.fallbacks.items() if OUTSIDE in reason] == [1]
 
 
@@ -131,7 +131,7 @@ def test_strict_refuses_a_module_by_itself() -> None:
 
 def test_an_interrupted_forward_is_gone_at_the_next() -> None:
     transformer = dit_accel.accelerate(tiny_transformer(), CLEAR(2.0), strict=True)
-    wanted = transformer(**forward_arguments(25, 17)).sample
+    expected = transformer(**forward_arguments(25, 17)).sample
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -141,7 +141,7 @@ def test_an_interrupted_forward_is_gone_at_the_next() -> None:
         with pytest.raises(KeyboardInterrupt):
             transformer(**forward_arguments())
     handle.remove()
-    assert torch.equal(transformer(**forward_arguments(25, 17)).sample, wanted)
+    assert torch.equal(transformer(**forward_arguments(25, 17)).sample, expected)
     with pytest.raises(FallbackError, match=OUTSIDE):
         attention(transformer, normal(1, TEXT + 17 * 25, 32))
 
@@ -173,14 +173,14 @@ def gradients(transformer: Any) -> dict[str, Tensor]:
 
 def test_recomputed_blocks_run_in_their_own_forward(sparse_calls: list[Any]) -> None:
     transformer = dit_accel.accelerate(tiny_transformer().train(), CLEAR(2.0, downsample=2), strict=True)
-    wanted = gradients(transformer)
+    expected = gradients(transformer)
     transformer.enable_gradient_checkpointing()
     function = transformer._gradient_checkpointing_func
     sparse_calls.clear()
     got = gradients(transformer)
     assert len(sparse_calls) == (2 + 2 + 1) * LAYERS
-    assert got.keys() == wanted.keys()
-    assert max(relative_error(got[name], wanted[name]) for name in wanted) < 1e-5
+    assert got.keys() == expected.keys()
+    assert max(relative_error(got[name], expected[name]) for name in expected) < 1e-5
     dit_accel.restore(transformer)
     assert transformer._gradient_checkpointing_func is function
 

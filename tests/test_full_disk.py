@@ -26,15 +26,15 @@ SAID = ".*File too large"
 
 
 @contextlib.contextmanager
-def full_from(name: str, room: int = 64) -> Iterator[None]:
-    """From the first write on whose file or folder has this in its name, files can't grow past `room` bytes."""
+def full_from(name: str, limit: int = 64) -> Iterator[None]:
+    """From the first write on whose file or folder has this in its name, files can't grow past `limit` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     reached = []
 
     def watched(path: Path) -> Path:
         if name in path.name:
             reached.append(path)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         return real(path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,9 +96,9 @@ def test_a_checkpoint(tmp_path: Path, name: str) -> None:
     assert [path.name for path in (tmp_path / "run").rglob(".*")] == []
     assert len(Samples(tmp_path / "run" / "samples")) == 4
     resumed, whole = student(), student()
-    got, wanted = (tiny.untimed(learn(pipe, tmp_path / folder, **RUN)) for pipe, folder in ((resumed, "run"), (whole, "whole")))
+    got, expected = (tiny.untimed(learn(pipe, tmp_path / folder, **RUN)) for pipe, folder in ((resumed, "run"), (whole, "whole")))
     assert got.resumed_from == {"parameters-0000004": 0, "checkpoint-0000004": 2, "curve.png": 2}[name]
-    assert dataclasses.replace(got, resumed_from=0) == wanted
+    assert dataclasses.replace(got, resumed_from=0) == expected
     assert same(state(resumed.transformer), state(whole.transformer))
 
 
@@ -117,17 +117,17 @@ def test_a_log(tmp_path: Path) -> None:
 # Adapters
 
 
-@pytest.mark.parametrize("room", [64, 3000], ids=["at-once", "after-one-file"])
-def test_an_adapter(tmp_path: Path, room: int) -> None:
+@pytest.mark.parametrize("limit", [64, 3000], ids=["at-once", "after-one-file"])
+def test_an_adapter(tmp_path: Path, limit: int) -> None:
     pipe, adapter = student(), tmp_path / "adapter"
     learn(pipe, tmp_path / "run", train="lora", steps=1)
     save_adapter(pipe, adapter)
-    before, wanted = contents(adapter), tiny.draw(pipe)
+    before, expected = contents(adapter), tiny.draw(pipe)
     tiny.perturb(pipe)
-    with full_from("stage", room), pytest.raises(AdapterError, match=f"the adapter can't be written to {adapter}: .*too large"):
+    with full_from("stage", limit), pytest.raises(AdapterError, match=f"the adapter can't be written to {adapter}: .*too large"):
         save_adapter(pipe, adapter)
     assert contents(adapter) == before
-    assert torch.equal(tiny.draw(load_adapter(prompt_pipe(), adapter)), wanted)
+    assert torch.equal(tiny.draw(load_adapter(prompt_pipe(), adapter)), expected)
     save_adapter(pipe, adapter)
     assert torch.equal(tiny.draw(load_adapter(prompt_pipe(), adapter)), tiny.draw(pipe))
 
@@ -156,13 +156,13 @@ def test_a_picture(model: str, tmp_path: Path) -> None:
 def test_a_stage(tmp_path: Path, name: str) -> None:
     pipe, call = stages.make()
     asked = {"base": 12, "folder": tmp_path, "strength": 0.75}
-    wanted = stages.draw(pipe, call, **asked | {"folder": None})
+    expected = stages.draw(pipe, call, **asked | {"folder": None})
     with full_from(name), pytest.raises(WriteError, match=f"{name} can't be written in {tmp_path}: {SAID}"):
         stages.draw(pipe, call, **asked)
     assert {"settings.json", "stage-0-12x8.json", "stage-0-12x8.safetensors"} <= set(contents(tmp_path))
     assert not any(key.startswith(".") for key in contents(tmp_path))
     seen = stages.Forwards(pipe)
-    assert stages.same(stages.draw(pipe, call, **asked), wanted)
+    assert stages.same(stages.draw(pipe, call, **asked), expected)
     assert len(seen.tokens) == 6  # the first stage was kept
 
 

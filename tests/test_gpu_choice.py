@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU, by stand-ins for cards that are not here: which are refused, and what a user is told."""
+"""What "auto" takes on a GPU, by stand-ins for cards that are not here: which are refused, and what a user reads."""
 
 import warnings
 from types import SimpleNamespace
@@ -60,8 +60,8 @@ def test_a_gpu_left_with_the_reference_says_what_to_install(monkeypatch: pytest.
         "or xformers (pip install dit-accel[xformers])"
     )
     nvidia(monkeypatch)
-    told = str(dispatch.slow_on_gpu(CARD, torch.bfloat16, 256, linear=True))
-    assert told == "the slow eager reference runs on cuda:0, because the Triton kernels take a linear rest up to head_dim 128, not 256"
+    reason = str(dispatch.slow_on_gpu(CARD, torch.bfloat16, 256, linear=True))
+    assert reason == "the slow eager reference runs on cuda:0, because the Triton kernels take a linear rest up to head_dim 128, not 256"
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -69,9 +69,9 @@ def test_a_model_on_such_a_gpu_says_so_once(backend: str, monkeypatch: pytest.Mo
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(dispatch, "slow_on_gpu", lambda *given, linear: asked.append((*given, linear)) or "install triton")
     model = accelerate(tiny_transformer(double=1, single=0), Fovea(0.5), backend=backend)
-    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+    with warnings.catch_warnings(record=True) as reason, torch.no_grad():
         warnings.simplefilter("always")
-        for side in (4, 5):  # every size asks anew
+        for side in (4, 5):  # every size is a call of its own
             model(**forward_arguments(side, 6))
-    assert [str(one.message) for one in told] == (["dit_accel: install triton"] if backend == "auto" else [])
+    assert [str(one.message) for one in reason] == (["dit_accel: install triton"] if backend == "auto" else [])
     assert asked == ([(torch.device("cpu"), torch.float32, 16, False)] * 2 if backend == "auto" else [])

@@ -63,16 +63,16 @@ def original(name: str, kind: str | None = None) -> Tensor:
 @pytest.mark.parametrize("first", ["hook", "accelerate"])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (_, names) in SKIPS.items() for name in names])
 def test_a_hook_skips_what_it_skips_of_the_original(name: str, kind: str, first: str) -> None:
-    wanted, tiny = original(name, kind), Tiny(name)
-    assert relative_error(wanted, original(name)) > 1e-3, "the hook has no effect"
+    expected, tiny = original(name, kind), Tiny(name)
+    assert relative_error(expected, original(name)) > 1e-3, "the hook has no effect"
     if first == "hook":
         hooked(tiny, kind)
     dit_accel.accelerate(tiny.pipe, WHOLE["fovea"], strict=True)
     if first == "accelerate":
         hooked(tiny, kind)
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
     dit_accel.restore(tiny.pipe)
-    assert torch.equal(tiny.run(), wanted)
+    assert torch.equal(tiny.run(), expected)
 
 
 @pytest.mark.parametrize("first", ["hook", "accelerate"])
@@ -83,14 +83,14 @@ def test_blurred_queries_are_those_of_the_original(first: str) -> None:
 
     plain, tiny = Tiny("cogview4"), Tiny("cogview4")
     blurred(plain)
-    wanted = plain.run()
-    assert relative_error(wanted, original("cogview4")) > 1e-3
+    expected = plain.run()
+    assert relative_error(expected, original("cogview4")) > 1e-3
     if first == "hook":
         blurred(tiny)
     dit_accel.accelerate(tiny.pipe, WHOLE["fovea"], strict=True)
     if first == "accelerate":
         blurred(tiny)
-    assert relative_error(tiny.run(), wanted) < 1e-5
+    assert relative_error(tiny.run(), expected) < 1e-5
 
 
 # Guiders
@@ -139,13 +139,13 @@ def guided(transformer: Any, guider: Any) -> Tensor:
 @pytest.mark.parametrize("name", ["cogview4"])
 def test_a_guider_guides_as_it_does_the_original(name: str, kind: str, sparse_calls: list[Any]) -> None:
     plain, tiny = Tiny(name).pipe.transformer, Tiny(name)
-    wanted, unguided = guided(plain, GUIDERS[kind]()), guided(plain, ClassifierFreeGuidance(guidance_scale=1.0))
-    assert relative_error(wanted, unguided) > 1e-3
+    expected, unguided = guided(plain, GUIDERS[kind]()), guided(plain, ClassifierFreeGuidance(guidance_scale=1.0))
+    assert relative_error(expected, unguided) > 1e-3
     if kind in ("pag", "slg-layers", "slg-blocks"):
-        assert relative_error(wanted, guided(plain, ClassifierFreeGuidance(guidance_scale=7.5))) > 1e-3, "no effect of its own"
+        assert relative_error(expected, guided(plain, ClassifierFreeGuidance(guidance_scale=7.5))) > 1e-3, "no effect of its own"
     dit_accel.accelerate(tiny.pipe, WHOLE["fovea"], strict=True)
     for _ in range(2):
-        assert relative_error(guided(tiny.pipe.transformer, GUIDERS[kind]()), wanted) < 1e-5
+        assert relative_error(guided(tiny.pipe.transformer, GUIDERS[kind]()), expected) < 1e-5
     assert len(sparse_calls) > 0
 
 
@@ -181,9 +181,9 @@ def drawn(name: str, mode: Any, spec: Any = None, **settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["flux", "krea2", "sd3", "fibo"])
 def test_a_mode_that_changes_the_attention_changes_the_operator(name: str, sparse_calls: list[Any]) -> None:
-    wanted = drawn(name, Doubling())
-    assert relative_error(wanted, original(name)) > 1e-3
-    assert relative_error(drawn(name, Doubling(), WHOLE["fovea"], strict=True), wanted) < 1e-5
+    expected = drawn(name, Doubling())
+    assert relative_error(expected, original(name)) > 1e-3
+    assert relative_error(drawn(name, Doubling(), WHOLE["fovea"], strict=True), expected) < 1e-5
     assert len(sparse_calls) > 0
 
 
@@ -209,8 +209,8 @@ def test_a_mode_that_makes_another_kind_of_attention_runs_the_original(sparse_ca
 
 
 def test_a_default_device_changes_nothing(sparse_calls: list[Any]) -> None:
-    wanted, calls = drawn("flux", torch.no_grad(), SPARSE["fovea"]), len(sparse_calls)
-    assert torch.equal(drawn("flux", torch.device("cpu"), SPARSE["fovea"]), wanted)
+    expected, calls = drawn("flux", torch.no_grad(), SPARSE["fovea"]), len(sparse_calls)
+    assert torch.equal(drawn("flux", torch.device("cpu"), SPARSE["fovea"]), expected)
     assert len(sparse_calls) == 2 * calls > 0
 
 
@@ -231,8 +231,8 @@ def test_a_mode_is_honoured_around_a_compiled_graph(mode: Any, fullgraph: bool) 
         return through_modes(operator, *qkv) if intercepted(qkv[0]) else operator(*qkv)
 
     with mode():
-        wanted = F.scaled_dot_product_attention(*inputs, scale=0.7)
+        expected = F.scaled_dot_product_attention(*inputs, scale=0.7)
         got = torch.compile(attend, backend="eager", fullgraph=fullgraph)(*inputs)
-    assert relative_error(got, wanted) < 1e-6
+    assert relative_error(got, expected) < 1e-6
     assert (not calls) == (mode is AttentionScoreSkipFunctionMode)
     torch._dynamo.reset()

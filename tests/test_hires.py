@@ -36,7 +36,7 @@ FAMILIES = [flux, chroma, ovis_image, longcat_image, z_image, sd3, auraflow, lum
 
 
 @pytest.mark.parametrize(
-    ("size", "base", "unit", "wanted"),
+    ("size", "base", "unit", "expected"),
     [
         ((272, 400), 128, 4, [(68, 100), (136, 200), (272, 400)]),
         ((272, 400), 128, 16, [(64, 96), (128, 192), (272, 400)]),
@@ -46,9 +46,9 @@ FAMILIES = [flux, chroma, ovis_image, longcat_image, z_image, sd3, auraflow, lum
         ((16, 4096), 512, 16, [(16, 512), (16, 1024), (16, 2048), (16, 4096)]),
     ],
 )
-def test_sizes_double_from_below_the_base(size: tuple[int, int], base: int, unit: int, wanted: list[tuple[int, int]]) -> None:
+def test_sizes_double_from_below_the_base(size: tuple[int, int], base: int, unit: int, expected: list[tuple[int, int]]) -> None:
     recipe = Recipe(*size, base, strength=0.7, num_inference_steps=4, seed=0, ntk=None, proportional=False)
-    assert recipe.sizes(unit) == wanted
+    assert recipe.sizes(unit) == expected
 
 
 def test_stages_run_at_their_sizes_with_the_last_share_of_the_steps(sparse_calls: list[tuple[int, ...]]) -> None:
@@ -82,9 +82,9 @@ def test_the_base_is_the_pipelines_own_picture(builder: Any) -> None:
     if builder is auraflow:
         pipe.vae.register_to_config(shift_factor=None)  # its autoencoder has none, and its pipeline applies none
     size = {name: side * token_pixels(pipe, pipe.transformer) // 4 for name, side in SIZE.items()}
-    wanted = pipe(**call, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+    expected = pipe(**call, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     accelerate(pipe, CLEAR(2.0))
-    assert same(draw(pipe, call, **size, base=size["width"], seed=5), wanted)
+    assert same(draw(pipe, call, **size, base=size["width"], seed=5), expected)
     picture = draw(pipe, call, **size, base=size["width"] // 2)
     assert picture.size == (size["width"], size["height"])
     darkest, brightest = picture.convert("L").getextrema()
@@ -109,8 +109,8 @@ def test_a_stage_starts_from_the_enlarged_picture_and_noise(shift: float, tmp_pa
         large = torch.nn.functional.interpolate(pipe.vae.decode(grid).sample, (32, 48), mode="bicubic", antialias=True).clamp(-1, 1)
         clean = (pipe.vae.encode(large).latent_dist.mean - config.shift_factor) * config.scaling_factor
     noise = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(8))
-    wanted = pipe._pack_latents((1 - sigma) * clean + sigma * noise, 1, 4, 16, 24)
-    torch.testing.assert_close(seen.latents[4], wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    expected = pipe._pack_latents((1 - sigma) * clean + sigma * noise, 1, 4, 16, 24)
+    torch.testing.assert_close(seen.latents[4], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_shift_stays_where_it_was_fitted() -> None:
@@ -288,7 +288,7 @@ def test_half_precision() -> None:
     pipe, call = make()
     pipe.to(torch.bfloat16)
     call = {name: value.bfloat16() for name, value in call.items()}
-    wanted = pipe(**call, **SIZE, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+    expected = pipe(**call, **SIZE, num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     accelerate(pipe, CLEAR(3.0))
-    assert same(draw(pipe, call, base=48, seed=5), wanted)
+    assert same(draw(pipe, call, base=48, seed=5), expected)
     assert same(draw(pipe, call), draw(pipe, call))

@@ -34,7 +34,7 @@ def test_a_stopped_picture_continues_to_the_same_bits(tmp_path: Path) -> None:
     pipe, call = make()
     accelerate(pipe, CLEAR(3.0))
     asked = {"base": 12, "folder": tmp_path / "stages", "strength": 0.75}  # three stages of 4, 3 and 3 steps
-    wanted = draw(pipe, call, **{**asked, "folder": None})
+    expected = draw(pipe, call, **{**asked, "folder": None})
     seen = Forwards(pipe)
     seen.fail_at = 5  # in the second stage
     with pytest.raises(KeyboardInterrupt):
@@ -48,10 +48,10 @@ def test_a_stopped_picture_continues_to_the_same_bits(tmp_path: Path) -> None:
     again, call = make()  # another process
     accelerate(again, CLEAR(3.0))
     seen = Forwards(again)
-    assert same(draw(again, call, **asked), wanted)
+    assert same(draw(again, call, **asked), expected)
     assert len(seen.tokens) == 6
     seen.tokens.clear()
-    assert same(draw(again, call, **asked), wanted)  # all of it is there
+    assert same(draw(again, call, **asked), expected)  # all of it is there
     assert seen.tokens == []
 
 
@@ -181,8 +181,8 @@ def test_forecast_counts_what_torch_counts() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pipe.transformer(*args, **kwargs)
         counts.append(counter.get_total_flops())
-    wanted = counts[1] / counts[0]
-    assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(wanted, rel=1e-6)
+    expected = counts[1] / counts[0]
+    assert forecast.forward_seconds(timed, shape, (16, 24), (32, 48), None) / timed.seconds == pytest.approx(expected, rel=1e-6)
     # half of the heads of one layer of four keep the original attention, and all in the first forward
     rules = (Rule(CLEAR(2.0)), Rule(None, heads=(0,), layers="single_*.1.attn"), Rule(None, steps=(0, 1)))
     first_step, later = forecast.Stage((128, 128), (1.0, 0.5), Assignment(rules)).rules(1024)
@@ -205,8 +205,8 @@ def test_memory_grows_with_the_picture_and_shrinks_with_tiles() -> None:
     assert large["denoising"] == 4 * small["denoising"] == 4 * memory.LIVE * 64 * 32 * 4
     assert large["autoencoder"] == pytest.approx(4 * small["autoencoder"], rel=0.05)
     assert tiled["autoencoder"] == small["autoencoder"] + 64 * 64 * 24
-    wanted = sum(p.numel() * 4 for part in (pipe.transformer, pipe.vae) for p in part.parameters())
-    assert small["weights"] == large["weights"] == wanted
+    expected = sum(p.numel() * 4 for part in (pipe.transformer, pipe.vae) for p in part.parameters())
+    assert small["weights"] == large["weights"] == expected
 
 
 def test_peak_counts_what_lives_together() -> None:
@@ -216,7 +216,7 @@ def test_peak_counts_what_lives_together() -> None:
         x = y.view(10, 100).add_(1)  # a view and an addition in place add none; the first is freed
         z = x[:5].clone()  # 2,000 more
         del x, y
-        torch.cat([z, z])  # and 4,000 beside the 2,000
+        torch.cat([z, z])  # and 4,000 in addition to the 2,000
 
     assert memory.peak_bytes(run, FakeTensorMode()) == 8000
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, accelerate, dense, load_adapter, restore, save_adapter
 from dit_accel.adapters.folder import CONFIG, FULL, WEIGHTS, WHOLE
-from dit_accel.adapters.importers import Entry, match_header
+from dit_accel.adapters.importers import TensorInfo, match_header
 from dit_accel.adapters.model_card import CARD
 from dit_accel.errors import AdapterError
 from dit_accel.patch.state import operators_of
@@ -306,16 +306,16 @@ def test_turbo_of_the_released_sizes_fits(layers: int, heads: int, inner: int, c
             num_attention_heads=heads, attention_head_dim=128, num_layers=layers, ffn_dim=inner, in_channels=channels, out_channels=16
         )
     state = model.state_dict()
-    header = {old: Entry(tuple(state[new].shape), "BF16") for old, new in wan_names(layers).items()}
-    header["patch_embedding.weight"] = Entry((width, channels * 4), "BF16")
+    header = {old: TensorInfo(tuple(state[new].shape), "BF16") for old, new in wan_names(layers).items()}
+    header["patch_embedding.weight"] = TensorInfo((width, channels * 4), "BF16")
     for n in range(layers):
         stem = f"blocks.{n}.self_attn.attn_op.local_attn.proj_l"
-        header |= {f"{stem}.weight": Entry((128, 128), "F32"), f"{stem}.bias": Entry((128,), "F32")}
+        header |= {f"{stem}.weight": TensorInfo((128, 128), "F32"), f"{stem}.bias": TensorInfo((128,), "F32")}
     assert len(header) == 15 + 29 * layers
     for name in [f"blocks.{n}.{linear}" for n in range(layers) for linear in LINEARS] if tiles else []:
         out, inputs = header.pop(f"{name}.weight").shape
-        header[f"{name}.int8_weight"] = Entry((out, inputs), "I8")
-        header[f"{name}.scale"] = Entry((out // 128, inputs // 128), "F32")
+        header[f"{name}.int8_weight"] = TensorInfo((out, inputs), "I8")
+        header[f"{name}.scale"] = TensorInfo((out // 128, inputs // 128), "F32")
     spec, places, shapes = match_header(Path("turbo.safetensors"), header, model, None)
     assert spec == TURBO
     assert sorted(places.values()) == sorted(header)
@@ -327,7 +327,7 @@ def test_clear_of_the_released_size_fits(name: str) -> None:
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     small = clear_tensors(4 if "down" in name else None)
-    header = {key: Entry(tuple(value.shape) if "spatial" in key else (3072,) * value.ndim, "BF16") for key, value in small.items()}
+    header = {key: TensorInfo(tuple(value.shape) if "spatial" in key else (3072,) * value.ndim, "BF16") for key, value in small.items()}
     spec, places, _ = match_header(Path(f"{name}.safetensors"), header, model, None)
     assert spec == RELEASED[name]
     assert sorted(places.values()) == sorted(header)

@@ -123,12 +123,12 @@ def original(name: str, cache: str | None = None, hooked: bool = False, masked: 
 @pytest.mark.parametrize(("name", "cache"), CASES)
 def test_whatever_is_inside_meets_the_models_own_tokens(name: str, cache: str | None, hooked: bool, dense_steps: int) -> None:
     masked = hooked and name in MASKED
-    wanted = original(name, cache, hooked, masked)
+    expected = original(name, cache, hooked, masked)
     if cache or hooked:
-        assert relative_error(wanted, original(name)) > 1e-3, "it has no effect"
+        assert relative_error(expected, original(name)) > 1e-3, "it has no effect"
     tiny = Tiny(name)
     dit_accel.accelerate(tiny.pipe, WHOLE_FOVEA, strict=not masked, dense_steps=dense_steps)
-    assert relative_error(draw(tiny, cache, hooked, masked), wanted) < 1e-5
+    assert relative_error(draw(tiny, cache, hooked, masked), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", CACHED)

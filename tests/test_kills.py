@@ -126,7 +126,7 @@ def kill(process: BaseProcess, folder: Path, ready: Callable[[], bool], delay: f
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What each program gives that nobody kills."""
     results = {run: run(tmp_path_factory.mktemp("whole") / "run", lambda *_: None) for run in {p.run for p in PROGRAMS.values()}}
     return {name: results[program.run] for name, program in PROGRAMS.items()}
@@ -134,17 +134,17 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 @pytest.mark.parametrize("half", [False, True], ids=["any-moment", "half-written"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_a_killed_process_left_continues_to_the_bit(tmp_path: Path, wanted: dict[str, Any], name: str, half: bool) -> None:
+def test_what_a_killed_process_left_continues_to_the_bit(tmp_path: Path, expected: dict[str, Any], name: str, half: bool) -> None:
     program, folder, delay = PROGRAMS[name], tmp_path / "run", 0.0 if half else random.uniform(0, 0.4)
     kill(start(name, folder, half=half), folder, lambda: any((tmp_path if half else folder).glob("half" if half else program.begun)), delay)
     left = [path for path in folder.iterdir() if path.name.startswith(".")]
     assert len(left) == 1 or not half
     assert "parameters" not in program.half or not any(folder.glob("checkpoint-*"))
     assert "checkpoint" not in program.half or not (folder / "checkpoint-0000006").exists()
-    assert program.run(folder, lambda *_: None) == wanted[name], delay
+    assert program.run(folder, lambda *_: None) == expected[name], delay
 
 
-def test_two_processes_fill_a_folder_and_both_are_killed(tmp_path: Path, wanted: dict[str, Any]) -> None:
+def test_two_processes_fill_a_folder_and_both_are_killed(tmp_path: Path, expected: dict[str, Any]) -> None:
     folder = tmp_path / "run"
     delays = [random.uniform(0, 0.2), random.uniform(0, 0.2)]
     first, second = start("collect", folder), start("collect", folder)
@@ -165,4 +165,4 @@ def test_two_processes_fill_a_folder_and_both_are_killed(tmp_path: Path, wanted:
             process.kill()
     assert [process.exitcode for process in (third, fourth)] == [0, 0], errors_of(folder).read_text()[-3000:]
     got = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
-    assert got == wanted["collect"], delays
+    assert got == expected["collect"], delays

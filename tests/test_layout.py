@@ -54,9 +54,9 @@ def test_every_token_has_one_place(grid: Grid, order: Order) -> None:
 @every_grid
 def test_blocks_are_consecutive_in_memory(grid: Grid, order: Order) -> None:
     part = partition(grid, order, 64)
-    wanted = block_of((grid,), order, 64)[part.order]
+    expected = block_of((grid,), order, 64)[part.order]
     sizes = part.starts[1:] - part.starts[:-1]
-    assert torch.equal(torch.arange(len(sizes)).repeat_interleave(sizes), wanted)
+    assert torch.equal(torch.arange(len(sizes)).repeat_interleave(sizes), expected)
 
 
 @every_tiling
@@ -83,8 +83,8 @@ def test_there_are_no_more_tiles_than_needed(grid: Grid, order: Tiles) -> None:
 
 
 def test_tile_order_where_tiles_divide_the_grid() -> None:
-    wanted = torch.arange(64 * 48).view(8, 8, 6, 8).permute(0, 2, 1, 3).reshape(-1)
-    assert torch.equal(memory_order((1, 64, 48), Tiles((8, 8))), wanted)
+    expected = torch.arange(64 * 48).view(8, 8, 6, 8).permute(0, 2, 1, 3).reshape(-1)
+    assert torch.equal(memory_order((1, 64, 48), Tiles((8, 8))), expected)
 
 
 def test_raster_blocks_end_with_a_short_one() -> None:

@@ -136,18 +136,18 @@ class Life(RuleBasedStateMachine):
         assert torch.equal(run(self.model), before)
         if done and self.loaded and not self.touched:
             for file in self.adapters[self.loaded].glob("*.safetensors"):
-                saved, wanted = load_file(self.folder / "adapter" / file.name), load_file(file)
-                assert list(saved) == list(wanted)
-                assert [name for name in wanted if not torch.equal(saved[name], wanted[name])] == []
+                saved, expected = load_file(self.folder / "adapter" / file.name), load_file(file)
+                assert list(saved) == list(expected)
+                assert [name for name in expected if not torch.equal(saved[name], expected[name])] == []
 
     @precondition(lambda self: self.accelerated and not self.offloaded)
     @rule()
     def save_pretrained(self) -> None:
         if self.done(lambda: self.model.save_pretrained(self.folder / "ours")):
             self.twin.save_pretrained(self.folder / "twin")
-            saved, wanted = (load_file(self.folder / name / "diffusion_pytorch_model.safetensors") for name in ("ours", "twin"))
-            assert list(saved) == list(wanted)
-            assert [name for name in wanted if not torch.equal(saved[name], wanted[name])] == []
+            saved, expected = (load_file(self.folder / name / "diffusion_pytorch_model.safetensors") for name in ("ours", "twin"))
+            assert list(saved) == list(expected)
+            assert [name for name in expected if not torch.equal(saved[name], expected[name])] == []
 
     # What happens to models
 

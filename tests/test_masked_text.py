@@ -59,6 +59,6 @@ def test_nan_and_infinity_stay_in_padding(backend: str, dtype: torch.dtype, mask
     shape = SHAPES[masked]
     bias = shape.text_bias(masked=masked == "a whole tile")
     for name in names:
-        found, wanted = (results(SPECS[name], shape, bias, backend, dtype, x) for x in (held, None))
+        found, expected = (results(SPECS[name], shape, bias, backend, dtype, x) for x in (held, None))
         assert all(x.isfinite().all() for x in found), name
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

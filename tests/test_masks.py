@@ -28,7 +28,7 @@ def padded(call: dict[str, Any], noise: int = 0, padding: int = PADDING) -> dict
         if "mask" not in name or not isinstance(mask, Tensor):
             continue
         prompt = name.replace("_attention_mask", "_embeds") if "attention" in name else name.replace("_mask", "")
-        assert prompt in call, f"no embeddings beside {name}"
+        assert prompt in call, f"no embeddings for {name}"
         changed[name], changed[prompt] = mask.clone(), call[prompt].clone()
         changed[name][:, -padding:] = 0
         changed[prompt][:, -padding:] += normal(*call[prompt][:, -padding:].shape, seed=noise)
@@ -60,18 +60,18 @@ def test_padded_text_changes_nothing(name: str, spec: AttentionSpec) -> None:
 def test_prompts_of_two_lengths_equal_the_original(name: str, spec: AttentionSpec) -> None:
     tiny = Tiny(name)
     call = two_prompts(tiny.call)
-    wanted = tiny.run(**call)
+    expected = tiny.run(**call)
     dit_accel.accelerate(tiny.pipe, spec, strict=True)
-    assert relative_error(tiny.run(**call), wanted) < 1e-5
+    assert relative_error(tiny.run(**call), expected) < 1e-5
 
 
 def test_a_family_whose_mask_adds_numbers() -> None:
     tiny = Tiny("chroma")
     call = padded(tiny.call)
-    wanted = tiny.run(**call)
+    expected = tiny.run(**call)
     dit_accel.accelerate(tiny.pipe, WHOLE["fovea"], strict=True)
-    assert relative_error(tiny.run(**call), wanted) < 1e-5
-    assert relative_error(tiny.run(), wanted) > 1e-5, "the mask has no effect"
+    assert relative_error(tiny.run(**call), expected) < 1e-5
+    assert relative_error(tiny.run(), expected) > 1e-5, "the mask has no effect"
 
 
 def hiding(call: dict[str, Any], name: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_numbers_are_a_bias_against_that_of_image_keys() -> None:
 
 
 def test_a_mask_is_rolled_as_its_tokens_are() -> None:
-    keys = torch.cat([KEYS[:, :1], torch.ones(2, 6, dtype=torch.bool), KEYS[:, 1:]], dim=1)  # one token stands before the image
+    keys = torch.cat([KEYS[:, :1], torch.ones(2, 6, dtype=torch.bool), KEYS[:, 1:]], dim=1)  # one token is before the image
     pairs = (keys[:, :, None] & keys[:, None])[:, None]
     moved = torch.cat([keys[:, 1:], keys[:, :1]], dim=1)
     assert torch.equal(masks.rolled(keys, -1), moved)

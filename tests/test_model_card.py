@@ -1,4 +1,4 @@
-"""The card beside an adapter, and sharing it."""
+"""The card of an adapter, and sharing it."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +26,8 @@ def test_the_card_says_what_the_config_says(folder: Path) -> None:
     text = (folder / CARD).read_text(encoding="utf-8")
     front = yaml.safe_load(text.split("---\n")[1])
     assert front == {"library_name": "diffusers", "tags": ["dit_accel", "attention"]}
-    for said in ("| held out error after | 0.1094 |", "| config: steps | 300 |", "| prompts | 60 |", "![panda.png](panda.png)"):
-        assert said in text
+    for line in ("| held out error after | 0.1094 |", "| config: steps | 300 |", "| prompts | 60 |", "![panda.png](panda.png)"):
+        assert line in text
     assert "FluxTransformer2DModel" in text
 
 

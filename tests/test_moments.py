@@ -101,7 +101,7 @@ def test_a_late_start_has_its_own_noise_level_and_step_0(name: str, moments: lis
 def test_interrupted_and_one_step_runs_and_runs_of_two_pipelines(name: str, moments: list[Moment]) -> None:
     tiny = accelerated(name)
     tiny.run(num_inference_steps=3)
-    wanted = list(moments)
+    expected = list(moments)
 
     def stop(*_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
@@ -117,10 +117,10 @@ def test_interrupted_and_one_step_runs_and_runs_of_two_pipelines(name: str, mome
         assert moments[0].noise == pytest.approx(float(tiny.pipe.scheduler.timesteps[0]) / 1000, abs=1e-6)
         moments.clear()
         other(**{**tiny.call, "num_inference_steps": 3})
-        assert moments == wanted
+        assert moments == expected
         moments.clear()
         tiny.run(num_inference_steps=3)
-        assert moments == wanted
+        assert moments == expected
 
 
 def test_a_schedule_that_is_never_stepped_is_read_by_its_timesteps(moments: list[Moment]) -> None:

@@ -1,4 +1,4 @@
-"""What was trained, beside every kind of offloading: the original comes back to the bit, what is saved is what was trained."""
+"""What was trained, with every kind of offloading: the original comes back to the bit, what is saved is what was trained."""
 
 import warnings
 from collections.abc import Callable
@@ -251,7 +251,7 @@ def test_a_file_that_can_not_be_written_changes_nothing(adapters: dict[str, Path
 
 
 def test_the_copies_that_streams_load_from_are_exchanged() -> None:
-    """A stand-in for a GPU's group offload with streams, which can't be had on a CPU."""
+    """A stand-in for a GPU's group offload with streams, which a CPU does not have."""
     transformer = small()
     group("leaf_level")(transformer, Path())
     linear, name = transformer.transformer_blocks[0].attn.to_q, "transformer_blocks.0.attn.to_q.weight"

@@ -141,9 +141,9 @@ def test_gradients_equal_the_oracles(spec: AttentionSpec, shape: Shape) -> None:
 @every_spec
 def test_chunks_change_nothing(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, whole = VIDEO.inputs(torch.float64), own_gradients(spec, VIDEO, torch.float64)
-    wanted = run(qkv, spec, VIDEO.layout)
+    expected = run(qkv, spec, VIDEO.layout)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
-    torch.testing.assert_close(run(qkv, spec, VIDEO.layout), wanted, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(run(qkv, spec, VIDEO.layout), expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(own_gradients(spec, VIDEO, torch.float64), whole, rtol=1e-11, atol=1e-11)
 
 
@@ -194,8 +194,8 @@ def test_a_bias_of_the_texts_keys(spec: AttentionSpec, biased_shape: tuple[Shape
 @every_bias
 @every_spec
 def test_a_bias_of_the_texts_keys_in_float64(spec: AttentionSpec, shape: Shape, masked: bool) -> None:
-    got, wanted = biased(shape, spec, shape.text_bias(masked=masked), torch.float64)
-    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    got, expected = biased(shape, spec, shape.text_bias(masked=masked), torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
 @every_implementation
@@ -304,8 +304,8 @@ def test_everything_kept_is_dense(spec: AttentionSpec, shape: Shape) -> None:
 @pytest.mark.parametrize("spec", [Fovea(1e-9), SLA(1e-9), SLA(1e-9, scope="none")], ids=["fovea", "sla", "sla-none"])
 def test_some_block_is_always_kept(spec: AttentionSpec) -> None:
     one_of_six = dataclasses.replace(spec, keep=(dataclasses.replace(spec.keep[0], density=0.17),))
-    got, wanted = (run(RAGGED.inputs(), s, RAGGED.layout) for s in (spec, one_of_six))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    got, expected = (run(RAGGED.inputs(), s, RAGGED.layout) for s in (spec, one_of_six))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @every_spec

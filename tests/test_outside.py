@@ -254,7 +254,7 @@ def test_a_local_folder_is_named_by_its_last_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "shown"),
     [
         ("owner/name", "owner/name"),
         ("", ""),
@@ -264,8 +264,8 @@ def test_a_local_folder_is_named_by_its_last_part(tmp_path: Path) -> None:
         ("C:\\models\\FLUX", "FLUX"),
     ],
 )
-def test_what_is_told_of_a_name(name: str, told: str) -> None:
-    assert public_name(name) == told
+def test_what_is_told_of_a_name(name: str, shown: str) -> None:
+    assert public_name(name) == shown
 
 
 def test_what_has_parameters_learns_them_after_all() -> None:

@@ -1,4 +1,4 @@
-"""The house: what an import costs, what lies where, and who may import whom."""
+"""The layout of the project: what an import costs, what lies where, and who may import whom."""
 
 import ast
 import importlib
@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("kernels", "finetune", "pipelines")
 MAX_LINES = 450
 
-GROUND = {"errors", "clock", "console", "files", "muon"}  # what every room may use
+GROUND = {"errors", "clock", "console", "files", "muon"}  # what every package may use
 BELOW_PATCH = {"kernels", "method", "operator"}
 BELOW_ADAPTERS = BELOW_PATCH | {"patch", "pipelines"}
-# room -> the other rooms that it may import
+# package -> the other packages that it may import
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "method": {"kernels"},
@@ -63,20 +63,20 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
-def within(name: str, rooms: set[str]) -> bool:
-    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def forbidden(name: str, imported: str) -> bool:
     """Whether module `name` of the package must not import `imported`."""
-    room, library = name.split(".")[0], imported.split(".")[0]
+    package, library = name.split(".")[0], imported.split(".")[0]
     if not library:  # a relative import, which would hide where it leads
         return True
     if library == "dit_accel":
         target = imported.removeprefix("dit_accel.")
-        if room == "" or target == "__version__" or within(target, GROUND | {room}):
+        if package == "" or target == "__version__" or within(target, GROUND | {package}):
             return False
-        if room == "cli" and imported in {"dit_accel", *(f"dit_accel.{name}" for name in dit_accel.__all__)}:
+        if package == "cli" and imported in {"dit_accel", *(f"dit_accel.{name}" for name in dit_accel.__all__)}:
             return False
         home = max((row for row in ARROWS if within(name, {row})), key=len, default="")
         return not within(target, ARROWS.get(home, set()))
@@ -87,7 +87,7 @@ def forbidden(name: str, imported: str) -> bool:
     if library == "xformers":
         return name != "kernels.xformers_rows"
     if library == "diffusers":
-        return room not in DIFFUSERS
+        return package not in DIFFUSERS
     return within(name, TORCH_ONLY) and library != "torch"
 
 
@@ -191,7 +191,7 @@ def test_a_checkout_without_symbolic_links_says_so(tmp_path: Path) -> None:
     for name in LINKS:
         (package / name).write_text(f"../{name}")  # what git writes where it can't make a link
     code = "import dit_accel; dit_accel.builtin_pipeline"
-    # without site-packages, where an editable installation leads to the rooms of another checkout
+    # without site-packages, where an editable installation leads to the packages of another checkout
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "ImportError: this checkout of dit_accel has text files in the place of its symbolic links" in done.stderr
     assert "git config core.symlinks true" in done.stderr

@@ -32,6 +32,7 @@ from dit_accel.method import (
     Order,
     Part,
     Pattern,
+    Pooled,
     Raster,
     Rest,
     Score,
@@ -109,6 +110,9 @@ def around(part: Part) -> AttentionSpec:
 
 SPECS = {name: around(next(instances(kind))) for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")}
 SPECS |= {name: around(next(instances(NEW[name]))) for name in ("Cross", "MeanOfRest")} | {"samples/new_part.py": NEW["SPEC"]}
+FIRST = {"first-order": Pooled(parts=2, order=1), "four-parts": Pooled(variance=False, parts=4, order=1)}
+SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
+SPECS |= {"two-parts": around(Pooled(parts=2))}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
@@ -186,8 +190,8 @@ def test_a_pattern_of_tokens_is_what_it_allows(spec: AttentionSpec, shape: Shape
     places = [F.pad(coordinates(grid, torch.arange(grid[0] * grid[1] * grid[2])), (0, 1), value=n) for n, grid in enumerate(layout.grids)]
     every = torch.cat(places)
     q, k, v = (x[:, :, : layout.image] for x in shape.inputs(torch.float64))
-    wanted = F.scaled_dot_product_attention(q, k, v, pattern.allowed(every, every, layout.grids))
-    torch.testing.assert_close(attention(q, k, v, spec, layout), wanted, rtol=1e-11, atol=1e-11)
+    expected = F.scaled_dot_product_attention(q, k, v, pattern.allowed(every, every, layout.grids))
+    torch.testing.assert_close(attention(q, k, v, spec, layout), expected, rtol=1e-11, atol=1e-11)
 
 
 STATIC = {name: spec for name, spec in SPECS.items() if spec.static} | {

@@ -63,8 +63,8 @@ def assert_untouched(pipe: Any, before: dict[str, Any], output: Tensor) -> None:
 @by_id(EXACT)
 @pytest.mark.parametrize(("height", "width", "batch"), [(272, 400, 2), (272, 400, 1), (16, 16, 1), (256, 256, 1)], ids=str)
 def test_keeping_everything_equals_the_original(pipe: Any, spec: AttentionSpec, height: int, width: int, batch: int) -> None:
-    wanted = run(pipe, height, width, batch=batch)
-    assert relative_error(run(dit_accel.accelerate(pipe, spec), height, width, batch=batch), wanted) < 1e-5
+    expected = run(pipe, height, width, batch=batch)
+    assert relative_error(run(dit_accel.accelerate(pipe, spec), height, width, batch=batch), expected) < 1e-5
 
 
 @by_id(SPARSE)
@@ -87,8 +87,8 @@ def test_a_token_reaches_its_neighbours_and_no_other(place: tuple[int, int], spe
     arguments["hidden_states"][0, place[0] * 25 + place[1]] += 1.0
     changed = (transformer(**arguments).sample[0] != before).any(-1).view(17, 25)
     reach = INSIDE if spec == CLEAR(3.0) else {(0, 0)}
-    wanted = {(place[0] + y, place[1] + x) for y, x in reach if 0 <= place[0] + y < 17 and 0 <= place[1] + x < 25}
-    assert {(y, x) for y, x in changed.nonzero().tolist()} == wanted
+    expected = {(place[0] + y, place[1] + x) for y, x in reach if 0 <= place[0] + y < 17 and 0 <= place[1] + x < 25}
+    assert {(y, x) for y, x in changed.nonzero().tolist()} == expected
 
 
 @pytest.mark.composes("ControlNet residuals")
@@ -97,15 +97,15 @@ def test_a_token_reaches_its_neighbours_and_no_other(place: tuple[int, int], spe
 def test_controlnet_residuals_meet_their_tokens(name: str, count: int) -> None:
     transformer = tiny_transformer()
     residuals = {name: [normal(1, 425, 32, seed=9 + i) for i in range(count)]}
-    plain, wanted = transformer(**forward_arguments()).sample, transformer(**forward_arguments(), **residuals).sample
-    assert relative_error(plain, wanted) > 0.1
-    assert relative_error(dit_accel.accelerate(transformer, Fovea(1.0))(**forward_arguments(), **residuals).sample, wanted) < 1e-5
+    plain, expected = transformer(**forward_arguments()).sample, transformer(**forward_arguments(), **residuals).sample
+    assert relative_error(plain, expected) > 0.1
+    assert relative_error(dit_accel.accelerate(transformer, Fovea(1.0))(**forward_arguments(), **residuals).sample, expected) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["positional", "tuple", "batched-ids"])
 def test_forms_of_one_forward_agree(form: str) -> None:
     transformer, arguments = dit_accel.accelerate(tiny_transformer(), Fovea(0.3)), forward_arguments()
-    wanted = transformer(**arguments).sample
+    expected = transformer(**arguments).sample
     if form == "positional":
         names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
         got = transformer(*(arguments[name] for name in names)).sample
@@ -113,7 +113,7 @@ def test_forms_of_one_forward_agree(form: str) -> None:
         got = transformer(**arguments, return_dict=False)[0]
     else:
         got = transformer(**(arguments | {"img_ids": arguments["img_ids"][None]})).sample
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
 
 
 def test_layers_on_another_device_have_their_plan_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,14 +158,14 @@ def draw(pipe: Any, size: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize("size", [(272, 400), (16, 16)], ids=str)
 @pytest.mark.parametrize("spec", [Fovea(1.0), SLA(1.0), CLEAR(1000.0)], ids=["fovea", "sla", "clear"])
 def test_the_builtin_pipeline_keeping_everything(builtin: Any, spec: AttentionSpec, size: tuple[int, int]) -> None:
-    wanted = draw(builtin, size)
+    expected = draw(builtin, size)
     dit_accel.accelerate(builtin, spec, strict=True)
     try:
         got = draw(builtin, size)
     finally:
         dit_accel.restore(builtin)
-    assert relative_error(got, wanted) < 1e-5
-    assert torch.equal(draw(builtin, size), wanted)
+    assert relative_error(got, expected) < 1e-5
+    assert torch.equal(draw(builtin, size), expected)
 
 
 # What is left alone
@@ -310,6 +310,6 @@ def test_an_unknown_transformer_learns_what_is_missing() -> None:
 
     blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
     model = UNet2DModel(8, layers_per_block=1, attention_head_dim=4, **blocks)
-    said = r"no family is registered for UNet2DModel.*mid_block\.attentions\.N \(AttnProcessor2_0\).*where the grid comes from.*register"
-    with pytest.raises(UnsupportedModelError, match=said):
+    words = r"no family is registered for UNet2DModel.*mid_block\.attentions\.N \(AttnProcessor2_0\).*where the grid comes from.*register"
+    with pytest.raises(UnsupportedModelError, match=words):
         dit_accel.accelerate(model)

@@ -106,21 +106,35 @@ def test_copies_begin_without_plans(copied: object) -> None:
     assert (twin.limit, len(twin._kept)) == (123, 0)
 
 
-def test_bytes_are_the_bound(made: list[weakref.ref[Plan]]) -> None:
-    layouts = [TokenLayout((1, 32, side)) for side in range(32, 40)]
-    size = plan_bytes(make_plan(Fovea(radius=4), layouts[-1], CPU))
-    plans = Plans(limit=3 * size)
+def bytes_of(value: object) -> int:
+    """Of all tensors in a plan, its objects and dictionaries walked without asking them for their fields."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", {}) if type(value).__module__.startswith("dit_accel") else {}
+    return sum(map(bytes_of, held.values()))
+
+
+@pytest.mark.parametrize("spec", [Fovea(radius=4), CLEAR(4.0)], ids=["whole-blocks", "bit-masks"])
+def test_bytes_are_the_bound(spec: AttentionSpec, made: list[weakref.ref[Plan]]) -> None:
+    layouts = [TokenLayout((1, 32, side)) for side in range(32, 41)]
+    sizes, masks = [], []
     for layout in layouts:
-        plans.get(Fovea(radius=4), layout, CPU)
-    kept = [key[1][0][2] for key in plans._kept]
-    assert kept[-1] == 39
-    assert kept == list(range(40 - len(kept), 40))
-    assert 3 <= len(kept) < 6
-    assert sum(plan_bytes(each) for each in plans._kept.values()) <= 3 * size
-    assert alive(made) == len(kept)
-    oldest = plans.get(Fovea(radius=4), layouts[kept[0] - 32], CPU)  # used again: now the newest
-    plans.get(Fovea(radius=4), TokenLayout((1, 32, 40)), CPU)
+        one = make_plan(spec, layout, CPU)
+        sizes.append(bytes_of(one))
+        masks.append(sum(x.nbytes for x in (one.geometry.masks, one.geometry.masks_t) if x is not None))
+    del one
+    limit = sum(sizes[4:8]) + sizes[3] // 2
+    assert (sum(sizes[3:8]) - sum(masks[3:8]) <= limit) == (spec == CLEAR(4.0))  # masks alone make a fifth one too much
+    plans = Plans(limit=limit)
+    for layout in layouts[:8]:
+        plans.get(spec, layout, CPU)
+    assert [bytes_of(each) for each in plans._kept.values()] == [plan_bytes(each) for each in plans._kept.values()] == sizes[4:8]
+    assert [key[1][0][2] for key in plans._kept] == [36, 37, 38, 39]
+    assert alive(made) == 4
+    oldest = plans.get(spec, layouts[4], CPU)  # used again: now the newest
+    plans.get(spec, layouts[8], CPU)
     assert oldest in plans._kept.values()
+    assert sum(map(bytes_of, plans._kept.values())) <= limit
 
 
 def test_one_plan_beyond_the_limit_is_kept() -> None:

@@ -131,11 +131,11 @@ def pipe_with(kind: type) -> Any:
 
 @pytest.mark.parametrize("make", ACCEPTED)
 def test_a_processor_runs_accelerated(make: Callable[[], type], sparse_calls: list[Any]) -> None:
-    wanted = run(pipe_with(make()))
+    expected = run(pipe_with(make()))
     pipe = dit_accel.accelerate(pipe_with(make()), WHOLE, strict=True)
-    assert relative_error(run(pipe), wanted) < 1e-5
+    assert relative_error(run(pipe), expected) < 1e-5
     assert len(sparse_calls) == 2 * LAYERS
-    assert torch.equal(run(dit_accel.restore(pipe)), wanted)
+    assert torch.equal(run(dit_accel.restore(pipe)), expected)
 
 
 def test_a_decorator_goes_on_working() -> None:
@@ -252,7 +252,7 @@ def test_a_processor_that_cannot_be_rewritten_is_refused_before_anything_changes
 def test_a_processor_put_in_later_that_cannot_be_rewritten_is_left_alone() -> None:
     pipe = dit_accel.accelerate(tiny_pipe(), WHOLE)
     pipe.transformer.single_transformer_blocks[1].attn.processor = through_super()()
-    with pytest.warns(UserWarning, match="original attention for calls with a processor that was put in after"):
+    with pytest.warns(UserWarning, match="original attention for calls with a processor that was set after"):
         got = run(pipe)
     assert relative_error(got, run(tiny_pipe())) < 1e-5
 

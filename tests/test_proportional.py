@@ -72,7 +72,7 @@ def test_accelerate_scales_the_logits_as_the_operator_does(monkeypatch: pytest.M
 @pytest.mark.parametrize("tokens", [1, 0, -3, True, 4608.0, "4608"])
 def test_wrong_trained_tokens_are_refused(tokens: Any) -> None:
     pipe, _ = make()
-    with pytest.raises(ValueError, match="trained_tokens is a number of tokens >= 2 or None"):
+    with pytest.raises(ValueError, match="trained_tokens must be a number of tokens >= 2 or None"):
         accelerate(pipe, trained_tokens=tokens)
     assert not hasattr(pipe.transformer, CONTEXT)
 
@@ -87,6 +87,6 @@ def test_scaled_logits_are_not_left_to_the_original() -> None:
 
     context.crossovers[Fovea()] = Loses()  # type: ignore[assignment]
     with torch.no_grad():
-        assert not context.leaves(Fovea())
+        assert not context.left_to_original(Fovea())
         context.trained_tokens = None
-        assert context.leaves(Fovea())
+        assert context.left_to_original(Fovea())

@@ -147,10 +147,10 @@ def test_arguments_are_those_of_their_time_where_the_scheduler_writes_in_place(t
 
 def test_an_accelerated_pipeline_records_its_original(tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), SPARSE)
-    samples, wanted = collect(pipe, PROMPTS[:1], tmp_path / "a", **CALL), collect(prompt_pipe(), PROMPTS[:1], tmp_path / "b", **CALL)
-    assert samples.teacher == wanted.teacher
-    assert [torch.equal(samples[i].prediction, wanted[i].prediction) for i in range(2)] == [True, True]
-    assert torch.equal(samples[0].latents, wanted[0].latents)
+    samples, expected = collect(pipe, PROMPTS[:1], tmp_path / "a", **CALL), collect(prompt_pipe(), PROMPTS[:1], tmp_path / "b", **CALL)
+    assert samples.teacher == expected.teacher
+    assert [torch.equal(samples[i].prediction, expected[i].prediction) for i in range(2)] == [True, True]
+    assert torch.equal(samples[0].latents, expected[0].latents)
     assert velocity_error(pipe, samples) > 1e-2  # on again afterwards
 
 
@@ -159,9 +159,9 @@ def test_a_distilled_pipeline_records_its_original(tmp_path: Path, mode: Any) ->
     pipe = accelerate(prompt_pipe(), SPECS[mode])
     distill(pipe, PROMPTS, quick(tmp_path / "run", train=mode), progress=False, **CALL)
     trained = state(pipe.transformer)
-    samples, wanted = collect(pipe, PROMPTS[:1], tmp_path / "a", **CALL), collect(prompt_pipe(), PROMPTS[:1], tmp_path / "b", **CALL)
-    assert samples.teacher == wanted.teacher == teacher_hash(prompt_pipe().transformer)
-    assert [torch.equal(samples[i].prediction, wanted[i].prediction) for i in range(2)] == [True, True]
+    samples, expected = collect(pipe, PROMPTS[:1], tmp_path / "a", **CALL), collect(prompt_pipe(), PROMPTS[:1], tmp_path / "b", **CALL)
+    assert samples.teacher == expected.teacher == teacher_hash(prompt_pipe().transformer)
+    assert [torch.equal(samples[i].prediction, expected[i].prediction) for i in range(2)] == [True, True]
     assert same(state(pipe.transformer), trained)
 
 
@@ -400,9 +400,9 @@ def test_velocity_errors_compare_with_the_recorded_teacher(tmp_path: Path) -> No
     samples = collect(prompt_pipe(), PROMPTS[:2], tmp_path, **CALL)
     student = accelerate(prompt_pipe(), SPARSE).transformer
     with torch.no_grad():
-        wanted = [((predict(student, f.arguments) - f.prediction).norm() / f.prediction.norm()).item() for f in samples]
-    assert velocity_errors(student, [samples[i] for i in range(4)]) == pytest.approx(wanted, rel=1e-6)
-    assert velocity_error(student, samples) == pytest.approx(sum(wanted) / 4, rel=1e-6)
+        expected = [((predict(student, f.arguments) - f.prediction).norm() / f.prediction.norm()).item() for f in samples]
+    assert velocity_errors(student, [samples[i] for i in range(4)]) == pytest.approx(expected, rel=1e-6)
+    assert velocity_error(student, samples) == pytest.approx(sum(expected) / 4, rel=1e-6)
 
 
 class PictureFirst(FluxPipeline):
@@ -410,7 +410,7 @@ class PictureFirst(FluxPipeline):
 
     def __call__(self, image: Any = None, prompt: Any = None, **call: Any) -> Any:
         if image is not None:
-            raise TypeError(f"wanted a picture, got {image!r}")
+            raise TypeError(f"expected a picture, got {image!r}")
         return super().__call__(prompt, **call)
 
 
@@ -419,5 +419,5 @@ def test_a_pipeline_that_takes_a_picture_first_is_given_its_prompt(tmp_path: Pat
     pipe = PictureFirst(**parts)
     pipe.set_progress_bar_config(disable=True)
     samples = collect(pipe, PROMPTS[:1], tmp_path / "first", **CALL)
-    wanted = collect(prompt_pipe(), PROMPTS[:1], tmp_path / "stock", **CALL)
-    assert [torch.equal(a.prediction, b.prediction) for a, b in zip(samples, wanted, strict=True)] == [True] * len(wanted)
+    expected = collect(prompt_pipe(), PROMPTS[:1], tmp_path / "stock", **CALL)
+    assert [torch.equal(a.prediction, b.prediction) for a, b in zip(samples, expected, strict=True)] == [True] * len(expected)

@@ -1,5 +1,5 @@
-"""Where each family's image stands in its sequence: what an accelerated layer computes is compared with attention under a mask, whose
-places are written down here anew."""
+"""Where each family's image is in its sequence: what an accelerated layer computes is compared with attention under a mask, whose
+places are written down here once more."""
 
 import importlib
 import math
@@ -79,7 +79,7 @@ def test_a_disc_is_one_where_the_image_stands(name: str, monkeypatch: pytest.Mon
 
     def compared(self: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
         out = original(self, query, key, value, scale, mask)
-        place = (0, grids[:1]) if self.layer.alone else (0, grids * 2) if self.name in TWICE.get(name, ()) else (start, grids)
+        place = (0, grids[:1]) if self.layer.image_only else (0, grids * 2) if self.name in TWICE.get(name, ()) else (start, grids)
         pair = allowed(*place, key.shape[2])
         rows = pair if query.shape[2] == key.shape[2] else pair[start : start + query.shape[2]]  # from the image on
         bias = torch.zeros(rows.shape).masked_fill(~rows, -torch.inf)
@@ -108,11 +108,11 @@ def test_a_cache_of_keys_is_said_to_run_the_original() -> None:
     cache.set_mode("write")
     loop(generator=None, num_inference_steps=1, kv_caches=cache, **call)
     cache.set_mode("read")
-    wanted = loop(generator=None, num_inference_steps=1, kv_caches=cache, **call)[0]
+    expected = loop(generator=None, num_inference_steps=1, kv_caches=cache, **call)[0]
     dit_accel.accelerate(loop.transformer, DISC)
     with pytest.warns(UserWarning, match="original attention for calls with more keys than the sequence has tokens, as of a cache"):
         got = loop(generator=None, num_inference_steps=1, kv_caches=cache, **call)[0]
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     dit_accel.restore(loop.transformer)
     dit_accel.accelerate(loop.transformer, DISC, strict=True)
     with pytest.raises(FallbackError, match="as of a cache"):
@@ -125,21 +125,21 @@ def test_padded_gist_runs_the_original() -> None:
     mask[1, 3:] = False
     call = {"hidden_states": call["hidden_states"].expand(2, -1, -1, -1), "encoder_attention_mask": mask,
             "encoder_hidden_states": call["encoder_hidden_states"].expand(2, -1, -1, -1)}  # fmt: skip
-    wanted = loop(generator=None, num_inference_steps=1, **call)[0]
+    expected = loop(generator=None, num_inference_steps=1, **call)[0]
     dit_accel.accelerate(loop.transformer, DISC)
     with pytest.warns(UserWarning, match="original attention for calls with an attention mask"):
         got = loop(generator=None, num_inference_steps=1, **call)[0]
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
 
 
 def test_rows_padded_behind_the_images_run_the_original() -> None:
     loop, call = build("joy_image_plus")
     call["shape_list"] = [[(1, 9, 11), (1, 6, 4)]]
-    wanted = loop(generator=None, num_inference_steps=1, **call)[0]
+    expected = loop(generator=None, num_inference_steps=1, **call)[0]
     dit_accel.accelerate(loop.transformer, DISC)
     with pytest.warns(UserWarning, match="original attention for calls with padding after the images"):
         got = loop(generator=None, num_inference_steps=1, **call)[0]
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
 
 
 ROLLED_OR_SHORT = pytest.mark.parametrize("name", ["framepack", "prx", "nucleus", "cosmos3", "flux3_with_reference"])
@@ -155,24 +155,24 @@ def gradients(loop: Any, call: dict[str, Any]) -> dict[str, Tensor]:
 @ROLLED_OR_SHORT
 def test_keeping_everything_has_the_original_gradients(name: str) -> None:
     loop, call = build(name)
-    wanted = gradients(loop, call)
+    expected = gradients(loop, call)
     loop, call = build(name)
     dit_accel.accelerate(loop.transformer, AttentionSpec((Disc(1000.0),), order=Raster(), block=(16, 16)), strict=True)
     got = gradients(loop, call)
-    assert got.keys() == wanted.keys()
-    assert any(g.any() for g in wanted.values())
-    assert relative_error(*(torch.cat([g.flatten() for g in both.values()]) for both in (got, wanted))) < 1e-5
+    assert got.keys() == expected.keys()
+    assert any(g.any() for g in expected.values())
+    assert relative_error(*(torch.cat([g.flatten() for g in both.values()]) for both in (got, expected))) < 1e-5
 
 
 @ROLLED_OR_SHORT
 def test_it_compiles_to_one_graph(name: str) -> None:
     loop, call = build(name)
     dit_accel.accelerate(loop.transformer, DISC, strict=True)
-    wanted = loop(generator=None, num_inference_steps=1, **call)[0]  # sizes are read outside of a graph
+    expected = loop(generator=None, num_inference_steps=1, **call)[0]  # sizes are read outside of a graph
     loop.transformer = torch.compile(loop.transformer, backend="eager", fullgraph=True)
     got = loop(generator=None, num_inference_steps=1, **call)[0]
     torch.compiler.reset()
-    assert relative_error(got, wanted) < 1e-6
+    assert relative_error(got, expected) < 1e-6
 
 
 def test_guidance_leaves_no_trace_of_another_history() -> None:

@@ -94,7 +94,7 @@ def refused(make: Callable[[], object], value: object, name: str) -> Any:
     ],
 )
 def test_refuses_and_shows_the_value(make: Callable[[], object], value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"got {value!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"not {value!r}")):
         make()
 
 
@@ -153,7 +153,7 @@ def test_from_dict_refuses(data: Any, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "wanted"),
+    ("spec", "expected"),
     [
         pytest.param(Fovea(), AttentionSpec((TopK(0.05, True),), Pooled(True, True, 2.0), Mass(True), Tiles((8, 8)), (64, 64)), id="fovea"),
         pytest.param(Fovea(radius=8), AttentionSpec((DiscBlocks(8),), Pooled(), Mass(), Tiles()), id="fovea-radius"),
@@ -165,24 +165,24 @@ def test_from_dict_refuses(data: Any, shown: str) -> None:
         pytest.param(GNA(7, 2, 3), AttentionSpec((Window(7, 2, 3),), None, None, Tiles()), id="gna"),
     ],
 )
-def test_preset_fills_the_slots(spec: AttentionSpec, wanted: AttentionSpec) -> None:
-    assert spec == wanted
+def test_preset_fills_the_slots(spec: AttentionSpec, expected: AttentionSpec) -> None:
+    assert spec == expected
 
 
 @pytest.mark.parametrize(
-    ("window", "wanted"),
+    ("window", "expected"),
     [
         pytest.param(Window((5, 6), stride=2), [(1, 5, 6), (1, 2, 2), (1, 1, 1)], id="pair-with-one-stride"),
         pytest.param(Window(7, 3, 2), [(7, 7, 7), (3, 3, 3), (2, 2, 2)], id="int-for-all-axes"),
         pytest.param(Window((3, 5, 6), (1, 2, 3), (1, 1, 2)), [(3, 5, 6), (1, 2, 3), (1, 1, 2)], id="triple"),
     ],
 )
-def test_window_per_axis(window: Window, wanted: list[tuple[int, int, int]]) -> None:
-    assert [window.per_axis(name) for name in ("size", "stride", "dilation")] == wanted
+def test_window_per_axis(window: Window, expected: list[tuple[int, int, int]]) -> None:
+    assert [window.per_axis(name) for name in ("size", "stride", "dilation")] == expected
 
 
 @pytest.mark.parametrize(
-    ("spec", "wanted"),
+    ("spec", "expected"),
     [
         pytest.param(CLEAR(8, downsample=4), {"spatial_weight": (4, 4)}, id="clear-downsample"),
         pytest.param(SLA(0.1), {"proj.weight": (40, 40), "proj.bias": (40,)}, id="sla"),
@@ -191,9 +191,9 @@ def test_window_per_axis(window: Window, wanted: list[tuple[int, int, int]]) -> 
         pytest.param(GNA(5), {}, id="gna"),
     ],
 )
-def test_parameters_have_the_methods_shapes(spec: AttentionSpec, wanted: dict[str, tuple[int, ...]]) -> None:
+def test_parameters_have_the_methods_shapes(spec: AttentionSpec, expected: dict[str, tuple[int, ...]]) -> None:
     params = spec.make_parameters(heads=3, head_dim=40)
-    assert {name: tuple(p.shape) for name, p in params.named_parameters()} == wanted
+    assert {name: tuple(p.shape) for name, p in params.named_parameters()} == expected
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_parameters_start_where_the_method_says(spec: AttentionSpec, start: floa
     assert {x for p in spec.make_parameters(heads=3, head_dim=8).parameters() for x in p.flatten().tolist()} == {start}
 
 
-@pytest.mark.parametrize(("spec", "wanted"), [(Fovea(0.2), 0.2), (SLA(0.1), 0.1), (CLEAR(8), None)], ids=["fovea", "sla", "clear"])
-def test_density_is_the_one_asked_for(spec: AttentionSpec, wanted: float | None) -> None:
-    assert spec.density == wanted
+@pytest.mark.parametrize(("spec", "expected"), [(Fovea(0.2), 0.2), (SLA(0.1), 0.1), (CLEAR(8), None)], ids=["fovea", "sla", "clear"])
+def test_density_is_the_one_asked_for(spec: AttentionSpec, expected: float | None) -> None:
+    assert spec.density == expected
 
 
 def test_reads_as_its_slots() -> None:

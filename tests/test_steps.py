@@ -1,4 +1,4 @@
-"""Which steps are dense: those at the start of every run, whatever ran before, inside or beside it, under any scheduler."""
+"""Which steps are dense: those at the start of every run, whatever ran before, inside or next to it, under any scheduler."""
 
 import copy
 import gc
@@ -70,13 +70,13 @@ def counted(name: str, sparse_calls: list[Any]) -> Counted:
 
 @pytest.mark.parametrize("name", FEW + MORE)
 def test_one_step_runs_and_runs_after_a_cancelled_one(counted: Counted) -> None:
-    wanted, first = counted.count(num_inference_steps=3)
-    assert wanted == 2 * counted.layers
+    expected, first = counted.count(num_inference_steps=3)
+    assert expected == 2 * counted.layers
     seeds = [torch.Generator().manual_seed(n) for n in range(2)]
     assert [counted.count(num_inference_steps=1, generator=g)[0] for g in seeds] == [0, 0]
     counted.cancel(num_inference_steps=3, generator=torch.Generator().manual_seed(5))
     again, second = counted.count(num_inference_steps=3)
-    assert again == wanted
+    assert again == expected
     assert torch.equal(second, first)
 
 
@@ -91,7 +91,7 @@ def test_a_run_is_the_same_after_any_other(counted: Counted, after: int) -> None
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_preview_inside_a_run_counts_by_itself(counted: Counted) -> None:
-    wanted, drawn = counted.count(num_inference_steps=4)
+    expected, drawn = counted.count(num_inference_steps=4)
     preview, inner = counted.other(), []
 
     def show(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_a_preview_inside_a_run_counts_by_itself(counted: Counted) -> None:
 
     got, same = counted.count(num_inference_steps=4, callback_on_step_end=show)
     assert inner == [counted.layers] * 4
-    assert got - sum(inner) == wanted
+    assert got - sum(inner) == expected
     assert torch.equal(same, drawn)
 
 

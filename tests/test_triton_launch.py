@@ -104,15 +104,15 @@ def test_a_table_tile_that_does_not_fit_gives_way_to_a_smaller_one(
     spec: AttentionSpec, kernels: set[str], card: Callable[..., SmallCard]
 ) -> None:
     small = card(kernels, 40)
-    with pytest.warns(UserWarning, match="smaller tile from now on") as told:
+    with pytest.warns(UserWarning, match="smaller tile from now on") as warned:
         found = compute(spec)
     assert_right(spec, found)
     refused = set(small.refused)
     assert refused >= kernels - {"summarise", "outer_sums"}  # these hold one side only
     assert all(small.ran[name] <= 40 for name in refused)
     # one for each row of the table, and what it says
-    assert len(told) == len({str(one.message).split("'")[1] for one in told})
-    assert "needs 300000 of shared memory, of which there are 232448" in str(told[0].message)
+    assert len(warned) == len({str(one.message).split("'")[1] for one in warned})
+    assert "needs 300000 of shared memory, of which there are 232448" in str(warned[0].message)
     small.refused.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

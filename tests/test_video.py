@@ -57,9 +57,9 @@ def test_a_gif_holds_the_frames(tmp_path: Path) -> None:
     with Image.open(path) as image:
         frames = [torch.tensor(list(f.convert("RGB").tobytes())).view(32, 48, 3) for f in ImageSequence.Iterator(image)]
         assert image.info["duration"] == 100
-    wanted = (clip() * 255).round().permute(0, 2, 3, 1)
+    expected = (clip() * 255).round().permute(0, 2, 3, 1)
     assert len(frames) == 5
-    assert float((torch.stack(frames) - wanted).abs().max()) <= 1
+    assert float((torch.stack(frames) - expected).abs().max()) <= 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.gif"]
 
 
@@ -174,11 +174,11 @@ def test_errors_before_a_model_is_loaded(tmp_path: Path) -> None:
 def test_pictures_and_videos_are_not_taken_for_each_other(model: str, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     make_tiny().save_pretrained(pictures)
-    wanted = "FluxPipeline makes pictures: leave frames out, or use another model"
-    assert fail("generate", "x", "--video", "--model", pictures, *SMALL, "--out", tmp_path / "a.gif") == wanted
-    wanted = "WanPipeline makes videos: give its number of frames, or use another model"
-    assert fail("generate", "x", "--model", model, *SMALL, "--out", tmp_path / "a.png") == wanted
-    assert wanted in run("evaluate", "x", "--model", model, *SMALL, "--out", tmp_path / "evaluation").stderr
+    expected = "FluxPipeline makes pictures: leave frames out, or use another model"
+    assert fail("generate", "x", "--video", "--model", pictures, *SMALL, "--out", tmp_path / "a.gif") == expected
+    expected = "WanPipeline makes videos: give its number of frames, or use another model"
+    assert fail("generate", "x", "--model", model, *SMALL, "--out", tmp_path / "a.png") == expected
+    assert expected in run("evaluate", "x", "--model", model, *SMALL, "--out", tmp_path / "evaluation").stderr
 
 
 def test_frames_argument(model: str) -> None:

@@ -42,7 +42,7 @@ class Loop:
 
 
 class PackedLoop(Loop):
-    """A loop around a transformer that is told where in its sequence the tokens of each kind are."""
+    """A loop around a transformer that is given where in its sequence the tokens of each kind are."""
 
     def predict(self, latents: Tensor, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
         times = timestep.expand(len(arguments["vision_mse_loss_indexes"]))

@@ -35,7 +35,7 @@ from dit_accel.patch.fingerprint import Fingerprint, fingerprint, known_hash, sa
 from dit_accel.patch.fingerprint import check as check_fingerprint
 from dit_accel.patch.heads import Layer, joint_parameters
 from dit_accel.patch.holders import Holders, is_offloaded, is_plain
-from dit_accel.patch.lora import ADAPTER, activate_lora, check_no_fused, switched_off
+from dit_accel.patch.lora import ADAPTER, activate_lora, check_user_lora_unfused, switched_off
 from dit_accel.patch.state import Patch, operators_of, patches_of
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.patch.weights import replace_weights
@@ -70,20 +70,21 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         parsed = Assignment.from_dict(assignment)
         made = {
-            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, alone=False)) for name, (heads, width) in layers.items()
+            name: joint_parameters(parsed.specs_of(name), Layer(name, heads, width, image_only=False))
+            for name, (heads, width) in layers.items()
         }
         self.layers = nn.ModuleDict({name.replace(".", "__"): module for name, module in made.items()})
         self.register_buffer("format", torch.tensor(VERSION))  # methods without parameters still make a valid file
 
 
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
-    """Write the adapter of an accelerated pipeline to a folder (made if need be), with a model card made from its config.
+    """Write the adapter of an accelerated pipeline to a folder (created if it does not exist), with a model card made from its config.
 
     `training` is a record kept in the config and shown on the card, as are the pictures in the folder.
 
     Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
     was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
-    can't be told from it.
+    can't be distinguished from it.
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
@@ -235,7 +236,7 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
 
 
 def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload an adapter's folder, card and pictures with it, to the hub repository `owner/name` (made if need be); returns its address.
+    """Upload an adapter's folder, card and pictures to the hub repository `owner/name`, created if it does not exist; gives its address.
 
     The folder is checked first as `load_adapter` does. Raises AdapterError where it is damaged, or where the hub refuses.
     """
@@ -274,7 +275,7 @@ def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
         for name, (heads, width) in layers.items():
             if not assignment.specs_of(name):
                 raise ArgumentError(f"no rule of its assignment gives a spec to the layer {name}")
-            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, alone=False))
+            joint_parameters(assignment.specs_of(name), Layer(name, heads, width, image_only=False))
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG} is damaged: {error}") from error
     return assignment
@@ -348,7 +349,7 @@ def _check_architecture(model: Any, config: dict[str, Any], assignment: Assignme
     if LORA in tensors and switched_off(model):
         raise AdapterError("LoRA is disabled on this model, and the adapter's would be too: call enable_lora() or delete_adapters() first")
     if LORA in tensors:
-        check_no_fused(model, AdapterError)
+        check_user_lora_unfused(model, AdapterError)
     classes = [cls.__name__ for cls in type(model).__mro__]
     if config["base_model_class"] not in classes:
         raise AdapterError(f"the adapter is for a {config['base_model_class']}, not for a {type(model).__name__}")

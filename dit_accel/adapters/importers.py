@@ -35,7 +35,7 @@ from dit_accel.pipelines import class_of
 
 Shape = tuple[int, ...]
 Places = dict[str, str]  # parameter of the accelerated transformer -> the file's tensor
-Wanted = dict[str, tuple[Shape, ...]]  # parameter -> the shapes that its tensor may have in the file
+Required = dict[str, tuple[Shape, ...]]  # parameter -> the shapes that its tensor may have in the file
 SUFFIX = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names types
@@ -55,14 +55,14 @@ class Kind(Enum):
     SHARED = "one SLA projection for all layers (SimpleTuner)"
 
 
-class Entry(NamedTuple):
+class TensorInfo(NamedTuple):
     """Shape and type of one tensor in a file's header; `dtype` as safetensors names it."""
 
     shape: Shape
     dtype: str
 
 
-Header = Mapping[str, Entry]
+Header = Mapping[str, TensorInfo]
 
 
 class Base(NamedTuple):
@@ -132,7 +132,7 @@ def read_header(file: Path) -> Header:
     try:
         with safe_open(file, framework="pt") as handle:
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - the handle is no mapping
-            return {key: Entry(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+            return {key: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{file} can't be read as {SUFFIX}: {error}") from error
 
@@ -174,13 +174,13 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
     match kind:
         case Kind.CLEAR:
-            places, wanted = _clear_places(header, layers, shapes, learned)
+            places, required = _clear_places(header, layers, shapes, learned)
         case Kind.TURBO:
-            places, wanted = _turbo_places(file, header, shapes, learned)
+            places, required = _turbo_places(file, header, shapes, learned)
         case Kind.SHARED:
             places = {name: key for name in learned for key in header if SHARED.get(key) == name.partition(OWN)[2]}
-            wanted = {name: (shape,) for name, shape in learned.items()}
-    _compare(file, header, places, wanted)
+            required = {name: (shape,) for name, shape in learned.items()}
+    _compare(file, header, places, required)
     return spec, places, shapes | learned
 
 
@@ -234,15 +234,15 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
 
 def _clear_places(
     header: Header, layers: Collection[str], shapes: Mapping[str, Shape], learned: Mapping[str, Shape]
-) -> tuple[Places, Wanted]:
+) -> tuple[Places, Required]:
     """Parameters have diffusers' names; pooling weights `[f, f]` have the shape `[1, 1, 1, f, 1, f, 1]`."""
     names = (f"{layer}.{leaf}.{part}" for layer in layers for leaf in CLEAR_LEAVES for part in ("weight", "bias"))
-    wanted: Wanted = {name: (shapes[name],) for name in names if name in shapes}
-    wanted |= {name: ((1, 1, 1, f, 1, f, 1),) for name, (f, _) in learned.items()}
-    return {CLEAR_POOLING.sub(rf"\1{OWN}spatial_weight", key): key for key in header}, wanted
+    required: Required = {name: (shapes[name],) for name in names if name in shapes}
+    required |= {name: ((1, 1, 1, f, 1, f, 1),) for name, (f, _) in learned.items()}
+    return {CLEAR_POOLING.sub(rf"\1{OWN}spatial_weight", key): key for key in header}, required
 
 
-def _turbo_places(file: Path, header: Header, shapes: Mapping[str, Shape], learned: Mapping[str, Shape]) -> tuple[Places, Wanted]:
+def _turbo_places(file: Path, header: Header, shapes: Mapping[str, Shape], learned: Mapping[str, Shape]) -> tuple[Places, Required]:
     """All parameters of the transformer and the projections. The patch embedding may be a matrix, a weight int8 with its scales."""
     found, stems = schemes(header)
     if len(found) != 1 or len(stems) > 1:
@@ -253,27 +253,27 @@ def _turbo_places(file: Path, header: Header, shapes: Mapping[str, Shape], learn
         if parameter in places:
             raise AdapterError(f"{file} has {parameter} twice, as {places[parameter]} and {key}")
         places[parameter] = key
-    wanted: Wanted = {name: (shape,) for name, shape in {**shapes, **learned}.items()}
+    required: Required = {name: (shape,) for name, shape in {**shapes, **learned}.items()}
     patch = shapes.get("patch_embedding.weight", ())
-    wanted["patch_embedding.weight"] = (patch, (patch[0], math.prod(patch[1:])))
+    required["patch_embedding.weight"] = (patch, (patch[0], math.prod(patch[1:])))
     quantised = [name for name, key in places.items() if key.endswith(INT8)]
-    wanted |= {_scale_of(name): (tile_grid(header[places[name]].shape),) for name in quantised}
-    return places, wanted
+    required |= {_scale_of(name): (tile_grid(header[places[name]].shape),) for name in quantised}
+    return places, required
 
 
 def _scale_of(weight: str) -> str:
     return weight.removesuffix(".weight") + SCALE
 
 
-def _compare(file: Path, header: Header, places: Places, wanted: Wanted) -> None:
+def _compare(file: Path, header: Header, places: Places, required: Required) -> None:
     """Raise AdapterError unless the tensors are those that are expected, each of an expected shape and a type that can be read."""
-    missing = [name.replace(f"{OWN}proj.", ".proj_l.").replace(OWN, ".processor.") for name in wanted if name not in places]
-    unknown = set(header) - {key for name, key in places.items() if name in wanted}
+    missing = [name.replace(f"{OWN}proj.", ".proj_l.").replace(OWN, ".processor.") for name in required if name not in places]
+    unknown = set(header) - {key for name, key in places.items() if name in required}
     wrong = {}
-    for name in set(wanted) & set(places):
+    for name in set(required) & set(places):
         entry, types = header[places[name]], ("I8",) if places[name].endswith(INT8) else FLOATS
-        if entry.shape not in wanted[name] or entry.dtype not in types:
-            shapes = " or ".join(str(shape) for shape in wanted[name])
+        if entry.shape not in required[name] or entry.dtype not in types:
+            shapes = " or ".join(str(shape) for shape in required[name])
             wrong[places[name]] = f"{places[name]}: {entry.shape} of {entry.dtype}, not {shapes} of {' or '.join(types)}"
     if missing or unknown or wrong:
         lists = {"missing": sorted(missing), "unknown": sorted(unknown), "wrong": sorted(wrong.values())}

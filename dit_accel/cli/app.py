@@ -15,7 +15,7 @@ from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 HINTS = {
     "generate": "nothing was written; with --hires the same command continues after the last finished stage",
     "collect": "the same command continues with the prompts that are missing",
-    "evaluate": "nothing was written; the same command starts anew",
+    "evaluate": "nothing was written; the same command starts over",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
 BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
@@ -71,16 +71,17 @@ app.command(epilog=generate.EPILOG)(generate.generate)
 
 @app.command(epilog="Example: dit-accel collect --prompts prompts.txt --out samples --size 512x512 --steps 8")
 def collect(
-    out: Annotated[
-        Path, typer.Option(help="Folder for the samples; what it holds whole is skipped. Several machines may fill it at once.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for the samples; complete ones in it are kept. Several machines may fill it at once.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="Instead: folder of png, jpg or webp files, captions in .txt files of the same names or in metadata.jsonl."),
+        typer.Option(
+            help="Folder of png, jpg or webp files, in place of prompts; captions in .txt files of their names or metadata.jsonl."
+        ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only read every sample in the folder, and name those that are damaged; then exit with 1.")
+        bool,
+        typer.Option("--check", help="Only read every sample in the folder and name the damaged; exit code 1 where there are some."),
     ] = False,
     model: options.Model = "builtin",
     size: options.Sizes = None,
@@ -170,9 +171,9 @@ def distill(
     optimizer: Annotated[
         OptimizerName, typer.Option(help="adamw, or muon for the attention's weights, which requires --train attention.")
     ] = DistillConfig.optimizer,
-    learning_rate: Annotated[float, typer.Option(help="Of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
+    learning_rate: Annotated[float, typer.Option(help="Rate of the LoRA or the attention's weights.")] = DistillConfig.learning_rate,
     parameter_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the method's own parameters; unless given, 0.001 for sla and 0.01 for others.")
+        float | None, typer.Option(help="Rate of the method's own parameters; unless given, 0.001 for sla and 0.01 for others.")
     ] = DistillConfig.parameter_learning_rate,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = DistillConfig.lora_rank,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Training steps between checkpoints.")] = DistillConfig.checkpoint_every,
@@ -375,7 +376,10 @@ def estimate(
 ) -> None:
     """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
     pixels = options.parse_size(size if "x" in size else f"{size}x{size}")
-    specs = [options.parse_accelerated(text, reason="the original attention is always there") for text in method or ["fovea"]]
+    specs = [
+        options.parse_accelerated(text, reason="estimate requires accelerated methods (the original is always listed)")
+        for text in method or ["fovea"]
+    ]
     if out:
         options.check_file(out)
     from dit_accel.measure import estimate as roofline
@@ -408,8 +412,8 @@ app.command(epilog=doctor.EPILOG)(doctor.doctor)
 @app.command(epilog="Example: dit-accel push clear-r8/adapter your-name/flux-clear-r8")
 def push(
     adapter: Annotated[Path, typer.Argument(help="A folder made by distill or save_adapter; its pictures go along.")],
-    repo: Annotated[str, typer.Argument(help="The hub repository, owner/name; made if need be.")],
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private; the hub's default unless given.")] = None,
+    repo: Annotated[str, typer.Argument(help="The hub repository, owner/name; created if it does not exist.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private; unless given, the hub's default.")] = None,
 ) -> None:
     """Share an adapter with its model card on the Hugging Face hub, under the account that `hf auth login` has set."""
     from dit_accel import push_adapter

@@ -14,7 +14,7 @@ EPILOG = "Example: dit-accel evaluate --prompts prompts.txt --method clear:8 --s
 
 def evaluate(
     prompt: Annotated[list[str] | None, typer.Argument(help="What is drawn; several may be given.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Instead: text file with one prompt per line; empty lines are skipped.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.html, plots and pictures.")] = Path("evaluation"),
     model: options.Model = "builtin",
     method: Annotated[str | None, typer.Option(help="A method as in generate. Unless given: fovea, or the adapter's.")] = None,

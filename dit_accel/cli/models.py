@@ -1,4 +1,4 @@
-"""Loading a pipeline by name, without the libraries' start-up notices that a user can do nothing about."""
+"""Loading a pipeline by name, without those start-up notices of the libraries that a user can't act on."""
 
 import contextlib
 import logging
@@ -111,5 +111,5 @@ def _device(name: str) -> Any:
     except RuntimeError as error:
         raise ArgumentError(f"device must be auto, cpu, cuda or another torch device, not {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"this machine has {torch.cuda.device_count()} CUDA devices: there is no {name}")
+        raise ArgumentError(f"device must be one of the {torch.cuda.device_count()} CUDA devices of this machine, not {name!r}")
     return device

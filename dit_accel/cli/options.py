@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BUILTIN_GUIDANCE = 3.5
 
 METHOD_FORMS = (
-    "none (the original attention), fovea, fovea:0.05, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
+    "none (the original attention), fovea, fovea:0.05, fovea:0.05,order=1, fovea:radius=8, clear:16, clear:8,downsample=4, clear:2x8x8, "
     "sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16, gna:9x9,dilation=2, "
     "or a JSON file of a spec or an assignment; shares are of key blocks, lengths in tokens, 9x5 "
     "is height x width, 2x8x8 frames x height x width"
@@ -46,7 +46,7 @@ TextLength = Annotated[
 ]
 Frames = Annotated[
     int | None,
-    typer.Option(min=1, help="Make a video of so many frames, of most models 4k + 1; the built-in model is then the one for video."),
+    typer.Option(min=1, help="Number of frames, for a video: 4k + 1 for most models. builtin is then the built-in video model."),
 ]
 Weights = Annotated[DType, typer.Option(help="Type of the weights; auto is bfloat16 on CUDA and float32 elsewhere.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else cpu), or a torch device, as in cuda:1.")]
@@ -59,14 +59,14 @@ Base = Annotated[int | None, typer.Option(min=1, help="With --hires: the first p
 Strength = Annotated[
     float | None,
     typer.Option(
-        help="With --hires: share of the steps, above 0 to 1, that each doubling draws anew: less keeps more.", show_default="0.7"
+        help="With --hires: share of the steps, above 0 to 1, that each doubling draws again: less keeps more.", show_default="0.7"
     ),
 ]
 Ntk = Annotated[
     float | None,
     typer.Option(help="With --hires: factor of the rotary base above --base.", show_default="10 for FLUX, else 1"),
 ]
-Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale the logits by the tokens, as CLEAR does.")]
+Proportional = Annotated[bool, typer.Option("--proportional", help="With --hires: scale logits by the number of tokens, as CLEAR does.")]
 Methods = Annotated[
     list[str] | None,
     typer.Option("--method", help="A method as in generate; may be repeated. The original is always measured.", show_default="fovea"),
@@ -164,7 +164,7 @@ def check_clip(path: Path) -> None:
 
 
 def text_length(model: str, length: int | None) -> int | None:
-    """Text tokens as asked for; None leaves the pipeline's default. Both built-in models' captions fit."""
+    """The number of text tokens: as given, else what the built-in models' captions take, else None, the pipeline's default."""
     from dit_accel.pipelines.builtin import TEXT_TOKENS
 
     return TEXT_TOKENS if length is None and model == "builtin" else length

@@ -26,13 +26,14 @@ def recovery(
         typer.Option(help="Text file with one prompt per line, of which the last are held out; unless given, 62 that builtin knows."),
     ] = None,
     held_out: Annotated[
-        int | None, typer.Option(min=1, help="So many of the prompts, the last, measure alone.", show_default="a tenth, and 2 of the 62")
+        int | None,
+        typer.Option(min=1, help="Number of prompts, the last, held out for measuring.", show_default="a tenth, and 2 of the 62"),
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most, that are drawn for the PSNR.")] = 2,
     model: options.Model = "builtin",
     size: options.Size = "512x512",
     steps: options.Steps = 8,
-    optimizer: Annotated[OptimizerName, typer.Option(help="For the attention's weights.")] = "adamw",
+    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of the attention's weights.")] = "adamw",
     seed: options.Seed = 0,
     guidance: options.Guidance = None,
     max_sequence_length: options.TextLength = None,
@@ -58,10 +59,10 @@ def recovery(
     if wrong := sorted(set(train or []) - set(known)):
         raise ArgumentError(f"train must be one of {', '.join(known)}, not {wrong[0]!r}")
     names = method or ["fovea:0.05", "clear:8", "sla:0.05"]
-    specs = {name: options.parse_accelerated(name, reason="bench recovery trains accelerated methods") for name in dict.fromkeys(names)}
+    specs = {name: options.parse_accelerated(name, reason="bench recovery requires accelerated methods") for name in dict.fromkeys(names)}
     options.check_file(out)
     if out.suffix == ".png":
-        raise ArgumentError(f"--out is the JSON file, next to which the curves are drawn as .png: name it otherwise than {out}")
+        raise ArgumentError(f"--out must name a JSON file, next to which the curves are drawn as .png, not {out}")
     from dit_accel.cli.models import load_pipeline
     from dit_accel.measure.demo import HELD_OUT, training_prompts
     from dit_accel.measure.recovery import Recovery, bench_recovery

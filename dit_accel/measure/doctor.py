@@ -53,10 +53,10 @@ def _guarded(report: Report, name: str, check: Callable[[Report], None]) -> None
     try:
         check(report)
     except Exception as error:  # whatever a broken installation raises is what is looked for
-        report.add(name, WRONG, f"could not be checked, because of {_said(error)}: {REPORT}")
+        report.add(name, WRONG, f"could not be checked, because of {_described(error)}: {REPORT}")
 
 
-def _said(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -86,7 +86,7 @@ def _imports(report: Report) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken library raises anything
-            report.add("imports", WRONG, f"{module} can't be imported ({_said(error)}): pip install --upgrade {package}")
+            report.add("imports", WRONG, f"{module} can't be imported ({_described(error)}): pip install --upgrade {package}")
             return
     report.add("imports", RIGHT, "torch, diffusers and the patch can be imported")
 
@@ -129,7 +129,7 @@ def _cpu_kernels(report: Report) -> None:
     try:
         library = native.library()
     except Exception as error:  # the dynamic linker's, or one of another build
-        report.add("CPU kernels", WRONG, f"the compiled CPU kernels can't be loaded ({_said(error)}): {REINSTALL}")
+        report.add("CPU kernels", WRONG, f"the compiled CPU kernels can't be loaded ({_described(error)}): {REINSTALL}")
         return
     if library is None:
         report.add("CPU kernels", WRONG, f"the compiled CPU kernels are missing, so a CPU runs the slow reference: {REINSTALL}")
@@ -182,7 +182,7 @@ def compiled(arch: str, quick: bool) -> tuple[list[dict[str, Any]], dict[str, st
             try:
                 rows += future.result()
             except Exception as error:  # a compiler raises many kinds, and may end its process
-                failures[job.method] = _said(error)
+                failures[job.method] = _described(error)
     kept = ("kernel", "method", "head_dim", "registers", "spilled", "shared")
     return [{name: row[name] for name in kept} for row in rows], failures
 
@@ -228,7 +228,7 @@ def _method(report: Report, name: str, method: str, shape: Any, dtype: Any, devi
     try:
         found = doctor_smoke.differences(doctor_smoke.METHODS[method], shape, dtype, device, backend)
     except Exception as error:  # a kernel that does not compile, load or end
-        report.add(name, WRONG, f"{what} fails ({_said(error)}): {advice}")
+        report.add(name, WRONG, f"{what} fails ({_described(error)}): {advice}")
         return
     for one in found:
         if not one.right:

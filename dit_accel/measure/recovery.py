@@ -84,7 +84,7 @@ class Recovery:
 
 
 def bench_recovery(recovery: Recovery, methods: Mapping[str, AnyMethod], trains: Sequence[Trainable], *, out: Path) -> dict[str, Any]:
-    """Measure every combination that the JSON file `out` lacks, draw the curves beside it as PNG, print the table, and return what the
+    """Measure every combination that the JSON file `out` lacks, draw the curves next to it as PNG, print the table, and return what the
     file holds.
 
     Samples and the runs' logs and curves go to the recovery's folder, where an interrupted training continues too. Raises ValueError

@@ -64,22 +64,22 @@ class Rule:
     tokens: Steps | None = None
 
     def __post_init__(self) -> None:
-        require(self.spec is None or isinstance(self.spec, AttentionSpec), "a rule's spec is an AttentionSpec or None", self.spec)
+        require(self.spec is None or isinstance(self.spec, AttentionSpec), "a rule's spec must be an AttentionSpec or None", self.spec)
         layers = (self.layers,) if isinstance(self.layers, str) else _tuple(self.layers)
         legal = layers is not None and len(layers) > 0 and all(isinstance(pattern, str) and pattern for pattern in layers)
-        require(legal, "layers is a pattern of layers' names, or some of them", self.layers)
+        require(legal, "layers must be a pattern of layers' names, or a tuple of them", self.layers)
         object.__setattr__(self, "layers", layers)
         if self.heads is not None:
             heads = _tuple(self.heads)
             legal = heads is not None and len(heads) > 0 and all(is_int(n) and n >= 0 for n in heads) and len(set(heads)) == len(heads)
-            require(legal, "heads is None or some different ints >= 0", self.heads)
+            require(legal, "heads must be None or different ints >= 0", self.heads)
             object.__setattr__(self, "heads", tuple(sorted(heads or ())))
         for name in ("steps", "tokens"):
             object.__setattr__(self, name, _range(name, getattr(self, name)))
         if self.noise is not None:
             noise = _tuple(self.noise) or ()
             legal = len(noise) == 2 and all(is_real(level) for level in noise) and 0 <= noise[0] < noise[1] <= 1
-            require(legal, "noise is None or (low, high) with 0 <= low < high <= 1", self.noise)
+            require(legal, "noise must be None or (low, high) with 0 <= low < high <= 1", self.noise)
             object.__setattr__(self, "noise", tuple(map(float, noise)))
 
     @functools.cached_property
@@ -190,7 +190,7 @@ class Assignment:
     def __post_init__(self) -> None:
         rules = _tuple(self.rules)
         legal = rules is not None and all(isinstance(rule, Rule) for rule in rules)
-        require(legal, "rules is a tuple of Rule", self.rules)
+        require(legal, "rules must be a tuple of Rule", self.rules)
         object.__setattr__(self, "rules", rules)
         if not self.specs:
             raise ArgumentError(
@@ -198,7 +198,7 @@ class Assignment:
             )
         order = self.specs[0].order if self.order is None else self.order
         if other := next((spec for spec in self.specs if spec.order != order), None):
-            raise ArgumentError(f"the specs of an assignment share one order, here {order}; {other} has another: give it this order")
+            raise ArgumentError(f"the specs of an assignment must have one order, but {other} has not {order}: give it that order")
         object.__setattr__(self, "order", order)
 
     @functools.cached_property
@@ -291,14 +291,14 @@ class Assignment:
     def from_dict(cls, data: Any) -> "Assignment":
         """The inverse of `to_dict`. Raises ValueError at unknown or missing keys."""
         names = {"order", "specs", "rules"}
-        require(isinstance(data, dict) and set(data) == names, f"an assignment has exactly the keys {sorted(names)}", data)
+        require(isinstance(data, dict) and set(data) == names, f"an assignment must have exactly the keys {sorted(names)}", data)
         for name in ("specs", "rules"):
-            require(isinstance(data[name], list), f"{name} of an assignment is a list", data[name])
+            require(isinstance(data[name], list), f"{name} of an assignment must be a list", data[name])
         specs = [AttentionSpec.from_dict(spec) for spec in data["specs"]]
         found = cls(tuple(_rule(rule, specs) for rule in data["rules"]))
         if unused := [n for n, spec in enumerate(specs) if spec not in found.specs]:
             raise ArgumentError(f"no rule of the assignment names its specs {unused}: remove them, or name them in a rule")
-        require(data["order"] == found.to_dict()["order"], "order is that of the specs", data["order"])
+        require(data["order"] == found.to_dict()["order"], "order must be that of the specs", data["order"])
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -332,9 +332,9 @@ def read_method(path: str | Path) -> AttentionSpec | Assignment:
 
 def _rule(data: Any, specs: Sequence[AttentionSpec]) -> Rule:
     legal = isinstance(data, dict) and "spec" in data and set(data) <= {"spec", *CONDITIONS}
-    require(legal, f"a rule has the key spec and some of {', '.join(CONDITIONS)}", data)
+    require(legal, f"a rule must have the key spec and may have {', '.join(CONDITIONS)}", data)
     number = data["spec"]
-    require(number is None or (is_int(number) and 0 <= number < len(specs)), "a rule's spec is null or a number in specs", number)
+    require(number is None or (is_int(number) and 0 <= number < len(specs)), "a rule's spec must be null or a number in specs", number)
     conditions = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name != "spec"}
     return Rule(None if number is None else specs[number], **conditions)
 
@@ -354,7 +354,7 @@ def _range(name: str, value: Any) -> Steps | None:
         return None
     pair = (value.start, value.stop) if isinstance(value, range) and value.step == 1 else _tuple(value) or ()
     legal = len(pair) == 2 and is_int(pair[0]) and pair[0] >= 0 and (pair[1] is None or (is_int(pair[1]) and pair[1] > pair[0]))
-    require(legal, f"{name} is None or (first, end), two ints with 0 <= first < end, the end None for no end", value)
+    require(legal, f"{name} must be None or (first, end), two ints with 0 <= first < end, the end None for no end", value)
     return pair[0], pair[1]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from dit_accel.errors import ArgumentError
 
 
-def require(condition: bool, rule: str, given: object) -> None:
-    """Raise ArgumentError with the rule and what was given instead."""
+def require(condition: bool, rule: str, given: object, advice: str = "") -> None:
+    """Raise ArgumentError, unless the condition holds, with the rule ("x must be ..."), what was given instead, and what to do."""
     if not condition:
-        raise ArgumentError(f"{rule}, got {given!r}")
+        raise ArgumentError(f"{rule}, not {given!r}{f': {advice}' if advice else ''}")
 
 
 def plain(value: Any) -> Any:
@@ -23,29 +23,31 @@ def plain(value: Any) -> Any:
 
 
 def is_int(value: object) -> bool:
+    """Whether a value is an int; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> bool:
+    """Whether a value is a finite int or float; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flag(name: str, value: object) -> None:
     """Raise ArgumentError unless the value is a bool."""
-    require(isinstance(value, bool), f"{name} is True or False", value)
+    require(isinstance(value, bool), f"{name} must be True or False", value)
 
 
 def items(name: str, value: object) -> tuple[Any, ...]:
-    """A tuple or a list, as a tuple."""
-    require(isinstance(value, tuple | list), f"{name} is a tuple", value)
+    """A tuple or a list, as a tuple. Raises ArgumentError for anything else."""
+    require(isinstance(value, tuple | list), f"{name} must be a tuple", value)
     return tuple(value)  # type: ignore[arg-type]
 
 
 def axes(name: str, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """An int for all axes, or one int >= 1 per axis; a list (from JSON) becomes a tuple."""
+    """An int >= 1 for all axes, or one to three of them, one per axis; a list (from JSON) becomes a tuple. Raises ArgumentError."""
     if isinstance(value, list):
         value = tuple(value)
     entries = value if isinstance(value, tuple) else (value,)
-    rule = f"{name} is an int >= 1 or a tuple of one to three of them"
+    rule = f"{name} must be an int >= 1 or a tuple of one to three of them"
     require(1 <= len(entries) <= 3 and all(is_int(v) and v >= 1 for v in entries), rule, value)
     return value

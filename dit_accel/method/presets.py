@@ -11,6 +11,7 @@ from dit_accel.method.parts import (
     Disc,
     DiscBlocks,
     Downsampled,
+    ErrorProduct,
     FirstFrames,
     Linear,
     Mass,
@@ -28,7 +29,7 @@ from dit_accel.method.spec import AttentionSpec
 
 def _frames(count: int) -> tuple[Pattern, ...]:
     count = plain(count)
-    require(is_int(count) and count >= 0, "first_frames is a number of frames >= 0", count)
+    require(is_int(count) and count >= 0, "first_frames must be a number of frames >= 0", count)
     return (FirstFrames(count),) if count else ()
 
 
@@ -38,18 +39,24 @@ def _tiles(tile: tuple[int, ...]) -> tuple[Order, tuple[int, int]]:
 
 
 def Fovea(  # noqa: N802
-    density: float | None = None, *, radius: float | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0
-) -> AttentionSpec:
+    density: float | None = None, *, radius: float | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0, order: int = 0,
+    parts: int | None = None,
+) -> AttentionSpec:  # fmt: skip
     """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
 
     `density` (default 0.05) keeps the best share of tiles per query tile; `radius` keeps every tile that a disc of that radius touches
     (a ball in a video), without any selection. `tile`: (height, width) or (frames, height, width) in tokens, 16 to 128 of them in all.
-    `first_frames` of a video are always kept. Ancestors: MRA (arXiv 2207.10284), token merging's proportional attention.
+    `first_frames` of a video are always kept. `order`: 1 lets the value of what is not kept change with the query, to first order, and
+    keeps the tiles that are badly summarised; `parts`: pooled keys for a tile, 1, 2 or 4, by default 1 to order 0 and 2 to order 1.
+    Ancestors and relatives: docs/methods.md.
     """
     if density is not None and radius is not None:
-        raise ArgumentError(f"Fovea takes density or radius, got both: {density=}, {radius=}")
-    kept: Pattern = DiscBlocks(radius) if radius is not None else TopK(0.05 if density is None else density, correct_short=True)
-    return AttentionSpec((kept, *_frames(first_frames)), Pooled(), Mass(), *_tiles(tile))
+        raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
+    rest = Pooled(parts=(2 if order else 1) if parts is None else parts, order=order)
+    share = 0.05 if density is None else density
+    chosen = TopK(share, correct_short=True) if rest.plain else TopK(share, score=ErrorProduct())
+    kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
+    return AttentionSpec((kept, *_frames(first_frames)), rest, Mass(), *_tiles(tile))
 
 
 def CLEAR(  # noqa: N802
@@ -79,13 +86,13 @@ def SLA(  # noqa: N802
 
     `tile` puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
     """
-    require(scope in ("complement", "all", "none"), "scope is 'complement', 'all' or 'none'", scope)
+    require(scope in ("complement", "all", "none"), "scope must be 'complement', 'all' or 'none'", scope)
     topk = plain(topk)
-    require(is_real(topk) and 0 < topk <= 1, "topk is a share of key blocks in (0, 1]", topk)
-    require(feature_map in tuple(FEATURE_MAPS), f"feature_map is one of {tuple(FEATURE_MAPS)}", feature_map)
+    require(is_real(topk) and 0 < topk <= 1, "topk must be a share of key blocks in (0, 1]", topk)
+    require(feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", feature_map)
     order: Order = Raster()
     if tile is not None:
-        require(block == (64, 64), "block is for raster order: a tile's tokens are the block", block)
+        require(block == (64, 64), "block must keep its default (64, 64) where tile is given", block, "leave it out, a tile is the block")
         order, block = _tiles(tile)
     keep = (TopK(topk), *_frames(first_frames))
     if scope == "none":

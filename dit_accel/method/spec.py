@@ -51,19 +51,19 @@ class AttentionSpec:
         object.__setattr__(self, "keep", items("keep", self.keep))
         object.__setattr__(self, "block", plain(items("block", self.block)))
         patterns = len(self.keep) > 0 and all(isinstance(pattern, Pattern) for pattern in self.keep)
-        require(patterns, f"keep holds one or more of {list(part_types(Pattern))}", self.keep)
+        require(patterns, f"keep must hold one or more of {list(part_types(Pattern))}", self.keep)
         for pattern in self.keep:
             check_part(pattern, Pattern, "each of keep")
-        require(sum(isinstance(p, Selection) for p in self.keep) <= 1, "keep holds one selection at most", self.keep)
+        require(sum(isinstance(p, Selection) for p in self.keep) <= 1, "keep must hold one selection at most", self.keep)
         for name, slot, value in (("rest", Rest, self.rest), ("merge", Merge, self.merge)):
             if value is not None:
                 check_part(value, slot, name)
         check_part(self.order, Order, "order")
-        require((self.rest is None) == (self.merge is None), "rest and merge are both given or both None", (self.rest, self.merge))
+        require((self.rest is None) == (self.merge is None), "rest and merge must both be given or both be None", (self.rest, self.merge))
         legal = len(self.block) == 2 and all(is_int(b) and 16 <= b <= 128 and b & (b - 1) == 0 for b in self.block)
-        require(legal, "block is two powers of two from 16 to 128", self.block)
+        require(legal, "block must be two powers of two from 16 to 128", self.block)
         if (tokens := self.order.block) is not None:
-            require(self.block == (tokens, tokens), f"in the order {self.order} block is {(tokens, tokens)}", self.block)
+            require(self.block == (tokens, tokens), f"block must be {(tokens, tokens)} in the order {self.order}", self.block)
         for part in self.parts():
             part.check(self)
 
@@ -103,7 +103,7 @@ class AttentionSpec:
         for part in self.parts():
             own = part.parameters(heads, head_dim)
             if both := sorted(found.keys() & own.keys()):
-                raise ArgumentError(f"{part} and another part of the spec both call a learned tensor {both[0]!r}: rename it in one of them")
+                raise ArgumentError(f"{part} and another part of the spec both name a learned tensor {both[0]!r}: rename it in one of them")
             found |= own
         return found
 
@@ -133,7 +133,7 @@ class AttentionSpec:
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
         """The inverse of `to_dict`. Raises ValueError at unknown or missing keys and types."""
         names = {"keep", "rest", "merge", "order", "block"}
-        require(isinstance(data, dict) and set(data) == names, f"a spec has exactly the keys {sorted(names)}", data)
+        require(isinstance(data, dict) and set(data) == names, f"a spec must have exactly the keys {sorted(names)}", data)
         return cls(
             keep=tuple(part_from_dict(p) for p in items("keep", data["keep"])),
             rest=None if data["rest"] is None else part_from_dict(data["rest"]),

@@ -52,8 +52,8 @@ MORE: dict[str, Reader] = {"tile": AXES, "first_frames": INTEGER}  # arguments o
 
 
 @dataclass(frozen=True)
-class Method:
-    """A preset and how its arguments are read; the first of them may stand without its name."""
+class PresetSyntax:
+    """A preset and how its arguments are read; the first of them may be given without its name."""
 
     preset: Callable[..., AttentionSpec]
     arguments: dict[str, Reader]
@@ -62,19 +62,20 @@ class Method:
 
     @property
     def first(self) -> str:
-        """The argument that may stand without its name."""
+        """The argument that may be given without its name."""
         return next(iter(self.arguments))
 
 
-METHODS: dict[str, Method] = {
-    "fovea": Method(
-        Fovea, {"density": NUMBER, "radius": NUMBER} | MORE, ("fovea", "fovea:0.05", "fovea:radius=8"), required=False
+METHODS: dict[str, PresetSyntax] = {
+    "fovea": PresetSyntax(
+        Fovea, {"density": NUMBER, "radius": NUMBER, "order": INTEGER, "parts": INTEGER} | MORE,
+        ("fovea", "fovea:0.05", "fovea:0.05,order=1", "fovea:radius=8"), required=False,
     ),
-    "clear": Method(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
-    "sla": Method(
+    "clear": PresetSyntax(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
+    "sla": PresetSyntax(
         SLA, {"topk": NUMBER, "feature_map": WORD, "scope": WORD, "block": PAIR} | MORE, ("sla:0.1", "sla:0.1,scope=all,feature_map=elu")
     ),
-    "gna": Method(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
+    "gna": PresetSyntax(GNA, {"window": AXES, "stride": AXES, "dilation": AXES} | MORE, ("gna:80,stride=16", "gna:9x9,dilation=2")),
 }  # fmt: skip
 
 
@@ -88,22 +89,22 @@ def parse_method(text: str) -> AttentionSpec | Assignment | None:
     name, colon, rest = (part.strip() for part in text.partition(":"))
     name = name.lower()
     if name not in METHODS and name != "none":
-        raise ArgumentError(f"method is one of {', '.join(['none', *METHODS])} or a JSON file, got {text!r}")
+        raise ArgumentError(f"method must be one of {', '.join(['none', *METHODS])} or a JSON file, not {text!r}")
     if name == "none":
         if colon:
-            raise ArgumentError(f"none takes no arguments, got {text!r}")
+            raise ArgumentError(f"none takes no arguments: write none, not {text!r}")
         return None
     method = METHODS[name]
     arguments = _read_arguments(name, method, rest, text) if colon else {}
     if method.required and method.first not in arguments:
-        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, got {text!r}")
+        raise ArgumentError(f"{name} requires its {method.first}, as in {method.examples[0]}, which {text!r} lacks")
     try:
         return method.preset(**arguments)
     except ArgumentError as error:
         raise ArgumentError(f"{error} (in {text!r})") from None
 
 
-def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str, Any]:
+def _read_arguments(name: str, method: PresetSyntax, rest: str, text: str) -> dict[str, Any]:
     """The arguments after the colon, by name."""
     found: dict[str, Any] = {}
     for position, part in enumerate(rest.split(",")):
@@ -111,14 +112,14 @@ def _read_arguments(name: str, method: Method, rest: str, text: str) -> dict[str
         if not equals and position == 0:
             key, value = method.first, key
         elif not equals:
-            raise ArgumentError(f"{name} requires key=value after its first argument, got {part!r} in {text!r}")
+            raise ArgumentError(f"{name} requires key=value after its first argument, not {part!r} in {text!r}")
         if key not in method.arguments:
-            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, got {key!r} in {text!r}")
+            raise ArgumentError(f"{name} takes {', '.join(method.arguments)}, not {key!r} in {text!r}")
         if key in found:
-            raise ArgumentError(f"{name} takes each argument once: {key} is twice in {text!r}")
-        read, wanted = method.arguments[key]
+            raise ArgumentError(f"{name} takes each argument once, but {key} is twice in {text!r}: remove one")
+        read, required = method.arguments[key]
         try:
             found[key] = read(value)
         except ValueError:
-            raise ArgumentError(f"{name}'s {key} is {wanted}, got {value!r} in {text!r}") from None
+            raise ArgumentError(f"{name}'s {key} must be {required}, not {value!r} in {text!r}") from None
     return found

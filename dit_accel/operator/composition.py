@@ -5,6 +5,7 @@ are what the spec's parts say in torch, but where one call of the compiled kerne
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -53,8 +54,9 @@ def _compiled(
         lists = lowering.lists(query, key, spec, layouts, plan, backend)
     else:
         lists = Lists.from_map(visited_blocks(_image_call(query, key, value, layouts, plan, params, scale), spec, plan))
-    if lowering.fuses(spec):
-        return lowering.attend(query, key, value, spec, layouts, plan, lists, params, scale, backend, text_bias)
+    if lowering.fuses(spec, backend):
+        given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
+        return lowering.attend(query, key, value, spec, layouts, plan, lists, params, scale, backend, text_bias, given)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
     call = _image_call(query, key, value, layouts, plan, params, scale)
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)

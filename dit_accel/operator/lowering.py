@@ -3,6 +3,8 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
-from dit_accel.method.parts import Downsampled, Linear, Mass, MeanProduct, Part, Pooled, Residual, TopK
+from dit_accel.method.parts import Call, Downsampled, Linear, Mass, MeanProduct, Merge, Part, Pooled, Residual, TopK
+from dit_accel.method.parts.content import slopes_of_queries
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -22,8 +25,10 @@ COMPILED = ("cpu", "triton")
 FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: one derived from them may compute something else
 
 
-def fuses(spec: AttentionSpec) -> bool:
+def fuses(spec: AttentionSpec, implementation: str) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
+    if type(spec.rest) is Pooled and not spec.rest.plain and implementation != "cpu":
+        return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -33,23 +38,27 @@ def selects(spec: AttentionSpec) -> bool:
     return chosen is None or (type(chosen) is TopK and type(chosen.score) is MeanProduct)
 
 
-def in_torch(spec: AttentionSpec) -> list[Part]:
+def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
-    found: list[Part | None] = [None if selects(spec) else spec.selection, *(() if fuses(spec) else (spec.rest, spec.merge))]
+    rest = () if fuses(spec, implementation) else (spec.rest, spec.merge)
+    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
     return [part for part in found if part is not None]
 
 
 def has_states(spec: AttentionSpec) -> bool:
     """Whether the kernels hold the states of a linear rest, which limits the size of a head."""
-    return fuses(spec) and type(spec.rest) is Linear
+    return type(spec.rest) is Linear and type(spec.merge) in FUSED
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, lists: Lists, params: Values,
-    scale: float, implementation: str, text_bias: Tensor | None,
+    scale: float, implementation: str, text_bias: Tensor | None, call: Callable[[], Call],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse of queries `[B, H, Nq, D]` for a spec whose rest and merge the kernels know."""
-    rest = _rest(key, value, spec, layouts, plan, params)
+    """Output and lse of queries `[B, H, Nq, D]` for a spec whose rest and merge the kernels know. `call`: makes what parts are given."""
+    if type(spec.rest) is Pooled and not spec.rest.plain:
+        rest = _summaries(spec.rest, spec.merge, dataclasses.replace(call(), visited=lists), params)
+    else:
+        rest = _rest(key, value, spec, layouts, plan, params)
     return _run(query, key, value, layouts, plan, lists, scale, implementation, text_bias, rest)
 
 
@@ -96,12 +105,26 @@ def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, pla
         case Downsampled():
             for name, x in (("extra_k", key), ("extra_v", value)):
                 found[name] = spec.rest.pooled(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
-    match spec.merge:
+    return found | _merge(spec.merge, params)
+
+
+def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
+    match merge:
         case Residual():
-            found |= {"residual": True} | {name: params[f"proj.{name}"].float().contiguous() for name in ("weight", "bias")}
+            return {"residual": True} | {name: params[f"proj.{name}"].float().contiguous() for name in ("weight", "bias")}
         case Mass(offset=True):
-            found["offset"] = params["offset"].float().contiguous()
-    return found
+            return {"offset": params["offset"].float().contiguous()}
+    return {}
+
+
+def _summaries(rest: Pooled, merge: Merge | None, call: Call, params: Values) -> dict[str, Any]:
+    """A rest of pooled keys that are made in torch: the keys, and the slopes of the query blocks, as `Arguments` names them."""
+    pooled = rest.pooled(call)
+    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
+    if rest.order:
+        found["slopes"] = slopes_of_queries(call, pooled, rest.parts)
+    given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
+    return {"rest": "pooled"} | given | _merge(merge, params)
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:

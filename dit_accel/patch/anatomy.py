@@ -80,7 +80,7 @@ def _why_unsupported(candidates: list[Any]) -> str:
     kinds = "; ".join(f"{name}: {', '.join(modules)}" for name, modules in found.items())
     return (
         f"no family is registered for {' or '.join(found)}. Its attention modules are {kinds}. What is missing is a declaration of which "
-        "of them are image self-attention, where the grid comes from and where the text stands: "
+        "of them are image self-attention, where the grid comes from and where the text is placed: "
         "dit_accel.pipelines.register(Family(...)), as samples/new_family.py shows"
     )
 

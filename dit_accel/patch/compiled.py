@@ -111,7 +111,7 @@ def _attention(
     with torch.autocast(query.device.type, enabled=False):  # the graph has cast what autocast casts
         if forward is not None and context is not None and own is not None:
             method = functools.partial(processor.by_specs, layer=own, params=params, backend=context.backend)
-            return processor.arranged(*processor.with_all_heads(q, k, v), scale, mask, forward, own.alone, method).transpose(1, 2)
+            return processor.arranged(*processor.with_all_heads(q, k, v), scale, mask, forward, own.image_only, method).transpose(1, 2)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
         if primitive == "sdpa":

@@ -64,7 +64,7 @@ class Context(Settings):
 
     `layout`, `crossovers`: of the last forward in any thread, for `summary`; a spec has a crossover where one was to be measured. `last`:
     that forward; `device`: of its latents. A copy remembers nothing. `tag`: the context's name in compiled graphs; `token`: that of the
-    forward while a graph of all of it is traced, else the tag. `known`: what such names are for.
+    forward while a graph of all of it is traced, else the tag. `known`: contexts and forwards by these names.
     """
 
     layout: TokenLayout | None = field(default=None, init=False)
@@ -77,8 +77,8 @@ class Context(Settings):
     tag: Tensor = field(init=False)
     token: Tensor = field(init=False)
     _parsed: tuple[tuple[tuple[Any, ...], Grids | str], ...] = field(default=(), init=False)
-    _said: set[tuple[Grids, AttentionSpec]] = field(default_factory=set, init=False)  # reported as left to the original attention
-    _slow: set[str] = field(default_factory=set, init=False)  # what a user was told of a GPU without kernels
+    _reported: set[tuple[Grids, AttentionSpec]] = field(default_factory=set, init=False)  # reported as left to the original attention
+    _slow: set[str] = field(default_factory=set, init=False)  # what a user was warned of: GPUs without kernels
 
     def __post_init__(self) -> None:
         self.tag = self.token = token_of(self, None)
@@ -91,18 +91,18 @@ class Context(Settings):
         """Channels per head of the first layer."""
         return self.layers[0].head_dim
 
-    def leaves(self, spec: AttentionSpec) -> bool:
+    def left_to_original(self, spec: AttentionSpec) -> bool:
         """Whether the last forward left a spec's heads to the original attention because that is faster."""
         crossover = self.crossovers.get(spec)
-        return crossover is not None and crossover.loses and not self._runs_anyway(torch.is_grad_enabled())
+        return crossover is not None and crossover.loses and not self._never_guarded(torch.is_grad_enabled())
 
-    def _runs_anyway(self, gradient: bool) -> bool:
-        """Whether the method runs at every size, so that nothing is to be measured."""
+    def _never_guarded(self, gradient: bool) -> bool:
+        """Whether the method runs at every size, because it was asked for by name or its weights require it: nothing is measured then."""
         asked = self.backend != "auto" or self.strict or self.always or not self.enabled
         return asked or self.trained or self.trained_tokens is not None or gradient
 
     def fall_back(self, reason: str) -> None:
-        """Record that a call runs its original attention: counted, said once, an error under strict."""
+        """Record that a call runs its original attention: counted, a warning the first time, an error under strict."""
         if self.strict:
             raise FallbackError(f"strict=True requires every layer to be accelerated, but this call has {reason}")
         if reason not in self.fallbacks:
@@ -126,9 +126,9 @@ class Context(Settings):
             return False
         if forward.active and not forward.runs(layer):
             return False
-        taken, reason = route(forward, layer.alone, q_len, kv_len, mask, special)
+        taken, reason = route(forward, layer.image_only, q_len, kv_len, mask, special)
         if taken:
-            self.layout = forward.layout(layer.alone, kv_len)
+            self.layout = forward.layout(layer.image_only, kv_len)
         elif reason is not None:
             self.fall_back(reason)
         return taken
@@ -161,8 +161,7 @@ class Context(Settings):
         names = [name for name in family.ids if arguments.get(name) is not None]
         grids: Grids | str = () if family.ids else family.grid(arguments, transformer)
         words = "\n".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, str)) if family.ids else ""
-        text = family.text(arguments) if family.text else None
-        history = family.history(arguments, transformer) if family.history else 0
+        text, history = family.lengths(arguments, transformer)
         self.token = torch.ops.dit_accel.begin(
             self.tag, _first(arguments[family.latents]), arguments.get(family.timestep),
             [arguments[name] for name in names], "\n".join(names), words,
@@ -171,15 +170,10 @@ class Context(Settings):
         )  # fmt: skip
 
     def _read(self, arguments: Mapping[str, Any], transformer: Any) -> Forward:
-        """What a forward's arguments say of it."""
-        family = self.family
-        grids = self.grids(arguments, transformer)
-        text = family.text(arguments) if family.text else None
-        history = family.history(arguments, transformer) if family.history else 0
-        latents = _first(arguments[family.latents])
-        return self.begin(
-            grids, text, history, arguments.get(family.timestep), latents, list(given(arguments)), gradient=torch.is_grad_enabled()
-        )
+        """The forward with these arguments."""
+        grids, (text, history) = self.grids(arguments, transformer), self.family.lengths(arguments, transformer)
+        latents, timestep = _first(arguments[self.family.latents]), arguments.get(self.family.timestep)
+        return self.begin(grids, text, history, timestep, latents, list(given(arguments)), gradient=torch.is_grad_enabled())
 
     def begin(
         self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, given_masks: list[Tensor], *,
@@ -227,16 +221,16 @@ class Context(Settings):
     def _measured(
         self, forward: Forward, specs: tuple[AttentionSpec, ...], latents: Tensor, gradient: bool
     ) -> dict[AttentionSpec, Crossover]:
-        """Whether each spec or the original attention is faster at this size, where that decides; said once where the original is."""
-        if self._runs_anyway(gradient):
+        """Whether each spec or the original attention is faster at this size, where that decides; a warning once where the original is."""
+        if self._never_guarded(gradient):
             return {}
         layout = forward.layout(False, forward.image + (forward.text or 0))
         asked = {spec: guard.measured(spec, layout, self.head_dim, latents.dtype, latents.device) for spec in specs}
         known = {spec: found for spec, found in asked.items() if found is not None}
         for spec, found in known.items():
-            if not found.loses or (forward.grids, spec) in self._said:
+            if not found.loses or (forward.grids, spec) in self._reported:
                 continue
-            self._said.add((forward.grids, spec))
+            self._reported.add((forward.grids, spec))
             which = f" in the place of {spec}" if len(self.assignment.specs) > 1 else ""
             sizes = " and ".join("×".join(str(n) for n in (grid[1:] if grid[0] == 1 else grid)) for grid in forward.grids)
             warnings.warn(
@@ -247,7 +241,7 @@ class Context(Settings):
         return known
 
     def _warn_if_slow(self, latents: Tensor) -> None:
-        """Say once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
+        """Warn once that a GPU runs the eager reference, and what to install; here, because a model may be moved after `accelerate`."""
         linear = any(lowering.has_states(spec) for spec in self.assignment.specs)
         slow = dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=linear)
         if slow is not None and slow not in self._slow:
@@ -255,7 +249,7 @@ class Context(Settings):
             warnings.warn(f"dit_accel: {slow}", stacklevel=2)
 
 
-# A compiled transformer's hooks run in frames of their own, outside of its graph: as such they are not compiled. Within the graph of a
+# A compiled transformer's hooks run in frames of their own, outside of its graph: those frames are not compiled. Within the graph of a
 # function that calls the transformer they are traced.
 for hook in (Context.before, Context.after):
     skip_code(hook.__code__)

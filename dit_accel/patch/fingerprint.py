@@ -36,7 +36,7 @@ def known_hash(transformer: nn.Module) -> str:
 
 
 def _state(transformer: nn.Module) -> str:
-    """What changes whenever the original weights do, and not by a LoRA beside them."""
+    """A digest that changes whenever the original weights do, and not with a LoRA on them."""
     digest = hashlib.sha256()
     for plain, read in sorted(teacher_values(transformer).items()):
         for part in stored(read()):
@@ -64,19 +64,18 @@ def fingerprint(transformer: nn.Module) -> Fingerprint:
 
 def check(value: Any) -> None:
     """Raise ValueError unless it is a fingerprint as `fingerprint` makes it."""
-    wanted = "a fingerprint holds a dtype and base64 of float32 numbers for each parameter"
     if not isinstance(value, dict):
-        raise ValueError(f"{wanted}, got {type(value).__name__}")
+        raise ValueError(f"a fingerprint must be an object with an entry for each parameter, not {type(value).__name__}")
     for name, entry in value.items():
         pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
         if not pair or entry[0] not in (*NAMES, "quantised"):
-            raise ValueError(f"{wanted}, got {str(entry)[:80]!r} for {name}")
+            raise ValueError(f"the fingerprint of {name} must be [dtype, numbers in base64], not {str(entry)[:80]!r}")
         try:
             data = base64.b64decode(entry[1], validate=True)
         except ValueError as error:
-            raise ValueError(f"{wanted}, got for {name}: {error}") from error
+            raise ValueError(f"the numbers in the fingerprint of {name} are not base64: {error}") from error
         if not data or len(data) % 4:
-            raise ValueError(f"{wanted}, got {len(data)} bytes for {name}")
+            raise ValueError(f"the numbers in the fingerprint of {name} must be float32, four bytes each, not {len(data)} bytes")
 
 
 def same_weights(transformer: nn.Module, recorded: Fingerprint, exact: str) -> bool:

@@ -48,20 +48,20 @@ class Forward:
         """Tokens of all images."""
         return sum(math.prod(grid) for grid in self.grids)
 
-    def images(self, alone: bool, tokens: int) -> tuple[Grids, int, int | None]:
+    def images(self, image_only: bool, tokens: int) -> tuple[Grids, int, int | None]:
         """The grids of the images in a sequence of so many tokens, their tokens, and how many others there are, if that is known.
 
-        `alone`: the module sees the drawn image only.
+        `image_only`: the module sees the drawn image only.
         """
-        if alone:
+        if image_only:
             return self.grids[:1], math.prod(self.grids[0]), 0
         if self.family.doubled and self.text is not None and tokens == 2 * self.image != self.image + self.text:
             return self.grids * 2, 2 * self.image, 0
         return self.grids, self.image, self.text
 
-    def layout(self, alone: bool, tokens: int) -> TokenLayout:
+    def layout(self, image_only: bool, tokens: int) -> TokenLayout:
         """Of a sequence of so many tokens, images and text."""
-        grids, image, _ = self.images(alone, tokens)
+        grids, image, _ = self.images(image_only, tokens)
         return TokenLayout(grids[0], tokens - image, self.family.text_first, references=grids[1:])
 
     def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:

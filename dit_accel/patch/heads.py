@@ -15,12 +15,12 @@ from dit_accel.method.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Layer:
-    """An accelerated attention module. `alone`: its sequence is the drawn image's alone."""
+    """An accelerated attention module. `image_only`: its sequence is the drawn image's, without text."""
 
     name: str
     heads: int
     head_dim: int
-    alone: bool
+    image_only: bool
 
 
 def joint_parameters(specs: Sequence[AttentionSpec], layer: Layer) -> AttentionParameters:

@@ -12,29 +12,29 @@ ADAPTER = "dit_accel"  # its name
 
 
 def activate_lora(model: Any, others: list[str]) -> None:
-    """Ours beside the adapters that were active; their scales stay (diffusers' set_adapters would make them 1)."""
+    """Activate ours in addition to the adapters that were active; their scales stay (diffusers' set_adapters would make them 1)."""
     for module in model.modules():
         if others and isinstance(module, BaseTunerLayer):
             module.set_adapter([*others, ADAPTER])
 
 
-def silence_lora(model: Any) -> dict[str, float]:
+def zero_own_lora(model: Any) -> dict[str, float]:
     """Scale ours to 0, where it adds exact zeros; returns the scales that it had, by layer. Other adapters are left alone."""
     layers = {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "scaling", {})}
     before = {name: module.scaling[ADAPTER] for name, module in layers.items()}
-    scale_lora(model, dict.fromkeys(layers, 0.0))
+    scale_own_lora(model, dict.fromkeys(layers, 0.0))
     return before
 
 
-def scale_lora(model: Any, scales: dict[str, float]) -> None:
+def scale_own_lora(model: Any, scales: dict[str, float]) -> None:
     """Give ours these scales, by layer, where it is still there."""
     for name, module in model.named_modules():
         if name in scales and ADAPTER in getattr(module, "scaling", {}):
             module.scaling[ADAPTER] = scales[name]
 
 
-def check_apart(model: Any) -> None:
-    """Raise DitAccelError where `fuse_lora` added ours to the weights: nothing tells the original from what was trained then."""
+def check_own_lora_unfused(model: Any) -> None:
+    """Raise DitAccelError where `fuse_lora` added ours to the weights: the original can't be distinguished from what was trained then."""
     if any(ADAPTER in getattr(module, "merged_adapters", ()) for module in model.modules()):
         raise DitAccelError(
             f"fuse_lora() added the LoRA {ADAPTER!r} to the weights, so that the original can't be distinguished from what was trained: "
@@ -42,8 +42,8 @@ def check_apart(model: Any) -> None:
         )
 
 
-def check_no_fused(model: Any, error: type[DitAccelError]) -> None:
-    """Raise `error` where `fuse_lora` added a user's LoRA to the weights: PEFT would take it out when ours comes in, and round them."""
+def check_user_lora_unfused(model: Any, error: type[DitAccelError]) -> None:
+    """Raise `error` where `fuse_lora` added a user's LoRA to the weights: PEFT would take it out when ours is added, and round them."""
     fused = sorted({str(adapter) for module in model.modules() for adapter in getattr(module, "merged_adapters", ())})
     if fused:
         raise error(
@@ -66,8 +66,8 @@ def switched_off(model: Any) -> bool:
     return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
 
 
-def works(model: Any) -> bool:
-    """Whether ours is there and switched on, by the first layer that could tell."""
+def own_lora_is_active(model: Any) -> bool:
+    """Whether ours is there and switched on, by the first layer that has it."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     first = next((layer for layer in layers if ADAPTER in getattr(layer, "scaling", {})), None)
     return first is not None and ADAPTER in first.active_adapters and not first.disable_adapters

@@ -20,7 +20,7 @@ P = TypeVar("P")
 def check_trained_tokens(tokens: int | None) -> None:
     """Raise ValueError unless it is None or a number of tokens whose logarithm can divide."""
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2):
-        raise ValueError(f"trained_tokens is a number of tokens >= 2 or None, got {tokens!r}")
+        raise ValueError(f"trained_tokens must be a number of tokens >= 2 or None, not {tokens!r}")
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class AcceleratedAttention(nn.Module):
         forward = self.context.forward()
         if forward is None:
             raise RuntimeError("an accelerated attention module's operator was called outside its transformer's forward")
-        return arranged(query, key, value, scale, mask, forward, self.layer.alone, self.attend)
+        return arranged(query, key, value, scale, mask, forward, self.layer.image_only, self.attend)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward
@@ -90,21 +90,21 @@ class AcceleratedAttention(nn.Module):
 
 
 def arranged(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None, forward: Forward, alone: bool,
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None, forward: Forward, image_only: bool,
     method: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """A call of a forward `[B, H, N, D]`, with a mask that `route` accepted, by a method with `AcceleratedAttention.attend`'s arguments.
 
     Every token of the layout gets a query, and the text is brought before or behind all images.
     """
-    layout = forward.layout(alone, key.shape[2])
+    layout = forward.layout(image_only, key.shape[2])
     if forward.family.mask == "ones":
         mask = None
     history, absent = forward.history, key.shape[2] - query.shape[2]
     before = absent if layout.text_first or history else 0
     if absent:  # queries of zeros for text that has none; their rows are dropped
         query = F.pad(query, (0, 0, before, absent - before))
-    if history:  # the order of keys is no matter: what stands before the image is brought behind it, beside the text
+    if history:  # the order of keys does not matter: those before the image are moved behind it, to the text
         query, key, value = (x.roll(-history, 2) for x in (query, key, value))
         mask = None if mask is None else masks.rolled(mask, -history)
     bias = None if mask is None else masks.text_bias(mask, layout, len(query))
@@ -259,9 +259,9 @@ def accelerated_class(base: type) -> type:
 
 def accelerated_copy(processor: Any) -> Any:
     """A shallow copy of a processor in its rewritten class, the original left as it is. Raises UnsupportedModelError where none can be."""
-    twin, ours = copy.copy(processor), accelerated_class(type(processor))
+    copied, ours = copy.copy(processor), accelerated_class(type(processor))
     try:
-        twin.__class__ = ours
+        copied.__class__ = ours
     except TypeError as error:
         raise UnsupportedModelError(f"{type(processor).__name__} has __slots__, or is not a Python class: {error}") from error
-    return twin
+    return copied

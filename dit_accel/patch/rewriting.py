@@ -1,8 +1,8 @@
 """A processor's `__call__` with its calls to the attention primitive rebound: the function's own source, compiled anew.
 
-The new function has the old one's globals, defaults and closure, the cell that `super()` reads among it, and stands in a class of the same
-name, so that private names mean what they meant. A decorator that keeps what it wraps in its closure, as functools.wraps is used, is
-copied around it. Whatever else there may be is refused with the reason.
+The new function has the old one's globals, defaults and closure, with the cell that `super()` reads, and is placed in a class of the
+same name, so that private names keep their meaning. A decorator that keeps what it wraps in its closure, as functools.wraps is used, is
+copied around it. Anything else is refused with the reason.
 """
 
 import ast
@@ -144,7 +144,7 @@ class _Rebind(ast.NodeTransformer):
         return node
 
     def _value(self, node: ast.expr) -> Any:
-        """What a global or free name stands for."""
+        """The value of a global or free name."""
         return self.known.get(node.id) if isinstance(node, ast.Name) else None
 
     def _is_class(self, node: ast.expr) -> bool:

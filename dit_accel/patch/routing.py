@@ -1,18 +1,18 @@
-"""Which calls of the attention primitive are accelerated: those of a forward's image self-attention, told by their lengths and mask."""
+"""Which calls of the attention primitive are accelerated: those of a forward's image self-attention, by their lengths and mask."""
 
 from dit_accel.patch import masks
 from dit_accel.patch.forward import Forward
 
 
-def route(forward: Forward, alone: bool, q_len: int, kv_len: int, mask: object, special: str | None) -> tuple[bool, str | None]:
+def route(forward: Forward, image_only: bool, q_len: int, kv_len: int, mask: object, special: str | None) -> tuple[bool, str | None]:
     """Whether a call within a forward is accelerated, and if it should be but can't, why.
 
-    `alone`: the module sees the drawn image only. `q_len`, `kv_len`: tokens of the call's queries and keys. `special`: why such a call
-    can't be accelerated whatever its shapes.
+    `image_only`: the module sees the drawn image only. `q_len`, `kv_len`: tokens of the call's queries and keys. `special`: why the
+    call can't be accelerated whatever its shapes.
     """
     if not forward.active:
         return False, None
-    _, image, text = forward.images(alone, kv_len)
+    _, image, text = forward.images(image_only, kv_len)
     if kv_len == image and text:  # an IP-Adapter's call, with as many keys as the image has tokens
         return False, None
     if forward.family.keys_only:

@@ -1,4 +1,4 @@
-"""What stands in for a few methods of a transformer while it is accelerated, so that the patch is not seen from outside.
+"""Replacements of a few methods of a transformer while it is accelerated, so that the patch is not seen from outside.
 
 Held by the instance; each knows its model weakly, or a deleted model would wait for the garbage collector.
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 
 
 class _StandIn:
-    """Replaces one method of an instance. `way`: a function of a module, so that copies and pickles find it; it does the work."""
+    """Replaces one method of an instance. `action`: does the work; a function of a module, so that copies and pickles find it."""
 
     name: str
 
-    def __init__(self, model: Any, way: Callable[..., Any]) -> None:
-        self._model, self.way = weakref.ref(model), way
+    def __init__(self, model: Any, action: Callable[..., Any]) -> None:
+        self._model, self.action = weakref.ref(model), action
 
     @property
     def model(self) -> Any:
         return self._model()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self.way)
+        return type(self), (self.model, self.action)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The method of the class."""
@@ -34,7 +34,7 @@ class _StandIn:
 
 class SaveOriginal(_StandIn):
     """`save_pretrained` of an accelerated transformer, and so its pipeline's, writes the original model; `save_adapter` writes what
-    acceleration and training added. `way` makes the original's state dict out of a model and its own."""
+    acceleration and training added. `action` makes the original's state dict out of a model and its own."""
 
     name = "save_pretrained"
 
@@ -45,7 +45,7 @@ class SaveOriginal(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def replace(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-            original = self.way(model, dict(state))
+            original = self.action(model, dict(state))
             state.clear()
             state.update(original)
 
@@ -57,10 +57,10 @@ class SaveOriginal(_StandIn):
 
 
 class UnloadLora(_StandIn):
-    """`unload_lora`, which leaves a fused LoRA in the weights for good. `way` is told of the model before."""
+    """`unload_lora`, which leaves a fused LoRA in the weights for good. `action` is called with the model before that."""
 
     name = "unload_lora"
 
     def __call__(self) -> None:
-        self.way(self.model)
+        self.action(self.model)
         self.original()

@@ -1,4 +1,4 @@
-"""Where in its run a forward is, its denoising step and noise level: told by the scheduler that runs it, else read from timesteps.
+"""Where in its run a forward is, its denoising step and noise level: read from the scheduler that runs it, else from timesteps.
 
 A run is one `set_timesteps` of one scheduler. The scheduler is looked up where the forward is called from, so nothing is hooked: pipelines
 that share a transformer, a scheduler put in later, a run inside another one and runs in several threads each count by themselves, and two
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_accel.method.assignment import Moment
 
-TRAINING_STEPS = 1000.0  # of schedulers that do not tell theirs
+TRAINING_STEPS = 1000.0  # of schedulers that do not give theirs
 OWNERS = {"self", "components"}  # what methods of pipelines and blocks of modular pipelines call the object that has the scheduler
 
 
@@ -115,16 +115,19 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 def _nearest(times: Sequence[float], timestep: Tensor, whole: float) -> int:
     """The place among a scheduler's timesteps of the one that a transformer was called with: as it is, or as a share of the whole, or as
-    what such a share lacks to 1."""
+    1 − that share."""
     value = float(timestep.double().max())
     candidates = (value, value * whole, (1 - value) * whole)
     return min(range(len(times)), key=lambda n: min(abs(times[n] - candidate) for candidate in candidates))
 
 
 @dataclass
-class Run:
-    """One `set_timesteps` of a scheduler. `begin`: its `step_index` at the first step, once that is known. `levels`: of noise, before each
-    evaluation."""
+class SchedulerRun:
+    """One `set_timesteps` of a scheduler, and how far it has come.
+
+    `timesteps`: the scheduler's, by whose identity the run is recognised. `levels`: noise levels before each evaluation. `begin`: the
+    scheduler's `step_index` at the first step, once that is known; `last`: at the last forward. `counted`: where it has none.
+    """
 
     timesteps: Any
     levels: list[float]
@@ -135,9 +138,9 @@ class Run:
     def evaluation(self, scheduler: Any, timestep: Tensor, latents: Tensor) -> int:
         """How many evaluations of the run came before this forward."""
         stepped = getattr(scheduler, "step_index", None)
-        if stepped is None:  # before the first step; or it never tells, as DDIM's; or copies of it make the steps
-            told = hasattr(scheduler, "step_index")
-            kept = None if told else _coarse(timestep, latents)
+        if stepped is None:  # before the first step; or it has none, as DDIM's; or copies of it make the steps
+            indexed = hasattr(scheduler, "step_index")
+            kept = None if indexed else _coarse(timestep, latents)
             if self.counted is None:
                 self.counted = Timesteps.begin(timestep, kept)
             else:
@@ -176,7 +179,7 @@ class Steps:
     """The steps of all runs of the transformers that were accelerated together. A copy starts without any."""
 
     def __init__(self) -> None:
-        self._runs: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
+        self._runs: WeakKeyDictionary[Any, SchedulerRun] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -185,7 +188,7 @@ class Steps:
         """Where in its run a forward with these arguments is; to be called once per forward. `rising`: see `Family`.
 
         Schedulers that evaluate the model more than once a step (Heun's) say so in `order`. Forwards without a timestep are one step,
-        unless a scheduler tells.
+        unless a scheduler counts them.
         """
         timestep = latents.new_zeros(1) if timestep is None else timestep
         scheduler = running_scheduler()
@@ -193,7 +196,7 @@ class Steps:
             return Moment(self._bare(timestep, latents), noise_of(timestep, rising=rising))
         run = self._runs.get(scheduler)
         if run is None or run.is_over(scheduler):
-            run = self._runs[scheduler] = Run(scheduler.timesteps, noise_levels(scheduler))
+            run = self._runs[scheduler] = SchedulerRun(scheduler.timesteps, noise_levels(scheduler))
         evaluation = run.evaluation(scheduler, timestep, latents)
         return Moment(evaluation // max(1, getattr(scheduler, "order", 1)), run.noise(scheduler, timestep, evaluation))
 

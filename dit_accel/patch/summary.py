@@ -101,7 +101,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
     """What a layer runs for a spec and why."""
     crossover = context.crossovers.get(spec)
     with torch.no_grad():  # as in a pipeline
-        if context.leaves(spec):
+        if context.left_to_original(spec):
             return "original", f"faster here: {crossover}"
         guarded = f"; {crossover}" if crossover is not None and context.backend == "auto" else ""
     linear = lowering.has_states(spec)
@@ -112,7 +112,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
     try:
         dtype = getattr(model, "dtype", parameter.dtype)
         backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)
-        parts = lowering.in_torch(spec) if backend in lowering.COMPILED else []
+        parts = lowering.in_torch(spec, backend) if backend in lowering.COMPILED else []
         named = " and ".join(type(part).__name__ for part in parts)
         return backend, why + (f", {named} in torch" if named else "") + guarded
     except BackendError as error:

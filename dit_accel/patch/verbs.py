@@ -19,13 +19,13 @@ from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_t
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
 from dit_accel.patch.heads import Layer
-from dit_accel.patch.lora import ADAPTER, delete_lora, scale_lora, silence_lora
+from dit_accel.patch.lora import ADAPTER, delete_lora, scale_own_lora, zero_own_lora
 from dit_accel.patch.modes import check_trained_tokens
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
 from dit_accel.patch.saving import SaveOriginal, UnloadLora
 from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
-from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, rename, seal, swap_weights, tolerate
+from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, record_inseparable, rename, swap_weights, tolerate
 
 P = TypeVar("P")
 
@@ -64,9 +64,9 @@ def accelerate(
     """
     spec = Fovea() if spec is None else spec
     if not isinstance(spec, AttentionSpec | Assignment):
-        raise ValueError(f"spec is an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...) or an Assignment of some, got {spec!r}")
+        raise ValueError(f"spec must be an AttentionSpec (Fovea, CLEAR, SLA, GNA, ...) or an Assignment of some, not {spec!r}")
     if not isinstance(dense_steps, int) or isinstance(dense_steps, bool) or dense_steps < 0:
-        raise ValueError(f"dense_steps is a number of steps >= 0, got {dense_steps!r}")
+        raise ValueError(f"dense_steps must be a number of steps >= 0, not {dense_steps!r}")
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
     check_not_parallel(pipe_or_transformer)
@@ -85,7 +85,8 @@ def accelerate(
     assignment.check(heads)
     used = [[layer for layer in found if assignment.specs_of(layer.name)] for found in chosen]
     if not any(used):
-        raise UnsupportedModelError(f"no layer that was chosen has a spec: {assignment} leaves {[x.name for x in chosen[0]]} as they are")
+        names = [layer.name for layer in chosen[0]]
+        raise UnsupportedModelError(f"{assignment} gives no spec to a chosen layer: choose others than {names}, or add a rule for them")
     settings: dict[str, Any] = {"steps": Steps(), "backend": backend, "strict": strict, "trained_tokens": trained_tokens}
     # whatever can fail fails here; a transformer without any layer that has a spec is left alone
     prepared = [(model, *_prepare(model, assignment, found, settings)) for model, found in zip(models, used, strict=True) if found]
@@ -135,7 +136,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
         module.processor = processor
     patch = Patch(context, originals)
     patch.hooks = [
-        model.register_forward_pre_hook(patch.take_over),
+        model.register_forward_pre_hook(patch.accelerate_new_processors),
         model.register_forward_pre_hook(context.before, with_kwargs=True),
         model.register_forward_hook(context.after, always_call=True),
         model.register_load_state_dict_pre_hook(rename),
@@ -143,7 +144,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
         model.register_state_dict_post_hook(hide),
     ]
     setattr(model, CONTEXT, patch)
-    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, seal)):
+    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, record_inseparable)):
         if hasattr(model, stand_in.name):
             setattr(model, stand_in.name, stand_in)
 
@@ -204,7 +205,7 @@ def _dense(model: Any, patch: Patch) -> Iterator[None]:
     before, scales = context.enabled, {}
     if outermost:
         swap_weights(model, patch)
-        scales = silence_lora(model)
+        scales = zero_own_lora(model)
     context.enabled = False
     try:
         yield
@@ -213,5 +214,5 @@ def _dense(model: Any, patch: Patch) -> Iterator[None]:
             if outermost:
                 check_exchange(model, patch)  # what was done to the model meanwhile is to be undone first; it is the original until then
                 swap_weights(model, patch)
-                scale_lora(model, scales)
+                scale_own_lora(model, scales)
             context.enabled = before

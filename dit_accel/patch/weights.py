@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.patch.anatomy import plain_name
 from dit_accel.patch.holders import Holders, placed_by_others
-from dit_accel.patch.lora import ADAPTER, check_apart, without_ours
+from dit_accel.patch.lora import ADAPTER, check_own_lora_unfused, without_ours
 from dit_accel.patch.state import CONTEXT
 
 
@@ -43,24 +43,24 @@ def swap_weights(model: Any, patch: Any) -> None:
 
 
 def check_original(model: nn.Module) -> None:
-    """Raise DitAccelError where the user's own weights can't be told from what was trained, or can't be put back."""
-    check_apart(model)
+    """Raise DitAccelError where the user's own weights can't be distinguished from what was trained, or can't be restored."""
+    check_own_lora_unfused(model)
     patch = getattr(model, CONTEXT, None)
     if patch is None:
         return
-    if patch.sealed:
+    if patch.inseparable:
         raise DitAccelError(
-            f"the LoRA {', '.join(patch.sealed)} was fused into the weights and then unloaded, so that the original can't be told from it: "
-            "load the pipeline anew, and call unfuse_lora() before unload_lora_weights()"
+            f"the LoRA {', '.join(patch.inseparable)} was fused into the weights and then unloaded, so that the original weights "
+            "are no longer known: load the pipeline again, and call unfuse_lora() before unload_lora_weights()"
         )
     now = fused_into(model, patch.weights)
     if changed := now ^ patch.fused:
         name, adapter = min(changed)
-        way = "fuse_lora() put into" if (name, adapter) in now else "unfuse_lora() took out of"
+        way = "fuse_lora() added to" if (name, adapter) in now else "unfuse_lora() took out of"
         undo = "unfuse_lora()" if (name, adapter) in now else "fuse_lora()"
         raise DitAccelError(
             f"the LoRA {adapter!r} is one that {way} trained weights ({name} the first) since they were loaded, so that the original can't "
-            f"be put back: call {undo} before"
+            f"be restored: call {undo} first"
         )
 
 
@@ -69,7 +69,7 @@ def check_removal(model: nn.Module) -> None:
     if ADAPTER in getattr(model, "peft_config", {}) and placed_by_others(model):
         raise DitAccelError(
             "accelerate offloads whole blocks by the names that their weights have with the LoRA, which is to be removed: call "
-            "accelerate.hooks.remove_hook_from_submodules(transformer) before"
+            "accelerate.hooks.remove_hook_from_submodules(transformer) first"
         )
 
 
@@ -90,12 +90,12 @@ def fused_into(model: nn.Module, names: Iterable[str]) -> set[tuple[str, str]]:
     return found
 
 
-def seal(model: nn.Module) -> None:
-    """Remember which LoRA can't be taken out of the weights once its layers are gone: ours, or one that is in trained weights."""
+def record_inseparable(model: nn.Module) -> None:
+    """Record which LoRA can't be taken out of the weights once its layers are removed: ours, or one that is in trained weights."""
     patch: Any = getattr(model, CONTEXT)
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     merged = {(plain_name(name), adapter) for name, adapter in fused_into(model, names)}
-    patch.sealed += sorted({adapter for name, adapter in merged - patch.fused if adapter == ADAPTER or name in patch.weights})
+    patch.inseparable += sorted({adapter for name, adapter in merged - patch.fused if adapter == ADAPTER or name in patch.weights})
 
 
 def tolerate(model: nn.Module, keys: Any) -> None:
@@ -129,7 +129,7 @@ def _ours(name: str) -> bool:
 
 
 def _original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The user's own values of weights that stand changed in the model. Raises DitAccelError where they can't be told."""
+    """The user's own values of weights that are changed in the model. Raises DitAccelError where they aren't known."""
     check_original(model)
     patch = getattr(model, CONTEXT, None)
     return patch.weights if patch and not patch.swapped else {}
@@ -170,7 +170,7 @@ def teacher_hash(transformer: nn.Module) -> str:
 def teacher_values(transformer: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Plain name -> a function that reads the value, of the original weights: one at a time, because offloaded ones are brought in.
 
-    Raises DitAccelError where they can't be told from what was trained; the functions, where a value can't be read.
+    Raises DitAccelError where they can't be distinguished from what was trained; the functions, where a value can't be read.
     """
     originals, holders = _original_weights(transformer), Holders(transformer)
 

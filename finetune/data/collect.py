@@ -99,7 +99,7 @@ def collect(
 ) -> Samples:
     """Record the pipeline sampling each prompt (seed, seed + 1, ...) with its original attention; `call` goes to the pipeline.
 
-    Runs that the folder holds whole are skipped, so an interrupted collection continues; damaged ones are made again. Processes that
+    Runs that are complete in the folder are skipped, so an interrupted collection continues; damaged ones are made again. Processes that
     `accelerate launch` starts share the prompts. Others, on any machine that sees the folder, may be started and stopped at will: they take
     the prompts in orders of their own and look again before each whether another has made it meanwhile.
 

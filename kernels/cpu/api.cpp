@@ -54,12 +54,14 @@ static const Field ROWS[] = {FIELD(data), FIELD(batch), FIELD(head), FIELD(row),
 #define STRUCT Problem
 static const Field PROBLEM[] = {
     FIELD(batch), FIELD(heads), FIELD(channels), FIELD(image_q), FIELD(image_k), FIELD(q_blocks), FIELD(k_blocks), FIELD(list_width),
-    FIELD(lists_per_head), FIELD(extra), FIELD(n_windows), FIELD(q), FIELD(k), FIELD(v), FIELD(lists), FIELD(counts), FIELD(full),
+    FIELD(lists_per_head), FIELD(extra), FIELD(n_windows), FIELD(pools), FIELD(q), FIELD(k), FIELD(v), FIELD(lists), FIELD(counts), FIELD(full),
     FIELD(q_starts), FIELD(k_starts), FIELD(coords), FIELD(q_width), FIELD(k_width), FIELD(text), FIELD(text_first),
     FIELD(scale), FIELD(text_q), FIELD(windows), FIELD(residues), FIELD(masks), FIELD(masks_t), FIELD(mask_of), FIELD(places_q),
-    FIELD(places_k), FIELD(extra_k), FIELD(extra_v), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest),
+    FIELD(places_k), FIELD(extra_k), FIELD(extra_v), FIELD(pooled_k), FIELD(pooled_v),
+    FIELD(pooled_bias), FIELD(slopes), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest),
     FIELD(feature_map), FIELD(log_count), FIELD(variance), FIELD(linear_all), FIELD(residual), FIELD(cap), FIELD(out), FIELD(lse),
-    FIELD(threads), FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v), FIELD(doffset),
+    FIELD(threads), FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v), FIELD(dpooled_k), FIELD(dpooled_v),
+    FIELD(dpooled_bias), FIELD(dslopes), FIELD(doffset),
     FIELD(dweight), FIELD(dbias), END,
 };
 #undef STRUCT

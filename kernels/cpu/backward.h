@@ -7,9 +7,10 @@ struct Queries {
     Panels q, dout;
     Array<float> lse2, delta;   // [query_blocks, width]
     Array<double> exact_delta;  // the same unrounded
+    Array<float> pooled_delta;  // what the pooled keys have in place of delta
 
     explicit Queries(const Geometry& g)
-        : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width) {}
+        : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width), pooled_delta(g.p.q_blocks * g.width) {}
 
     void pack(int64_t bh, int64_t i, float* out) {  // `out`: space for a panel
         const Problem& p = g.p;
@@ -25,6 +26,7 @@ struct Queries {
             for (int64_t d = 0; d < g.channels; d++) sum += double(out[r * g.padded + d]) * dout.row(i)[r * g.padded + d];
             exact_delta[i * g.width + r] = sum;
             delta[i * g.width + r] = float(sum);
+            if (i < p.q_blocks) pooled_delta[i * g.width + r] = float(sum);
             lse2[i * g.width + r] = p.lse[at + run.at(r)] * LOG2E;
         }
     }
@@ -76,15 +78,15 @@ struct BackwardWorkspace {
     const Geometry& g;
     const int64_t ld;
     PackWorkspace pack;
-    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
+    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t, share;
     States::Workspace rest_work;
     std::unique_ptr<LinearRows> linear;
 
     explicit BackwardWorkspace(const Geometry& g)
         : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
-          bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
-          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
+          bias((g.pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
+          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), share(g.rows()), rest_work(g, g.p.q_blocks) {
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -189,6 +191,7 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     });
     bool pooled = i < p.q_blocks && keys.pool;
     if (pooled) pooled_query_gradient(g, *keys.pool, queries, work, bh, i);
+    if (pooled && p.slopes) slopes_gradient(g, queries, work, bh, i);
     for (int64_t r = 0; r < run.count; r++) {
         float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
         for (int64_t d = 0; d < g.channels; d++) {
@@ -229,7 +232,7 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
         }
     });
     for (int64_t e = 0; e < run.count * g.padded; e++) dk[e] *= 1.f / LOG2E;
-    if (j < p.k_blocks && pool) pool->distribute(dk, dv, key, j);
+    if (j < p.k_blocks && pool && !p.pools) pool->distribute(dk, dv, key, j);
     if (j < p.k_blocks && dstates) linear_key_gradient(g, keys, *dstates, columns, work, dk, dv, j);
     int64_t tokens = g.is_extra(j) ? p.extra : g.keys();
     float *to_k = g.is_extra(j) ? p.dextra_k : p.dk, *to_v = g.is_extra(j) ? p.dextra_v : p.dv;
@@ -260,6 +263,7 @@ void backward(const Problem& p) {
             team.share(g.query_blocks, [&](int64_t i) {
                 queries.pack(bh, i, work.a);
                 if (linear && i < p.q_blocks) linear->rows(keys, queries, work, bh, i);
+                if (p.slopes && i < p.q_blocks) lean_deltas(g, queries, work, bh, i);
             });
             if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, work, bh, part, team.size()); });
             if (pool) {

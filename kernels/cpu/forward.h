@@ -40,7 +40,8 @@ struct Keys {
 
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
-        bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && (pool || states);
+        if (pool && pool->given && j < g.p.k_blocks) pool->read(bh, j);
+        bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
         if (pair) pairs->fill(bh, j, work.halves);
         if (pair && !rest) return;
         float* key = backward ? keys.row(j) : work.keys;
@@ -58,7 +59,7 @@ struct Keys {
         }
         if (backward) transpose(values.column(j), g.width, value, ldv, n, g.channels);
         if (!rest) return;
-        if (pool) pool->fill(j, key, value, ldv);
+        if (pool && !pool->given) pool->fill(j, key, value, ldv);
         if (states) {
             for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
             transpose(work.phi_t, g.width, work.phi, g.padded, n, g.channels);
@@ -116,12 +117,14 @@ struct LinearRows {
 struct ForwardWorkspace {
     Softmax softmax;
     PackWorkspace pack;
-    Array<float> squares, bias, terms;
+    Array<float> squares, bias, terms, exact_top, exact_mass, matrix, tilt;
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
 
     ForwardWorkspace(const Geometry& g, bool pairs)
-        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.p.k_blocks + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+        if (g.p.slopes)
+            exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded), tilt.allocate(g.rows() * g.padded);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -135,6 +138,18 @@ static inline void merge_mass(float* out, double* lse2, const LinearRows& rest, 
         float mine = float(std::exp2(lse2[r] - joint)), theirs = float(std::exp2(other - joint));
         for (int64_t d = 0; d < g.channels; d++) out[r * g.padded + d] = mine * out[r * g.padded + d] + theirs * rest.out[r * g.padded + d];
         lse2[r] = joint;
+    }
+}
+
+// Adds the first order of the pooled rest to rows that are normalised; the exact part's maxima and masses say what share the rest has.
+static inline void add_slopes(const Geometry& g, ForwardWorkspace& work, int64_t bh, int64_t i, int64_t queries) {
+    Slopes slopes(g);
+    Softmax& s = work.softmax;
+    slopes.read(work.matrix, bh, i);
+    slopes.rows(work.tilt, s.q, work.matrix, queries);
+    for (int64_t r = 0; r < queries; r++) {
+        float share = 1.f - work.exact_mass[r] * std::exp2(work.exact_top[r] - s.top[r]) / s.mass[r];
+        for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += share * work.tilt[r * g.padded + d];
     }
 }
 
@@ -165,9 +180,11 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
     if (image && keys.pool) {
         square(work.squares, s.q, g.rows() * g.padded);
         keys.pool->bias(work.bias, bh, i);
+        if (p.slopes) std::copy_n(static_cast<float*>(s.top), run.count, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), run.count, static_cast<float*>(work.exact_mass));
         keys.pool->visit(s, run.count, work.squares, work.bias, work.terms);
     }
     s.finish(run.count, work.lse2);
+    if (image && p.slopes) add_slopes(g, work, bh, i, run.count);
     if (image && work.linear) {
         work.linear->compute(keys, bh, i);
         if (!p.residual)

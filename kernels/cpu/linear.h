@@ -41,6 +41,16 @@ static inline void feature_backward(float* dx, const float* x, const float* phi,
     }
 }
 
+// out [channels, padded] = A · B: `a` [channels rows, ld], `b` [depth, ldb]; channels need not be a multiple of ROWS.
+static inline void outer(const Geometry& g, float* out, const float* a, int64_t ld, const float* b, int64_t ldb, int64_t depth) {
+    int64_t whole = g.channels / ROWS * ROWS;
+    product_rows(out, g.padded, a, ld, b, ldb, whole, depth, g.padded, false);
+    if (whole == g.channels) return;
+    alignas(64) float last[ROWS * MAX_CHANNELS];  // the last rows, by way of a panel of ROWS
+    product(last, g.padded, a + whole * ld, ld, b, ldb, depth, g.padded, nullptr);
+    __builtin_memcpy(out + whole * g.padded, last, (g.channels - whole) * g.padded * 4);
+}
+
 // States of blocks: matrix [channels, padded] then vector [padded]. Sums run in float64, so that the rest, a difference of sums, is as
 // exact as a sum of the rest alone.
 struct States {
@@ -58,13 +68,7 @@ struct States {
     // state of block i = A · B and the row sums of A weighted by w (or 1): `a` [channels rows, ld] transposed features, `b` [depth, ldb]
     void fill(int64_t i, const float* a, int64_t ld, const float* b, int64_t ldb, int64_t depth, const float* w) {
         float* out = of(i);
-        int64_t whole = g.channels / ROWS * ROWS;
-        product_rows(out, g.padded, a, ld, b, ldb, whole, depth, g.padded, false);
-        if (whole < g.channels) {  // the last rows, by way of a panel of ROWS
-            alignas(64) float last[ROWS * MAX_CHANNELS];
-            product(last, g.padded, a + whole * ld, ld, b, ldb, depth, g.padded, nullptr);
-            __builtin_memcpy(out + whole * g.padded, last, (g.channels - whole) * g.padded * 4);
-        }
+        outer(g, out, a, ld, b, ldb, depth);
         for (int64_t d = 0; d < g.channels; d++) {
             out[g.channels * g.padded + d] = float(dot(a + d * ld, w ? w : ones, depth));
         }

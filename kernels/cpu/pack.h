@@ -89,6 +89,8 @@ struct Geometry {
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t n = 0; n < p.text; n++) text_bias[(b * text_blocks + n / chunk) * rows() + n % chunk] = p.text_bias[b * p.text + n] * LOG2E;
     }
+    int64_t pools() const { return p.pools ? p.pools : p.k_blocks; }  // pooled keys
+    int64_t parts() const { return p.pools ? p.pools / p.k_blocks : 1; }  // of a block
     int64_t queries() const { return p.text_q + p.image_q; }  // tokens in q, and below in k and v
     int64_t keys() const { return p.text + p.image_k; }
     int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel

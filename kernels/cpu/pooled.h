@@ -3,21 +3,38 @@
 
 struct Pool {
     const Geometry& g;
-    const int64_t chunks;
+    const bool given;               // pooled keys come as arguments: `read` in place of `fill`
+    const int64_t pools, parts, chunks;
     Array<float> mean_t, var_t;     // [chunks, channels, POOL]; the variance is scaled to the logit's units
-    Array<float> mean, var, value;  // [k_blocks, padded], natural units
+    Array<float> mean, var, value;  // [pools, padded], natural units
     Array<float> value_t;           // [chunks, channels, POOL], for the backward pass alone
-    Array<float> log2_count;        // [chunks · POOL], -inf past the last block
+    Array<float> log2_count;        // [chunks · POOL], -inf past the last pooled key; or the biases that are given
 
     Pool(const Geometry& g, bool backward)
-        : g(g), chunks((g.p.k_blocks + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels), var_t(chunks * POOL * g.channels),
-          mean((g.p.k_blocks + ROWS) * g.padded), var((g.p.k_blocks + ROWS) * g.padded), value((g.p.k_blocks + ROWS) * g.padded),
-          log2_count(chunks * POOL) {
+        : g(g), given(g.p.pools > 0), pools(g.pools()), parts(g.parts()), chunks((pools + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels),
+          mean((pools + ROWS) * g.padded), value((pools + ROWS) * g.padded), log2_count(chunks * POOL) {
+        if (!given) var_t.allocate(chunks * POOL * g.channels), var.allocate((pools + ROWS) * g.padded);
         if (backward) value_t.allocate(chunks * POOL * g.channels);
         for (int64_t j = 0; j < chunks * POOL; j++) {
-            int64_t n = j < g.p.k_blocks ? g.p.k_starts[j + 1] - g.p.k_starts[j] : 0;
+            int64_t n = !given && j < g.p.k_blocks ? g.p.k_starts[j + 1] - g.p.k_starts[j] : 0;
             log2_count[j] = n == 0 ? -INFINITY : g.p.log_count ? std::log2(float(n)) : 0.f;
         }
+    }
+
+    // The pooled keys of block j, as they are given.
+    void read(int64_t bh, int64_t j) {
+        for (int64_t t = j * parts; t < (j + 1) * parts; t++) {
+            int64_t at = bh * pools + t;
+            __builtin_memcpy(mean + t * g.padded, g.p.pooled_k + at * g.channels, g.channels * 4);
+            __builtin_memcpy(value + t * g.padded, g.p.pooled_v + at * g.channels, g.channels * 4);
+            scatter(mean_t, mean, t);
+            if (value_t) scatter(value_t, value, t);
+            log2_count[t] = g.p.pooled_bias[at] * LOG2E;
+        }
+    }
+
+    void scatter(float* columns, const float* rows, int64_t t) const {
+        for (int64_t c = 0; c < g.channels; c++) columns[(t / POOL * g.channels + c) * POOL + t % POOL] = rows[t * g.padded + c];
     }
 
     void fill(int64_t j, const float* keys, const float* vals, int64_t ldv) {
@@ -40,14 +57,14 @@ struct Pool {
         }
     }
 
-    int64_t keys(int64_t chunk) const { return std::min<int64_t>(POOL, g.p.k_blocks - chunk * POOL); }
+    int64_t keys(int64_t chunk) const { return std::min<int64_t>(POOL, pools - chunk * POOL); }
 
     // log2 n + offset for each pooled key of query block i, -inf for those it keeps
     void bias(float* out, int64_t bh, int64_t i) const {
         float offset = g.p.offset ? g.p.offset[g.head(bh)] * LOG2E : 0.f;
         for (int64_t j = 0; j < chunks * POOL; j++) out[j] = log2_count[j] + offset;
         Geometry::List l = g.list(bh, i);
-        for (int64_t n = 0; n < l.count; n++) out[l.blocks[n]] = -INFINITY;
+        for (int64_t n = 0; n < l.count; n++) std::fill_n(out + l.blocks[n] * parts, parts, -INFINITY);
     }
 
     // The variance term of a strip of logits, before the cap: q²·Var
@@ -80,6 +97,24 @@ struct Pool {
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) store(out + r * POOL + c + s * LANES, min(x[r][s], cap));
         });
+    }
+};
+
+// The first order of a pooled rest: one matrix for each query block.
+struct Slopes {
+    const Geometry& g;
+    explicit Slopes(const Geometry& g) : g(g) {}
+
+    // The matrix [D of q, padded] of query block i.
+    void read(float* out, int64_t bh, int64_t i) const {
+        const float* from = g.p.slopes + (bh * g.p.q_blocks + i) * g.channels * g.channels;
+        for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(out + c * g.padded, from + c * g.channels, g.channels * 4);
+    }
+
+    // What a query whose softmax were all of pooled keys would get, rows [queries, padded]; `q` is scaled by s·log2(e).
+    void rows(float* out, const float* q, const float* matrix, int64_t queries) const {
+        product_rows(out, g.padded, q, g.padded, matrix, g.padded, round_up(queries, ROWS), g.channels, g.padded, false);
+        for (int64_t e = 0; e < queries * g.padded; e++) out[e] *= 1.f / LOG2E;
     }
 };
 

@@ -100,7 +100,7 @@ _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
 }
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
-_MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there
+_MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there, and no third stage
 _LAST = (16, 16, 8, 2)
 
 
@@ -111,7 +111,7 @@ def tile_for(
     tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or _listed(kernel, machine.arch, head_dim, dtype)
     queries, keys, warps, stages = tile.queries, tile.keys, tile.warps, tile.stages
     if windows and kernel in _MASKED:
-        queries, keys = max(16, queries // 2), max(16, keys // 2)
+        queries, keys, stages = max(16, queries // 2), max(16, keys // 2), min(stages, 2)
     if kernel not in _ANY_WIDTH:
         queries, keys = (min(x, max(16, 1 << (width - 1).bit_length())) for x, width in ((queries, q_width), (keys, k_width)))
     return Tile(queries, keys, warps, stages)

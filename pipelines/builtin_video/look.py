@@ -41,7 +41,7 @@ def open_model(name: str, device: str) -> WanPipeline:
 
 def draw(pipe: Any, prompt: str, size: int, steps: int, guidance: float, seed: int) -> Tensor:
     """One clip `[F, 3, size, size]` in [0, 1], float32, on the CPU."""
-    call = {"height": size, "width": size, "num_frames": FRAMES, "num_inference_steps": steps, "guidance_scale": guidance}
+    call: dict[str, Any] = {"height": size, "width": size, "num_frames": FRAMES, "num_inference_steps": steps, "guidance_scale": guidance}
     call |= {"max_sequence_length": TEXT_TOKENS, "output_type": "pt"}
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).frames[0].float().cpu()
 

@@ -87,7 +87,7 @@ class BuiltinWanTransformer3DModel(WanTransformer3DModel):
             cross_attn_norm, qk_norm, eps, image_dim, added_kv_proj_dim, rope_max_seq_len, pos_embed_seq_len,
         )  # fmt: skip
         self.rope = StretchedRotary(attention_head_dim, patch_size, rope_max_seq_len)
-        self.patch_embedding = PlacedPatches(in_channels, num_attention_heads * attention_head_dim, tuple(patch_size))
+        self.patch_embedding = PlacedPatches(in_channels, num_attention_heads * attention_head_dim, patch_size)
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Velocities of latents `[B, C, F, H', W']` at time steps [B], which are noise levels times 1000."""

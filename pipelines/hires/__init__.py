@@ -57,7 +57,7 @@ def generate_hires(
         prompt: None where `call` has embeddings.
         height, width: pixels, multiples of one token's side.
         base: the first stage has no side above it, in pixels, to within one token.
-        strength: share of the steps that each later stage draws anew, in (0, 1].
+        strength: share of the steps that each later stage draws again, in (0, 1].
         seed: of the base picture's noise, which is that of `torch.Generator().manual_seed(seed)`; later stages count up from it.
         ntk: factor of the rotary base above the base size; unless given 10 for FLUX, as in CLEAR's release, and 1 for the built-in
             model and other families.

@@ -43,7 +43,7 @@ class Stage:
 @dataclass(frozen=True)
 class Shape:
     """What the figures are made of. `layers`: name, heads and channels per head of each attention module; `unit`: side of a token in
-    pixels; `text`: tokens beside the image; `text_first`: where they stand."""
+    pixels; `text`: tokens in addition to the image's; `text_first`: whether they are placed before it."""
 
     layers: tuple[tuple[str, int, int], ...]
     unit: int

@@ -36,7 +36,7 @@ def memory_bytes(pipe: Any, transformer: Any, width: int, tokens: int, size: tup
 
 
 def autoencoder_bytes(pipe: Any, size: tuple[int, int]) -> int:
-    """Peak bytes of tensors while a picture of this size is decoded or encoded, whichever is more; scratch memory of kernels aside."""
+    """Peak bytes of tensors while a picture of this size is decoded or encoded, whichever is more, without scratch memory of kernels."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:  # made anew: the hooks of an offloaded one would move its own weights here, where they lose their values
         vae = type(pipe.vae).from_config(pipe.vae.config)

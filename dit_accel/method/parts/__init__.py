@@ -19,7 +19,7 @@ from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Residual
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
-from dit_accel.method.parts.scores import MeanProduct
+from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 from dit_accel.method.parts.selections import TopK, TopP
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Disc",
     "DiscBlocks",
     "Downsampled",
+    "ErrorProduct",
     "FirstFrames",
     "Grid",
     "Ground",

@@ -111,20 +111,20 @@ def part_from_dict(data: Any) -> Any:
     """The inverse of `Part.to_dict`. Raises ArgumentError at unknown or missing fields and types."""
     known = part_types()
     named = isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] in known
-    require(named, f"a part's type is one of {list(known)}, or of a class whose module is imported first", data)
+    require(named, f"a part's type must be one of {list(known)}, or of a class whose module is imported first", data)
     kind = known[data["type"]]
     fields = {name: value for name, value in data.items() if name != "type"}
     allowed = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
-    rule = f"{kind.__name__} has the fields {sorted(allowed)}, of which {sorted(needed)} must be given"
+    rule = f"{kind.__name__} must have the fields {sorted(allowed)}, of which {sorted(needed)} must be given"
     require(needed <= set(fields) <= allowed, rule, sorted(fields))
     return kind(**{name: _from_json(value) for name, value in fields.items()})
 
 
 def check_part(value: object, slot: type[Part], name: str) -> None:
     """Raise ArgumentError unless the value is a part of a slot, and a frozen dataclass."""
-    require(isinstance(value, slot), f"{name} is one of {list(part_types(slot))}", value)
-    require(_is_frozen(type(value)), f"{name} is a frozen dataclass: decorate it with @dataclass(frozen=True)", value)  # type: ignore[arg-type]
+    require(isinstance(value, slot), f"{name} must be one of {list(part_types(slot))}", value)
+    require(_is_frozen(type(value)), f"{name} must be a frozen dataclass", value, "decorate its class with @dataclass(frozen=True)")  # type: ignore[arg-type]
 
 
 # Keep

@@ -42,9 +42,10 @@ class Visited(Protocol):
 class Call:
     """One call of the operator: its image tokens `[BH, N, D]` (float32, or float64), batch and heads folded, and what is kept of them.
 
-    `coords`, `q_blocks`, `k_blocks`: as in `Ground`, on the tokens' device. `prepared`: what `Part.prepare` of the spec's parts made of the
-    grid. `learned`: the spec's learned tensors by name. `visited`: the kept blocks, None while they are chosen. `dense`: the softmax of
-    every query over a few further keys, as `kernels.reference.dense_attention`.
+    `coords`, `q_blocks`, `k_blocks`: as in `Ground`, on the tokens' device; where the queries are other tokens than the keys, `q_blocks`
+    are of q's and all else is of k's. `prepared`: what `Part.prepare` of the spec's parts made of the grid. `learned`: the spec's learned
+    tensors by name. `visited`: the kept blocks, None while they are chosen. `dense`: the softmax of every query over a few further keys, as
+    `kernels.reference.dense_attention`.
     """
 
     q: Tensor

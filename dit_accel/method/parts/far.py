@@ -1,4 +1,4 @@
-"""Few keys that stand for many, as a rest: one softmax over them and the kept keys."""
+"""Few keys in the place of many, as a rest: one softmax over them and the kept keys."""
 
 import math
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.content import STEPS, PooledKeys, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:
@@ -22,38 +23,79 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pooled(Rest):
-    """One pooled key and value for each block not kept (Fovea): logit s·q·k̄ + log n + min(s²/2 · Σ_d q_d² Var(k_d), cap).
+    """Pooled keys and values for each block not kept (Fovea): logit s·q·k̄ + log n + min(σ²/2, cap), σ² = s² · Σ_d q_d² Var(k_d).
 
     The second-order cumulant expansion of the block's true softmax mass. `log_count` and `variance` switch the last two terms.
+
+    `parts`: 1, 2 or 4 pooled keys for a block, split by content (`content.split_by_content`). `order`: 1 adds the first order of the
+    block's value in the query, s S_I q (`content.tilted`); 0 is the mean value alone. With either of them q_d² in σ² is its mean over the
+    head's queries, so that the term is one number for each pooled key. Relatives: docs/methods.md.
     """
 
     log_count: bool = True
     variance: bool = True
     cap: float = 2.0
+    parts: int = 1
+    order: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.cap) and self.cap >= 0, "cap is a number >= 0", self.cap)
+        require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
         flag("log_count", self.log_count)
         flag("variance", self.variance)
+        require(is_int(self.parts) and self.parts in (1, 2, 4), "parts must be 1, 2 or 4 pooled keys for a block", self.parts)
+        require(
+            is_int(self.order) and self.order in (0, 1), "order must be 0, the mean value, or 1, its slope in the query too", self.order
+        )
 
     @property
     def whole_blocks(self) -> bool:
         return True
 
+    @property
+    def plain(self) -> bool:
+        """One pooled key for a block, and nothing but its mean value."""
+        return self.parts == 1 and self.order == 0
+
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
-        require(isinstance(spec.merge, Mass), "pooled keys merge by Mass()", spec.merge)
+        require(isinstance(spec.merge, Mass), "the merge of pooled keys must be Mass()", spec.merge)
 
     def __call__(self, call: Call) -> Partial:
-        k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
-        log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
-        v_mean, kept = call.key_means(call.v), call.kept
-        return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
+        kept = call.kept
+        if self.plain:
+            k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
+            log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
+            v_mean = call.key_means(call.v)
+            return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
+        pooled = self.pooled(call)
+        without = kept.repeat_interleave(self.parts, -1)
+        bias = pooled.bias[:, None, None]  # in place of log n: of each head
+        rest = reference.pooled_attention(
+            call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap
+        )
+        return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
+
+    def pooled(self, call: Call) -> PooledKeys:
+        """The pooled keys of all blocks."""
+        cap, slope = self.cap if self.variance else 0.0, self.order > 0
+        return pool_parts(call, self.parts, log_count=self.log_count, cap=cap, slope=slope)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """Logits from q and q², one value for each pooled key."""
-        return Cost((3 if self.variance else 2) * sizes.tokens * sizes.k_blocks * sizes.head_dim, 2)
+        """One block in one part to order 0: logits from q and q², one value for each pooled key.
+
+        Else logits and values of all pooled keys, and the split and the moments of the parts; to order 1 also the slopes, the logits of
+        mean queries, the states S_I and their products with the queries. The states, about N × D numbers, are written and read.
+        """
+        n, d, pools = sizes.tokens, sizes.head_dim, self.parts * sizes.k_blocks
+        if self.plain:
+            return Cost((3 if self.variance else 2) * n * pools * d, 2)
+        halves = self.parts - 1  # blocks and parts that are cut in two
+        split = n * d**2 + halves * (STEPS * (2 * n * d + sizes.k_blocks * d**2) + n * d) if halves else 0
+        adds = 2 * n * pools * d + split + 4 * self.parts * n * d
+        if not self.order:
+            return Cost(adds, 2)
+        return Cost(adds + 2 * n * d**2 + self.parts * n * d + sizes.q_blocks * (pools * d + sizes.k_blocks * d**2), 4)
 
 
 @dataclass(frozen=True)
@@ -66,12 +108,12 @@ class Downsampled(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.factor) and self.factor >= 2, "downsample is None or an int >= 2", self.factor)
+        require(is_int(self.factor) and self.factor >= 2, "downsample must be None or an int >= 2", self.factor)
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
         plain_mass = isinstance(spec.merge, Mass) and not spec.merge.offset
-        require(plain_mass, "down-sampled keys merge by Mass(offset=False): their learned weights scale them", spec.merge)
+        require(plain_mass, "the merge of down-sampled keys, whose learned weights scale them, must be Mass(offset=False)", spec.merge)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"spatial_weight": torch.full((self.factor, self.factor), 1 / self.factor**2)}

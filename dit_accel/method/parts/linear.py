@@ -18,8 +18,8 @@ class Linear(Rest):
     scope: Literal["complement", "all"] = "complement"
 
     def __post_init__(self) -> None:
-        require(self.feature_map in tuple(FEATURE_MAPS), f"feature_map is one of {tuple(FEATURE_MAPS)}", self.feature_map)
-        require(self.scope in ("complement", "all"), "scope is 'complement' or 'all'", self.scope)
+        require(self.feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", self.feature_map)
+        require(self.scope in ("complement", "all"), "scope must be 'complement' or 'all'", self.scope)
 
     @property
     def whole_blocks(self) -> bool:

@@ -35,7 +35,7 @@ class Tiles(Order):
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", plain(items("shape", self.shape)))
         ok = len(self.shape) in (2, 3) and all(is_int(side) and side >= 1 for side in self.shape)
-        require(ok, "a tile's shape is two or three ints >= 1", self.shape)
+        require(ok, "a tile's shape must be two or three ints >= 1", self.shape)
 
     @property
     def sides(self) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ class _Round(Static):
     def __post_init__(self) -> None:
         super().__post_init__()
         legal = isinstance(self.radius, int | float) and not isinstance(self.radius, bool) and 0 < self.radius < 1e9
-        require(legal, "radius is a number of tokens > 0 (and below 1e9)", self.radius)
+        require(legal, "radius must be a number of tokens > 0 (and below 1e9)", self.radius)
 
     @property
     def reach(self) -> int:
@@ -82,7 +82,7 @@ class DiscBlocks(_Round, Blockwise):
         return near, near
 
     def check(self, spec: "AttentionSpec") -> None:
-        require(spec.order.boxes, "DiscBlocks requires tile order: a raster block is no box", spec.order)
+        require(spec.order.boxes, "DiscBlocks requires an order of boxes, as Tiles", spec.order)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FirstFrames(Blockwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.count) and self.count >= 1, "count is a number of frames >= 1", self.count)
+        require(is_int(self.count) and self.count >= 1, "count must be a number of frames >= 1", self.count)
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
         q_low, _, k_low, _ = boxes
@@ -112,7 +112,7 @@ class Intervals(Tokenwise):
     def bounds(self, grid: Grid, axis: int) -> tuple[Tensor, int]:
         """First and last key `[length, 2]` that each query of an axis sees, and the step between its keys (a dilation).
 
-        Both ends may lie outside the grid: a reference may be larger.
+        Both ends may lie outside the grid: another image's may be larger.
         """
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
@@ -170,10 +170,10 @@ class Window(Intervals):
         for name in ("size", "stride", "dilation"):
             object.__setattr__(self, name, axes(name, getattr(self, name)))
         for size, stride in zip(self.per_axis("size"), self.per_axis("stride"), strict=True):
-            require(stride <= size, f"stride is at most the window's size {self.size}", self.stride)
+            require(stride <= size, f"stride must be at most the window's size {self.size}", self.stride)
 
     def per_axis(self, name: str) -> tuple[int, int, int]:
-        """The field's values for (T, H, W): an int stands for every axis that `size` names, and axes not named are 1."""
+        """The field's values for (T, H, W): an int is that of every axis that `size` names, and axes not named are 1."""
         value = getattr(self, name)
         if isinstance(value, int):
             value = (value,) * (len(self.size) if isinstance(self.size, tuple) else 3)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import mean_product, pool_blocks
+from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Score
 from dit_accel.method.parts.call import Call, Cost, Sizes
+from dit_accel.method.parts.content import block_variance, query_spread
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,30 @@ class MeanProduct(Score):
     def cost(self, sizes: Sizes) -> Cost:
         """The products; queries and keys are read once more."""
         return Cost(sizes.q_blocks * sizes.k_blocks * sizes.head_dim, 2)
+
+
+@dataclass(frozen=True)
+class ErrorProduct(Score):
+    """The error that a block's pooled key would leave: s·q̄·k̄ + log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v), divided by s.
+
+    The log of the block's softmax mass, of the variance σ² = s² Σ_d E[q_d²] Var(k_d) of its logits (E over the head's queries), and of the
+    spread of its values. All but the first term is one number for each head and key block.
+    """
+
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
+
+    def __call__(self, call: Call) -> Tensor:
+        with torch.no_grad():
+            k_mean, (k_var, v_var) = call.key_means(call.k), (block_variance(x, call.k_blocks) for x in (call.k, call.v))
+            spread, tiny = query_spread(call, k_var), torch.finfo(k_var.dtype).tiny
+            error = spread.clamp_min(tiny).log() + v_var.sum(-1).clamp_min(tiny).log() / 2
+            bias = call.k_blocks.count.log() + (spread / 2).clamp(max=self.cap) + error
+            return mean_product(pool_blocks(call.q, call.q_blocks)[0], k_mean) + bias.double()[:, None] / call.scale
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """The products; queries, keys and values are read once more."""
+        return Cost((sizes.q_blocks + 1) * sizes.k_blocks * sizes.head_dim, 3)

@@ -9,7 +9,7 @@ from dit_accel.kernels.blocks import BlockMap, best_blocks
 from dit_accel.method.checks import flag, is_real, require
 from dit_accel.method.parts.base import Score, Selection, check_part
 from dit_accel.method.parts.call import Call, Ground
-from dit_accel.method.parts.scores import MeanProduct
+from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class TopK(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.density) and 0 < self.density <= 1, "density is a share of key blocks in (0, 1]", self.density)
+        require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
+        twice = self.correct_short and isinstance(self.score, ErrorProduct)
+        require(not twice, "correct_short must be False with ErrorProduct(), which counts a block's tokens already", True)
 
     @property
     def share(self) -> float:
@@ -60,9 +62,11 @@ class TopP(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.mass) and 0 < self.mass <= 1, "mass is a share of the softmax in (0, 1]", self.mass)
-        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most is a share of key blocks in (0, 1]", self.at_most)
+        require(is_real(self.mass) and 0 < self.mass <= 1, "mass must be a share of the softmax in (0, 1]", self.mass)
+        require(is_real(self.at_most) and 0 < self.at_most <= 1, "at_most must be a share of key blocks in (0, 1]", self.at_most)
         check_part(self.score, Score, "score")
+        error = isinstance(self.score, ErrorProduct)
+        require(not error, "the score of TopP must be one of the softmax mass, as MeanProduct()", self.score)
 
     @property
     def share(self) -> float:

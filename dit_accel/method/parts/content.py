@@ -1,0 +1,122 @@
+"""A key block split by content, and its moments: what finer pooled keys and the first order of a rest are made of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.blocks import Blocks, pool_blocks
+from dit_accel.kernels.reference import softmax_partial
+from dit_accel.method.parts.call import Call
+
+STEPS = 4  # of the power iteration that finds a block's principal direction
+
+
+class PooledKeys(NamedTuple):
+    """Pooled keys and values `[BH, P, D]`, those of a block next to each other, and what is added to their logits `[BH, P]`.
+
+    `slope` `[BH, T, D of k, D of v]`: how a block's value changes with the query, None where it was not asked for.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    slope: Tensor | None
+
+
+def query_spread(call: Call, k_var: Tensor) -> Tensor:
+    """Variance of the logits s·q·k within blocks, `[BH, ...]` of `[BH, ..., D]`: s² Σ_d E[q_d²] Var(k_d), E over all queries of a head."""
+    second = call.q.square().mean(1)
+    return call.scale**2 * (k_var @ second.view(len(second), *[1] * (k_var.ndim - 3), -1, 1))[..., 0]
+
+
+def block_variance(x: Tensor, blocks: Blocks) -> Tensor:
+    """The biased variance `[BH, T, D]` of `[BH, N, D]` within each block."""
+    variance = pool_blocks(x, blocks, variance=True)[1]
+    if variance is None:
+        raise ValueError("pool_blocks gave no variance")
+    return variance
+
+
+def split_by_content(call: Call, parts: int) -> Tensor:
+    """Which of `parts` (a power of two) each place `[BH, T, width]` of a key block belongs to, int64; without a gradient.
+
+    A block is cut in two where the projection of its keys onto one direction is that of their mean, each part again. The direction u is the
+    one along which the head's logits vary most: the first eigenvector of M C, C = Σ (k - k̄)(k - k̄)ᵀ, M = E[q qᵀ], by power iteration
+    from (1, ..., 1). A token on the border may change sides by rounding.
+    """
+    blocks = call.k_blocks
+    with torch.no_grad():
+        keys, valid = blocks.gather(call.k), blocks.valid
+        part = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
+        if parts == 1:
+            return part
+        metric = call.q.transpose(-1, -2) @ call.q / call.q.shape[1]
+        level = 1
+        while level < parts:
+            for number in range(level):
+                mine = (part == number) & valid
+                side = _projected(keys, mine[..., None].to(keys.dtype), metric) > 0
+                part = part + level * (mine & side)
+            level *= 2
+    return part
+
+
+def _projected(keys: Tensor, mine: Tensor, metric: Tensor) -> Tensor:
+    """Keys `[BH, T, width, D]` less the mean of those that are `mine` `[BH, T, width, 1]`, along their principal direction."""
+    mean = (keys * mine).sum(2, keepdim=True) / mine.sum(2, keepdim=True).clamp_min(1)
+    centred = (keys - mean) * mine
+    direction = torch.ones_like(mean).transpose(-1, -2)  # [BH, T, D, 1]
+    for _ in range(STEPS):
+        direction = metric[:, None] @ (centred.transpose(-1, -2) @ (centred @ direction))
+        direction = direction / direction.norm(dim=2, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
+    return (centred @ direction)[..., 0]
+
+
+def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bool) -> PooledKeys:
+    """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split.
+
+    Part p of a block of n tokens, of which it has n_p: k̄_p, v̄_p, σ²_p = `query_spread` of its keys' variance,
+    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(k, v).
+    """
+    blocks, dtype = call.k_blocks, call.k.dtype
+    numbers = torch.arange(parts, device=call.k.device)
+    member = ((split_by_content(call, parts)[:, :, None] == numbers[:, None]) & blocks.valid[:, None]).to(dtype)  # [BH, T, parts, width]
+    count = member.sum(-1)
+    share = member / count.clamp_min(1)[..., None]
+    keys, values = blocks.gather(call.k), blocks.gather(call.v)
+    k_mean, v_mean = share @ keys, share @ values
+    k_off = keys - member.transpose(-1, -2) @ k_mean  # of a place that is no token: the token that is repeated there, with share 0
+    spread = query_spread(call, share @ k_off.square())
+    bias = (spread / 2).clamp(max=cap)
+    bias = bias + count.log() if log_count else bias.masked_fill(count == 0, -torch.inf)
+    matrix = None
+    if slope:
+        weight = (member.transpose(-1, -2) @ damping(spread)[..., None]) / blocks.count[:, None, None]
+        v_off = values - member.transpose(-1, -2) @ v_mean
+        matrix = k_off.transpose(-1, -2) @ (v_off * weight)
+    return PooledKeys(k_mean.flatten(1, 2), v_mean.flatten(1, 2), bias.flatten(1), matrix)
+
+
+def damping(spread: Tensor) -> Tensor:
+    """1/(1 + σ²): where logits spread too far for a straight line, the first order fades; without it, it is worse than none."""
+    return 1 / (1 + spread)
+
+
+def slopes_of_queries(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
+    """One matrix S_I `[BH, Tq, D of k, D of v]` for each query block I: to first order the rest's value changes by s q S_I.
+
+    S_I = Σ_J ω_IJ · slope_J over the blocks that are not kept, ω_IJ their share of the pooled softmax of the block's mean query: one matrix
+    product `[Tq, T] · [T, D²]` for each head.
+    """
+    if pooled.slope is None:
+        raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
+    mean = pool_blocks(call.q, call.q_blocks)[0]
+    logits = (call.scale * mean @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
+    state, _ = softmax_partial(logits.masked_fill(call.kept, -torch.inf), pooled.slope.flatten(-2))
+    return state.unflatten(-1, pooled.slope.shape[-2:])
+
+
+def tilted(call: Call, slopes: Tensor) -> Tensor:
+    """s q S_I `[BH, N, D]` for the queries of each block I."""
+    return call.scale * call.q_blocks.ungather(call.q_blocks.gather(call.q) @ slopes)
