@@ -28,6 +28,7 @@ from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.state import patches_of
 from dit_accel.pipelines.builtin import builtin_pipeline
+from dit_accel.pipelines.builtin.drawings import held_out
 
 CALL = {"height": 256, "width": 256, "num_inference_steps": 3, "max_sequence_length": 8}
 
@@ -144,6 +145,8 @@ def test_the_demo_trains_on_none_of_the_prompts_it_shows() -> None:
     assert len(set(prompts)) == 200
     assert not set(prompts) & set(shown)
     assert prompts[:60] == demo.training_prompts(60, shown)
+    noun, colour = demo.HELD_OUT[0].removeprefix("a ").removesuffix(" background").split(" on a ")
+    assert held_out(noun, colour), "the model's own training knew this pair"
 
 
 def test_the_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

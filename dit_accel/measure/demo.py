@@ -56,7 +56,7 @@ class Scale:
 FULL = Scale(1024, 8, ("a panda on a blue background", "a burger on a yellow background"), 512, 60, 6, 300, 2048, 3)
 QUICK = Scale(512, 6, ("a panda on a blue background",), 256, 8, 4, 30, 1024, 1)
 
-HELD_OUT = ("a lion on a pink background", "a turtle left of a mushroom on a blue background")
+HELD_OUT = ("a frog on a pink background", "a turtle left of a mushroom on a blue background")
 
 
 def training_prompts(count: int, excluded: Sequence[str]) -> list[str]:

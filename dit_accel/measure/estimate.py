@@ -60,7 +60,7 @@ MODELS = {
     "hunyuan-video": Model(24, 128, {DOUBLE: 20, SINGLE: 40}, 256, frames=4),
     "wan-1.3b": Model(12, 128, {"blocks.N.attn1": 30}, 0, frames=4),  # text in cross-attention
     "wan-14b": Model(40, 128, {"blocks.N.attn1": 40}, 0, frames=4),
-    "builtin": Model(4, 64, {DOUBLE: 2, SINGLE: 6}, 32),
+    "builtin": Model(4, 64, {DOUBLE: 1, SINGLE: 5}, 32),
 }
 
 # Seconds per image on one H100, FLUX.1-dev, 20 steps by our reading (CLEAR, arXiv 2412.16112, table 7): None is the original attention

@@ -42,7 +42,7 @@ from dit_accel.pipelines.training import (
 )  # fmt: skip
 
 Kind = tuple[int, int]  # pixels of a picture's longer side, and of the window of it that is trained on
-GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained
+GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained, unless told otherwise
 BATCH: dict[Kind, int] = {(128, 128): 48, (256, 256): 14, (512, 512): 4, (1024, 512): 4, (1024, 1024): 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
 FITTED_ON = (128, 256, 512, 1024) * 24  # sides of the pictures that the projection is fitted to
@@ -52,7 +52,7 @@ PHASES: list[tuple[float, dict[Kind, float]]] = [
     (0.04, {(128, 128): 0.6, (256, 256): 0.4}),
     (0.28, {(128, 128): 0.12, (256, 256): 0.53, (512, 512): 0.3, (1024, 512): 0.05}),
     (0.60, {(128, 128): 0.05, (256, 256): 0.28, (512, 512): 0.35, (1024, 512): 0.22, (1024, 1024): 0.1}),
-    (1.01, {(256, 256): 0.18, (512, 512): 0.37, (1024, 512): 0.25, (1024, 1024): 0.2}),
+    (1.01, {(256, 256): 0.15, (512, 512): 0.33, (1024, 512): 0.3, (1024, 1024): 0.22}),
 ]
 
 
@@ -85,7 +85,7 @@ def draw_batch(run: Run, renderings: Renderings, progress: float, factor: int = 
         count = max(1, count // 2) if text == 512 else count
     side, ratio = size // 16, rng.choice([1] * 8 + [1.5, 1 / 1.5]) if window == size else 1
     height, width = round(side / math.sqrt(ratio)), round(side * math.sqrt(ratio))
-    share = 0.15 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
+    share = 0.25 if size >= 256 else 0.0  # two drawings on 8×8 tokens only confuse what each looks like
     pairs = [compose(rng, renderings, height * 16, width * 16, pairs=share) for _ in range(count)]
     pixels, ids = torch.stack([pixels for pixels, _ in pairs]), raster(height, width)
     if window < size:
@@ -123,7 +123,7 @@ def clean(pipe: FluxPipeline, x: Tensor, sigma: Tensor, batch: Batch, captions: 
     return x - sigma.clamp_min(LEAST_SIGMA)[:, None, None] * velocity.float()
 
 
-def loss_of(run: Run, batch: Batch, progress: float) -> Tensor:
+def loss_of(run: Run, batch: Batch, progress: float, guidance_from: float = GUIDANCE_FROM) -> Tensor:
     """Flow-matching loss, of the velocity; once guidance is trained, some samples match the averaged model's guided prediction instead.
 
     Before that the guidance embedding sees all scales with the same target, and learns to say nothing.
@@ -136,7 +136,7 @@ def loss_of(run: Run, batch: Batch, progress: float) -> Tensor:
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     x = (1 - sigma[:, None, None]) * batch.tokens + sigma[:, None, None] * noise
     target, guidance = batch.tokens, torch.empty(count).uniform_(1.0, 5.0).to(device)
-    if progress >= GUIDANCE_FROM:
+    if progress >= guidance_from:
         if run.rng.random() < 0.5:
             with torch.no_grad():
                 one = torch.ones_like(guidance)
@@ -178,11 +178,13 @@ def sample_patches(renderings: Renderings, rng: random.Random) -> Tensor:
     return torch.cat(patches)
 
 
-def train_step(run: Run, renderings: Renderings, progress: float, *, bf16: bool, factor: int = 1) -> tuple[str, float, float]:
+def train_step(
+    run: Run, renderings: Renderings, progress: float, *, bf16: bool, factor: int = 1, guidance_from: float = GUIDANCE_FROM
+) -> tuple[str, float, float]:
     """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's kind, loss, gradient norm."""
     batch = draw_batch(run, renderings, progress, factor)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-        loss = loss_of(run, batch, progress)
+        loss = loss_of(run, batch, progress, guidance_from)
     return "/".join(map(str, batch.kind)), *update(run, loss, progress, bf16=bf16)
 
 
@@ -199,7 +201,7 @@ def run_training(args: argparse.Namespace) -> None:
     bf16 = args.bf16 or run.device.type == "cuda"
 
     def take_step(progress: float) -> tuple[str, float, float]:
-        return train_step(run, renderings, progress, bf16=bf16, factor=args.factor)
+        return train_step(run, renderings, progress, bf16=bf16, factor=args.factor, guidance_from=args.guidance_from)
 
     train(run, take_step, args.out, args.minutes)
 
@@ -234,6 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name, call, minutes in (("run", run_training, 600.0), ("decoder", run_decoder, 60.0)):
         command = commands.add_parser(name, help=call.__doc__)
         add_run_arguments(command, minutes)
+        if call is run_training:
+            command.add_argument(
+                "--guidance-from", type=float, default=GUIDANCE_FROM,
+                help="share of the budget after which guidance is learned as well (%(default)s; 1: never, for short budgets)",
+            )  # fmt: skip
         command.set_defaults(call=call)
     command = commands.add_parser("export", help=export.__doc__)
     command.add_argument("out", type=Path)
