@@ -63,7 +63,7 @@ def test_a_part_is_frozen() -> None:
         def __call__(self, call: Call) -> torch.Tensor:
             return -super().__call__(call)
 
-    with pytest.raises(ValueError, match=r"decorate it with @dataclass\(frozen=True\), got"):
+    with pytest.raises(ValueError, match=r"score must be a frozen dataclass.*decorate its class with @dataclass\(frozen=True\)"):
         TopK(0.3, score=Loose())
     assert "Loose" not in part_types()
 
