@@ -387,7 +387,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"2 forwards in {out}" in result.output
     (entry,) = Samples(out).entries
     assert (entry.prompt, entry.seed, entry.size) == ("picture number 0", 4, (128, 256))
-    assert Samples(out)[0].latents.shape == (1, 8 * 16, 64)
+    assert Samples(out)[0].latents.shape == (1, 8 * 16, 32)
 
 
 @pytest.mark.parametrize("both", [False, True])
