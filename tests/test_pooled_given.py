@@ -133,3 +133,12 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
     _, a = problem((1, 8, 8), 0, 16, 1)
     with pytest.raises(ValueError, match=message):
         check(a._replace(**change))
+
+
+def test_the_gpu_kernels_refuse_what_they_do_not_know() -> None:
+    pytest.importorskip("triton")
+    from dit_accel.kernels.triton import calls
+
+    _, a = problem((1, 8, 8), 0, 16, 1)
+    with pytest.raises(ValueError, match="not supported by the Triton kernels"):
+        calls.attend(a)
