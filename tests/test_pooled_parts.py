@@ -123,12 +123,14 @@ def test_it_is_its_formula(text: str, shape: Shape) -> None:
         near = plan.static.kept(len(plan.k_blocks.count))  # type: ignore[union-attr]
         if bool(near.all()):
             pytest.skip("nothing is left for the rest")
-    wanted = oracle(*qkv, spec, shape, near)
-    assert not torch.allclose(wanted, F.scaled_dot_product_attention(*qkv), rtol=1e-3)
+    expected = oracle(*qkv, spec, shape, near)
+    assert not torch.allclose(expected, F.scaled_dot_product_attention(*qkv), rtol=1e-3)
     for backend in ("reference", "cpu"):
         inputs = qkv if backend == "reference" else [x.float() for x in qkv]
         tolerance = 1e-10 if backend == "reference" else 2e-5
-        torch.testing.assert_close(attention(*inputs, spec, shape.layout, backend=backend).double(), wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            attention(*inputs, spec, shape.layout, backend=backend).double(), expected, rtol=tolerance, atol=tolerance
+        )
 
 
 def affine(strength: float, order: int) -> float:
@@ -137,8 +139,8 @@ def affine(strength: float, order: int) -> float:
     q, k, a = (torch.randn(1, 1, n, 16, generator=seed, dtype=torch.float64) for n in (1024, 1024, 16))
     v = k @ a / 4
     spec, layout = Fovea(0.02, tile=(8, 8), order=order, parts=1), TokenLayout((1, 32, 32))
-    wanted = F.scaled_dot_product_attention(strength * q, k, v)
-    return float((attention(strength * q, k, v, spec, layout) - wanted).norm() / v.norm())
+    expected = F.scaled_dot_product_attention(strength * q, k, v)
+    return float((attention(strength * q, k, v, spec, layout) - expected).norm() / v.norm())
 
 
 def test_the_error_falls_with_the_square_of_the_logits() -> None:

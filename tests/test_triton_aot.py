@@ -49,7 +49,7 @@ def test_shared_memory_fits_with_two_stages(rows: list[dict[str, Any]]) -> None:
 
 
 def test_loops_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
-    """On Hopper the main loops on warp-group instructions, which want 64 rows; on CDNA all on matrix instructions."""
+    """On Hopper the main loops on warp-group instructions, which require 64 rows; on CDNA all on matrix instructions."""
     for row in rows:
         if row["kernel"] in aot.MATRIX_KERNELS:
             assert aot.TENSOR_CORES[row["arch"]] in row["looped"], row
