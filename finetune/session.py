@@ -4,12 +4,12 @@ import contextlib
 import functools
 import json
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -140,7 +140,8 @@ class Distillation:
     def write_curve(self) -> None:
         """Draw the history so far as curve.png in the folder."""
         if is_main():
-            write_bytes(self.folder / "curve.png", _in_thread(functools.partial(draw_curve, self.history)))
+            with _interrupts_held_back():
+                write_bytes(self.folder / "curve.png", draw_curve(self.history))
 
     @contextlib.contextmanager
     def spec_drawn(self, stage: str, step: int) -> Iterator[dict[str, float]]:
@@ -294,24 +295,21 @@ def _fresh(operator: AcceleratedAttention) -> bool:
     return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
 
 
-def _in_thread(work: Callable[[], bytes]) -> bytes:
-    """The result of `work` in a thread of its own: an interrupt is raised in the main one alone, where matplotlib would lose some.
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Raises an interrupt (Ctrl-C) of a short `with` block at its end.
 
-    It works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts, everything imported before).
-    The thread is waited for even then. One that runs on while the interpreter ends can change its exit code to that of any error.
+    matplotlib works with callbacks of weak references, and Python drops what is raised in those (10 of 174 interrupts).
     """
-    future: Future[bytes] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # raised where the result is waited for
-            future.set_exception(error)
-
-    thread = Thread(target=run)
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():  # where Python raises nothing
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
-        thread.start()
-        return future.result()
+        yield
     finally:
-        if thread.is_alive():
-            thread.join()
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
