@@ -33,7 +33,7 @@ class Blocks:
         width = int(count.max())
         offset = torch.arange(width, device=starts.device)
         valid = offset < count[:, None]
-        index = torch.minimum(starts[:-1, None] + offset, starts[1:, None] - 1)
+        index = torch.minimum(starts[:-1, None] + offset, starts[1:, None] - 1).clamp_min(0)  # a block may be empty
         return cls(index, valid, count, valid.flatten().nonzero().flatten(), bool(valid.all()))
 
     def among(self, order: Tensor) -> "Blocks":
@@ -148,7 +148,7 @@ def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[T
 def pool_blocks(x: Tensor, blocks: Blocks, *, variance: bool = False) -> tuple[Tensor, Tensor | None]:
     """Mean `[..., T, D]` of each block over its true number of tokens, and the (biased) variance where asked; float32 at least."""
     parts = blocks.gather(x if x.dtype == torch.float64 else x.float())
-    weight = (blocks.valid.to(parts.dtype) / blocks.count[:, None])[..., None]
+    weight = (blocks.valid.to(parts.dtype) / blocks.count.clamp_min(1)[:, None])[..., None]
     mean = (parts * weight).sum(-2)
     return mean, ((parts - mean[..., None, :]).square() * weight).sum(-2) if variance else None
 

@@ -27,7 +27,7 @@ FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: on
 
 def fuses(spec: AttentionSpec, implementation: str) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
-    if type(spec.rest) is Pooled and not spec.rest.plain and implementation != "cpu":
+    if type(spec.rest) is Pooled and not spec.rest.plain and (implementation != "cpu" or spec.rest.opened is not None):
         return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 

@@ -38,6 +38,19 @@ def block_variance(x: Tensor, blocks: Blocks) -> Tensor:
     return variance
 
 
+def error_bias(call: Call, cap: float) -> tuple[Tensor, Tensor]:
+    """The mean key `[BH, T, D]` of each key block, and the log of the error that it would leave in its place, less the product: `[BH, T]`.
+
+    log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v), σ² = `query_spread`; -inf for a block without tokens. No gradient.
+    """
+    with torch.no_grad():
+        mean, k_var = pool_blocks(call.k, call.k_blocks, variance=True)
+        spread, tiny = query_spread(call, k_var), torch.finfo(k_var.dtype).tiny
+        v_spread = block_variance(call.v, call.k_blocks).sum(-1)
+        error = spread.clamp_min(tiny).log() + v_spread.clamp_min(tiny).log() / 2
+        return mean, call.k_blocks.count.to(error.dtype).log() + (spread / 2).clamp(max=cap) + error
+
+
 def split_by_content(call: Call, parts: int) -> Tensor:
     """Which of `parts` (a power of two) each place `[BH, T, width]` of a key block belongs to, int64; without a gradient.
 
@@ -92,7 +105,7 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bo
     bias = bias + count.log() if log_count else bias.masked_fill(count == 0, -torch.inf)
     matrix = None
     if slope:
-        weight = (member.transpose(-1, -2) @ damping(spread)[..., None]) / blocks.count[:, None, None]
+        weight = (member.transpose(-1, -2) @ damping(spread)[..., None]) / blocks.count.clamp_min(1)[:, None, None]
         v_off = values - member.transpose(-1, -2) @ v_mean
         matrix = k_off.transpose(-1, -2) @ (v_off * weight)
     return PooledKeys(k_mean.flatten(1, 2), v_mean.flatten(1, 2), bias.flatten(1), matrix)

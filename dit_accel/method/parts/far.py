@@ -12,6 +12,7 @@ from dit_accel.kernels import reference
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
+from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
 from dit_accel.method.parts.content import STEPS, PooledKeys, pool_parts, slopes_of_queries, tilted
@@ -28,8 +29,10 @@ class Pooled(Rest):
     The second-order cumulant expansion of the block's true softmax mass. `log_count` and `variance` switch the last two terms.
 
     `parts`: 1, 2 or 4 pooled keys for a block, split by content (`content.split_by_content`). `order`: 1 adds the first order of the
-    block's value in the query, s S_I q (`content.tilted`); 0 is the mean value alone. With either of them q_d² in σ² is its mean over the
-    head's queries, so that the term is one number for each pooled key. Relatives: docs/methods.md.
+    block's value in the query, s S_I q (`content.tilted`); 0 is the mean value alone. `opened`: distant blocks are summarised in groups, and
+    groups of groups, of which each four query blocks see the members of this many, those that would leave the largest error, of each level
+    (`groups`); None: every block is summarised by itself. With any of the three q_d² in σ² is its mean over the head's queries, so that the
+    term is one number for each pooled key. Relatives: docs/methods.md.
     """
 
     log_count: bool = True
@@ -37,6 +40,7 @@ class Pooled(Rest):
     cap: float = 2.0
     parts: int = 1
     order: int = 0
+    opened: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +51,8 @@ class Pooled(Rest):
         require(
             is_int(self.order) and self.order in (0, 1), "order must be 0, the mean value, or 1, its slope in the query too", self.order
         )
+        grouped = self.opened is None or (is_int(self.opened) and self.opened >= 1)
+        require(grouped, "opened must be a number of groups >= 1, or None for no groups", self.opened)
 
     @property
     def whole_blocks(self) -> bool:
@@ -54,14 +60,19 @@ class Pooled(Rest):
 
     @property
     def plain(self) -> bool:
-        """One pooled key for a block, and nothing but its mean value."""
-        return self.parts == 1 and self.order == 0
+        """One pooled key for every block, and nothing but its mean value."""
+        return self.parts == 1 and self.order == 0 and self.opened is None
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)
         require(isinstance(spec.merge, Mass), "the merge of pooled keys must be Mass()", spec.merge)
 
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        return {} if self.opened is None else groups.group_blocks(ground, 2 * self.opened)
+
     def __call__(self, call: Call) -> Partial:
+        if self.opened is not None:
+            return self._grouped(call, self.opened)
         kept = call.kept
         if self.plain:
             k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
@@ -69,12 +80,23 @@ class Pooled(Rest):
             v_mean = call.key_means(call.v)
             return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
         pooled = self.pooled(call)
-        without = kept.repeat_interleave(self.parts, -1)
-        bias = pooled.bias[:, None, None]  # in place of log n: of each head
-        rest = reference.pooled_attention(
-            call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap
-        )
+        rest = self._over(call, pooled, kept.repeat_interleave(self.parts, -1))
         return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
+
+    def _grouped(self, call: Call, opened: int) -> Partial:
+        by_level = groups.levels(call)
+        seen = groups.listed(call, by_level, opened, self.cap)
+        pooled, blocks = groups.joined([self.pooled(level) for level in by_level]), len(call.q_blocks.count)
+        rest = self._over(call, pooled, groups.hidden(seen, self.parts, blocks))
+        if not self.order:
+            return rest
+        slopes = groups.of_blocks(groups.slopes_of_spans(call, pooled, seen, self.parts), blocks)
+        return rest[0] + tilted(call, slopes), rest[1]
+
+    def _over(self, call: Call, pooled: PooledKeys, without: Tensor) -> Partial:
+        """The softmax over the pooled keys but those that a query block is `without` `[..., Tq, P]`."""
+        bias = pooled.bias[:, None, None]  # in place of log n: of each head
+        return reference.pooled_attention(call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap)
 
     def pooled(self, call: Call) -> PooledKeys:
         """The pooled keys of all blocks."""
@@ -84,18 +106,28 @@ class Pooled(Rest):
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.
 
-        Else logits and values of all pooled keys, and the split and the moments of the parts; to order 1 also the slopes, the logits of
-        mean queries, the states S_I and their products with the queries. The states, about N × D numbers, are written and read.
+        Else logits and values of the pooled keys that are seen, and the split and the moments of the parts; to order 1 also the slopes, the
+        logits of mean queries, the states S and their products with the queries. The states, at most about N × D numbers, are written and
+        read. Groups that are opened because of a kept block are not counted: the choice knows them, not the sizes.
         """
-        n, d, pools = sizes.tokens, sizes.head_dim, self.parts * sizes.k_blocks
+        n, d = sizes.tokens, sizes.head_dim
         if self.plain:
-            return Cost((3 if self.variance else 2) * n * pools * d, 2)
+            return Cost((3 if self.variance else 2) * n * sizes.k_blocks * d, 2)
+        units, states = self._units(sizes), sizes.q_blocks if self.opened is None else -(-sizes.q_blocks // groups.SPAN)
+        seen = units[-1] + sum((groups.MEMBERS - 1) * min(self.opened or 0, above) for above in units[1:])
         halves = self.parts - 1  # blocks and parts that are cut in two
-        split = n * d**2 + halves * (STEPS * (2 * n * d + sizes.k_blocks * d**2) + n * d) if halves else 0
-        adds = 2 * n * pools * d + split + 4 * self.parts * n * d
+        split = n * d**2 + sum(halves * (STEPS * (2 * n * d + count * d**2) + n * d) for count in units) if halves else 0
+        adds = 2 * n * self.parts * seen * d + split + 4 * len(units) * self.parts * n * d
         if not self.order:
             return Cost(adds, 2)
-        return Cost(adds + 2 * n * d**2 + self.parts * n * d + sizes.q_blocks * (pools * d + sizes.k_blocks * d**2), 4)
+        return Cost(adds + n * d**2 + len(units) * (n * d**2 + self.parts * n * d) + states * seen * (self.parts * d + d**2), 4)
+
+    def _units(self, sizes: Sizes) -> list[int]:
+        """About how many units each level has."""
+        units = [sizes.k_blocks]
+        while self.opened is not None and -(-units[-1] // groups.MEMBERS) >= 2 * self.opened:
+            units.append(-(-units[-1] // groups.MEMBERS))
+        return units
 
 
 @dataclass(frozen=True)

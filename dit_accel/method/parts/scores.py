@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Score
 from dit_accel.method.parts.call import Call, Cost, Sizes
-from dit_accel.method.parts.content import block_variance, query_spread
+from dit_accel.method.parts.content import error_bias
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,8 @@ class ErrorProduct(Score):
         require(is_real(self.cap) and self.cap >= 0, "cap must be a number >= 0", self.cap)
 
     def __call__(self, call: Call) -> Tensor:
-        with torch.no_grad():
-            k_mean, (k_var, v_var) = call.key_means(call.k), (block_variance(x, call.k_blocks) for x in (call.k, call.v))
-            spread, tiny = query_spread(call, k_var), torch.finfo(k_var.dtype).tiny
-            error = spread.clamp_min(tiny).log() + v_var.sum(-1).clamp_min(tiny).log() / 2
-            bias = call.k_blocks.count.log() + (spread / 2).clamp(max=self.cap) + error
-            return mean_product(pool_blocks(call.q, call.q_blocks)[0], k_mean) + bias.double()[:, None] / call.scale
+        k_mean, bias = error_bias(call, self.cap)
+        return mean_product(pool_blocks(call.q, call.q_blocks)[0], k_mean) + bias.double()[:, None] / call.scale
 
     def cost(self, sizes: Sizes) -> Cost:
         """The products; queries, keys and values are read once more."""

@@ -1,0 +1,184 @@
+"""Key blocks in groups of four, these in larger groups, and what of them a query sees in the place of what is not kept.
+
+A query block near to a group, or one whose weights on it are large, sees its members; one far from it sees the group. So the number of
+pooled keys for each query hardly grows with the number of tokens. Relatives, and what was measured: docs/methods.md.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
+from dit_accel.kernels.reference import softmax_partial
+from dit_accel.method.parts.call import Call, Ground
+from dit_accel.method.parts.content import PooledKeys, error_bias
+
+MEMBERS = 4  # of a group
+SPAN = 4  # query blocks in a row that see the same units
+
+
+class Listed(NamedTuple):
+    """What the query blocks see, by level from the key blocks up; units are counted by their slots (`group_blocks`).
+
+    `units`: `[BH, spans, slots]` of each level: whether the span sees the unit; a key block also where some of its query blocks keep it.
+    `kept` `[BH, spans, SPAN, slots]`: which key blocks each query block keeps. All bool.
+    """
+
+    units: list[Tensor]
+    kept: Tensor
+
+
+def group_blocks(ground: Ground, least: int) -> dict[str, Tensor]:
+    """The key blocks in groups of up to four neighbours, those in groups of four, and so on while at least `least` groups are left.
+
+    Level 0 is the key blocks. A unit of a level has a slot, and the slots 4s to 4s + 3 of the level below belong to slot s; those that are
+    not needed are empty. `far_slot` `[T]`: the slot of each key block. `far_order` `[N]`: the image's tokens, so that each unit of each
+    level is a run of them. `far_starts` `[slots + 1]`: where the run of each slot of level 0 starts; every fourth entry: of level 1.
+    `far_roots` `[R]`: the number of tokens of each slot of the last level.
+    """
+    places = _places(ground)
+    parents: list[Tensor] = []
+    while True:
+        above, parent = _halved_twice(places).unique(dim=0, return_inverse=True)
+        if len(above) < least or len(above) == len(places):
+            break
+        parents.append(parent)
+        places = above
+    slot, slots = torch.arange(len(places)), -(-len(places) // MEMBERS) * MEMBERS
+    for parent in reversed(parents):
+        slot, slots = MEMBERS * slot[parent] + _ranks(parent), MEMBERS * slots
+    blocks = ground.k_blocks
+    counts = torch.zeros(slots, dtype=torch.int64).index_copy(0, slot, blocks.count)
+    by_slot = slot.argsort()
+    return {
+        "far_slot": slot,
+        "far_order": blocks.index[by_slot][blocks.valid[by_slot]],
+        "far_starts": F.pad(counts.cumsum(0), (1, 0)),
+        "far_roots": counts.unflatten(0, (-1, MEMBERS ** len(parents))).sum(1),
+    }
+
+
+def _places(ground: Ground) -> Tensor:
+    """Of each key block its image and its place on the grid of blocks, `[T, 4]`; blocks that are no grid are in a row."""
+    corners = ground.coords[ground.k_blocks.index].amin(1)
+    places = torch.zeros_like(corners)
+    places[:, 0] = corners[:, 3]
+    for image in range(len(ground.grids)):
+        mine = corners[:, 3] == image
+        axes = [corners[mine, axis].unique(return_inverse=True) for axis in range(3)]
+        count = int(mine.sum())
+        regular = len(axes[0][0]) * len(axes[1][0]) * len(axes[2][0]) == count
+        places[mine, 1:] = torch.stack([place for _, place in axes], 1) if regular else F.pad(torch.arange(count)[:, None], (2, 0))
+    return places
+
+
+def _halved_twice(places: Tensor) -> Tensor:
+    """The places of the groups that units belong to: of each image the longest axis is halved, and again the longest."""
+    places = places.clone()
+    for image in places[:, 0].unique():
+        mine = places[:, 0] == image
+        for _ in range(2):
+            axis = 1 + int(places[mine, 1:].amax(0).argmax())
+            places[mine, axis] //= 2
+    return places
+
+
+def _ranks(parent: Tensor) -> Tensor:
+    """Which of its parent's children each unit is."""
+    order = parent.argsort(stable=True)
+    first = F.pad(parent.bincount().cumsum(0), (1, 0))
+    ranks = torch.empty_like(parent)
+    ranks[order] = torch.arange(len(parent)) - first[parent[order]]
+    return ranks
+
+
+def levels(call: Call) -> list[Call]:
+    """The call with each level's units in the place of its key blocks, from the key blocks up."""
+    starts, order, roots = (call.prepared[f"far_{name}"] for name in ("starts", "order", "roots"))
+    found, step = [], 1
+    while len(starts) - 1 >= step * len(roots):
+        found.append(dataclasses.replace(call, k_blocks=Blocks.from_starts(starts[::step]).among(order), visited=None))
+        step *= MEMBERS
+    return found
+
+
+def spans_of(kept: Tensor) -> Tensor:
+    """`[..., Tq, n]` of query blocks as `[..., spans, SPAN, n]`; the last span is filled up with zeros."""
+    return F.pad(kept, (0, 0, 0, -kept.shape[-2] % SPAN)).unflatten(-2, (-1, SPAN))
+
+
+def span_means(call: Call) -> Tensor:
+    """The mean query `[BH, spans, D]` of each span."""
+    count = call.q_blocks.count.to(call.q.dtype)[:, None]
+    return spans_of(pool_blocks(call.q, call.q_blocks)[0] * count).sum(-2) / spans_of(count).sum(-2)
+
+
+def listed(call: Call, by_level: list[Call], opened: int, cap: float) -> Listed:
+    """What each span of query blocks sees of the levels' units; without a gradient.
+
+    From the last level down a unit is opened, that is, its members are seen in its place, if some block of the span keeps one of its key
+    blocks, or if it is among the `opened` of its level whose pooled key would leave the largest error (`content.error_bias`).
+    """
+    with torch.no_grad():
+        kept = spans_of(call.kept.expand(len(call.q), -1, -1))
+        slots = len(by_level[0].k_blocks.count)
+        kept = kept.new_zeros(*kept.shape[:-1], slots).index_copy(-1, call.prepared["far_slot"], kept)
+        holds = [kept.any(-2)]  # a key block that is kept
+        for _ in by_level[1:]:
+            holds.append(holds[-1].unflatten(-1, (-1, MEMBERS)).any(-1))
+        means = span_means(call)
+        seen: list[Tensor] = []
+        candidates = (by_level[-1].k_blocks.count > 0).expand(holds[-1].shape)
+        for level, held in zip(by_level[:0:-1], holds[:0:-1], strict=True):
+            key, bias = error_bias(level, cap)
+            score = mean_product(means, key) + bias.double()[:, None] / call.scale
+            best = score.masked_fill(~candidates, -torch.inf).topk(min(opened, score.shape[-1]), dim=-1).indices
+            open_ = (torch.zeros_like(held).scatter_(-1, best, True) & candidates) | held
+            seen.insert(0, candidates & ~open_)
+            below = by_level[len(by_level) - 1 - len(seen)].k_blocks.count > 0
+            candidates = open_.repeat_interleave(MEMBERS, -1) & below
+        return Listed([candidates, *seen], kept)
+
+
+def hidden(found: Listed, parts: int, query_blocks: int) -> Tensor:
+    """`[BH, Tq, P]`: the pooled keys, `parts` for each unit of all levels, that a query block does not see."""
+    lowest = found.units[0][..., None, :] & ~found.kept  # [BH, spans, SPAN, slots]
+    seen = torch.cat([lowest, *(units[..., None, :].expand(*lowest.shape[:-1], -1) for units in found.units[1:])], -1)
+    return ~seen.flatten(1, 2)[:, :query_blocks].repeat_interleave(parts, -1)
+
+
+def joined(pooled: list[PooledKeys]) -> PooledKeys:
+    """The pooled keys of all levels."""
+    slopes = [level.slope for level in pooled]
+    slope = torch.cat([x for x in slopes if x is not None], 1) if slopes[0] is not None else None
+    return PooledKeys(*(torch.cat([level[n] for level in pooled], 1) for n in range(3)), slope)
+
+
+def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -> Tensor:
+    """One matrix S `[BH, spans, D of k, D of v]` for each span: to first order the rest's value changes by s q S.
+
+    S = Σ_J ω_J · slope_J over the units that the span sees, ω_J their share of the pooled softmax of the span's mean query; a key block
+    counts by the share of the span's query blocks that do not keep it.
+    """
+    if pooled.slope is None:
+        raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
+    blocks = spans_of(torch.ones(len(call.q_blocks.count), 1, dtype=call.q.dtype, device=call.q.device)).sum(-2)
+    open_ = found.units[0] * (1 - found.kept.sum(-2) / blocks)
+    share = torch.cat([open_, *(units.to(open_.dtype) for units in found.units[1:])], -1)
+    logits = (call.scale * span_means(call) @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
+    logits = (logits + share.log()).masked_fill(share == 0, -torch.inf)
+    return softmax_partial(logits, pooled.slope.flatten(-2))[0].unflatten(-1, pooled.slope.shape[-2:])
+
+
+def of_blocks(slopes: Tensor, query_blocks: int) -> Tensor:
+    """The matrix of each query block `[BH, Tq, D, D]` of those of the spans."""
+    return slopes.repeat_interleave(SPAN, 1)[:, :query_blocks]
+
+
+def roots_of(prepared: Mapping[str, Tensor]) -> int:
+    """The slots of the last level."""
+    return len(prepared["far_roots"])
