@@ -112,7 +112,7 @@ SPECS = {name: around(next(instances(kind))) for name, kind in part_types().item
 SPECS |= {name: around(next(instances(NEW[name]))) for name in ("Cross", "MeanOfRest")} | {"samples/new_part.py": NEW["SPEC"]}
 FIRST = {"first-order": Pooled(parts=2, order=1), "four-parts": Pooled(variance=False, parts=4, order=1)}
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
-SPECS |= {"two-parts": around(Pooled(parts=2))}
+SPECS |= {"two-parts": around(Pooled(parts=2)), "grouped": around(Pooled(parts=2, order=1, opened=1))}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 

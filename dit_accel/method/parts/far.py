@@ -29,10 +29,10 @@ class Pooled(Rest):
     The second-order cumulant expansion of the block's true softmax mass. `log_count` and `variance` switch the last two terms.
 
     `parts`: 1, 2 or 4 pooled keys for a block, split by content (`content.split_by_content`). `order`: 1 adds the first order of the
-    block's value in the query, s S_I q (`content.tilted`); 0 is the mean value alone. `opened`: distant blocks are summarised in groups, and
-    groups of groups, of which each four query blocks see the members of this many, those that would leave the largest error, of each level
-    (`groups`); None: every block is summarised by itself. With any of the three q_d² in σ² is its mean over the head's queries, so that the
-    term is one number for each pooled key. Relatives: docs/methods.md.
+    block's value in the query, s S_I q (`content.tilted`); 0 is the mean value alone. `opened`: blocks are summarised in groups, and groups
+    of groups, and of each level four query blocks in a row see the members of this many in their place, those that would leave the largest
+    error (`groups`); None: every block is summarised by itself. With any of the three q_d² in σ² is its mean over the head's queries, so
+    that the term is one number for each pooled key. Relatives: docs/methods.md.
     """
 
     log_count: bool = True
@@ -96,7 +96,9 @@ class Pooled(Rest):
     def _over(self, call: Call, pooled: PooledKeys, without: Tensor) -> Partial:
         """The softmax over the pooled keys but those that a query block is `without` `[..., Tq, P]`."""
         bias = pooled.bias[:, None, None]  # in place of log n: of each head
-        return reference.pooled_attention(call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap)
+        return reference.pooled_attention(
+            call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap
+        )
 
     def pooled(self, call: Call) -> PooledKeys:
         """The pooled keys of all blocks."""

@@ -5,7 +5,6 @@ pooled keys for each query hardly grows with the number of tokens. Relatives, an
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -153,9 +152,9 @@ def hidden(found: Listed, parts: int, query_blocks: int) -> Tensor:
 
 def joined(pooled: list[PooledKeys]) -> PooledKeys:
     """The pooled keys of all levels."""
-    slopes = [level.slope for level in pooled]
-    slope = torch.cat([x for x in slopes if x is not None], 1) if slopes[0] is not None else None
-    return PooledKeys(*(torch.cat([level[n] for level in pooled], 1) for n in range(3)), slope)
+    slopes = [level.slope for level in pooled if level.slope is not None]
+    key, value, bias = (torch.cat(tensors, 1) for tensors in zip(*((level.key, level.value, level.bias) for level in pooled), strict=True))
+    return PooledKeys(key, value, bias, torch.cat(slopes, 1) if slopes else None)
 
 
 def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -> Tensor:
@@ -177,8 +176,3 @@ def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -
 def of_blocks(slopes: Tensor, query_blocks: int) -> Tensor:
     """The matrix of each query block `[BH, Tq, D, D]` of those of the spans."""
     return slopes.repeat_interleave(SPAN, 1)[:, :query_blocks]
-
-
-def roots_of(prepared: Mapping[str, Tensor]) -> int:
-    """The slots of the last level."""
-    return len(prepared["far_roots"])
