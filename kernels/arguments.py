@@ -32,6 +32,8 @@ Learned = Annotated[Tensor | None, Mark(differentiable=True)]  # contiguous: a g
 Rest = Annotated[str, Mark(choices=RESTS)]
 Feature = Annotated[str, Mark(choices=FEATURES)]
 
+SPAN = 4  # query blocks in a row that see the same units
+
 
 class Arguments(NamedTuple):
     """The arguments of `dit_accel::attention`, but for the implementation's name. All contiguous but q, k and v.
@@ -54,6 +56,10 @@ class Arguments(NamedTuple):
     pool itself, P / k blocks of them for each key block, one block after the other, and what joins their logits (-inf: never seen).
     `slopes` `[B, H, q blocks, D, D]` float32: scale · q · slopes[I], times the share that pooled keys have of the query's softmax, is added
     to the output.
+    `pool_lists` `[B, H, spans, n]`, `pool_counts` `[B, H, spans]`, `pool_slots` `[k blocks]` int32: pooled keys of units, `pool_parts` for
+    each, of which the query blocks of a span, SPAN in a row, see those on its list, the first `counts` of it; a key block is the unit
+    `pool_slots`, hidden from the query blocks that keep it. Then there are slopes for each span. None: the units are the key blocks, and
+    all are seen.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
@@ -87,6 +93,9 @@ class Arguments(NamedTuple):
     pooled_v: Learned = None
     pooled_bias: Learned = None
     slopes: Learned = None
+    pool_lists: Tensor | None = None
+    pool_counts: Tensor | None = None
+    pool_slots: Tensor | None = None
     offset: Learned = None
     weight: Learned = None
     bias: Learned = None
@@ -97,6 +106,7 @@ class Arguments(NamedTuple):
     variance: bool = False
     linear_all: bool = False
     residual: bool = False
+    pool_parts: int = 1
     cap: float = 0.0
 
 
@@ -240,15 +250,30 @@ def _check_pooled(a: Arguments) -> None:
     if a.pooled_k is None or a.pooled_v is None or a.pooled_bias is None or a.rest != "pooled" or a.variance or a.log_count:
         raise ValueError("pooled keys are given as pooled_k, pooled_v and pooled_bias of a pooled rest without variance and log_count")
     (batch, heads, _, channels), pools, blocks = a.q.shape, a.pooled_k.shape[2], len(a.k_starts) - 1
-    if pools == 0 or pools % blocks:
+    states = len(a.q_starts) - 1
+    if a.pool_lists is not None:
+        states = -(-states // SPAN)
+        _check_units(a, pools, states)
+    elif pools == 0 or pools % blocks:
         raise ValueError(f"each of {blocks} key blocks has the same number of pooled keys, 1 or more: {pools} is no multiple")
     shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,)}
-    shapes["slopes"] = (len(a.q_starts) - 1, channels, channels)
+    shapes["slopes"] = (states, channels, channels)
     for name, shape in shapes.items():
         x = getattr(a, name)
         if x is not None and (x.shape != (batch, heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous()):
             expected = f"float32 {(batch, heads, *shape)} and contiguous"
             raise ValueError(f"{name} must be {expected}, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
+
+
+def _check_units(a: Arguments, pools: int, spans: int) -> None:
+    if a.pool_lists is None or a.pool_counts is None or a.pool_slots is None or a.pool_parts not in (1, 2, 4) or pools % a.pool_parts:
+        raise ValueError("pool_lists requires pool_counts, pool_slots and pool_parts of 1, 2 or 4 pooled keys for each unit")
+    shapes = {"pool_counts": (*a.q.shape[:2], spans), "pool_slots": (len(a.k_starts) - 1,)}
+    shapes["pool_lists"] = (*shapes["pool_counts"], a.pool_lists.shape[-1])
+    for name, shape in shapes.items():
+        x = getattr(a, name)
+        if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be int32 {shape} and contiguous, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
 
 
 def text_queries(a: Arguments) -> int:

@@ -14,8 +14,8 @@ from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, SelectionArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
-from dit_accel.method.parts import Call, Downsampled, Linear, Mass, MeanProduct, Merge, Part, Pooled, Residual, TopK
-from dit_accel.method.parts.content import slopes_of_queries
+from dit_accel.method.parts import Call, Downsampled, Linear, Mass, MeanProduct, Merge, Part, Pooled, Residual, TopK, groups
+from dit_accel.method.parts.content import PooledKeys, slopes_of_queries
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -27,7 +27,7 @@ FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: on
 
 def fuses(spec: AttentionSpec, implementation: str) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
-    if type(spec.rest) is Pooled and not spec.rest.plain and (implementation != "cpu" or spec.rest.opened is not None):
+    if type(spec.rest) is Pooled and not spec.rest.plain and implementation != "cpu":
         return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
@@ -119,12 +119,30 @@ def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
 
 def _summaries(rest: Pooled, merge: Merge | None, call: Call, params: Values) -> dict[str, Any]:
     """A rest of pooled keys that are made in torch: the keys, and the slopes of the query blocks, as `Arguments` names them."""
-    pooled = rest.pooled(call)
-    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
-    if rest.order:
-        found["slopes"] = slopes_of_queries(call, pooled, rest.parts)
+    found, lists = _grouped(rest, rest.opened, call) if rest.opened is not None else (_by_block(rest, call), {})
     given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
-    return {"rest": "pooled"} | given | _merge(merge, params)
+    return {"rest": "pooled"} | given | lists | _merge(merge, params)
+
+
+def _by_block(rest: Pooled, call: Call) -> dict[str, Tensor]:
+    pooled = rest.pooled(call)
+    return _named(pooled, slopes_of_queries(call, pooled, rest.parts) if rest.order else None)
+
+
+def _grouped(rest: Pooled, opened: int, call: Call) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of groups, and what the query blocks see of them."""
+    by_level = groups.levels(call)
+    seen = groups.listed(call, by_level, opened, rest.cap)
+    pooled = groups.joined([rest.pooled(level) for level in by_level])
+    lists, counts = (x.unflatten(0, (-1, call.heads)).contiguous() for x in groups.unit_lists(seen))
+    slots = call.prepared["far_slot"].int()
+    found = _named(pooled, groups.slopes_of_spans(call, pooled, seen, rest.parts) if rest.order else None)
+    return found, {"pool_lists": lists, "pool_counts": counts, "pool_slots": slots, "pool_parts": rest.parts}
+
+
+def _named(pooled: PooledKeys, slopes: Tensor | None) -> dict[str, Tensor]:
+    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
+    return found if slopes is None else found | {"slopes": slopes}
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:

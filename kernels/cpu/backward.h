@@ -8,9 +8,10 @@ struct Queries {
     Array<float> lse2, delta;   // [query_blocks, width]
     Array<double> exact_delta;  // the same unrounded
     Array<float> pooled_delta;  // what the pooled keys have in place of delta
+    Array<float> pooled_share;  // the share of the softmax that they have
 
     explicit Queries(const Geometry& g)
-        : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width), pooled_delta(g.p.q_blocks * g.width) {}
+        : g(g), q(g, 0, g.query_blocks, true, true), dout(g, 0, g.query_blocks, true, true), lse2(g.query_blocks * g.width), delta(g.query_blocks * g.width), exact_delta(g.query_blocks * g.width), pooled_delta(g.p.q_blocks * g.width), pooled_share(g.p.slopes ? g.p.q_blocks * g.width : 0) {}
 
     void pack(int64_t bh, int64_t i, float* out) {  // `out`: space for a panel
         const Problem& p = g.p;
@@ -78,15 +79,17 @@ struct BackwardWorkspace {
     const Geometry& g;
     const int64_t ld;
     PackWorkspace pack;
-    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t, share;
+    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
     States::Workspace rest_work;
     std::unique_ptr<LinearRows> linear;
+    std::unique_ptr<Pool> seen;
 
     explicit BackwardWorkspace(const Geometry& g)
         : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
-          bias((g.pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
-          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), share(g.rows()), rest_work(g, g.p.q_blocks) {
+          bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
+          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
+        if (g.listed()) seen = std::make_unique<Pool>(g, true, g.seen_pools());
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -190,8 +193,11 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
         }
     });
     bool pooled = i < p.q_blocks && keys.pool;
-    if (pooled) pooled_query_gradient(g, *keys.pool, queries, work, bh, i);
-    if (pooled && p.slopes) slopes_gradient(g, queries, work, bh, i);
+    if (pooled) {
+        if (work.seen) work.seen->gather(*keys.pool, bh, i);
+        pooled_query_gradient(g, work.seen ? *work.seen : *keys.pool, queries, work, bh, i);
+    }
+    if (pooled && p.slopes) lean_query_gradient(g, queries, work, bh, i);
     for (int64_t r = 0; r < run.count; r++) {
         float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
         for (int64_t d = 0; d < g.channels; d++) {
@@ -276,6 +282,7 @@ void backward(const Problem& p) {
                 else
                     query_gradient(g, keys, queries, work, bh, g.key_blocks + g.query_blocks - 1 - task);
             });
+            if (p.slopes) team.share(g.states(), [&](int64_t state) { slopes_gradient(g, queries, work, bh, state); });
             if (thread == 0 && p.doffset) p.doffset[bh] = pool ? pool->offset_sum() : linear ? linear->offset_sum() : 0.f;
         }
     });

@@ -6,7 +6,8 @@ static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Que
     Run run = g.query(i);
     const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.pooled_delta + i * g.width;
     __builtin_memset(work.b, 0, g.rows() * g.padded * 4);
-    __builtin_memset(work.share, 0, g.rows() * 4);
+    float* share = queries.pooled_share + i * g.width;
+    if (p.slopes) __builtin_memset(share, 0, g.width * 4);
     square(work.squares, q, g.rows() * g.padded);
     pool.bias(work.bias, bh, i);
     V cap = all(p.cap * LOG2E);
@@ -23,8 +24,8 @@ static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Que
                 POOL, g.padded, g.channels, KeepAll{}, edit, [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
                 [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
             product(work.a + r0 * g.padded, g.padded, work.gradient, work.ld, pool.mean + first * g.padded, g.padded, n, g.padded, ONES);
-            for (int r = 0; r < ROWS && p.slopes; r++)
-                for (int64_t c = 0; c < n; c += LANES) work.share[r0 + r] += horizontal_sum(load(work.probability + r * work.ld + c));
+            for (int64_t r = 0; p.slopes && r < std::min<int64_t>(ROWS, run.count - r0); r++)
+                for (int64_t c = 0; c < n; c += LANES) share[r0 + r] += horizontal_sum(load(work.probability + r * work.ld + c));
             if (!p.variance) continue;
             for (int r = 0; r < ROWS; r++)  // past the cap the variance has no part in the logit
                 for (int64_t c = 0; c < n; c += LANES) {
@@ -49,21 +50,33 @@ static void lean_deltas(const Geometry& g, const Queries& queries, BackwardWorks
     }
 }
 
-// The gradients of a query block's matrix and, through it, of its queries: work.a +=, in the units of pooled_query_gradient, which comes first.
-static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
+// Output gradients of query block i, each times its share of the softmax: `to` [rows, padded].
+static void share_of_gradient(const Geometry& g, const Queries& queries, float* to, int64_t i) {
     int64_t n = g.query(i).count;
-    float* weighted = work.c;
-    const float* dout = queries.dout.row(i);
-    __builtin_memset(weighted, 0, g.rows() * g.padded * 4);
+    const float *dout = queries.dout.row(i), *share = queries.pooled_share + i * g.width;
+    __builtin_memset(to, 0, g.rows() * g.padded * 4);
     for (int64_t r = 0; r < n; r++)
-        for (int64_t d = 0; d < g.channels; d++) weighted[r * g.padded + d] = work.share[r] * dout[r * g.padded + d];
-    outer(g, work.matrix, queries.q.column(i), g.width, weighted, g.padded, n);
-    float* to = g.p.dslopes + (bh * g.p.q_blocks + i) * g.channels * g.channels;
-    for (int64_t c = 0; c < g.channels; c++)
-        for (int64_t d = 0; d < g.channels; d++) to[c * g.channels + d] = work.matrix[c * g.padded + d] * (1.f / LOG2E);
+        for (int64_t d = 0; d < g.channels; d++) to[r * g.padded + d] = share[r] * dout[r * g.padded + d];
+}
+
+// The gradient of query block i through its matrix: work.a +=, in the units of pooled_query_gradient, which comes first.
+static void lean_query_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
+    share_of_gradient(g, queries, work.c, i);
     Slopes(g).read(work.state, bh, i);
     transpose(work.matrix, g.padded, work.state, g.padded, g.channels, g.channels);
-    product_rows(work.a, g.padded, weighted, g.padded, work.matrix, g.padded, round_up(n, ROWS), g.channels, g.padded, true);
+    product_rows(work.a, g.padded, work.c, g.padded, work.matrix, g.padded, round_up(g.query(i).count, ROWS), g.channels, g.padded, true);
+}
+
+// The gradient of a matrix, from the query blocks that read it.
+static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t state) {
+    float* to = g.p.dslopes + (bh * g.states() + state) * g.channels * g.channels;
+    int64_t first = g.listed() ? state * SPAN : state, end = g.listed() ? std::min(first + SPAN, g.p.q_blocks) : first + 1;
+    for (int64_t i = first; i < end; i++) {
+        share_of_gradient(g, queries, work.c, i);
+        outer(g, work.matrix, queries.q.column(i), g.width, work.c, g.padded, g.query(i).count);
+        for (int64_t c = 0; c < g.channels; c++)
+            for (int64_t d = 0; d < g.channels; d++) to[c * g.channels + d] += work.matrix[c * g.padded + d] * (1.f / LOG2E);
+    }
 }
 
 struct PoolGradient {
@@ -72,18 +85,23 @@ struct PoolGradient {
     const Pool& pool;
     Array<float> dmean, dvar, dvalue;  // [pools, padded]
     Array<float> doffset;              // [pools]
-    Array<uint8_t> kept;               // [q_blocks, k_blocks]
+    Array<uint8_t> seen;               // [q_blocks, units]
 
     PoolGradient(const Geometry& g, const Pool& pool)
         : g(g), pool(pool), dmean((pool.pools + GROUP) * g.padded), dvar((pool.pools + GROUP) * g.padded), dvalue((pool.pools + GROUP) * g.padded),
-          doffset(pool.pools + GROUP), kept(g.p.q_blocks * g.p.k_blocks) {}
+          doffset(pool.pools + GROUP), seen(g.p.q_blocks * g.units()) {}
 
     int64_t tasks() const { return (pool.pools + GROUP - 1) / GROUP; }
 
     void mark(int64_t bh, int64_t i) {
-        __builtin_memset(kept + i * g.p.k_blocks, 0, g.p.k_blocks);
+        uint8_t* mine = seen + i * g.units();
+        __builtin_memset(mine, !g.listed(), g.units());
+        if (g.listed()) {
+            int64_t list = bh * g.states() + g.state(i);
+            for (int64_t n = 0; n < g.p.pool_counts[list]; n++) mine[g.p.pool_lists[list * g.p.pool_width + n]] = 1;
+        }
         Geometry::List l = g.list(bh, i);
-        for (int64_t n = 0; n < l.count; n++) kept[i * g.p.k_blocks + l.blocks[n]] = 1;
+        for (int64_t n = 0; n < l.count; n++) mine[g.unit(l.blocks[n])] = 0;
     }
 
     // The gradients of GROUP pooled keys, from all image query blocks.
@@ -114,8 +132,14 @@ struct PoolGradient {
         const Problem& p = g.p;
         int64_t n = g.query(i).count;
         float bias[ROWS], offset = p.offset ? p.offset[g.head(bh)] * LOG2E : 0.f;
-        for (int64_t r = 0; r < ROWS; r++)
-            bias[r] = j + r < pool.pools && !kept[i * p.k_blocks + (j + r) / pool.parts] ? pool.log2_count[j + r] + offset : -INFINITY;
+        const uint8_t* mine = seen + i * g.units();
+        bool any = false;
+        for (int64_t r = 0; r < ROWS; r++) {
+            bool sees = j + r < pool.pools && mine[(j + r) / pool.parts];
+            bias[r] = sees ? pool.log2_count[j + r] + offset : -INFINITY;
+            any |= sees;
+        }
+        if (!any) return;
         V cap = all(p.cap * LOG2E);
         float* terms = work.uncapped;
         if (p.variance)

@@ -22,6 +22,7 @@ def _problem(a: Arguments) -> native.Problem:
         q_blocks=len(a.q_starts) - 1, k_blocks=len(a.k_starts) - 1,
         list_width=a.lists.shape[-1], lists_per_head=int(a.lists.ndim == 3), extra=0 if a.extra_k is None else a.extra_k.shape[2],
         n_windows=0 if a.windows is None else a.windows.shape[0], pools=0 if a.pooled_k is None else a.pooled_k.shape[2],
+        pool_width=0 if a.pool_lists is None else a.pool_lists.shape[-1],
         threads=torch.get_num_threads(), **native.fields_of(a),
     )  # fmt: skip
 

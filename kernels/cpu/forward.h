@@ -24,7 +24,7 @@ struct Keys {
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
         if (paired) pairs = std::make_unique<Pairs>(g);
-        if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward);
+        if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, g.pools());
         if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
     }
 
@@ -40,7 +40,6 @@ struct Keys {
 
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
-        if (pool && pool->given && j < g.p.k_blocks) pool->read(bh, j);
         bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
         if (pair) pairs->fill(bh, j, work.halves);
         if (pair && !rest) return;
@@ -68,6 +67,7 @@ struct Keys {
     }
 
     void prepare(Team& team, int64_t bh, PackWorkspace& work) {
+        if (pool && pool->given) team.share(g.units(), [&](int64_t unit) { pool->read(bh, unit); });
         team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, work); });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
     }
@@ -120,9 +120,11 @@ struct ForwardWorkspace {
     Array<float> squares, bias, terms, exact_top, exact_mass, matrix, tilt;
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
+    std::unique_ptr<Pool> seen;
 
     ForwardWorkspace(const Geometry& g, bool pairs)
-        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+        if (g.listed()) seen = std::make_unique<Pool>(g, false, g.seen_pools());
         if (g.p.slopes)
             exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded), tilt.allocate(g.rows() * g.padded);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
@@ -179,9 +181,11 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
     bool image = i < p.q_blocks;
     if (image && keys.pool) {
         square(work.squares, s.q, g.rows() * g.padded);
-        keys.pool->bias(work.bias, bh, i);
+        if (work.seen) work.seen->gather(*keys.pool, bh, i);
+        const Pool& pool = work.seen ? *work.seen : *keys.pool;
+        pool.bias(work.bias, bh, i);
         if (p.slopes) std::copy_n(static_cast<float*>(s.top), run.count, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), run.count, static_cast<float*>(work.exact_mass));
-        keys.pool->visit(s, run.count, work.squares, work.bias, work.terms);
+        pool.visit(s, run.count, work.squares, work.bias, work.terms);
     }
     s.finish(run.count, work.lse2);
     if (image && p.slopes) add_slopes(g, work, bh, i, run.count);

@@ -42,7 +42,8 @@ class Problem(Structure):
     """One call of the operator (problem.h): sizes, the arguments, results, and for the backward pass the gradients."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels image_q image_k q_blocks k_blocks list_width lists_per_head extra n_windows pools"),
+        *_fields(c_int64, "batch heads channels image_q image_k q_blocks k_blocks list_width lists_per_head"),
+        *_fields(c_int64, "extra n_windows pools pool_width"),
         *declared_fields(Arguments),
         ("out", Rows), ("lse", c_void_p), ("threads", c_int64), ("dout", Rows), ("dlse", c_void_p),
         *((f"d{name}", c_void_p) for name in DIFFERENTIABLE),

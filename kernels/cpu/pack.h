@@ -90,7 +90,13 @@ struct Geometry {
             for (int64_t n = 0; n < p.text; n++) text_bias[(b * text_blocks + n / chunk) * rows() + n % chunk] = p.text_bias[b * p.text + n] * LOG2E;
     }
     int64_t pools() const { return p.pools ? p.pools : p.k_blocks; }  // pooled keys
-    int64_t parts() const { return p.pools ? p.pools / p.k_blocks : 1; }  // of a block
+    bool listed() const { return p.pool_lists; }                         // query blocks see some of the units alone
+    int64_t parts() const { return listed() ? p.pool_parts : p.pools ? p.pools / p.k_blocks : 1; }  // of a unit
+    int64_t units() const { return pools() / parts(); }
+    int64_t seen_pools() const { return listed() ? p.pool_width * p.pool_parts : pools(); }  // the most that a query block sees
+    int64_t unit(int64_t j) const { return listed() ? p.pool_slots[j] : j; }                 // of key block j
+    int64_t states() const { return listed() ? (p.q_blocks + SPAN - 1) / SPAN : p.q_blocks; }
+    int64_t state(int64_t i) const { return listed() ? i / SPAN : i; }  // whose slopes query block i reads, and whose list
     int64_t queries() const { return p.text_q + p.image_q; }  // tokens in q, and below in k and v
     int64_t keys() const { return p.text + p.image_k; }
     int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel

@@ -3,15 +3,18 @@
 
 struct Pool {
     const Geometry& g;
-    const bool given;               // pooled keys come as arguments: `read` in place of `fill`
-    const int64_t pools, parts, chunks;
+    const bool given;  // pooled keys come as arguments: `read` in place of `fill`
+    const int64_t parts;
+    int64_t pools, chunks;
     Array<float> mean_t, var_t;     // [chunks, channels, POOL]; the variance is scaled to the logit's units
     Array<float> mean, var, value;  // [pools, padded], natural units
     Array<float> value_t;           // [chunks, channels, POOL], for the backward pass alone
     Array<float> log2_count;        // [chunks · POOL], -inf past the last pooled key; or the biases that are given
+    Array<int32_t> position;        // [units], of those that are gathered: where a unit is among them, or -1
+    int64_t gathered = -1;          // the list
 
-    Pool(const Geometry& g, bool backward)
-        : g(g), given(g.p.pools > 0), pools(g.pools()), parts(g.parts()), chunks((pools + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels),
+    Pool(const Geometry& g, bool backward, int64_t most)
+        : g(g), given(g.p.pools > 0), parts(g.parts()), pools(most), chunks((pools + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels),
           mean((pools + ROWS) * g.padded), value((pools + ROWS) * g.padded), log2_count(chunks * POOL) {
         if (!given) var_t.allocate(chunks * POOL * g.channels), var.allocate((pools + ROWS) * g.padded);
         if (backward) value_t.allocate(chunks * POOL * g.channels);
@@ -21,7 +24,35 @@ struct Pool {
         }
     }
 
-    // The pooled keys of block j, as they are given.
+    // The units on the list of query block i, from all of them.
+    void gather(const Pool& all, int64_t bh, int64_t i) {
+        int64_t list = bh * g.states() + g.state(i);
+        if (list == gathered) return;
+        gathered = list;
+        if (!position) position.allocate(g.units());
+        std::fill_n(static_cast<int32_t*>(position), g.units(), -1);
+        const int32_t* units = g.p.pool_lists + list * g.p.pool_width;
+        int64_t count = g.p.pool_counts[list];
+        pools = count * parts, chunks = (pools + POOL - 1) / POOL;
+        for (int64_t n = 0; n < count; n++) {
+            int64_t from = units[n] * parts, to = n * parts;
+            position[units[n]] = int32_t(n);
+            copy_columns(mean_t, to, all.mean_t, from);
+            if (value_t) copy_columns(value_t, to, all.value_t, from), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
+            __builtin_memcpy(value + to * g.padded, all.value + from * g.padded, parts * g.padded * 4);
+            __builtin_memcpy(log2_count + to, all.log2_count + from, parts * 4);
+        }
+        std::fill(log2_count + pools, log2_count + chunks * POOL, -INFINITY);
+    }
+
+    // The columns of a unit; those of one unit are in one chunk.
+    void copy_columns(float* to, int64_t t, const float* from, int64_t f) const {
+        to += t / POOL * g.channels * POOL + t % POOL, from += f / POOL * g.channels * POOL + f % POOL;
+        for (int64_t c = 0; c < g.channels; c++, to += POOL, from += POOL)
+            for (int64_t n = 0; n < parts; n++) to[n] = from[n];
+    }
+
+    // The pooled keys of unit j, as they are given.
     void read(int64_t bh, int64_t j) {
         for (int64_t t = j * parts; t < (j + 1) * parts; t++) {
             int64_t at = bh * pools + t;
@@ -64,7 +95,10 @@ struct Pool {
         float offset = g.p.offset ? g.p.offset[g.head(bh)] * LOG2E : 0.f;
         for (int64_t j = 0; j < chunks * POOL; j++) out[j] = log2_count[j] + offset;
         Geometry::List l = g.list(bh, i);
-        for (int64_t n = 0; n < l.count; n++) std::fill_n(out + l.blocks[n] * parts, parts, -INFINITY);
+        for (int64_t n = 0; n < l.count; n++) {
+            int64_t unit = g.unit(l.blocks[n]), at = position ? position[unit] : unit;
+            if (at >= 0) std::fill_n(out + at * parts, parts, -INFINITY);
+        }
     }
 
     // The variance term of a strip of logits, before the cap: q²·Var
@@ -100,14 +134,14 @@ struct Pool {
     }
 };
 
-// The first order of a pooled rest: one matrix for each query block.
+// The first order of a pooled rest: one matrix for each query block, or for each span of them.
 struct Slopes {
     const Geometry& g;
     explicit Slopes(const Geometry& g) : g(g) {}
 
     // The matrix [D of q, padded] of query block i.
     void read(float* out, int64_t bh, int64_t i) const {
-        const float* from = g.p.slopes + (bh * g.p.q_blocks + i) * g.channels * g.channels;
+        const float* from = g.p.slopes + (bh * g.states() + g.state(i)) * g.channels * g.channels;
         for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(out + c * g.padded, from + c * g.channels, g.channels * 4);
     }
 

@@ -17,6 +17,7 @@ struct Problem {
     int64_t image_q, image_k;                                // image tokens in q, and in k and v
     int64_t q_blocks, k_blocks, list_width, lists_per_head;  // lists_per_head 0: one set of lists for all heads
     int64_t extra, n_windows, pools;                         // pools: pooled keys that are given, 0: the kernel pools, one for a block
+    int64_t pool_width;                                      // of pool_lists
     // the arguments
     Rows q, k, v;
     const int32_t *lists, *counts, *full;     // [L, q_blocks, list_width], [L, q_blocks]: visited blocks, the `full` ones first
@@ -34,10 +35,13 @@ struct Problem {
     const int32_t *places_q, *places_k;       // [image_q], [image_k]: where each token of the blocks' order is among the image's; null: in that order
     const float *extra_k, *extra_v;           // [B, H, extra, D]: keys that all image queries see in addition to the text's
     const float *pooled_k, *pooled_v, *pooled_bias;  // [B, H, pools, D], [B, H, pools], natural logarithm: pooled keys as they are given, block by block
-    const float* slopes;                      // [B, H, q_blocks, D of q, D of out], or null: times scale · q and the share of pooled keys, joins the output
+    const float* slopes;                      // [B, H, q_blocks or spans, D of q, D of out], or null: times scale · q and the share of pooled keys, joins the output
+    const int32_t *pool_lists, *pool_counts;  // [B, H, spans, pool_width], [B, H, spans]: units that SPAN query blocks in a row see; null: all key blocks
+    const int32_t* pool_slots;                // [k_blocks]: the unit that a key block is
     const float *offset, *weight, *bias;      // [H] log mass offset; [D, D] and [D] projection; null where absent
     const float* text_bias;                   // [batch, text], natural logarithm, added to the logits of the text's keys; null where absent
     int32_t rest, feature_map, log_count, variance, linear_all, residual;
+    int64_t pool_parts;                       // pooled keys of a unit, read with pool_lists
     float cap;
     // the results
     Rows out;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import reference
+from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
@@ -115,7 +116,7 @@ class Pooled(Rest):
         n, d = sizes.tokens, sizes.head_dim
         if self.plain:
             return Cost((3 if self.variance else 2) * n * sizes.k_blocks * d, 2)
-        units, states = self._units(sizes), sizes.q_blocks if self.opened is None else -(-sizes.q_blocks // groups.SPAN)
+        units, states = self._units(sizes), sizes.q_blocks if self.opened is None else -(-sizes.q_blocks // SPAN)
         seen = units[-1] + sum((groups.MEMBERS - 1) * min(self.opened or 0, above) for above in units[1:])
         halves = self.parts - 1  # blocks and parts that are cut in two
         split = n * d**2 + sum(halves * (STEPS * (2 * n * d + count * d**2) + n * d) for count in units) if halves else 0

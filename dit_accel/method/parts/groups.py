@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
-from dit_accel.kernels.reference import softmax_partial
+from dit_accel.kernels.reference import MASKED, softmax_partial
 from dit_accel.method.parts.call import Call, Ground
 from dit_accel.method.parts.content import PooledKeys, error_bias
 
 MEMBERS = 4  # of a group
-SPAN = 4  # query blocks in a row that see the same units
 
 
 class Listed(NamedTuple):
@@ -150,6 +150,14 @@ def hidden(found: Listed, parts: int, query_blocks: int) -> Tensor:
     return ~seen.flatten(1, 2)[:, :query_blocks].repeat_interleave(parts, -1)
 
 
+def unit_lists(found: Listed) -> tuple[Tensor, Tensor]:
+    """The units that each span sees, counted through all levels, ascending: `[BH, spans, n]`, and how many `[BH, spans]`; int32."""
+    seen = torch.cat(found.units, -1)
+    counts = seen.sum(-1, dtype=torch.int32)
+    most = max(1, int(counts.max()))
+    return seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most].int(), counts
+
+
 def joined(pooled: list[PooledKeys]) -> PooledKeys:
     """The pooled keys of all levels."""
     slopes = [level.slope for level in pooled if level.slope is not None]
@@ -168,7 +176,8 @@ def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -
     blocks = spans_of(torch.ones(len(call.q_blocks.count), 1, dtype=call.q.dtype, device=call.q.device)).sum(-2)
     open_ = found.units[0] * (1 - found.kept.sum(-2) / blocks)
     share = torch.cat([open_, *(units.to(open_.dtype) for units in found.units[1:])], -1)
-    logits = (call.scale * span_means(call) @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
+    bias = pooled.bias.clamp_min(MASKED)  # finite: the gradient of a logsumexp over nothing is NaN
+    logits = (call.scale * span_means(call) @ pooled.key.transpose(-1, -2) + bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
     logits = (logits + share.log()).masked_fill(share == 0, -torch.inf)
     return softmax_partial(logits, pooled.slope.flatten(-2))[0].unflatten(-1, pooled.slope.shape[-2:])
 
