@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, check
+from dit_accel.kernels.arguments import SPAN, Arguments, check
 from dit_accel.method import Mass, MeanProduct, Pooled, Tiles, TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
@@ -39,6 +39,35 @@ def problem(grid: tuple[int, int, int], text: int, dim: int, parts: int, dtype: 
     )  # fmt: skip
 
 
+def on_lists(plan: Plan, a: Arguments, parts: int) -> Arguments:
+    """The same with pooled keys of units, more of them than key blocks, of which each span of query blocks sees some."""
+    seed, blocks, dim = torch.Generator().manual_seed(5), len(plan.k_blocks.count), a.q.shape[3]
+    units, spans = blocks + 7, -(-blocks // SPAN)
+    slots = torch.randperm(units, generator=seed)[:blocks]
+    sees = torch.rand(1, HEADS, spans, units, generator=seed) < 0.4
+    sees[0, 0, 0] = False  # nothing at all
+    counts = sees.sum(-1).int()
+    lists = sees.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())].int().contiguous()
+    size = {"pooled_k": (parts * units, dim), "pooled_v": (parts * units, dim), "pooled_bias": (parts * units,)}
+    given = {name: torch.randn(1, HEADS, *shape, generator=seed) for name, shape in size.items()}
+    given["slopes"] = torch.randn(1, HEADS, spans, dim, dim, generator=seed) / dim**0.5
+    given["pooled_bias"][..., parts] = -torch.inf
+    return a._replace(pool_lists=lists, pool_counts=counts, pool_slots=slots.int(), pool_parts=parts, **given)
+
+
+def unseen(a: Arguments, kept: Tensor) -> Tensor:
+    """Which pooled keys `[H, Tq, P]` a query block does not see, of those that it keeps `[H, Tq, Tk]` and the lists."""
+    if a.pool_lists is None or a.pool_counts is None or a.pool_slots is None:
+        return kept.repeat_interleave(a.pooled_k.shape[2] // kept.shape[-1], -1)  # type: ignore[union-attr]
+    units = a.pooled_k.shape[2] // a.pool_parts  # type: ignore[union-attr]
+    found = torch.ones(HEADS, kept.shape[1], units, dtype=torch.bool)
+    for head, block in itertools.product(range(HEADS), range(kept.shape[1])):
+        count = int(a.pool_counts[0, head, block // SPAN])
+        found[head, block, a.pool_lists[0, head, block // SPAN, :count].long()] = False
+        found[head, block, a.pool_slots[kept[head, block]].long()] = True
+    return found.repeat_interleave(a.pool_parts, -1)
+
+
 def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same from masks of all tokens. `x`: what is differentiated, in any dtype."""
     q, k, v = x["q"], x["k"], x["v"]
@@ -51,17 +80,17 @@ def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None
     see = torch.ones(HEADS, tokens, tokens, dtype=torch.bool)
     see[:, text:, text:] = image
     exact = (a.scale * q @ k.mT).masked_fill(~see, -torch.inf)
-    parts = x["pooled_k"].shape[2] // blocks
     far = a.scale * q @ x["pooled_k"].mT + x["pooled_bias"][:, :, None]
     if offset is not None:
         far = far + offset[:, None, None]
-    hidden = torch.ones(HEADS, tokens, parts * blocks, dtype=torch.bool)
-    hidden[:, text:] = kept[:, block_of].repeat_interleave(parts, -1)
+    hidden = torch.ones(HEADS, tokens, far.shape[-1], dtype=torch.bool)
+    hidden[:, text:] = unseen(a, kept)[:, block_of]
     logits = torch.cat([exact, far.masked_fill(hidden, -torch.inf)], -1)
     weight = logits.softmax(-1)
     out = weight @ torch.cat([v, x["pooled_v"]], 2)
     if "slopes" in x:
-        tilt = torch.einsum("bhnc,bhncd->bhnd", q[:, :, text:], x["slopes"][:, :, block_of]) * a.scale
+        slopes = x["slopes"][:, :, block_of if a.pool_lists is None else block_of // SPAN]
+        tilt = torch.einsum("bhnc,bhncd->bhnd", q[:, :, text:], slopes) * a.scale
         share = weight[:, :, text:, tokens:].sum(-1, keepdim=True)
         out = torch.cat([out[:, :, :text], out[:, :, text:] + share * tilt], 2)
     return out, logits.logsumexp(-1)
@@ -86,9 +115,11 @@ def both(plan: Plan, a: Arguments, names: list[str], offset: Tensor | None) -> l
     return found
 
 
+@pytest.mark.parametrize("lists", [False, True], ids=["all", "lists"])
 @pytest.mark.parametrize(("grid", "text", "dim", "parts", "slopes"), CASES)
-def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, parts: int, slopes: bool) -> None:
+def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, parts: int, slopes: bool, lists: bool) -> None:
     plan, a = problem(grid, text, dim, parts)
+    a = on_lists(plan, a, parts) if lists else a
     a = a if slopes else a._replace(slopes=None)
     names = ["q", "k", "v", *(name for name in GIVEN if getattr(a, name) is not None)]
     kernel, eager, exact = both(plan, a, names, torch.tensor([0.3, -0.4]))
@@ -127,6 +158,7 @@ def test_without_slopes_and_with_means_it_is_what_the_kernel_pools() -> None:
         ({"rest": "none"}, "of a pooled rest"),
         ({"slopes": torch.zeros(1, 1)}, "slopes must be float32"),
         ({"pooled_bias": torch.zeros(1, HEADS, 3)}, "pooled_bias must be float32"),
+        ({"pool_lists": torch.zeros(1, HEADS, 1, 2, dtype=torch.int32)}, "pool_lists requires pool_counts, pool_slots and pool_parts"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

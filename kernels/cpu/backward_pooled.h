@@ -84,7 +84,7 @@ struct PoolGradient {
     const Geometry& g;
     const Pool& pool;
     Array<float> dmean, dvar, dvalue;  // [pools, padded]
-    Array<float> doffset;              // [pools]
+    Array<double> doffset;             // [pools]; sums of gradients that nearly cancel
     Array<uint8_t> seen;               // [q_blocks, units]
 
     PoolGradient(const Geometry& g, const Pool& pool)
@@ -111,7 +111,7 @@ struct PoolGradient {
         __builtin_memset(dmean + first * g.padded, 0, GROUP * g.padded * 4);
         __builtin_memset(dvar + first * g.padded, 0, GROUP * g.padded * 4);
         __builtin_memset(dvalue + first * g.padded, 0, GROUP * g.padded * 4);
-        __builtin_memset(doffset + first, 0, GROUP * 4);
+        std::fill_n(doffset + first, GROUP, 0.);
         for (int64_t i = 0; i < p.q_blocks; i++) {
             if (p.variance) {
                 square(work.squares, queries.q.row(i), g.rows() * g.padded);
@@ -124,7 +124,7 @@ struct PoolGradient {
             int64_t at = bh * pool.pools + j;
             __builtin_memcpy(p.dpooled_k + at * g.channels, dmean + j * g.padded, g.channels * 4);
             __builtin_memcpy(p.dpooled_v + at * g.channels, dvalue + j * g.padded, g.channels * 4);
-            p.dpooled_bias[at] = doffset[j];
+            p.dpooled_bias[at] = float(doffset[j]);
         }
     }
 
@@ -186,8 +186,8 @@ struct PoolGradient {
     }
 
     float offset_sum() const {
-        float sum = 0;
+        double sum = 0;
         for (int64_t j = 0; j < pool.pools; j++) sum += doffset[j];
-        return sum;
+        return float(sum);
     }
 };
