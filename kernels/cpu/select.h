@@ -51,6 +51,8 @@ void select_blocks(const Selection& s) {
                 for (int64_t r = 0; r < ROWS && group * ROWS + r < s.q_blocks; r++) {
                     if (s.weight)
                         for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] *= s.weight[j];
+                    if (s.bias)
+                        for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] += s.bias[bh * s.k_blocks + j];
                     best(s.chosen + (bh * s.q_blocks + group * ROWS + r) * s.top, score + r * columns, orders[size_t(thread)], s.k_blocks, s.top);
                 }
             });
