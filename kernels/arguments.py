@@ -150,7 +150,7 @@ class SummaryArguments(NamedTuple):
 
 
 class Summaries(NamedTuple):
-    """What whole blocks are summarised to, all float32 but `part`. Differentiable: `q_mean`, `pooled_k`, `pooled_v`, `pooled_bias`, `slope`.
+    """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope.
 
     `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what
     `method.parts.ErrorProduct` adds to a block's logit. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
@@ -305,7 +305,7 @@ def new_summaries(a: SummaryArguments) -> Summaries:
     real = [a.k.new_empty((*heads, *size), dtype=torch.float32) for size in sizes]
     if not a.first_order:
         real[6] = a.k.new_empty(0, dtype=torch.float32)
-    return Summaries(*real, part=a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8))
+    return Summaries(*real, a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8))
 
 
 def check_summary(a: SummaryArguments) -> None:

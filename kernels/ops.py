@@ -49,8 +49,8 @@ def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
 
 
 def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
-    """The slope `[B, H, q blocks, D of k, D of v]` of each query block: those of the key blocks that it does not keep, by their share of the
-    pooled softmax of its mean query. Differentiable in all tensors."""
+    """The slope `[B, H, q blocks, D of k, D of v]` of each query block: those of the key blocks that it does not keep, by their share of
+    the pooled softmax of its mean query. Differentiable in all tensors."""
     slopes: Tensor = mix_slopes_op(implementation, *MIXTURE.pack(a))
     return slopes
 
@@ -142,7 +142,9 @@ SAVED_SUMMARIES = ("pooled_k", "pooled_v", "second", "part")
     "dit_accel::summarize_blocks_backward",
     mutates_args=(),
     schema=SUMMARY.schema(
-        "(Tensor, Tensor, Tensor)", *(f"Tensor? d{name}" for name in GRADIENTS_OF_SUMMARIES), *(f"Tensor {name}" for name in SAVED_SUMMARIES)
+        "(Tensor, Tensor, Tensor)",
+        *(f"Tensor? d{name}" for name in GRADIENTS_OF_SUMMARIES),
+        *(f"Tensor {name}" for name in SAVED_SUMMARIES),
     ),
 )
 def summarize_blocks_backward_op(implementation: str, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +195,9 @@ def _(implementation: str, *given: Any) -> Tensor:
     return a.q_mean.new_empty((*a.q_mean.shape, a.q_mean.shape[-1]))
 
 
-@torch.library.custom_op("dit_accel::mix_slopes_backward", mutates_args=(), schema=MIXTURE.schema("(Tensor, Tensor, Tensor, Tensor)", "Tensor dout"))
+@torch.library.custom_op(
+    "dit_accel::mix_slopes_backward", mutates_args=(), schema=MIXTURE.schema("(Tensor, Tensor, Tensor, Tensor)", "Tensor dout")
+)
 def mix_slopes_backward_op(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q_mean, pooled_k, pooled_bias and slope."""
     a, b, c, d = _implementation(implementation).gradients_of_mixture(dout, MIXTURE.unpack(*given))

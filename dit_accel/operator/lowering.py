@@ -131,8 +131,8 @@ def summaries(
     q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
     g = plan.geometry
     arguments = SummaryArguments(
-        q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts if rest else 1, text=layouts.k.text, text_q=layouts.q.text,
-        text_first=layouts.text_first, scale=scale, cap=rest.cap if rest and rest.variance else 0.0,
+        q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts if rest else 1, text=layouts.k.text,
+        text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, cap=rest.cap if rest and rest.variance else 0.0,
         score_cap=score.cap if isinstance(score, ErrorProduct) else 0.0, log_count=bool(rest and rest.log_count),
         first_order=bool(rest and rest.order), places_q=g.places_q, places_k=g.places_k, **_widths(plan),
     )  # fmt: skip

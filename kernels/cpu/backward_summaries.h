@@ -14,10 +14,8 @@ struct SummaryGradient : Summaries {
             __builtin_memcpy(work.k_mean + p * padded, s.pooled_k + (block * s.parts + p) * d, d * 4);
             __builtin_memcpy(work.v_mean + p * padded, s.pooled_v + (block * s.parts + p) * d, d * 4);
         }
-        read(work.keys, s.k, bh, key(j));
-        read(work.values, s.v, bh, key(j));
-        centre(work, work.values, work.v_mean, n);
-        centre(work, work.keys, work.k_mean, n);
+        centre(work, work.values, read(work.values, s.v, bh, key(j)), work.v_mean, n);
+        centre(work, work.keys, read(work.keys, s.k, bh, key(j)), work.k_mean, n);
         for (int64_t p = 0; p < s.parts; p++) sigma2[p] = spread(work.squares + p * padded, tokens[p]);
     }
 
@@ -75,9 +73,9 @@ struct SummaryGradient : Summaries {
         Run run = query(i);
         const float* dmean = s.dq_mean ? s.dq_mean + (bh * s.q_blocks + i) * d : nullptr;
         for (int64_t c = 0; c < d; c++) work.moved[c] = dmean ? dmean[c] / float(run.count) : 0.f, work.direction[c] = total[c] * (2.f / float(image_q));
-        read(work.keys, s.q, bh, run);
+        Lines q = read(work.keys, s.q, bh, run);
         for (int64_t n = 0; n < run.count; n++)
-            for (int64_t c = 0; c < padded; c += LANES) store(work.keys + n * padded + c, load(work.keys + n * padded + c) * load(work.direction + c) + load(work.moved + c));
+            for (int64_t c = 0; c < padded; c += LANES) store(work.keys + n * padded + c, load(q[n] + c) * load(work.direction + c) + load(work.moved + c));
         write_rows(s.dq, bh / s.heads, bh % s.heads, run, d, work.keys, padded);
     }
 };

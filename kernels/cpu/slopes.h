@@ -65,25 +65,26 @@ struct Mixing {
     }
 };
 
-// acc[r][c] += A[r, :] · B[c, :], a vector of partial sums each.
+// acc[r][c] = Σ_n A_n[r, :] · B_n[c, :], a vector of partial sums each: matrices of `depth` columns, `step_a` and `step_b` apart.
 template <int N>
-static __attribute__((noinline)) void dots_tile(V (&acc)[ROWS][N], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+static __attribute__((noinline)) void dots_tile(V (&acc)[ROWS][N], const float* a, int64_t lda, int64_t step_a, const float* b, int64_t ldb, int64_t step_b, int64_t count, int64_t depth) {
     V sum[ROWS][N];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) sum[r][c] = acc[r][c];
-    for (int64_t k = 0; k < depth; k += LANES) {
-        V column[N];
+        for (int c = 0; c < N; c++) sum[r][c] = V{};
+    for (int64_t n = 0; n < count; n++, a += step_a, b += step_b)
+        for (int64_t k = 0; k < depth; k += LANES) {
+            V column[N];
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) column[c] = load(b + c * ldb + k);
+            for (int c = 0; c < N; c++) column[c] = load(b + c * ldb + k);
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            V x = load(a + r * lda + k);
+            for (int r = 0; r < ROWS; r++) {
+                V x = load(a + r * lda + k);
 #pragma GCC unroll 4
-            for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
+                for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
+            }
         }
-    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -91,17 +92,28 @@ static __attribute__((noinline)) void dots_tile(V (&acc)[ROWS][N], const float* 
 }
 
 struct MixingGradient : Mixing {
-    static constexpr int64_t GROUP = 4 * ROWS;  // pooled keys per task
-    const int64_t width;                        // key blocks, rounded up to a strip's vectors
-    Array<float> dout, slope;                   // [rows, d, padded], [d, width, padded]: one head's, as panels
-    Array<float> keys, mean;                    // [pools, padded], [q_blocks, padded]
+    static constexpr int64_t GROUP = 4 * ROWS, TOGETHER = 8;  // pooled keys per task; groups of ROWS query blocks per task
+    static constexpr int64_t DEPTH = 512;                     // channels of the matrices whose products are summed before they join the others
+    const int64_t width;                                      // key blocks, rounded up to a strip's vectors
+    const bool in_place;                                      // the matrices are read where they lie
+    Array<float> dout, slope;                                 // [rows, d, padded], [d, width, padded]: one head's, as panels
+    Array<float> keys, mean;                                  // [pools, padded], [q_blocks, padded]
 
     explicit MixingGradient(const Mixture& m)
-        : Mixing(m), width(round_up(m.k_blocks, STRIP)), dout(rows * d * padded), slope(d * width * padded), keys(m.pools * padded), mean(m.q_blocks * padded) {}
+        : Mixing(m), width(round_up(m.k_blocks, STRIP)), in_place(d == padded && width == m.k_blocks), dout(last() * d * padded), slope(in_place ? 0 : d * width * padded),
+          keys(m.pools * padded), mean(m.q_blocks * padded) {}
 
-    void pack(int64_t bh, int64_t c) {  // row c of all matrices
-        for (int64_t i = 0; i < m.q_blocks; i++) __builtin_memcpy(dout + (i * d + c) * padded, m.dout + ((bh * m.q_blocks + i) * d + c) * d, d * 4);
-        for (int64_t j = 0; j < m.k_blocks; j++) __builtin_memcpy(slope + (c * width + j) * padded, m.slope + ((bh * d + c) * m.k_blocks + j) * d, d * 4);
+    int64_t last() const { return d == padded ? ROWS : rows; }  // rows of `dout`: all, or the last group's, which may be short
+    int64_t tasks() const { return (groups() + TOGETHER - 1) / TOGETHER; }
+
+    void pack(int64_t bh, int64_t c) {  // row c of the matrices
+        for (int64_t i = std::max<int64_t>(rows - last(), 0); i < m.q_blocks; i++)
+            __builtin_memcpy(dout + ((i - rows + last()) * d + c) * padded, m.dout + ((bh * m.q_blocks + i) * d + c) * d, d * 4);
+        for (int64_t j = 0; j < m.k_blocks && !in_place; j++) __builtin_memcpy(slope + (c * width + j) * padded, m.slope + ((bh * d + c) * m.k_blocks + j) * d, d * 4);
+    }
+    const float* matrices(int64_t bh, int64_t group) const {  // of ROWS query blocks, [ROWS, d, padded]
+        int64_t first = group * ROWS;
+        return first >= rows - last() ? dout + (first - rows + last()) * d * padded : m.dout + (bh * m.q_blocks + first) * d * d;
     }
     void pack_means(int64_t bh) {
         panel(keys, m.pooled_k + bh * m.pools * d, d, m.pools);
@@ -109,17 +121,27 @@ struct MixingGradient : Mixing {
         if (d == padded) __builtin_memcpy(keys, m.pooled_k + bh * m.pools * d, m.pools * d * 4), __builtin_memcpy(mean, m.q_mean + bh * m.q_blocks * d, m.q_blocks * d * 4);
     }
 
-    // The gradients of the logits of ROWS query blocks, in place of the shares, and of their means. `dweight`: ROWS × blocks.
-    void logits(int64_t bh, int64_t group, float* dweight) {
+    // Query blocks of one task: the gradients of their weights, `dweight` [TOGETHER · ROWS, blocks], then of their logits.
+    void task(int64_t bh, int64_t number, float* dweight) {
+        int64_t from = number * TOGETHER, to = std::min(from + TOGETHER, groups()), together = std::max<int64_t>(1, DEPTH / padded);
+        const float* all_slopes = in_place ? m.slope + bh * d * m.k_blocks * d : static_cast<const float*>(slope);
+        for (int64_t group = from; group < to; group++) weights(bh, group, dweight);
+        __builtin_memset(dweight, 0, TOGETHER * ROWS * blocks * 4);
+        for (int64_t c = 0; c < d; c += together)
+            for (int64_t group = from; group < to; group++)
+                for (int64_t j = 0; j < width; j += STRIP) {
+                    V acc[ROWS][STRIP];
+                    dots_tile<STRIP>(acc, matrices(bh, group) + c * padded, d * padded, padded, all_slopes + (c * width + j) * padded, padded, width * padded, std::min(together, d - c), padded);
+                    float* out = dweight + (group - from) * ROWS * blocks + j;
+                    for (int r = 0; r < ROWS; r++)
+                        for (int s = 0; s < STRIP && j + s < m.k_blocks; s++) out[r * blocks + s] += horizontal_sum(acc[r][s]);
+                }
+        for (int64_t group = from; group < to; group++) logits(bh, group, dweight + (group - from) * ROWS * blocks);
+    }
+
+    // In place of the shares the gradients of the logits of ROWS query blocks, and those of their means.
+    void logits(int64_t bh, int64_t group, const float* dweight) {
         int64_t first = group * ROWS;
-        for (int64_t j = 0; j < width; j += STRIP) {
-            V acc[ROWS][STRIP];
-            for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < STRIP; s++) acc[r][s] = V{};
-            for (int64_t c = 0; c < d; c++) dots_tile<STRIP>(acc, dout + (first * d + c) * padded, d * padded, slope + (c * width + j) * padded, padded, padded);
-            for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < STRIP && j + s < m.k_blocks; s++) dweight[r * blocks + j + s] = horizontal_sum(acc[r][s]);
-        }
         for (int64_t r = first; r < std::min(first + ROWS, m.q_blocks); r++) {
             const float *w = weight + r * blocks, *dw = dweight + (r - first) * blocks;
             float *x = share + r * columns, sum = 0;
@@ -145,7 +167,7 @@ struct MixingGradient : Mixing {
     }
 
     void slopes(int64_t bh, int64_t c, float* space) const {  // row c of the gradients of all slopes
-        const float* from = panel(space, dout + c * padded, d * padded, m.q_blocks);
+        const float* from = panel(space, m.dout + (bh * m.q_blocks * d + c) * d, d * d, m.q_blocks);
         outer_rows(m.dslope + (bh * d + c) * m.k_blocks * d, d, weight, blocks, from, padded, m.k_blocks, m.q_blocks, d, false);
     }
 };
@@ -173,16 +195,13 @@ void mix_slopes(const Mixture& m) {
 void mix_slopes_backward(const Mixture& m) {
     MixingGradient gradient(m);
     Team team(m.threads);
-    auto space = spaces(team, std::max({m.q_blocks * gradient.padded, ROWS * gradient.blocks, ROWS * gradient.d}) + 16);
+    auto space = spaces(team, std::max({m.q_blocks * gradient.padded, MixingGradient::TOGETHER * ROWS * gradient.blocks, ROWS * gradient.d}) + 16);
     team.run([&](int thread) {
         float* mine = space[size_t(thread)];
         for (int64_t bh = 0; bh < m.batch * m.heads; bh++) {
             team.share(1, [&](int64_t) { gradient.begin(bh), gradient.pack_means(bh); });
             team.share(gradient.d, [&](int64_t c) { gradient.pack(bh, c); });
-            team.share(gradient.groups(), [&](int64_t group) {
-                gradient.weights(bh, group, mine);
-                gradient.logits(bh, group, mine);
-            });
+            team.share(gradient.tasks(), [&](int64_t task) { gradient.task(bh, task, mine); });
             team.share((m.pools + MixingGradient::GROUP - 1) / MixingGradient::GROUP, [&](int64_t task) { gradient.pooled(bh, task); });
             team.share(gradient.d, [&](int64_t c) { gradient.slopes(bh, c, mine); });
         }

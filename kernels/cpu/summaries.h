@@ -73,6 +73,28 @@ static inline float vector_dot(const float* a, const float* b, int64_t columns) 
     return horizontal_sum(sum);
 }
 
+// out[i] = rows[i, :] · x, of whole vectors.
+static inline void row_dots(float* out, const float* rows, int64_t ld, int64_t n, const float* x, int64_t columns) {
+    if (columns != STRIP * LANES) {
+        for (int64_t i = 0; i < n; i++) out[i] = vector_dot(rows + i * ld, x, columns);
+        return;
+    }
+    V factor[STRIP];  // the commonest size: in registers
+    for (int s = 0; s < STRIP; s++) factor[s] = load(x + s * LANES);
+    for (int64_t i = 0; i < n; i++) {
+        V sum = load(rows + i * ld) * factor[0];
+        for (int s = 1; s < STRIP; s++) sum += load(rows + i * ld + s * LANES) * factor[s];
+        out[i] = horizontal_sum(sum);
+    }
+}
+
+// Rows of a block: where they lie, or in a panel.
+struct Lines {
+    const float* data;
+    int64_t ld;
+    const float* operator[](int64_t i) const { return data + i * ld; }
+};
+
 // One thread's workspace.
 struct SummaryWorkspace {
     Array<float> keys, values, centred, by_key, by_value, matrix, turned;  // panels [width, padded]; matrices [padded, padded]
@@ -116,22 +138,28 @@ struct Summaries {
     }
     Run query(int64_t i) const { return run(s.q_starts, s.places_q, i, s.text_q); }
     Run key(int64_t j) const { return run(s.k_starts, s.places_k, j, s.text); }
-    void read(float* out, const Rows& x, int64_t bh, const Run& run) const { read_rows(out, padded, x, bh / s.heads, bh % s.heads, run, d, 1.f); }
+    // `space`: a panel.
+    Lines read(float* space, const Rows& x, int64_t bh, const Run& run) const {
+        int64_t b = bh / s.heads, h = bh % s.heads;
+        if (!x.bf16 && !run.places && d == padded) return {static_cast<const float*>(x.data) + b * x.batch + h * x.head + run.place * x.row, x.row};
+        read_rows(space, padded, x, b, h, run, d, 1.f);
+        return {space, padded};
+    }
 
     void add_queries(SummaryWorkspace& work, int64_t bh, int64_t number) {
         float* sum = sums + number * rows() * padded;
         __builtin_memset(sum, 0, rows() * padded * 4);
         for (int64_t i = number * group; i < std::min((number + 1) * group, s.q_blocks); i++) {
             Run run = query(i);
-            read(work.keys, s.q, bh, run);
-            weighted_rows(work.moved, work.one, work.keys, padded, run.count, padded);
+            Lines q = read(work.keys, s.q, bh, run);
+            weighted_rows(work.moved, work.one, q.data, q.ld, run.count, padded);
             float* mean = s.q_mean + (bh * s.q_blocks + i) * d;
             for (int64_t c = 0; c < d; c++) mean[c] = work.moved[c] * (1.f / float(run.count));
             if (s.parts > 1)
-                outer_rows(sum, padded, work.keys, padded, work.keys, padded, d, run.count, padded, true);
+                outer_rows(sum, padded, q.data, q.ld, q.data, q.ld, d, run.count, padded, true);
             else
                 for (int64_t n = 0; n < run.count; n++)
-                    for (int64_t c = 0; c < padded; c++) sum[c] += work.keys[n * padded + c] * work.keys[n * padded + c];
+                    for (int64_t c = 0; c < padded; c++) sum[c] += q[n][c] * q[n][c];
         }
     }
 
@@ -148,18 +176,18 @@ struct Summaries {
     }
 
     // The tokens of `part` number `number` on the side of larger projections go to part number + level.
-    void cut(SummaryWorkspace& work, int64_t n, int64_t number, int64_t level) const {
+    void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t number, int64_t level) const {
         int64_t count = 0;
         for (int64_t i = 0; i < n; i++)
             if (work.part[i] == number) work.mine[size_t(count++)] = int32_t(i);
         if (count == 0) return;
         for (int64_t i = 0; i < n; i++) work.along[i] = work.part[i] == number ? 1.f / float(count) : 0.f;
-        weighted_rows(work.moved, work.along, work.keys, padded, n, padded);
+        weighted_rows(work.moved, work.along, keys.data, keys.ld, n, padded);
         for (int64_t i = 0; i < count; i++)
-            for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(work.keys + work.mine[size_t(i)] * padded + c) - load(work.moved + c));
+            for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
         std::fill_n(static_cast<float*>(work.direction), d, 1.f);
         for (int step = 0; step <= STEPS; step++) {
-            for (int64_t i = 0; i < count; i++) work.along[i] = vector_dot(work.centred + i * padded, work.direction, padded);
+            row_dots(work.along, work.centred, padded, count, work.direction, padded);
             if (step == STEPS) break;
             weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
             weighted_rows(work.direction, work.moved, metric, padded, d, padded);
@@ -183,12 +211,12 @@ struct Summaries {
     }
 
     // Rows less the means of their parts, and for each part the sum of their squares.
-    void centre(SummaryWorkspace& work, float* rows, const float* mean, int64_t n) const {
+    void centre(SummaryWorkspace& work, float* rows, const Lines& from, const float* mean, int64_t n) const {
         __builtin_memset(work.squares, 0, s.parts * padded * 4);
         for (int64_t i = 0; i < n; i++) {
             int64_t at = work.part[i] * padded;
             for (int64_t c = 0; c < padded; c += LANES) {
-                V x = load(rows + i * padded + c) - load(mean + at + c);
+                V x = load(from[i] + c) - load(mean + at + c);
                 store(rows + i * padded + c, x);
                 store(work.squares + at + c, load(work.squares + at + c) + x * x);
             }
@@ -216,24 +244,23 @@ struct Summaries {
     void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) const {
         int64_t n = key(j).count, block = bh * s.k_blocks + j, pool = block * s.parts, tokens[MOST_PARTS];
         const float tiny = 1.17549435e-38f;
-        read(work.keys, s.k, bh, key(j));
-        read(work.values, s.v, bh, key(j));
+        const Lines keys = read(work.keys, s.k, bh, key(j)), values = read(work.values, s.v, bh, key(j));
         __builtin_memset(work.part, 0, n);
         for (int64_t level = 1; level < s.parts; level *= 2)
-            for (int64_t number = 0; number < level; number++) cut(work, n, number, level);
+            for (int64_t number = 0; number < level; number++) cut(work, keys, n, number, level);
         __builtin_memset(s.part + block * s.k_width, 0, s.k_width);
         __builtin_memcpy(s.part + block * s.k_width, work.part, n);
         count(work, n, tokens);
         for (int64_t p = 0; p < s.parts; p++) {
             float share = 1.f / float(std::max<int64_t>(tokens[p], 1));
-            for (auto& [to, rows, out] : {std::tuple(&work.k_mean, &work.keys, s.pooled_k), std::tuple(&work.v_mean, &work.values, s.pooled_v)}) {
+            for (auto& [to, rows, out] : {std::tuple(&work.k_mean, keys, s.pooled_k), std::tuple(&work.v_mean, values, s.pooled_v)}) {
                 float* mean = *to + p * padded;
-                weighted_rows(mean, work.member + p * width, *rows, padded, n, padded);
+                weighted_rows(mean, work.member + p * width, rows.data, rows.ld, n, padded);
                 for (int64_t c = 0; c < padded; c++) mean[c] *= share;
                 __builtin_memcpy(out + (pool + p) * d, mean, d * 4);
             }
         }
-        centre(work, work.keys, work.k_mean, n);
+        centre(work, work.keys, keys, work.k_mean, n);
         float weight[MOST_PARTS];
         for (int64_t p = 0; p < s.parts; p++) {
             float sigma2 = spread(work.squares + p * padded, tokens[p]);
@@ -243,7 +270,7 @@ struct Summaries {
         whole(work.moved, work.direction, work, work.k_mean, tokens, n);
         __builtin_memcpy(s.k_mean + block * d, work.direction, d * 4);
         float sigma2 = spread(work.moved, n), flat = 0;
-        centre(work, work.values, work.v_mean, n);
+        centre(work, work.values, values, work.v_mean, n);
         whole(work.moved, work.direction, work, work.v_mean, tokens, n);
         for (int64_t c = 0; c < d; c++) flat += work.moved[c];
         s.score_bias[block] = std::log(float(n)) + std::min(sigma2 / 2, s.score_cap) + std::log(std::max(sigma2, tiny)) + std::log(std::max(flat / float(n), tiny)) / 2;
