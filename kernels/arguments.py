@@ -305,7 +305,7 @@ def new_summaries(a: SummaryArguments) -> Summaries:
     real = [a.k.new_empty((*heads, *size), dtype=torch.float32) for size in sizes]
     if not a.first_order:
         real[6] = a.k.new_empty(0, dtype=torch.float32)
-    return Summaries(*real, a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8))
+    return Summaries._make([*real, a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8)])
 
 
 def check_summary(a: SummaryArguments) -> None:

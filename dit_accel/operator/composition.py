@@ -59,7 +59,7 @@ def _compiled(
     if lowering.fuses(spec, backend):
         rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend, given)
         return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
-    out, lse = lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, {})
+    out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
     call = given()
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)
     image, text = ((out[:, part], lse[:, part]) for part in (layouts.q.image_slice, layouts.q.text_slice))

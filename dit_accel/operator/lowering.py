@@ -60,14 +60,19 @@ def has_states(spec: AttentionSpec) -> bool:
     return type(spec.rest) is Linear and type(spec.merge) in FUSED
 
 
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
+    text_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of queries `[B, H, Nq, D]`: of the image's queries over their blocks and the text, of the text's over everything."""
+    return attend(query, key, value, layouts, plan, lists, scale, implementation, text_bias, {})
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
     text_bias: Tensor | None, rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse of queries `[B, H, Nq, D]`: of the image's queries over their blocks and the text, of the text's over everything.
-
-    `rest`: what `rest_of` says, empty for the exact part alone.
-    """
+    """The same with the rest of a spec that `fuses`, as `rest_of` says it."""
     g = plan.geometry
     q, k, v = (_widened(x, implementation) for x in (query, key, value))
     if text_bias is not None:
