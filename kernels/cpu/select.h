@@ -21,7 +21,10 @@ static inline uint64_t ranked(float score, int64_t place) {
 // The `top` largest of n scores, ties to the lower index, written in ascending order; `order`: space for n.
 static inline void best(int32_t* out, const float* score, uint64_t* order, int64_t n, int64_t top) {
     for (int64_t j = 0; j < n; j++) order[j] = ranked(score[j], j);
-    if (top < n) std::nth_element(order, order + top, order + n, std::greater<uint64_t>());
+    if (top < n / 8)  // a heap of the few best turns most others away at once
+        std::partial_sort(order, order + top, order + n, std::greater<uint64_t>());
+    else if (top < n)
+        std::nth_element(order, order + top, order + n, std::greater<uint64_t>());
     for (int64_t j = 0; j < top; j++) out[j] = int32_t(~uint32_t(0) - uint32_t(order[j]));
     std::sort(out, out + top);
 }

@@ -29,13 +29,27 @@ static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], const float*
         for (int c = 0; c < N; c++) acc[r][c] = sum[r][c];
 }
 
+// Strips of columns as in `for_strips`, but the last one as wide as what is left.
+template <class Body>
+static inline __attribute__((always_inline)) void for_widths(int64_t columns, Body&& body) {
+    int64_t c = 0;
+    for (; c + STRIP * LANES <= columns; c += STRIP * LANES) body(c, std::integral_constant<int, STRIP>{});
+    int64_t left = (columns - c) / LANES;
+    if constexpr (STRIP > 3)
+        if (left == 3) body(c, std::integral_constant<int, 3>{});
+    if constexpr (STRIP > 2)
+        if (left == 2) body(c, std::integral_constant<int, 2>{});
+    if (left == 1) body(c, std::integral_constant<int, 1>{});
+}
+
 // out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Reads up
-// to ROWS - 1 entries past the end of A's rows.
-static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add) {
-    for (int64_t r0 = 0; r0 < rows; r0 += ROWS)
-        for_strips(round_up(columns, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+// to ROWS - 1 entries past the end of A's rows. `upper`: of the entries below the diagonal some are left out.
+static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add, bool upper = false) {
+    for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
+        int64_t from = upper ? r0 / LANES * LANES : 0;
+        for_widths(round_up(columns, LANES) - from, [&](int64_t c0, auto strip) __attribute__((always_inline)) {
             V acc[ROWS][strip.value];
-            int64_t most = std::min<int64_t>(ROWS, rows - r0);
+            int64_t most = std::min<int64_t>(ROWS, rows - r0), c = from + c0;
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) {
                     acc[r][s] = V{};
@@ -52,19 +66,30 @@ static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t l
                         __builtin_memcpy(out + (r0 + r) * ldo + at, &acc[r][s], (columns - at) * 4);
                 }
         });
+    }
 }
 
-// out[c] = Σ_i weight[i] · rows[i, c], of whole vectors.
-static inline void weighted_rows(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
+// out[c] = Σ_i weight[i] · rows[i, c], or of its square; of whole vectors. Two sums each, or every one would wait for the one before it.
+template <bool SQUARE>
+static inline void weighted(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
     for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) {
-        V sum[strip.value];
-        for (int s = 0; s < strip.value; s++) sum[s] = V{};
-        for (int64_t i = 0; i < n; i++) {
+        V sum[2][strip.value];
+        for (int s = 0; s < strip.value; s++) sum[0][s] = sum[1][s] = V{};
+        auto add = [&](V(&to)[strip.value], int64_t i) __attribute__((always_inline)) {
             V w = all(weight[i]);
-            for (int s = 0; s < strip.value; s++) fma(sum[s], w, load(rows + i * ld + c + s * LANES));
-        }
-        for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, sum[s]);
+            for (int s = 0; s < strip.value; s++) {
+                V x = load(rows + i * ld + c + s * LANES);
+                fma(to[s], SQUARE ? w * x : w, x);
+            }
+        };
+        int64_t i = 0;
+        for (; i + 2 <= n; i += 2) add(sum[0], i), add(sum[1], i + 1);
+        if (i < n) add(sum[0], i);
+        for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, sum[0][s] + sum[1][s]);
     });
+}
+static inline void weighted_rows(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
+    weighted<false>(out, weight, rows, ld, n, columns);
 }
 
 static inline float vector_dot(const float* a, const float* b, int64_t columns) {
@@ -156,7 +181,7 @@ struct Summaries {
             float* mean = s.q_mean + (bh * s.q_blocks + i) * d;
             for (int64_t c = 0; c < d; c++) mean[c] = work.moved[c] * (1.f / float(run.count));
             if (s.parts > 1)
-                outer_rows(sum, padded, q.data, q.ld, q.data, q.ld, d, run.count, padded, true);
+                outer_rows(sum, padded, q.data, q.ld, q.data, q.ld, d, run.count, padded, true, true);
             else
                 for (int64_t n = 0; n < run.count; n++)
                     for (int64_t c = 0; c < padded; c++) sum[c] += q[n][c] * q[n][c];
@@ -172,6 +197,8 @@ struct Summaries {
         }
     }
     void finish_queries(int64_t bh) {
+        for (int64_t r = 0; r < rows(); r++)
+            for (int64_t c = 0; c < r; c++) metric[r * padded + c] = metric[c * padded + r];
         for (int64_t c = 0; c < d; c++) second[c] = s.second[bh * d + c] = metric[s.parts > 1 ? c * padded + c : c];
     }
 
@@ -212,15 +239,9 @@ struct Summaries {
 
     // Rows less the means of their parts, and for each part the sum of their squares.
     void centre(SummaryWorkspace& work, float* rows, const Lines& from, const float* mean, int64_t n) const {
-        __builtin_memset(work.squares, 0, s.parts * padded * 4);
-        for (int64_t i = 0; i < n; i++) {
-            int64_t at = work.part[i] * padded;
-            for (int64_t c = 0; c < padded; c += LANES) {
-                V x = load(from[i] + c) - load(mean + at + c);
-                store(rows + i * padded + c, x);
-                store(work.squares + at + c, load(work.squares + at + c) + x * x);
-            }
-        }
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t c = 0; c < padded; c += LANES) store(rows + i * padded + c, load(from[i] + c) - load(mean + work.part[i] * padded + c));
+        for (int64_t p = 0; p < s.parts; p++) weighted<true>(work.squares + p * padded, work.member + p * width, rows, padded, n, padded);
     }
 
     float spread(const float* squares, int64_t tokens) const {  // s² Σ_d E[q_d²] Var(k_d)

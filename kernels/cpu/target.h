@@ -2,7 +2,7 @@
 
 namespace TARGET {
 
-static constexpr int64_t POOL = 64, MAX_CHANNELS = 256;
+static constexpr int64_t POOL = 64, SPAN = 4, MAX_CHANNELS = 256;
 
 #include "simd.h"
 #include "tile.h"
