@@ -27,7 +27,7 @@ from dit_accel.pipelines.builtin_video import builtin_video_pipeline
 TESTS = Path(__file__).parents[1] / "tests"
 PROMPTS = ("a panda on a blue background", "a cat left of a cactus")
 CLIP = "a panda moving left on a blue background"
-LAYERS = {"image": (0, 2, 5, 7), "video": (0, 2, 4, 5), "random": (0, 1)}  # by their numbers in the forward
+LAYERS = {"image": (0, 2, 4, 5), "video": (0, 2, 4, 5), "random": (0, 1)}  # by their numbers in the forward
 
 
 def image_forwards(size: int, prompts: int, levels: int) -> tuple[Any, list[Forward]]:

@@ -16,6 +16,7 @@ from dit_accel.kernels.reference import Partial
 from dit_accel.method import (
     Call,
     Cost,
+    ErrorProduct,
     FirstFrames,
     Linear,
     Mass,
@@ -89,6 +90,8 @@ class Gain(Merge):
 
 KNOWN = {
     "pooled": AttentionSpec((TopK(0.2, True),), Pooled(), Mass(), SMALL, (16, 16)),
+    "first-order": AttentionSpec((TopK(0.3, score=ErrorProduct()),), Pooled(parts=2, order=1), Mass(), SMALL, (16, 16)),
+    "top-p-first-order": AttentionSpec((TopP(0.4, 0.3),), Pooled(parts=4, order=1), Mass(), SMALL, (16, 16)),
     "linear": SLA(0.3, "relu", block=(16, 32)),
     "linear-all": SLA(0.2, "elu", "all", tile=(4, 4)),
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("softmax"), Mass(), SMALL, (16, 16)),

@@ -41,8 +41,7 @@ static void lean_deltas(const Geometry& g, const Queries& queries, BackwardWorks
     Slopes slopes(g);
     int64_t n = g.query(i).count;
     const float* dout = queries.dout.row(i);
-    slopes.read(work.matrix, bh, i);
-    slopes.rows(work.b, queries.q.row(i), work.matrix, n);
+    slopes.rows(work.b, queries.q.row(i), slopes.read(work.matrix, bh, i), n);
     for (int64_t r = 0; r < n; r++) {
         double sum = queries.exact_delta[i * g.width + r];
         for (int64_t d = 0; d < g.channels; d++) sum -= double(work.b[r * g.padded + d]) * dout[r * g.padded + d];
@@ -62,8 +61,7 @@ static void share_of_gradient(const Geometry& g, const Queries& queries, float* 
 // The gradient of query block i through its matrix: work.a +=, in the units of pooled_query_gradient, which comes first.
 static void lean_query_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     share_of_gradient(g, queries, work.c, i);
-    Slopes(g).read(work.state, bh, i);
-    transpose(work.matrix, g.padded, work.state, g.padded, g.channels, g.channels);
+    transpose(work.matrix, g.padded, Slopes(g).of(bh, i), g.channels, g.channels, g.channels);
     product_rows(work.a, g.padded, work.c, g.padded, work.matrix, g.padded, round_up(g.query(i).count, ROWS), g.channels, g.padded, true);
 }
 

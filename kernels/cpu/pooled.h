@@ -109,18 +109,40 @@ struct Pool {
         tile<N>(x, squares, ld, var_t, POOL, depth);
     }
 
-    // Add all pooled keys to a softmax; `squares` [rows, padded]: its scaled queries squared; `terms`: space for ROWS × POOL.
+    // Add all pooled keys to a softmax, SPAN chunks at a time; `squares` [rows, padded]: its scaled queries squared; `terms`: space for
+    // ROWS × POOL. What the biases of -inf past the last pooled key leave out needs no mask.
     void visit(Softmax& softmax, int64_t queries, const float* squares, const float* bias, float* terms) const {
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t first = 0; first < chunks; first += SPAN) {
+            int64_t end = std::min(first + SPAN, chunks);
+            Block<float> block{nullptr, POOL, value + first * POOL * g.padded, g.padded};
             for (int64_t r0 = 0; r0 < queries; r0 += ROWS) {
-                if (g.p.variance) capped_terms(terms, squares + r0 * g.padded, chunk);
-                auto edit = [&](int64_t row, int64_t c, V x) __attribute__((always_inline)) {
-                    if (g.p.variance) x += load(terms + (row - r0) * POOL + c);
-                    return x + load(bias + chunk * POOL + c);
-                };
-                Block<float> block{mean_t + chunk * POOL * g.channels, POOL, value + chunk * POOL * g.padded, g.padded};
-                softmax.visit_rows(r0, block, keys(chunk), edit);
+                V best[ROWS];
+                for (int r = 0; r < ROWS; r++) best[r] = all(NEVER);
+                for (int64_t chunk = first; chunk < end; chunk++) {
+                    if (g.p.variance) capped_terms(terms, squares + r0 * g.padded, chunk);
+                    logits(softmax, best, r0, chunk, (chunk - first) * POOL, bias, terms);
+                }
+                softmax.absorb(r0, block, 0, std::min(pools - first * POOL, (end - first) * POOL), best);
             }
+        }
+    }
+
+    // ROWS rows of logits of a chunk, from column `at` of the scores on.
+    void logits(Softmax& softmax, V (&best)[ROWS], int64_t r0, int64_t chunk, int64_t at, const float* bias, const float* terms) const {
+        const Block<float> block{mean_t + chunk * POOL * g.channels, POOL, nullptr, 0};
+        for_strips(POOL, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            V x[ROWS][strip.value];
+            softmax.logits<strip.value>(x, r0, block, c);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < strip.value; s++) {
+                    int64_t column = c + s * LANES;
+                    V logits = x[r][s];
+                    if (g.p.variance) logits += load(terms + r * POOL + column);
+                    logits += load(bias + chunk * POOL + column);
+                    best[r] = max(best[r], logits);
+                    store(softmax.score + r * softmax.width + at + column, logits);
+                }
+        });
     }
 
     void capped_terms(float* out, const float* squares, int64_t chunk) const {
@@ -139,10 +161,13 @@ struct Slopes {
     const Geometry& g;
     explicit Slopes(const Geometry& g) : g(g) {}
 
-    // The matrix [D of q, padded] of query block i.
-    void read(float* out, int64_t bh, int64_t i) const {
-        const float* from = g.p.slopes + (bh * g.states() + g.state(i)) * g.channels * g.channels;
-        for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(out + c * g.padded, from + c * g.channels, g.channels * 4);
+    const float* of(int64_t bh, int64_t i) const { return g.p.slopes + (bh * g.states() + g.state(i)) * g.channels * g.channels; }
+
+    // The matrix [D of q, padded] of query block i: where it lies, or in `space`.
+    const float* read(float* space, int64_t bh, int64_t i) const {
+        if (g.channels == g.padded) return of(bh, i);
+        for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(space + c * g.padded, of(bh, i) + c * g.channels, g.channels * 4);
+        return space;
     }
 
     // What a query whose softmax were all of pooled keys would get, rows [queries, padded]; `q` is scaled by s·log2(e).

@@ -7,7 +7,7 @@ struct Softmax {
     Array<int32_t> q_pairs, weight_pairs;   // queries as they came, and weights, where the keys are pairs of bfloat16
 
     Softmax(const Geometry& g, bool pairs)
-        : g(g), width(std::max<int64_t>(g.width, POOL)), q(g.rows() * g.padded), acc(g.rows() * g.padded), top(g.rows() + 16),
+        : g(g), width(std::max<int64_t>(g.width, SPAN * POOL)), q(g.rows() * g.padded), acc(g.rows() * g.padded), top(g.rows() + 16),
           mass(g.rows() + 16), score(ROWS * width) {
         if (pairs) q_pairs.allocate(g.rows() * g.channels / 2), weight_pairs.allocate(ROWS * width / 2);
     }
