@@ -54,7 +54,7 @@ def _compiled(
         lists = lowering.lists(query, key, spec, layouts, plan, backend)
     else:
         lists = Lists.from_map(visited_blocks(_image_call(query, key, value, layouts, plan, params, scale), spec, plan))
-    if lowering.fuses(spec, backend):
+    if lowering.fuses(spec):
         given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
         return lowering.attend(query, key, value, spec, layouts, plan, lists, params, scale, backend, text_bias, given)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)

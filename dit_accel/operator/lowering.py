@@ -25,10 +25,8 @@ COMPILED = ("cpu", "triton")
 FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: one derived from them may compute something else
 
 
-def fuses(spec: AttentionSpec, implementation: str) -> bool:
+def fuses(spec: AttentionSpec) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
-    if type(spec.rest) is Pooled and not spec.rest.plain and implementation != "cpu":
-        return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -38,9 +36,9 @@ def selects(spec: AttentionSpec) -> bool:
     return chosen is None or (type(chosen) is TopK and type(chosen.score) is MeanProduct)
 
 
-def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
+def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
-    rest = () if fuses(spec, implementation) else (spec.rest, spec.merge)
+    rest = () if fuses(spec) else (spec.rest, spec.merge)
     found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
     return [part for part in found if part is not None]
 
