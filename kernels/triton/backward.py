@@ -17,7 +17,7 @@ from dit_accel.kernels.triton.primitives import (
     pooled_logits,
     put,
     scaled_squares,
-    slope_dot,
+    wide_dot,
     tile,
     unkept,
     vector,
@@ -156,7 +156,7 @@ def gradient_rows(
             again = placed(lists.q_places, q_token, q_valid, True) + image_start_q
             tl.store(tilt.share + bh * tokens_q + again, share, mask=q_valid)
             slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
-            grad = slope_dot(grad, head(pull.dout, bh, heads), again, pull.dout.n, q_valid, share, slope, True, C)
+            grad = wide_dot(grad, head(pull.dout, bh, heads), again, pull.dout.n, q_valid, share, slope, True, 1, C)
     grad *= logits.scale
     q_place = placed(lists.q_places, q_token, q_valid, True)
     if more is not None:

@@ -4,11 +4,11 @@ With t = s q S_I a pooled key's value is v + t for each query: its logit's gradi
 """
 
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import head, placed, put, slope_dot, tile
+from dit_accel.kernels.triton.primitives import head, placed, put, wide_dot, tile
 from dit_accel.kernels.triton.tuples import kernel
 
 
-@kernel("D DP BQ SUB_Q PRECISION")
+@kernel("D DP BQ SUB_Q STAGES PRECISION")
 def tilted_deltas(q, pull, tilt, slopes, lists, logits, heads, tokens_q, image_start_q, C: tl.constexpr):
     """`tilt.delta` of the image's queries: delta − dout·t. Grid: (query blocks · SUB_Q, batch · heads)."""
     block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
@@ -18,7 +18,7 @@ def tilted_deltas(q, pull, tilt, slopes, lists, logits, heads, tokens_q, image_s
     row = placed(lists.q_places, token, valid) + image_start_q
     slope = slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
     change = tl.zeros([C.BQ, C.DP], tl.float32)
-    change = slope_dot(change, head(q, bh, heads), row, q.n, valid, None, slope, False, C)
+    change = wide_dot(change, head(q, bh, heads), row, q.n, valid, None, slope, False, C.STAGES, C)
     dout = tile(head(pull.dout, bh, heads), row, pull.dout.n, valid, C).to(tl.float32)
     delta = tl.load(pull.delta + bh * tokens_q + row, mask=valid, other=0.0)
     tl.store(tilt.delta + bh * tokens_q + row, delta - logits.scale * tl.sum(change * dout, 1), mask=valid)

@@ -15,7 +15,7 @@ from dit_accel.kernels.triton.primitives import (
     pooled_logits,
     put,
     scaled_squares,
-    slope_dot,
+    wide_dot,
     split_dot,
     tile,
     vector,
@@ -162,7 +162,7 @@ def attend_rows(
         share = 1.0 - exact_mass * tl.exp2(exact_top - top) / mass
         slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
         tilt = tl.zeros([C.BQ, C.DP], tl.float32)
-        tilt = slope_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, C)
+        tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, 1, C)
         result += tilt * (share * logits.scale)[:, None]
     if C.LINEAR and C.RESIDUAL:
         result += vector(learned.bias, C)[None, :]

@@ -93,14 +93,14 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
 
 
 @triton.jit
-def slope_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.constexpr, C):
+def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, C):
     """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`.
 
     A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers. In float16 the matrix is
     relative to its largest entry there, because a covariance may pass that type's end.
     """
     STEP: tl.constexpr = 32 if C.DP > 32 else C.DP
-    for first in tl.range(0, C.DP, STEP, num_stages=1):
+    for first in tl.range(0, C.DP, STEP, num_stages=STAGES):
         inner = first + tl.arange(0, STEP)
         outer = tl.arange(0, C.DP)
         left = tl.load(
