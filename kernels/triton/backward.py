@@ -17,10 +17,10 @@ from dit_accel.kernels.triton.primitives import (
     pooled_logits,
     put,
     scaled_squares,
-    wide_dot,
     tile,
     unkept,
     vector,
+    wide_dot,
     words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Queries, Row, kernel

@@ -4,7 +4,7 @@ With t = s q S_I a pooled key's value is v + t for each query: its logit's gradi
 """
 
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import head, placed, put, wide_dot, tile
+from dit_accel.kernels.triton.primitives import head, placed, put, tile, wide_dot
 from dit_accel.kernels.triton.tuples import kernel
 
 

@@ -15,10 +15,10 @@ from dit_accel.kernels.triton.primitives import (
     pooled_logits,
     put,
     scaled_squares,
-    wide_dot,
     split_dot,
     tile,
     vector,
+    wide_dot,
     words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Row, kernel
