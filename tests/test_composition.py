@@ -96,6 +96,7 @@ KNOWN = {
     "linear-all": SLA(0.2, "elu", "all", tile=(4, 4)),
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("softmax"), Mass(), SMALL, (16, 16)),
     "downsampled": CLEAR(3, downsample=4, tile=(4, 4)),
+    "grouped": AttentionSpec((TopK(0.2, score=ErrorProduct()),), Pooled(parts=2, order=1, opened=1), Mass(), SMALL, (16, 16)),
 }
 FOREIGN = {
     "top-p": AttentionSpec((TopP(0.6, 0.5),), order=SMALL, block=(16, 16)),
@@ -156,6 +157,12 @@ def test_one_call_equals_the_composition(spec: AttentionSpec, monkeypatch: pytes
     parts = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
     torch.testing.assert_close(whole, parts, rtol=2e-4, atol=2e-5)
     assert not torch.equal(whole[0], parts[0])
+
+
+@pytest.mark.gpu
+def test_the_first_order_by_the_gpu_kernels_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "exact", None)  # not called: all but the summaries is one kernel
+    compare("triton", KNOWN["first-order"], TINY)
 
 
 @cases(FOREIGN, "top-p-and-frame", "rest-and-merge")

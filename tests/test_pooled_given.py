@@ -1,13 +1,17 @@
-"""Pooled keys and slopes that the CPU kernels are given: forward and backward, against the formula over all pairs of tokens."""
+"""Pooled keys and slopes that the compiled kernels are given: forward and backward, against the formula over all pairs of tokens."""
 
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close_as_eager
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.kernels import ops
+from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.arguments import SPAN, Arguments, check
 from dit_accel.method import Mass, MeanProduct, Pooled, Tiles, TopK
 from dit_accel.method.spec import AttentionSpec
@@ -17,16 +21,23 @@ from dit_accel.operator.lists import Lists
 
 GIVEN = ("pooled_k", "pooled_v", "pooled_bias", "slopes")
 HEADS = 2
+DEVICES = {"cpu": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+TRITON = pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")])
+either = pytest.mark.parametrize("name", ["cpu", TRITON])
 
 
-def problem(grid: tuple[int, int, int], text: int, dim: int, parts: int, dtype: torch.dtype = torch.float32) -> tuple[Plan, Arguments]:
+def problem(
+    grid: tuple[int, int, int], text: int, dim: int, parts: int, dtype: torch.dtype = torch.float32, *, text_first: bool = True,
+    all_kept: bool = False,
+) -> tuple[Plan, Arguments]:  # fmt: skip
     """Random pooled keys on a grid cut into tiles of 4 × 4; one of them has nothing in it."""
     spec = AttentionSpec((TopK(0.3, score=MeanProduct()),), Pooled(), Mass(), Tiles((4, 4)), (16, 16))
     plan = make_plan(spec, TokenLayout(grid, text), torch.device("cpu"))
     seed = torch.Generator().manual_seed(dim + parts)
     tokens, blocks = text + grid[0] * grid[1] * grid[2], len(plan.k_blocks.count)
     q, k, v = (torch.randn(1, HEADS, tokens, dim, generator=seed).to(dtype) for _ in range(3))
-    chosen = torch.rand(HEADS, blocks, blocks, generator=seed).argsort(-1)[..., : max(1, blocks // 4)].sort(-1).values.to(torch.int32)
+    some = blocks if all_kept else max(1, blocks // 4)
+    chosen = torch.rand(HEADS, blocks, blocks, generator=seed).argsort(-1)[..., :some].sort(-1).values.to(torch.int32)
     lists, g = Lists.of_chosen(chosen), plan.geometry
     size = {"pooled_k": (parts * blocks, dim), "pooled_v": (parts * blocks, dim), "pooled_bias": (parts * blocks,)}
     given = {name: torch.randn(1, HEADS, *shape, generator=seed) for name, shape in size.items()}
@@ -34,7 +45,7 @@ def problem(grid: tuple[int, int, int], text: int, dim: int, parts: int, dtype: 
     given["pooled_bias"][..., parts] = -torch.inf
     return plan, Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
-        text=text, text_first=True, scale=dim**-0.5, places_q=g.places_q, places_k=g.places_k, q_width=16, k_width=16,
+        text=text, text_first=text_first, scale=dim**-0.5, places_q=g.places_q, places_k=g.places_k, q_width=16, k_width=16,
         rest="pooled", **given,
     )  # fmt: skip
 
@@ -70,6 +81,10 @@ def unseen(a: Arguments, kept: Tensor) -> Tensor:
 
 def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same from masks of all tokens. `x`: what is differentiated, in any dtype."""
+    if not a.text_first:
+        rolled = {name: x[name].roll(a.text, 2) for name in "qkv"}
+        out, lse = oracle(plan, a._replace(text_first=True), x | rolled, offset)
+        return out.roll(-a.text, 2), lse.roll(-a.text, 2)
     q, k, v = x["q"], x["k"], x["v"]
     blocks, text, tokens = len(plan.k_blocks.count), a.text, a.q.shape[2]
     kept = Lists(a.lists, a.counts, a.full).kept(blocks)  # [H, Tq, Tk]
@@ -99,14 +114,20 @@ def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None
 CASES = list(itertools.product([(1, 12, 10), (2, 6, 9)], [0, 5], [16, 72], [1, 2], [True, False]))
 
 
-def both(plan: Plan, a: Arguments, names: list[str], offset: Tensor | None) -> list[list[Tensor]]:
-    """Output, lse and gradients of the kernels, and of the oracle in float32 and in float64."""
+def moved(a: Arguments, device: torch.device) -> Arguments:
+    """The same on a device."""
+    return a._replace(**{name: x.to(device) for name, x in a._asdict().items() if isinstance(x, Tensor)})
+
+
+def both(plan: Plan, a: Arguments, names: list[str], offset: Tensor | None, name: str = "cpu") -> list[list[Tensor]]:
+    """Output, lse and gradients of the kernels, and of the oracle in the input's dtype (at most float32) and in float64."""
     found = []
-    for dtype in (None, torch.float32, torch.float64):
+    for dtype in (None, a.q.dtype if a.q.dtype == torch.float16 else torch.float32, torch.float64):
         x = {name: getattr(a, name).detach().to(dtype or getattr(a, name).dtype).requires_grad_() for name in names}
         own = None if offset is None else offset.detach().to(dtype or offset.dtype).requires_grad_()
-        out, lse = ops.attention(a._replace(**x, offset=own), "cpu") if dtype is None else oracle(plan, a, x, own)
-        seed = torch.Generator().manual_seed(1)
+        given = moved(a._replace(**x, offset=own), DEVICES[name])
+        out, lse = ops.attention(given, name) if dtype is None else oracle(plan, a, x, own)
+        out, lse, seed = out.cpu(), lse.cpu(), torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=seed).to(out.dtype)).sum() + (
             lse * torch.randn(lse.shape, generator=seed).to(lse.dtype)
         ).sum()
@@ -128,6 +149,143 @@ def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, pa
         assert error <= 2 * allowed + 1e-6 * right.abs().max(), (name, float(error), float(allowed))
 
 
+RAGGED, VIDEO = (1, 6, 7), (2, 4, 5)
+
+
+def without_slopes(made: tuple[Plan, Arguments]) -> tuple[Plan, Arguments]:
+    return made[0], made[1]._replace(slopes=None)
+
+
+TRITON_CASES = {
+    "first-order": (problem(RAGGED, 5, 16, 2), False),
+    "head-72-text-last": (problem(RAGGED, 3, 72, 2, text_first=False), True),
+    "four-parts-no-text": (problem(VIDEO, 0, 16, 4), True),
+    "one-part": (problem(VIDEO, 2, 24, 1), False),
+    "everything-kept": (problem(RAGGED, 5, 16, 2, all_kept=True), False),
+    "no-slopes": (without_slopes(problem(RAGGED, 3, 16, 4)), True),
+    "no-slopes-float16": (without_slopes(problem(VIDEO, 0, 24, 2, torch.float16)), False),
+    "float16": (problem(RAGGED, 5, 16, 2, torch.float16), False),
+    "float16-head-72": (problem(RAGGED, 0, 72, 4, torch.float16), True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("case", TRITON_CASES.values(), ids=TRITON_CASES)
+def test_the_gpu_kernels_are_the_formula(case: Any) -> None:
+    (plan, a), offset = case
+    names = ["q", "k", "v", *(name for name in GIVEN if getattr(a, name) is not None)]
+    results = both(plan, a, names, torch.tensor([0.3, -0.4]) if offset else None, "triton")
+    for name, mine in zip(["out", "lse", *names], results[0], strict=False):
+        assert mine.dtype == (torch.float32 if name in ("lse", *GIVEN) else a.q.dtype), name
+    groups = {"out": [0], "lse": [1], "inputs": [2, 3, 4], "given": range(5, 2 + len(names))}  # the error of a few numbers is luck
+    for name, places in groups.items():
+        mine, eager, exact = (torch.cat([x[i].flatten() for i in places]) for x in results)
+        assert_close_as_eager(mine, exact, eager, name)
+    if offset:
+        torch.testing.assert_close(results[0][-1].double(), results[2][-1], rtol=1e-2 if a.q.dtype == torch.float16 else 1e-4, atol=1e-4)
+
+
+@either
+def test_queries_of_some_blocks_are_rows_of_the_whole(name: str) -> None:
+    """Other queries than keys: a band of the blocks, in the order of the blocks, without text."""
+    plan, whole = problem((1, 8, 7), 3, 16, 2)
+    first, last = 1, 3
+    begin, end = (int(whole.q_starts[i]) for i in (first, last))
+    rows = 3 + plan.k_blocks.index[plan.k_blocks.valid][begin:end]
+    own = {key: getattr(whole, key)[:, first:last].contiguous() for key in ("lists", "counts", "full")}
+    q, slopes = whole.q[:, :, rows].requires_grad_(), whole.slopes[:, :, first:last].contiguous().requires_grad_()  # type: ignore[index]
+    band = whole._replace(q=q, slopes=slopes, q_starts=whole.q_starts[first : last + 1] - begin, text_q=0, places_q=None, **own)
+    out, lse = ops.attention(moved(band, DEVICES[name]), name)
+    leaves = whole.q.requires_grad_(), whole.slopes.requires_grad_()  # type: ignore[union-attr]
+    of_all = ops.attention(moved(whole, DEVICES[name]), name)
+    for mine, all_rows in zip((out, lse), of_all, strict=True):
+        torch.testing.assert_close(mine.cpu(), all_rows[:, :, rows].cpu(), rtol=1e-5, atol=1e-6)
+    mine = torch.autograd.grad(out.square().sum() + lse.sum(), (q, slopes))
+    theirs = torch.autograd.grad(of_all[0][:, :, rows].square().sum() + of_all[1][:, :, rows].sum(), leaves)
+    torch.testing.assert_close(mine[0], theirs[0][:, :, rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[1], theirs[1][:, :, first:last], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New uninitialised tensors are full of NaN."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return filled
+
+    for owner, made in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, made, poison(getattr(owner, made)))
+
+
+def gradients(a: Arguments, name: str) -> list[Tensor]:
+    """Of all that is given, with everything on the device that the kernels take."""
+    leaves = [getattr(a, key).detach().requires_grad_() for key in ("q", "k", "v", *GIVEN)]
+    out, lse = ops.attention(moved(a._replace(**dict(zip(("q", "k", "v", *GIVEN), leaves, strict=True))), DEVICES[name]), name)
+    return list(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+
+
+@either
+@pytest.mark.usefixtures("poisoned")
+def test_no_uninitialised_memory_is_read_and_again_is_the_same_to_the_bit(name: str) -> None:
+    assert torch.empty(1).isnan().all()
+    _, a = problem(VIDEO, 3, 24, 2)
+    first, second = gradients(a, name), gradients(a, name)
+    assert [i for i, x in enumerate(first) if not x.isfinite().all()] == []
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
+def test_slopes_past_the_end_of_float16() -> None:
+    """Covariances have the square of the values' range."""
+    plan, a = problem(RAGGED, 0, 16, 2, torch.float16)
+    assert a.slopes is not None
+    a = a._replace(slopes=a.slopes * 2e5, q=a.q * 2e-3)
+    assert a.slopes.abs().max() > 65504  # type: ignore[union-attr]
+    out = ops.attention(moved(a, DEVICES["triton"]), "triton")[0].cpu()
+    given = {name: getattr(a, name).double() for name in ("q", "k", "v", *GIVEN)}
+    exact = oracle(plan, a, given)[0]
+    error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, exact.half()))
+    assert error <= 4 * least  # q, the slopes and the output are rounded
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of all float tensors with a matrix for each of `blocks` query blocks that any operation makes."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.least, self.found = elements, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given and x.numel() >= self.least:
+                self.found += 1
+        return made
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
+def test_the_slopes_are_in_memory_once() -> None:
+    """They are read where they lie: nothing of their size is made of them, and one such tensor, their gradient, in the backward pass."""
+    from dit_accel.kernels.triton import calls
+    from dit_accel.kernels.triton.tables import Machine
+
+    _, a = problem((1, 8, 8), 0, 256, 1)
+    assert a.slopes is not None
+    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes.numel()) as forward:
+        out, lse = calls.attend(a)
+    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes.numel()) as backward:
+        calls.gradients(out, None, out, lse, a)
+    assert (forward.found, backward.found) == (0, 1)
+
+
 def test_bfloat16_is_within_its_rounding() -> None:
     plan, a = problem((1, 12, 10), 5, 64, 2, torch.bfloat16)
     names = ["q", "k", "v", *GIVEN]
@@ -139,14 +297,15 @@ def test_bfloat16_is_within_its_rounding() -> None:
     assert all(x.isfinite().all() for x in kernel)
 
 
-def test_without_slopes_and_with_means_it_is_what_the_kernel_pools() -> None:
+@either
+def test_without_slopes_and_with_means_it_is_what_the_kernel_pools(name: str) -> None:
     plan, a = problem((1, 12, 10), 5, 24, 1)
     image = [x[:, :, 5:][:, :, plan.k_blocks.index] for x in (a.k, a.v)]
     mean = [(x * plan.k_blocks.valid[..., None]).sum(3) / plan.k_blocks.count[:, None] for x in image]
     bias = plan.k_blocks.count.log().expand(1, HEADS, -1).contiguous()
     given = a._replace(pooled_k=mean[0], pooled_v=mean[1], pooled_bias=bias, slopes=None)
     pooled = a._replace(pooled_k=None, pooled_v=None, pooled_bias=None, slopes=None, log_count=True)
-    for mine, theirs in zip(ops.attention(given, "cpu"), ops.attention(pooled, "cpu"), strict=True):
+    for mine, theirs in zip(*(ops.attention(moved(x, DEVICES[name]), name) for x in (given, pooled)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -165,12 +324,3 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
     _, a = problem((1, 8, 8), 0, 16, 1)
     with pytest.raises(ValueError, match=message):
         check(a._replace(**change))
-
-
-def test_the_gpu_kernels_refuse_what_they_do_not_know() -> None:
-    pytest.importorskip("triton")
-    from dit_accel.kernels.triton import calls
-
-    _, a = problem((1, 8, 8), 0, 16, 1)
-    with pytest.raises(ValueError, match="not supported by the Triton kernels"):
-        calls.attend(a)

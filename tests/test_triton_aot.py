@@ -15,6 +15,8 @@ from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
 from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
+OTHERS = {"choose_blocks", "list_bits", "summarise", "tilted_deltas", "gradient_slopes"}
+
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: this one interprets the kernels."""
@@ -27,8 +29,9 @@ def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("aot") / "aot.json"
     done = bench(
-        out, "--arch", "sm_90", "--arch", "gfx942", "--head-dim", "64", "--dtype", "bfloat16", "--method", "fovea", "--method", "sla"
-    )
+        out, "--arch", "sm_90", "--arch", "gfx942", "--head-dim", "64", "--dtype", "bfloat16", "--method", "fovea", "--method", "sla",
+        "--method", "fovea, order 1",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
     return found
@@ -36,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_kernel_is_there(rows: list[dict[str, Any]]) -> None:
     for arch in ("sm_90", "gfx942"):
-        assert {row["kernel"] for row in rows if row["arch"] == arch} >= aot.MATRIX_KERNELS | {"choose_blocks", "list_bits", "summarise"}
+        assert {row["kernel"] for row in rows if row["arch"] == arch} >= aot.MATRIX_KERNELS | OTHERS
 
 
 def test_nothing_is_spilled(rows: list[dict[str, Any]]) -> None:
@@ -67,14 +70,14 @@ from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 height, width, text = map(int, sys.argv[1:])
-for spec in (Fovea(0.2), CLEAR(4), SLA(0.2)):
+for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1)):
     layout = TokenLayout((1, height, width), text)
     q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
     with calls.recorded(Machine("sm_90", 132)) as launches:
         plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()
         composition.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
     for launch in launches:
-        if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows"}:
+        if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}:
             source = aot.source(launch)
             print(launch.kernel.__name__, source.signature, source.constants, source.attrs)
 """

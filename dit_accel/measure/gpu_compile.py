@@ -26,6 +26,7 @@ from dit_accel.operator.layout import TokenLayout
 
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),
+    "fovea, order 1": Fovea(0.05, order=1),
     "clear": CLEAR(8),
     "clear + pooled keys": CLEAR(8, downsample=4),
     "gna": GNA(9),

@@ -4,8 +4,8 @@ A tile changes how sums are grouped, nothing else. Candidates come from a short 
 key rows where keys are summed into) is wide, because it is loaded once; what it streams is narrow where registers run out; more warps hold
 larger tiles, more stages overlap more loads. The table's own tile is always among them and stays where none is faster.
 
-It is to fit in five minutes for one head dimension on 16 processors: about 180 tiles are 320 compilations (a tile for each method), of 2.6
-seconds each and all at once (`bench_tune_ahead`), which is a minute; 450 timings of a sixth of a second, and as many passes around them,
+It is to fit in five minutes for one head dimension on 16 processors: about 190 tiles are 335 compilations (a tile for each method), of 2.6
+seconds each and all at once (`bench_tune_ahead`), which is a minute; 470 timings of a sixth of a second, and as many passes around them,
 are two. That is arithmetic, not a measurement.
 """
 
@@ -62,6 +62,7 @@ KERNELS = {
     "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",)),
     "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True),
     "pooled": Kernel(("gradient_pooled",), ("fovea",), True),
+    "slopes": Kernel(("tilted_deltas", "gradient_slopes"), ("fovea, order 1",)),
     "linear": Kernel(("linear_gradient",), ("sla", "sla, all")),
     "linear_columns": Kernel(("linear_columns",), ("sla", "sla, all"), True),
     "outer": Kernel(("outer_sums",), ("sla",)),

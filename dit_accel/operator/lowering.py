@@ -41,7 +41,8 @@ FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: on
 
 def fuses(spec: AttentionSpec, implementation: str) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
-    if _finer(spec) and implementation != "cpu":
+    rest = _finer(spec)
+    if rest is not None and rest.opened is not None and implementation != "cpu":
         return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 

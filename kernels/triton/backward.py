@@ -20,6 +20,7 @@ from dit_accel.kernels.triton.primitives import (
     tile,
     unkept,
     vector,
+    wide_dot,
     words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Queries, Row, kernel
@@ -77,14 +78,15 @@ def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate
     return dq
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
-    q, k, v, extra, pull, more, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
+    q, k, v, extra, pull, more, tilt, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
     image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, H, Nq, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
 
-    `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`).
+    `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`). `tilt`: where there are slopes, `tilted_deltas` and the share,
+    which is written here.
 
     Grid: (query blocks · SUB_Q, batch · heads).
     """
@@ -127,21 +129,34 @@ def gradient_rows(
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         second = tl.zeros([C.BQ, C.DP], tl.float32)
-        at_head = bh * k_blocks * C.D
+        pools = k_blocks * C.PARTS
+        first = bh * pools
+        at_head = first * C.D
+        share = tl.zeros([C.BQ], tl.float32)
+        if tilt.delta is not None:
+            mine = tl.load(tilt.delta + at_row, mask=q_valid, other=0.0)
         bits = pooled.bits + at_list * words_of(k_blocks)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
-        for at in tl.range(0, k_blocks, C.BK, num_stages=C.STAGES):
+        for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
             j = at + tl.arange(0, C.BK)
             x, mean, half, term = pooled_logits(
-                queries, squares, pooled, at_head, bits, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
+                queries, squares, pooled, first, at_head, bits, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
             )
-            value = tile(pooled.v_mean + at_head, j, C.D, j < k_blocks, C)
-            ds = tl.exp2(x - lse2[:, None]) * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
+            value = tile(pooled.v_mean + at_head, j, C.D, j < pools, C)
+            weights = tl.exp2(x - lse2[:, None])
+            ds = weights * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
+            if tilt.share is not None:
+                share += tl.sum(weights, 1)
             grad = tl.dot(ds.to(mean.dtype), mean, grad, input_precision=C.PRECISION)
             if C.VARIANCE:
                 second = tl.dot(tl.where(term <= logits.cap, ds, 0.0).to(half.dtype), half, second, input_precision=C.PRECISION)
         if C.VARIANCE:
             grad += 2.0 * logits.scale * queries.to(tl.float32) * second
+        if tilt.share is not None:
+            again = placed(lists.q_places, q_token, q_valid, True) + image_start_q
+            tl.store(tilt.share + bh * tokens_q + again, share, mask=q_valid)
+            slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
+            grad = wide_dot(grad, head(pull.dout, bh, heads), again, pull.dout.n, q_valid, share, slope, True, 1, C)
     grad *= logits.scale
     q_place = placed(lists.q_places, q_token, q_valid, True)
     if more is not None:
@@ -308,21 +323,27 @@ def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens_q, tokens_k
     put(grads.v + place, at, C.D, valid, grad_v, C)
 
 
-@kernel("D DP BQ BK SUB_Q OWN COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q OWN PARTS COUNT VARIANCE STAGES PRECISION")
 def gradient_pooled(
     q, pull, pooled, grads, lists, learned, logits, heads, tokens_q, image_start_q, q_blocks, k_blocks, C: tl.constexpr
 ):  # fmt: skip
-    """Gradients of a tile of pooled keys, values and half variances, and of the offset. Grid: (tiles of pooled keys, batch · heads)."""
+    """Gradients of a tile of pooled keys, values and half variances or biases, and of the offset.
+
+    Grid: (tiles of pooled keys, batch · heads).
+    """
     bh = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
-    inside = j < k_blocks
-    at_head = bh * k_blocks * C.D
+    inside = j < k_blocks * C.PARTS
+    first = bh * k_blocks * C.PARTS
+    at_head = first * C.D
     mean, value = tile(pooled.k_mean + at_head, j, C.D, inside, C), tile(pooled.v_mean + at_head, j, C.D, inside, C)
     factor = logits.scale * LOG2E
     bias = tl.zeros([C.BK], tl.float32)
     if C.COUNT:
         size = tl.load(lists.k_starts + j + 1, mask=inside, other=1) - tl.load(lists.k_starts + j, mask=inside, other=0)
         bias += tl.log2(size.to(tl.float32))
+    if pooled.bias is not None:
+        bias += tl.load(pooled.bias + first + j, mask=inside, other=0.0) * LOG2E
     if learned.offset is not None:
         bias += tl.load(learned.offset + bh % heads) * LOG2E
     half = mean
@@ -349,7 +370,7 @@ def gradient_pooled(
             term = tl.dot(half, tl.trans(squares), input_precision=C.PRECISION)
             x += tl.minimum(term, logits.cap) * LOG2E
         bits = pooled.bits + listed_at(i, bh, q_blocks, C) * words_of(k_blocks)
-        free = unkept(bits, j, inside)[:, None] & valid[None, :]
+        free = unkept(bits, j // C.PARTS, inside)[:, None] & valid[None, :]
         weights = tl.where(free, tl.exp2(x - lse2[None, :]), 0.0)
         ds = weights * (tl.dot(value, tl.trans(dout), input_precision=C.PRECISION) - mine[None, :])
         grad_v = tl.dot(weights.to(dout.dtype), dout, grad_v, input_precision=C.PRECISION)
@@ -361,5 +382,7 @@ def gradient_pooled(
     put(grads.v_mean + at_head, j, C.D, inside, grad_v, C)
     if C.VARIANCE:
         put(grads.k_half + at_head, j, C.D, inside, grad_h, C)
+    if grads.bias is not None:
+        tl.store(grads.bias + first + j, grad_o, mask=inside)
     if learned.offset is not None:
         tl.store(grads.offset + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(grad_o, 0))

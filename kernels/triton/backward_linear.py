@@ -11,6 +11,7 @@ import triton.language as tl
 from dit_accel.kernels.triton.forward import linear_visit, rest_of
 from dit_accel.kernels.triton.primitives import (
     LOG2E,
+    TINY,
     feature,
     feature_gradient,
     head,
@@ -24,8 +25,6 @@ from dit_accel.kernels.triton.primitives import (
     vector,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Row, kernel
-
-TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
 
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT RESIDUAL STAGES PRECISION")

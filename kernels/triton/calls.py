@@ -152,8 +152,8 @@ def select_blocks(a: SelectionArguments) -> Tensor:
 
 
 def _dense(a: Arguments) -> Arguments:
-    """With channels contiguous. Raises ValueError at arguments that do not fit each other, or that these kernels do not know."""
+    """With channels contiguous. Raises ValueError at arguments that do not fit each other."""
     check(a)
-    if a.pooled_k is not None:
-        raise ValueError("pooled keys that are given, and slopes, are not supported by the Triton kernels: compute that rest in torch")
+    if a.pool_lists is not None:
+        raise ValueError("lists of pooled keys are not supported by the Triton kernels: compute the rest in torch")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

@@ -18,6 +18,7 @@ from dit_accel.kernels.triton.primitives import (
     split_dot,
     tile,
     vector,
+    wide_dot,
     words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Row, kernel
@@ -75,7 +76,7 @@ def linear_visit(sums, mass, phi, keys, row, begin, end, lists, C):
     return sums, mass
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
     image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
@@ -129,15 +130,19 @@ def attend_rows(
         acc, top, mass = sweep(acc, top, mass, queries, further, None, 0, extra_keys, factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
-        at_head = bh * k_blocks * C.D
+        pools = k_blocks * C.PARTS
+        first = bh * pools
+        at_head = first * C.D
+        exact_top = top
+        exact_mass = mass
         mine = pooled.bits + at_list * words_of(k_blocks)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
-        for at in tl.range(0, k_blocks, C.BK, num_stages=C.STAGES):
+        for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
             j = at + tl.arange(0, C.BK)
             x, _, _, _ = pooled_logits(
-                queries, squares, pooled, at_head, mine, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
+                queries, squares, pooled, first, at_head, mine, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
             )  # fmt: skip
-            acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, j < k_blocks, C), C)
+            acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, j < pools, C), C)
     if C.LINEAR:
         # read again, and said to be another read: held through the loops, the features would cost registers
         mapped = feature(tile(head(q, bh, heads), q_row, q.n, q_valid, C, True), C).to(queries.dtype)
@@ -153,6 +158,12 @@ def attend_rows(
             mass = mass * tl.exp2(top - new) + tl.exp2(logit - new)
             top = new
     result = acc / mass[:, None]
+    if C.POOLED and pooled.slopes is not None:
+        share = 1.0 - exact_mass * tl.exp2(exact_top - top) / mass
+        slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
+        tilt = tl.zeros([C.BQ, C.DP], tl.float32)
+        tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, 1, C)
+        result += tilt * (share * logits.scale)[:, None]
     if C.LINEAR and C.RESIDUAL:
         result += vector(learned.bias, C)[None, :]
         if C.ALL:  # the state holds the projection already

@@ -143,11 +143,12 @@ class Call:
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
         self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
         self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
+        self.parts = 1 if a.pooled_k is None else a.pooled_k.shape[2] // self.k_blocks  # pooled keys of a block
         # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
         left = self.linear and not a.linear_all and 2 * a.lists.shape[-1] > self.k_blocks
         self.flags: Flags = {
             "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all, "LEFT": left,
-            "POOLED": self.pooled, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
+            "POOLED": self.pooled, "PARTS": self.parts, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
             "WINDOWS": 0 if a.windows is None else len(a.windows), "OWN": a.lists.ndim == 3,
             "PARTIAL": a.windows is not None or a.masks is not None, "WORDS": mask_words(a.masks)[0],
         }  # fmt: skip
@@ -215,16 +216,24 @@ class Call:
         return self.a.q.new_empty(shape, dtype=dtype)
 
     def pooled_rest(self) -> Rests:
-        """Means and half variances of the key blocks in the input's type, and the lists as bits."""
+        """Means and half variances of the key blocks, or the pooled keys that are given, in the input's type, and the lists as bits."""
         a, kind = self.a, self.a.q.dtype
-        pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
-        self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
+        if a.pooled_k is not None and a.pooled_v is not None:
+            pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), bias=a.pooled_bias, slopes=a.slopes)
+        else:
+            pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
+            self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
+        return Rests(pooled=pooled._replace(bits=self._list_bits()))
+
+    def _list_bits(self) -> Tensor:
+        """The lists as bits `[BH or 1, Tq, words]`."""
+        a = self.a
         lists, words = a.lists, cdiv(self.k_blocks, 32)
         bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
         rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
         arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
         self.run(Launch(block_means.list_bits, (rows, cdiv(words, tile)), arguments, 1))
-        return Rests(pooled=pooled._replace(bits=bits))
+        return bits
 
     def linear_rest(self) -> Rests:
         """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
-from dit_accel.kernels.triton import backward, backward_linear
+from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
 from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_words
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
@@ -16,12 +16,16 @@ from dit_accel.kernels.triton.tuples import (
     PooledGradients,
     Pull,
     States,
+    Tilt,
     Transposed,
     rows_of,
 )
 from triton import cdiv
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of pooled keys, values, biases and slopes
 
 
 class Gradients(NamedTuple):
@@ -32,6 +36,10 @@ class Gradients(NamedTuple):
     v: Tensor
     extra_k: Tensor | None
     extra_v: Tensor | None
+    pooled_k: Tensor | None
+    pooled_v: Tensor | None
+    pooled_bias: Tensor | None
+    slopes: Tensor | None
     offset: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
@@ -46,9 +54,11 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     rests = call.rest()
     transposed = columns(a.lists, a.counts, a.full, call.k_blocks, a.mask_of)
     linear = _linear(call, pull, rests, transposed) if call.linear else Linear()
-    pooled, doffset = _pooled(call, pull, rests) if call.pooled else (PooledGradients(), linear.doffset)
+    tilt = Tilt() if a.slopes is None else _tilt(call, pull, a.slopes)
+    pooled, doffset = _pooled(call, pull, tilt, rests) if call.pooled else (PooledGradients(), linear.doffset)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.q, a.k, a.v))
-    _rows(call, pull, rests, linear, dq)
+    _rows(call, pull, tilt, rests, linear, dq)
+    given = _given(call, pull, tilt, pooled)
     _columns(call, pull, rests, transposed, linear, pooled, Pair(dk, dv))
     if call.text_q:
         _dense_gradient(call, pull, dq)
@@ -60,7 +70,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     if a.extra_k is not None and a.extra_v is not None:
         seen_by = range(call.image_start_q, call.image_start_q + call.image_q)
         extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
-    return Gradients(dq, dk, dv, *extra, doffset, linear.dweight, linear.dbias)
+    return Gradients(dq, dk, dv, *extra, *given, doffset, linear.dweight, linear.dbias)
 
 
 class Linear(NamedTuple):
@@ -126,35 +136,65 @@ def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: f
     return products.sum(0), sums.sum(0)
 
 
-def _pooled(call: Call, pull: Pull, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
-    """The gradients by block, and that of the offset `[H]`."""
-    a = call.a
-    tiles = cdiv(call.k_blocks, call.tile("pooled").keys)
-    parts = None if a.offset is None else call.empty(call.bh, tiles)
-    k_mean, v_mean, k_half = (call.empty(call.bh, call.k_blocks, call.channels) for _ in range(3))
-    grads = PooledGradients(k_mean, v_mean, k_half, parts)
+def _tilt(call: Call, pull: Pull, slopes: Tensor) -> Tilt:
+    """The pooled keys' deltas, and room for their share of each query's softmax."""
+    tilt = Tilt(*(torch.empty_like(pull.delta) for _ in range(2)))
+    programs = call.q_blocks * cdiv(call.q_width, call.tile("slopes").queries)
     call.start(
-        backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=pull, pooled=rests.pooled, grads=grads,
+        backward_slopes.tilted_deltas, "slopes", (programs, call.bh), q=rows_of(call.a.q), pull=pull, tilt=tilt, slopes=slopes,
+        lists=call.lists, logits=call.unbiased,
+    )  # fmt: skip
+    return tilt
+
+
+def _given(call: Call, pull: Pull, tilt: Tilt, pooled: PooledGradients) -> Given:
+    """The gradients of the pooled keys, values, biases and slopes that are given; `tilt` has the share."""
+    a = call.a
+    if a.pooled_k is None or pooled.k_mean is None or pooled.v_mean is None or pooled.bias is None:
+        return None, None, None, None
+    dslopes = None
+    if a.slopes is not None:
+        dslopes = torch.empty_like(a.slopes)
+        programs = call.q_blocks * cdiv(call.channels, call.tile("slopes").keys)
+        call.start(
+            backward_slopes.gradient_slopes, "slopes", (programs, call.bh), q=rows_of(a.q), pull=pull, tilt=tilt, dslopes=dslopes,
+            lists=call.lists, logits=call.unbiased,
+        )  # fmt: skip
+    heads = (call.batch, call.heads)
+    return pooled.k_mean.unflatten(0, heads), pooled.v_mean.unflatten(0, heads), pooled.bias.unflatten(0, heads), dslopes
+
+
+def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
+    """The gradients by block, and that of the offset `[H]`."""
+    a, pools = call.a, call.k_blocks * call.parts
+    tiles = cdiv(pools, call.tile("pooled").keys)
+    parts = None if a.offset is None else call.empty(call.bh, tiles)
+    k_mean, v_mean, k_half = (call.empty(call.bh, pools, call.channels) for _ in range(3))
+    grads = PooledGradients(k_mean, v_mean, k_half, parts, None if a.pooled_bias is None else call.empty(call.bh, pools))
+    of_pooled = pull if tilt.delta is None else pull._replace(delta=tilt.delta)
+    call.start(
+        backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=of_pooled, pooled=rests.pooled, grads=grads,
         lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
     return grads, None if parts is None else parts.view(call.batch, call.heads, -1).sum((0, 2))
 
 
-def _rows(call: Call, pull: Pull, rests: Rests, linear: Linear, dq: Tensor) -> None:
+def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: Tensor) -> None:
     a = call.a
     call.start(
         backward.gradient_rows, "gradient_rows", (call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries), call.bh),
-        **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull, more=linear.dq, dq=dq, lists=call.lists, predicate=call.predicate,
-        pooled=rests.pooled, learned=call.learned, logits=call.logits,
+        **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull, more=linear.dq, tilt=tilt, dq=dq, lists=call.lists,
+        predicate=call.predicate, pooled=rests.pooled, learned=call.learned, logits=call.logits,
     )  # fmt: skip
 
 
 def _columns(call: Call, pull: Pull, rests: Rests, transposed: Transposed, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
     words, size = mask_words(call.a.masks_t)
+    own = call.pooled and call.a.pooled_k is None  # the keys' means are made of the keys
     call.start(
         backward.gradient_columns, "gradient_columns", (call.k_blocks * cdiv(call.k_width, call.tile("gradient_columns").keys), call.bh),
         **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, transposed=transposed, lists=call.lists,
-        predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words}, mask_size=size,
+        predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words, "POOLED": own}, mask_size=size,
         pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=transposed.entries.shape[-1],
     )  # fmt: skip
 

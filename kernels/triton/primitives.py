@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
 GONE = tl.constexpr(-1e30)  # a bias (in log2) below it leaves a key out: neither the key nor its value is read
 
 
@@ -89,6 +90,37 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
         left = tl.where(step == 0, first, second) if WIDE else a
         result = tl.dot(left, matrix.to(a.dtype), result, input_precision=C.PRECISION)
     return result
+
+
+@triton.jit
+def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, C):
+    """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`.
+
+    A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers. In float16 the matrix is
+    relative to its largest entry there, because a covariance may pass that type's end.
+    """
+    STEP: tl.constexpr = 32 if C.DP > 32 else C.DP
+    for first in tl.range(0, C.DP, STEP, num_stages=STAGES):
+        inner = first + tl.arange(0, STEP)
+        outer = tl.arange(0, C.DP)
+        left = tl.load(
+            base + rows.to(tl.int64)[:, None] * stride + inner[None, :], mask=valid[:, None] & (inner < C.D)[None, :], other=0.0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+        if weights is not None:
+            left = (left.to(tl.float32) * weights[:, None]).to(left.dtype)
+        if TRANSPOSED:
+            inside = (outer < C.D)[:, None] & (inner < C.D)[None, :]
+            matrix = tl.trans(tl.load(slope + outer[:, None] * C.D + inner[None, :], mask=inside, other=0.0))
+        else:
+            inside = (inner < C.D)[:, None] & (outer < C.D)[None, :]
+            matrix = tl.load(slope + inner[:, None] * C.D + outer[None, :], mask=inside, other=0.0)
+        if left.dtype == tl.float16:
+            unit = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), TINY)
+            acc += tl.dot(left, (matrix * (1.0 / unit)).to(left.dtype)) * unit
+        else:
+            acc = tl.dot(left, matrix.to(left.dtype), acc, input_precision=C.PRECISION)
+    return acc
 
 
 @triton.jit
@@ -210,25 +242,27 @@ def unkept(bits, j, j_valid):
 
 
 @triton.jit
-def pooled_logits(q, squares, pooled, at, bits, starts, blocks, j, factor, offset, cap, C):
-    """Logits `[R, J]` of the pooled keys `j` that are not kept (else -inf), the keys, and the uncapped variance terms.
+def pooled_logits(q, squares, pooled, first, at, bits, starts, blocks, j, factor, offset, cap, C):
+    """Logits `[R, J]` of the pooled keys `j` of blocks that are not kept (else -inf), the keys, and the uncapped variance terms.
 
-    `squares`: the scaled queries squared; `at`: where the head's pooled keys begin. In units of log2, but for that term.
+    `squares`: the scaled queries squared; `first`: the head's first pooled key, which begins at `at`. In units of log2, but for that term.
     """
-    valid = j < blocks
+    valid = j < blocks * C.PARTS
     mean = tile(pooled.k_mean + at, j, C.D, valid, C)
     logits = tl.dot(q, tl.trans(mean), input_precision=C.PRECISION) * factor
     if C.COUNT:
-        first = tl.load(starts + j, mask=valid, other=0)
-        size = tl.load(starts + j + 1, mask=valid, other=1) - first
+        begin = tl.load(starts + j, mask=valid, other=0)
+        size = tl.load(starts + j + 1, mask=valid, other=1) - begin
         logits += tl.log2(size.to(tl.float32))[None, :]
+    if pooled.bias is not None:
+        logits += tl.load(pooled.bias + first + j, mask=valid, other=0.0)[None, :] * LOG2E
     term = logits
     half = mean
     if C.VARIANCE:
         half = tile(pooled.k_half + at, j, C.D, valid, C)
         term = tl.dot(squares, tl.trans(half), input_precision=C.PRECISION)
         logits += tl.minimum(term, cap) * LOG2E
-    free = unkept(bits, j, valid)
+    free = unkept(bits, j // C.PARTS, valid)
     return tl.where(free[None, :], logits + offset, float("-inf")), mean, half, term
 
 

@@ -71,6 +71,9 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
     ("pooled", 128): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
     ("pooled", 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    ("slopes", 64): ((64, 64, 4, 2),) * 5,
+    ("slopes", 128): ((64, 64, 4, 2),) * 5,
+    ("slopes", 256): ((64, 64, 8, 2),) * 5,
     ("linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 3)),
     ("linear", 128): ((32, 16, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("linear_columns", 64): ((32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
@@ -82,8 +85,8 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "rows": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2), "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2),
     "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2),
-    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2),
-    "outer": (32, 32, 8, 2),
+    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2), "linear": (16, 32, 8, 2),
+    "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
 }  # fmt: skip
 # where those spill or don't fit: by kernel, head dimension and architecture. On CDNA few warps have twice the registers each
 _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {

@@ -108,21 +108,35 @@ class Row(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """Means and half variances `[BH, Tk, D]` of the key blocks, and the lists as bits `[BH or 1, Tq, words]`."""
+    """Means and half variances `[BH, Tk · PARTS, D]` of the key blocks, and the lists as bits `[BH or 1, Tq, words]`.
+
+    Where pooled keys are given: what joins their logits `[BH, Tk · PARTS]`, and the query blocks' matrices `[BH, Tq, D, D]`, both float32.
+    """
 
     k_mean: Tensor | None = None
     v_mean: Tensor | None = None
     k_half: Tensor | None = None
     bits: Tensor | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 class PooledGradients(NamedTuple):
-    """Gradients `[BH, Tk, D]` float32 of the pooled keys, values and half variances, and `[BH, tiles]` of the offset."""
+    """Gradients `[BH, Tk · PARTS, D]` float32 of the pooled keys, values and half variances, `[BH, tiles]` of the offset, and
+    `[BH, Tk · PARTS]` of the biases that are given."""
 
     k_mean: Tensor | None = None
     v_mean: Tensor | None = None
     k_half: Tensor | None = None
     offset: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Tilt(NamedTuple):
+    """What comes back to the queries' first order `[B, H, Nq]`, float32: delta of the pooled keys, and their share of the softmax."""
+
+    delta: Tensor | None = None
+    share: Tensor | None = None
 
 
 class States(NamedTuple):
@@ -176,8 +190,8 @@ def kernel(constants: str) -> Callable[[Any], Any]:
     """A kernel whose last parameter `C` holds these constants. Those that a device function reads it finds in `C` by their names:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
-    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; the
-    rest says what a method has.
+    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; PARTS: pooled keys of a
+    block; the rest says what a method has.
     """
 
     def make(function: Any) -> Any:
