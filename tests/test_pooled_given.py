@@ -144,9 +144,12 @@ def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, pa
     a = a if slopes else a._replace(slopes=None)
     names = ["q", "k", "v", *(name for name in GIVEN if getattr(a, name) is not None)]
     kernel, eager, exact = both(plan, a, names, torch.tensor([0.3, -0.4]))
-    for name, mine, theirs, right in zip(["out", "lse", *names, "offset"], kernel, eager, exact, strict=True):
+    found = {name: x for name, *x in zip(["out", "lse", *names, "offset"], kernel, eager, exact, strict=True)}
+    for name, (mine, theirs, right) in found.items():
         error, allowed = ((x.double() - right).abs().max() for x in (mine, theirs))
-        assert error <= 2 * allowed + 1e-6 * right.abs().max(), (name, float(error), float(allowed))
+        # an offset's gradient is one sum of gradients that nearly cancel: its rounding is that of their sizes
+        size = found["pooled_bias"][2].abs().sum(-1).max() if name == "offset" else right.abs().max()
+        assert error <= 2 * allowed + 1e-6 * size, (name, float(error), float(allowed))
 
 
 RAGGED, VIDEO = (1, 6, 7), (2, 4, 5)

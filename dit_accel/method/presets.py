@@ -26,8 +26,6 @@ from dit_accel.method.parts import (
 )
 from dit_accel.method.spec import AttentionSpec
 
-OPENED = 8  # groups of tiles, of each level, whose members a query sees: twice as many gain a quarter for nearly twice the pooled keys
-
 
 def _frames(count: int) -> tuple[Pattern, ...]:
     count = plain(count)
@@ -48,14 +46,13 @@ def Fovea(  # noqa: N802
 
     `density` (default 0.05) keeps the best share of tiles per query tile; `radius` keeps every tile that a disc of that radius touches
     (a ball in a video), without any selection. `tile`: (height, width) or (frames, height, width) in tokens, 16 to 128 of them in all.
-    `first_frames` of a video are always kept. `order`: 1 lets the value of what is not kept change with the query, to first order,
-    keeps the tiles that are badly summarised, and summarises distant ones in groups (`Pooled`); `parts`: pooled keys for a tile or a group,
-    1, 2 or 4, by default 1 to order 0 and 4 to order 1.
+    `first_frames` of a video are always kept. `order`: 1 lets the value of what is not kept change with the query, to first order, and
+    keeps the tiles that are badly summarised; `parts`: pooled keys for a tile, 1, 2 or 4, by default 1 to order 0 and 2 to order 1.
     Ancestors and relatives: docs/methods.md.
     """
     if density is not None and radius is not None:
         raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
-    rest = Pooled(parts=(4 if order else 1) if parts is None else parts, order=order, opened=OPENED if order else None)
+    rest = Pooled(parts=(2 if order else 1) if parts is None else parts, order=order)
     share = 0.05 if density is None else density
     chosen = TopK(share, correct_short=True) if rest.plain else TopK(share, score=ErrorProduct())
     kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
