@@ -249,11 +249,12 @@ def test_a_composition_compiles_without_a_break() -> None:
     ("spec", "words"),
     [
         (Fovea(0.2), "compiled kernels, "),
+        (Fovea(0.2, order=1), "compiled kernels, "),
         (FOREIGN["top-p"], "TopP in torch"),
         (FOREIGN["rest"], "Wide and Mass in torch"),
         (AttentionSpec((TopK(0.2, score=Spread()),), Wide(), Gain()), "TopK and Wide and Gain in torch"),
     ],
-    ids=["known", "selection", "rest", "all"],
+    ids=["known", "first-order", "selection", "rest", "all"],
 )
 def test_the_summary_says_what_runs_in_torch(spec: AttentionSpec, words: str) -> None:
     from conftest import tiny_pipe

@@ -110,9 +110,13 @@ def around(part: Part) -> AttentionSpec:
 
 SPECS = {name: around(next(instances(kind))) for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")}
 SPECS |= {name: around(next(instances(NEW[name]))) for name in ("Cross", "MeanOfRest")} | {"samples/new_part.py": NEW["SPEC"]}
-FIRST = {"first-order": Pooled(parts=2, order=1), "four-parts": Pooled(variance=False, parts=4, order=1)}
+FIRST = {
+    "first-order": Pooled(parts=2, order=1),
+    "four-parts": Pooled(variance=False, parts=4, order=1),
+    "grouped": Pooled(parts=2, order=1, opened=1),
+}
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
-SPECS |= {"two-parts": around(Pooled(parts=2)), "grouped": around(Pooled(parts=2, order=1, opened=1))}
+SPECS |= {"two-parts": around(Pooled(parts=2))}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 

@@ -230,13 +230,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
-def test_the_states_take_no_more_memory_than_the_keys(grad: bool) -> None:
+def test_the_states_take_no_more_memory_than_the_keys(grad: bool, backend: str) -> None:
     """One matrix for each block of queries and of keys: at most N × D²/64 numbers; never one for each pair of them, or for each query."""
     tokens, d = 4096, 64
     q, k, v = (torch.randn(1, 1, tokens, d, generator=torch.Generator().manual_seed(n)).requires_grad_(grad) for n in range(3))
     with Largest() as largest:
-        out = attention(q, k, v, Fovea(0.05, order=1), TokenLayout((1, 64, 64)), backend="reference")
+        out = attention(q, k, v, Fovea(0.05, order=1), TokenLayout((1, 64, 64)), backend=backend)
         if grad:
             out.sum().backward()
     chunk = 1 << 20  # of the reference's exact part and of its pooled logits

@@ -24,7 +24,7 @@ struct Queries {
         transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
         for (int64_t r = 0; r < run.count; r++) {
             double sum = p.dlse ? -double(p.dlse[at + run.at(r)]) : 0.;
-            for (int64_t d = 0; d < g.channels; d++) sum += double(out[r * g.padded + d]) * dout.row(i)[r * g.padded + d];
+            sum += dot(out + r * g.padded, dout.row(i) + r * g.padded, g.channels);
             exact_delta[i * g.width + r] = sum;
             delta[i * g.width + r] = float(sum);
             if (i < p.q_blocks) pooled_delta[i * g.width + r] = float(sum);

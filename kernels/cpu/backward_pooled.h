@@ -1,5 +1,13 @@
 // Gradients of the pooled rest: first of the pooled keys, values and variances, then of the tokens they were made from.
 
+// The sum of n numbers; whole vectors are read.
+static inline float row_sum(const float* x, int64_t n) {
+    V sum{};
+    for (int64_t c = 0; c + LANES <= n; c += LANES) sum += load(x + c);
+    if (n % LANES) sum += select(LANE < all(int32_t(n % LANES)), load(x + n / LANES * LANES), V{});
+    return horizontal_sum(sum);
+}
+
 // Query block i: work.a += the gradient through the means, work.b = the one through the variances (to be multiplied by q).
 static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     const Problem& p = g.p;
@@ -24,8 +32,7 @@ static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Que
                 POOL, g.padded, g.channels, KeepAll{}, edit, [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(lse2[std::min(r0 + r, run.count - 1)]); },
                 [&](int64_t r, int64_t) __attribute__((always_inline)) { return all(delta[std::min(r0 + r, run.count - 1)]); });
             product(work.a + r0 * g.padded, g.padded, work.gradient, work.ld, pool.mean + first * g.padded, g.padded, n, g.padded, ONES);
-            for (int64_t r = 0; p.slopes && r < std::min<int64_t>(ROWS, run.count - r0); r++)
-                for (int64_t c = 0; c < n; c += LANES) share[r0 + r] += horizontal_sum(load(work.probability + r * work.ld + c));
+            for (int64_t r = 0; p.slopes && r < std::min<int64_t>(ROWS, run.count - r0); r++) share[r0 + r] += row_sum(work.probability + r * work.ld, n);
             if (!p.variance) continue;
             for (int r = 0; r < ROWS; r++)  // past the cap the variance has no part in the logit
                 for (int64_t c = 0; c < n; c += LANES) {
@@ -43,9 +50,7 @@ static void lean_deltas(const Geometry& g, const Queries& queries, BackwardWorks
     const float* dout = queries.dout.row(i);
     slopes.rows(work.b, queries.q.row(i), slopes.read(work.matrix, bh, i), n);
     for (int64_t r = 0; r < n; r++) {
-        double sum = queries.exact_delta[i * g.width + r];
-        for (int64_t d = 0; d < g.channels; d++) sum -= double(work.b[r * g.padded + d]) * dout[r * g.padded + d];
-        queries.pooled_delta[i * g.width + r] = float(sum);
+        queries.pooled_delta[i * g.width + r] = float(queries.exact_delta[i * g.width + r] - dot(work.b + r * g.padded, dout + r * g.padded, g.channels));
     }
 }
 
@@ -160,8 +165,7 @@ struct PoolGradient {
             [&](int64_t, int64_t c) __attribute__((always_inline)) { return load(delta + c); });
         product(dvalue + j * g.padded, g.padded, work.probability, work.ld, queries.dout.row(i), g.padded, n, g.padded, ONES);
         product(dmean + j * g.padded, g.padded, work.gradient, work.ld, queries.q.row(i), g.padded, n, g.padded, ONES);
-        for (int64_t r = 0; r < ROWS; r++)
-            for (int64_t c = 0; c < n; c++) doffset[j + r] += work.gradient[r * work.ld + c];
+        for (int64_t r = 0; r < ROWS; r++) doffset[j + r] += row_sum(work.gradient + r * work.ld, n);
         if (!p.variance) return;
         for (int r = 0; r < ROWS; r++)
             for (int64_t c = 0; c < n; c += LANES) {
