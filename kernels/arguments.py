@@ -104,7 +104,7 @@ class SelectionArguments(NamedTuple):
     """The arguments of `dit_accel::select_blocks`, but for the implementation's name.
 
     `q`, `k` `[B, H, N, D]`: image tokens; starts, widths and places as in `Arguments`. `top`: key blocks per query block. `weight`
-    `[k blocks]` float32: a factor of each block's score, or None.
+    `[k blocks]` float32: a factor of each block's score, or None; `bias` `[B, H, k blocks]` float32: joins it, or None.
     """
 
     q: ChosenFrom
@@ -115,8 +115,70 @@ class SelectionArguments(NamedTuple):
     k_width: int
     top: int
     weight: Tensor | None = None
+    bias: Tensor | None = None
     places_q: Tensor | None = None
     places_k: Tensor | None = None
+
+
+class SummaryArguments(NamedTuple):
+    """The arguments of `dit_accel::summarize_blocks`, but for the implementation's name.
+
+    `q`, `k`, `v`, text, starts, widths and places as in `Arguments`, all of q's text said by `text_q`. `parts`: 1, 2 or 4 pooled keys for
+    a block, split by content. `scale`: of the logits. `cap`, `score_cap`: the most that half the variance of a block's logits adds to a
+    pooled key's bias, and to the score. `log_count`: whether the logarithm of a part's number of tokens is in its bias. `first_order`:
+    whether slopes are made.
+    """
+
+    q: Rows
+    k: Rows
+    v: Rows
+    q_starts: Tensor
+    k_starts: Tensor
+    q_width: int
+    k_width: int
+    parts: int
+    text: int
+    text_q: int
+    text_first: bool
+    scale: float
+    cap: float
+    score_cap: float
+    log_count: bool
+    first_order: bool
+    places_q: Tensor | None = None
+    places_k: Tensor | None = None
+
+
+class Summaries(NamedTuple):
+    """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope.
+
+    `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what
+    `method.parts.ErrorProduct` adds to a block's logit. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
+    `Arguments`. `slope` `[B, H, D of k, k blocks, D of v]`: how a block's value changes with the query; of no elements unless it is asked
+    for. `second` `[B, H, D]`: the mean of q². `part` `[B, H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
+    """
+
+    q_mean: Tensor
+    k_mean: Tensor
+    score_bias: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+    pooled_bias: Tensor
+    slope: Tensor
+    second: Tensor
+    part: Tensor
+
+
+class MixtureArguments(NamedTuple):
+    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name: `Summaries`, and lists as in `Arguments`. Contiguous."""
+
+    q_mean: Tensor
+    pooled_k: Tensor
+    pooled_bias: Tensor
+    slope: Tensor
+    lists: Tensor
+    counts: Tensor
+    scale: float
 
 
 class Declared(NamedTuple):
@@ -186,6 +248,7 @@ class Transport:
 
 
 ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
+SUMMARY, MIXTURE = Transport(SummaryArguments), Transport(MixtureArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -232,6 +295,41 @@ def _check_numbers(a: Arguments) -> None:
     if queries - text_q != keys - a.text and a.windows is not None and a.residues is None:
         numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
         raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
+
+
+def new_summaries(a: SummaryArguments) -> Summaries:
+    """Empty tensors for the results of `dit_accel::summarize_blocks`."""
+    heads, d, q_blocks, k_blocks = a.k.shape[:2], a.k.shape[3], len(a.q_starts) - 1, len(a.k_starts) - 1
+    pools = a.parts * k_blocks
+    sizes = [(q_blocks, d), (k_blocks, d), (k_blocks,), (pools, d), (pools, d), (pools,), (d, k_blocks, d), (d,)]
+    real = [a.k.new_empty((*heads, *size), dtype=torch.float32) for size in sizes]
+    if not a.first_order:
+        real[6] = a.k.new_empty(0, dtype=torch.float32)
+    return Summaries._make([*real, a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8)])
+
+
+def check_summary(a: SummaryArguments) -> None:
+    """Raise ValueError at arguments that do not fit each other."""
+    if a.k.ndim != 4 or a.q.shape[:2] != a.k.shape[:2] or a.q.shape[3] != a.k.shape[3] or a.v.shape != a.k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
+        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+    if a.parts not in (1, 2, 4):
+        raise ValueError(f"parts must be 1, 2 or 4 pooled keys for a block, not {a.parts}")
+    if not (0 <= a.text_q <= a.q.shape[2] and 0 <= a.text <= a.k.shape[2]):
+        raise ValueError(f"the text is a part of the tokens, got {a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys")
+
+
+def check_mixture(a: MixtureArguments) -> None:
+    """Raise ValueError at arguments that do not fit each other."""
+    (*heads, q_blocks, d), pools, k_blocks = a.q_mean.shape, a.pooled_k.shape[2], a.slope.shape[3]
+    shapes = {"q_mean": (q_blocks, d), "pooled_k": (pools, d), "pooled_bias": (pools,), "slope": (d, k_blocks, d)}
+    for name, shape in shapes.items():
+        x = getattr(a, name)
+        if x.shape != (*heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be float32 {(*heads, *shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
+    if pools % k_blocks or a.lists.shape[-2] != q_blocks or a.counts.shape != a.lists.shape[:-1]:
+        sizes = f"got {pools} pooled keys for {k_blocks}, lists {tuple(a.lists.shape)}, counts {tuple(a.counts.shape)}"
+        raise ValueError(f"each key block has the same number of pooled keys and each of {q_blocks} query blocks a list, {sizes}")
 
 
 def _check_pooled(a: Arguments) -> None:

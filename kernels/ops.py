@@ -1,8 +1,9 @@
 """The operators as PyTorch knows them: functional, differentiable, with fake kernels for torch.compile; one name for every device.
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
-`dit_accel::select_blocks` chooses key blocks. Their arguments are those of `arguments`, packed, after `implementation`: "cpu"
-(kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
+`dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it. Their arguments are those of `arguments`, packed, after
+`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
 """
 
 from typing import Any
@@ -10,7 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import ATTENTION, DIFFERENTIABLE, SELECTION, Arguments, SelectionArguments, dense, gradient_like
+from dit_accel.kernels.arguments import (
+    ATTENTION,
+    DIFFERENTIABLE,
+    MIXTURE,
+    SELECTION,
+    SUMMARY,
+    Arguments,
+    MixtureArguments,
+    SelectionArguments,
+    Summaries,
+    SummaryArguments,
+    dense,
+    gradient_like,
+    new_summaries,
+)
 from dit_accel.kernels.cpu import calls
 
 
@@ -24,6 +39,18 @@ def select_blocks(a: SelectionArguments, implementation: str) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Not differentiated."""
     lists: Tensor = select_blocks_op(implementation, *SELECTION.pack(a))
     return lists
+
+
+def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
+    """Means, scores, pooled keys and slopes of blocks. Differentiable in q, k and v, but not through the choice of parts."""
+    return Summaries(*summarize_blocks_op(implementation, *SUMMARY.pack(a)))
+
+
+def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
+    """The slope `[B, H, q blocks, D of k, D of v]` of each query block: those of the key blocks that it does not keep, by their share of
+    the pooled softmax of its mean query. Differentiable in all tensors."""
+    slopes: Tensor = mix_slopes_op(implementation, *MIXTURE.pack(a))
+    return slopes
 
 
 def _implementation(name: str) -> Any:
@@ -91,3 +118,105 @@ def select_blocks_op(implementation: str, *given: Any) -> Tensor:
 def _(implementation: str, *given: Any) -> Tensor:
     a = SELECTION.unpack(*given)
     return a.q.new_empty((a.q.shape[0] * a.q.shape[1], len(a.q_starts) - 1, a.top), dtype=torch.int32)
+
+
+@torch.library.custom_op(
+    "dit_accel::summarize_blocks", mutates_args=(), schema=SUMMARY.schema(f"({', '.join(['Tensor'] * len(Summaries._fields))})")
+)
+def summarize_blocks_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(_implementation(implementation).summarize_blocks(SUMMARY.unpack(*given)))
+
+
+@summarize_blocks_op.register_fake
+def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(new_summaries(SUMMARY.unpack(*given)))
+
+
+GRADIENTS_OF_SUMMARIES = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope")
+SAVED_SUMMARIES = ("pooled_k", "pooled_v", "second", "part")
+
+
+@torch.library.custom_op(
+    "dit_accel::summarize_blocks_backward",
+    mutates_args=(),
+    schema=SUMMARY.schema(
+        "(Tensor, Tensor, Tensor)",
+        *(f"Tensor? d{name}" for name in GRADIENTS_OF_SUMMARIES),
+        *(f"Tensor {name}" for name in SAVED_SUMMARIES),
+    ),
+)
+def summarize_blocks_backward_op(implementation: str, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    grads, saved = len(GRADIENTS_OF_SUMMARIES), len(SAVED_SUMMARIES)
+    from_results = dict(zip(GRADIENTS_OF_SUMMARIES, given[:grads], strict=True))
+    results = dict(zip(SAVED_SUMMARIES, given[grads : grads + saved], strict=True))
+    a = SUMMARY.unpack(*given[grads + saved :])
+    dq, dk, dv = _implementation(implementation).gradients_of_summaries(from_results, results, a)
+    return dq, dk, dv
+
+
+@summarize_blocks_backward_op.register_fake
+def _(implementation: str, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = SUMMARY.unpack(*given[len(GRADIENTS_OF_SUMMARIES) + len(SAVED_SUMMARIES) :])
+    dq, dk, dv = (x.new_empty(x.shape) for x in (a.q, a.k, a.v))
+    return dq, dk, dv
+
+
+def _save_summaries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.implementation, *tensors, ctx.numbers, ctx.reals = inputs
+    found = Summaries(*output)
+    ctx.save_for_backward(*(getattr(found, name) for name in SAVED_SUMMARIES), *tensors)
+
+
+def _gradients_of_summaries(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = Summaries(*grads)  # type: ignore[arg-type]
+    given = [getattr(found, name) for name in GRADIENTS_OF_SUMMARIES]
+    qkv: list[Tensor | None] = [None] * 3
+    if any(x is not None for x in given):
+        qkv = list(summarize_blocks_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals))
+    return (None, *qkv, *[None] * (len(SUMMARY.tensors) - 3), None, None)
+
+
+summarize_blocks_op.register_autograd(_gradients_of_summaries, setup_context=_save_summaries)
+
+
+@torch.library.custom_op("dit_accel::mix_slopes", mutates_args=(), schema=MIXTURE.schema("Tensor"))
+def mix_slopes_op(implementation: str, *given: Any) -> Tensor:
+    slopes: Tensor = _implementation(implementation).mix_slopes(MIXTURE.unpack(*given))
+    return slopes
+
+
+@mix_slopes_op.register_fake
+def _(implementation: str, *given: Any) -> Tensor:
+    a = MIXTURE.unpack(*given)
+    return a.q_mean.new_empty((*a.q_mean.shape, a.q_mean.shape[-1]))
+
+
+@torch.library.custom_op(
+    "dit_accel::mix_slopes_backward", mutates_args=(), schema=MIXTURE.schema("(Tensor, Tensor, Tensor, Tensor)", "Tensor dout")
+)
+def mix_slopes_backward_op(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
+    a, b, c, d = _implementation(implementation).gradients_of_mixture(dout, MIXTURE.unpack(*given))
+    return a, b, c, d
+
+
+@mix_slopes_backward_op.register_fake
+def _(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = MIXTURE.unpack(*given)
+    one, two, three, four = (x.new_empty(x.shape) for x in (a.q_mean, a.pooled_k, a.pooled_bias, a.slope))
+    return one, two, three, four
+
+
+def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.implementation, *tensors, ctx.numbers, ctx.reals = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    grads = mix_slopes_backward_op(ctx.implementation, dout, *ctx.saved_tensors, ctx.numbers, ctx.reals)
+    return (None, *grads, *[None] * (len(MIXTURE.tensors) - len(grads)), None, None)
+
+
+mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)

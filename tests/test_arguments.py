@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import arguments, ops
-from dit_accel.kernels.arguments import Arguments, Feature, Learned, Rows, SelectionArguments, Transport
+from dit_accel.kernels.arguments import (
+    Arguments,
+    Feature,
+    Learned,
+    MixtureArguments,
+    Rows,
+    SelectionArguments,
+    SummaryArguments,
+    Transport,
+)
 from dit_accel.kernels.cpu import native
 
 
@@ -55,8 +64,11 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         (ops.attention_op, Arguments, []),
         (ops.attention_backward_op, Arguments, ["dout", "dlse", "out", "lse"]),
         (ops.select_blocks_op, SelectionArguments, []),
+        (ops.summarize_blocks_op, SummaryArguments, []),
+        (ops.mix_slopes_op, MixtureArguments, []),
+        (ops.mix_slopes_backward_op, MixtureArguments, ["dout"]),
     ],
-    ids=["attention", "attention_backward", "select_blocks"],
+    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward"],
 )
 def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
     taken = [a.name for a in op._opoverload._schema.arguments]

@@ -90,11 +90,12 @@ class Gain(Merge):
 
 KNOWN = {
     "pooled": AttentionSpec((TopK(0.2, True),), Pooled(), Mass(), SMALL, (16, 16)),
+    "first-order": AttentionSpec((TopK(0.3, score=ErrorProduct()),), Pooled(parts=2, order=1), Mass(), SMALL, (16, 16)),
+    "top-p-first-order": AttentionSpec((TopP(0.4, 0.3),), Pooled(parts=4, order=1), Mass(), SMALL, (16, 16)),
     "linear": SLA(0.3, "relu", block=(16, 32)),
     "linear-all": SLA(0.2, "elu", "all", tile=(4, 4)),
     "linear-mass": AttentionSpec((TopK(0.2),), Linear("softmax"), Mass(), SMALL, (16, 16)),
     "downsampled": CLEAR(3, downsample=4, tile=(4, 4)),
-    "first-order": AttentionSpec((TopK(0.2, score=ErrorProduct()),), Pooled(parts=2, order=1), Mass(), SMALL, (16, 16)),
 }
 FOREIGN = {
     "top-p": AttentionSpec((TopP(0.6, 0.5),), order=SMALL, block=(16, 16)),

@@ -50,15 +50,17 @@ def _compiled(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float,
     backend: str, text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
+    made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
     if lowering.selects(spec):
-        lists = lowering.lists(query, key, spec, layouts, plan, backend)
+        lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
     else:
-        lists = Lists.from_map(visited_blocks(_image_call(query, key, value, layouts, plan, params, scale), spec, plan))
+        lists = Lists.from_map(visited_blocks(given(), spec, plan))
     if lowering.fuses(spec):
-        given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
-        return lowering.attend(query, key, value, spec, layouts, plan, lists, params, scale, backend, text_bias, given)
+        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
+        return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
-    call = _image_call(query, key, value, layouts, plan, params, scale)
+    call = given()
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)
     image, text = ((out[:, part], lse[:, part]) for part in (layouts.q.image_slice, layouts.q.text_slice))
     return _joined(query, layouts.q, _merged(image, spec, call, lists), text)

@@ -3,19 +3,16 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, SelectionArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
-from dit_accel.method.parts import Call, Downsampled, Linear, Mass, MeanProduct, Merge, Part, Pooled, Residual, TopK
-from dit_accel.method.parts.content import slopes_of_queries
+from dit_accel.method.parts import Downsampled, ErrorProduct, Linear, Mass, MeanProduct, Merge, Part, Pooled, Residual, Score, TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -32,8 +29,17 @@ def fuses(spec: AttentionSpec) -> bool:
 
 def selects(spec: AttentionSpec) -> bool:
     """Whether the kernels choose the spec's blocks, if any are chosen."""
-    chosen = spec.selection
-    return chosen is None or (type(chosen) is TopK and type(chosen.score) is MeanProduct)
+    return spec.selection is None or type(_score(spec)) in (MeanProduct, ErrorProduct)
+
+
+def _score(spec: AttentionSpec) -> Score | None:
+    """The score of the one selection that kernels know."""
+    return spec.selection.score if type(spec.selection) is TopK else None
+
+
+def _finer(spec: AttentionSpec) -> Pooled | None:
+    """The rest where its pooled keys are not those that the kernels pool themselves."""
+    return spec.rest if type(spec.rest) is Pooled and not spec.rest.plain else None
 
 
 def in_torch(spec: AttentionSpec) -> list[Part]:
@@ -48,31 +54,19 @@ def has_states(spec: AttentionSpec) -> bool:
     return type(spec.rest) is Linear and type(spec.merge) in FUSED
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, lists: Lists, params: Values,
-    scale: float, implementation: str, text_bias: Tensor | None, call: Callable[[], Call],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse of queries `[B, H, Nq, D]` for a spec whose rest and merge the kernels know. `call`: makes what parts are given."""
-    if type(spec.rest) is Pooled and not spec.rest.plain:
-        rest = _summaries(spec.rest, spec.merge, dataclasses.replace(call(), visited=lists), params)
-    else:
-        rest = _rest(key, value, spec, layouts, plan, params)
-    return _run(query, key, value, layouts, plan, lists, scale, implementation, text_bias, rest)
-
-
 def exact(
     query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
     text_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of queries `[B, H, Nq, D]`: of the image's queries over their blocks and the text, of the text's over everything."""
-    return _run(query, key, value, layouts, plan, lists, scale, implementation, text_bias, {})
+    return attend(query, key, value, layouts, plan, lists, scale, implementation, text_bias, {})
 
 
-def _run(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, layouts: Layouts, plan: Plan, lists: Lists, scale: float, implementation: str,
     text_bias: Tensor | None, rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One call of the kernels; `rest`: further arguments by name."""
+    """The same with the rest of a spec that `fuses`, as `rest_of` says it."""
     g = plan.geometry
     q, k, v = (_widened(x, implementation) for x in (query, key, value))
     if text_bias is not None:
@@ -92,10 +86,18 @@ def _run(
     return out.to(query.dtype), lse
 
 
-def _rest(key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values) -> dict[str, Any]:
-    """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`."""
+def rest_of(
+    key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float, lists: Lists,
+    made: Summaries | None, implementation: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
+
+    `made`: the blocks' `summaries`, where its pooled keys are of them.
+    """
     found: dict[str, Any] = {}
     match spec.rest:
+        case Pooled(plain=False) if made is not None:
+            found = _given(made, spec.rest.order, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -115,14 +117,32 @@ def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
     return {}
 
 
-def _summaries(rest: Pooled, merge: Merge | None, call: Call, params: Values) -> dict[str, Any]:
-    """A rest of pooled keys that are made in torch: the keys, and the slopes of the query blocks, as `Arguments` names them."""
-    pooled = rest.pooled(call)
-    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
-    if rest.order:
-        found["slopes"] = slopes_of_queries(call, pooled, rest.parts)
-    given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
-    return {"rest": "pooled"} | given | _merge(merge, params)
+def summaries(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str
+) -> Summaries | None:
+    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; None where neither takes it."""
+    rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
+    by_error = isinstance(score, ErrorProduct) and selects(spec)
+    if not (rest or by_error):
+        return None
+    q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
+    g = plan.geometry
+    arguments = SummaryArguments(
+        q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts if rest else 1, text=layouts.k.text,
+        text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, cap=rest.cap if rest and rest.variance else 0.0,
+        score_cap=score.cap if isinstance(score, ErrorProduct) else 0.0, log_count=bool(rest and rest.log_count),
+        first_order=bool(rest and rest.order), places_q=g.places_q, places_k=g.places_k, **_widths(plan),
+    )  # fmt: skip
+    return ops.summarize_blocks(arguments, implementation)
+
+
+def _given(made: Summaries, order: int, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
+    """The pooled keys, and the slopes of the query blocks, as `Arguments` names them."""
+    found = {"rest": "pooled", "pooled_k": made.pooled_k, "pooled_v": made.pooled_v, "pooled_bias": made.pooled_bias}
+    if order:
+        mixture = MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, scale)
+        found["slopes"] = ops.mix_slopes(mixture, implementation)
+    return found
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -134,15 +154,29 @@ def _widths(plan: Plan) -> dict[str, Any]:
     return {"q_width": plan.q_blocks.index.shape[1], "k_width": plan.k_blocks.index.shape[1]}
 
 
-def lists(query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, implementation: str) -> Lists:
-    """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose."""
+def lists(
+    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str, made: Summaries | None
+) -> Lists:
+    """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
+
+    `made`: the blocks' `summaries`, where there are some.
+    """
     g = plan.geometry
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
-    q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
-    arguments = SelectionArguments(
-        q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=plan.prepared.get("short_weight"),
-        places_q=g.places_q, places_k=g.places_k, **_widths(plan),
-    )  # fmt: skip
+    weight = plan.prepared.get("short_weight")
+    if made is None:
+        q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
+        arguments = SelectionArguments(
+            q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
+            **_widths(plan),
+        )  # fmt: skip
+    else:  # means of blocks, each a block of one token
+        starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
+        bias = made.score_bias.detach() / scale if isinstance(_score(spec), ErrorProduct) else None
+        arguments = SelectionArguments(
+            q=made.q_mean.detach(), k=made.k_mean.detach(), q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
+            weight=weight, bias=bias,
+        )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))

@@ -13,6 +13,10 @@
     void forward(const Problem&);        \
     void backward(const Problem&);       \
     void select_blocks(const Selection&); \
+    void summarize(const Summary&);      \
+    void summarize_backward(const Summary&); \
+    void mix_slopes(const Mixture&);     \
+    void mix_slopes_backward(const Mixture&); \
     }
 TARGET_OF(portable)
 #if defined(__x86_64__)
@@ -69,7 +73,25 @@ static const Field PROBLEM[] = {
 #define STRUCT Selection
 static const Field SELECTION[] = {
     FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(q), FIELD(k), FIELD(q_starts), FIELD(k_starts),
-    FIELD(q_width), FIELD(k_width), FIELD(top), FIELD(weight), FIELD(places_q), FIELD(places_k), FIELD(chosen), FIELD(threads), END,
+    FIELD(q_width), FIELD(k_width), FIELD(top), FIELD(weight), FIELD(bias), FIELD(places_q), FIELD(places_k), FIELD(chosen), FIELD(threads), END,
+};
+#undef STRUCT
+
+#define STRUCT Summary
+static const Field SUMMARY[] = {
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(q), FIELD(k), FIELD(v), FIELD(q_starts), FIELD(k_starts),
+    FIELD(q_width), FIELD(k_width), FIELD(parts), FIELD(text), FIELD(text_q), FIELD(text_first), FIELD(scale), FIELD(cap), FIELD(score_cap),
+    FIELD(log_count), FIELD(first_order), FIELD(places_q), FIELD(places_k), FIELD(q_mean), FIELD(k_mean), FIELD(score_bias), FIELD(pooled_k),
+    FIELD(pooled_v), FIELD(pooled_bias), FIELD(slope), FIELD(second), FIELD(part), FIELD(threads), FIELD(dq_mean), FIELD(dpooled_k),
+    FIELD(dpooled_v), FIELD(dpooled_bias), FIELD(dslope), FIELD(dq), FIELD(dk), FIELD(dv), END,
+};
+#undef STRUCT
+
+#define STRUCT Mixture
+static const Field MIXTURE[] = {
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(pools), FIELD(list_width), FIELD(lists_per_head),
+    FIELD(q_mean), FIELD(pooled_k), FIELD(pooled_bias), FIELD(slope), FIELD(lists), FIELD(counts), FIELD(scale), FIELD(out), FIELD(threads),
+    FIELD(dout), FIELD(dq_mean), FIELD(dpooled_k), FIELD(dpooled_bias), FIELD(dslope), END,
 };
 #undef STRUCT
 
@@ -78,6 +100,8 @@ const char* dit_accel_sources() { return DIT_ACCEL_SOURCES; }
 const Field* dit_accel_rows_fields() { return ROWS; }
 const Field* dit_accel_problem_fields() { return PROBLEM; }
 const Field* dit_accel_selection_fields() { return SELECTION; }
+const Field* dit_accel_summary_fields() { return SUMMARY; }
+const Field* dit_accel_mixture_fields() { return MIXTURE; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
@@ -90,4 +114,8 @@ int dit_accel_best_target() {
 int dit_accel_forward(const Problem* problem, int target) { return run(CHOOSE(forward), problem); }
 int dit_accel_backward(const Problem* problem, int target) { return run(CHOOSE(backward), problem); }
 int dit_accel_select(const Selection* selection, int target) { return run(CHOOSE(select_blocks), selection); }
+int dit_accel_summarize(const Summary* summary, int target) { return run(CHOOSE(summarize), summary); }
+int dit_accel_summarize_backward(const Summary* summary, int target) { return run(CHOOSE(summarize_backward), summary); }
+int dit_accel_mix_slopes(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes), mixture); }
+int dit_accel_mix_slopes_backward(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes_backward), mixture); }
 }

@@ -40,8 +40,7 @@ static void lean_deltas(const Geometry& g, const Queries& queries, BackwardWorks
     Slopes slopes(g);
     int64_t n = g.query(i).count;
     const float* dout = queries.dout.row(i);
-    slopes.read(work.matrix, bh, i);
-    slopes.rows(work.b, queries.q.row(i), work.matrix, n);
+    slopes.rows(work.b, queries.q.row(i), slopes.read(work.matrix, bh, i), n);
     for (int64_t r = 0; r < n; r++) {
         double sum = queries.exact_delta[i * g.width + r];
         for (int64_t d = 0; d < g.channels; d++) sum -= double(work.b[r * g.padded + d]) * dout[r * g.padded + d];
@@ -61,8 +60,7 @@ static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardW
     float* to = g.p.dslopes + (bh * g.p.q_blocks + i) * g.channels * g.channels;
     for (int64_t c = 0; c < g.channels; c++)
         for (int64_t d = 0; d < g.channels; d++) to[c * g.channels + d] = work.matrix[c * g.padded + d] * (1.f / LOG2E);
-    Slopes(g).read(work.state, bh, i);
-    transpose(work.matrix, g.padded, work.state, g.padded, g.channels, g.channels);
+    transpose(work.matrix, g.padded, Slopes(g).of(bh, i), g.channels, g.channels, g.channels);
     product_rows(work.a, g.padded, weighted, g.padded, work.matrix, g.padded, round_up(n, ROWS), g.channels, g.padded, true);
 }
 

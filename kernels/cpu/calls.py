@@ -1,9 +1,26 @@
 """The CPU kernels on tensors: float32 or bfloat16, parameters and gradients float32."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments, check, dense, in_order, text_queries
+from dit_accel.kernels.arguments import (
+    DIFFERENTIABLE,
+    Arguments,
+    MixtureArguments,
+    SelectionArguments,
+    Summaries,
+    SummaryArguments,
+    check,
+    check_mixture,
+    check_summary,
+    dense,
+    in_order,
+    new_summaries,
+    text_queries,
+)
 from dit_accel.kernels.cpu import native
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
@@ -67,3 +84,64 @@ def select_blocks(a: SelectionArguments) -> Tensor:
     sizes = {"batch": batch, "heads": heads, "channels": channels, "q_blocks": len(a.q_starts) - 1, "k_blocks": len(a.k_starts) - 1}
     native.call("select", native.Selection(**sizes, chosen=chosen.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
     return chosen
+
+
+def _summary(a: SummaryArguments, results: Mapping[str, Tensor]) -> native.Summary:
+    batch, heads, _, channels = a.k.shape
+    sizes = {"batch": batch, "heads": heads, "channels": channels, "q_blocks": len(a.q_starts) - 1, "k_blocks": len(a.k_starts) - 1}
+    found = {name: x.data_ptr() for name, x in results.items() if x.numel()}
+    return native.Summary(**sizes, **found, threads=torch.get_num_threads(), **native.fields_of(a))
+
+
+def _dense_summary(a: SummaryArguments) -> SummaryArguments:
+    """The arguments as the library reads them. Raises ValueError where they do not fit each other."""
+    check_summary(a)
+    return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
+
+
+def summarize_blocks(a: SummaryArguments) -> Summaries:
+    """Means, scores, pooled keys and slopes of blocks."""
+    a = _dense_summary(a)
+    results = new_summaries(a)
+    native.call("summarize", _summary(a, results._asdict()))
+    return results
+
+
+def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments) -> list[Tensor]:
+    """Gradients of q, k and v, in their dtypes, from those of the results, as far as something depends on them."""
+    a = _dense_summary(a)
+    summary = _summary(a, results)
+    given = {name: x.contiguous() for name, x in grads.items() if x is not None and x.numel()}
+    for name, x in given.items():
+        setattr(summary, f"d{name}", x.data_ptr())
+    # of the text nothing is written
+    found = [(torch.zeros if text else torch.empty)(x.shape, dtype=x.dtype) for x, text in ((a.q, a.text_q), (a.k, a.text), (a.v, a.text))]
+    summary.dq, summary.dk, summary.dv = (native.rows(x) for x in found)
+    native.call("summarize_backward", summary)
+    return found
+
+
+def _mixture(a: MixtureArguments, **more: Any) -> native.Mixture:
+    check_mixture(a)
+    batch, heads, q_blocks, channels = a.q_mean.shape
+    return native.Mixture(
+        batch=batch, heads=heads, channels=channels, q_blocks=q_blocks, k_blocks=a.slope.shape[3], pools=a.pooled_k.shape[2],
+        list_width=a.lists.shape[-1], lists_per_head=int(a.lists.ndim == 3), threads=torch.get_num_threads(), **native.fields_of(a), **more,
+    )  # fmt: skip
+
+
+def mix_slopes(a: MixtureArguments) -> Tensor:
+    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
+    out = a.q_mean.new_empty((*a.q_mean.shape, a.q_mean.shape[-1]))
+    native.call("mix_slopes", _mixture(a, out=out.data_ptr()))
+    return out
+
+
+def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
+    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
+    dout = dout.contiguous()
+    names = ("q_mean", "pooled_k", "pooled_bias", "slope")
+    found = [x.new_empty(x.shape) for x in (a.q_mean, a.pooled_k, a.pooled_bias, a.slope)]
+    places = {f"d{name}": x.data_ptr() for name, x in zip(names, found, strict=True)}
+    native.call("mix_slopes_backward", _mixture(a, dout=dout.data_ptr(), **places))
+    return found

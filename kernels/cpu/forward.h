@@ -117,14 +117,14 @@ struct LinearRows {
 struct ForwardWorkspace {
     Softmax softmax;
     PackWorkspace pack;
-    Array<float> squares, bias, terms, exact_top, exact_mass, matrix, tilt;
+    Array<float> squares, bias, terms, exact_top, exact_mass, matrix;
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
 
     ForwardWorkspace(const Geometry& g, bool pairs)
         : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
         if (g.p.slopes)
-            exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded), tilt.allocate(g.rows() * g.padded);
+            exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -145,12 +145,11 @@ static inline void merge_mass(float* out, double* lse2, const LinearRows& rest, 
 static inline void add_slopes(const Geometry& g, ForwardWorkspace& work, int64_t bh, int64_t i, int64_t queries) {
     Slopes slopes(g);
     Softmax& s = work.softmax;
-    slopes.read(work.matrix, bh, i);
-    slopes.rows(work.tilt, s.q, work.matrix, queries);
-    for (int64_t r = 0; r < queries; r++) {
+    for (int64_t r = 0; r < queries; r++) {  // the queries are read no more
         float share = 1.f - work.exact_mass[r] * std::exp2(work.exact_top[r] - s.top[r]) / s.mass[r];
-        for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += share * work.tilt[r * g.padded + d];
+        for (int64_t d = 0; d < g.padded; d++) s.q[r * g.padded + d] *= share * (1.f / LOG2E);
     }
+    product_rows(s.acc, g.padded, s.q, g.padded, slopes.read(work.matrix, bh, i), g.padded, round_up(queries, ROWS), g.channels, g.padded, true);
 }
 
 static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace& work, const float* weight_t, int64_t bh, int64_t i) {

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, Declared, SelectionArguments, declared
+from dit_accel.kernels.arguments import (
+    DIFFERENTIABLE,
+    Arguments,
+    Declared,
+    MixtureArguments,
+    SelectionArguments,
+    SummaryArguments,
+    declared,
+)
 from dit_accel.kernels.cpu import sources
 
 TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -60,6 +68,31 @@ class Selection(Structure):
     ]
 
 
+class Summary(Structure):
+    """The summaries of all blocks (problem.h), and for the backward pass the gradients."""
+
+    _fields_ = [
+        *_fields(c_int64, "batch heads channels q_blocks k_blocks"),
+        *declared_fields(SummaryArguments),
+        *_fields(c_void_p, "q_mean k_mean score_bias pooled_k pooled_v pooled_bias slope second part"),
+        ("threads", c_int64),
+        *_fields(c_void_p, "dq_mean dpooled_k dpooled_v dpooled_bias dslope"),
+        *_fields(Rows, "dq dk dv"),
+    ]
+
+
+class Mixture(Structure):
+    """The slopes of all query blocks (problem.h), and for the backward pass the gradients."""
+
+    _fields_ = [
+        *_fields(c_int64, "batch heads channels q_blocks k_blocks pools list_width lists_per_head"),
+        *declared_fields(MixtureArguments),
+        ("out", c_void_p),
+        ("threads", c_int64),
+        *_fields(c_void_p, "dout dq_mean dpooled_k dpooled_bias dslope"),
+    ]
+
+
 class Field(Structure):
     """A row of the library's tables of fields (api.cpp)."""
 
@@ -76,7 +109,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def fields_of(a: Arguments | SelectionArguments) -> dict[str, Any]:
+def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
     return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True) if value is not None}
@@ -87,6 +120,16 @@ def _field(d: Declared, value: Any) -> Any:
         return rows(value) if d.mark.strided else value.data_ptr()
     return d.mark.choices.index(value) if d.mark.choices else value
 
+
+FUNCTIONS: dict[str, type[Structure]] = {
+    "forward": Problem,
+    "backward": Problem,
+    "select": Selection,
+    "summarize": Summary,
+    "summarize_backward": Summary,
+    "mix_slopes": Mixture,
+    "mix_slopes_backward": Mixture,
+}  # of the library, and what they are called with
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
 REBUILD = "pip install --force-reinstall --no-deps -e . in its checkout, or by installing its wheel again"
@@ -103,7 +146,7 @@ def library() -> ctypes.CDLL | None:
     if refusal() is not None:
         return None
     lib = _loaded(library_file())
-    for name, kind in (("forward", Problem), ("backward", Problem), ("select", Selection)):
+    for name, kind in FUNCTIONS.items():
         getattr(lib, f"dit_accel_{name}").argtypes = [POINTER(kind), c_int32]
     return lib
 
@@ -123,7 +166,7 @@ def refusal() -> str | None:
 def _loaded(path: Path) -> ctypes.CDLL:
     """The library, once its structs are found to be laid out as these classes are."""
     lib = ctypes.CDLL(str(path))
-    for name, kind in (("rows", Rows), ("problem", Problem), ("selection", Selection)):
+    for name, kind in (("rows", Rows), ("problem", Problem), ("selection", Selection), ("summary", Summary), ("mixture", Mixture)):
         table = getattr(lib, f"dit_accel_{name}_fields")
         table.restype = POINTER(Field)
         compare_fields(kind, table())
@@ -170,7 +213,7 @@ def target() -> int:
 
 
 def call(name: str, argument: Structure) -> None:
-    """Run "forward", "backward" or "select". Raises MemoryError where the machine has no more."""
+    """Run one of FUNCTIONS. Raises MemoryError where the machine has no more."""
     lib = library()
     if lib is None:
         raise RuntimeError(refusal())

@@ -105,10 +105,13 @@ struct Slopes {
     const Geometry& g;
     explicit Slopes(const Geometry& g) : g(g) {}
 
-    // The matrix [D of q, padded] of query block i.
-    void read(float* out, int64_t bh, int64_t i) const {
-        const float* from = g.p.slopes + (bh * g.p.q_blocks + i) * g.channels * g.channels;
-        for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(out + c * g.padded, from + c * g.channels, g.channels * 4);
+    const float* of(int64_t bh, int64_t i) const { return g.p.slopes + (bh * g.p.q_blocks + i) * g.channels * g.channels; }
+
+    // The matrix [D of q, padded] of query block i: where it lies, or in `space`.
+    const float* read(float* space, int64_t bh, int64_t i) const {
+        if (g.channels == g.padded) return of(bh, i);
+        for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(space + c * g.padded, of(bh, i) + c * g.channels, g.channels * 4);
+        return space;
     }
 
     // What a query whose softmax were all of pooled keys would get, rows [queries, padded]; `q` is scaled by s·log2(e).

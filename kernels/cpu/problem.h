@@ -59,8 +59,44 @@ struct Selection {
     const int32_t *q_starts, *k_starts;
     int64_t q_width, k_width, top;
     const float* weight;                 // [k_blocks] factor of each block's score, or null
+    const float* bias;                   // [B, H, k_blocks] joins each block's score, or null
     const int32_t *places_q, *places_k;  // as in a problem
     // the result
     int32_t* chosen;                     // [B, H, q_blocks, top], ascending
     int64_t threads;
+};
+
+struct Summary {
+    int64_t batch, heads, channels, q_blocks, k_blocks;
+    // the arguments
+    Rows q, k, v;  // text and image
+    const int32_t *q_starts, *k_starts;
+    int64_t q_width, k_width, parts, text, text_q;
+    int32_t text_first;
+    float scale, cap, score_cap;
+    int32_t log_count, first_order;
+    const int32_t *places_q, *places_k;  // as in a problem
+    // the results, contiguous
+    float *q_mean, *k_mean, *score_bias;             // [B, H, q_blocks, D], [B, H, k_blocks, D], [B, H, k_blocks]
+    float *pooled_k, *pooled_v, *pooled_bias;        // [B, H, k_blocks · parts, D], [B, H, k_blocks · parts]
+    float *slope, *second;                           // [B, H, D of k, k_blocks, D of v], null where it is not asked for; [B, H, D]
+    uint8_t* part;                                   // [B, H, k_blocks, k_width]
+    int64_t threads;
+    // backward only
+    const float *dq_mean, *dpooled_k, *dpooled_v, *dpooled_bias, *dslope;  // null where nothing depends on them
+    Rows dq, dk, dv;                                                       // in the shapes of q, k and v; the image's rows alone are written
+};
+
+struct Mixture {
+    int64_t batch, heads, channels, q_blocks, k_blocks, pools, list_width, lists_per_head;
+    // the arguments
+    const float *q_mean, *pooled_k, *pooled_bias, *slope;  // as in a summary
+    const int32_t *lists, *counts;                         // as in a problem
+    float scale;
+    // the result
+    float* out;  // [B, H, q_blocks, D of q, D of v]
+    int64_t threads;
+    // backward only
+    const float* dout;
+    float *dq_mean, *dpooled_k, *dpooled_bias, *dslope;
 };

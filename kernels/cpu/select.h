@@ -9,19 +9,21 @@ static inline void block_mean(float* out, const Rows& x, int64_t bh, int64_t hea
     for (int64_t d = 0; d < channels; d++) out[d] /= float(run.count);
 }
 
-// The `top` largest of n scores, ties to the lower index, written in ascending order; NaN counts as the largest, as in torch.topk.
-static inline void best(int32_t* out, const float* score, int32_t* order, int64_t n, int64_t top) {
-    for (int64_t j = 0; j < n; j++) order[j] = int32_t(j);
-    auto before = [score](int32_t a, int32_t b) {
-        float x = score[a], y = score[b];
-        bool nan_x = x != x, nan_y = y != y;
-        if (nan_x != nan_y) return nan_x;
-        if (!nan_x && x != y) return x > y;
-        return a < b;
-    };
-    if (top < n) std::nth_element(order, order + top, order + n, before);
-    std::sort(order, order + top);
-    __builtin_memcpy(out, order, top * 4);
+// A score and its place as one number that grows with the score and falls with the place; NaN counts as the largest, as in torch.topk.
+static inline uint64_t ranked(float score, int64_t place) {
+    uint32_t bits;
+    score += 0.f;  // the two zeros are one
+    __builtin_memcpy(&bits, &score, 4);
+    bits = score != score ? ~uint32_t(0) : bits >> 31 ? ~bits : bits | 0x80000000u;
+    return uint64_t(bits) << 32 | (~uint32_t(0) - uint32_t(place));
+}
+
+// The `top` largest of n scores, ties to the lower index, written in ascending order; `order`: space for n.
+static inline void best(int32_t* out, const float* score, uint64_t* order, int64_t n, int64_t top) {
+    for (int64_t j = 0; j < n; j++) order[j] = ranked(score[j], j);
+    if (top < n) std::nth_element(order, order + top, order + n, std::greater<uint64_t>());
+    for (int64_t j = 0; j < top; j++) out[j] = int32_t(~uint32_t(0) - uint32_t(order[j]));
+    std::sort(out, out + top);
 }
 
 void select_blocks(const Selection& s) {
@@ -34,7 +36,7 @@ void select_blocks(const Selection& s) {
     };
     Team team(s.threads);
     std::vector<Array<float>> scores, means;
-    std::vector<Array<int32_t>> orders;
+    std::vector<Array<uint64_t>> orders;
     for (int t = 0; t < team.size(); t++) scores.emplace_back(ROWS * columns), means.emplace_back(2 * d), orders.emplace_back(s.k_blocks);
     team.run([&](int thread) {
         float *mean = means[size_t(thread)], *score = scores[size_t(thread)];
@@ -51,6 +53,8 @@ void select_blocks(const Selection& s) {
                 for (int64_t r = 0; r < ROWS && group * ROWS + r < s.q_blocks; r++) {
                     if (s.weight)
                         for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] *= s.weight[j];
+                    if (s.bias)
+                        for (int64_t j = 0; j < s.k_blocks; j++) score[r * columns + j] += s.bias[bh * s.k_blocks + j];
                     best(s.chosen + (bh * s.q_blocks + group * ROWS + r) * s.top, score + r * columns, orders[size_t(thread)], s.k_blocks, s.top);
                 }
             });

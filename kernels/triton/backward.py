@@ -144,9 +144,9 @@ def gradient_rows(
             )
             value = tile(pooled.v_mean + at_head, j, C.D, j < pools, C)
             weights = tl.exp2(x - lse2[:, None])
-            ds = weights * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
             if tilt.share is not None:
                 share += tl.sum(weights, 1)
+            ds = weights * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
             grad = tl.dot(ds.to(mean.dtype), mean, grad, input_precision=C.PRECISION)
             if C.VARIANCE:
                 second = tl.dot(tl.where(term <= logits.cap, ds, 0.0).to(half.dtype), half, second, input_precision=C.PRECISION)

@@ -1,0 +1,98 @@
+// Gradients of the summaries of blocks, through all but the choice of parts.
+
+struct SummaryGradient : Summaries {
+    explicit SummaryGradient(const Summary& s) : Summaries(s, true) {}
+
+    void begin(int64_t bh) { __builtin_memcpy(second, s.second + bh * d, d * 4); }
+
+    // The means of the parts as they were, and the tokens less their part's mean.
+    void remember(SummaryWorkspace& work, int64_t bh, int64_t j, int64_t n, int64_t (&tokens)[MOST_PARTS], float (&sigma2)[MOST_PARTS]) const {
+        int64_t block = bh * s.k_blocks + j;
+        __builtin_memcpy(work.part, s.part + block * s.k_width, n);
+        count(work, n, tokens);
+        for (int64_t p = 0; p < s.parts; p++) {
+            __builtin_memcpy(work.k_mean + p * padded, s.pooled_k + (block * s.parts + p) * d, d * 4);
+            __builtin_memcpy(work.v_mean + p * padded, s.pooled_v + (block * s.parts + p) * d, d * 4);
+        }
+        centre(work, work.values, read(work.values, s.v, bh, key(j)), work.v_mean, n);
+        centre(work, work.keys, read(work.keys, s.k, bh, key(j)), work.k_mean, n);
+        for (int64_t p = 0; p < s.parts; p++) sigma2[p] = spread(work.squares + p * padded, tokens[p]);
+    }
+
+    // by_key = what the matrix's gradient makes of the values, by_value = of the keys.
+    void through_matrix(SummaryWorkspace& work, int64_t bh, int64_t j, int64_t n) const {
+        for (int64_t c = 0; c < d; c++) __builtin_memcpy(work.matrix + c * padded, s.dslope + ((bh * d + c) * s.k_blocks + j) * d, d * 4);
+        transpose(work.turned, padded, work.matrix, padded, d, d);
+        product_rows(work.by_key, padded, work.values, padded, work.turned, padded, round_up(n, ROWS), d, padded, false);
+        product_rows(work.by_value, padded, work.keys, padded, work.matrix, padded, round_up(n, ROWS), d, padded, false);
+    }
+
+    void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) {
+        Run run = key(j);
+        int64_t n = run.count, pool = (bh * s.k_blocks + j) * s.parts, tokens[MOST_PARTS];
+        float sigma2[MOST_PARTS], weight[MOST_PARTS] = {}, dweight[MOST_PARTS] = {}, dsigma2[MOST_PARTS];
+        remember(work, bh, j, n, tokens, sigma2);
+        if (s.dslope) {
+            through_matrix(work, bh, j, n);
+            for (int64_t p = 0; p < s.parts; p++) weight[p] = 1.f / (1.f + sigma2[p]) / float(n);
+            for (int64_t i = 0; i < n; i++) dweight[work.part[i]] += vector_dot(work.keys + i * padded, work.by_key + i * padded, padded);
+        }
+        float* to = dsecond + j * padded;
+        __builtin_memset(to, 0, padded * 4);
+        for (int64_t p = 0; p < s.parts; p++) {
+            dsigma2[p] = s.dpooled_bias && sigma2[p] / 2 <= s.cap ? s.dpooled_bias[pool + p] / 2 : 0.f;
+            dsigma2[p] -= dweight[p] * weight[p] / (1.f + sigma2[p]);
+            float factor = s.scale * s.scale * dsigma2[p] / float(std::max<int64_t>(tokens[p], 1));
+            for (int64_t c = 0; c < padded && tokens[p]; c++) {
+                to[c] += factor * work.squares[p * padded + c];
+                work.squares[p * padded + c] = 2 * factor * second[c];  // from here on: what a key's distance from the mean is times
+            }
+            for (auto& [mean, from] : {std::tuple(&work.k_mean, s.dpooled_k), std::tuple(&work.v_mean, s.dpooled_v)})
+                for (int64_t c = 0; c < d; c++) (*mean)[p * padded + c] = from ? from[(pool + p) * d + c] / float(std::max<int64_t>(tokens[p], 1)) : 0.f;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            int64_t p = work.part[i];
+            for (int64_t c = 0; c < padded; c += LANES) {
+                int64_t at = i * padded + c, mine = p * padded + c;
+                V dk = load(work.k_mean + mine) + load(work.keys + at) * load(work.squares + mine), dv = load(work.v_mean + mine);
+                if (s.dslope) dk += load(work.by_key + at) * weight[p], dv += load(work.by_value + at) * weight[p];
+                store(work.keys + at, dk), store(work.values + at, dv);
+            }
+        }
+        write_rows(s.dk, bh / s.heads, bh % s.heads, run, d, work.keys, padded);
+        write_rows(s.dv, bh / s.heads, bh % s.heads, run, d, work.values, padded);
+    }
+
+    void add_up_second(float* out) const {
+        std::fill_n(out, padded, 0.f);
+        for (int64_t j = 0; j < s.k_blocks; j++)
+            for (int64_t c = 0; c < padded; c++) out[c] += dsecond[j * padded + c];
+    }
+
+    void query_block(SummaryWorkspace& work, const float* total, int64_t bh, int64_t i) const {
+        Run run = query(i);
+        const float* dmean = s.dq_mean ? s.dq_mean + (bh * s.q_blocks + i) * d : nullptr;
+        for (int64_t c = 0; c < d; c++) work.moved[c] = dmean ? dmean[c] / float(run.count) : 0.f, work.direction[c] = total[c] * (2.f / float(image_q));
+        Lines q = read(work.keys, s.q, bh, run);
+        for (int64_t n = 0; n < run.count; n++)
+            for (int64_t c = 0; c < padded; c += LANES) store(work.keys + n * padded + c, load(q[n] + c) * load(work.direction + c) + load(work.moved + c));
+        write_rows(s.dq, bh / s.heads, bh % s.heads, run, d, work.keys, padded);
+    }
+};
+
+void summarize_backward(const Summary& s) {
+    SummaryGradient gradient(s);
+    Array<float> total(gradient.padded);
+    Team team(s.threads);
+    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(gradient.width, gradient.padded, true));
+    team.run([&](int thread) {
+        SummaryWorkspace& work = *workspaces[size_t(thread)];
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            team.share(1, [&](int64_t) { gradient.begin(bh); });
+            team.share(s.k_blocks, [&](int64_t j) { gradient.key_block(work, bh, j); });
+            team.share(1, [&](int64_t) { gradient.add_up_second(total); });
+            team.share(s.q_blocks, [&](int64_t i) { gradient.query_block(work, total, bh, i); });
+        }
+    });
+}

@@ -1,0 +1,298 @@
+// What a rest of pooled keys and the choice of blocks take from whole blocks, in one pass over queries, keys and values: the formulas of
+// method/parts/content.py and scores.py.
+
+static constexpr int STEPS = 4;          // of the power iteration that finds a block's principal direction
+static constexpr int64_t MOST_PARTS = 4;  // of a block
+
+// acc[r][c] += sum over n of A[n, r] · B[n, c], both row-major. A function of its own for the reason that `tile` is one.
+template <int N>
+static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+    V sum[ROWS][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) sum[r][c] = acc[r][c];
+    for (int64_t n = 0; n < depth; n++) {
+        V column[N];
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) column[c] = load(b + n * ldb + c * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            V x = all(a[n * lda + r]);
+#pragma GCC unroll 4
+            for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) acc[r][c] = sum[r][c];
+}
+
+// out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Reads up
+// to ROWS - 1 entries past the end of A's rows.
+static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add) {
+    for (int64_t r0 = 0; r0 < rows; r0 += ROWS)
+        for_strips(round_up(columns, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            V acc[ROWS][strip.value];
+            int64_t most = std::min<int64_t>(ROWS, rows - r0);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < strip.value; s++) {
+                    acc[r][s] = V{};
+                    int64_t at = c + s * LANES;
+                    if (add && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
+                }
+            outer_tile<strip.value>(acc, a + r0, lda, b + c, ldb, depth);
+            for (int r = 0; r < most; r++)
+                for (int s = 0; s < strip.value; s++) {
+                    int64_t at = c + s * LANES;
+                    if (at + LANES <= columns)
+                        store(out + (r0 + r) * ldo + at, acc[r][s]);
+                    else
+                        __builtin_memcpy(out + (r0 + r) * ldo + at, &acc[r][s], (columns - at) * 4);
+                }
+        });
+}
+
+// out[c] = Σ_i weight[i] · rows[i, c], of whole vectors.
+static inline void weighted_rows(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
+    for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+        V sum[strip.value];
+        for (int s = 0; s < strip.value; s++) sum[s] = V{};
+        for (int64_t i = 0; i < n; i++) {
+            V w = all(weight[i]);
+            for (int s = 0; s < strip.value; s++) fma(sum[s], w, load(rows + i * ld + c + s * LANES));
+        }
+        for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, sum[s]);
+    });
+}
+
+static inline float vector_dot(const float* a, const float* b, int64_t columns) {
+    V sum{};
+    for (int64_t c = 0; c < columns; c += LANES) sum += load(a + c) * load(b + c);
+    return horizontal_sum(sum);
+}
+
+// out[i] = rows[i, :] · x, of whole vectors.
+static inline void row_dots(float* out, const float* rows, int64_t ld, int64_t n, const float* x, int64_t columns) {
+    if (columns != STRIP * LANES) {
+        for (int64_t i = 0; i < n; i++) out[i] = vector_dot(rows + i * ld, x, columns);
+        return;
+    }
+    V factor[STRIP];  // the commonest size: in registers
+    for (int s = 0; s < STRIP; s++) factor[s] = load(x + s * LANES);
+    for (int64_t i = 0; i < n; i++) {
+        V sum = load(rows + i * ld) * factor[0];
+        for (int s = 1; s < STRIP; s++) sum += load(rows + i * ld + s * LANES) * factor[s];
+        out[i] = horizontal_sum(sum);
+    }
+}
+
+// Rows of a block: where they lie, or in a panel.
+struct Lines {
+    const float* data;
+    int64_t ld;
+    const float* operator[](int64_t i) const { return data + i * ld; }
+};
+
+// One thread's workspace.
+struct SummaryWorkspace {
+    Array<float> keys, values, centred, by_key, by_value, matrix, turned;  // panels [width, padded]; matrices [padded, padded]
+    Array<float> direction, moved, along, one;                             // [padded], [padded], [width], [width]
+    Array<float> member, k_mean, v_mean, squares;                          // [MOST_PARTS, width], [MOST_PARTS, padded] each
+    Array<uint8_t> part;
+    std::vector<int32_t> mine;
+
+    SummaryWorkspace(int64_t width, int64_t padded, bool backward)
+        : keys(width * padded + 16), values(width * padded + 16), centred(width * padded), direction(padded), moved(padded), along(width), one(width),
+          member(MOST_PARTS * width), k_mean(MOST_PARTS * padded), v_mean(MOST_PARTS * padded), squares(MOST_PARTS * padded), part(width), mine(size_t(width)) {
+        std::fill_n(static_cast<float*>(one), width, 1.f);
+        if (backward)
+            by_key.allocate(width * padded), by_value.allocate(width * padded), matrix.allocate(padded * padded), turned.allocate(padded * padded);
+    }
+};
+
+// The blocks of one call, and what all blocks of a head share.
+struct Summaries {
+    static constexpr int64_t GROUPS = 16;  // of query blocks, whose sums are added up in one order whatever the threads
+    const Summary& s;
+    const int64_t d, padded, width, image_q, group;
+    Array<float> sums;            // [GROUPS, d or 1, padded]: Σ q qᵀ of a group's queries, or Σ q² alone
+    Array<float> metric, second;  // [d, padded] E[q qᵀ]; [padded] E[q²]
+    Array<float> dsecond;         // [k_blocks, padded], backward only
+
+    Summaries(const Summary& s, bool backward)
+        : s(s), d(s.channels), padded(round_up(d, LANES)), width(round_up(std::max(s.q_width, s.k_width), std::max(ROWS, LANES)) + ROWS),
+          image_q(s.q_starts[s.q_blocks]), group((s.q_blocks + GROUPS - 1) / GROUPS), second(padded) {
+        if (backward)
+            dsecond.allocate(s.k_blocks * padded);
+        else
+            sums.allocate(GROUPS * rows() * padded), metric.allocate(rows() * padded);
+    }
+    int64_t rows() const { return s.parts > 1 ? d : 1; }  // of what is summed over queries
+
+    Run run(const int32_t* starts, const int32_t* places, int64_t i, int64_t text) const {
+        int64_t first = s.text_first ? text : 0, count = starts[i + 1] - starts[i];
+        if (places) return {first, starts[i], count, places + starts[i]};
+        return {first + starts[i], starts[i], count};
+    }
+    Run query(int64_t i) const { return run(s.q_starts, s.places_q, i, s.text_q); }
+    Run key(int64_t j) const { return run(s.k_starts, s.places_k, j, s.text); }
+    // `space`: a panel.
+    Lines read(float* space, const Rows& x, int64_t bh, const Run& run) const {
+        int64_t b = bh / s.heads, h = bh % s.heads;
+        if (!x.bf16 && !run.places && d == padded) return {static_cast<const float*>(x.data) + b * x.batch + h * x.head + run.place * x.row, x.row};
+        read_rows(space, padded, x, b, h, run, d, 1.f);
+        return {space, padded};
+    }
+
+    void add_queries(SummaryWorkspace& work, int64_t bh, int64_t number) {
+        float* sum = sums + number * rows() * padded;
+        __builtin_memset(sum, 0, rows() * padded * 4);
+        for (int64_t i = number * group; i < std::min((number + 1) * group, s.q_blocks); i++) {
+            Run run = query(i);
+            Lines q = read(work.keys, s.q, bh, run);
+            weighted_rows(work.moved, work.one, q.data, q.ld, run.count, padded);
+            float* mean = s.q_mean + (bh * s.q_blocks + i) * d;
+            for (int64_t c = 0; c < d; c++) mean[c] = work.moved[c] * (1.f / float(run.count));
+            if (s.parts > 1)
+                outer_rows(sum, padded, q.data, q.ld, q.data, q.ld, d, run.count, padded, true);
+            else
+                for (int64_t n = 0; n < run.count; n++)
+                    for (int64_t c = 0; c < padded; c++) sum[c] += q[n][c] * q[n][c];
+        }
+    }
+
+    void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the metric
+        int64_t first = rows() * part / parts * padded, last = rows() * (part + 1) / parts * padded;
+        for (int64_t e = first; e < last; e++) {
+            float sum = 0;
+            for (int64_t g = 0; g < GROUPS; g++) sum += sums[g * rows() * padded + e];
+            metric[e] = sum / float(image_q);
+        }
+    }
+    void finish_queries(int64_t bh) {
+        for (int64_t c = 0; c < d; c++) second[c] = s.second[bh * d + c] = metric[s.parts > 1 ? c * padded + c : c];
+    }
+
+    // The tokens of `part` number `number` on the side of larger projections go to part number + level.
+    void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t number, int64_t level) const {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++)
+            if (work.part[i] == number) work.mine[size_t(count++)] = int32_t(i);
+        if (count == 0) return;
+        for (int64_t i = 0; i < n; i++) work.along[i] = work.part[i] == number ? 1.f / float(count) : 0.f;
+        weighted_rows(work.moved, work.along, keys.data, keys.ld, n, padded);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
+        std::fill_n(static_cast<float*>(work.direction), d, 1.f);
+        for (int step = 0; step <= STEPS; step++) {
+            row_dots(work.along, work.centred, padded, count, work.direction, padded);
+            if (step == STEPS) break;
+            weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
+            weighted_rows(work.direction, work.moved, metric, padded, d, padded);
+            float norm = std::max(std::sqrt(vector_dot(work.direction, work.direction, padded)), 1.17549435e-38f);
+            for (int64_t c = 0; c < padded; c++) work.direction[c] /= norm;
+        }
+        for (int64_t i = 0; i < count; i++)
+            if (work.along[i] > 0) work.part[work.mine[size_t(i)]] = uint8_t(number + level);
+    }
+
+    // Numbers of tokens of the parts, and 1 or 0 for each token and part.
+    void count(SummaryWorkspace& work, int64_t n, int64_t (&tokens)[MOST_PARTS]) const {
+        for (int64_t p = 0; p < s.parts; p++) {
+            tokens[p] = 0;
+            for (int64_t i = 0; i < n; i++) {
+                bool mine = work.part[i] == p;
+                tokens[p] += mine;
+                work.member[p * width + i] = mine;
+            }
+        }
+    }
+
+    // Rows less the means of their parts, and for each part the sum of their squares.
+    void centre(SummaryWorkspace& work, float* rows, const Lines& from, const float* mean, int64_t n) const {
+        __builtin_memset(work.squares, 0, s.parts * padded * 4);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t at = work.part[i] * padded;
+            for (int64_t c = 0; c < padded; c += LANES) {
+                V x = load(from[i] + c) - load(mean + at + c);
+                store(rows + i * padded + c, x);
+                store(work.squares + at + c, load(work.squares + at + c) + x * x);
+            }
+        }
+    }
+
+    float spread(const float* squares, int64_t tokens) const {  // s² Σ_d E[q_d²] Var(k_d)
+        return s.scale * s.scale * vector_dot(squares, second, padded) / float(std::max<int64_t>(tokens, 1));
+    }
+
+    // Squares around the mean of all tokens [padded], from those around the means of parts; `mean` gets that mean.
+    void whole(float* squares, float* mean, const SummaryWorkspace& work, const float* means, const int64_t (&tokens)[MOST_PARTS], int64_t n) const {
+        for (int64_t c = 0; c < padded; c++) {
+            float sum = 0, square = 0;
+            for (int64_t p = 0; p < s.parts; p++) sum += float(tokens[p]) * means[p * padded + c];
+            mean[c] = sum / float(n);
+            for (int64_t p = 0; p < s.parts; p++) {
+                float off = means[p * padded + c] - mean[c];
+                square += work.squares[p * padded + c] + float(tokens[p]) * off * off;
+            }
+            squares[c] = square;
+        }
+    }
+
+    void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) const {
+        int64_t n = key(j).count, block = bh * s.k_blocks + j, pool = block * s.parts, tokens[MOST_PARTS];
+        const float tiny = 1.17549435e-38f;
+        const Lines keys = read(work.keys, s.k, bh, key(j)), values = read(work.values, s.v, bh, key(j));
+        __builtin_memset(work.part, 0, n);
+        for (int64_t level = 1; level < s.parts; level *= 2)
+            for (int64_t number = 0; number < level; number++) cut(work, keys, n, number, level);
+        __builtin_memset(s.part + block * s.k_width, 0, s.k_width);
+        __builtin_memcpy(s.part + block * s.k_width, work.part, n);
+        count(work, n, tokens);
+        for (int64_t p = 0; p < s.parts; p++) {
+            float share = 1.f / float(std::max<int64_t>(tokens[p], 1));
+            for (auto& [to, rows, out] : {std::tuple(&work.k_mean, keys, s.pooled_k), std::tuple(&work.v_mean, values, s.pooled_v)}) {
+                float* mean = *to + p * padded;
+                weighted_rows(mean, work.member + p * width, rows.data, rows.ld, n, padded);
+                for (int64_t c = 0; c < padded; c++) mean[c] *= share;
+                __builtin_memcpy(out + (pool + p) * d, mean, d * 4);
+            }
+        }
+        centre(work, work.keys, keys, work.k_mean, n);
+        float weight[MOST_PARTS];
+        for (int64_t p = 0; p < s.parts; p++) {
+            float sigma2 = spread(work.squares + p * padded, tokens[p]);
+            s.pooled_bias[pool + p] = std::min(sigma2 / 2, s.cap) + (s.log_count ? std::log(float(tokens[p])) : tokens[p] ? 0.f : -INFINITY);
+            weight[p] = 1.f / (1.f + sigma2) / float(n);
+        }
+        whole(work.moved, work.direction, work, work.k_mean, tokens, n);
+        __builtin_memcpy(s.k_mean + block * d, work.direction, d * 4);
+        float sigma2 = spread(work.moved, n), flat = 0;
+        centre(work, work.values, values, work.v_mean, n);
+        whole(work.moved, work.direction, work, work.v_mean, tokens, n);
+        for (int64_t c = 0; c < d; c++) flat += work.moved[c];
+        s.score_bias[block] = std::log(float(n)) + std::min(sigma2 / 2, s.score_cap) + std::log(std::max(sigma2, tiny)) + std::log(std::max(flat / float(n), tiny)) / 2;
+        if (!s.first_order) return;
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t c = 0; c < padded; c += LANES) store(work.values + i * padded + c, load(work.values + i * padded + c) * weight[work.part[i]]);
+        outer_rows(s.slope + (bh * d * s.k_blocks + j) * d, s.k_blocks * d, work.keys, padded, work.values, padded, d, n, d, false);
+    }
+};
+
+void summarize(const Summary& s) {
+    Summaries summaries(s, false);
+    Team team(s.threads);
+    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(summaries.width, summaries.padded, false));
+    team.run([&](int thread) {
+        SummaryWorkspace& work = *workspaces[size_t(thread)];
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            team.share(Summaries::GROUPS, [&](int64_t number) { summaries.add_queries(work, bh, number); });
+            team.share(team.size(), [&](int64_t part) { summaries.add_up(part, team.size()); });
+            team.share(1, [&](int64_t) { summaries.finish_queries(bh); });
+            team.share(s.k_blocks, [&](int64_t j) { summaries.key_block(work, bh, j); });
+        }
+    });
+}

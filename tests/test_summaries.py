@@ -1,0 +1,362 @@
+"""What the CPU kernels make of whole blocks (means, scores, parts, pooled keys, slopes): against the formulas of `method.parts`.
+
+A token on the border of a block's cut may change sides by rounding, so the formulas are given the kernel's parts; the parts themselves are
+compared wherever a token is clear of the border.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close_as_eager
+from torch import Tensor
+
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import MIXTURE, SUMMARY, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels.cpu import native
+from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Tiles, TopK
+from dit_accel.method.parts import Call, content
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import composition, lowering
+from dit_accel.operator.blocks_of_grid import Plan, make_plan
+from dit_accel.operator.composition import image_call, visited_blocks
+from dit_accel.operator.layout import Layouts
+from dit_accel.operator.lists import Lists
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
+
+TARGETS = native.TARGETS[: native.TARGETS.index(native.best_target()) + 1] if native.library() else ()
+CPU = torch.device("cpu")
+CAP, SCORE_CAP = 0.7, 0.4  # some blocks are above, some below
+REAL = ("q_mean", "k_mean", "score_bias", "pooled_k", "pooled_v", "pooled_bias", "slope")
+GIVEN = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope")  # what has a gradient
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this CPU has, one after the other."""
+    monkeypatch.setenv(native.TARGET_VARIABLE, request.param)
+    return request.param
+
+
+every_target = pytest.mark.usefixtures("target")
+
+
+def spec_of(parts: int, order: int = 1) -> AttentionSpec:
+    return Fovea(0.3, tile=(4, 4), parts=parts, order=order)
+
+
+def plan_of(shape: Shape, spec: AttentionSpec) -> Plan:
+    return make_plan(spec, shape.layout, CPU)
+
+
+def arguments(shape: Shape, qkv: list[Tensor], parts: int, *, log_count: bool = True, first_order: bool = True) -> SummaryArguments:
+    plan, layout = plan_of(shape, spec_of(parts)), shape.layout
+    g, (q_width, k_width) = plan.geometry, (side.index.shape[1] for side in (plan.q_blocks, plan.k_blocks))
+    return SummaryArguments(
+        *qkv, q_starts=g.starts_q, k_starts=g.starts_k, q_width=q_width, k_width=k_width, parts=parts, text=layout.text,
+        text_q=layout.text, text_first=layout.text_first, scale=0.3, cap=CAP, score_cap=SCORE_CAP, log_count=log_count,
+        first_order=first_order, places_q=g.places_q, places_k=g.places_k,
+    )  # fmt: skip
+
+
+def formula(call: Call, part: Tensor, a: SummaryArguments, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The same by `method.parts`, from the kernel's own parts `[BH, T, width]`."""
+    monkeypatch.setattr(content, "split_by_content", lambda call, parts: part.long())
+    pooled = content.pool_parts(call, a.parts, log_count=a.log_count, cap=a.cap, slope=a.first_order)
+    q_mean, k_mean = content.pool_blocks(call.q, call.q_blocks)[0], call.key_means(call.k)
+    score = ErrorProduct(SCORE_CAP)(dataclasses.replace(call, q=call.q))
+    bias = (score - content.pool_blocks(call.q, call.q_blocks)[0].double() @ k_mean.double().mT)[:, 0] * a.scale
+    found = {"q_mean": q_mean, "k_mean": k_mean, "score_bias": bias.to(call.q.dtype), "pooled_k": pooled.key, "pooled_v": pooled.value}
+    return found | {"pooled_bias": pooled.bias} | ({} if pooled.slope is None else {"slope": pooled.slope.transpose(1, 2)})
+
+
+def call_of(shape: Shape, qkv: list[Tensor], parts: int, dtype: torch.dtype) -> Call:
+    call = image_call(*(x.to(dtype) for x in qkv), shape.layout, plan_of(shape, spec_of(parts)), {}, 0.3)
+    return dataclasses.replace(call, **{name: getattr(call, name).to(dtype) for name in "qkv"})
+
+
+def assert_parts(call: Call, part: Tensor, parts: int) -> None:
+    """The sides of all tokens that are clear of the border, each half's cut of the tokens that the kernel has in it."""
+    metric, valid, keys = call.q.mT @ call.q / call.q.shape[1], call.k_blocks.valid, call.k_blocks.gather(call.k)
+    assert int(part.max()) < parts
+    level, seen = 1, 0
+    while level < parts:
+        for number in range(level):
+            mine = (part % level == number) & valid
+            along = content._projected(keys, mine[..., None].to(keys.dtype), metric)
+            clear = mine & (along.abs() > 1e-4 * along.abs().amax(-1, keepdim=True))
+            assert torch.equal((part // level % 2 == 1)[clear], (along > 0)[clear])
+            seen += int(clear.sum())
+        level *= 2
+    assert seen > 0.9 * int(valid.sum()) * len(part) * (parts // 2 if parts < 4 else 2) or parts == 1
+
+
+SHAPES = {
+    "ragged": Shape(1, 2, 16, (1, 9, 11), 5),
+    "video-text-last": Shape(2, 2, 24, (3, 4, 7), 3, False),
+    "references": Shape(1, 2, 40, (1, 9, 6), 0, True, ((1, 7, 5),)),
+    **{f"head-{d}": Shape(1, 2, d, (1, 9, 7), 2) for d in (8, 64, 72, 128, 256)},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@every_target
+@every_shape
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = shape.inputs(dtype)
+        a = arguments(shape, qkv, parts, log_count=dtype == torch.float32)
+        got = ops.summarize_blocks(a, "cpu")
+        part = got.part.flatten(0, 1)
+        assert not part[:, ~call_of(shape, qkv, parts, torch.float64).k_blocks.valid].any()
+        assert_parts(call_of(shape, qkv, parts, torch.float64), part.long(), parts)
+        exact, eager = (formula(call_of(shape, qkv, parts, d), part, a, monkeypatch) for d in (torch.float64, torch.float32))
+        for name in REAL:
+            mine = getattr(got, name).flatten(0, 1)
+            nothing = exact[name] == -torch.inf
+            assert torch.equal(mine == -torch.inf, nothing)
+            assert_close_as_eager(*(x.masked_fill(nothing, 0) for x in (mine, exact[name], eager[name])), name)
+        second = call_of(shape, qkv, parts, torch.float64).q.square().mean(1).float()
+        torch.testing.assert_close(got.second.flatten(0, 1), second, rtol=1e-5, atol=1e-6)
+
+
+@every_target
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("name", ["ragged", "video-text-last", "references", "head-72"])
+def test_the_gradients_are_the_formulas(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[name]
+    seed = torch.Generator().manual_seed(2)
+    qkv = shape.inputs(grad=True)
+    a = arguments(shape, qkv, parts)
+    got = ops.summarize_blocks(a, "cpu")
+    weights = {name: torch.randn(getattr(got, name).flatten(0, 1).shape, generator=seed) for name in GIVEN}
+
+    def loss(found: dict[str, Tensor]) -> Any:
+        total = 0.0
+        for name, weight in weights.items():
+            total = total + (found[name].masked_fill(found[name] == -torch.inf, 0) * weight.to(found[name].dtype)).sum()
+        return total
+
+    mine = torch.autograd.grad(loss({name: getattr(got, name).flatten(0, 1) for name in GIVEN}), qkv)
+    theirs = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        found = formula(call_of(shape, leaves, parts, dtype), got.part.flatten(0, 1), a, monkeypatch)
+        theirs.append(torch.autograd.grad(loss(found), leaves))
+    for own, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
+        assert_close_as_eager(own, exact, eager, what)
+
+
+def mixture(shape: Shape, parts: int, *, all_kept: bool = False) -> tuple[MixtureArguments, Call]:
+    """The arguments of a mixture whose lists differ from head to head, and the call they are of."""
+    qkv = shape.inputs()
+    made = ops.summarize_blocks(arguments(shape, qkv, parts), "cpu")
+    heads, blocks = shape.batch * shape.heads, made.slope.shape[3]
+    chosen = torch.rand(heads, blocks, blocks, generator=torch.Generator().manual_seed(1)).argsort(-1).to(torch.int32)
+    lists = Lists.of_chosen(chosen if all_kept else chosen[..., : max(1, blocks // 4)].contiguous())
+    call = dataclasses.replace(call_of(shape, qkv, parts, torch.float64), visited=lists)
+    return MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, 0.3), call
+
+
+def of_leaves(a: MixtureArguments, leaves: list[Tensor]) -> MixtureArguments:
+    """The same with other means, pooled keys, biases and slopes."""
+    return a._replace(**dict(zip(a._fields[:4], leaves, strict=True)))
+
+
+def mixed(call: Call, x: list[Tensor], parts: int) -> Tensor:
+    """`content.slopes_of_queries` of given means, pooled keys, biases and slopes."""
+    mean, key, bias, slope = (t.flatten(0, 1) for t in x)
+    blocks = call.q_blocks
+    tokens = torch.zeros(len(mean), int(blocks.count.sum()), mean.shape[-1], dtype=mean.dtype)
+    for number, (index, valid) in enumerate(zip(blocks.index, blocks.valid, strict=True)):  # each token its block's mean
+        tokens = tokens.index_put((torch.arange(len(mean))[:, None], index[valid]), mean[:, number, None])
+    pooled = content.PooledKeys(key, key, bias, slope.transpose(1, 2))
+    return content.slopes_of_queries(dataclasses.replace(call, q=tokens), pooled, parts)
+
+
+@every_target
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("name", ["ragged", "video-text-last", "head-8", "head-72", "head-64"])
+def test_the_mixture_and_its_gradients_are_the_formula(name: str, parts: int) -> None:
+    a, call = mixture(SHAPES[name], parts)
+    found = []
+    for dtype in (None, torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a[:4]]
+        out = ops.mix_slopes(of_leaves(a, leaves), "cpu") if dtype is None else mixed(call, leaves, parts)
+        weight = torch.randn(out.flatten().shape, generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
+        found.append([out.detach().flatten(), *(g.flatten() for g in torch.autograd.grad((out * weight).sum(), leaves))])
+    for mine, exact, eager, what in zip(*found, ["out", *a._fields[:4]], strict=True):
+        assert_close_as_eager(mine, exact, eager, what)
+
+
+@every_target
+def test_where_all_is_kept_no_slope_is_left() -> None:
+    a, _ = mixture(SHAPES["ragged"], 2, all_kept=True)
+    leaves = [x.detach().requires_grad_() for x in a[:4]]
+    out = ops.mix_slopes(of_leaves(a, leaves), "cpu")
+    assert not out.any()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@every_target
+def test_blocks_of_one_token_and_equal_keys() -> None:
+    """No direction to cut along and nothing that spreads: one part, no slope, nothing but numbers."""
+    seed = torch.Generator().manual_seed(0)
+    q, v = (torch.randn(1, 2, 12, 16, generator=seed) for _ in range(2))
+    for k, each in ((torch.randn(1, 2, 12, 16, generator=seed), 1), (torch.full((1, 2, 12, 16), 0.5), 4)):
+        starts = torch.arange(0, 13, each, dtype=torch.int32)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        a = SummaryArguments(
+            *leaves, q_starts=starts, k_starts=starts, q_width=each, k_width=each, parts=2, text=0, text_q=0, text_first=True, scale=0.25,
+            cap=2.0, score_cap=2.0, log_count=True, first_order=True,
+        )  # fmt: skip
+        got = ops.summarize_blocks(a, "cpu")
+        assert not got.part.any()
+        assert not got.slope.any()
+        bias = got.pooled_bias.unflatten(-1, (-1, 2))
+        assert torch.equal(bias, torch.tensor([math.log(each), -torch.inf]).expand_as(bias))
+        torch.testing.assert_close(got.pooled_k.unflatten(2, (-1, 2))[..., 0, :], k.unflatten(2, (-1, each)).mean(3))
+        assert got.score_bias.isfinite().all()
+        grads = torch.autograd.grad((got.pooled_k.sum() + got.pooled_v.sum() + got.pooled_bias[..., ::2].sum()), leaves)
+        torch.testing.assert_close(grads[1], torch.full_like(k, 1 / each))
+        assert all(x.isfinite().all() for x in grads)
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_amid_poison(dtype: torch.dtype) -> None:
+    shape = Shape(2, 3, 40, (1, 11, 13), 6)
+    plain = shape.inputs(dtype)
+    wide = torch.full((2, shape.layout.tokens + 4, 5, 3 * 47), math.nan, dtype=dtype)  # odd: a row may begin amid a word
+    views = [wide[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]
+    for view, x in zip(views, plain, strict=True):
+        view.copy_(x)
+    for x in plain:  # nothing is read of the text
+        x[:, :, shape.layout.text_slice] = math.nan
+    for mine, theirs in zip(*(ops.summarize_blocks(arguments(shape, x, 4), "cpu") for x in (views, plain)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_threads_change_nothing() -> None:
+    def everything() -> list[Tensor]:
+        qkv = SHAPES["ragged"].inputs(grad=True)
+        made = ops.summarize_blocks(arguments(SHAPES["ragged"], qkv, 4), "cpu")
+        loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in made[:-2])
+        a, _ = mixture(SHAPES["ragged"], 4)
+        leaves = [x.detach().requires_grad_() for x in a[:4]]
+        out = ops.mix_slopes(of_leaves(a, leaves), "cpu")
+        return [*made, out, *torch.autograd.grad(loss, qkv), *torch.autograd.grad(out.square().sum(), leaves)]  # type: ignore[arg-type]
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_they_obey_the_rules_of_operators() -> None:
+    shape = Shape(1, 2, 8, (1, 7, 9), 3)
+    qkv = shape.inputs(grad=True)
+    torch.library.opcheck(ops.summarize_blocks_op, ("cpu", *SUMMARY.pack(arguments(shape, qkv, 2))))
+    a, _ = mixture(shape, 2)
+    leaves = [x.detach().requires_grad_() for x in a[:4]]
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(of_leaves(a, leaves))), test_utils=quick)
+
+
+# The choice of blocks
+
+
+@every_target
+@every_shape
+def test_the_kernels_choose_by_the_error(shape: Shape) -> None:
+    spec = Fovea(0.3, tile=(4, 4), order=1)
+    plan, qkv = plan_of(shape, spec), shape.inputs()
+    layouts = Layouts(shape.layout, shape.layout)
+    made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
+    got = lowering.lists(*qkv[:2], spec, layouts, plan, 0.3, "cpu", made)
+    wanted = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
+    assert torch.equal(got.index.long(), wanted)
+    assert not torch.equal(got.index, lowering.lists(*qkv[:2], Fovea(0.3, tile=(4, 4)), layouts, plan, 0.3, "cpu", None).index)
+
+
+def test_a_bias_joins_the_score() -> None:
+    seed = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 96, 8, generator=seed) for _ in range(2))
+    starts, bias = torch.arange(0, 97, 16, dtype=torch.int32), torch.randn(1, 2, 6, generator=seed)
+    a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, bias=bias)
+    means = [x.unflatten(2, (6, 16)).mean(3).flatten(0, 1) for x in (q, k)]
+    score = means[0].double() @ means[1].double().mT + bias.flatten(0, 1)[:, None]
+    assert torch.equal(ops.select_blocks(a, "cpu").long(), score.topk(2).indices.sort(-1).values)
+    assert not torch.equal(ops.select_blocks(a, "cpu"), ops.select_blocks(a._replace(bias=None), "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_of_a_call_runs_in_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part is given a call of its own, and blocks are summarised once."""
+    from dit_accel import attention
+
+    made: list[Summaries] = []
+    real = ops.summarize_blocks
+    monkeypatch.setattr(ops, "summarize_blocks", lambda a, name: (made.append(real(a, name)), made[-1])[1])
+    shape, spec = SHAPES["ragged"], Fovea(0.3, tile=(4, 4), order=1)
+    qkv = shape.inputs(dtype)
+    wanted = attention(*shape.inputs(torch.float64), spec, shape.layout, backend="reference")
+    monkeypatch.setattr(composition, "Call", None)
+    out = attention(*qkv, spec, shape.layout, backend="cpu")
+    assert len(made) == 1
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), wanted, rtol=0.05, atol={torch.float32: 1e-5}.get(dtype, 0.05))
+
+
+def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the choice takes the summaries: gradients do not pass through them."""
+    from dit_accel import attention
+
+    spec = AttentionSpec((TopK(0.3, score=ErrorProduct()),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16))
+    shape, grads = SHAPES["ragged"], []
+    params = spec.make_parameters(heads=2, head_dim=16)
+    for backend in ("reference", "cpu"):
+        qkv = shape.inputs(grad=True)
+        attention(*qkv, spec, shape.layout, params=params, backend=backend).square().sum().backward()  # type: ignore[arg-type]
+        grads.append([x.grad for x in qkv])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": 3}, "parts must be 1, 2 or 4"),
+        ({"v": torch.zeros(1, 2, 3, 16)}, r"k and v are \[B, H, Nk, D\]"),
+        ({"text": 1000}, "the text is a part of the tokens"),
+    ],
+)
+def test_summaries_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    a = arguments(SHAPES["ragged"], SHAPES["ragged"].inputs(), 2)
+    with pytest.raises(ValueError, match=message):
+        ops.summarize_blocks(a._replace(**change), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pooled_bias": torch.zeros(1, 2, 3)}, "pooled_bias must be float32"),
+        ({"slope": torch.zeros(1, 2, 16, 9, 16, dtype=torch.float64)}, "slope must be float32"),
+        ({"counts": torch.zeros(2, 1, dtype=torch.int32)}, "a list"),
+    ],
+)
+def test_mixtures_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    a, _ = mixture(SHAPES["ragged"], 2)
+    with pytest.raises(ValueError, match=message):
+        ops.mix_slopes(a._replace(**change), "cpu")
