@@ -8,8 +8,8 @@ from dit_accel.kernels.triton.tuples import kernel
 
 
 @triton.jit
-def halved(part, mine, key, mapped, LEVEL: tl.constexpr):
-    """Parts `[K]` of tokens with those that are `mine` (1, else 0) cut in two: the ones with a positive projection move on by LEVEL.
+def halved(part, mine, key, mapped, level):
+    """Parts `[K]` of tokens with those that are `mine` (1, else 0) cut in two: the ones with a positive projection move on by `level`.
 
     With X the centred keys and M the metric, four steps of power iteration on M Xᵀ X from (1, ..., 1) leave u; of it only X u is ever made,
     from X (`key`) and X M (`mapped`), both still to be centred.
@@ -23,7 +23,7 @@ def halved(part, mine, key, mapped, LEVEL: tl.constexpr):
         pull = tl.sum((key.to(tl.float32) - centre[None, :]) * along[:, None], 0)
         pull *= 1.0 / tl.maximum(tl.max(tl.abs(pull), 0), TINY)
         along = tl.sum((mapped - centre_mapped[None, :]) * pull[None, :], 1) * mine
-    return part + tl.where(along > 0, LEVEL, 0)
+    return part + tl.where(along > 0, level, 0)
 
 
 @kernel("D DP BK PARTS COUNT SLOPES PRECISION")
@@ -47,18 +47,17 @@ def summarise_parts(
     if C.PARTS > 1:
         mapped = tl.zeros([C.BK, C.DP], tl.float32)
         mapped = wide_dot(mapped, k_base, place, k.n, valid, None, metric + bh * C.D * C.D, False, 1, C)
-        part = halved(part, tl.where(valid, 1.0, 0.0), key, mapped, 1)
-        if C.PARTS > 2:
-            first = part
-            part = halved(part, tl.where(valid & (first == 0), 1.0, 0.0), key, mapped, 2)
-            part = halved(part, tl.where(valid & (first == 1), 1.0, 0.0), key, mapped, 2)
+        for step in range(C.PARTS - 1):  # the whole, then each half
+            mine = tl.where(valid & (part == tl.maximum(step - 1, 0)), 1.0, 0.0)
+            part = halved(part, mine, key, mapped, tl.minimum(step + 1, 2))
     at_block = bh * k_blocks + block
     tl.store(found.part + at_block * k_width + offset, part.to(tl.uint8), mask=offset < k_width)
     value = tile(v_base, place, v.n, valid, C)
     moments = vector(second + bh * C.D, C)
+    channel = tl.arange(0, C.DP)
     weight = tl.zeros([C.BK], tl.float32)  # of each token's covariance
     off = value.to(tl.float32)
-    for number in tl.static_range(C.PARTS):
+    for number in range(C.PARTS):
         mine = tl.where(valid & (part == number), 1.0, 0.0)
         size = tl.sum(mine, 0)
         share = mine / tl.maximum(size, 1.0)
@@ -69,7 +68,6 @@ def summarise_parts(
         if C.COUNT:
             bias += tl.log(tl.maximum(size, 1.0))
         at = at_block * C.PARTS + number
-        channel = tl.arange(0, C.DP)
         v_mean = tl.sum(value.to(tl.float32) * share[:, None], 0)
         tl.store(found.pooled_k + at * C.D + channel, mean, mask=channel < C.D)
         tl.store(found.pooled_v + at * C.D + channel, v_mean, mask=channel < C.D)
@@ -87,12 +85,12 @@ def summarise_parts(
             some = tl.load(
                 k_base + place.to(tl.int64)[:, None] * k.n + inner[None, :], mask=valid[:, None] & (inner < C.D)[None, :], other=0.0
             )
-            gap = some.to(tl.float32)
-            for number in tl.static_range(C.PARTS):
-                mine = tl.where(valid & (part == number), 1.0, 0.0)
-                mean = tl.sum(some.to(tl.float32) * (mine / tl.maximum(tl.sum(mine, 0), 1.0))[:, None], 0)
-                gap -= mine[:, None] * mean[None, :]
-            product = tl.dot(tl.trans(gap.to(key.dtype)), low, input_precision=C.PRECISION) * inverse
+            away = some.to(tl.float32)
+            for number in range(C.PARTS):
+                member = tl.where(valid & (part == number), 1.0, 0.0)
+                middle = tl.sum(some.to(tl.float32) * (member / tl.maximum(tl.sum(member, 0), 1.0))[:, None], 0)
+                away -= member[:, None] * middle[None, :]
+            product = tl.dot(tl.trans(away.to(key.dtype)), low, input_precision=C.PRECISION) * inverse
             put(slope, inner, k_blocks.to(tl.int64) * C.D, inner < C.D, product, C)
 
 
