@@ -3,7 +3,7 @@
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
 blocks, `dit_accel::mix_slopes` the slopes of query blocks from it. Their arguments are those of `arguments`, packed, after
-`implementation`: "cpu" (kernels/cpu) or, the last two excepted, "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
+`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
 """
 
 from typing import Any
@@ -37,8 +37,6 @@ def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
 
 def select_blocks(a: SelectionArguments, implementation: str) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Not differentiated."""
-    if a.bias is not None and implementation != "cpu":
-        raise ValueError(f"a bias of scores is not supported by the {implementation} kernels: choose blocks in torch")
     lists: Tensor = select_blocks_op(implementation, *SELECTION.pack(a))
     return lists
 

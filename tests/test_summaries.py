@@ -297,8 +297,6 @@ def test_a_bias_joins_the_score() -> None:
     score = means[0].double() @ means[1].double().mT + bias.flatten(0, 1)[:, None]
     assert torch.equal(ops.select_blocks(a, "cpu").long(), score.topk(2).indices.sort(-1).values)
     assert not torch.equal(ops.select_blocks(a, "cpu"), ops.select_blocks(a._replace(bias=None), "cpu"))
-    with pytest.raises(ValueError, match="a bias of scores is not supported by the triton kernels: choose blocks in torch"):
-        ops.select_blocks(a, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

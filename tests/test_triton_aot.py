@@ -15,7 +15,7 @@ from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
 from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
-OTHERS = {"choose_blocks", "list_bits", "summarise", "tilted_deltas", "gradient_slopes"}
+OTHERS = {"choose_blocks", "list_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes"}
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +69,7 @@ from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.method.presets import CLEAR, Fovea, SLA
 
+MORE = {"summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1)):
     layout = TokenLayout((1, height, width), text)
@@ -77,7 +78,7 @@ for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1)):
         plan, params = make_plan(spec, layout, q.device), start_values(spec, q).requires_grad_()
         composition.attend(q, k, v, spec, layout, plan, params(), 0.125, "triton")[0].sum().backward()
     for launch in launches:
-        if launch.kernel.__name__ in aot.MATRIX_KERNELS | {"summarise", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}:
+        if launch.kernel.__name__ in aot.MATRIX_KERNELS | MORE:
             source = aot.source(launch)
             print(launch.kernel.__name__, source.signature, source.constants, source.attrs)
 """

@@ -277,7 +277,7 @@ def test_choice_among_extremes() -> None:
     scores = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 1e-45, -3.0, 5.0]], device=DEVICE)
     for top in range(1, 8):
         chosen = torch.empty(1, top, dtype=torch.int32, device=DEVICE)
-        arguments = {"scores": scores, "weight": None, "chosen": chosen, "blocks": 7, "top": top, "W": 16}
+        arguments = {"scores": scores, "weight": None, "bias": None, "chosen": chosen, "rows": 1, "blocks": 7, "top": top, "W": 16}
         launch.execute(launch.Launch(launch.block_means.choose_blocks, (1,), arguments, 1))
         assert chosen.tolist() == [sorted([2, 6, 4, 0, 1, 5, 3][:top])]
 

@@ -52,7 +52,7 @@ def _compiled(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
     made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
-    if lowering.selects(spec, backend):
+    if lowering.selects(spec):
         lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))

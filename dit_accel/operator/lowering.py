@@ -29,7 +29,6 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
-from dit_accel.method.parts.content import PooledKeys, slopes_of_queries
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -47,10 +46,9 @@ def fuses(spec: AttentionSpec, implementation: str) -> bool:
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
-def selects(spec: AttentionSpec, implementation: str) -> bool:
+def selects(spec: AttentionSpec) -> bool:
     """Whether the kernels choose the spec's blocks, if any are chosen."""
-    known = (MeanProduct, ErrorProduct) if implementation == "cpu" else (MeanProduct,)
-    return spec.selection is None or type(_score(spec)) in known
+    return spec.selection is None or type(_score(spec)) in (MeanProduct, ErrorProduct)
 
 
 def _score(spec: AttentionSpec) -> Score | None:
@@ -66,7 +64,7 @@ def _finer(spec: AttentionSpec) -> Pooled | None:
 def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
     rest = () if fuses(spec, implementation) else (spec.rest, spec.merge)
-    found: list[Part | None] = [None if selects(spec, implementation) else spec.selection, *rest]
+    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
     return [part for part in found if part is not None]
 
 
@@ -113,14 +111,14 @@ def rest_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
 
-    `made`: the blocks' `summaries`; `call`: makes what parts are given, where the kernels make none.
+    `made`: the blocks' `summaries`, where its pooled keys are of them. `call`: makes what parts are given, where the kernels do not.
     """
     found: dict[str, Any] = {}
     match spec.rest:
-        case Pooled(plain=False, opened=None) if made is not None:
+        case Pooled(opened=int(opened)):
+            found = _grouped(spec.rest, opened, dataclasses.replace(call(), visited=lists))
+        case Pooled(plain=False) if made is not None:
             found = _given(made, spec.rest.order, lists, scale, implementation)
-        case Pooled(plain=False):
-            found = _given_by_torch(spec.rest, dataclasses.replace(call(), visited=lists))
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -146,8 +144,8 @@ def summaries(
     """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; None where neither takes it."""
     rest, score = _finer(spec) if fuses(spec, implementation) else None, _score(spec)
     rest = None if rest and rest.opened is not None else rest
-    by_error = isinstance(score, ErrorProduct) and selects(spec, implementation)
-    if implementation != "cpu" or not (rest or by_error):
+    by_error = isinstance(score, ErrorProduct) and selects(spec)
+    if not (rest or by_error):
         return None
     q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
     g = plan.geometry
@@ -169,32 +167,18 @@ def _given(made: Summaries, order: int, lists: Lists, scale: float, implementati
     return found
 
 
-def _given_by_torch(rest: Pooled, call: Call) -> dict[str, Any]:
-    """The same, made in torch."""
-    found, lists = _grouped(rest, rest.opened, call) if rest.opened is not None else (_by_block(rest, call), {})
-    given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
-    return {"rest": "pooled"} | given | lists
-
-
-def _by_block(rest: Pooled, call: Call) -> dict[str, Tensor]:
-    pooled = rest.pooled(call)
-    return _named(pooled, slopes_of_queries(call, pooled, rest.parts) if rest.order else None)
-
-
-def _grouped(rest: Pooled, opened: int, call: Call) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same of groups, and what the query blocks see of them."""
+def _grouped(rest: Pooled, opened: int, call: Call) -> dict[str, Any]:
+    """The same of groups, made in torch, and what the query blocks see of them."""
     by_level = groups.levels(call)
     seen = groups.listed(call, by_level, opened, rest.cap)
     pooled = groups.joined([rest.pooled(level) for level in by_level])
+    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
+    if rest.order:
+        found["slopes"] = groups.slopes_of_spans(call, pooled, seen, rest.parts)
+    given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
     lists, counts = (x.unflatten(0, (-1, call.heads)).contiguous() for x in groups.unit_lists(seen))
     slots = call.prepared["far_slot"].int()
-    found = _named(pooled, groups.slopes_of_spans(call, pooled, seen, rest.parts) if rest.order else None)
-    return found, {"pool_lists": lists, "pool_counts": counts, "pool_slots": slots, "pool_parts": rest.parts}
-
-
-def _named(pooled: PooledKeys, slopes: Tensor | None) -> dict[str, Tensor]:
-    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
-    return found if slopes is None else found | {"slopes": slopes}
+    return {"rest": "pooled", "pool_lists": lists, "pool_counts": counts, "pool_slots": slots, "pool_parts": rest.parts} | given
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -224,7 +208,7 @@ def lists(
             **_widths(plan),
         )  # fmt: skip
     else:  # means of blocks, each a block of one token
-        starts = [torch.arange(len(x), dtype=torch.int32) for x in (g.starts_q, g.starts_k)]
+        starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
         bias = made.score_bias.detach() / scale if isinstance(_score(spec), ErrorProduct) else None
         arguments = SelectionArguments(
             q=made.q_mean.detach(), k=made.k_mean.detach(), q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,

@@ -144,8 +144,10 @@ def gradient_rows(
             )
             value = tile(pooled.v_mean + at_head, j, C.D, j < pools, C)
             weights = tl.exp2(x - lse2[:, None])
+            if tilt.share is not None and C.DP > 128:  # before the product where it spills after it, and after it where it spills before
+                share += tl.sum(weights, 1)
             ds = weights * (tl.dot(dout, tl.trans(value), input_precision=C.PRECISION) - mine[:, None])
-            if tilt.share is not None:
+            if tilt.share is not None and C.DP <= 128:
                 share += tl.sum(weights, 1)
             grad = tl.dot(ds.to(mean.dtype), mean, grad, input_precision=C.PRECISION)
             if C.VARIANCE:

@@ -98,8 +98,10 @@ def ordered(x):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def choose_blocks(scores, weight, chosen, blocks, top, W: tl.constexpr):
-    """The `top` largest of each row of scores `[rows, blocks]`, ties to the first, as ascending indices `[rows, top]`. Grid: (rows,).
+def choose_blocks(scores, weight, bias, chosen, rows, blocks, top, W: tl.constexpr):
+    """The `top` largest of each row of scores `[heads · rows, blocks]`, ties to the first, as ascending indices `[heads · rows, top]`.
+
+    Scores are multiplied by `weight` `[blocks]` and joined by `bias` `[heads, blocks]`, where there are any. Grid: (heads · rows,).
 
     Bisection on the bits of the threshold: 32 counts over a row in registers, exact and the same every time.
     """
@@ -108,6 +110,8 @@ def choose_blocks(scores, weight, chosen, blocks, top, W: tl.constexpr):
     x = tl.load(scores + row * blocks + j, mask=j < blocks, other=float("-inf"))
     if weight is not None:
         x *= tl.load(weight + j, mask=j < blocks, other=1.0)
+    if bias is not None:
+        x += tl.load(bias + row // rows * blocks + j, mask=j < blocks, other=0.0)
     key = tl.where(j < blocks, ordered(x + 0.0), -2147483648)  # + 0.0: -0 ties with 0
     # the largest threshold that at least `top` keys reach: sign first, then bit by bit
     threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= top, 0, -2147483648)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
 
@@ -12,8 +12,19 @@ from torch import Tensor
 
 import triton
 from dit_accel.kernels import capture
-from dit_accel.kernels.arguments import Arguments, SelectionArguments, check, dense, in_order
-from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, tuned
+from dit_accel.kernels.arguments import (
+    Arguments,
+    MixtureArguments,
+    SelectionArguments,
+    Summaries,
+    SummaryArguments,
+    check,
+    check_mixture,
+    check_summary,
+    dense,
+    in_order,
+)
+from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
@@ -149,6 +160,32 @@ def select_blocks(a: SelectionArguments) -> Tensor:
         chosen = _run(q.device, call, lambda machine, run: launch.select_blocks(a, machine, run))
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
+
+
+def summarize_blocks(a: SummaryArguments) -> Summaries:
+    """Means, scores, pooled keys and slopes of blocks."""
+    check_summary(a)
+    a = a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
+    settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))
+    call = ("summarize_blocks", a.k.dtype, *(y for x in (a.q, a.k, a.v) for y in (x.shape, x.stride())), len(a.k_starts), *settings)
+    with torch.cuda.device_of(a.k):
+        return _run(a.k.device, call, lambda machine, run: launch_parts.summarize(a, machine, run))
+
+
+def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments) -> list[Tensor]:
+    """Gradients of q, k and v, in their dtypes, from those of the results, as far as something depends on them."""
+    return launch_parts.gradients_of_summaries(grads, results, a)
+
+
+def mix_slopes(a: MixtureArguments) -> Tensor:
+    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
+    check_mixture(a)
+    return launch_parts.mix_slopes(a)
+
+
+def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
+    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
+    return launch_parts.gradients_of_mixture(dout, a)
 
 
 def _dense(a: Arguments) -> Arguments:

@@ -291,20 +291,24 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
 def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -> Tensor:
     """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
     means = [
-        _means(a.q, a.q_starts, a.places_q, a.q_width, machine, run),
-        _means(a.k, a.k_starts, a.places_k, a.k_width, machine, run),
+        block_means_of(a.q, a.q_starts, a.places_q, a.q_width, machine, run),
+        block_means_of(a.k, a.k_starts, a.places_k, a.k_width, machine, run),
     ]
     (bh, rows, _), blocks = means[0].shape, means[1].shape[1]
     chosen = torch.empty(bh, rows, a.top, dtype=torch.int32, device=a.q.device)
     wide = max(16, 1 << (blocks - 1).bit_length())
-    for q_mean, k_mean, some in zip(*(x.split(max(1, SCORES // (rows * blocks))) for x in (*means, chosen)), strict=True):
+    step = max(1, SCORES // (rows * blocks))
+    for number, (q_mean, k_mean, some) in enumerate(zip(*(x.split(step) for x in (*means, chosen)), strict=True)):
         scores = multiply(q_mean, k_mean, machine, run)
-        arguments = {"scores": scores, "weight": a.weight, "chosen": some, "blocks": blocks, "top": a.top, "W": wide}
+        bias = None if a.bias is None else a.bias.flatten(0, 1)[number * step : (number + 1) * step]
+        arguments = {
+            "scores": scores, "weight": a.weight, "bias": bias, "chosen": some, "rows": rows, "blocks": blocks, "top": a.top, "W": wide,
+        }  # fmt: skip
         run(Launch(block_means.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
     return chosen
 
 
-def _means(x: Tensor, starts: Tensor, places: Tensor | None, width: int, machine: Machine, run: Run) -> Tensor:
+def block_means_of(x: Tensor, starts: Tensor, places: Tensor | None, width: int, machine: Machine, run: Run) -> Tensor:
     """Means `[BH, T, D]` of blocks of tokens, float32."""
     batch, heads, tokens, channels = x.shape
     blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())

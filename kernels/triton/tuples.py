@@ -121,6 +121,18 @@ class Pooled(NamedTuple):
     slopes: Tensor | None = None
 
 
+class Parts(NamedTuple):
+    """Where `block_parts.summarise_parts` writes what `arguments.Summaries` names so."""
+
+    k_mean: Tensor
+    score_bias: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+    bias: Tensor
+    slope: Tensor
+    part: Tensor
+
+
 class PooledGradients(NamedTuple):
     """Gradients `[BH, Tk · PARTS, D]` float32 of the pooled keys, values and half variances, `[BH, tiles]` of the offset, and
     `[BH, Tk · PARTS]` of the biases that are given."""
@@ -182,7 +194,7 @@ class LinearPull(NamedTuple):
 SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
-    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top",
+    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top", "k_width",
 ]  # fmt: skip
 
 

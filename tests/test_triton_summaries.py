@@ -1,0 +1,125 @@
+"""What the Triton kernels make of whole blocks: against the formulas, as test_summaries.py has it of the CPU's."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers import Shape, assert_close_as_eager, flat
+from test_summaries import GIVEN, REAL, arguments, assert_parts, call_of, formula, mixed, of_leaves
+from torch import Tensor
+
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
+from dit_accel.operator.lists import Lists
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = {
+    "ragged": Shape(1, 2, 16, (1, 6, 7), 5),
+    "video-text-last": Shape(2, 1, 24, (2, 4, 5), 3, False),
+    "head-72": Shape(1, 1, 72, (1, 6, 5), 0),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def there(a: Any) -> Any:
+    """Arguments on the device."""
+    return a._replace(**{name: x.to(DEVICE) for name, x in a._asdict().items() if isinstance(x, Tensor)})
+
+
+@every_shape
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float16 if parts == 2 and shape.text == 3 else torch.float32
+    qkv = shape.inputs(dtype)
+    a = arguments(shape, qkv, parts, log_count=parts != 4)
+    got = ops.summarize_blocks(there(a), "triton")
+    got = got._make(x.cpu() for x in got)
+    call = call_of(shape, qkv, parts, torch.float64)
+    part = got.part.flatten(0, 1)
+    assert not part[:, ~call.k_blocks.valid].any()
+    if dtype == torch.float32:  # of a rounded metric the direction is another
+        assert_parts(call, part.long(), parts)
+    else:
+        assert 0.2 < float(part[:, call.k_blocks.valid].float().mean()) < 0.8
+    exact, eager = (formula(call_of(shape, qkv, parts, d), part, a, monkeypatch) for d in (torch.float64, torch.float32))
+    if dtype == torch.float16:  # what is multiplied is rounded to it, as the result is here
+        eager["slope"] = exact["slope"].half()
+    for name in REAL:
+        mine = getattr(got, name).flatten(0, 1)
+        nothing = exact[name] == -torch.inf
+        assert torch.equal(mine == -torch.inf, nothing)
+        assert_close_as_eager(*(x.masked_fill(nothing, 0) for x in (mine, exact[name], eager[name])), name)
+    torch.testing.assert_close(got.second.flatten(0, 1), call.q.square().mean(1).float(), rtol=1e-5, atol=1e-6)
+
+
+@every_shape
+def test_the_gradients_are_the_formulas(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, seed = shape.inputs(grad=True), torch.Generator().manual_seed(2)
+    a = arguments(shape, qkv, 2)
+    got = ops.summarize_blocks(there(a), "triton")
+    own = {name: getattr(got, name).flatten(0, 1).cpu() for name in GIVEN}
+    weights = {name: torch.randn(x.shape, generator=seed) for name, x in own.items()}
+
+    def loss(found: dict[str, Tensor]) -> Any:
+        return sum((found[name].masked_fill(found[name] == -torch.inf, 0) * w.to(found[name].dtype)).sum() for name, w in weights.items())
+
+    mine = torch.autograd.grad(loss(own), qkv)
+    theirs = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        found = formula(call_of(shape, leaves, 2, dtype), got.part.cpu().flatten(0, 1), a, monkeypatch)
+        theirs.append(torch.autograd.grad(loss(found), leaves))
+    for one, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
+        assert_close_as_eager(one, exact, eager, what)
+
+
+@pytest.mark.parametrize("all_kept", [False, True])
+def test_the_mixture_and_its_gradients_are_the_formula(all_kept: bool) -> None:
+    shape = SHAPES["ragged"]
+    made = ops.summarize_blocks(there(arguments(shape, shape.inputs(), 2)), "triton")
+    made = made._make(x.cpu() for x in made)
+    blocks = made.slope.shape[3]
+    chosen = torch.rand(shape.heads, blocks, blocks, generator=torch.Generator().manual_seed(1)).argsort(-1).to(torch.int32)
+    lists = Lists.of_chosen(chosen if all_kept else chosen[..., :1].contiguous())
+    call = dataclasses.replace(call_of(shape, shape.inputs(), 2, torch.float64), visited=lists)
+    a = MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, 0.3)
+    found = []
+    for dtype in (None, torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a[:4]]
+        out = ops.mix_slopes(there(of_leaves(a, leaves)), "triton").cpu() if dtype is None else mixed(call, leaves, 2)
+        weight = torch.randn(out.numel(), generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
+        grads = torch.autograd.grad((out * weight).sum(), leaves)
+        found.append([out.detach().flatten(), flat(dict(zip("abcd", grads, strict=True)))])
+    for mine, exact, eager, what in zip(*found, ["out", "gradients"], strict=True):
+        assert_close_as_eager(mine, exact, eager, what)
+        assert bool(mine.any()) != all_kept
+
+
+def test_a_bias_joins_the_scores() -> None:
+    seed, starts = torch.Generator().manual_seed(0), torch.arange(0, 65, 16, dtype=torch.int32)
+    q, k, bias = (torch.randn(2, 3, n, *d, generator=seed) for n, d in ((64, (8,)), (64, (8,)), (4, ())))
+    a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, bias=bias)
+    means = [x.double().unflatten(2, (4, 16)).mean(3) for x in (q, k)]
+    expected = (means[0] @ means[1].mT + bias[:, :, None]).topk(2).indices.sort(-1).values.flatten(0, 1)
+    assert torch.equal(ops.select_blocks(there(a), "triton").cpu().long(), expected)
+
+
+def test_a_block_of_nothing_has_no_part_in_anything() -> None:
+    shape = SHAPES["ragged"]
+    a = arguments(shape, shape.inputs(), 2)
+    starts = torch.cat([a.k_starts[:1], a.k_starts])  # the first block has no token
+    got = ops.summarize_blocks(there(a._replace(k_starts=starts)), "triton")
+    assert (got.pooled_bias[:, :, :2] == -torch.inf).all()
+    assert (got.score_bias[:, :, 0] == -torch.inf).all()
+    assert not any(x.any() for x in (got.pooled_k[:, :, :2], got.pooled_v[:, :, :2], got.slope[:, :, :, 0], got.k_mean[:, :, 0]))
+    assert all(x.isfinite().all() for x in (got.pooled_k, got.pooled_v, got.slope))
+
+
+def test_the_arguments_are_those_of_the_operator() -> None:
+    shape = SHAPES["ragged"]
+    with pytest.raises(ValueError, match="parts must be 1, 2 or 4"):
+        ops.summarize_blocks(there(arguments(shape, shape.inputs(), 1)._replace(parts=3)), "triton")
+    assert SummaryArguments._fields[:3] == ("q", "k", "v")
