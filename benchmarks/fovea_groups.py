@@ -1,0 +1,85 @@
+"""Error of Fovea's rest by block and in groups, untrained, against dense attention on what `fovea_captures.py` captured.
+
+    python benchmarks/fovea_groups.py CAPTURES image-1024:8x8:0.05 video-512:2x8x8:0.05 image-1024:8x8:r8
+
+A condition is a file, a tile, and a density or the radius of a disc. Prints a table: the relative error of the output to order 0, the mean
+over the layers; of each other form the mean and the largest ratio to it, and the pooled keys that a span of query blocks sees.
+"""
+
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel import AttentionSpec, TokenLayout, attention
+from dit_accel.method import DiscBlocks, ErrorProduct, Mass, Pooled, Tiles, TopK
+from dit_accel.method.parts import groups
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.composition import image_call, visited_blocks
+
+FORMS = {
+    "order 1, two parts": Pooled(parts=2, order=1),
+    "two parts, 8 opened": Pooled(parts=2, order=1, opened=8),
+    "four parts, 4 opened": Pooled(parts=4, order=1, opened=4),
+    "four parts, 8 opened": Pooled(parts=4, order=1, opened=8),
+    "four parts, 16 opened": Pooled(parts=4, order=1, opened=16),
+}
+
+
+def spec_of(tile: str, keep: str, rest: Pooled) -> AttentionSpec:
+    order = Tiles(tuple(int(side) for side in tile.split("x")))
+    if keep.startswith("r"):
+        chosen: Any = DiscBlocks(float(keep[1:]))
+    else:
+        chosen = TopK(float(keep), correct_short=True) if rest.plain else TopK(float(keep), score=ErrorProduct())
+    return AttentionSpec((chosen,), rest, Mass(), order, (order.block, order.block))
+
+
+def pooled_keys(spec: AttentionSpec, layout: TokenLayout, qkv: list[torch.Tensor], scale: float) -> float:
+    """How many pooled keys a query block has to do with, the mean over query blocks and heads."""
+    rest: Any = spec.rest
+    plan = make_plan(spec, layout, torch.device("cpu"))
+    if rest.opened is None:
+        return float(rest.parts * len(plan.k_blocks.count))
+    call = image_call(*qkv, layout, plan, {}, scale)
+    call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
+    units = groups.unit_lists(groups.listed(call, groups.levels(call), rest.opened, rest.cap))[1]
+    return float(units.float().mean()) * rest.parts
+
+
+def measure(item: tuple[Any, ...], tile: str, keep: str) -> dict[str, tuple[float, float]]:
+    """Error and pooled keys of each form in one layer."""
+    _, grid, text, text_first, scale, *qkv = item
+    qkv, layout = [x[None] for x in qkv], TokenLayout(tuple(grid), text, text_first)
+    scale = scale or qkv[0].shape[-1] ** -0.5
+    exact = F.scaled_dot_product_attention(*qkv, scale=scale)
+    found = {}
+    for name, rest in {"order 0": Pooled(), **FORMS}.items():
+        spec = spec_of(tile, keep, rest)
+        out = attention(*qkv, spec, layout, scale=scale)
+        found[name] = float((out - exact).norm() / exact.norm()), pooled_keys(spec, layout, qkv, scale)
+    return found
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    folder, conditions = Path(sys.argv[1]), sys.argv[2:]
+    print("| set | tile | kept | order 0 |", " | ".join(FORMS), "|\n|", " | ".join(["---"] * (4 + len(FORMS))), "|")
+    for condition in conditions:
+        name, tile, keep = condition.split(":")
+        layers = [measure(item, tile, keep) for item in torch.load(folder / f"{name}.pt")]
+        cells = []
+        for form in FORMS:
+            ratios = [layer[form][0] / layer["order 0"][0] for layer in layers]
+            pools = statistics.mean(layer[form][1] for layer in layers)
+            cells.append(f"{statistics.mean(ratios):.2f}, {max(ratios):.2f} ({pools:.0f})")
+        error = statistics.mean(layer["order 0"][0] for layer in layers)
+        print(f"| {name} | {tile} | {keep} | {error:.3f} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
