@@ -37,7 +37,8 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
         "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width, "C": constants_of(block_parts.summarise_parts, constants),
     }  # fmt: skip
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
-    run(Launch(block_parts.summarise_parts, grid, arguments, min(16, max(4, width * padded // 1024))))
+    numbers = width * padded  # of a tile, of which a program holds several
+    run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
     return found._replace(q_mean=q_mean.view(found.q_mean.shape), second=second.view(found.second.shape))
 
 

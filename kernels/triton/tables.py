@@ -2,8 +2,9 @@
 
 Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
 stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
-memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check); those of sm_90 do so under Triton 3.6.0
-and 3.7.1 as well, up to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
+memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check; of Fovea to first order gradient_rows
+spills 40 bytes at 128 on sm_100, attend_rows 32 in float16 at 128 on sm_90); those of sm_90 do so under Triton 3.6.0 and 3.7.1 as well, up
+to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
 number of query rows; few warps first, because each holds a larger part of the products' operands. The kernels of float32 spill up to 64
 bytes a thread at head dimensions up to 128 (`benchmarks/gpu-compile.md` has what was compiled). Not one tile was timed. What `dit-accel
 bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
