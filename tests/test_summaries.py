@@ -6,6 +6,8 @@ compared wherever a token is clear of the border.
 
 import dataclasses
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -270,6 +272,50 @@ def test_they_obey_the_rules_of_operators() -> None:
     leaves = [x.detach().requires_grad_() for x in a[:4]]
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(of_leaves(a, leaves))), test_utils=quick)
+
+
+GUARDED = """
+import ctypes, mmap, os, sys
+import torch
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import MixtureArguments, SummaryArguments
+
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def at_the_end(x):
+    size = x.numel() * x.element_size()
+    whole = -(-size // page) * page
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    first = libc.mmap(None, whole + page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert libc.mprotect(first + whole, page, 0) == 0
+    return torch.frombuffer((ctypes.c_char * size).from_address(first + whole - size), dtype=x.dtype).view(x.shape).copy_(x)
+
+def with_gradients(results, leaves):
+    torch.autograd.grad(results, leaves, [at_the_end(torch.randn(x.shape)) for x in results])
+
+for target in sys.argv[1:]:
+    os.environ["DIT_ACCEL_CPU_TARGET"] = target
+    for d in (8, 16, 64, 72):
+        for dtype in (torch.float32, torch.bfloat16):
+            qkv = [at_the_end(torch.randn(1, 2, 44, d).to(dtype)).requires_grad_() for _ in range(3)]
+            starts = at_the_end(torch.tensor([0, 8, 16, 24, 32, 40, 44]).int())
+            made = ops.summarize_blocks(SummaryArguments(*qkv, starts, starts, 8, 8, 2, 0, 0, True, 0.3, 2.0, 2.0, True, True), "cpu")
+            with_gradients([made.q_mean, *made[3:7]], qkv)
+            lists, counts = at_the_end(torch.zeros(2, 6, 2).int()), at_the_end(torch.ones(2, 6).int())
+            leaves = [at_the_end(x.detach()).requires_grad_() for x in (made.q_mean, made.pooled_k, made.pooled_bias, made.slope)]
+            with_gradients([ops.mix_slopes(MixtureArguments(*leaves, lists, counts, 0.3), "cpu")], leaves)
+    print(target)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by Linux's calls")
+def test_nothing_past_the_tensors_is_read() -> None:
+    """The page behind each of them may not be touched."""
+    done = subprocess.run([sys.executable, "-c", GUARDED, *TARGETS], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == list(TARGETS), done.stderr[-2000:]
 
 
 # The choice of blocks

@@ -24,6 +24,7 @@ from dit_accel.kernels.arguments import (
 from dit_accel.kernels.cpu import native
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
+WRITTEN = ("pooled_k", "pooled_v", "pooled_bias", "slopes")  # every entry of whose gradients the library writes, where others are added to
 
 
 def _prepared(a: Arguments) -> Arguments:
@@ -58,7 +59,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     """Gradients of the differentiable arguments; absent ones are empty."""
     a, dout, out = _prepared(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
-    grads = {name: _zeros(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
+    grads = {name: _space(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
     problem = _problem(a)
     problem.out, problem.lse, problem.dout, problem.dlse = native.rows(out), lse.data_ptr(), native.rows(dout), native.pointer(dlse)
     for name, x in grads.items():
@@ -69,12 +70,12 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     return in_order(grads | summed | own, a)
 
 
-def _zeros(name: str, a: Arguments) -> Tensor:
-    """Zeros for a gradient as the library writes it: float32, and for each head what all heads share."""
+def _space(name: str, a: Arguments) -> Tensor:
+    """A gradient as the library takes it: float32, for each head what all heads share, zeros but where all of it is written."""
     shape = tuple(getattr(a, name).shape)
     if name in PER_HEAD:
         shape = (*a.q.shape[:2], *(shape if name != "offset" else ()))
-    return torch.zeros(shape, dtype=torch.float32)
+    return (torch.empty if name in WRITTEN else torch.zeros)(shape, dtype=torch.float32)
 
 
 def select_blocks(a: SelectionArguments) -> Tensor:

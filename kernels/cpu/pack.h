@@ -182,7 +182,7 @@ struct Panels {
     Panels(const Geometry& g, int64_t first, int64_t blocks, bool with_rows, bool with_columns)
         : first(first), row_size(g.rows() * g.padded), column_size(g.channels * g.width) {
         if (with_rows) rows.allocate((blocks - first) * row_size);
-        if (with_columns) columns.allocate((blocks - first) * column_size);
+        if (with_columns) columns.allocate((blocks - first) * column_size + ROWS * g.width);  // `outer` reads the last rows in groups of ROWS
     }
     float* row(int64_t i) const { return rows + (i - first) * row_size; }
     float* column(int64_t i) const { return columns + (i - first) * column_size; }

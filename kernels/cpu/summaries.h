@@ -42,22 +42,23 @@ static inline __attribute__((always_inline)) void for_widths(int64_t columns, Bo
     if (left == 1) body(c, std::integral_constant<int, 1>{});
 }
 
-// out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Reads up
-// to ROWS - 1 entries past the end of A's rows. `upper`: of the entries below the diagonal some are left out.
+// out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Where A
+// has less than ROWS columns, that many are read. `upper`: of the entries below the diagonal some are left out.
 static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add, bool upper = false) {
-    for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
-        int64_t from = upper ? r0 / LANES * LANES : 0;
+    for (int64_t next = 0; next < rows; next += ROWS) {
+        int64_t r0 = std::min<int64_t>(next, std::max<int64_t>(rows - ROWS, 0)), from = upper ? r0 / LANES * LANES : 0;
+        int64_t first = next - r0, most = std::min<int64_t>(ROWS, rows - r0);  // the last rows once more: nothing past A's end is read
         for_widths(round_up(columns, LANES) - from, [&](int64_t c0, auto strip) __attribute__((always_inline)) {
             V acc[ROWS][strip.value];
-            int64_t most = std::min<int64_t>(ROWS, rows - r0), c = from + c0;
+            int64_t c = from + c0;
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) {
                     acc[r][s] = V{};
                     int64_t at = c + s * LANES;
-                    if (add && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
+                    if (add && r >= first && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
                 }
             outer_tile<strip.value>(acc, a + r0, lda, b + c, ldb, depth);
-            for (int r = 0; r < most; r++)
+            for (int64_t r = first; r < most; r++)
                 for (int s = 0; s < strip.value; s++) {
                     int64_t at = c + s * LANES;
                     if (at + LANES <= columns)
