@@ -31,15 +31,26 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+def softmax_weights(scores: Tensor) -> Partial:
+    """Softmax of `scores` `[..., Nq, Nk]`, and its lse `[..., Nq]`; a row of -inf gives weights 0 and lse -inf."""
+    weights, mass, lse = _exponentials(scores)
+    return weights / mass[..., None], lse
+
+
 def softmax_partial(scores: Tensor, values: Tensor) -> Partial:
     """Softmax of `scores` `[..., Nq, Nk]` over values `[..., Nk, D]`; a row of -inf gives output 0 and lse -inf."""
+    weights, mass, lse = _exponentials(scores)
+    return (weights @ values) / mass[..., None], lse
+
+
+def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of a softmax before they are divided by their sum, that sum, at least the smallest normal number, and the lse."""
     top = scores.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp_()
     mass = weights.sum(-1)
     safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    lse = torch.where(mass > 0, safe.log() + top[..., 0], -torch.inf)
-    return (weights @ values) / safe[..., None], lse
+    return weights, safe, torch.where(mass > 0, safe.log() + top[..., 0], -torch.inf)
 
 
 def merge_partials(parts: list[Partial]) -> Partial:

@@ -86,7 +86,7 @@ def test_every_key_is_seen_once(layout: TokenLayout, keep: Any, opened: int) -> 
     call = image_call(*inputs(layout), layout, plan, {}, 0.3)
     call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
     by_level, blocks = groups.levels(call), len(plan.q_blocks.count)
-    found = groups.listed(call, by_level, opened, 2.0)
+    found = groups.listed(call.kept.expand(2, -1, -1), groups.scores_of(call, by_level, 2.0), plan.prepared, opened)
     seen = ~groups.hidden(found, 1, blocks)
     times = torch.zeros(2, blocks, layout.image)
     for block, near in enumerate(call.kept.expand(2, -1, -1).unbind(-1)):

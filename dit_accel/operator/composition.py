@@ -57,7 +57,7 @@ def _compiled(
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))
     if lowering.fuses(spec, backend):
-        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend, given)
+        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
         return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
     call = given()

@@ -3,8 +3,6 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels.blocks import mean_product
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
-    Call,
     Downsampled,
     ErrorProduct,
     Linear,
@@ -29,6 +27,7 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
+from dit_accel.method.parts.content import PooledKeys
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -59,6 +58,12 @@ def _score(spec: AttentionSpec) -> Score | None:
 def _finer(spec: AttentionSpec) -> Pooled | None:
     """The rest where its pooled keys are not those that the kernels pool themselves."""
     return spec.rest if type(spec.rest) is Pooled and not spec.rest.plain else None
+
+
+def _grouped_rest(spec: AttentionSpec, implementation: str) -> bool:
+    """Whether the kernels do a rest of blocks in groups."""
+    rest = _finer(spec)
+    return rest is not None and rest.opened is not None and fuses(spec, implementation)
 
 
 def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
@@ -107,18 +112,18 @@ def attend(
 
 def rest_of(
     key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float, lists: Lists,
-    made: Summaries | None, implementation: str, call: Callable[[], Call],
+    made: list[Summaries], implementation: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
 
-    `made`: the blocks' `summaries`, where its pooled keys are of them. `call`: makes what parts are given, where the kernels do not.
+    `made`: the blocks' `summaries`, where its pooled keys are of them.
     """
     found: dict[str, Any] = {}
     match spec.rest:
         case Pooled(opened=int(opened)):
-            found = _grouped(spec.rest, opened, dataclasses.replace(call(), visited=lists))
-        case Pooled(plain=False) if made is not None:
-            found = _given(made, spec.rest.order, lists, scale, implementation)
+            found = _grouped(made, spec.rest, opened, plan, lists, scale)
+        case Pooled(plain=False):
+            found = _given(made[0], spec.rest.order, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -140,22 +145,35 @@ def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
 
 def summaries(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str
-) -> Summaries | None:
-    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; None where neither takes it."""
+) -> list[Summaries]:
+    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; empty where neither takes it.
+
+    Of the key blocks; of a rest in groups, of the slots of each level (`groups.group_blocks`), the key blocks first.
+    """
     rest, score = _finer(spec) if fuses(spec, implementation) else None, _score(spec)
-    rest = None if rest and rest.opened is not None else rest
     by_error = isinstance(score, ErrorProduct) and selects(spec)
     if not (rest or by_error):
-        return None
+        return []
     q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
     g = plan.geometry
+    cap = score.cap if isinstance(score, ErrorProduct) else rest.cap if rest else 0.0
     arguments = SummaryArguments(
         q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts if rest else 1, text=layouts.k.text,
         text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, cap=rest.cap if rest and rest.variance else 0.0,
-        score_cap=score.cap if isinstance(score, ErrorProduct) else 0.0, log_count=bool(rest and rest.log_count),
-        first_order=bool(rest and rest.order), places_q=g.places_q, places_k=g.places_k, **_widths(plan),
+        score_cap=cap, log_count=bool(rest and rest.log_count), first_order=bool(rest and rest.order), places_q=g.places_q,
+        places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
-    return ops.summarize_blocks(arguments, implementation)
+    each = _levels(plan, arguments) if _grouped_rest(spec, implementation) else [arguments]
+    return [ops.summarize_blocks(level, implementation) for level in each]
+
+
+def _levels(plan: Plan, arguments: SummaryArguments) -> list[SummaryArguments]:
+    """The same of the slots of each level, all of them runs of one order of the tokens."""
+    found = []
+    for starts in groups.starts_by_level(plan.prepared):
+        runs = starts.int().contiguous()
+        found.append(arguments._replace(k_starts=runs, places_k=plan.prepared["far_order"].int(), k_width=int(starts.diff().max())))
+    return found
 
 
 def _given(made: Summaries, order: int, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
@@ -167,18 +185,23 @@ def _given(made: Summaries, order: int, lists: Lists, scale: float, implementati
     return found
 
 
-def _grouped(rest: Pooled, opened: int, call: Call) -> dict[str, Any]:
-    """The same of groups, made in torch, and what the query blocks see of them."""
-    by_level = groups.levels(call)
-    seen = groups.listed(call, by_level, opened, rest.cap)
-    pooled = groups.joined([rest.pooled(level) for level in by_level])
-    found = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias}
+def _grouped(made: list[Summaries], rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
+    """The same of the units of all levels, and the lists of what the query blocks see of them."""
+    means = groups.span_means(made[0].q_mean, plan.q_blocks)  # [B, H, spans, D]
+    flat, heads = means.flatten(0, 1), means.shape[:2]
+    kept = lists.kept(len(plan.k_blocks.count)).expand(len(flat), -1, -1)
+    scores = [mean_product(flat, x.k_mean.flatten(0, 1)) + x.score_bias.flatten(0, 1).double()[:, None] / scale for x in made]
+    seen = groups.listed(kept, scores, plan.prepared, opened)
+    index, counts = groups.unit_lists(seen)
+    k, v, bias = (torch.cat([getattr(x, name) for x in made], 2) for name in ("pooled_k", "pooled_v", "pooled_bias"))
+    found: dict[str, Any] = {"rest": "pooled", "pooled_k": k, "pooled_v": v, "pooled_bias": bias, "pool_parts": rest.parts}
     if rest.order:
-        found["slopes"] = groups.slopes_of_spans(call, pooled, seen, rest.parts)
-    given = {name: x.float().unflatten(0, (-1, call.heads)).contiguous() for name, x in found.items()}
-    lists, counts = (x.unflatten(0, (-1, call.heads)).contiguous() for x in groups.unit_lists(seen))
-    slots = call.prepared["far_slot"].int()
-    return {"rest": "pooled", "pool_lists": lists, "pool_counts": counts, "pool_slots": slots, "pool_parts": rest.parts} | given
+        pooled = PooledKeys(k.flatten(0, 1), v.flatten(0, 1), bias.flatten(0, 1), None)
+        weights = groups.weights_of_spans(flat, pooled, seen, rest.parts, scale)
+        slope = torch.cat([x.slope for x in made], 3).flatten(0, 1)  # [BH, D of k, units, D of v]
+        found["slopes"] = (weights[:, None] @ slope).transpose(1, 2).unflatten(0, heads).contiguous()
+    found |= {"pool_lists": index.unflatten(0, heads).contiguous(), "pool_counts": counts.unflatten(0, heads).contiguous()}
+    return found | {"pool_slots": plan.prepared["far_slot"].int()}
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -191,7 +214,7 @@ def _widths(plan: Plan) -> dict[str, Any]:
 
 
 def lists(
-    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str, made: Summaries | None
+    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str, made: list[Summaries]
 ) -> Lists:
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
 
@@ -201,7 +224,7 @@ def lists(
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
     weight = plan.prepared.get("short_weight")
-    if made is None:
+    if not made:
         q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
         arguments = SelectionArguments(
             q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
@@ -209,10 +232,13 @@ def lists(
         )  # fmt: skip
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
-        bias = made.score_bias.detach() / scale if isinstance(_score(spec), ErrorProduct) else None
+        k_mean, bias = made[0].k_mean.detach(), made[0].score_bias.detach() / scale
+        if _grouped_rest(spec, implementation):  # they are of slots
+            k_mean, bias = (x.index_select(2, plan.prepared["far_slot"]) for x in (k_mean, bias))
+        by_error = isinstance(_score(spec), ErrorProduct)
         arguments = SelectionArguments(
-            q=made.q_mean.detach(), k=made.k_mean.detach(), q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
-            weight=weight, bias=bias,
+            q=made[0].q_mean.detach(), k=k_mean, q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
+            weight=weight, bias=bias if by_error else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))

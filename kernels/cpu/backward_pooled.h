@@ -73,6 +73,7 @@ static void lean_query_gradient(const Geometry& g, const Queries& queries, Backw
 // The gradient of a matrix, from the query blocks that read it.
 static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t state) {
     float* to = g.p.dslopes + (bh * g.states() + state) * g.channels * g.channels;
+    __builtin_memset(to, 0, g.channels * g.channels * 4);
     int64_t first = g.listed() ? state * SPAN : state, end = g.listed() ? std::min(first + SPAN, g.p.q_blocks) : first + 1;
     for (int64_t i = first; i < end; i++) {
         share_of_gradient(g, queries, work.c, i);

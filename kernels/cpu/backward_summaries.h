@@ -31,14 +31,15 @@ struct SummaryGradient : Summaries {
         Run run = key(j);
         int64_t n = run.count, pool = (bh * s.k_blocks + j) * s.parts, tokens[MOST_PARTS];
         float sigma2[MOST_PARTS], weight[MOST_PARTS] = {}, dweight[MOST_PARTS] = {}, dsigma2[MOST_PARTS];
+        float* to = dsecond + j * padded;
+        __builtin_memset(to, 0, padded * 4);
+        if (n == 0) return;
         remember(work, bh, j, n, tokens, sigma2);
         if (s.dslope) {
             through_matrix(work, bh, j, n);
             for (int64_t p = 0; p < s.parts; p++) weight[p] = 1.f / (1.f + sigma2[p]) / float(n);
             for (int64_t i = 0; i < n; i++) dweight[work.part[i]] += vector_dot(work.keys + i * padded, work.by_key + i * padded, padded);
         }
-        float* to = dsecond + j * padded;
-        __builtin_memset(to, 0, padded * 4);
         for (int64_t p = 0; p < s.parts; p++) {
             dsigma2[p] = s.dpooled_bias && sigma2[p] / 2 <= s.cap ? s.dpooled_bias[pool + p] / 2 : 0.f;
             dsigma2[p] -= dweight[p] * weight[p] / (1.f + sigma2[p]);

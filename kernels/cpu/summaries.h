@@ -263,9 +263,20 @@ struct Summaries {
         }
     }
 
+    void empty_block(int64_t bh, int64_t j) const {
+        int64_t block = bh * s.k_blocks + j, pool = block * s.parts;
+        __builtin_memset(s.part + block * s.k_width, 0, s.k_width);
+        __builtin_memset(s.k_mean + block * d, 0, d * 4);
+        __builtin_memset(s.pooled_k + pool * d, 0, s.parts * d * 4), __builtin_memset(s.pooled_v + pool * d, 0, s.parts * d * 4);
+        std::fill_n(s.pooled_bias + pool, s.parts, -INFINITY);
+        s.score_bias[block] = -INFINITY;
+        for (int64_t c = 0; c < d && s.first_order; c++) __builtin_memset(s.slope + ((bh * d + c) * s.k_blocks + j) * d, 0, d * 4);
+    }
+
     void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) const {
         int64_t n = key(j).count, block = bh * s.k_blocks + j, pool = block * s.parts, tokens[MOST_PARTS];
         const float tiny = 1.17549435e-38f;
+        if (n == 0) return empty_block(bh, j);
         const Lines keys = read(work.keys, s.k, bh, key(j)), values = read(work.values, s.v, bh, key(j));
         __builtin_memset(work.part, 0, n);
         for (int64_t level = 1; level < s.parts; level *= 2)

@@ -5,6 +5,7 @@ pooled keys for each query hardly grows with the number of tokens. Relatives, an
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
-from dit_accel.kernels.reference import MASKED, softmax_partial
+from dit_accel.kernels.reference import MASKED, softmax_weights
 from dit_accel.method.parts.call import Call, Ground
 from dit_accel.method.parts.content import PooledKeys, error_bias
 
@@ -24,11 +25,12 @@ class Listed(NamedTuple):
     """What the query blocks see, by level from the key blocks up; units are counted by their slots (`group_blocks`).
 
     `units`: `[BH, spans, slots]` of each level: whether the span sees the unit; a key block also where some of its query blocks keep it.
-    `kept` `[BH, spans, SPAN, slots]`: which key blocks each query block keeps. All bool.
+    `kept` `[BH, spans, SPAN, slots]`: which key blocks each query block keeps. All bool. `blocks` `[spans]`: the query blocks of each span.
     """
 
     units: list[Tensor]
     kept: Tensor
+    blocks: Tensor
 
 
 def group_blocks(ground: Ground, least: int) -> dict[str, Tensor]:
@@ -95,14 +97,19 @@ def _ranks(parent: Tensor) -> Tensor:
     return ranks
 
 
+def starts_by_level(prepared: Mapping[str, Tensor]) -> list[Tensor]:
+    """Where the run of each slot of a level starts, and the end; of all levels, from the key blocks up."""
+    starts, roots = prepared["far_starts"], len(prepared["far_roots"])
+    depth = 0
+    while roots * MEMBERS**depth < len(starts) - 1:
+        depth += 1
+    return [starts[:: MEMBERS**level] for level in range(depth + 1)]
+
+
 def levels(call: Call) -> list[Call]:
     """The call with each level's units in the place of its key blocks, from the key blocks up."""
-    starts, order, roots = (call.prepared[f"far_{name}"] for name in ("starts", "order", "roots"))
-    found, step = [], 1
-    while len(starts) - 1 >= step * len(roots):
-        found.append(dataclasses.replace(call, k_blocks=Blocks.from_starts(starts[::step]).among(order), visited=None))
-        step *= MEMBERS
-    return found
+    runs = [Blocks.from_starts(starts).among(call.prepared["far_order"]) for starts in starts_by_level(call.prepared)]
+    return [dataclasses.replace(call, k_blocks=blocks, visited=None) for blocks in runs]
 
 
 def spans_of(kept: Tensor) -> Tensor:
@@ -110,37 +117,44 @@ def spans_of(kept: Tensor) -> Tensor:
     return F.pad(kept, (0, 0, 0, -kept.shape[-2] % SPAN)).unflatten(-2, (-1, SPAN))
 
 
-def span_means(call: Call) -> Tensor:
-    """The mean query `[BH, spans, D]` of each span."""
-    count = call.q_blocks.count.to(call.q.dtype)[:, None]
-    return spans_of(pool_blocks(call.q, call.q_blocks)[0] * count).sum(-2) / spans_of(count).sum(-2)
+def span_means(means: Tensor, blocks: Blocks) -> Tensor:
+    """The mean query `[..., spans, D]` of each span, of those of the query blocks `[..., Tq, D]`."""
+    count = blocks.count.to(means.dtype)[:, None]
+    return spans_of(means * count).sum(-2) / spans_of(count).sum(-2)
 
 
-def listed(call: Call, by_level: list[Call], opened: int, cap: float) -> Listed:
+def scores_of(call: Call, by_level: list[Call], cap: float) -> list[Tensor]:
+    """The score of the error `[BH, spans, slots]` of the units of each level (`content.error_bias`), for the spans' mean queries."""
+    means, found = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks), []
+    for level in by_level:
+        key, bias = error_bias(level, cap)
+        found.append(mean_product(means, key) + bias.double()[:, None] / call.scale)
+    return found
+
+
+def listed(kept: Tensor, scores: list[Tensor], prepared: Mapping[str, Tensor], opened: int) -> Listed:
     """What each span of query blocks sees of the levels' units; without a gradient.
 
-    From the last level down a unit is opened, that is, its members are seen in its place, if some block of the span keeps one of its key
-    blocks, or if it is among the `opened` of its level whose pooled key would leave the largest error (`content.error_bias`).
+    `kept` `[BH, Tq, Tk]`: the key blocks that each query block keeps. From the last level down a unit is opened, that is, its members are
+    seen in its place, if some block of the span keeps one of its key blocks, or if it is among the `opened` of its level with the largest
+    score (`scores_of`; of the key blocks it is not read).
     """
     with torch.no_grad():
-        kept = spans_of(call.kept.expand(len(call.q), -1, -1))
-        slots = len(by_level[0].k_blocks.count)
-        kept = kept.new_zeros(*kept.shape[:-1], slots).index_copy(-1, call.prepared["far_slot"], kept)
+        blocks = spans_of(torch.ones(kept.shape[-2], 1, dtype=torch.int64, device=kept.device)).sum((-1, -2))
+        kept, starts = spans_of(kept), prepared["far_starts"]
+        kept = kept.new_zeros(*kept.shape[:-1], len(starts) - 1).index_copy(-1, prepared["far_slot"], kept)
         holds = [kept.any(-2)]  # a key block that is kept
-        for _ in by_level[1:]:
+        for _ in scores[1:]:
             holds.append(holds[-1].unflatten(-1, (-1, MEMBERS)).any(-1))
-        means = span_means(call)
-        seen: list[Tensor] = []
-        candidates = (by_level[-1].k_blocks.count > 0).expand(holds[-1].shape)
-        for level, held in zip(by_level[:0:-1], holds[:0:-1], strict=True):
-            key, bias = error_bias(level, cap)
-            score = mean_product(means, key) + bias.double()[:, None] / call.scale
-            best = score.masked_fill(~candidates, -torch.inf).topk(min(opened, score.shape[-1]), dim=-1).indices
+        filled = [starts[:: MEMBERS**level].diff() > 0 for level in range(len(scores))]
+        candidates, seen = filled[-1].expand(holds[-1].shape), list[Tensor]()
+        for level in range(len(scores) - 1, 0, -1):
+            score, held = scores[level].masked_fill(~candidates, -torch.inf), holds[level]
+            best = score.topk(min(opened, score.shape[-1]), dim=-1).indices
             open_ = (torch.zeros_like(held).scatter_(-1, best, True) & candidates) | held
             seen.insert(0, candidates & ~open_)
-            below = by_level[len(by_level) - 1 - len(seen)].k_blocks.count > 0
-            candidates = open_.repeat_interleave(MEMBERS, -1) & below
-        return Listed([candidates, *seen], kept)
+            candidates = open_.repeat_interleave(MEMBERS, -1) & filled[level - 1]
+        return Listed([candidates, *seen], kept, blocks)
 
 
 def hidden(found: Listed, parts: int, query_blocks: int) -> Tensor:
@@ -165,21 +179,29 @@ def joined(pooled: list[PooledKeys]) -> PooledKeys:
     return PooledKeys(key, value, bias, torch.cat(slopes, 1) if slopes else None)
 
 
+def weights_of_spans(means: Tensor, pooled: PooledKeys, found: Listed, parts: int, scale: float) -> Tensor:
+    """The share ω `[BH, spans, units]` of each unit that a span sees in the pooled softmax of its mean query `means` `[BH, spans, D]`.
+
+    A key block counts by the share of the span's query blocks that do not keep it. 0 where a span sees nothing.
+    """
+    kept = found.kept.sum(-2) / found.blocks.to(means.dtype)[:, None]
+    seen = torch.cat([found.units[0] * (1 - kept), *(units.to(means.dtype) for units in found.units[1:])], -1)
+    bias = pooled.bias.clamp_min(MASKED)  # finite: the gradient of a logsumexp over nothing is NaN
+    logits = (scale * means @ pooled.key.transpose(-1, -2) + bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
+    logits = (logits + seen.log()).masked_fill(seen == 0, -torch.inf)
+    return softmax_weights(logits)[0]
+
+
 def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -> Tensor:
     """One matrix S `[BH, spans, D of k, D of v]` for each span: to first order the rest's value changes by s q S.
 
-    S = Σ_J ω_J · slope_J over the units that the span sees, ω_J their share of the pooled softmax of the span's mean query; a key block
-    counts by the share of the span's query blocks that do not keep it.
+    S = Σ_J ω_J · slope_J over the units that the span sees (`weights_of_spans`).
     """
     if pooled.slope is None:
         raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
-    blocks = spans_of(torch.ones(len(call.q_blocks.count), 1, dtype=call.q.dtype, device=call.q.device)).sum(-2)
-    open_ = found.units[0] * (1 - found.kept.sum(-2) / blocks)
-    share = torch.cat([open_, *(units.to(open_.dtype) for units in found.units[1:])], -1)
-    bias = pooled.bias.clamp_min(MASKED)  # finite: the gradient of a logsumexp over nothing is NaN
-    logits = (call.scale * span_means(call) @ pooled.key.transpose(-1, -2) + bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
-    logits = (logits + share.log()).masked_fill(share == 0, -torch.inf)
-    return softmax_partial(logits, pooled.slope.flatten(-2))[0].unflatten(-1, pooled.slope.shape[-2:])
+    means = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
+    weights = weights_of_spans(means, pooled, found, parts, call.scale)
+    return (weights @ pooled.slope.flatten(-2)).unflatten(-1, pooled.slope.shape[-2:])
 
 
 def of_blocks(slopes: Tensor, query_blocks: int) -> Tensor:
