@@ -261,23 +261,6 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals,
     assert_resumes(folder, mode, **RUN)
 
 
-def test_an_interrupt_while_the_curve_is_drawn_comes_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawn(history: Any) -> bytes:
-        signal.raise_signal(signal.SIGINT)
-        return b"drawn"
-
-    monkeypatch.setattr("dit_accel.finetune.session.draw_curve", drawn)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            learn(student(), tmp_path, steps=2)
-        assert (tmp_path / "curve.png").read_bytes() == b"drawn"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("settings", [{}, {"flow_weight": 1.0, "evaluate_every": 2}], ids=["steps", "flow"])
 @pytest.mark.parametrize("mode", MODES)
 def test_an_error_at_a_step_leaves_a_run_that_resumes(tmp_path: Path, mode: Any, settings: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the logs of a training say: the seconds that it took, the errors from which its curve is drawn, and the curve."""
 
 import json
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,21 @@ def test_it_is_drawn_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
 
 
-@pytest.mark.parametrize("moment", ["start", "result"])
-def test_an_interrupt_while_it_is_drawn_waits_for_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    drawn: list[bool] = []
-    monkeypatch.setattr(runs, "draw_curve", lambda history: time.sleep(0.3) or drawn.append(True) or b"")
-    watched = runs.Thread if moment == "start" else runs.Future
-    original = getattr(watched, moment)
+def test_an_interrupt_while_it_is_drawn_comes_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(history: Any) -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return b"drawn"
 
-    def interrupted(*args: Any) -> None:
-        if moment == "start":
-            original(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(watched, moment, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        learn(tiny.student(), tmp_path, **RUN)
-    assert drawn == [True]
-    assert not (tmp_path / "curve.png").exists()
+    monkeypatch.setattr(runs, "draw_curve", drawn)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny.student(), tmp_path, **RUN)
+        assert (tmp_path / "curve.png").read_bytes() == b"drawn"
+        with pytest.raises(KeyboardInterrupt):  # as before
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_of_the_drawing_is_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
