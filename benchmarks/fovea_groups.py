@@ -47,7 +47,7 @@ def pooled_keys(spec: AttentionSpec, layout: TokenLayout, qkv: list[torch.Tensor
         return float(rest.parts * len(plan.k_blocks.count))
     call = image_call(*qkv, layout, plan, {}, scale)
     call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
-    scores = groups.scores_of(call, groups.levels(call), rest.cap)
+    scores = groups.scores_of(call, groups.levels(call)[1:], rest.cap)
     seen = groups.listed(call.kept.expand(len(call.q), -1, -1), scores, plan.prepared, rest.opened)
     return float(groups.unit_lists(seen)[1].float().mean()) * rest.parts
 

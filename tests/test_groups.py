@@ -86,7 +86,7 @@ def test_every_key_is_seen_once(layout: TokenLayout, keep: Any, opened: int) -> 
     call = image_call(*inputs(layout), layout, plan, {}, 0.3)
     call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
     by_level, blocks = groups.levels(call), len(plan.q_blocks.count)
-    found = groups.listed(call.kept.expand(2, -1, -1), groups.scores_of(call, by_level, 2.0), plan.prepared, opened)
+    found = groups.listed(call.kept.expand(2, -1, -1), groups.scores_of(call, by_level[1:], 2.0), plan.prepared, opened)
     seen = ~groups.hidden(found, 1, blocks)
     times = torch.zeros(2, blocks, layout.image)
     for block, near in enumerate(call.kept.expand(2, -1, -1).unbind(-1)):
@@ -203,6 +203,16 @@ def test_the_rest_is_the_formula(name: str, rest: Pooled) -> None:
             text = k[0, head, layout.text_slice], v[0, head, layout.text_slice]
             expected = dense(call.q[head], call.k[head], call.v[head], text, plan, near[head], rest, 0.3)
             torch.testing.assert_close(got[head], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0], ids=["another-cap", "the-choices-cap"])
+def test_the_cpu_kernels_open_what_the_reference_opens(cap: float) -> None:
+    layout, keep = LAYOUTS["square"], TopK(0.05, score=ErrorProduct(2.0))
+    q, k, v = inputs(layout)
+    spec = grouped(Pooled(cap=cap, parts=2, order=1, opened=2), keep)
+    expected = attention(q, k, v, spec, layout, backend="reference")
+    got = attention(q.float(), k.float(), v.float(), spec, layout, backend="cpu")
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @every_layout

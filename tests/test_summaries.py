@@ -329,8 +329,8 @@ def test_the_kernels_choose_by_the_error(shape: Shape) -> None:
     layouts = Layouts(shape.layout, shape.layout)
     made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
     got = lowering.lists(*qkv[:2], spec, layouts, plan, 0.3, "cpu", made)
-    wanted = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
-    assert torch.equal(got.index.long(), wanted)
+    expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
+    assert torch.equal(got.index.long(), expected)
     assert not torch.equal(got.index, lowering.lists(*qkv[:2], Fovea(0.3, tile=(4, 4)), layouts, plan, 0.3, "cpu", None).index)
 
 
@@ -355,12 +355,12 @@ def test_all_of_a_call_runs_in_the_kernels(dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(ops, "summarize_blocks", lambda a, name: (made.append(real(a, name)), made[-1])[1])
     shape, spec = SHAPES["ragged"], Fovea(0.3, tile=(4, 4), order=1)
     qkv = shape.inputs(dtype)
-    wanted = attention(*shape.inputs(torch.float64), spec, shape.layout, backend="reference")
+    expected = attention(*shape.inputs(torch.float64), spec, shape.layout, backend="reference")
     monkeypatch.setattr(composition, "Call", None)
     out = attention(*qkv, spec, shape.layout, backend="cpu")
     assert len(made) == 1
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), wanted, rtol=0.05, atol={torch.float32: 1e-5}.get(dtype, 0.05))
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol={torch.float32: 1e-5}.get(dtype, 0.05))
 
 
 def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
-from dit_accel.kernels.blocks import mean_product
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -27,7 +26,7 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
-from dit_accel.method.parts.content import PooledKeys
+from dit_accel.method.parts.content import PooledKeys, error_score
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, listed_beside
 from dit_accel.operator.layout import Layouts
@@ -40,8 +39,10 @@ FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: on
 def fuses(spec: AttentionSpec, implementation: str) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
     rest = _finer(spec)
-    if rest is not None and rest.opened is not None and implementation != "cpu":
-        return False
+    if rest is not None and rest.opened is not None:
+        score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
+        if implementation != "cpu" or (isinstance(score, ErrorProduct) and score.cap != rest.cap):
+            return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -190,7 +191,7 @@ def _grouped(made: list[Summaries], rest: Pooled, opened: int, plan: Plan, lists
     means = groups.span_means(made[0].q_mean, plan.q_blocks)  # [B, H, spans, D]
     flat, heads = means.flatten(0, 1), means.shape[:2]
     kept = lists.kept(len(plan.k_blocks.count)).expand(len(flat), -1, -1)
-    scores = [mean_product(flat, x.k_mean.flatten(0, 1)) + x.score_bias.flatten(0, 1).double()[:, None] / scale for x in made]
+    scores = [error_score(flat, x.k_mean.flatten(0, 1), x.score_bias.flatten(0, 1), scale) for x in made[1:]]
     seen = groups.listed(kept, scores, plan.prepared, opened)
     index, counts = groups.unit_lists(seen)
     k, v, bias = (torch.cat([getattr(x, name) for x in made], 2) for name in ("pooled_k", "pooled_v", "pooled_bias"))

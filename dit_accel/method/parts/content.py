@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.blocks import Blocks, pool_blocks
+from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
 from dit_accel.kernels.reference import softmax_partial
 from dit_accel.method.parts.call import Call
 
@@ -49,6 +49,11 @@ def error_bias(call: Call, cap: float) -> tuple[Tensor, Tensor]:
         v_spread = block_variance(call.v, call.k_blocks).sum(-1)
         error = spread.clamp_min(tiny).log() + v_spread.clamp_min(tiny).log() / 2
         return mean, call.k_blocks.count.to(error.dtype).log() + (spread / 2).clamp(max=cap) + error
+
+
+def error_score(means: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The score `[BH, Q, T]` of the error for queries `[BH, Q, D]`, of `error_bias`: its logarithm over s, float64. No gradient."""
+    return mean_product(means, key) + bias.detach().double()[:, None] / scale
 
 
 def split_by_content(call: Call, parts: int) -> Tensor:

@@ -87,7 +87,7 @@ class Pooled(Rest):
     def _grouped(self, call: Call, opened: int) -> Partial:
         by_level = groups.levels(call)
         kept = call.kept.expand(len(call.q), -1, -1)
-        seen = groups.listed(kept, groups.scores_of(call, by_level, self.cap), call.prepared, opened)
+        seen = groups.listed(kept, groups.scores_of(call, by_level[1:], self.cap), call.prepared, opened)
         pooled, blocks = groups.joined([self.pooled(level) for level in by_level]), len(call.q_blocks.count)
         rest = self._over(call, pooled, groups.hidden(seen, self.parts, blocks))
         if not self.order:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
-from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
+from dit_accel.kernels.blocks import Blocks, pool_blocks
 from dit_accel.kernels.reference import MASKED, softmax_weights
 from dit_accel.method.parts.call import Call, Ground
-from dit_accel.method.parts.content import PooledKeys, error_bias
+from dit_accel.method.parts.content import PooledKeys, error_bias, error_score
 
 MEMBERS = 4  # of a group
 
@@ -123,13 +123,10 @@ def span_means(means: Tensor, blocks: Blocks) -> Tensor:
     return spans_of(means * count).sum(-2) / spans_of(count).sum(-2)
 
 
-def scores_of(call: Call, by_level: list[Call], cap: float) -> list[Tensor]:
-    """The score of the error `[BH, spans, slots]` of the units of each level (`content.error_bias`), for the spans' mean queries."""
-    means, found = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks), []
-    for level in by_level:
-        key, bias = error_bias(level, cap)
-        found.append(mean_product(means, key) + bias.double()[:, None] / call.scale)
-    return found
+def scores_of(call: Call, above: list[Call], cap: float) -> list[Tensor]:
+    """The score of the error `[BH, spans, slots]` of the units of the levels `above` the key blocks, for the spans' mean queries."""
+    means = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
+    return [error_score(means, *error_bias(level, cap), call.scale) for level in above]
 
 
 def listed(kept: Tensor, scores: list[Tensor], prepared: Mapping[str, Tensor], opened: int) -> Listed:
@@ -137,19 +134,19 @@ def listed(kept: Tensor, scores: list[Tensor], prepared: Mapping[str, Tensor], o
 
     `kept` `[BH, Tq, Tk]`: the key blocks that each query block keeps. From the last level down a unit is opened, that is, its members are
     seen in its place, if some block of the span keeps one of its key blocks, or if it is among the `opened` of its level with the largest
-    score (`scores_of`; of the key blocks it is not read).
+    score (`scores_of`, of the levels above the key blocks).
     """
     with torch.no_grad():
         blocks = spans_of(torch.ones(kept.shape[-2], 1, dtype=torch.int64, device=kept.device)).sum((-1, -2))
         kept, starts = spans_of(kept), prepared["far_starts"]
         kept = kept.new_zeros(*kept.shape[:-1], len(starts) - 1).index_copy(-1, prepared["far_slot"], kept)
         holds = [kept.any(-2)]  # a key block that is kept
-        for _ in scores[1:]:
+        for _ in scores:
             holds.append(holds[-1].unflatten(-1, (-1, MEMBERS)).any(-1))
-        filled = [starts[:: MEMBERS**level].diff() > 0 for level in range(len(scores))]
+        filled = [starts[:: MEMBERS**level].diff() > 0 for level in range(len(scores) + 1)]
         candidates, seen = filled[-1].expand(holds[-1].shape), list[Tensor]()
-        for level in range(len(scores) - 1, 0, -1):
-            score, held = scores[level].masked_fill(~candidates, -torch.inf), holds[level]
+        for level in range(len(scores), 0, -1):
+            score, held = scores[level - 1].masked_fill(~candidates, -torch.inf), holds[level]
             best = score.topk(min(opened, score.shape[-1]), dim=-1).indices
             open_ = (torch.zeros_like(held).scatter_(-1, best, True) & candidates) | held
             seen.insert(0, candidates & ~open_)

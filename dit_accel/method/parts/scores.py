@@ -8,7 +8,7 @@ from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Score
 from dit_accel.method.parts.call import Call, Cost, Sizes
-from dit_accel.method.parts.content import error_bias
+from dit_accel.method.parts.content import error_bias, error_score
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ErrorProduct(Score):
 
     def __call__(self, call: Call) -> Tensor:
         k_mean, bias = error_bias(call, self.cap)
-        return mean_product(pool_blocks(call.q, call.q_blocks)[0], k_mean) + bias.double()[:, None] / call.scale
+        return error_score(pool_blocks(call.q, call.q_blocks)[0], k_mean, bias, call.scale)
 
     def cost(self, sizes: Sizes) -> Cost:
         """The products; queries, keys and values are read once more."""
