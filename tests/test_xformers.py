@@ -2,8 +2,8 @@
 
 import math
 import sys
-from types import ModuleType
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
