@@ -6,6 +6,8 @@ blocks, `dit_accel::mix_slopes` the slopes of query blocks from it. Their argume
 `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -26,7 +28,6 @@ from dit_accel.kernels.arguments import (
     gradient_like,
     new_summaries,
 )
-from dit_accel.kernels.cpu import calls
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
@@ -53,12 +54,10 @@ def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
     return slopes
 
 
+@functools.cache
 def _implementation(name: str) -> Any:
-    if name == "cpu":
-        return calls
-    from dit_accel.kernels.triton import calls as triton_calls  # where triton is missing nothing asks for it
-
-    return triton_calls
+    """The module of a backend, imported when it first runs: triton may be missing."""
+    return importlib.import_module(f"dit_accel.kernels.{name}.calls")
 
 
 @torch.library.custom_op("dit_accel::attention", mutates_args=(), schema=ATTENTION.schema("(Tensor, Tensor)"))
