@@ -11,6 +11,13 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
+from dit_accel.kernels.triton import launch_parts
+from dit_accel.method import Mass, Pooled, Tiles, TopK
+from dit_accel.method.parts import groups
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator import lowering
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.composition import image_call
 from dit_accel.operator.lists import Lists
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +81,34 @@ def test_the_gradients_are_the_formulas(shape: Shape, monkeypatch: pytest.Monkey
         theirs.append(torch.autograd.grad(loss(found), leaves))
     for one, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
         assert_close_as_eager(one, exact, eager, what)
+
+
+@pytest.mark.parametrize(("parts", "dtype"), [(1, torch.float32), (2, torch.float16), (4, torch.float32)])
+def test_blocks_too_long_for_a_program_are_the_same_formulas(parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of blocks, two of them empty, of up to 56 tokens: in two steps."""
+    monkeypatch.setattr(launch_parts, "HELD", 0)
+    shape = Shape(1, 1, 24, (1, 18, 15), 3)
+    rest = Pooled(parts=parts, order=1, opened=2)
+    plan = make_plan(AttentionSpec((TopK(0.3),), rest, Mass(offset=False), Tiles((4, 4)), (16, 16)), shape.layout, torch.device("cpu"))
+    qkv = shape.inputs(dtype)
+    call = groups.levels(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3))[1]
+    valid = call.k_blocks.valid
+    a = lowering._levels(plan, arguments(shape, qkv, parts))[1]._replace(k_width=valid.shape[1])
+    assert (valid.shape[1], int((~valid.any(1)).sum())) == (56, 2)
+    got = ops.summarize_blocks(there(a), "triton")
+    got = got._make(x.cpu() for x in got)
+    part = got.part.flatten(0, 1)
+    assert not part[:, ~valid].any()
+    if dtype == torch.float32 and parts > 1:
+        assert_parts(call, part.long(), parts)
+    calls = (dataclasses.replace(call, **{name: getattr(call, name).to(d) for name in "qkv"}) for d in (torch.float64, torch.float32))
+    exact, eager = (formula(one, part, a, monkeypatch) for one in calls)
+    if dtype == torch.float16:  # what is multiplied is rounded to it, as the result is here
+        eager["slope"] = exact["slope"].half()
+    for name in REAL:
+        mine, nothing = getattr(got, name).flatten(0, 1), exact[name] == -torch.inf
+        assert torch.equal(mine == -torch.inf, nothing)
+        assert_close_as_eager(*(x.masked_fill(nothing, 0) for x in (mine, exact[name], eager[name])), name)
 
 
 @pytest.mark.parametrize("all_kept", [False, True])

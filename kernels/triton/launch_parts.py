@@ -10,36 +10,74 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, block_parts
+from dit_accel.kernels.triton import backward_linear, block_parts, block_runs
 from dit_accel.kernels.triton.fallback import Place
 from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, execute, precision_of, tf32_allowed, tiled
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
 from triton import cdiv
 
+HELD = 128  # tokens of a block that a program holds
+
 
 def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summaries:
-    """What `arguments.Summaries` names, of key blocks of at most 128 tokens: a program holds all of one."""
-    found, d = new_summaries(a), a.k.shape[3]
+    """What `arguments.Summaries` names."""
+    found = new_summaries(a)
     q, k_start = image_of(a.q, a.text_q, a)[0], image_of(a.k, a.text, a)[1]
     q_mean = block_means_of(q, a.q_starts, a.places_q, a.q_width, machine, run)
     metric = _metric(a, q, machine, run)
     second = metric.diagonal(dim1=1, dim2=2).contiguous()
-    padded, width = max(16, 1 << (d - 1).bit_length()), max(16, 1 << (a.k_width - 1).bit_length())
-    constants = {
-        "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
-        "PRECISION": _precision(a, machine),
-    }  # fmt: skip
     arguments = {
         "k": rows_of(a.k), "v": rows_of(a.v), "metric": metric, "second": second, "starts": a.k_starts, "places": a.places_k,
         "found": Parts(found.k_mean, found.score_bias, found.pooled_k, found.pooled_v, found.pooled_bias, found.slope, found.part),
         "scale": a.scale, "cap": a.cap, "score_cap": a.score_cap, "heads": a.k.shape[1], "image_start_k": k_start,
-        "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width, "C": constants_of(block_parts.summarise_parts, constants),
+        "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width,
+    }  # fmt: skip
+    (_blocks if a.k_width <= HELD else _runs)(a, arguments, machine, run)
+    return found._replace(q_mean=q_mean.view(found.q_mean.shape), second=second.view(found.second.shape))
+
+
+def _blocks(a: SummaryArguments, arguments: dict[str, Any], machine: Machine, run: Run) -> None:
+    """Of blocks that a program holds."""
+    padded, width = _padded(a), max(16, 1 << (a.k_width - 1).bit_length())
+    constants = {
+        "D": a.k.shape[3], "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
+        "PRECISION": _precision(a, machine),
     }  # fmt: skip
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
     numbers = width * padded  # of a tile, of which a program holds several
-    run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
-    return found._replace(q_mean=q_mean.view(found.q_mean.shape), second=second.view(found.second.shape))
+    given = {**arguments, "C": constants_of(block_parts.summarise_parts, constants)}
+    run(Launch(block_parts.summarise_parts, grid, given, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
+
+
+def _runs(a: SummaryArguments, arguments: dict[str, Any], machine: Machine, run: Run) -> None:
+    """Of longer ones."""
+    blocks, heads, padded = len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1], _padded(a)
+    place = Place("runs", padded, a.k.dtype, padded, a.k_width)
+    tile = place.tile(machine)
+    shared = {
+        "D": a.k.shape[3], "DP": padded, "BQ": tile.queries, "BK": tile.keys, "PARTS": a.parts, "COUNT": a.log_count,
+        "STAGES": tile.stages, "PRECISION": _precision(a, machine),
+    }  # fmt: skip
+
+    def start(kernel: Any, programs: int, **constants: Any) -> None:
+        given = {name: x for name, x in arguments.items() if name in kernel.arg_names} | {"C": constants_of(kernel, shared | constants)}
+        tiled(run, Launch(kernel, (blocks, heads, programs), given, tile.warps), place)
+
+    found: Parts = arguments["found"]
+    arguments |= {"part": found.part.zero_(), "damping": torch.empty_like(found.bias)}
+    level = 1
+    while level < a.parts:
+        start(block_runs.halve_runs, level, LEVEL=level)
+        level *= 2
+    start(block_runs.moments_of_runs, a.parts + 1)
+    if a.first_order:
+        start(block_runs.slopes_of_runs, cdiv(a.k.shape[3], tile.queries))
+
+
+def _padded(a: SummaryArguments) -> int:
+    """Channels, to a power of two."""
+    return max(16, 1 << (a.k.shape[3] - 1).bit_length())
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
