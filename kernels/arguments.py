@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
     `text_q`: of q's, None: as many. Text queries see all keys, all queries the text's keys.
     `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them.
     `q_starts`, `k_starts` `[blocks + 1]`: first image token of each block, in the order of the blocks; `q_width`, `k_width`: the most
-    tokens that a block holds.
+    tokens of a block.
     `coords` `[3, Nk + padding]` of the image's keys, read with windows alone; `windows` `[W, 3, 3, Nq + padding]`: first, last and residue
     that a query sees per axis; `residues` `[W, 3, Nk + padding]`: the keys' own, None where queries and keys are the same tokens.
     All in the order of the blocks, N without the text.
@@ -250,7 +250,7 @@ class Transport:
     def _number(self, name: str, value: Any) -> Any:
         if name in self.choices:
             if value not in self.choices[name]:
-                raise ValueError(f"{name} is one of {self.choices[name]}, got {value!r}")
+                raise ValueError(f"{name} must be one of {self.choices[name]}, not {value!r}")
             return self.choices[name].index(value)
         return -1 if value is None else int(value) if name in self.flags else value
 
@@ -291,14 +291,14 @@ def check(a: Arguments) -> None:
         return
     if a.masks is None or a.masks_t is None or a.mask_of is None:
         given = [name for name in ("masks", "masks_t", "mask_of") if getattr(a, name) is not None]
-        raise ValueError(f"bit masks require masks, masks_t and mask_of together, got {given}: give all three or none")
+        raise ValueError(f"bit masks require masks, masks_t and mask_of together, not {given} alone: give all three or none")
     for name, x, rows, columns in (("masks", a.masks, a.q_width, a.k_width), ("masks_t", a.masks_t, a.k_width, a.q_width)):
         words = -(-columns // 64)
         if x.dtype != torch.int64 or x.shape[1:] != (rows, words) or not x.is_contiguous():
-            raise ValueError(f"{name} is int64 [M, {rows}, {words}] and contiguous, got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"{name} must be int64 [M, {rows}, {words}] and contiguous, not {x.dtype} {tuple(x.shape)}")
     if a.mask_of.dtype != torch.int32 or a.mask_of.shape != a.lists.shape or not a.mask_of.is_contiguous():
-        got = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
-        raise ValueError(f"mask_of is int32 in the shape of lists and contiguous, got {got}")
+        found = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
+        raise ValueError(f"mask_of must be int32 in the shape of lists and contiguous, not {found}")
 
 
 def _check_numbers(a: Arguments) -> None:
@@ -306,12 +306,12 @@ def _check_numbers(a: Arguments) -> None:
     keys = a.k.shape[2]
     if a.k.shape != (batch, heads, keys, channels) or a.v.shape != a.k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
-        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+        raise ValueError(f"q must be [B, H, Nq, D], and k and v [B, H, Nk, D] of the same B, H and D, not {shapes}")
     if not (0 <= text_q <= queries and 0 <= a.text <= keys):
-        raise ValueError(f"the text is a part of the tokens, got {text_q} of {queries} queries and {a.text} of {keys} keys")
+        raise ValueError(f"the text must be a part of the tokens, not {text_q} of {queries} queries and {a.text} of {keys} keys")
     if queries - text_q != keys - a.text and a.windows is not None and a.residues is None:
-        numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
-        raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
+        numbers = f"{queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
+        raise ValueError(f"windows require the keys' residues where queries and keys differ, as here ({numbers}): give residues")
 
 
 def new_summaries(a: SummaryArguments) -> Summaries:
@@ -334,11 +334,12 @@ def check_summary(a: SummaryArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
     if a.k.ndim != 4 or a.q.shape[:2] != a.k.shape[:2] or a.q.shape[3] != a.k.shape[3] or a.v.shape != a.k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
-        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+        raise ValueError(f"q must be [B, H, Nq, D], and k and v [B, H, Nk, D] of the same B, H and D, not {shapes}")
     if a.parts not in (1, 2, 4):
         raise ValueError(f"parts must be 1, 2 or 4 pooled keys for a block, not {a.parts}")
     if not (0 <= a.text_q <= a.q.shape[2] and 0 <= a.text <= a.k.shape[2]):
-        raise ValueError(f"the text is a part of the tokens, got {a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys")
+        numbers = f"{a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys"
+        raise ValueError(f"the text must be a part of the tokens, not {numbers}")
 
 
 def check_mixture(a: MixtureArguments) -> None:
@@ -350,8 +351,8 @@ def check_mixture(a: MixtureArguments) -> None:
         if x.shape != (*heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"{name} must be float32 {(*heads, *shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
     if pools % k_blocks or a.lists.shape[-2] != q_blocks or a.counts.shape != a.lists.shape[:-1]:
-        sizes = f"got {pools} pooled keys for {k_blocks}, lists {tuple(a.lists.shape)}, counts {tuple(a.counts.shape)}"
-        raise ValueError(f"each key block has the same number of pooled keys and each of {q_blocks} query blocks a list, {sizes}")
+        sizes = f"{pools} pooled keys for {k_blocks}, lists {tuple(a.lists.shape)} and counts {tuple(a.counts.shape)}"
+        raise ValueError(f"each key block must have as many pooled keys and each of {q_blocks} query blocks a list, not {sizes}")
 
 
 def _check_pooled(a: Arguments) -> None:
@@ -365,7 +366,7 @@ def _check_pooled(a: Arguments) -> None:
         states = -(-states // SPAN)
         _check_units(a, pools, states)
     elif pools == 0 or pools % blocks:
-        raise ValueError(f"each of {blocks} key blocks has the same number of pooled keys, 1 or more: {pools} is no multiple")
+        raise ValueError(f"each of {blocks} key blocks must have as many pooled keys, 1 or more, but {pools} is no multiple")
     shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,)}
     shapes["slopes"] = (states, channels, channels)
     for name, shape in shapes.items():

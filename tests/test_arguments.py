@@ -97,5 +97,5 @@ def test_gradients_come_in_the_order_of_the_declaration() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("rest", "pool"), ("feature_map", "gelu")])
 def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is one of .*, got '{value}'"):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, not '{value}'"):
         arguments.ATTENTION.pack(given(**{name: value}))

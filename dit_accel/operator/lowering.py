@@ -28,7 +28,7 @@ from dit_accel.method.parts import (
 )
 from dit_accel.method.parts.content import Moments
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts
 from dit_accel.operator.lists import Lists
 
@@ -244,4 +244,4 @@ def lists(
             weight=weight, bias=bias if by_error else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
-    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))
+    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.long()))

@@ -209,7 +209,7 @@ def target() -> int:
     """The target of the next call: the CPU's best, or the one that the environment names, as long as the CPU has it."""
     name = os.environ.get(TARGET_VARIABLE, best_target())
     if name not in TARGETS or TARGETS.index(name) > TARGETS.index(best_target()):
-        raise ValueError(f"{TARGET_VARIABLE} is one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, got {name!r}")
+        raise ValueError(f"{TARGET_VARIABLE} must be one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, not {name!r}")
     return TARGETS.index(name)
 
 

@@ -149,7 +149,7 @@ class Static(Pattern):
 
     @abstractmethod
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
-        """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept.
+        """Masks `[Tq, Tk]`: blocks that may contain a kept pair (none is missed), and blocks all of whose pairs are kept.
 
         `grid`: that of the query blocks, which are all in one image.
         """
