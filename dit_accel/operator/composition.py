@@ -56,7 +56,7 @@ def _compiled(
         lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))
-    if lowering.fuses(spec, backend):
+    if lowering.fuses(spec):
         rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
         return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)

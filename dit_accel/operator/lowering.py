@@ -36,12 +36,12 @@ COMPILED = ("cpu", "triton")
 FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: one derived from them may compute something else
 
 
-def fuses(spec: AttentionSpec, implementation: str) -> bool:
+def fuses(spec: AttentionSpec) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
     rest = _finer(spec)
     if rest is not None and rest.opened is not None:
         score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
-        if implementation != "cpu" or (isinstance(score, ErrorProduct) and score.cap != rest.cap):
+        if isinstance(score, ErrorProduct) and score.cap != rest.cap:
             return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
@@ -61,15 +61,15 @@ def _finer(spec: AttentionSpec) -> Pooled | None:
     return spec.rest if type(spec.rest) is Pooled and not spec.rest.plain else None
 
 
-def _grouped_rest(spec: AttentionSpec, implementation: str) -> bool:
+def _grouped_rest(spec: AttentionSpec) -> bool:
     """Whether the kernels do a rest of blocks in groups."""
     rest = _finer(spec)
-    return rest is not None and rest.opened is not None and fuses(spec, implementation)
+    return rest is not None and rest.opened is not None and fuses(spec)
 
 
-def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
+def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
-    rest = () if fuses(spec, implementation) else (spec.rest, spec.merge)
+    rest = () if fuses(spec) else (spec.rest, spec.merge)
     found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
     return [part for part in found if part is not None]
 
@@ -151,7 +151,7 @@ def summaries(
 
     Of the key blocks; of a rest in groups, of the slots of level 0 (`groups.group_blocks`).
     """
-    rest, score = _finer(spec) if fuses(spec, implementation) else None, _score(spec)
+    rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
     by_error = isinstance(score, ErrorProduct) and selects(spec)
     if not (rest or by_error):
         return None
@@ -164,7 +164,7 @@ def summaries(
         score_cap=cap, log_count=bool(rest and rest.log_count), first_order=bool(rest and rest.order), places_q=g.places_q,
         places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
-    if _grouped_rest(spec, implementation):
+    if _grouped_rest(spec):
         arguments = arguments._replace(k_starts=plan.prepared["far_starts"].int(), places_k=plan.prepared["far_order"].int())
     return ops.summarize_blocks(arguments, implementation)
 
@@ -236,7 +236,7 @@ def lists(
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
         k_mean, bias = made.k_mean.detach(), made.score_bias.detach() / scale
-        if _grouped_rest(spec, implementation):  # they are of slots
+        if _grouped_rest(spec):  # they are of slots
             k_mean, bias = (x.index_select(2, plan.prepared["far_slot"]) for x in (k_mean, bias))
         by_error = isinstance(_score(spec), ErrorProduct)
         arguments = SelectionArguments(

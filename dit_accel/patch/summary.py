@@ -112,7 +112,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
     try:
         dtype = getattr(model, "dtype", parameter.dtype)
         backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)
-        parts = lowering.in_torch(spec, backend) if backend in lowering.COMPILED else []
+        parts = lowering.in_torch(spec) if backend in lowering.COMPILED else []
         named = " and ".join(type(part).__name__ for part in parts)
         return backend, why + (f", {named} in torch" if named else "") + guarded
     except BackendError as error:

@@ -215,7 +215,7 @@ def unit_lists(found: Listed) -> tuple[Tensor, Tensor]:
     """The units that each span sees, counted through all levels, ascending: `[BH, spans, n]`, and how many `[BH, spans]`; int32."""
     seen = torch.cat(found.units, -1)
     counts = seen.sum(-1, dtype=torch.int32)
-    most = max(1, int(counts.max()))
+    most = seen.shape[-1] if seen.is_cuda else max(1, int(counts.max()))  # nothing waits for a GPU
     return seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most].int(), counts
 
 
