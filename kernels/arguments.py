@@ -240,13 +240,14 @@ class Transport:
     """
 
     def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.choices = {d.name: d.mark.choices for d in declared(kind) if d.mark.choices}
-        self.flags = {d.name for d in declared(kind) if d.kind is bool}
+        self.kind: Any = kind
         self.optional = {d.name for d in declared(kind) if d.optional}
         self.tensors = tuple(d.name for d in declared(kind) if d.kind is Tensor)
-        self.reals = tuple(d.name for d in declared(kind) if d.kind is float)
-        self.numbers = tuple(d.name for d in declared(kind) if d.kind not in (Tensor, float))
+        # by place, because this runs at every call
+        places = list(enumerate(declared(kind)))
+        self._tensors = [place for place, d in places if d.kind is Tensor]
+        self._reals = [place for place, d in places if d.kind is float]
+        self._numbers = [(place, d) for place, d in places if d.kind not in (Tensor, float)]
 
     def schema(self, returns: str, *first: str) -> str:
         """The signature of an operator that takes the implementation's name, `first`, and then the arguments, as torch.library has it."""
@@ -255,24 +256,31 @@ class Transport:
 
     def pack(self, a: Any) -> list[Any]:
         """The arguments as the operator takes them. Raises ValueError at an unknown choice."""
-        numbers = [self._number(name, getattr(a, name)) for name in self.numbers]
-        return [*(getattr(a, name) for name in self.tensors), numbers, [getattr(a, name) for name in self.reals]]
-
-    def _number(self, name: str, value: Any) -> Any:
-        if name in self.choices:
-            if value not in self.choices[name]:
-                raise ValueError(f"{name} must be one of {self.choices[name]}, not {value!r}")
-            return self.choices[name].index(value)
-        return -1 if value is None else int(value) if name in self.flags else value
+        numbers = [_number(d, a[place]) for place, d in self._numbers]
+        return [*[a[place] for place in self._tensors], numbers, [a[place] for place in self._reals]]
 
     def unpack(self, *given: Any) -> Any:
         """The arguments again."""
         *tensors, numbers, reals = given
-        found = dict(zip(self.tensors, tensors, strict=True)) | dict(zip(self.reals, reals, strict=True))
-        for name, value in zip(self.numbers, numbers, strict=True):
-            absent = name in self.optional and value == -1
-            found[name] = self.choices[name][value] if name in self.choices else None if absent else value
-        return self.kind(**found | {name: bool(found[name]) for name in self.flags})
+        found: list[Any] = [None] * (len(tensors) + len(numbers) + len(reals))
+        for places, values in ((self._tensors, tensors), (self._reals, reals)):
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
+        for (place, d), value in zip(self._numbers, numbers, strict=True):
+            if d.mark.choices:
+                found[place] = d.mark.choices[value]
+            elif not (d.optional and value == -1):
+                found[place] = bool(value) if d.kind is bool else value
+        return self.kind._make(found)
+
+
+def _number(d: Declared, value: Any) -> Any:
+    """An argument among the numbers. Raises ValueError at an unknown choice."""
+    if d.mark.choices:
+        if value not in d.mark.choices:
+            raise ValueError(f"{d.name} must be one of {d.mark.choices}, not {value!r}")
+        return d.mark.choices.index(value)
+    return -1 if value is None else int(value) if d.kind is bool else value
 
 
 ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)

@@ -107,11 +107,10 @@ def _planned(
 def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:
     """The backend for this call."""
     query = tensors[0]
-    linear = lowering.has_states(spec)
-    gradient = _through_keys(spec, params, tensors)
     return dispatch.choose(
-        backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None
-    )[0]
+        backend, query.device, query.dtype, query.shape[-1], linear=lowering.has_states(spec),
+        gradient=lambda: _through_keys(spec, params, tensors), text_bias=text_bias is not None,
+    )[0]  # fmt: skip
 
 
 def _through_keys(spec: AttentionSpec, params: Values, tensors: tuple[Tensor, ...]) -> bool:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import sysconfig
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,20 @@ def pointer(x: Tensor | None) -> int | None:
 def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
-    return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True) if value is not None}
+    given = zip(_fields_made(kind), a, strict=True)
+    return {name: value if made is None else made(value) for (name, made), value in given if value is not None}
 
 
-def _field(d: Declared, value: Any) -> Any:
+@functools.cache
+def _fields_made(kind: type) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
+    """The name of each argument and how its field is made of it; None: the field is the argument."""
+    return tuple((d.name, _made(d)) for d in declared(kind))
+
+
+def _made(d: Declared) -> Callable[[Any], Any] | None:
     if d.kind is Tensor:
-        return rows(value) if d.mark.strided else value.data_ptr()
-    return d.mark.choices.index(value) if d.mark.choices else value
+        return rows if d.mark.strided else Tensor.data_ptr
+    return d.mark.choices.index if d.mark.choices else None
 
 
 FUNCTIONS: dict[str, type[Structure]] = {
