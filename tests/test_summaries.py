@@ -402,7 +402,7 @@ def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatc
     [
         ({"parts": 3}, "parts must be 1, 2 or 4"),
         ({"v": torch.zeros(1, 2, 3, 16)}, r"k and v \[B, H, Nk, D\]"),
-        ({"text": 1000}, "the text is a part of the tokens"),
+        ({"text": 1000}, "the text must be a part of the tokens"),
     ],
 )
 def test_summaries_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
