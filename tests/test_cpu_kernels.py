@@ -131,6 +131,22 @@ def test_one_large_bias_decides(spec: AttentionSpec, dtype: torch.dtype) -> None
     torch.testing.assert_close(exact[:, :, :20], qkv[2].double()[:, :, 13:14].expand(-1, -1, 20, -1))
 
 
+@every_target
+@every_dtype
+@pytest.mark.parametrize("steepness", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["fovea", "clear"])
+def test_maxima_that_rise_from_block_to_block(name: str, steepness: float, dtype: torch.dtype) -> None:
+    """Later keys are the longer ones: what was summed before is scaled down by little, by much, and to nothing."""
+    spec, shape = SPECS[name], Shape(1, 2, 64, (1, 16, 40), 3)
+    qkv = shape.inputs(dtype)
+    qkv[1] = qkv[1] * torch.linspace(0, steepness, shape.layout.tokens, dtype=dtype)[:, None]
+    exact, eager = (oracle(*qkv, spec, shape.layout, dtype=d) for d in (torch.float64, dtype))
+    with torch.no_grad():
+        got = run(qkv, spec, shape.layout)
+    assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
+    assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
+
+
 @every_spec
 def test_threads_change_no_bit(spec: AttentionSpec) -> None:
     shape, found, threads = Shape(1, 3, 24, (1, 19, 21), 7), [], torch.get_num_threads()
