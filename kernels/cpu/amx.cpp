@@ -2,7 +2,8 @@
 #include "common.h"
 #if WITH_AMX
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC warns of values that its own intrinsics leave undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC warns of values that its own intrinsics leave undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 #if defined(__clang__)

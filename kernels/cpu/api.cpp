@@ -57,9 +57,9 @@ static int run(void (*function)(const Argument&), const Argument* argument) {
 #define CHOOSE(function) (static_cast<void>(target), portable::function)
 #endif
 
+#if WITH_AMX
 // Whether the CPU has AMX and the system lets this process use it: asked once, as a process that has the permission keeps it.
 static bool amx_permitted() {
-#if WITH_AMX
     static const bool permitted = [] {
         const unsigned SAVED = 1u << 27, BF16 = 1u << 22, TILE = 1u << 24;  // OSXSAVE in ecx of leaf 1, the others in edx of leaf 7
         unsigned a, b, c, d;
@@ -72,10 +72,8 @@ static bool amx_permitted() {
         return (states & TILES) == TILES && syscall(SYS_arch_prctl, REQUEST, DATA) == 0;
     }();
     return permitted;
-#else
-    return false;
-#endif
 }
+#endif
 
 // The structs as the compiler laid them out, for Python to compare with its own; a null name ends each table.
 struct Field {
@@ -139,8 +137,12 @@ const Field* dit_accel_mixture_fields() { return MIXTURE; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return !__builtin_cpu_supports("avx512bf16") ? AVX512 : amx_permitted() ? AMX : AVX512_BF16;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if WITH_AMX
+        if (__builtin_cpu_supports("avx512bf16") && amx_permitted()) return AMX;
+#endif
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;
