@@ -160,12 +160,15 @@ class SummaryArguments(NamedTuple):
 
 
 class Summaries(NamedTuple):
-    """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope.
+    """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope, second,
+    spread.
 
     `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what
     `method.parts.ErrorProduct` adds to a block's logit. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
     `Arguments`. `slope` `[B, H, D of k, k blocks, D of v]`: how a block's value changes with the query; of no elements unless it is asked
-    for. `second` `[B, H, D]`: the mean of q². `part` `[B, H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
+    for. `second` `[B, H, D]`: the mean of q²; `metric` `[B, H, D, D]`: that of q qᵀ, of no elements with one part. `tokens`, `spread`,
+    `v_spread` `[B, H, P]`: each part's number of tokens, the variance of their logits, and the trace of that of their values. `part`
+    `[B, H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
     """
 
     q_mean: Tensor
@@ -176,6 +179,10 @@ class Summaries(NamedTuple):
     pooled_bias: Tensor
     slope: Tensor
     second: Tensor
+    metric: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
     part: Tensor
 
 
@@ -311,11 +318,16 @@ def new_summaries(a: SummaryArguments) -> Summaries:
     """Empty tensors for the results of `dit_accel::summarize_blocks`."""
     heads, d, q_blocks, k_blocks = a.k.shape[:2], a.k.shape[3], len(a.q_starts) - 1, len(a.k_starts) - 1
     pools = a.parts * k_blocks
-    sizes = [(q_blocks, d), (k_blocks, d), (k_blocks,), (pools, d), (pools, d), (pools,), (d, k_blocks, d), (d,)]
-    real = [a.k.new_empty((*heads, *size), dtype=torch.float32) for size in sizes]
-    if not a.first_order:
-        real[6] = a.k.new_empty(0, dtype=torch.float32)
-    return Summaries._make([*real, a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8)])
+    sizes = {
+        "q_mean": (q_blocks, d), "k_mean": (k_blocks, d), "score_bias": (k_blocks,), "pooled_k": (pools, d), "pooled_v": (pools, d),
+        "pooled_bias": (pools,), "slope": (d, k_blocks, d), "second": (d,), "metric": (d, d), "tokens": (pools,), "spread": (pools,),
+        "v_spread": (pools,),
+    }  # fmt: skip
+    absent = {"slope": not a.first_order, "metric": a.parts == 1}
+    real = {
+        name: a.k.new_empty(0 if absent.get(name) else (*heads, *size), dtype=torch.float32) for name, size in sizes.items()
+    }  # fmt: skip
+    return Summaries(**real, part=a.k.new_empty((*heads, k_blocks, a.k_width), dtype=torch.uint8))
 
 
 def check_summary(a: SummaryArguments) -> None:

@@ -132,7 +132,7 @@ def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
     return tuple(new_summaries(SUMMARY.unpack(*given)))
 
 
-GRADIENTS_OF_SUMMARIES = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope")
+GRADIENTS_OF_SUMMARIES = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope", "second", "spread")
 SAVED_SUMMARIES = ("pooled_k", "pooled_v", "second", "part")
 
 

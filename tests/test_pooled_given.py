@@ -87,7 +87,7 @@ def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None
         return out.roll(-a.text, 2), lse.roll(-a.text, 2)
     q, k, v = x["q"], x["k"], x["v"]
     blocks, text, tokens = len(plan.k_blocks.count), a.text, a.q.shape[2]
-    kept = Lists(a.lists, a.counts, a.full).kept(blocks)  # [H, Tq, Tk]
+    kept = Lists(a.lists, a.counts, a.full).kept(blocks).expand(HEADS, -1, -1)  # [H, Tq, Tk]
     block_of = torch.empty(tokens - text, dtype=torch.int64)
     for number, (index, valid) in enumerate(zip(plan.k_blocks.index, plan.k_blocks.valid, strict=True)):
         block_of[index[valid]] = number
@@ -152,11 +152,33 @@ def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, pa
         assert error <= 2 * allowed + 1e-6 * size, (name, float(error), float(allowed))
 
 
-RAGGED, VIDEO = (1, 6, 7), (2, 4, 5)
+RAGGED, VIDEO, SPANS = (1, 6, 7), (2, 4, 5), (1, 4, 18)  # the last of five query blocks, a short one, is a span of its own
 
 
 def without_slopes(made: tuple[Plan, Arguments]) -> tuple[Plan, Arguments]:
     return made[0], made[1]._replace(slopes=None)
+
+
+def shared(made: tuple[Plan, Arguments]) -> tuple[Plan, Arguments]:
+    """With the same blocks kept in all heads."""
+    own = {name: getattr(made[1], name)[0].contiguous() for name in ("lists", "counts", "full")}
+    return made[0], made[1]._replace(**own)
+
+
+def seen(*given: Any, slopes: bool = True, **more: Any) -> tuple[Plan, Arguments]:
+    """`problem` with lists of units; what no list names is 5, and past their counts the lists name what there is not."""
+    plan, a = problem(*given, **more)
+    a = on_lists(plan, a, given[3])
+    lists, counts, units = a.pool_lists, a.pool_counts, a.pooled_k.shape[2] // a.pool_parts  # type: ignore[union-attr]
+    read = torch.zeros(1, HEADS, units, dtype=torch.bool)
+    for head, span in itertools.product(range(HEADS), range(counts.shape[2])):  # type: ignore[union-attr]
+        read[0, head, lists[0, head, span, : counts[0, head, span]].long()] = True  # type: ignore[index]
+        lists[0, head, span, counts[0, head, span] :] = 1 << 28  # type: ignore[index]
+    gone = ~read.repeat_interleave(a.pool_parts, -1)
+    poison = {name: getattr(a, name).clone() for name in ("pooled_k", "pooled_v", "pooled_bias")}
+    for x in poison.values():
+        x[gone] = 5.0
+    return plan, a._replace(**poison, **({} if slopes else {"slopes": None}))
 
 
 TRITON_CASES = {
@@ -169,6 +191,12 @@ TRITON_CASES = {
     "no-slopes-float16": (without_slopes(problem(VIDEO, 0, 24, 2, torch.float16)), False),
     "float16": (problem(RAGGED, 5, 16, 2, torch.float16), False),
     "float16-head-72": (problem(RAGGED, 0, 72, 4, torch.float16), True),
+    "lists": (seen(SPANS, 5, 16, 4), False),
+    "lists-head-72-text-last": (seen(SPANS, 3, 72, 1, text_first=False), True),
+    "lists-no-slopes": (seen(SPANS, 0, 24, 2, slopes=False), False),
+    "lists-everything-kept": (seen(RAGGED, 2, 16, 2, all_kept=True), True),
+    "lists-float16": (seen(SPANS, 5, 40, 4, torch.float16), True),
+    "lists-of-all-heads": (shared(seen(SPANS, 2, 16, 2)), False),
 }
 
 
@@ -233,10 +261,11 @@ def gradients(a: Arguments, name: str) -> list[Tensor]:
 
 
 @either
+@pytest.mark.parametrize("made", [problem(VIDEO, 3, 24, 2), seen(SPANS, 3, 24, 2)], ids=["all", "lists"])
 @pytest.mark.usefixtures("poisoned")
-def test_no_uninitialised_memory_is_read_and_again_is_the_same_to_the_bit(name: str) -> None:
+def test_no_uninitialised_memory_is_read_and_again_is_the_same_to_the_bit(made: tuple[Plan, Arguments], name: str) -> None:
     assert torch.empty(1).isnan().all()
-    _, a = problem(VIDEO, 3, 24, 2)
+    _, a = made
     first, second = gradients(a, name), gradients(a, name)
     assert [i for i, x in enumerate(first) if not x.isfinite().all()] == []
     torch.testing.assert_close(first, second, rtol=0, atol=0)

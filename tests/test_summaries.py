@@ -32,8 +32,8 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler wh
 TARGETS = native.TARGETS[: native.TARGETS.index(native.best_target()) + 1] if native.library() else ()
 CPU = torch.device("cpu")
 CAP, SCORE_CAP = 0.7, 0.4  # some blocks are above, some below
-REAL = ("q_mean", "k_mean", "score_bias", "pooled_k", "pooled_v", "pooled_bias", "slope")
-GIVEN = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope")  # what has a gradient
+REAL = ("q_mean", "k_mean", "score_bias", "pooled_k", "pooled_v", "pooled_bias", "slope", "tokens", "spread", "v_spread")
+GIVEN = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope", "second", "spread")  # what has a gradient
 
 
 @pytest.fixture(params=TARGETS)
@@ -67,11 +67,13 @@ def arguments(shape: Shape, qkv: list[Tensor], parts: int, *, log_count: bool = 
 def formula(call: Call, part: Tensor, a: SummaryArguments, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The same by `method.parts`, from the kernel's own parts `[BH, T, width]`."""
     monkeypatch.setattr(content, "split_by_content", lambda call, parts: part.long())
-    pooled = content.pool_parts(call, a.parts, log_count=a.log_count, cap=a.cap, slope=a.first_order)
+    moments = content.moments_of(call, a.parts, slope=a.first_order)
+    pooled = moments.pooled(log_count=a.log_count, cap=a.cap)
     q_mean, k_mean = content.pool_blocks(call.q, call.q_blocks)[0], call.key_means(call.k)
     score = ErrorProduct(SCORE_CAP)(dataclasses.replace(call, q=call.q))
     bias = (score - content.pool_blocks(call.q, call.q_blocks)[0].double() @ k_mean.double().mT)[:, 0] * a.scale
     found = {"q_mean": q_mean, "k_mean": k_mean, "score_bias": bias.to(call.q.dtype), "pooled_k": pooled.key, "pooled_v": pooled.value}
+    found |= {name: getattr(moments, name).flatten(1) for name in ("tokens", "spread", "v_spread")} | {"second": call.q.square().mean(1)}
     return found | {"pooled_bias": pooled.bias} | ({} if pooled.slope is None else {"slope": pooled.slope.transpose(1, 2)})
 
 
@@ -122,8 +124,10 @@ def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch:
             nothing = exact[name] == -torch.inf
             assert torch.equal(mine == -torch.inf, nothing)
             assert_close_as_eager(*(x.masked_fill(nothing, 0) for x in (mine, exact[name], eager[name])), name)
-        second = call_of(shape, qkv, parts, torch.float64).q.square().mean(1).float()
-        torch.testing.assert_close(got.second.flatten(0, 1), second, rtol=1e-5, atol=1e-6)
+        q = call_of(shape, qkv, parts, torch.float64).q
+        torch.testing.assert_close(got.second.flatten(0, 1), q.square().mean(1).float(), rtol=1e-5, atol=1e-6)
+        if parts > 1:
+            torch.testing.assert_close(got.metric.flatten(0, 1), content.metric_of(q).float(), rtol=1e-5, atol=1e-5)
 
 
 @every_target
@@ -247,7 +251,7 @@ def test_the_threads_change_nothing() -> None:
     def everything() -> list[Tensor]:
         qkv = SHAPES["ragged"].inputs(grad=True)
         made = ops.summarize_blocks(arguments(SHAPES["ragged"], qkv, 4), "cpu")
-        loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in made[:-2])
+        loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in made if x.requires_grad)
         a, _ = mixture(SHAPES["ragged"], 4)
         leaves = [x.detach().requires_grad_() for x in a[:4]]
         out = ops.mix_slopes(of_leaves(a, leaves), "cpu")
@@ -303,7 +307,7 @@ for target in sys.argv[1:]:
             qkv = [at_the_end(torch.randn(1, 2, 44, d).to(dtype)).requires_grad_() for _ in range(3)]
             starts = at_the_end(torch.tensor([0, 8, 16, 24, 32, 40, 44]).int())
             made = ops.summarize_blocks(SummaryArguments(*qkv, starts, starts, 8, 8, 2, 0, 0, True, 0.3, 2.0, 2.0, True, True), "cpu")
-            with_gradients([made.q_mean, *made[3:7]], qkv)
+            with_gradients([made.q_mean, *made[3:8], made.spread], qkv)
             lists, counts = at_the_end(torch.zeros(2, 6, 2).int()), at_the_end(torch.ones(2, 6).int())
             leaves = [at_the_end(x.detach()).requires_grad_() for x in (made.q_mean, made.pooled_k, made.pooled_bias, made.slope)]
             with_gradients([ops.mix_slopes(MixtureArguments(*leaves, lists, counts, 0.3), "cpu")], leaves)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
+from dit_accel.method.parts import content
 from dit_accel.operator.lists import Lists
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,9 @@ def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch:
         assert torch.equal(mine == -torch.inf, nothing)
         assert_close_as_eager(*(x.masked_fill(nothing, 0) for x in (mine, exact[name], eager[name])), name)
     torch.testing.assert_close(got.second.flatten(0, 1), call.q.square().mean(1).float(), rtol=1e-5, atol=1e-6)
+    if parts > 1:
+        exact["metric"], eager["metric"] = content.metric_of(call.q), content.metric_of(call.q.to(dtype))
+        assert_close_as_eager(got.metric.flatten(0, 1), exact["metric"], eager["metric"], "metric")
 
 
 @every_shape

@@ -114,8 +114,8 @@ static const Field SUMMARY[] = {
     FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(q), FIELD(k), FIELD(v), FIELD(q_starts), FIELD(k_starts),
     FIELD(q_width), FIELD(k_width), FIELD(parts), FIELD(text), FIELD(text_q), FIELD(text_first), FIELD(scale), FIELD(cap), FIELD(score_cap),
     FIELD(log_count), FIELD(first_order), FIELD(places_q), FIELD(places_k), FIELD(q_mean), FIELD(k_mean), FIELD(score_bias), FIELD(pooled_k),
-    FIELD(pooled_v), FIELD(pooled_bias), FIELD(slope), FIELD(second), FIELD(part), FIELD(threads), FIELD(dq_mean), FIELD(dpooled_k),
-    FIELD(dpooled_v), FIELD(dpooled_bias), FIELD(dslope), FIELD(dq), FIELD(dk), FIELD(dv), END,
+    FIELD(pooled_v), FIELD(pooled_bias), FIELD(slope), FIELD(second), FIELD(metric), FIELD(tokens), FIELD(spread), FIELD(v_spread), FIELD(part), FIELD(threads),
+    FIELD(dq_mean), FIELD(dpooled_k), FIELD(dpooled_v), FIELD(dpooled_bias), FIELD(dslope), FIELD(dsecond), FIELD(dspread), FIELD(dq), FIELD(dk), FIELD(dv), END,
 };
 #undef STRUCT
 

@@ -75,9 +75,9 @@ class Summary(Structure):
     _fields_ = [
         *_fields(c_int64, "batch heads channels q_blocks k_blocks"),
         *declared_fields(SummaryArguments),
-        *_fields(c_void_p, "q_mean k_mean score_bias pooled_k pooled_v pooled_bias slope second part"),
+        *_fields(c_void_p, "q_mean k_mean score_bias pooled_k pooled_v pooled_bias slope second metric tokens spread v_spread part"),
         ("threads", c_int64),
-        *_fields(c_void_p, "dq_mean dpooled_k dpooled_v dpooled_bias dslope"),
+        *_fields(c_void_p, "dq_mean dpooled_k dpooled_v dpooled_bias dslope dsecond dspread"),
         *_fields(Rows, "dq dk dv"),
     ]
 

@@ -91,11 +91,13 @@ struct Summary {
     float *q_mean, *k_mean, *score_bias;             // [B, H, q_blocks, D], [B, H, k_blocks, D], [B, H, k_blocks]
     float *pooled_k, *pooled_v, *pooled_bias;        // [B, H, k_blocks · parts, D], [B, H, k_blocks · parts]
     float *slope, *second;                           // [B, H, D of k, k_blocks, D of v], null where it is not asked for; [B, H, D]
+    float* metric;                                   // [B, H, D, D], null with one part
+    float *tokens, *spread, *v_spread;                // [B, H, k_blocks · parts]
     uint8_t* part;                                   // [B, H, k_blocks, k_width]
     int64_t threads;
     // backward only
-    const float *dq_mean, *dpooled_k, *dpooled_v, *dpooled_bias, *dslope;  // null where nothing depends on them
-    Rows dq, dk, dv;                                                       // in the shapes of q, k and v; the image's rows alone are written
+    const float *dq_mean, *dpooled_k, *dpooled_v, *dpooled_bias, *dslope, *dsecond, *dspread;  // null where nothing depends on them
+    Rows dq, dk, dv;  // in the shapes of q, k and v; the image's rows alone are written
 };
 
 struct Mixture {

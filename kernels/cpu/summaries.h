@@ -93,6 +93,12 @@ static inline void weighted_rows(float* out, const float* weight, const float* r
     weighted<false>(out, weight, rows, ld, n, columns);
 }
 
+static inline float vector_sum(const float* a, int64_t columns) {
+    V sum{};
+    for (int64_t c = 0; c < columns; c += LANES) sum += load(a + c);
+    return horizontal_sum(sum);
+}
+
 static inline float vector_dot(const float* a, const float* b, int64_t columns) {
     V sum{};
     for (int64_t c = 0; c < columns; c += LANES) sum += load(a + c) * load(b + c);
@@ -200,6 +206,7 @@ struct Summaries {
     void finish_queries(int64_t bh) {
         for (int64_t r = 0; r < rows(); r++)
             for (int64_t c = 0; c < r; c++) metric[r * padded + c] = metric[c * padded + r];
+        for (int64_t r = 0; r < d && s.parts > 1; r++) __builtin_memcpy(s.metric + (bh * d + r) * d, metric + r * padded, d * 4);
         for (int64_t c = 0; c < d; c++) second[c] = s.second[bh * d + c] = metric[s.parts > 1 ? c * padded + c : c];
     }
 
@@ -269,6 +276,7 @@ struct Summaries {
         __builtin_memset(s.k_mean + block * d, 0, d * 4);
         __builtin_memset(s.pooled_k + pool * d, 0, s.parts * d * 4), __builtin_memset(s.pooled_v + pool * d, 0, s.parts * d * 4);
         std::fill_n(s.pooled_bias + pool, s.parts, -INFINITY);
+        for (float* each : {s.tokens, s.spread, s.v_spread}) std::fill_n(each + pool, s.parts, 0.f);
         s.score_bias[block] = -INFINITY;
         for (int64_t c = 0; c < d && s.first_order; c++) __builtin_memset(s.slope + ((bh * d + c) * s.k_blocks + j) * d, 0, d * 4);
     }
@@ -297,15 +305,18 @@ struct Summaries {
         float weight[MOST_PARTS];
         for (int64_t p = 0; p < s.parts; p++) {
             float sigma2 = spread(work.squares + p * padded, tokens[p]);
+            s.tokens[pool + p] = float(tokens[p]), s.spread[pool + p] = sigma2;
             s.pooled_bias[pool + p] = std::min(sigma2 / 2, s.cap) + (s.log_count ? std::log(float(tokens[p])) : tokens[p] ? 0.f : -INFINITY);
             weight[p] = 1.f / (1.f + sigma2) / float(n);
         }
         whole(work.moved, work.direction, work, work.k_mean, tokens, n);
         __builtin_memcpy(s.k_mean + block * d, work.direction, d * 4);
-        float sigma2 = spread(work.moved, n), flat = 0;
+        float sigma2 = spread(work.moved, n);
         centre(work, work.values, values, work.v_mean, n);
+        for (int64_t p = 0; p < s.parts; p++)
+            s.v_spread[pool + p] = vector_sum(work.squares + p * padded, padded) / float(std::max<int64_t>(tokens[p], 1));
         whole(work.moved, work.direction, work, work.v_mean, tokens, n);
-        for (int64_t c = 0; c < d; c++) flat += work.moved[c];
+        float flat = vector_sum(work.moved, padded);
         s.score_bias[block] = std::log(float(n)) + std::min(sigma2 / 2, s.score_cap) + std::log(std::max(sigma2, tiny)) + std::log(std::max(flat / float(n), tiny)) / 2;
         if (!s.first_order) return;
         for (int64_t i = 0; i < n; i++)

@@ -15,8 +15,11 @@ from dit_accel.kernels.triton.primitives import (
     listed_queries,
     placed,
     pooled_logits,
+    pools_of_step,
+    pools_seen,
     put,
     scaled_squares,
+    span_of,
     tile,
     unkept,
     vector,
@@ -78,10 +81,10 @@ def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate
     return dq
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, tilt, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
-    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
+    image_start_k, text, text_start, extra_keys, width, length_q, length_k, mask_size, units, pool_width, C: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, H, Nq, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
 
@@ -129,20 +132,19 @@ def gradient_rows(
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         second = tl.zeros([C.BQ, C.DP], tl.float32)
-        pools = k_blocks * C.PARTS
-        first = bh * pools
+        first = bh * units * C.PARTS
         at_head = first * C.D
         share = tl.zeros([C.BQ], tl.float32)
         if tilt.delta is not None:
             mine = tl.load(tilt.delta + at_row, mask=q_valid, other=0.0)
-        bits = pooled.bits + at_list * words_of(k_blocks)
+        of_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
-            j = at + tl.arange(0, C.BK)
+            j, valid = pools_of_step(of_units, at, pools, C)
             x, mean, half, term = pooled_logits(
-                queries, squares, pooled, first, at_head, bits, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
+                queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
             )
-            value = tile(pooled.v_mean + at_head, j, C.D, j < pools, C)
+            value = tile(pooled.v_mean + at_head, j, C.D, valid, C)
             weights = tl.exp2(x - lse2[:, None])
             if tilt.share is not None and C.DP > 128:  # before the product where it spills after it, and after it where it spills before
                 share += tl.sum(weights, 1)
@@ -157,7 +159,7 @@ def gradient_rows(
         if tilt.share is not None:
             again = placed(lists.q_places, q_token, q_valid, True) + image_start_q
             tl.store(tilt.share + bh * tokens_q + again, share, mask=q_valid)
-            slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
+            slope = pooled.slopes + span_of(block, bh, tl.num_programs(0) // C.SUB_Q, C) * C.D * C.D
             grad = wide_dot(grad, head(pull.dout, bh, heads), again, pull.dout.n, q_valid, share, slope, True, 1, C)
     grad *= logits.scale
     q_place = placed(lists.q_places, q_token, q_valid, True)
@@ -325,18 +327,19 @@ def gradient_shared_keys(q, k, v, pull, grads, logits, heads, tokens_q, tokens_k
     put(grads.v + place, at, C.D, valid, grad_v, C)
 
 
-@kernel("D DP BQ BK SUB_Q OWN PARTS COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK SUB_Q OWN PARTS SPAN COUNT VARIANCE STAGES PRECISION")
 def gradient_pooled(
-    q, pull, pooled, grads, lists, learned, logits, heads, tokens_q, image_start_q, q_blocks, k_blocks, C: tl.constexpr
+    q, pull, pooled, grads, transposed, lists, learned, logits, heads, tokens_q, image_start_q, q_blocks, entries, units, C: tl.constexpr
 ):  # fmt: skip
     """Gradients of a tile of pooled keys, values and half variances or biases, and of the offset.
 
+    `transposed`: where query blocks see units of lists, the spans of them that see some unit of a tile (`launch_backward.spans_by_tile`).
     Grid: (tiles of pooled keys, batch · heads).
     """
     bh = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
-    inside = j < k_blocks * C.PARTS
-    first = bh * k_blocks * C.PARTS
+    inside = j < units * C.PARTS
+    first = bh * units * C.PARTS
     at_head = first * C.D
     mean, value = tile(pooled.k_mean + at_head, j, C.D, inside, C), tile(pooled.v_mean + at_head, j, C.D, inside, C)
     factor = logits.scale * LOG2E
@@ -358,10 +361,22 @@ def gradient_pooled(
     q_base = head(q, bh, heads) + image_start_q.to(tl.int64) * q.n
     g_base = head(pull.dout, bh, heads) + image_start_q.to(tl.int64) * pull.dout.n
     row = bh * tokens_q + image_start_q
-    for n in tl.range(0, q_blocks * C.SUB_Q, num_stages=C.STAGES):
+    begin, end = 0, q_blocks
+    spans = None
+    if transposed is not None:
+        spans = transposed.entries + bh * entries
+        indptr = transposed.indptr + bh * (2 * tl.num_programs(0) + 1) + 2 * tl.program_id(0)
+        begin, end = tl.load(indptr) * C.SPAN, tl.load(indptr + 2) * C.SPAN
+    for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
         i = n // C.SUB_Q
+        stop = i + 1
+        row_of_bits = listed_at(i, bh, q_blocks, C)
+        if spans is not None:  # the last span may be short: past its end are no tokens
+            i = tl.minimum(tl.load(spans + i // C.SPAN) * C.SPAN + i % C.SPAN, q_blocks)
+            stop = tl.minimum(i + 1, q_blocks)
+            row_of_bits = bh * q_blocks + tl.minimum(i, q_blocks - 1)
         token = tl.load(lists.q_starts + i) + (n % C.SUB_Q) * C.BQ + tl.arange(0, C.BQ)
-        valid = token < tl.load(lists.q_starts + i + 1)
+        valid = token < tl.load(lists.q_starts + stop)
         place = placed(lists.q_places, token, valid)
         queries, dout = tile(q_base, place, q.n, valid, C), tile(g_base, place, pull.dout.n, valid, C)
         lse2 = tl.load(pull.lse + row + place, mask=valid, other=0.0) * LOG2E
@@ -371,8 +386,7 @@ def gradient_pooled(
             squares = scaled_squares(queries, logits.scale)
             term = tl.dot(half, tl.trans(squares), input_precision=C.PRECISION)
             x += tl.minimum(term, logits.cap) * LOG2E
-        bits = pooled.bits + listed_at(i, bh, q_blocks, C) * words_of(k_blocks)
-        free = unkept(bits, j // C.PARTS, inside)[:, None] & valid[None, :]
+        free = unkept(pooled.bits + row_of_bits * words_of(units), j // C.PARTS, inside)[:, None] & valid[None, :]
         weights = tl.where(free, tl.exp2(x - lse2[None, :]), 0.0)
         ds = weights * (tl.dot(value, tl.trans(dout), input_precision=C.PRECISION) - mine[None, :])
         grad_v = tl.dot(weights.to(dout.dtype), dout, grad_v, input_precision=C.PRECISION)

@@ -126,17 +126,43 @@ def choose_blocks(scores, weight, bias, chosen, rows, blocks, top, W: tl.constex
     tl.store(chosen + row * top + place, j, mask=taken > 0)
 
 
+@triton.jit
+def bits_of(entries, count, slots, word, N: tl.constexpr):
+    """The first `count` entries of a list, or their `slots`, as bits of the words `[W]`."""
+    found = tl.zeros(word.shape, tl.int32)
+    for at in range(0, count, N):
+        n = at + tl.arange(0, N)
+        j = tl.load(entries + n, mask=n < count, other=0)
+        if slots is not None:
+            j = tl.load(slots + j, mask=n < count, other=0)
+        mine = (j[None, :] // 32 == word[:, None]) & (n < count)[None, :]
+        # a block is on a list once, so that a sum of bits is their union
+        found += tl.sum(tl.where(mine, 1 << (j % 32)[None, :], 0), 1)
+    return found
+
+
 @triton.jit(do_not_specialize=SIZES)
 def list_bits(lists, counts, bits, width, words, W: tl.constexpr, N: tl.constexpr):
     """Lists `[rows, width]` as bits `[rows, words]` of int32. Grid: (rows, tiles of W words)."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * W + tl.arange(0, W)
-    count = tl.load(counts + row)
-    found = tl.zeros([W], tl.int32)
-    for at in range(0, count, N):
-        n = at + tl.arange(0, N)
-        j = tl.load(lists + row * width + n, mask=n < count, other=0)
-        mine = (j[None, :] // 32 == word[:, None]) & (n < count)[None, :]
-        # a block is on a list once, so that a sum of bits is their union
-        found += tl.sum(tl.where(mine, 1 << (j % 32)[None, :], 0), 1)
+    found = bits_of(lists + row * width, tl.load(counts + row), None, word, N)
     tl.store(bits + row * words + word, found, mask=word < words)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def hidden_bits(
+    lists, counts, slots, pool_lists, pool_counts, bits, width, pool_width, words, q_blocks, OWN: tl.constexpr, SPAN: tl.constexpr,
+    W: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The units that a query block does not see, as bits `[BH, Tq, words]` of int32: those that are not on the list of its span, and those
+    of the key blocks on its own list. Grid: (batch · heads · Tq, tiles of W words).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    block = row % q_blocks
+    word = tl.program_id(1) * W + tl.arange(0, W)
+    mine = row if OWN else block
+    kept = bits_of(lists + mine * width, tl.load(counts + mine), slots, word, N)
+    span = row // q_blocks * tl.cdiv(q_blocks, SPAN) + block // SPAN
+    seen = bits_of(pool_lists + span * pool_width, tl.load(pool_counts + span), None, word, N)
+    tl.store(bits + row * words + word, kept | ~seen, mask=word < words)

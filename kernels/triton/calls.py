@@ -191,6 +191,4 @@ def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
 def _dense(a: Arguments) -> Arguments:
     """With channels contiguous. Raises ValueError at arguments that do not fit each other."""
     check(a)
-    if a.pool_lists is not None:
-        raise ValueError("lists of pooled keys are not supported by the Triton kernels: compute the rest in torch")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))

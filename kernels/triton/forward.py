@@ -13,13 +13,15 @@ from dit_accel.kernels.triton.primitives import (
     listed_keys,
     placed,
     pooled_logits,
+    pools_of_step,
+    pools_seen,
     put,
     scaled_squares,
+    span_of,
     split_dot,
     tile,
     vector,
     wide_dot,
-    words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
@@ -76,10 +78,12 @@ def linear_visit(sums, mass, phi, keys, row, begin, end, lists, C):
     return sums, mass
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION")
+@kernel(
+    "D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION"
+)
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
-    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, C: tl.constexpr,
+    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, units, pool_width, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
@@ -130,19 +134,18 @@ def attend_rows(
         acc, top, mass = sweep(acc, top, mass, queries, further, None, 0, extra_keys, factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
-        pools = k_blocks * C.PARTS
-        first = bh * pools
+        first = bh * units * C.PARTS
         at_head = first * C.D
         exact_top = top
         exact_mass = mass
-        mine = pooled.bits + at_list * words_of(k_blocks)
+        of_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
-            j = at + tl.arange(0, C.BK)
+            j, valid = pools_of_step(of_units, at, pools, C)
             x, _, _, _ = pooled_logits(
-                queries, squares, pooled, first, at_head, mine, lists.k_starts, k_blocks, j, factor, shift, logits.cap, C
-            )  # fmt: skip
-            acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, j < pools, C), C)
+                queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
+            )
+            acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, valid, C), C)
     if C.LINEAR:
         # read again, and said to be another read: held through the loops, the features would cost registers
         mapped = feature(tile(head(q, bh, heads), q_row, q.n, q_valid, C, True), C).to(queries.dtype)
@@ -160,7 +163,7 @@ def attend_rows(
     result = acc / mass[:, None]
     if C.POOLED and pooled.slopes is not None:
         share = 1.0 - exact_mass * tl.exp2(exact_top - top) / mass
-        slope = pooled.slopes + (bh * (tl.num_programs(0) // C.SUB_Q) + block) * C.D * C.D
+        slope = pooled.slopes + span_of(block, bh, tl.num_programs(0) // C.SUB_Q, C) * C.D * C.D
         tilt = tl.zeros([C.BQ, C.DP], tl.float32)
         tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, 1, C)
         result += tilt * (share * logits.scale)[:, None]

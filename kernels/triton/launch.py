@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.arguments import FEATURES, Arguments, SelectionArguments, text_queries
+from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, SelectionArguments, text_queries
 from dit_accel.kernels.triton import block_means, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import Machine, Tile
@@ -143,13 +143,16 @@ class Call:
         self.q_blocks, self.k_blocks = len(a.q_starts) - 1, len(a.k_starts) - 1
         self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
         self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
-        self.parts = 1 if a.pooled_k is None else a.pooled_k.shape[2] // self.k_blocks  # pooled keys of a block
+        pools = self.k_blocks if a.pooled_k is None else a.pooled_k.shape[2]
+        self.parts = pools // self.k_blocks if a.pool_lists is None else a.pool_parts  # pooled keys of a unit
+        self.units = pools // self.parts  # what is pooled: the key blocks, or what lists name
+        self.span = 1 if a.pool_lists is None else SPAN  # query blocks that see the same
         # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
         left = self.linear and not a.linear_all and 2 * a.lists.shape[-1] > self.k_blocks
         self.flags: Flags = {
             "COUNT": a.log_count, "VARIANCE": a.variance, "MAP": FEATURES.index(a.feature_map), "ALL": a.linear_all, "LEFT": left,
-            "POOLED": self.pooled, "PARTS": self.parts, "LINEAR": self.linear, "RESIDUAL": self.residual, "EXTRA": a.extra_k is not None,
-            "WINDOWS": 0 if a.windows is None else len(a.windows), "OWN": a.lists.ndim == 3,
+            "POOLED": self.pooled, "PARTS": self.parts, "SPAN": self.span, "LINEAR": self.linear, "RESIDUAL": self.residual,
+            "EXTRA": a.extra_k is not None, "WINDOWS": 0 if a.windows is None else len(a.windows), "OWN": a.lists.ndim == 3,
             "PARTIAL": a.windows is not None or a.masks is not None, "WORDS": mask_words(a.masks)[0],
         }  # fmt: skip
         index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
@@ -177,7 +180,7 @@ class Call:
             "text_start": self.text_start, "text_start_q": self.text_start_q, "q_blocks": self.q_blocks, "k_blocks": self.k_blocks,
             "extra_keys": 0 if a.extra_k is None else a.extra_k.shape[2], "width": self.lists.blocks.shape[-1],
             "length_q": 0 if a.windows is None else a.windows.shape[-1], "length_k": a.coords.shape[-1],
-            "mask_size": mask_words(a.masks)[1],
+            "mask_size": mask_words(a.masks)[1], "units": self.units, "pool_width": 0 if a.pool_lists is None else a.pool_lists.shape[-1],
         }  # fmt: skip
 
     def place(self, kernel: str) -> Place:
@@ -219,20 +222,26 @@ class Call:
         """Means and half variances of the key blocks, or the pooled keys that are given, in the input's type, and the lists as bits."""
         a, kind = self.a, self.a.q.dtype
         if a.pooled_k is not None and a.pooled_v is not None:
-            pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), bias=a.pooled_bias, slopes=a.slopes)
+            pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), None, None, a.pooled_bias, a.slopes, a.pool_lists, a.pool_counts)
         else:
             pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
             self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
-        return Rests(pooled=pooled._replace(bits=self._list_bits()))
+        return Rests(pooled=pooled._replace(bits=self._hidden_bits()))
 
-    def _list_bits(self) -> Tensor:
-        """The lists as bits `[BH or 1, Tq, words]`."""
-        a = self.a
-        lists, words = a.lists, cdiv(self.k_blocks, 32)
-        bits = a.q.new_empty((*lists.shape[:-1], words), dtype=torch.int32)
-        rows, tile = a.counts.numel(), min(32, max(1, 1 << (words - 1).bit_length()))
-        arguments = {"lists": lists, "counts": a.counts, "bits": bits, "width": lists.shape[-1], "words": words, "W": tile, "N": 32}
-        self.run(Launch(block_means.list_bits, (rows, cdiv(words, tile)), arguments, 1))
+    def _hidden_bits(self) -> Tensor:
+        """The units that a query block does not see, as bits `[BH or 1, Tq, words]`."""
+        a, words = self.a, cdiv(self.units, 32)
+        tile = min(32, max(1, 1 << (words - 1).bit_length()))
+        arguments = {"lists": a.lists, "counts": a.counts, "width": a.lists.shape[-1], "words": words, "W": tile, "N": 32}
+        kernel, shape = block_means.list_bits, a.counts.shape
+        if a.pool_lists is not None:
+            kernel, shape = block_means.hidden_bits, torch.Size((self.bh, self.q_blocks))
+            arguments |= {
+                "slots": a.pool_slots, "pool_lists": a.pool_lists, "pool_counts": a.pool_counts, "pool_width": a.pool_lists.shape[-1],
+                "q_blocks": self.q_blocks, "OWN": self.flags["OWN"], "SPAN": self.span,
+            }  # fmt: skip
+        bits = a.q.new_empty((*shape, words), dtype=torch.int32)
+        self.run(Launch(kernel, (shape.numel(), cdiv(words, tile)), arguments | {"bits": bits}, 1))
         return bits
 
     def linear_rest(self) -> Rests:

@@ -155,7 +155,7 @@ def _given(call: Call, pull: Pull, tilt: Tilt, pooled: PooledGradients) -> Given
     dslopes = None
     if a.slopes is not None:
         dslopes = torch.empty_like(a.slopes)
-        programs = call.q_blocks * cdiv(call.channels, call.tile("slopes").keys)
+        programs = cdiv(call.q_blocks, call.span) * cdiv(call.channels, call.tile("slopes").keys)
         call.start(
             backward_slopes.gradient_slopes, "slopes", (programs, call.bh), q=rows_of(a.q), pull=pull, tilt=tilt, dslopes=dslopes,
             lists=call.lists, logits=call.unbiased,
@@ -166,15 +166,19 @@ def _given(call: Call, pull: Pull, tilt: Tilt, pooled: PooledGradients) -> Given
 
 def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGradients, Tensor | None]:
     """The gradients by block, and that of the offset `[H]`."""
-    a, pools = call.a, call.k_blocks * call.parts
+    a, pools = call.a, call.units * call.parts
     tiles = cdiv(pools, call.tile("pooled").keys)
     parts = None if a.offset is None else call.empty(call.bh, tiles)
     k_mean, v_mean, k_half = (call.empty(call.bh, pools, call.channels) for _ in range(3))
     grads = PooledGradients(k_mean, v_mean, k_half, parts, None if a.pooled_bias is None else call.empty(call.bh, pools))
     of_pooled = pull if tilt.delta is None else pull._replace(delta=tilt.delta)
+    transposed, entries = None, 0
+    if a.pool_lists is not None and a.pool_counts is not None:
+        transposed = spans_by_tile(a.pool_lists, a.pool_counts, call.tile("pooled").keys // call.parts, tiles)
+        entries = transposed.entries.shape[-1]
     call.start(
         backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=of_pooled, pooled=rests.pooled, grads=grads,
-        lists=call.lists, learned=call.learned, logits=call.unbiased,
+        transposed=transposed, entries=entries, lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
     return grads, None if parts is None else parts.view(call.batch, call.heads, -1).sum((0, 2))
 
@@ -214,6 +218,17 @@ def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int, mask_o
     if mask_of is not None:
         mask_of = mask_of.reshape(key.shape).gather(1, position)
     return Transposed((position // lists.shape[-1]).to(torch.int32), indptr.to(torch.int32), mask_of)
+
+
+def spans_by_tile(lists: Tensor, counts: Tensor, units: int, tiles: int) -> Transposed:
+    """Lists of units `[B, H, spans, n]`, the first `counts` of them, by tiles of `units` of them in a row: as `columns` has it, the spans
+    that see some unit of a tile, each once."""
+    place = torch.arange(lists.shape[-1], device=lists.device)
+    tile = torch.where(place < counts[..., None], lists // units, tiles).flatten(0, 1).sort(-1).values
+    again = torch.cat([torch.zeros_like(tile[..., :1], dtype=torch.bool), tile[..., 1:] == tile[..., :-1]], -1)
+    tile = tile.masked_fill(again, tiles).sort(-1).values[..., :tiles]
+    seen = (tile < tiles).sum(-1)
+    return columns(tile, seen, seen, tiles)
 
 
 def _dense_gradient(call: Call, pull: Pull, dq: Tensor) -> None:

@@ -32,14 +32,18 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     }  # fmt: skip
     arguments = {
         "k": rows_of(a.k), "v": rows_of(a.v), "metric": metric, "second": second, "starts": a.k_starts, "places": a.places_k,
-        "found": Parts(found.k_mean, found.score_bias, found.pooled_k, found.pooled_v, found.pooled_bias, found.slope, found.part),
+        "found": Parts(
+            found.k_mean, found.score_bias, found.pooled_k, found.pooled_v, found.pooled_bias, found.slope, found.tokens, found.spread,
+            found.v_spread, found.part,
+        ),
         "scale": a.scale, "cap": a.cap, "score_cap": a.score_cap, "heads": a.k.shape[1], "image_start_k": k_start,
         "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width, "C": constants_of(block_parts.summarise_parts, constants),
     }  # fmt: skip
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
     numbers = width * padded  # of a tile, of which a program holds several
     run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
-    return found._replace(q_mean=q_mean.view(found.q_mean.shape), second=second.view(found.second.shape))
+    of_queries = {"q_mean": q_mean, "second": second} | ({"metric": metric} if a.parts > 1 else {})
+    return found._replace(**{name: x.view(getattr(found, name).shape) for name, x in of_queries.items()})
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
@@ -93,6 +97,8 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
     dspread = torch.zeros_like(spread)
     if "pooled_bias" in given:
         dspread = given["pooled_bias"].unflatten(1, (-1, a.parts)) * 0.5 * (spread / 2 < a.cap)
+    if "spread" in given:
+        dspread = dspread + given["spread"].unflatten(1, (-1, a.parts))
     dk, dv = (share.mT @ given[name].unflatten(1, (-1, a.parts)) if name in given else torch.zeros_like(keys)
               for name in ("pooled_k", "pooled_v"))  # fmt: skip
     if "slope" in given:
@@ -104,7 +110,7 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
         dk, dv = dk + weight * of_key, dv + weight * (k_off @ dslope)
         dspread = dspread - damp.square() * (member @ ((k_off * of_key).sum(-1, keepdim=True) * inverse))[..., 0]
     dk = dk + 2 * k_off * (share.mT @ (a.scale**2 * second[:, None, None] * dspread[..., None]))
-    dsecond = a.scale**2 * (variance * dspread[..., None]).sum((1, 2))
+    dsecond = a.scale**2 * (variance * dspread[..., None]).sum((1, 2)) + given.get("second", 0)
     dq = 2 / q.shape[2] * q.flatten(0, 1).float() * dsecond[:, None]
     if "q_mean" in given:
         q_places, q_counts = _places(a.q_starts, a.q_width, a.places_q)

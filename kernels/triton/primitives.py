@@ -34,7 +34,7 @@ def placed(places, token, valid, AGAIN: tl.constexpr = False):
 
 @triton.jit
 def words_of(k_blocks):
-    """32-bit words that hold a bit for each key block."""
+    """32-bit words that hold a bit for each key block (unit)."""
     return (k_blocks + 31) // 32
 
 
@@ -236,18 +236,44 @@ def feature_gradient(x, phi, dphi, C):
 
 @triton.jit
 def unkept(bits, j, j_valid):
-    """Which of the key blocks `j` are not on a query block's list, from its row of bits."""
+    """Which of the key blocks (units) `j` are not hidden from a query block, from its row of bits."""
     word = tl.load(bits + j // 32, mask=j_valid, other=0)
     return j_valid & (((word >> (j % 32)) & 1) == 0)
 
 
 @triton.jit
-def pooled_logits(q, squares, pooled, first, at, bits, starts, blocks, j, factor, offset, cap, C):
-    """Logits `[R, J]` of the pooled keys `j` of blocks that are not kept (else -inf), the keys, and the uncapped variance terms.
+def span_of(block, bh, q_blocks, C):
+    """Which of all spans of SPAN query blocks is that of a query block: such a span has one list of units, and one matrix of slopes."""
+    return bh * tl.cdiv(q_blocks, C.SPAN) + block // C.SPAN
+
+
+@triton.jit
+def pools_seen(pooled, block, bh, q_blocks, units, pool_width, C):
+    """The list of units (None: all of them) and the number of pooled keys that a query block has to go through, and the row of the bits
+    that hide some of them."""
+    listed, count, row = pooled.lists, units, listed_at(block, bh, q_blocks, C)
+    if pooled.lists is not None:
+        span = span_of(block, bh, q_blocks, C)
+        listed, count, row = listed + span * pool_width, tl.load(pooled.counts + span), bh * q_blocks + block
+    return listed, count * C.PARTS, pooled.bits + row * words_of(units)
+
+
+@triton.jit
+def pools_of_step(listed, at, end, C):
+    """The numbers of the pooled keys from place `at` of a list of units on, and which of them there are."""
+    j = at + tl.arange(0, C.BK)
+    valid = j < end
+    if listed is not None:
+        j = tl.load(listed + j // C.PARTS, mask=valid, other=0) * C.PARTS + j % C.PARTS
+    return j, valid
+
+
+@triton.jit
+def pooled_logits(q, squares, pooled, first, at, bits, starts, j, valid, factor, offset, cap, C):
+    """Logits `[R, J]` of the pooled keys `j` of units that are not hidden (else -inf), the keys, and the uncapped variance terms.
 
     `squares`: the scaled queries squared; `first`: the head's first pooled key, which begins at `at`. In units of log2, but for that term.
     """
-    valid = j < blocks * C.PARTS
     mean = tile(pooled.k_mean + at, j, C.D, valid, C)
     logits = tl.dot(q, tl.trans(mean), input_precision=C.PRECISION) * factor
     if C.COUNT:

@@ -111,6 +111,8 @@ class Pooled(NamedTuple):
     """Means and half variances `[BH, Tk · PARTS, D]` of the key blocks, and the lists as bits `[BH or 1, Tq, words]`.
 
     Where pooled keys are given: what joins their logits `[BH, Tk · PARTS]`, and the query blocks' matrices `[BH, Tq, D, D]`, both float32.
+    Where they are those of units on lists, `[BH, units · PARTS, D]`: the units of each span of query blocks `[BH, spans, n]` and how many
+    there are `[BH, spans]`, matrices of spans, and as bits the units that are hidden from a query block (`block_means.hidden_bits`).
     """
 
     k_mean: Tensor | None = None
@@ -119,6 +121,8 @@ class Pooled(NamedTuple):
     bits: Tensor | None = None
     bias: Tensor | None = None
     slopes: Tensor | None = None
+    lists: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -130,6 +134,9 @@ class Parts(NamedTuple):
     pooled_v: Tensor
     bias: Tensor
     slope: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
     part: Tensor
 
 
@@ -194,7 +201,7 @@ class LinearPull(NamedTuple):
 SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
-    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top", "k_width",
+    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top", "k_width", "units", "pool_width",
 ]  # fmt: skip
 
 
@@ -203,7 +210,7 @@ def kernel(constants: str) -> Callable[[Any], Any]:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
     of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; PARTS: pooled keys of a
-    block; the rest says what a method has.
+    block (unit); SPAN: query blocks that see the same units; the rest says what a method has.
     """
 
     def make(function: Any) -> Any:
