@@ -84,6 +84,36 @@ def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5), dtype)
 
 
+def gradients_of_rounded(dtype: torch.dtype, shape: Shape, function: Any) -> list[Tensor]:
+    """Of query, key and value, which are bfloat16 before they are `dtype`; function(query, key, value) gives the output and the lse."""
+    qkv, seed = [x.to(dtype).requires_grad_() for x in shape.inputs(torch.bfloat16)], torch.Generator().manual_seed(5)
+    factors = torch.randn(2, *qkv[0].shape, generator=seed).to(torch.bfloat16).double()
+    out, lse = function(*qkv)
+    ((out.double() * factors[0]).sum() + (lse.double() * factors[1, ..., 0]).sum()).backward()
+    return [x.grad for x in qkv]  # type: ignore[misc]
+
+
+@every_target
+@every_spec
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 2, 64, (1, 16, 24)), Shape(2, 1, 40, (1, 13, 11), 21), Shape(1, 1, 72, (3, 4, 9), 70), Shape(1, 1, 256, (1, 5, 7), 3)],
+    ids=lambda shape: str(shape.head_dim),
+)
+def test_gradients_of_bfloat16(spec: AttentionSpec, shape: Shape) -> None:
+    """Under a bias of the text's keys, some of which are masked."""
+    bias = shape.text_bias() if shape.text else None
+    params = random_parameters(spec, shape).requires_grad_(False)
+
+    def formula(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return oracle(*qkv, spec, shape.layout, params, text_bias=bias, dtype=qkv[0].dtype)
+
+    exact, eager = (gradients_of_rounded(dtype, shape, formula) for dtype in (torch.float64, torch.bfloat16))
+    got = gradients_of_rounded(torch.bfloat16, shape, lambda *qkv: run(list(qkv), spec, shape.layout, params, bias))
+    for name, *three in zip(("query", "key", "value"), got, exact, eager, strict=True):
+        assert_close_as_eager(*three, name)
+
+
 def named(*values: Any) -> dict[str, Any]:
     """The values by what they look like."""
     return {str(value): value for value in values}

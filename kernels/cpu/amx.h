@@ -94,7 +94,7 @@ static inline void transpose16(__m512i (&r)[16]) {
 struct HalfRows {
     const uint16_t* base;
     int64_t row, channels;
-    const Run& run;
+    const Run run;
     const float* bias;  // of a block of keys (Geometry::clear_masked), or null
 
     HalfRows(const Geometry& g, const Rows& in, int64_t bh, const Run& run, const float* bias)
@@ -114,7 +114,53 @@ struct HalfRows {
     }
 };
 
-// One block of keys: tiles [key tiles, depth of channels] and, of transposed values, [channel tiles, pair steps of keys].
+// How one head's blocks lie in tiles. As a left factor: rows [token tiles, depth] or columns [channel tiles, steps of PAIR tokens]. As a right one: pairs of channels
+// [token tiles, depth].
+struct TileSizes {
+    const int64_t depth, channel_tiles, steps;  // pair steps of channels, tiles of channels, pair steps of a block's tokens
+    const int64_t block;                        // entries of a block, either way
+    explicit TileSizes(const Geometry& g)
+        : depth(round_up(g.channels, PAIR) / PAIR), channel_tiles(g.padded / SIDE), steps(round_up(g.width, PAIR) / PAIR), block(steps * 2 * depth * TILE) {}
+
+    void rows(int32_t* to, const HalfRows& from) const {
+        for (int64_t n = 0; n < round_up(from.run.count, SIDE); n++)
+            for (int64_t s = 0; s < depth; s++) _mm512_store_si512(to + (n / SIDE * depth + s) * TILE + n % SIDE * SIDE, from.load32(n, s * PAIR));
+    }
+    void columns(int32_t* to, const HalfRows& from) const {
+        for (int64_t step = 0; step * PAIR < from.run.count; step++)
+            for (int64_t c = 0; c < channel_tiles; c++) {
+                __m512i tile[16];
+                for (int64_t i = 0; i < 16; i++) {
+                    int64_t n = step * PAIR + 2 * i;
+                    tile[i] = _mm512_or_si512(from.load16(n, c * SIDE), _mm512_slli_epi32(from.load16(n + 1, c * SIDE), 16));
+                }
+                transpose16(tile);
+                for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + (c * steps + step) * TILE + i * SIDE, tile[i]);
+            }
+    }
+    void pairs(int32_t* to, const HalfRows& from) const {
+        for (int64_t t = 0; t * SIDE < from.run.count; t++)
+            for (int64_t s = 0; s < depth; s++) {
+                __m512i tile[16];
+                for (int64_t i = 0; i < 16; i++) tile[i] = from.load32(t * SIDE + i, s * PAIR);
+                transpose16(tile);
+                for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + (t * depth + s) * TILE + i * SIDE, tile[i]);
+            }
+    }
+};
+
+// Sums [channels, tokens of a tile], tile after tile, as rows [tokens, padded] times `factor`.
+static inline void rows_of_sums(const Geometry& g, float* to, const float* sums, int64_t count, float factor) {
+    for (int64_t t = 0; t * SIDE < count; t++)
+        for (int64_t c = 0; c < g.padded; c += SIDE) {
+            __m512i tile[16];
+            for (int64_t i = 0; i < 16; i++) tile[i] = __m512i(load(sums + (t * g.padded + c + i) * SIDE) * factor);
+            transpose16(tile);
+            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + (t * SIDE + i) * g.padded + c, tile[i]);
+        }
+}
+
+// One block of keys, and of transposed values.
 struct TiledBlock {
     const int32_t *keys, *values;
 };
@@ -122,31 +168,16 @@ struct TiledBlock {
 // One head's blocks in tiles, from bfloat16 tensors.
 struct Pairs {
     const Geometry& g;
-    const int64_t depth, channel_tiles, key_steps, key_size, value_size;
+    const TileSizes sizes;
     Array<int32_t> keys, values;
 
-    explicit Pairs(const Geometry& g)
-        : g(g), depth(round_up(g.channels, PAIR) / PAIR), channel_tiles(g.padded / SIDE), key_steps(round_up(g.width, PAIR) / PAIR), key_size(key_steps * 2 * depth * TILE),
-          value_size(channel_tiles * key_steps * TILE), keys((g.p.k_blocks + g.text_blocks) * key_size), values((g.p.k_blocks + g.text_blocks) * value_size) {}
+    explicit Pairs(const Geometry& g) : g(g), sizes(g), keys(g.first_extra() * sizes.block), values(g.first_extra() * sizes.block) {}
 
     void fill(int64_t bh, int64_t j, uint16_t*) {
-        Run run = g.key(j);
-        const float* bias = g.key_bias(bh, j);
-        HalfRows key(g, g.p.k, bh, run, bias), value(g, g.p.v, bh, run, bias);
-        int32_t *to_keys = keys + j * key_size, *to_values = values + j * value_size;
-        for (int64_t n = 0; n < round_up(run.count, SIDE); n++)
-            for (int64_t s = 0; s < depth; s++)
-                _mm512_store_si512(to_keys + (n / SIDE * depth + s) * TILE + n % SIDE * SIDE, key.load32(n, s * PAIR));
-        for (int64_t step = 0; step * PAIR < run.count; step++)
-            for (int64_t c = 0; c < channel_tiles; c++) {
-                __m512i pairs[16];
-                for (int64_t i = 0; i < 16; i++)
-                    pairs[i] = _mm512_or_si512(value.load16(step * PAIR + 2 * i, c * SIDE), _mm512_slli_epi32(value.load16(step * PAIR + 2 * i + 1, c * SIDE), 16));
-                transpose16(pairs);
-                for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to_values + (c * key_steps + step) * TILE + i * SIDE, pairs[i]);
-            }
+        sizes.rows(keys + j * sizes.block, HalfRows(g, g.p.k, bh, g.key(j), g.key_bias(bh, j)));
+        sizes.columns(values + j * sizes.block, HalfRows(g, g.p.v, bh, g.key(j), g.key_bias(bh, j)));
     }
-    TiledBlock block(int64_t j) const { return {keys + j * key_size, values + j * value_size}; }
+    TiledBlock block(int64_t j) const { return {keys + j * sizes.block, values + j * sizes.block}; }
 };
 
 // 2^x to 3·10⁻⁶, far below what rounding to bfloat16 adds; exactly 0 below 2^-126, NaN for NaN.
@@ -160,5 +191,31 @@ static inline __attribute__((always_inline)) V rough_exp2(V x) {
     return V(_mm512_maskz_scalef_ps(some, __m512(p), __m512(x)));
 }
 static inline __m512i rounded(V x) { return _mm512_add_epi32(__m512i(x), _mm512_set1_epi32(0x8000)); }  // to bfloat16, in the upper half
+
+// Two vectors of weights, of keys that follow each other, as a right factor's row of pairs.
+static inline __m512i paired(V even, V odd) { return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(rounded(even), 16), rounded(odd)); }
+
+// Which tokens of a tile see token k of the other side: bit l of the result is token own + l of the mask's columns.
+static inline __mmask16 seen_by(const BitMask& mask, int64_t k, int64_t own) { return __mmask16(uint64_t(mask.rows[k * mask.words + own / 64]) >> (own % 64)); }
+static inline __mmask16 seen_by(const WindowMask& mask, int64_t k, int64_t own) {
+    I kept = mask.pairs(mask.one + k, mask.others + own);
+    if (mask.others + own + LANES > mask.end) kept &= LANE < all(int32_t(mask.end - mask.others - own));
+    return _mm512_movepi32_mask(__m512i(kept));
+}
+
+// What a mask keeps of a chunk of `count` keys from `from` on for one or two tiles of queries: bits into seen [2, CHUNK]; the keys outside of [first, last) are seen
+// by none, and first is a multiple of PAIR.
+struct Seen {
+    int64_t first, last;
+    template <class Mask>
+    Seen(uint16_t* seen, const Mask& mask, int64_t t, bool two, int64_t from, int64_t count) : first(count), last(0) {
+        for (int64_t k = 0; k < count; k++) {
+            seen[k] = seen_by(mask, from + k, t * SIDE);
+            seen[CHUNK + k] = two ? seen_by(mask, from + k, (t + 1) * SIDE) : 0;
+            if (seen[k] | seen[CHUNK + k]) first = std::min(first, k), last = k + 1;
+        }
+        first = first / PAIR * PAIR;
+    }
+};
 
 #include "amx_softmax.h"

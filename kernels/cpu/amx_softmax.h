@@ -1,16 +1,8 @@
 // Online softmax of one query block over tiled blocks of keys, in base 2, with up to two tiles of queries at a time.
 
-// Which queries see a key: bit l of `lanes` is query q + l of the block against key k.
-static inline __mmask16 seen_by(const BitMask& mask, int64_t k, int64_t q) { return __mmask16(uint64_t(mask.rows[k * mask.words + q / 64]) >> (q % 64)); }
-static inline __mmask16 seen_by(const WindowMask& mask, int64_t k, int64_t q) {
-    I kept = mask.pairs(mask.one + k, mask.others + q);
-    if (mask.others + q + LANES > mask.end) kept &= LANE < all(int32_t(mask.end - mask.others - q));
-    return _mm512_movepi32_mask(__m512i(kept));
-}
-
 struct TiledSoftmax {
     const Geometry& g;
-    const Pairs& pairs;
+    const TileSizes sizes;
     float *const top, *const mass;  // of each query, as in Softmax; `top` may lie below the maximum, by SLACK at most
     Array<int32_t> queries;         // [query tiles, depth], pairs of channels
     Array<float> out;               // [query tiles, channels, queries of a tile]
@@ -19,20 +11,13 @@ struct TiledSoftmax {
     Array<uint16_t> seen;           // [2, CHUNK]
     static constexpr float SLACK = 8;  // what a maximum may rise before sums are scaled to it: a weight is at most 2^SLACK
 
-    TiledSoftmax(const Geometry& g, const Pairs& pairs, float* top, float* mass)
-        : g(g), pairs(pairs), top(top), mass(mass), queries(g.width / SIDE * pairs.depth * TILE), out(g.width * g.padded), score(2 * CHUNK * SIDE),
+    TiledSoftmax(const Geometry& g, float* top, float* mass)
+        : g(g), sizes(g), top(top), mass(mass), queries(g.width / SIDE * sizes.depth * TILE), out(g.width * g.padded), score(2 * CHUNK * SIDE),
           weights(2 * CHUNK / PAIR * TILE), seen(2 * CHUNK) {}
 
     // Start with a query block's rows.
     void start(int64_t bh, const Run& run) {
-        HalfRows rows(g, g.p.q, bh, run, nullptr);
-        for (int64_t t = 0; t * SIDE < run.count; t++)
-            for (int64_t s = 0; s < pairs.depth; s++) {
-                __m512i tile[16];
-                for (int64_t i = 0; i < 16; i++) tile[i] = rows.load32(t * SIDE + i, s * PAIR);
-                transpose16(tile);
-                for (int64_t i = 0; i < 16; i++) _mm512_store_si512(queries + (t * pairs.depth + s) * TILE + i * SIDE, tile[i]);
-            }
+        sizes.pairs(queries, HalfRows(g, g.p.q, bh, run, nullptr));
         __builtin_memset(out, 0, round_up(run.count, SIDE) * g.padded * 4);
     }
 
@@ -60,14 +45,9 @@ struct TiledSoftmax {
         };
         for (int64_t from = 0; from < keys; from += CHUNK)
             for (int64_t t = 0; t * SIDE < rows; t += 2) {
-                int64_t count = std::min(CHUNK, keys - from), first = count, last = 0;
                 bool two = (t + 1) * SIDE < rows;
-                for (int64_t k = 0; k < count; k++) {
-                    seen[k] = seen_by(mask, from + k, t * SIDE);
-                    seen[CHUNK + k] = two ? seen_by(mask, from + k, (t + 1) * SIDE) : 0;
-                    if (seen[k] | seen[CHUNK + k]) first = std::min(first, k), last = k + 1;
-                }
-                if (last) add(t, two, b, from, first / PAIR * PAIR, last, edit);
+                Seen kept(seen, mask, t, two, from, std::min(CHUNK, keys - from));
+                if (kept.last) add(t, two, b, from, kept.first, kept.last, edit);
             }
     }
 
@@ -83,23 +63,23 @@ struct TiledSoftmax {
 
     template <int N, class Edit>
     void add_tiles(int64_t t, const TiledBlock& b, int64_t from, int64_t first, int64_t last, Edit& edit) {
-        const TileGrid<const int32_t> q{queries + t * pairs.depth * TILE, pairs.depth * TILE};
+        const TileGrid<const int32_t> q{queries + t * sizes.depth * TILE, sizes.depth * TILE};
         for (int64_t k = first; k < last; k += PAIR) {
             TileGrid<float> scores{score + k * SIDE, TILE};
-            TileGrid<const int32_t> keys{b.keys + (from + k) / SIDE * pairs.depth * TILE, pairs.depth * TILE};
+            TileGrid<const int32_t> keys{b.keys + (from + k) / SIDE * sizes.depth * TILE, sizes.depth * TILE};
             if (k + SIDE < last)
-                multiply<2, N, false>(scores, CHUNK * SIDE, keys, q, pairs.depth);
+                multiply<2, N, false>(scores, CHUNK * SIDE, keys, q, sizes.depth);
             else
-                multiply<1, N, false>(scores, CHUNK * SIDE, keys, q, pairs.depth);
+                multiply<1, N, false>(scores, CHUNK * SIDE, keys, q, sizes.depth);
         }
         float* sums = out + t * SIDE * g.padded;
         for (int i = 0; i < N; i++) soften(t + i, i, first, last, sums + i * SIDE * g.padded, edit);
         int64_t depth = (last - first + PAIR - 1) / PAIR, c = 0;
         const TileGrid<const int32_t> w{weights + first / PAIR * TILE, CHUNK / PAIR * TILE};
         const int32_t* values = b.values + (from + first) / PAIR * TILE;
-        int64_t row = pairs.key_steps * TILE;
-        for (; c + 2 <= pairs.channel_tiles; c += 2) multiply<2, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
-        if (c < pairs.channel_tiles) multiply<1, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
+        int64_t row = sizes.steps * TILE;
+        for (; c + 2 <= sizes.channel_tiles; c += 2) multiply<2, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
+        if (c < sizes.channel_tiles) multiply<1, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
     }
 
     // Scores [first, last) of tile t, the i-th of two, become weights; `sums` are its outputs so far.
@@ -119,12 +99,12 @@ struct TiledSoftmax {
         for (k = first; k + 2 <= last; k += 2) {
             V even = weight(k), odd = weight(k + 1);
             sum += even, second += odd;
-            _mm512_store_si512(to + k / 2 * SIDE, _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(rounded(even), 16), rounded(odd)));
+            _mm512_store_si512(to + k / 2 * SIDE, paired(even, odd));
         }
         if (k < last) {
             V even = weight(k);
             sum += even;
-            _mm512_store_si512(to + k / 2 * SIDE, _mm512_srli_epi32(rounded(even), 16));
+            _mm512_store_si512(to + k / 2 * SIDE, paired(even, V{}));
             k += 2;
         }
         for (; k < round_up(last, PAIR); k += 2) _mm512_store_si512(to + k / 2 * SIDE, _mm512_setzero_si512());
@@ -142,13 +122,5 @@ struct TiledSoftmax {
     }
 
     // Outputs so far as rows [queries, padded].
-    void rows(float* to, int64_t count) const {
-        for (int64_t t = 0; t * SIDE < count; t++)
-            for (int64_t c = 0; c < g.padded; c += SIDE) {
-                __m512i tile[16];
-                for (int64_t i = 0; i < 16; i++) tile[i] = _mm512_load_si512(out + (t * g.padded + c + i) * SIDE);
-                transpose16(tile);
-                for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + (t * SIDE + i) * g.padded + c, tile[i]);
-            }
-    }
+    void rows(float* to, int64_t count) const { rows_of_sums(g, to, out, count, 1.f); }
 };

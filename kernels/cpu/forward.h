@@ -135,7 +135,7 @@ struct ForwardWorkspace {
         : softmax(g, keys.paired && BF16_DOTS), pack(g), squares(g.rows() * g.padded), bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
         if (g.listed()) seen = std::make_unique<Pool>(g, false, g.seen_pools());
 #if AMX
-        if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, *keys.pairs, softmax.top, softmax.mass);
+        if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
 #endif
         if (g.p.slopes)
             exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded);
