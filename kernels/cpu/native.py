@@ -24,7 +24,7 @@ from dit_accel.kernels.arguments import (
 )
 from dit_accel.kernels.cpu import sources
 
-TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
+TARGETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
 
 

@@ -2,6 +2,13 @@
 #pragma once
 #include <cstdint>
 
+// Whether there is code for AMX: the compiler must know it, and Linux is asked for the permission to use it.
+#if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define WITH_AMX 1
+#else
+#define WITH_AMX 0
+#endif
+
 struct Rows {  // `[B, H, N, D]` by strides in elements; channels are contiguous
     void* data;
     int64_t batch, head, row;
