@@ -7,6 +7,8 @@ are those of `arguments`, packed, after `implementation`: "cpu" (kernels/cpu) or
 Triton's interpreter).
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -29,7 +31,6 @@ from dit_accel.kernels.arguments import (
     gradient_like,
     new_summaries,
 )
-from dit_accel.kernels.cpu import calls
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
@@ -61,12 +62,10 @@ def split_units(a: SplitArguments, implementation: str) -> Tensor:
     return part
 
 
+@functools.cache
 def _implementation(name: str) -> Any:
-    if name == "cpu":
-        return calls
-    from dit_accel.kernels.triton import calls as triton_calls  # where triton is missing nothing asks for it
-
-    return triton_calls
+    """The module of a backend, imported when it first runs: triton may be missing."""
+    return importlib.import_module(f"dit_accel.kernels.{name}.calls")
 
 
 @torch.library.custom_op("dit_accel::attention", mutates_args=(), schema=ATTENTION.schema("(Tensor, Tensor)"))
