@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import AttentionSpec, TokenLayout, attention
+from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.method import DiscBlocks, ErrorProduct, Mass, Pooled, Tiles, TopK
 from dit_accel.method.parts import groups
+from dit_accel.method.parts.content import moments_of
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 
@@ -47,7 +49,10 @@ def pooled_keys(spec: AttentionSpec, layout: TokenLayout, qkv: list[torch.Tensor
         return float(rest.parts * len(plan.k_blocks.count))
     call = image_call(*qkv, layout, plan, {}, scale)
     call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
-    scores = groups.scores_of(call, groups.levels(call)[1:], rest.cap)
+    queries, roots = groups.Queries.of(call, rest.parts), len(plan.prepared["far_roots"])
+    by_level = groups.moments_by_level(moments_of(groups.key_slots(call), rest.parts, slope=False), roots, rest.parts, queries)
+    means = groups.span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
+    scores = groups.scores_of(means, by_level[1:], rest.cap, queries)
     seen = groups.listed(call.kept.expand(len(call.q), -1, -1), scores, plan.prepared, rest.opened)
     return float(groups.unit_lists(seen)[1].float().mean()) * rest.parts
 

@@ -15,14 +15,17 @@ from torch import Tensor
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.errors import ArgumentError
 from dit_accel.kernels import dispatch
+from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.method import DiscBlocks, ErrorProduct, Mass, Pooled, Raster, Sizes, Tiles, TopK
 from dit_accel.method.parts import groups
+from dit_accel.method.parts.content import moments_of
 from dit_accel.operator import composition
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 
 TILES, CPU = Tiles((4, 4)), torch.device("cpu")
 Block = tuple[int, int, int, int]  # a block's image and its place on the grid of blocks
+Unit = tuple[int, tuple[int, ...]]  # its level and the key blocks in it
 
 
 def grouped(rest: Pooled, keep: Any = None, order: Any = TILES) -> AttentionSpec:
@@ -88,16 +91,19 @@ def test_every_key_is_seen_once(layout: TokenLayout, keep: Any, opened: int) -> 
     plan = make_plan(spec, layout, CPU)
     call = image_call(*inputs(layout), layout, plan, {}, 0.3)
     call = dataclasses.replace(call, visited=visited_blocks(call, spec, plan))
-    by_level, blocks = groups.levels(call), len(plan.q_blocks.count)
-    found = groups.listed(call.kept.expand(2, -1, -1), groups.scores_of(call, by_level[1:], 2.0), plan.prepared, opened)
+    runs, blocks = plan.prepared["far_starts"], len(plan.q_blocks.count)
+    queries = groups.Queries.of(call, 1)
+    by_level = groups.moments_by_level(moments_of(groups.key_slots(call), 1, slope=False), len(plan.prepared["far_roots"]), 1, queries)
+    means = groups.span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
+    found = groups.listed(call.kept.expand(2, -1, -1), groups.scores_of(means, by_level[1:], 2.0, queries), plan.prepared, opened)
     seen = ~groups.hidden(found, 1, blocks)
     times = torch.zeros(2, blocks, layout.image)
     for block, near in enumerate(call.kept.expand(2, -1, -1).unbind(-1)):
         times[:, :, plan.k_blocks.index[block][plan.k_blocks.valid[block]]] += near[..., None]
     at = 0
-    for level in by_level:
-        for unit in range(len(level.k_blocks.count)):
-            mine = level.k_blocks.index[unit][level.k_blocks.valid[unit]]
+    for level in range(len(by_level)):
+        for first, end in itertools.pairwise(runs[:: 4**level].tolist()):
+            mine = plan.prepared["far_order"][first:end]
             times[:, :, mine] += seen[:, :, at, None]
             assert len(mine) or not seen[:, :, at].any()
             at += 1
@@ -126,14 +132,14 @@ def tree(blocks: list[Block], least: int) -> list[dict[Block, list[int]]]:
         found.append(above)
 
 
-def seen_by_span(levels: list[dict[Block, list[int]]], near: set[int], score: Any, opened: int) -> list[list[int]]:
-    """The units, as lists of key blocks, that a span sees or keeps."""
-    candidates, found = list(levels[-1].values()), []
+def seen_by_span(levels: list[list[Unit]], near: set[int], score: Any, opened: int) -> list[Unit]:
+    """The units that a span sees or keeps."""
+    candidates, found = levels[-1], list[Unit]()
     for below in reversed(levels[:-1]):
         best = sorted(candidates, key=score)[-opened:]
-        open_ = [unit for unit in candidates if unit in best or near & set(unit)]
+        open_ = [unit for unit in candidates if unit in best or near & set(unit[1])]
         found += [unit for unit in candidates if unit not in open_]
-        candidates = [unit for unit in below.values() if any(set(unit) <= set(group) for group in open_)]
+        candidates = [unit for unit in below if any(set(unit[1]) <= set(group[1]) for group in open_)]
     return found + candidates
 
 
@@ -142,17 +148,25 @@ def dense(q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], plan: An
     tokens = [index[valid] for index, valid in zip(plan.k_blocks.index, plan.k_blocks.valid, strict=True)]
     corner = torch.stack([plan.coords[mine].amin(0) for mine in tokens])
     places = [[int((corner[corner[:, 3] == c[3], axis].unique() < c[axis]).sum()) for axis in range(3)] for c in corner]
-    levels = tree([(int(c[3]), *place) for c, place in zip(corner, places, strict=True)], 2 * rest.opened)  # type: ignore[operator,misc]
+    found = tree([(int(c[3]), *place) for c, place in zip(corner, places, strict=True)], 2 * rest.opened)  # type: ignore[operator,misc]
+    levels = [[(number, tuple(blocks)) for blocks in level.values()] for number, level in enumerate(found)]
     second, metric = q.square().mean(0), q.T @ q / len(q)
-    made: dict[tuple[int, ...], Any] = {}
-
-    def unit(blocks: list[int]) -> Any:
-        mine = torch.cat([tokens[b] for b in blocks])
-        key = tuple(blocks)
-        if key not in made:
-            parts = [moments(k[mine][m], v[mine][m], second, s) for m in cut(k[mine], metric, rest.parts)]
-            made[key] = moments(k[mine], v[mine], second, s), parts
-        return made[key]
+    made: dict[Unit, Any] = {}
+    for below, level in zip([[], *levels], levels, strict=False):
+        for number, blocks in level:  # what a unit is, its parts, the tokens of each, and its slope
+            mine = torch.cat([tokens[b] for b in blocks])
+            members = [made[unit] for unit in below if set(unit[1]) <= set(blocks)]
+            k_of, v_of = k.clone(), v.clone()  # each token for itself, or the part of a member that it is of
+            for part, its in ((part, its) for m in members for part, its in zip(m[1], m[2], strict=True)):
+                k_of[its], v_of[its] = part["k"], part["v"]
+            whose = [mine[m] for m in cut(k_of[mine], metric, rest.parts)]
+            parts = [moments(k[its], v[its], second, s) for its in whose]
+            slope = sum(
+                len(its) / len(mine) / (1 + p["sigma2"]) * moments(k_of[its], v_of[its], second, s)["cov"]
+                for its, p in zip(whose, parts, strict=True)
+            )
+            slope = slope + sum(m[0]["n"] / len(mine) * m[3] for m in members)
+            made[number, blocks] = moments(k[mine], v[mine], second, s), parts, whose, slope
 
     def bias(m: dict[str, Any]) -> Tensor:
         return m["n"] * 0 + math.log(m["n"]) + (m["sigma2"] / 2).clamp(max=2.0)
@@ -162,21 +176,20 @@ def dense(q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], plan: An
         mates = list(range(first, min(first + 4, len(tokens))))
         mean = q[torch.cat([tokens[i] for i in mates])].mean(0)
 
-        def score(blocks: list[int], mean: Tensor = mean) -> float:
-            m = unit(blocks)[0]
+        def score(unit: Unit, mean: Tensor = mean) -> float:
+            m = made[unit][0]
             return float(s * mean @ m["k"] + bias(m) + m["sigma2"].log() + m["v_var"].log() / 2)
 
         kept = {i: {j for j in range(len(tokens)) if near[i, j]} for i in mates}
         seen = seen_by_span(levels, set().union(*kept.values()), score, rest.opened)  # type: ignore[arg-type]
-        share = [1 - sum(blocks[0] in kept[i] for i in mates) / len(mates) if len(blocks) == 1 else 1.0 for blocks in seen]
-        weights = torch.stack([c * sum((s * mean @ p["k"] + bias(p)).exp() for p in unit(b)[1]) for c, b in zip(share, seen, strict=True)])
+        share = [1 - sum(blocks[0] in kept[i] for i in mates) / len(mates) if level == 0 else 1.0 for level, blocks in seen]
+        weights = torch.stack([c * sum((s * mean @ p["k"] + bias(p)).exp() for p in made[b][1]) for c, b in zip(share, seen, strict=True)])
         slope = torch.zeros(q.shape[1], q.shape[1], dtype=q.dtype)
-        for blocks, weight in zip(seen, weights / weights.sum().clamp_min(1e-300), strict=True):
-            whole, parts = unit(blocks)
-            slope += weight * sum(p["n"] / whole["n"] / (1 + p["sigma2"]) * p["cov"] for p in parts)
+        for unit, weight in zip(seen, weights / weights.sum().clamp_min(1e-300), strict=True):
+            slope += weight * made[unit][3]
         for i in mates:
-            mine = [b for b in seen if not (len(b) == 1 and b[0] in kept[i])]
-            pools = [p for b in mine for p in unit(b)[1]]
+            mine = [unit for unit in seen if not (unit[0] == 0 and unit[1][0] in kept[i])]
+            pools = [p for b in mine for p in made[b][1]]
             exact = torch.cat([tokens[j] for j in sorted(kept[i])])
             keys = torch.cat([k[exact], text[0], *(p["k"][None] for p in pools)])
             values = torch.cat([v[exact], text[1], *(p["v"][None] for p in pools)])
@@ -222,14 +235,11 @@ def test_the_cpu_kernels_open_what_the_reference_opens(cap: float) -> None:
 @pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("rest", [Pooled(parts=4, order=1, opened=1), Pooled(opened=1)], ids=str)
 def test_the_gpu_kernels_are_the_reference(rest: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With groups that no program holds; nothing runs in torch by itself."""
-    from dit_accel.kernels.triton import launch_parts
-
-    monkeypatch.setattr(launch_parts, "HELD", 32)
+    """No part is given a call of its own."""
     layout, spec = TokenLayout((1, 7, 14), 3), grouped(rest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    levels = groups.starts_by_level(make_plan(spec, layout, CPU).prepared)
-    assert [int(starts.diff().max()) > 32 for starts in levels] == [False, True]
+    prepared = make_plan(spec, layout, CPU).prepared
+    assert len(prepared["far_roots"]) < len(prepared["far_starts"]) - 1
     seed, found = torch.Generator().manual_seed(2), []
     weight = torch.randn(1, 1, layout.tokens, 8, generator=seed, dtype=torch.float64)
     for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):

@@ -91,12 +91,12 @@ def forbidden(name: str, imported: str) -> bool:
     return within(name, TORCH_ONLY) and library != "torch"
 
 
-def test_rooms_import_along_the_arrows() -> None:
+def test_packages_import_along_the_arrows() -> None:
     wrong = [f"{name or 'dit_accel'} -> {target}" for name, file in FILES.items() for target in imports(file) if forbidden(name, target)]
     assert wrong == []
 
 
-def test_every_module_is_in_a_room() -> None:
+def test_every_module_is_in_a_package() -> None:
     assert {name.split(".")[0] for name in FILES} - {""} == GROUND | {row.split(".")[0] for row in ARROWS}
 
 

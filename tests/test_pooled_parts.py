@@ -55,7 +55,7 @@ def cut(k: Tensor, metric: Tensor, parts: int) -> list[Tensor]:
             off = k[mine] - k[mine].mean(0)
             mc = metric @ (off.T @ off)
             z = off @ torch.linalg.matrix_power(mc / mc.norm(), 4).sum(1)
-            halves += [mine[z <= 0], mine[z > 0]]
+            halves += [mine[~(z > 0)], mine[z > 0]]  # of equal keys z is NaN
         found = halves
     return [mine for mine in found if len(mine)]
 

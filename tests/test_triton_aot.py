@@ -15,10 +15,7 @@ from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
 from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
-OTHERS = {
-    "choose_blocks", "list_bits", "hidden_bits", "summarise", "summarise_parts", "halve_runs", "moments_of_runs", "tilted_deltas",
-    "gradient_slopes",
-}  # fmt: skip
+OTHERS = {"choose_blocks", "list_bits", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes"}
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:

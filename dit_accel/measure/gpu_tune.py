@@ -63,7 +63,6 @@ KERNELS = {
     "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True),
     "pooled": Kernel(("gradient_pooled",), ("fovea",), True),
     "slopes": Kernel(("tilted_deltas", "gradient_slopes"), ("fovea, order 1",)),
-    "runs": Kernel(("halve_runs", "moments_of_runs", "slopes_of_runs"), ("fovea, groups",)),
     "linear": Kernel(("linear_gradient",), ("sla", "sla, all")),
     "linear_columns": Kernel(("linear_columns",), ("sla", "sla, all"), True),
     "outer": Kernel(("outer_sums",), ("sla",)),

@@ -3,13 +3,14 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, SplitArguments, Summaries, SummaryArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -26,9 +27,9 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
-from dit_accel.method.parts.content import PooledKeys, error_score
+from dit_accel.method.parts.content import Moments, weights_of
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts
 from dit_accel.operator.lists import Lists
 
@@ -113,7 +114,7 @@ def attend(
 
 def rest_of(
     key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float, lists: Lists,
-    made: list[Summaries], implementation: str,
+    made: Summaries | None, implementation: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
 
@@ -121,10 +122,10 @@ def rest_of(
     """
     found: dict[str, Any] = {}
     match spec.rest:
-        case Pooled(opened=int(opened)):
-            found = _grouped(made, spec.rest, opened, plan, lists, scale)
-        case Pooled(plain=False):
-            found = _given(made[0], spec.rest.order, lists, scale, implementation)
+        case Pooled(opened=int(opened)) if made:
+            found = _grouped(made, spec.rest, opened, plan, lists, scale, implementation)
+        case Pooled(plain=False) if made:
+            found = _given(made, spec.rest, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -146,15 +147,15 @@ def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
 
 def summaries(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str
-) -> list[Summaries]:
-    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; empty where neither takes it.
+) -> Summaries | None:
+    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; None where neither takes it.
 
-    Of the key blocks; of a rest in groups, of the slots of each level (`groups.group_blocks`), the key blocks first.
+    Of the key blocks; of a rest in groups, of the slots of level 0 (`groups.group_blocks`).
     """
     rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
     by_error = isinstance(score, ErrorProduct) and selects(spec)
     if not (rest or by_error):
-        return []
+        return None
     q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
     g = plan.geometry
     cap = score.cap if isinstance(score, ErrorProduct) else rest.cap if rest else 0.0
@@ -164,45 +165,58 @@ def summaries(
         score_cap=cap, log_count=bool(rest and rest.log_count), first_order=bool(rest and rest.order), places_q=g.places_q,
         places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
-    each = _levels(plan, arguments) if _grouped_rest(spec) else [arguments]
-    return [ops.summarize_blocks(level, implementation) for level in each]
+    if _grouped_rest(spec):
+        arguments = arguments._replace(k_starts=plan.prepared["far_starts"].int(), places_k=plan.prepared["far_order"].int())
+    return ops.summarize_blocks(arguments, implementation)
 
 
-def _levels(plan: Plan, arguments: SummaryArguments) -> list[SummaryArguments]:
-    """The same of the slots of each level, all of them runs of one order of the tokens."""
-    found, order = [], plan.prepared["far_order"].int()
-    for level, starts in enumerate(groups.starts_by_level(plan.prepared)):
-        most = arguments.k_width * groups.MEMBERS**level  # of tokens; what there are in the fullest would be asked of the device
-        found.append(arguments._replace(k_starts=starts.int().contiguous(), places_k=order, k_width=min(most, len(order))))
-    return found
-
-
-def _given(made: Summaries, order: int, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
+def _given(made: Summaries, rest: Pooled, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
     """The pooled keys, and the slopes of the query blocks, as `Arguments` names them."""
     found = {"rest": "pooled", "pooled_k": made.pooled_k, "pooled_v": made.pooled_v, "pooled_bias": made.pooled_bias}
-    if order:
-        mixture = MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, scale)
-        found["slopes"] = ops.mix_slopes(mixture, implementation)
+    if rest.order:
+        heads, seen = made.q_mean.shape[:2], (~lists.kept(made.slope.shape[3])).to(made.q_mean.dtype)
+        means, key, bias = (x.flatten(0, 1) for x in (made.q_mean, made.pooled_k, made.pooled_bias))
+        weights = weights_of(means, key, bias, seen, rest.parts, scale).unflatten(0, heads).contiguous()
+        found["slopes"] = ops.mix_slopes(MixtureArguments(weights, made.slope), implementation)
     return found
 
 
-def _grouped(made: list[Summaries], rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
+def _grouped(
+    made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
+) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
-    means = groups.span_means(made[0].q_mean, plan.q_blocks)  # [B, H, spans, D]
-    flat, heads = means.flatten(0, 1), means.shape[:2]
-    kept = lists.kept(len(plan.k_blocks.count)).expand(len(flat), -1, -1)
-    scores = [error_score(flat, x.k_mean.flatten(0, 1), x.score_bias.flatten(0, 1), scale) for x in made[1:]]
-    seen = groups.listed(kept, scores, plan.prepared, opened)
+    heads, parts = made.q_mean.shape[:2], rest.parts
+    flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
+    queries = groups.Queries(flat["second"], flat.get("metric"), scale)
+    key, value, tokens, spread, v_spread = (
+        flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
+    )
+    lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
+
+    def divide(elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
+        if metric is None:
+            return torch.zeros_like(weight, dtype=torch.uint8)
+        return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
+
+    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
+    means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
+    kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
+    seen = groups.listed(kept, groups.scores_of(means, by_level[1:], rest.cap, queries), plan.prepared, opened)
     index, counts = groups.unit_lists(seen)
-    k, v, bias = (torch.cat([getattr(x, name) for x in made], 2) for name in ("pooled_k", "pooled_v", "pooled_bias"))
-    found: dict[str, Any] = {"rest": "pooled", "pooled_k": k, "pooled_v": v, "pooled_bias": bias, "pool_parts": rest.parts}
+    pooled = groups.joined([level.pooled(log_count=rest.log_count, cap=rest.most) for level in by_level])
+    given = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias, "pool_lists": index, "pool_counts": counts}
+    found: dict[str, Any] = {name: x.unflatten(0, heads).contiguous() for name, x in given.items()}
     if rest.order:
-        pooled = PooledKeys(k.flatten(0, 1), v.flatten(0, 1), bias.flatten(0, 1), None)
-        weights = groups.weights_of_spans(flat, pooled, seen, rest.parts, scale)
-        slope = torch.cat([x.slope for x in made], 3).flatten(0, 1)  # [BH, D of k, units, D of v]
-        found["slopes"] = (weights[:, None] @ slope).transpose(1, 2).unflatten(0, heads).contiguous()
-    found |= {"pool_lists": index.unflatten(0, heads).contiguous(), "pool_counts": counts.unflatten(0, heads).contiguous()}
-    return found | {"pool_slots": plan.prepared["far_slot"].int()}
+        own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
+        found["slopes"] = _mixed(own, by_level, heads, implementation)
+    return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
+
+
+def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
+    """`groups.slopes_of_spans` by the kernels, of what each level's slopes are multiplied by."""
+    slopes = [level.slope.transpose(1, 2) for level in by_level if level.slope is not None]
+    given = (MixtureArguments(*(x.unflatten(0, heads).contiguous() for x in pair)) for pair in zip(own, slopes, strict=True))
+    return functools.reduce(torch.add, (ops.mix_slopes(mixture, implementation) for mixture in given))
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -215,7 +229,14 @@ def _widths(plan: Plan) -> dict[str, Any]:
 
 
 def lists(
-    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str, made: list[Summaries]
+    query: Tensor,
+    key: Tensor,
+    spec: AttentionSpec,
+    layouts: Layouts,
+    plan: Plan,
+    scale: float,
+    implementation: str,
+    made: Summaries | None,
 ) -> Lists:
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
 
@@ -225,7 +246,7 @@ def lists(
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
     weight = plan.prepared.get("short_weight")
-    if not made:
+    if made is None:
         q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
         arguments = SelectionArguments(
             q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
@@ -233,13 +254,13 @@ def lists(
         )  # fmt: skip
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
-        k_mean, bias = made[0].k_mean.detach(), made[0].score_bias.detach() / scale
+        k_mean, bias = made.k_mean.detach(), made.score_bias.detach() / scale
         if _grouped_rest(spec):  # they are of slots
             k_mean, bias = (x.index_select(2, plan.prepared["far_slot"]) for x in (k_mean, bias))
         by_error = isinstance(_score(spec), ErrorProduct)
         arguments = SelectionArguments(
-            q=made[0].q_mean.detach(), k=k_mean, q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
+            q=made.q_mean.detach(), k=k_mean, q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
             weight=weight, bias=bias if by_error else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
-    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))
+    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.long()))

@@ -24,7 +24,7 @@ from dit_accel.patch.state import Patch, patches_of
 class LayerSummary:
     """One spec of one accelerated layer, and what it did in the last forward (None before the first).
 
-    `where`: the heads, steps, noise levels and sizes that it holds for, in words, empty where that is all; later rows of a layer come
+    `where`: the heads, steps, noise levels and sizes that it applies to, in words, empty where that is all; later rows of a layer come
     first. `backend`: "original" where the layer runs its original attention, "none" where the named backend can't run it; `why` says the
     reason. `parameters`: of the layer, which its specs share.
     """

@@ -42,6 +42,7 @@ struct SummaryGradient : Summaries {
         }
         for (int64_t p = 0; p < s.parts; p++) {
             dsigma2[p] = s.dpooled_bias && sigma2[p] / 2 <= s.cap ? s.dpooled_bias[pool + p] / 2 : 0.f;
+            if (s.dspread) dsigma2[p] += s.dspread[pool + p];
             dsigma2[p] -= dweight[p] * weight[p] / (1.f + sigma2[p]);
             float factor = s.scale * s.scale * dsigma2[p] / float(std::max<int64_t>(tokens[p], 1));
             for (int64_t c = 0; c < padded && tokens[p]; c++) {
@@ -64,8 +65,8 @@ struct SummaryGradient : Summaries {
         write_rows(s.dv, bh / s.heads, bh % s.heads, run, d, work.values, padded);
     }
 
-    void add_up_second(float* out) const {
-        std::fill_n(out, padded, 0.f);
+    void add_up_second(float* out, int64_t bh) const {
+        for (int64_t c = 0; c < padded; c++) out[c] = s.dsecond && c < d ? s.dsecond[bh * d + c] : 0.f;
         for (int64_t j = 0; j < s.k_blocks; j++)
             for (int64_t c = 0; c < padded; c++) out[c] += dsecond[j * padded + c];
     }
@@ -92,7 +93,7 @@ void summarize_backward(const Summary& s) {
         for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
             team.share(1, [&](int64_t) { gradient.begin(bh); });
             team.share(s.k_blocks, [&](int64_t j) { gradient.key_block(work, bh, j); });
-            team.share(1, [&](int64_t) { gradient.add_up_second(total); });
+            team.share(1, [&](int64_t) { gradient.add_up_second(total, bh); });
             team.share(s.q_blocks, [&](int64_t i) { gradient.query_block(work, total, bh, i); });
         }
     });

@@ -37,19 +37,24 @@ struct Pool {
         for (int64_t n = 0; n < count; n++) {
             int64_t from = units[n] * parts, to = n * parts;
             position[units[n]] = int32_t(n);
-            copy_columns(mean_t, to, all.mean_t, from);
-            if (value_t) copy_columns(value_t, to, all.value_t, from), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
+            put_columns(mean_t, to, all.mean + from * g.padded);
+            if (value_t) put_columns(value_t, to, all.value + from * g.padded), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
             __builtin_memcpy(value + to * g.padded, all.value + from * g.padded, parts * g.padded * 4);
             __builtin_memcpy(log2_count + to, all.log2_count + from, parts * 4);
         }
         std::fill(log2_count + pools, log2_count + chunks * POOL, -INFINITY);
     }
 
-    // The columns of a unit; those of one unit are in one chunk.
-    void copy_columns(float* to, int64_t t, const float* from, int64_t f) const {
-        to += t / POOL * g.channels * POOL + t % POOL, from += f / POOL * g.channels * POOL + f % POOL;
-        for (int64_t c = 0; c < g.channels; c++, to += POOL, from += POOL)
-            for (int64_t n = 0; n < parts; n++) to[n] = from[n];
+    // The rows of a unit as columns; those of one unit are in one chunk.
+    void put_columns(float* to, int64_t t, const float* rows) const {
+        to += t / POOL * g.channels * POOL + t % POOL;
+        if (parts == 4) {  // a loop of known length: one store for each channel
+            const float *a = rows, *b = a + g.padded, *c = b + g.padded, *d = c + g.padded;
+            for (int64_t i = 0; i < g.channels; i++, to += POOL) to[0] = a[i], to[1] = b[i], to[2] = c[i], to[3] = d[i];
+            return;
+        }
+        for (int64_t n = 0; n < parts; n++)
+            for (int64_t i = 0; i < g.channels; i++) to[i * POOL + n] = rows[n * g.padded + i];
     }
 
     // The pooled keys of unit j, as they are given.
@@ -58,9 +63,10 @@ struct Pool {
             int64_t at = bh * pools + t;
             __builtin_memcpy(mean + t * g.padded, g.p.pooled_k + at * g.channels, g.channels * 4);
             __builtin_memcpy(value + t * g.padded, g.p.pooled_v + at * g.channels, g.channels * 4);
+            log2_count[t] = g.p.pooled_bias[at] * LOG2E;
+            if (g.listed()) continue;  // `gather` takes the rows
             scatter(mean_t, mean, t);
             if (value_t) scatter(value_t, value, t);
-            log2_count[t] = g.p.pooled_bias[at] * LOG2E;
         }
     }
 

@@ -24,7 +24,7 @@ TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 # kernels whose loops are matrix products
 MATRIX_KERNELS = {
     "attend_rows", "dense_rows", "gradient_rows", "gradient_dense_rows", "gradient_columns", "gradient_shared_keys", "gradient_pooled",
-    "linear_gradient", "linear_columns", "outer_sums", "slopes_of_runs",
+    "linear_gradient", "linear_columns", "outer_sums",
 }  # fmt: skip
 INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 LABEL = re.compile(r"^(\$L__\w+|\.LBB\w+):")

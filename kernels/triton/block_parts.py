@@ -72,6 +72,10 @@ def summarise_parts(
         tl.store(found.pooled_k + at * C.D + channel, mean, mask=channel < C.D)
         tl.store(found.pooled_v + at * C.D + channel, v_mean, mask=channel < C.D)
         tl.store(found.bias + at, tl.where(size > 0, bias, float("-inf")))
+        v_gap = value.to(tl.float32) - v_mean[None, :]
+        tl.store(found.tokens + at, size)
+        tl.store(found.spread + at, spread)
+        tl.store(found.v_spread + at, tl.sum(tl.sum(v_gap * v_gap * share[:, None], 0), 0))
         weight += mine / (1.0 + spread)
         off -= mine[:, None] * v_mean[None, :]
     of_score(key, value, valid, moments, found, at_block, scale, score_cap, C)

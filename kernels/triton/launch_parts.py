@@ -4,80 +4,45 @@ The gradients are computed in torch, from the parts that the kernel chose.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, block_parts, block_runs
+from dit_accel.kernels.triton import backward_linear, block_parts
 from dit_accel.kernels.triton.fallback import Place
 from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, execute, precision_of, tf32_allowed, tiled
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
 from triton import cdiv
 
-HELD = 128  # tokens of a block that a program holds
-
 
 def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summaries:
-    """What `arguments.Summaries` names."""
-    found = new_summaries(a)
+    """What `arguments.Summaries` names, of key blocks of at most 128 tokens: a program holds all of one."""
+    found, d = new_summaries(a), a.k.shape[3]
     q, k_start = image_of(a.q, a.text_q, a)[0], image_of(a.k, a.text, a)[1]
     q_mean = block_means_of(q, a.q_starts, a.places_q, a.q_width, machine, run)
     metric = _metric(a, q, machine, run)
     second = metric.diagonal(dim1=1, dim2=2).contiguous()
+    padded, width = max(16, 1 << (d - 1).bit_length()), max(16, 1 << (a.k_width - 1).bit_length())
+    constants = {
+        "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
+        "PRECISION": _precision(a, machine),
+    }  # fmt: skip
     arguments = {
         "k": rows_of(a.k), "v": rows_of(a.v), "metric": metric, "second": second, "starts": a.k_starts, "places": a.places_k,
-        "found": Parts(found.k_mean, found.score_bias, found.pooled_k, found.pooled_v, found.pooled_bias, found.slope, found.part),
+        "found": Parts(
+            found.k_mean, found.score_bias, found.pooled_k, found.pooled_v, found.pooled_bias, found.slope, found.tokens, found.spread,
+            found.v_spread, found.part,
+        ),
         "scale": a.scale, "cap": a.cap, "score_cap": a.score_cap, "heads": a.k.shape[1], "image_start_k": k_start,
-        "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width,
-    }  # fmt: skip
-    (_blocks if a.k_width <= HELD else _runs)(a, arguments, machine, run)
-    return found._replace(q_mean=q_mean.view(found.q_mean.shape), second=second.view(found.second.shape))
-
-
-def _blocks(a: SummaryArguments, arguments: dict[str, Any], machine: Machine, run: Run) -> None:
-    """Of blocks that a program holds."""
-    padded, width = _padded(a), max(16, 1 << (a.k_width - 1).bit_length())
-    constants = {
-        "D": a.k.shape[3], "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
-        "PRECISION": _precision(a, machine),
+        "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width, "C": constants_of(block_parts.summarise_parts, constants),
     }  # fmt: skip
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
     numbers = width * padded  # of a tile, of which a program holds several
-    given = {**arguments, "C": constants_of(block_parts.summarise_parts, constants)}
-    run(Launch(block_parts.summarise_parts, grid, given, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
-
-
-def _runs(a: SummaryArguments, arguments: dict[str, Any], machine: Machine, run: Run) -> None:
-    """Of longer ones."""
-    blocks, heads, padded = len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1], _padded(a)
-    place = Place("runs", padded, a.k.dtype, padded, a.k_width)
-    tile = place.tile(machine)
-    shared = {
-        "D": a.k.shape[3], "DP": padded, "BQ": tile.queries, "BK": tile.keys, "PARTS": a.parts, "COUNT": a.log_count,
-        "STAGES": tile.stages, "PRECISION": _precision(a, machine),
-    }  # fmt: skip
-
-    def start(kernel: Any, programs: int, **constants: Any) -> None:
-        given = {name: x for name, x in arguments.items() if name in kernel.arg_names} | {"C": constants_of(kernel, shared | constants)}
-        tiled(run, Launch(kernel, (blocks, heads, programs), given, tile.warps), place)
-
-    found: Parts = arguments["found"]
-    arguments |= {"part": found.part.zero_(), "damping": torch.empty_like(found.bias)}
-    level = 1
-    while level < a.parts:
-        start(block_runs.halve_runs, level, LEVEL=level)
-        level *= 2
-    start(block_runs.moments_of_runs, a.parts + 1)
-    if a.first_order:
-        start(block_runs.slopes_of_runs, cdiv(a.k.shape[3], tile.queries))
-
-
-def _padded(a: SummaryArguments) -> int:
-    """Channels, to a power of two."""
-    return max(16, 1 << (a.k.shape[3] - 1).bit_length())
+    run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
+    of_queries = {"q_mean": q_mean, "second": second} | ({"metric": metric} if a.parts > 1 else {})
+    return found._replace(**{name: x.view(getattr(found, name).shape) for name, x in of_queries.items()})
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
@@ -131,6 +96,8 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
     dspread = torch.zeros_like(spread)
     if "pooled_bias" in given:
         dspread = given["pooled_bias"].unflatten(1, (-1, a.parts)) * 0.5 * (spread / 2 < a.cap)
+    if "spread" in given:
+        dspread = dspread + given["spread"].unflatten(1, (-1, a.parts))
     dk, dv = (share.mT @ given[name].unflatten(1, (-1, a.parts)) if name in given else torch.zeros_like(keys)
               for name in ("pooled_k", "pooled_v"))  # fmt: skip
     if "slope" in given:
@@ -142,7 +109,7 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
         dk, dv = dk + weight * of_key, dv + weight * (k_off @ dslope)
         dspread = dspread - damp.square() * (member @ ((k_off * of_key).sum(-1, keepdim=True) * inverse))[..., 0]
     dk = dk + 2 * k_off * (share.mT @ (a.scale**2 * second[:, None, None] * dspread[..., None]))
-    dsecond = a.scale**2 * (variance * dspread[..., None]).sum((1, 2))
+    dsecond = a.scale**2 * (variance * dspread[..., None]).sum((1, 2)) + given.get("second", 0)
     dq = 2 / q.shape[2] * q.flatten(0, 1).float() * dsecond[:, None]
     if "q_mean" in given:
         q_places, q_counts = _places(a.q_starts, a.q_width, a.places_q)
@@ -165,35 +132,15 @@ def _places(starts: Tensor, width: int, places: Tensor | None) -> tuple[Tensor, 
     return (token if places is None else places.long()[token]), end - first
 
 
-def _shares(a: MixtureArguments) -> Tensor:
-    """The share `[BH, Tq, T, parts]` of each pooled key in the softmax of a block's mean query over those that the block does not keep."""
-    q, key, bias = a.q_mean.flatten(0, 1), a.pooled_k.flatten(0, 1), a.pooled_bias.flatten(0, 1)
-    blocks = a.slope.shape[3]
-    logits = (a.scale * q @ key.mT + bias[:, None]).unflatten(-1, (blocks, -1))
-    listed = torch.arange(a.lists.shape[-1], device=q.device) < a.counts[..., None]
-    kept = torch.zeros((*a.lists.shape[:-1], blocks), dtype=torch.int32, device=q.device)
-    kept = kept.scatter_add(-1, a.lists.long().clamp(0, blocks - 1), listed.int()) > 0
-    logits = logits.masked_fill(kept[..., None], -torch.inf).flatten(-2)
-    most = logits.amax(-1, keepdim=True)
-    shares = (logits - most.masked_fill(most == -torch.inf, 0)).exp()
-    return (shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)).unflatten(-1, (blocks, -1))
-
-
 def mix_slopes(a: MixtureArguments) -> Tensor:
-    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
-    mixed = _shares(a).sum(-1)[:, None] @ a.slope.flatten(0, 1)  # [BH, D of k, Tq, D of v]
-    return mixed.transpose(1, 2).contiguous().view(*a.q_mean.shape, a.q_mean.shape[-1])
+    """The mixtures `[B, H, n, D, D]`."""
+    mixed = a.weight.flatten(0, 1)[:, None] @ a.slope.flatten(0, 1)  # [BH, D of k, n, D of v]
+    return mixed.transpose(1, 2).contiguous().view(*a.weight.shape[:3], *mixed.shape[1::2])
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
-    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
-    shares, pull = _shares(a), dout.flatten(0, 1).transpose(1, 2)  # [BH, D of k, Tq, D of v]
-    weights = shares.sum(-1)
-    dslope = weights.mT[:, None] @ pull
-    dweights = torch.einsum("bcid,bcjd->bij", pull, a.slope.flatten(0, 1))
-    dlogits = shares * (dweights - (weights * dweights).sum(-1, keepdim=True))[..., None]
-    dlogits = dlogits.flatten(-2)
-    dq = a.scale * dlogits @ a.pooled_k.flatten(0, 1)
-    dk = a.scale * dlogits.mT @ a.q_mean.flatten(0, 1)
-    found: list[Any] = [dq, dk, dlogits.sum(1), dslope]
-    return [x.reshape(like.shape) for x, like in zip(found, (a.q_mean, a.pooled_k, a.pooled_bias, a.slope), strict=True)]
+    """Gradients of weight and slope."""
+    pull = dout.flatten(0, 1).transpose(1, 2)  # [BH, D of k, n, D of v]
+    dslope = a.weight.flatten(0, 1).mT[:, None] @ pull
+    dweight = torch.einsum("bcid,bcjd->bij", pull, a.slope.flatten(0, 1))
+    return [x.reshape(like.shape) for x, like in ((dweight, a.weight), (dslope, a.slope))]

@@ -74,9 +74,6 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("slopes", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     ("slopes", 128): ((64, 64, 4, 2),) * 5,
     ("slopes", 256): ((64, 64, 8, 2),) * 5,
-    ("runs", 64): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    ("runs", 128): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
-    ("runs", 256): ((64, 32, 8, 2),) * 5,
     ("linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 3)),
     ("linear", 128): ((32, 16, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("linear_columns", 64): ((32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
@@ -88,7 +85,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "rows": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2), "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2),
     "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2),
-    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2), "runs": (16, 32, 8, 2), "linear": (16, 32, 8, 2),
+    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2), "linear": (16, 32, 8, 2),
     "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
 }  # fmt: skip
 # where those spill or don't fit: by kernel, head dimension and architecture. On CDNA few warps have twice the registers each

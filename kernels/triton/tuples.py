@@ -134,6 +134,9 @@ class Parts(NamedTuple):
     pooled_v: Tensor
     bias: Tensor
     slope: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
     part: Tensor
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
-from dit_accel.kernels.reference import softmax_partial
+from dit_accel.kernels.reference import MASKED, softmax_weights
+from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call
-
-STEPS = 4  # of the power iteration that finds a block's principal direction
 
 
 class PooledKeys(NamedTuple):
@@ -26,8 +25,12 @@ class PooledKeys(NamedTuple):
 
 def query_spread(call: Call, k_var: Tensor) -> Tensor:
     """Variance of the logits s·q·k within blocks, `[BH, ...]` of `[BH, ..., D]`: s² Σ_d E[q_d²] Var(k_d), E over all queries of a head."""
-    second = call.q.square().mean(1)
-    return call.scale**2 * (k_var @ second.view(len(second), *[1] * (k_var.ndim - 3), -1, 1))[..., 0]
+    return spread_of(k_var, call.q.square().mean(1), call.scale)
+
+
+def spread_of(k_var: Tensor, second: Tensor, scale: float) -> Tensor:
+    """The same from `second` `[BH, D]`, E[q_d²]."""
+    return scale**2 * (k_var @ second.view(len(second), *[1] * (k_var.ndim - 3), -1, 1))[..., 0]
 
 
 def block_variance(x: Tensor, blocks: Blocks) -> Tensor:
@@ -39,16 +42,21 @@ def block_variance(x: Tensor, blocks: Blocks) -> Tensor:
 
 
 def error_bias(call: Call, cap: float) -> tuple[Tensor, Tensor]:
-    """The mean key `[BH, T, D]` of each key block, and the log of the error that it would leave in its place, less the product: `[BH, T]`.
-
-    log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v), σ² = `query_spread`; -inf for a block without tokens. No gradient.
-    """
+    """The mean key `[BH, T, D]` of each key block, and its `error_of` `[BH, T]`. No gradient."""
     with torch.no_grad():
         mean, k_var = pool_blocks(call.k, call.k_blocks, variance=True)
-        spread, tiny = query_spread(call, k_var), torch.finfo(k_var.dtype).tiny
         v_spread = block_variance(call.v, call.k_blocks).sum(-1)
-        error = spread.clamp_min(tiny).log() + v_spread.clamp_min(tiny).log() / 2
-        return mean, call.k_blocks.count.to(error.dtype).log() + (spread / 2).clamp(max=cap) + error
+        return mean, error_of(call.k_blocks.count, query_spread(call, k_var), v_spread, cap)
+
+
+def error_of(count: Tensor, spread: Tensor, v_spread: Tensor, cap: float) -> Tensor:
+    """The log of the error that a unit of so many tokens would leave, less the product of the means.
+
+    log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v), σ² = `query_spread`; -inf for a unit without tokens.
+    """
+    tiny = torch.finfo(spread.dtype).tiny
+    error = spread.clamp_min(tiny).log() + v_spread.clamp_min(tiny).log() / 2
+    return count.to(error.dtype).log() + (spread / 2).clamp(max=cap) + error
 
 
 def error_score(means: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -57,46 +65,41 @@ def error_score(means: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tenso
 
 
 def split_by_content(call: Call, parts: int) -> Tensor:
-    """Which of `parts` (a power of two) each place `[BH, T, width]` of a key block belongs to, int64; without a gradient.
-
-    A block is cut in two where the projection of its keys onto one direction is that of their mean, each part again. The direction u is the
-    one along which the head's logits vary most: the first eigenvector of M C, C = Σ (k - k̄)(k - k̄)ᵀ, M = E[q qᵀ], by power iteration
-    from (1, ..., 1). A token on the border may change sides by rounding.
-    """
+    """Which of `parts` (a power of two) each place `[BH, T, width]` of a key block belongs to, int64; without a gradient."""
     blocks = call.k_blocks
     with torch.no_grad():
-        keys, valid = blocks.gather(call.k), blocks.valid
-        part = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
-        if parts == 1:
-            return part
-        metric = call.q.transpose(-1, -2) @ call.q / call.q.shape[1]
-        level = 1
-        while level < parts:
-            for number in range(level):
-                mine = (part == number) & valid
-                side = _projected(keys, mine[..., None].to(keys.dtype), metric) > 0
-                part = part + level * (mine & side)
-            level *= 2
-    return part
+        keys = blocks.gather(call.k)
+        return split(keys, blocks.valid.to(keys.dtype).expand(keys.shape[:3]), metric_of(call.q) if parts > 1 else None, parts)
 
 
-def _projected(keys: Tensor, mine: Tensor, metric: Tensor) -> Tensor:
-    """Keys `[BH, T, width, D]` less the mean of those that are `mine` `[BH, T, width, 1]`, along their principal direction."""
-    mean = (keys * mine).sum(2, keepdim=True) / mine.sum(2, keepdim=True).clamp_min(1)
-    centred = (keys - mean) * mine
-    direction = torch.ones_like(mean).transpose(-1, -2)  # [BH, T, D, 1]
-    for _ in range(STEPS):
-        direction = metric[:, None] @ (centred.transpose(-1, -2) @ (centred @ direction))
-        direction = direction / direction.norm(dim=2, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
-    return (centred @ direction)[..., 0]
+def metric_of(q: Tensor) -> Tensor:
+    """E[q qᵀ] `[BH, D, D]` of queries `[BH, N, D]`."""
+    return q.transpose(-1, -2) @ q / q.shape[1]
 
 
-def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bool) -> PooledKeys:
-    """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split.
+class Moments(NamedTuple):
+    """What the tokens of units are summarised to, part by part: means of keys and values `[BH, T, parts, D]`, the number of tokens, the
+    variance σ² of their logits (`query_spread`) and the trace of that of their values, each `[BH, T, parts]`.
 
-    Part p of a block of n tokens, of which it has n_p: k̄_p, v̄_p, σ²_p = `query_spread` of its keys' variance,
-    bias log n_p + min(σ²_p / 2, cap), slope Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(k, v).
+    `slope` `[BH, T, D of k, D of v]`: Σ_p (n_p / n) / (1 + σ²_p) · Cov_p(k, v), None where it was not asked for.
     """
+
+    key: Tensor
+    value: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
+    slope: Tensor | None
+
+    def pooled(self, *, log_count: bool, cap: float) -> "PooledKeys":
+        """The pooled keys, each with the bias log n_p + min(σ²_p / 2, cap)."""
+        bias = (self.spread / 2).clamp(max=cap)
+        bias = bias + self.tokens.log() if log_count else bias.masked_fill(self.tokens == 0, -torch.inf)
+        return PooledKeys(self.key.flatten(1, 2), self.value.flatten(1, 2), bias.flatten(1), self.slope)
+
+
+def moments_of(call: Call, parts: int, *, slope: bool) -> Moments:
+    """Those of each key block split by content. Gradients: q, k, v, but not through the split."""
     blocks, dtype = call.k_blocks, call.k.dtype
     numbers = torch.arange(parts, device=call.k.device)
     member = ((split_by_content(call, parts)[:, :, None] == numbers[:, None]) & blocks.valid[:, None]).to(dtype)  # [BH, T, parts, width]
@@ -105,15 +108,18 @@ def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bo
     keys, values = blocks.gather(call.k), blocks.gather(call.v)
     k_mean, v_mean = share @ keys, share @ values
     k_off = keys - member.transpose(-1, -2) @ k_mean  # of a place that is no token: the token that is repeated there, with share 0
+    v_off = values - member.transpose(-1, -2) @ v_mean
     spread = query_spread(call, share @ k_off.square())
-    bias = (spread / 2).clamp(max=cap)
-    bias = bias + count.log() if log_count else bias.masked_fill(count == 0, -torch.inf)
     matrix = None
     if slope:
         weight = (member.transpose(-1, -2) @ damping(spread)[..., None]) / blocks.count.clamp_min(1)[:, None, None]
-        v_off = values - member.transpose(-1, -2) @ v_mean
         matrix = k_off.transpose(-1, -2) @ (v_off * weight)
-    return PooledKeys(k_mean.flatten(1, 2), v_mean.flatten(1, 2), bias.flatten(1), matrix)
+    return Moments(k_mean, v_mean, count, spread, (share @ v_off.square()).sum(-1), matrix)
+
+
+def pool_parts(call: Call, parts: int, *, log_count: bool, cap: float, slope: bool) -> PooledKeys:
+    """`parts` pooled keys for each key block, split by content. Gradients: q, k, v, but not through the split."""
+    return moments_of(call, parts, slope=slope).pooled(log_count=log_count, cap=cap)
 
 
 def damping(spread: Tensor) -> Tensor:
@@ -129,10 +135,20 @@ def slopes_of_queries(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
     """
     if pooled.slope is None:
         raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
-    mean = pool_blocks(call.q, call.q_blocks)[0]
-    logits = (call.scale * mean @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
-    state, _ = softmax_partial(logits.masked_fill(call.kept, -torch.inf), pooled.slope.flatten(-2))
-    return state.unflatten(-1, pooled.slope.shape[-2:])
+    means, seen = pool_blocks(call.q, call.q_blocks)[0], (~call.kept).to(call.q.dtype)
+    weights = weights_of(means, pooled.key, pooled.bias, seen, parts, call.scale)
+    return (weights @ pooled.slope.flatten(-2)).unflatten(-1, pooled.slope.shape[-2:])
+
+
+def weights_of(means: Tensor, key: Tensor, bias: Tensor, seen: Tensor, parts: int, scale: float) -> Tensor:
+    """The share `[BH, Q, T]` of each unit in the pooled softmax of queries `means` `[BH, Q, D]`, of all parts of it together.
+
+    `key` `[BH, T · parts, D]`, `bias` `[BH, T · parts]`; `seen` `[BH or 1, Q, T]`: what a unit's mass is multiplied by. 0 for a query that
+    sees nothing.
+    """
+    logits = scale * means @ key.transpose(-1, -2) + bias.clamp_min(MASKED)[:, None]  # finite: so are the gradients
+    weights, _ = softmax_weights((logits.unflatten(-1, (-1, parts)) + seen.log()[..., None]).flatten(-2))
+    return weights.unflatten(-1, (-1, parts)).sum(-1)
 
 
 def tilted(call: Call, slopes: Tensor) -> Tensor:

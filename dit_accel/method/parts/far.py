@@ -12,11 +12,12 @@ from dit_accel.kernels import reference
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.reference import Partial
+from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
-from dit_accel.method.parts.content import STEPS, PooledKeys, pool_parts, slopes_of_queries, tilted
+from dit_accel.method.parts.content import PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:
@@ -85,14 +86,21 @@ class Pooled(Rest):
         return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
 
     def _grouped(self, call: Call, opened: int) -> Partial:
-        by_level = groups.levels(call)
-        kept = call.kept.expand(len(call.q), -1, -1)
-        seen = groups.listed(kept, groups.scores_of(call, by_level[1:], self.cap), call.prepared, opened)
-        pooled, blocks = groups.joined([self.pooled(level) for level in by_level]), len(call.q_blocks.count)
+        queries, roots = groups.Queries.of(call, self.parts), len(call.prepared["far_roots"])
+        lowest = moments_of(groups.key_slots(call), self.parts, slope=self.order > 0)
+        by_level = groups.moments_by_level(lowest, roots, self.parts, queries)
+        means = groups.span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
+        scores = groups.scores_of(means, by_level[1:], self.cap, queries)
+        seen = groups.listed(call.kept.expand(len(call.q), -1, -1), scores, call.prepared, opened)
+        pooled, blocks = (
+            groups.joined([level.pooled(log_count=self.log_count, cap=self.most) for level in by_level]),
+            len(call.q_blocks.count),
+        )
         rest = self._over(call, pooled, groups.hidden(seen, self.parts, blocks))
         if not self.order:
             return rest
-        slopes = groups.of_blocks(groups.slopes_of_spans(call, pooled, seen, self.parts), blocks)
+        weights = groups.weights_of_spans(means, pooled, seen, self.parts, call.scale)
+        slopes = groups.of_blocks(groups.slopes_of_spans(weights, by_level), blocks)
         return rest[0] + tilted(call, slopes), rest[1]
 
     def _over(self, call: Call, pooled: PooledKeys, without: Tensor) -> Partial:
@@ -102,10 +110,14 @@ class Pooled(Rest):
             call.q, pooled.key, pooled.value, None, bias, without, call.q_blocks, scale=call.scale, cap=self.cap
         )
 
+    @property
+    def most(self) -> float:
+        """What half the variance of the logits adds to a pooled key's bias at most."""
+        return self.cap if self.variance else 0.0
+
     def pooled(self, call: Call) -> PooledKeys:
         """The pooled keys of all blocks."""
-        cap, slope = self.cap if self.variance else 0.0, self.order > 0
-        return pool_parts(call, self.parts, log_count=self.log_count, cap=cap, slope=slope)
+        return pool_parts(call, self.parts, log_count=self.log_count, cap=self.most, slope=self.order > 0)
 
     def cost(self, sizes: Sizes) -> Cost:
         """One block in one part to order 0: logits from q and q², one value for each pooled key.

@@ -5,7 +5,7 @@ pooled keys for each query hardly grows with the number of tokens. Relatives, an
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
-from dit_accel.kernels.blocks import Blocks, pool_blocks
-from dit_accel.kernels.reference import MASKED, softmax_weights
+from dit_accel.kernels.blocks import Blocks
+from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call, Ground
-from dit_accel.method.parts.content import PooledKeys, error_bias, error_score
+from dit_accel.method.parts.content import Moments, PooledKeys, damping, error_of, error_score, metric_of, spread_of, weights_of
 
 MEMBERS = 4  # of a group
+Divide = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 class Listed(NamedTuple):
@@ -97,19 +98,61 @@ def _ranks(parent: Tensor) -> Tensor:
     return ranks
 
 
-def starts_by_level(prepared: Mapping[str, Tensor]) -> list[Tensor]:
-    """Where the run of each slot of a level starts, and the end; of all levels, from the key blocks up."""
-    starts, roots = prepared["far_starts"], len(prepared["far_roots"])
-    depth = 0
-    while roots * MEMBERS**depth < len(starts) - 1:
-        depth += 1
-    return [starts[:: MEMBERS**level] for level in range(depth + 1)]
+def key_slots(call: Call) -> Call:
+    """The call with the slots of level 0 in the place of its key blocks."""
+    runs = Blocks.from_starts(call.prepared["far_starts"]).among(call.prepared["far_order"])
+    return dataclasses.replace(call, k_blocks=runs, visited=None)
 
 
-def levels(call: Call) -> list[Call]:
-    """The call with each level's units in the place of its key blocks, from the key blocks up."""
-    runs = [Blocks.from_starts(starts).among(call.prepared["far_order"]) for starts in starts_by_level(call.prepared)]
-    return [dataclasses.replace(call, k_blocks=blocks, visited=None) for blocks in runs]
+class Queries(NamedTuple):
+    """What the summaries take from a head's queries: E[q²] `[BH, D]`, E[q qᵀ] `[BH, D, D]` (None: nothing is split), and the scale s."""
+
+    second: Tensor
+    metric: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, call: Call, parts: int) -> "Queries":
+        return cls(call.q.square().mean(1), metric_of(call.q.detach()) if parts > 1 else None, call.scale)
+
+
+def merged(each: Moments, part: Tensor, parts: int, queries: Queries) -> Moments:
+    """The moments of `parts` new parts of each unit, from those of its elements `[BH, T, n]`, which go to `part` `[BH, T, n]`.
+
+    Means, counts and spreads are those of all tokens together. `slope`: of what lies between the elements alone, Σ_P (n_P / n) / (1 + σ²_P)
+    · Cov_P of their means: what lies within them is damped as they are (`slopes_of_spans` adds it).
+    """
+    member = part[:, :, None] == torch.arange(parts, device=part.device)[:, None]  # [BH, T, parts, n]
+    weight = torch.where(member, each.tokens[:, :, None], 0)
+    count = weight.sum(-1)
+    share, member = weight / count.clamp_min(1)[..., None], member.to(weight.dtype)
+    key, value = share @ each.key, share @ each.value
+    filled = (each.tokens > 0).to(weight.dtype)[..., None]
+    k_off, v_off = ((x - member.mT @ mean) * filled for x, mean in ((each.key, key), (each.value, value)))
+    spread = (share @ (each.spread + spread_of(k_off.square(), queries.second, queries.scale))[..., None])[..., 0]
+    v_spread = (share @ (each.v_spread + v_off.square().sum(-1))[..., None])[..., 0]
+    slope = None
+    if each.slope is not None:
+        damped = (member.mT @ damping(spread)[..., None])[..., 0] * each.tokens / count.sum(-1, keepdim=True).clamp_min(1)
+        slope = k_off.mT @ (v_off * damped[..., None])
+    return Moments(key, value, count, spread, v_spread, slope)
+
+
+def group_moments(below: Moments, parts: int, queries: Queries, divide: Divide) -> Moments:
+    """The moments of groups of MEMBERS units, whose parts are the members' own, split by content anew. No gradient through the split."""
+    each = Moments(*(None if x is None else x.unflatten(1, (-1, MEMBERS)) for x in below))  # type: ignore[arg-type]
+    each = each._replace(**{name: getattr(each, name).flatten(2, 3) for name in ("key", "value", "tokens", "spread", "v_spread")})
+    with torch.no_grad():
+        part = divide(each.key, each.tokens, queries.metric, parts)
+    return merged(each, part, parts, queries)
+
+
+def moments_by_level(lowest: Moments, roots: int, parts: int, queries: Queries, divide: Divide = split) -> list[Moments]:
+    """The moments of all levels' units, from the slots of level 0 up to the level of so many `roots`. `divide`: `split`, or a kernel's."""
+    found = [lowest]
+    while found[-1].tokens.shape[1] > roots:
+        found.append(group_moments(found[-1], parts, queries, divide))
+    return found
 
 
 def spans_of(kept: Tensor) -> Tensor:
@@ -123,10 +166,18 @@ def span_means(means: Tensor, blocks: Blocks) -> Tensor:
     return spans_of(means * count).sum(-2) / spans_of(count).sum(-2)
 
 
-def scores_of(call: Call, above: list[Call], cap: float) -> list[Tensor]:
-    """The score of the error `[BH, spans, slots]` of the units of the levels `above` the key blocks, for the spans' mean queries."""
-    means = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
-    return [error_score(means, *error_bias(level, cap), call.scale) for level in above]
+def scores_of(means: Tensor, above: list[Moments], cap: float, queries: Queries) -> list[Tensor]:
+    """The score of the error `[BH, spans, slots]` of the units of the levels `above` the key blocks, for the spans' mean queries `means`.
+
+    No gradient.
+    """
+    found = []
+    with torch.no_grad():
+        for level in above:
+            whole = merged(level._replace(slope=None), torch.zeros_like(level.tokens, dtype=torch.int64), 1, queries)
+            bias = error_of(whole.tokens, whole.spread, whole.v_spread, cap)[..., 0]
+            found.append(error_score(means.detach(), whole.key[:, :, 0], bias, queries.scale))
+    return found
 
 
 def listed(kept: Tensor, scores: list[Tensor], prepared: Mapping[str, Tensor], opened: int) -> Listed:
@@ -170,10 +221,9 @@ def unit_lists(found: Listed) -> tuple[Tensor, Tensor]:
 
 
 def joined(pooled: list[PooledKeys]) -> PooledKeys:
-    """The pooled keys of all levels."""
-    slopes = [level.slope for level in pooled if level.slope is not None]
+    """The pooled keys of all levels, without slopes."""
     key, value, bias = (torch.cat(tensors, 1) for tensors in zip(*((level.key, level.value, level.bias) for level in pooled), strict=True))
-    return PooledKeys(key, value, bias, torch.cat(slopes, 1) if slopes else None)
+    return PooledKeys(key, value, bias, None)
 
 
 def weights_of_spans(means: Tensor, pooled: PooledKeys, found: Listed, parts: int, scale: float) -> Tensor:
@@ -183,22 +233,32 @@ def weights_of_spans(means: Tensor, pooled: PooledKeys, found: Listed, parts: in
     """
     kept = found.kept.sum(-2) / found.blocks.to(means.dtype)[:, None]
     seen = torch.cat([found.units[0] * (1 - kept), *(units.to(means.dtype) for units in found.units[1:])], -1)
-    bias = pooled.bias.clamp_min(MASKED)  # finite: the gradient of a logsumexp over nothing is NaN
-    logits = (scale * means @ pooled.key.transpose(-1, -2) + bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
-    logits = (logits + seen.log()).masked_fill(seen == 0, -torch.inf)
-    return softmax_weights(logits)[0]
+    return weights_of(means, pooled.key, pooled.bias, seen, parts, scale)
 
 
-def slopes_of_spans(call: Call, pooled: PooledKeys, found: Listed, parts: int) -> Tensor:
+def handed_down(weights: Tensor, by_level: list[Moments]) -> list[Tensor]:
+    """What each level's slopes are multiplied by `[BH, spans, slots]`, of the weights of what the spans see (`weights_of_spans`).
+
+    The slope of a group is that between its members and, by their shares of its tokens, their own: a group's weight is its members' too.
+    """
+    own = list(weights.split([level.tokens.shape[1] for level in by_level], -1))
+    for level in range(len(by_level) - 1, 0, -1):
+        tokens, members = (by_level[n].tokens.sum(-1) for n in (level, level - 1))  # [BH, slots]
+        share = members / tokens.repeat_interleave(MEMBERS, -1).clamp_min(1)
+        own[level - 1] = own[level - 1] + own[level].repeat_interleave(MEMBERS, -1) * share[:, None]
+    return own
+
+
+def slopes_of_spans(weights: Tensor, by_level: list[Moments]) -> Tensor:
     """One matrix S `[BH, spans, D of k, D of v]` for each span: to first order the rest's value changes by s q S.
 
-    S = Σ_J ω_J · slope_J over the units that the span sees (`weights_of_spans`).
+    S = Σ_J ω_J · slope_J over the units that the span sees, ω = `weights_of_spans`.
     """
-    if pooled.slope is None:
-        raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
-    means = span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
-    weights = weights_of_spans(means, pooled, found, parts, call.scale)
-    return (weights @ pooled.slope.flatten(-2)).unflatten(-1, pooled.slope.shape[-2:])
+    states = [
+        (own @ moments.slope.flatten(-2)).unflatten(-1, moments.slope.shape[-2:])  # type: ignore[union-attr]
+        for own, moments in zip(handed_down(weights, by_level), by_level, strict=True)
+    ]
+    return torch.stack(states).sum(0)
 
 
 def of_blocks(slopes: Tensor, query_blocks: int) -> Tensor:
