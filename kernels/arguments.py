@@ -8,7 +8,7 @@ fields, and wherever a kernel uses it.
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -187,15 +187,26 @@ class Summaries(NamedTuple):
 
 
 class MixtureArguments(NamedTuple):
-    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name: `Summaries`, and lists as in `Arguments`. Contiguous."""
+    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name. Float32, contiguous and differentiable.
 
-    q_mean: Tensor
-    pooled_k: Tensor
-    pooled_bias: Tensor
+    `weight` `[B, H, n, T]`: of each of T units in each of n mixtures; `slope` `[B, H, D, T, D]`: as in `Summaries`.
+    """
+
+    weight: Tensor
     slope: Tensor
-    lists: Tensor
-    counts: Tensor
-    scale: float
+
+
+class SplitArguments(NamedTuple):
+    """The arguments of `dit_accel::split_units`, but for the implementation's name. Float32 and contiguous.
+
+    `key` `[BH, T, n, D]`, `weight` `[BH, T, n]`: elements of units, those of weight 0 left out; `metric` `[BH, D, D]`: the mean of q qᵀ;
+    `parts`: 2 or 4.
+    """
+
+    key: Tensor
+    weight: Tensor
+    metric: Tensor
+    parts: int
 
 
 class Declared(NamedTuple):
@@ -273,7 +284,7 @@ def _number(d: Declared, value: Any) -> Any:
 
 
 ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
-SUMMARY, MIXTURE = Transport(SummaryArguments), Transport(MixtureArguments)
+SUMMARY, MIXTURE, SPLIT = Transport(SummaryArguments), Transport(MixtureArguments), Transport(SplitArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -352,15 +363,22 @@ def check_summary(a: SummaryArguments) -> None:
 
 def check_mixture(a: MixtureArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
-    (*heads, q_blocks, d), pools, k_blocks = a.q_mean.shape, a.pooled_k.shape[2], a.slope.shape[3]
-    shapes = {"q_mean": (q_blocks, d), "pooled_k": (pools, d), "pooled_bias": (pools,), "slope": (d, k_blocks, d)}
-    for name, shape in shapes.items():
-        x = getattr(a, name)
-        if x.shape != (*heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
-            raise ValueError(f"{name} must be float32 {(*heads, *shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
-    if pools % k_blocks or a.lists.shape[-2] != q_blocks or a.counts.shape != a.lists.shape[:-1]:
-        sizes = f"{pools} pooled keys for {k_blocks}, lists {tuple(a.lists.shape)} and counts {tuple(a.counts.shape)}"
-        raise ValueError(f"each key block must have as many pooled keys and each of {q_blocks} query blocks a list, not {sizes}")
+    (*heads, mixtures, units), d = a.weight.shape, a.slope.shape[-1]
+    _check_floats({"weight": (a.weight, (*heads, mixtures, units)), "slope": (a.slope, (*heads, d, units, d))})
+
+
+def check_split(a: SplitArguments) -> None:
+    """Raise ValueError at arguments that do not fit each other."""
+    heads, units, elements, d = a.key.shape
+    _check_floats({"key": (a.key, a.key.shape), "weight": (a.weight, (heads, units, elements)), "metric": (a.metric, (heads, d, d))})
+    if a.parts not in (2, 4):
+        raise ValueError(f"parts must be 2 or 4, not {a.parts}")
+
+
+def _check_floats(given: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
+    for name, (x, shape) in given.items():
+        if x.shape != tuple(shape) or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be float32 {tuple(shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
 
 
 def _check_pooled(a: Arguments) -> None:

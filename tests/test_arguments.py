@@ -15,6 +15,7 @@ from dit_accel.kernels.arguments import (
     MixtureArguments,
     Rows,
     SelectionArguments,
+    SplitArguments,
     SummaryArguments,
     Transport,
 )
@@ -67,8 +68,9 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         (ops.summarize_blocks_op, SummaryArguments, []),
         (ops.mix_slopes_op, MixtureArguments, []),
         (ops.mix_slopes_backward_op, MixtureArguments, ["dout"]),
+        (ops.split_units_op, SplitArguments, []),
     ],
-    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward"],
+    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward", "split_units"],
 )
 def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
     taken = [a.name for a in op._opoverload._schema.arguments]

@@ -84,6 +84,36 @@ def test_every_head_dim(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_equals_oracle(SPECS[name], Shape(1, 2, head_dim, (1, 9, 14), 5), dtype)
 
 
+def gradients_of_rounded(dtype: torch.dtype, shape: Shape, function: Any) -> list[Tensor]:
+    """Of query, key and value, which are bfloat16 before they are `dtype`; function(query, key, value) gives the output and the lse."""
+    qkv, seed = [x.to(dtype).requires_grad_() for x in shape.inputs(torch.bfloat16)], torch.Generator().manual_seed(5)
+    factors = torch.randn(2, *qkv[0].shape, generator=seed).to(torch.bfloat16).double()
+    out, lse = function(*qkv)
+    ((out.double() * factors[0]).sum() + (lse.double() * factors[1, ..., 0]).sum()).backward()
+    return [x.grad for x in qkv]  # type: ignore[misc]
+
+
+@every_target
+@every_spec
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 2, 64, (1, 16, 24)), Shape(2, 1, 40, (1, 13, 11), 21), Shape(1, 1, 72, (3, 4, 9), 70), Shape(1, 1, 256, (1, 5, 7), 3)],
+    ids=lambda shape: str(shape.head_dim),
+)
+def test_gradients_of_bfloat16(spec: AttentionSpec, shape: Shape) -> None:
+    """Under a bias of the text's keys, some of which are masked."""
+    bias = shape.text_bias() if shape.text else None
+    params = random_parameters(spec, shape).requires_grad_(False)
+
+    def formula(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return oracle(*qkv, spec, shape.layout, params, text_bias=bias, dtype=qkv[0].dtype)
+
+    exact, eager = (gradients_of_rounded(dtype, shape, formula) for dtype in (torch.float64, torch.bfloat16))
+    got = gradients_of_rounded(torch.bfloat16, shape, lambda *qkv: run(list(qkv), spec, shape.layout, params, bias))
+    for name, *three in zip(("query", "key", "value"), got, exact, eager, strict=True):
+        assert_close_as_eager(*three, name)
+
+
 def named(*values: Any) -> dict[str, Any]:
     """The values by what they look like."""
     return {str(value): value for value in values}
@@ -129,6 +159,22 @@ def test_one_large_bias_decides(spec: AttentionSpec, dtype: torch.dtype) -> None
     exact, eager = (oracle(*qkv, spec, shape.layout, text_bias=bias, dtype=d)[0].detach() for d in (torch.float64, dtype))
     assert_close_as_eager(run(qkv, spec, shape.layout, text_bias=bias)[0], exact, eager)
     torch.testing.assert_close(exact[:, :, :20], qkv[2].double()[:, :, 13:14].expand(-1, -1, 20, -1))
+
+
+@every_target
+@every_dtype
+@pytest.mark.parametrize("steepness", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["fovea", "clear"])
+def test_maxima_that_rise_from_block_to_block(name: str, steepness: float, dtype: torch.dtype) -> None:
+    """Later keys are the longer ones: what was summed before is scaled down by little, by much, and to nothing."""
+    spec, shape = SPECS[name], Shape(1, 2, 64, (1, 16, 40), 3)
+    qkv = shape.inputs(dtype)
+    qkv[1] = qkv[1] * torch.linspace(0, steepness, shape.layout.tokens, dtype=dtype)[:, None]
+    exact, eager = (oracle(*qkv, spec, shape.layout, dtype=d) for d in (torch.float64, dtype))
+    with torch.no_grad():
+        got = run(qkv, spec, shape.layout)
+    assert_close_as_eager(got[0], exact[0].detach(), eager[0].detach())
+    assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
 
 
 @every_spec

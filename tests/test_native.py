@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_pipe
 from helpers import Shape
 
@@ -106,7 +107,7 @@ def table(kind: type[ctypes.Structure], **changed: tuple[int, int]) -> ctypes.Ar
     return (native.Field * (len(made) + 1))(*made, (None, 0, ctypes.sizeof(kind)))
 
 
-@pytest.mark.parametrize("kind", [native.Rows, native.Problem, native.Selection, native.Summary, native.Mixture])
+@pytest.mark.parametrize("kind", [native.Rows, native.Problem, native.Selection, native.Summary, native.Mixture, native.Split])
 def test_equal_tables_pass_and_swapped_or_missing_fields_do_not(kind: type[ctypes.Structure]) -> None:
     native.compare_fields(kind, table(kind))
     first, second = (name for name, *_ in kind._fields_[1:3])
@@ -154,3 +155,52 @@ def test_the_build_tells_the_fingerprint(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, CPU / "sources.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == sources.fingerprint(CPU)
     assert "kernels/cpu" in (ROOT / "MANIFEST.in").read_text()
+
+
+REFUSED = """
+import ctypes, torch
+
+class Stack(ctypes.Structure):
+    _fields_ = [("space", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+# Linux refuses tiles to a process whose stack for signals could not hold them
+space = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(space), 0, 4096)), None) == 0
+from dit_accel import CLEAR
+from dit_accel.kernels.cpu import native
+from dit_accel.operator.attention import attention
+from dit_accel.operator.layout import TokenLayout
+
+x = torch.randn(1, 1, 64, 16, dtype=torch.bfloat16)
+assert attention(x, x, x, CLEAR(2), TokenLayout((1, 8, 8)), backend="cpu").isfinite().all()
+print(native.best_target())
+"""
+
+
+@needs_library
+@pytest.mark.skipif(native.best_target() != "amx", reason="this CPU has no AMX")
+def test_without_the_systems_permission_the_next_best_serves() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split() == ["avx512bf16"], done.stderr[-2000:]
+
+
+@needs_library
+@pytest.mark.parametrize("target", native.TARGETS)
+def test_every_instruction_set_is_built_where_the_others_are(target: str) -> None:
+    """A source file for each, named in the steps that build them one by one."""
+    assert (CPU / f"{target}.cpp").exists()
+    for step in ("cross", "sanitize"):
+        assert re.search(rf"for source in [\w ]*\b{target}\b", (ROOT / ".ci" / step).read_text())
+
+
+@needs_library
+@pytest.mark.skipif(native.best_target() != "amx", reason="this CPU has no AMX")
+def test_tiles_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies bfloat16 by tiles, too, and shares the thread with us: before and after it gets the same."""
+    monkeypatch.setenv(native.TARGET_VARIABLE, "amx")
+    shape, seed = Shape(1, 1, 16, (1, 8, 8)), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(96, 96, generator=seed).to(torch.bfloat16) for _ in range(2))
+    before = a @ b
+    for _ in range(2):
+        attention(*shape.inputs(torch.bfloat16), CLEAR(2), shape.layout, backend="cpu")
+        torch.testing.assert_close(a @ b, before, rtol=0, atol=0)

@@ -113,7 +113,7 @@ def baseline(case: Case) -> tuple[Callable[[], None], torch.dtype]:
 
     On a CPU without AVX-512 it multiplies bfloat16 hundreds of times slower than float32, so that float32 is the fair rival there.
     """
-    capable = case.device.type != "cpu" or dispatch.CPU_TARGET.startswith("avx512")
+    capable = case.device.type != "cpu" or dispatch.CPU_TARGET in ("avx512", "avx512bf16", "amx")
     dtype = case.dtype if capable else torch.float32
     return runner(replace(case, dtype=dtype), F.scaled_dot_product_attention), dtype
 

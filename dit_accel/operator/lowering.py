@@ -3,13 +3,14 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, SplitArguments, Summaries, SummaryArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -26,7 +27,7 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
-from dit_accel.method.parts.content import Moments
+from dit_accel.method.parts.content import Moments, weights_of
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts
@@ -122,9 +123,9 @@ def rest_of(
     found: dict[str, Any] = {}
     match spec.rest:
         case Pooled(opened=int(opened)) if made:
-            found = _grouped(made, spec.rest, opened, plan, lists, scale)
+            found = _grouped(made, spec.rest, opened, plan, lists, scale, implementation)
         case Pooled(plain=False) if made:
-            found = _given(made, spec.rest.order, lists, scale, implementation)
+            found = _given(made, spec.rest, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -169,16 +170,20 @@ def summaries(
     return ops.summarize_blocks(arguments, implementation)
 
 
-def _given(made: Summaries, order: int, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
+def _given(made: Summaries, rest: Pooled, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
     """The pooled keys, and the slopes of the query blocks, as `Arguments` names them."""
     found = {"rest": "pooled", "pooled_k": made.pooled_k, "pooled_v": made.pooled_v, "pooled_bias": made.pooled_bias}
-    if order:
-        mixture = MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, scale)
-        found["slopes"] = ops.mix_slopes(mixture, implementation)
+    if rest.order:
+        heads, seen = made.q_mean.shape[:2], (~lists.kept(made.slope.shape[3])).to(made.q_mean.dtype)
+        means, key, bias = (x.flatten(0, 1) for x in (made.q_mean, made.pooled_k, made.pooled_bias))
+        weights = weights_of(means, key, bias, seen, rest.parts, scale).unflatten(0, heads).contiguous()
+        found["slopes"] = ops.mix_slopes(MixtureArguments(weights, made.slope), implementation)
     return found
 
 
-def _grouped(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
+def _grouped(
+    made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
+) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
     heads, parts = made.q_mean.shape[:2], rest.parts
     flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
@@ -187,17 +192,31 @@ def _grouped(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: List
         flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
     )
     lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
-    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries)
+
+    def divide(elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
+        if metric is None:
+            return torch.zeros_like(weight, dtype=torch.uint8)
+        return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
+
+    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
     means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
     kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
     seen = groups.listed(kept, groups.scores_of(means, by_level[1:], rest.cap, queries), plan.prepared, opened)
     index, counts = groups.unit_lists(seen)
     pooled = groups.joined([level.pooled(log_count=rest.log_count, cap=rest.most) for level in by_level])
     given = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias, "pool_lists": index, "pool_counts": counts}
-    if rest.order:
-        given["slopes"] = groups.slopes_of_spans(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
     found: dict[str, Any] = {name: x.unflatten(0, heads).contiguous() for name, x in given.items()}
+    if rest.order:
+        own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
+        found["slopes"] = _mixed(own, by_level, heads, implementation)
     return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
+
+
+def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
+    """`groups.slopes_of_spans` by the kernels, of what each level's slopes are multiplied by."""
+    slopes = [level.slope.transpose(1, 2) for level in by_level if level.slope is not None]
+    given = (MixtureArguments(*(x.unflatten(0, heads).contiguous() for x in pair)) for pair in zip(own, slopes, strict=True))
+    return functools.reduce(torch.add, (ops.mix_slopes(mixture, implementation) for mixture in given))
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:

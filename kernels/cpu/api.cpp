@@ -4,6 +4,12 @@
 
 #include "problem.h"
 
+#if WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifndef DIT_ACCEL_SOURCES  // the fingerprint of the sources, from the build
 #define DIT_ACCEL_SOURCES "unknown"
 #endif
@@ -17,15 +23,19 @@
     void summarize_backward(const Summary&); \
     void mix_slopes(const Mixture&);     \
     void mix_slopes_backward(const Mixture&); \
+    void split_units(const Split&);      \
     }
 TARGET_OF(portable)
 #if defined(__x86_64__)
 TARGET_OF(avx2)
 TARGET_OF(avx512)
 TARGET_OF(avx512bf16)
+#if WITH_AMX
+TARGET_OF(amx)
+#endif
 #endif
 
-enum Target { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Target { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 template <class Argument>
 static int run(void (*function)(const Argument&), const Argument* argument) {
@@ -37,10 +47,33 @@ static int run(void (*function)(const Argument&), const Argument* argument) {
     }
 }
 
+#if WITH_AMX
+#define BY_TILES(function, others) (target == AMX ? amx::function : (others))
+#else
+#define BY_TILES(function, others) (others)
+#endif
 #if defined(__x86_64__)
-#define CHOOSE(function) (target == AVX512_BF16 ? avx512bf16::function : target == AVX512 ? avx512::function : target == AVX2 ? avx2::function : portable::function)
+#define CHOOSE(function) BY_TILES(function, target == AVX512_BF16 ? avx512bf16::function : target == AVX512 ? avx512::function : target == AVX2 ? avx2::function : portable::function)
 #else
 #define CHOOSE(function) (static_cast<void>(target), portable::function)
+#endif
+
+#if WITH_AMX
+// Whether the CPU has AMX and the system lets this process use it: asked once, as a process that has the permission keeps it.
+static bool amx_permitted() {
+    static const bool permitted = [] {
+        const unsigned SAVED = 1u << 27, BF16 = 1u << 22, TILE = 1u << 24;  // OSXSAVE in ecx of leaf 1, the others in edx of leaf 7
+        unsigned a, b, c, d;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & SAVED)) return false;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16) || !(d & TILE)) return false;
+        unsigned states, upper;
+        asm volatile("xgetbv" : "=a"(states), "=d"(upper) : "c"(0));
+        const unsigned TILES = 3u << 17;  // the tiles' configuration and data, which the system saves
+        const long REQUEST = 0x1023, DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of Linux' asm/prctl.h
+        return (states & TILES) == TILES && syscall(SYS_arch_prctl, REQUEST, DATA) == 0;
+    }();
+    return permitted;
+}
 #endif
 
 // The structs as the compiler laid them out, for Python to compare with its own; a null name ends each table.
@@ -89,9 +122,15 @@ static const Field SUMMARY[] = {
 
 #define STRUCT Mixture
 static const Field MIXTURE[] = {
-    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(pools), FIELD(list_width), FIELD(lists_per_head),
-    FIELD(q_mean), FIELD(pooled_k), FIELD(pooled_bias), FIELD(slope), FIELD(lists), FIELD(counts), FIELD(scale), FIELD(out), FIELD(threads),
-    FIELD(dout), FIELD(dq_mean), FIELD(dpooled_k), FIELD(dpooled_bias), FIELD(dslope), END,
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(mixtures), FIELD(units), FIELD(weight), FIELD(slope), FIELD(out), FIELD(threads),
+    FIELD(dout), FIELD(dweight), FIELD(dslope), END,
+};
+#undef STRUCT
+
+#define STRUCT Split
+static const Field SPLIT[] = {
+    FIELD(heads), FIELD(units), FIELD(elements), FIELD(channels), FIELD(key), FIELD(weight), FIELD(metric), FIELD(parts), FIELD(part),
+    FIELD(threads), END,
 };
 #undef STRUCT
 
@@ -102,11 +141,16 @@ const Field* dit_accel_problem_fields() { return PROBLEM; }
 const Field* dit_accel_selection_fields() { return SELECTION; }
 const Field* dit_accel_summary_fields() { return SUMMARY; }
 const Field* dit_accel_mixture_fields() { return MIXTURE; }
+const Field* dit_accel_split_fields() { return SPLIT; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if WITH_AMX
+        if (__builtin_cpu_supports("avx512bf16") && amx_permitted()) return AMX;
+#endif
         return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;
@@ -118,4 +162,5 @@ int dit_accel_summarize(const Summary* summary, int target) { return run(CHOOSE(
 int dit_accel_summarize_backward(const Summary* summary, int target) { return run(CHOOSE(summarize_backward), summary); }
 int dit_accel_mix_slopes(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes), mixture); }
 int dit_accel_mix_slopes_backward(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes_backward), mixture); }
+int dit_accel_split_units(const Split* split, int target) { return run(CHOOSE(split_units), split); }
 }

@@ -11,6 +11,7 @@
 #define LANES 8
 #define ROWS 6
 #define BF16_DOTS 0
+#define AMX 0
 #define STRIP 2
 #include "target.h"
 #if defined(__clang__)

@@ -74,6 +74,10 @@ struct Columns {
     }
 };
 
+#if AMX
+#include "amx_gradients.h"
+#endif
+
 // One thread's workspace.
 struct BackwardWorkspace {
     const Geometry& g;
@@ -83,6 +87,9 @@ struct BackwardWorkspace {
     States::Workspace rest_work;
     std::unique_ptr<LinearRows> linear;
     std::unique_ptr<Pool> seen;
+#if AMX
+    std::unique_ptr<TiledGradient> tiled;
+#endif
 
     explicit BackwardWorkspace(const Geometry& g)
         : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
@@ -172,7 +179,14 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     float *acc = work.a, *by_variance = work.b;
     const float *q = queries.q.row(i), *dout = queries.dout.row(i), *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
     __builtin_memset(acc, 0, g.rows() * g.padded * 4);
+#if AMX
+    const bool tiled = bool(work.tiled);
+    if (tiled) tiled_query_gradient(g, queries, *work.tiled, acc, bh, i);
+#else
+    const bool tiled = false;
+#endif
     g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
+        if (tiled && !g.is_extra(j)) return;
         Run key = g.key(j);
         const float* bias = g.key_bias(bh, j);
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
@@ -215,7 +229,13 @@ static void key_gradient(const Geometry& g, const Keys& keys, const Queries& que
     __builtin_memset(dk, 0, g.rows() * g.padded * 4);
     __builtin_memset(dv, 0, g.rows() * g.padded * 4);
     const float *key = keys.keys.row(j), *value = keys.values.row(j), *bias = g.key_bias(bh, j);
-    columns.for_visits(j, [&](int64_t i, int64_t mask) {
+#if AMX
+    const bool tiled = work.tiled && !g.is_extra(j);
+    if (tiled) tiled_key_gradient(g, queries, columns, *work.tiled, dk, dv, bh, j);
+#else
+    const bool tiled = false;
+#endif
+    if (!tiled) columns.for_visits(j, [&](int64_t i, int64_t mask) {
         Run query = g.query(i);
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.delta + i * g.width;
         for (int64_t r0 = 0; r0 < run.count; r0 += ROWS) {
@@ -261,13 +281,29 @@ void backward(const Problem& p) {
     Team team(p.threads);
     std::vector<std::unique_ptr<BackwardWorkspace>> workspaces;
     for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<BackwardWorkspace>(g));
+#if AMX
+    std::unique_ptr<TiledOperands> operands;
+    if (p.q.bf16 && p.k.bf16 && p.v.bf16 && p.dout.bf16) {
+        operands = std::make_unique<TiledOperands>(g);
+        for (auto& work : workspaces) work->tiled = std::make_unique<TiledGradient>(*operands);
+    }
+#endif
     team.run([&](int thread) {
         BackwardWorkspace& work = *workspaces[size_t(thread)];
+#if AMX
+        TileRegisters registers;
+#endif
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
             if (thread == 0 && (bh == 0 || p.lists_per_head)) columns.build(bh);
             keys.prepare(team, bh, work.pack);
+#if AMX
+            if (operands) team.share(g.first_extra(), [&](int64_t j) { operands->fill_key(bh, j); });
+#endif
             team.share(g.query_blocks, [&](int64_t i) {
                 queries.pack(bh, i, work.a);
+#if AMX
+                if (operands) operands->fill_query(bh, i, queries.lse2);
+#endif
                 if (linear && i < p.q_blocks) linear->rows(keys, queries, work, bh, i);
                 if (p.slopes && i < p.q_blocks) lean_deltas(g, queries, work, bh, i);
             });

@@ -14,16 +14,20 @@ struct Keys {
     const Geometry& g;
     const bool backward, paired, direct;  // paired: bfloat16 stays bfloat16; direct: values are read where they lie
     Panels keys, values;                  // paired, of the extra keys alone; key rows and transposed values for the backward pass alone
+#if BF16_DOTS || AMX
     std::unique_ptr<Pairs> pairs;
+#endif
     std::unique_ptr<Pool> pool;
     std::unique_ptr<States> states;
 
     Keys(const Geometry& g, bool backward)
-        : g(g), backward(backward), paired(BF16_DOTS && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
+        : g(g), backward(backward), paired((BF16_DOTS || AMX) && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
           direct(!backward && !g.p.places_k && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
           keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
+#if BF16_DOTS || AMX
         if (paired) pairs = std::make_unique<Pairs>(g);
+#endif
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, g.pools());
         if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
     }
@@ -41,7 +45,9 @@ struct Keys {
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
         bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
+#if BF16_DOTS || AMX
         if (pair) pairs->fill(bh, j, work.halves);
+#endif
         if (pair && !rest) return;
         float* key = backward ? keys.row(j) : work.keys;
         g.read_key(key, g.p.k, g.p.extra_k, bh, j);
@@ -121,10 +127,16 @@ struct ForwardWorkspace {
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
     std::unique_ptr<Pool> seen;
+#if AMX
+    std::unique_ptr<TiledSoftmax> tiled;
+#endif
 
-    ForwardWorkspace(const Geometry& g, bool pairs)
-        : softmax(g, pairs), pack(g), squares(g.rows() * g.padded), bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
+    ForwardWorkspace(const Geometry& g, const Keys& keys)
+        : softmax(g, keys.paired && BF16_DOTS), pack(g), squares(g.rows() * g.padded), bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
         if (g.listed()) seen = std::make_unique<Pool>(g, false, g.seen_pools());
+#if AMX
+        if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
+#endif
         if (g.p.slopes)
             exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
@@ -154,14 +166,35 @@ static inline void add_slopes(const Geometry& g, ForwardWorkspace& work, int64_t
     product_rows(s.acc, g.padded, s.q, g.padded, slopes.read(work.matrix, bh, i), g.padded, round_up(queries, ROWS), g.channels, g.padded, true);
 }
 
-static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace& work, const float* weight_t, int64_t bh, int64_t i) {
-    const Problem& p = g.p;
+#if AMX
+// The keys of bfloat16 that query block i visits, by tiles.
+static void tiled_part(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
+    Run run = g.query(i);
+    TiledSoftmax& s = *work.tiled;
+    s.start(bh, run);
+    g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
+        if (g.is_extra(j)) return;
+        Run key = g.key(j);
+        TiledBlock block = keys.pairs->block(j);
+        if (mask == WHOLE)
+            s.visit(run.count, block, key.count, g.key_bias(bh, j));
+        else
+            with_mask(g, mask, key, run, false, [&](const auto& keep) { s.visit_masked(run.count, block, key.count, keep); });
+    });
+    s.rows(work.softmax.acc, run.count);
+}
+#endif
+
+// The softmax over all keys that query block i visits, not normalised.
+static void exact_part(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
     Run run = g.query(i);
     Softmax& s = work.softmax;
-    read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
-    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
     s.start();
+#if AMX
+    if (keys.paired) tiled_part(g, keys, work, bh, i);
+#endif
     g.for_visits(bh, i, [&](int64_t j, int64_t mask) {
+        if (AMX && keys.paired && !g.is_extra(j)) return;
         auto visit = [&](const auto& block) {
             Run key = g.key(j);
             const float* bias = g.key_bias(bh, j);
@@ -177,6 +210,17 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
 #endif
         visit(keys.block(bh, j));
     });
+}
+
+static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace& work, const float* weight_t, int64_t bh, int64_t i) {
+    const Problem& p = g.p;
+    Run run = g.query(i);
+    Softmax& s = work.softmax;
+    read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
+#if BF16_DOTS
+    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
+#endif
+    exact_part(g, keys, work, bh, i);
     bool image = i < p.q_blocks;
     if (image && keys.pool) {
         square(work.squares, s.q, g.rows() * g.padded);
@@ -217,9 +261,12 @@ void forward(const Problem& p) {
     Array<float> weight_t = transposed_weight(g);
     Team team(p.threads);
     std::vector<std::unique_ptr<ForwardWorkspace>> workspaces;
-    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<ForwardWorkspace>(g, keys.paired));
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<ForwardWorkspace>(g, keys));
     team.run([&](int thread) {
         ForwardWorkspace& work = *workspaces[size_t(thread)];
+#if AMX
+        TileRegisters registers;
+#endif
         for (int64_t bh = 0; bh < p.batch * p.heads; bh++) {
             keys.prepare(team, bh, work.pack);
             // text rows see every key: the longest tasks come first

@@ -18,12 +18,13 @@ from dit_accel.kernels.arguments import (
     Declared,
     MixtureArguments,
     SelectionArguments,
+    SplitArguments,
     SummaryArguments,
     declared,
 )
 from dit_accel.kernels.cpu import sources
 
-TARGETS = ("portable", "avx2", "avx512", "avx512bf16")
+TARGETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
 
 
@@ -84,14 +85,25 @@ class Summary(Structure):
 
 
 class Mixture(Structure):
-    """The slopes of all query blocks (problem.h), and for the backward pass the gradients."""
+    """Mixtures of slopes (problem.h), and for the backward pass the gradients."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels q_blocks k_blocks pools list_width lists_per_head"),
+        *_fields(c_int64, "batch heads channels mixtures units"),
         *declared_fields(MixtureArguments),
         ("out", c_void_p),
         ("threads", c_int64),
-        *_fields(c_void_p, "dout dq_mean dpooled_k dpooled_bias dslope"),
+        *_fields(c_void_p, "dout dweight dslope"),
+    ]
+
+
+class Split(Structure):
+    """The elements of units, split by content (problem.h)."""
+
+    _fields_ = [
+        *_fields(c_int64, "heads units elements channels"),
+        *declared_fields(SplitArguments),
+        ("part", c_void_p),
+        ("threads", c_int64),
     ]
 
 
@@ -111,7 +123,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments) -> dict[str, Any]:
+def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
     given = zip(_fields_made(kind), a, strict=True)
@@ -138,6 +150,7 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "summarize_backward": Summary,
     "mix_slopes": Mixture,
     "mix_slopes_backward": Mixture,
+    "split_units": Split,
 }  # of the library, and what they are called with
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
@@ -175,7 +188,8 @@ def refusal() -> str | None:
 def _loaded(path: Path) -> ctypes.CDLL:
     """The library, once its structs are found to be laid out as these classes are."""
     lib = ctypes.CDLL(str(path))
-    for name, kind in (("rows", Rows), ("problem", Problem), ("selection", Selection), ("summary", Summary), ("mixture", Mixture)):
+    kinds = {"rows": Rows, "problem": Problem, "selection": Selection, "summary": Summary, "mixture": Mixture, "split": Split}
+    for name, kind in kinds.items():
         table = getattr(lib, f"dit_accel_{name}_fields")
         table.restype = POINTER(Field)
         compare_fields(kind, table())

@@ -198,6 +198,7 @@ struct Block {
     int64_t rows_ld;
 };
 
+#if BF16_DOTS
 // Blocks of pairs, from bfloat16 tensors: `columns` [blocks, channels / 2, width], `rows` [blocks, width / 2, padded].
 struct Pairs {
     const Geometry& g;
@@ -227,3 +228,4 @@ struct Pairs {
     }
     Block<int32_t> block(int64_t j) const { return {columns + j * column_size, g.width, rows + j * row_size, g.padded}; }
 };
+#endif

@@ -4,5 +4,6 @@
 #define LANES 4
 #define ROWS 4
 #define BF16_DOTS 0
+#define AMX 0
 #define STRIP 2
 #include "target.h"

@@ -1,4 +1,5 @@
-// Everything that is compiled once per instruction set. The including file sets TARGET (a namespace), LANES, ROWS, STRIP and BF16_DOTS.
+// Everything that is compiled once per instruction set. The including file sets TARGET (a namespace), LANES, ROWS, STRIP,
+// BF16_DOTS (pairs of bfloat16 are multiplied in vectors) and AMX (they are multiplied in tiles).
 
 namespace TARGET {
 
@@ -14,6 +15,9 @@ alignas(64) static const int32_t LANE_BITS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 2
 #include "pack.h"
 #include "mask.h"
 #include "softmax.h"
+#if AMX
+#include "amx.h"
+#endif
 #include "pooled.h"
 #include "linear.h"
 #include "forward.h"
