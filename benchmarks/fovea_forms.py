@@ -3,7 +3,7 @@
     python benchmarks/fovea_forms.py CAPTURES OUT.jsonl --set image-1024 --keep 0.05 --forms first
 
 Of each captured layer some query tiles are drawn. The exact numerator and mass of every key block are computed once for a tile; a form is
-then a choice of blocks, and what stands for the others. A line of OUT holds, for one layer and one way to keep, each form's squared error
+then a choice of blocks, and what replaces the others. A line of OUT holds, for one layer and one way to keep, each form's squared error
 and the squared size of the output by head. Lines that are there already are not computed again.
 """
 

@@ -13,7 +13,7 @@ class ArgumentError(DitAccelError, ValueError):
 
 
 class UnsupportedModelError(DitAccelError, ValueError):
-    """The object holds no transformer of a supported family."""
+    """The object contains no transformer of a supported family."""
 
 
 class AlreadyAcceleratedError(DitAccelError, ValueError):
@@ -21,7 +21,7 @@ class AlreadyAcceleratedError(DitAccelError, ValueError):
 
 
 class NotAcceleratedError(DitAccelError, ValueError):
-    """An operation that needs an accelerated pipeline got another one."""
+    """An operation that requires an accelerated pipeline was given another one."""
 
 
 class BackendError(DitAccelError, ValueError):

@@ -52,7 +52,7 @@ def newest(run: Distillation, stage: str) -> Path | None:
 
 
 def load(run: Distillation, checkpoint: Path) -> dict[str, Tensor]:
-    """Its tensors; what else it holds of a run goes back into it."""
+    """Its tensors; what else it contains of a run goes back into it."""
     try:
         tensors = load_file(checkpoint / "state.safetensors")
     except (OSError, SafetensorError) as error:

@@ -23,7 +23,7 @@ LEAST_COSINE = 0.1  # of predictions with the way from the final latents to the 
 @dataclass(frozen=True)
 class Flow:
     """How one pipeline names noise levels: the `timestep` argument is σ·`whole`, or `whole` − σ·`whole` where it is `rising`; the
-    `latents` argument holds x, as a tensor or as a list of its items. `sign`: 1 where predictions are noise − x0, −1 where x0 − noise.
+    `latents` argument is x, as a tensor or as a list of its items. `sign`: 1 where predictions are noise − x0, −1 where x0 − noise.
     """
 
     timestep: str

@@ -49,7 +49,7 @@ def set_trainable(transformer: Any, patch: Patch, config: DistillConfig) -> dict
 
 class MasterWeights:
     """The tensors that the optimizer trains: float32 copies of weights of fewer bits, in which a small step is not lost, and the other
-    parameters themselves. `parameters` holds them by name."""
+    parameters themselves. `parameters`: all of them by name."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for parameter in parameters.values():

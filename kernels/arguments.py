@@ -8,7 +8,7 @@ fields, and wherever a kernel uses it.
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
     `text_q`: of q's, None: as many. Text queries see all keys, all queries the text's keys.
     `lists` `[q blocks, n]`, or with a leading B·H, int32: visited key blocks, the `full` ones first, `counts` of them.
     `q_starts`, `k_starts` `[blocks + 1]`: first image token of each block, in the order of the blocks; `q_width`, `k_width`: the most
-    tokens that a block holds.
+    tokens of a block.
     `coords` `[3, Nk + padding]` of the image's keys, read with windows alone; `windows` `[W, 3, 3, Nq + padding]`: first, last and residue
     that a query sees per axis; `residues` `[W, 3, Nk + padding]`: the keys' own, None where queries and keys are the same tokens.
     All in the order of the blocks, N without the text.
@@ -163,12 +163,12 @@ class Summaries(NamedTuple):
     """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope, second,
     spread.
 
-    `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what
-    `method.parts.ErrorProduct` adds to a block's logit. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
+    `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what joins a block's
+    logit in the score of the error that its pooled key would leave. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
     `Arguments`. `slope` `[B, H, D of k, k blocks, D of v]`: how a block's value changes with the query; of no elements unless it is asked
     for. `second` `[B, H, D]`: the mean of q²; `metric` `[B, H, D, D]`: that of q qᵀ, of no elements with one part. `tokens`, `spread`,
-    `v_spread` `[B, H, P]`: each part's number of tokens, the variance of their logits, and the trace of that of their values. `part`
-    `[B, H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
+    `v_spread` `[B, H, P]`: each part's number of tokens, the variance of their logits, and the trace of that of their values. `part` `[B,
+    H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
     """
 
     q_mean: Tensor
@@ -187,15 +187,26 @@ class Summaries(NamedTuple):
 
 
 class MixtureArguments(NamedTuple):
-    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name: `Summaries`, and lists as in `Arguments`. Contiguous."""
+    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name. Float32, contiguous and differentiable.
 
-    q_mean: Tensor
-    pooled_k: Tensor
-    pooled_bias: Tensor
+    `weight` `[B, H, n, T]`: of each of T units in each of n mixtures; `slope` `[B, H, D, T, D]`: as in `Summaries`.
+    """
+
+    weight: Tensor
     slope: Tensor
-    lists: Tensor
-    counts: Tensor
-    scale: float
+
+
+class SplitArguments(NamedTuple):
+    """The arguments of `dit_accel::split_units`, but for the implementation's name. Float32 and contiguous.
+
+    `key` `[BH, T, n, D]`, `weight` `[BH, T, n]`: elements of units, those of weight 0 left out; `metric` `[BH, D, D]`: the mean of q qᵀ;
+    `parts`: 2 or 4.
+    """
+
+    key: Tensor
+    weight: Tensor
+    metric: Tensor
+    parts: int
 
 
 class Declared(NamedTuple):
@@ -229,13 +240,14 @@ class Transport:
     """
 
     def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.choices = {d.name: d.mark.choices for d in declared(kind) if d.mark.choices}
-        self.flags = {d.name for d in declared(kind) if d.kind is bool}
+        self.kind: Any = kind
         self.optional = {d.name for d in declared(kind) if d.optional}
         self.tensors = tuple(d.name for d in declared(kind) if d.kind is Tensor)
-        self.reals = tuple(d.name for d in declared(kind) if d.kind is float)
-        self.numbers = tuple(d.name for d in declared(kind) if d.kind not in (Tensor, float))
+        # by place, because this runs at every call
+        places = list(enumerate(declared(kind)))
+        self._tensors = [place for place, d in places if d.kind is Tensor]
+        self._reals = [place for place, d in places if d.kind is float]
+        self._numbers = [(place, d) for place, d in places if d.kind not in (Tensor, float)]
 
     def schema(self, returns: str, *first: str) -> str:
         """The signature of an operator that takes the implementation's name, `first`, and then the arguments, as torch.library has it."""
@@ -244,28 +256,35 @@ class Transport:
 
     def pack(self, a: Any) -> list[Any]:
         """The arguments as the operator takes them. Raises ValueError at an unknown choice."""
-        numbers = [self._number(name, getattr(a, name)) for name in self.numbers]
-        return [*(getattr(a, name) for name in self.tensors), numbers, [getattr(a, name) for name in self.reals]]
-
-    def _number(self, name: str, value: Any) -> Any:
-        if name in self.choices:
-            if value not in self.choices[name]:
-                raise ValueError(f"{name} is one of {self.choices[name]}, got {value!r}")
-            return self.choices[name].index(value)
-        return -1 if value is None else int(value) if name in self.flags else value
+        numbers = [_number(d, a[place]) for place, d in self._numbers]
+        return [*[a[place] for place in self._tensors], numbers, [a[place] for place in self._reals]]
 
     def unpack(self, *given: Any) -> Any:
         """The arguments again."""
         *tensors, numbers, reals = given
-        found = dict(zip(self.tensors, tensors, strict=True)) | dict(zip(self.reals, reals, strict=True))
-        for name, value in zip(self.numbers, numbers, strict=True):
-            absent = name in self.optional and value == -1
-            found[name] = self.choices[name][value] if name in self.choices else None if absent else value
-        return self.kind(**found | {name: bool(found[name]) for name in self.flags})
+        found: list[Any] = [None] * (len(tensors) + len(numbers) + len(reals))
+        for places, values in ((self._tensors, tensors), (self._reals, reals)):
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
+        for (place, d), value in zip(self._numbers, numbers, strict=True):
+            if d.mark.choices:
+                found[place] = d.mark.choices[value]
+            elif not (d.optional and value == -1):
+                found[place] = bool(value) if d.kind is bool else value
+        return self.kind._make(found)
+
+
+def _number(d: Declared, value: Any) -> Any:
+    """An argument among the numbers. Raises ValueError at an unknown choice."""
+    if d.mark.choices:
+        if value not in d.mark.choices:
+            raise ValueError(f"{d.name} must be one of {d.mark.choices}, not {value!r}")
+        return d.mark.choices.index(value)
+    return -1 if value is None else int(value) if d.kind is bool else value
 
 
 ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
-SUMMARY, MIXTURE = Transport(SummaryArguments), Transport(MixtureArguments)
+SUMMARY, MIXTURE, SPLIT = Transport(SummaryArguments), Transport(MixtureArguments), Transport(SplitArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -291,14 +310,14 @@ def check(a: Arguments) -> None:
         return
     if a.masks is None or a.masks_t is None or a.mask_of is None:
         given = [name for name in ("masks", "masks_t", "mask_of") if getattr(a, name) is not None]
-        raise ValueError(f"bit masks require masks, masks_t and mask_of together, got {given}: give all three or none")
+        raise ValueError(f"bit masks require masks, masks_t and mask_of together, not {given} alone: give all three or none")
     for name, x, rows, columns in (("masks", a.masks, a.q_width, a.k_width), ("masks_t", a.masks_t, a.k_width, a.q_width)):
         words = -(-columns // 64)
         if x.dtype != torch.int64 or x.shape[1:] != (rows, words) or not x.is_contiguous():
-            raise ValueError(f"{name} is int64 [M, {rows}, {words}] and contiguous, got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"{name} must be int64 [M, {rows}, {words}] and contiguous, not {x.dtype} {tuple(x.shape)}")
     if a.mask_of.dtype != torch.int32 or a.mask_of.shape != a.lists.shape or not a.mask_of.is_contiguous():
-        got = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
-        raise ValueError(f"mask_of is int32 in the shape of lists and contiguous, got {got}")
+        found = f"{a.mask_of.dtype} {tuple(a.mask_of.shape)} for lists {tuple(a.lists.shape)}"
+        raise ValueError(f"mask_of must be int32 in the shape of lists and contiguous, not {found}")
 
 
 def _check_numbers(a: Arguments) -> None:
@@ -306,12 +325,12 @@ def _check_numbers(a: Arguments) -> None:
     keys = a.k.shape[2]
     if a.k.shape != (batch, heads, keys, channels) or a.v.shape != a.k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
-        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+        raise ValueError(f"q must be [B, H, Nq, D], and k and v [B, H, Nk, D] of the same B, H and D, not {shapes}")
     if not (0 <= text_q <= queries and 0 <= a.text <= keys):
-        raise ValueError(f"the text is a part of the tokens, got {text_q} of {queries} queries and {a.text} of {keys} keys")
+        raise ValueError(f"the text must be a part of the tokens, not {text_q} of {queries} queries and {a.text} of {keys} keys")
     if queries - text_q != keys - a.text and a.windows is not None and a.residues is None:
-        numbers = f"got {queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
-        raise ValueError(f"windows of other queries than keys require the keys' residues, {numbers}: give residues")
+        numbers = f"{queries} queries and {keys} keys, of which {text_q} and {a.text} are text"
+        raise ValueError(f"windows require the keys' residues where queries and keys differ, as here ({numbers}): give residues")
 
 
 def new_summaries(a: SummaryArguments) -> Summaries:
@@ -334,24 +353,32 @@ def check_summary(a: SummaryArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
     if a.k.ndim != 4 or a.q.shape[:2] != a.k.shape[:2] or a.q.shape[3] != a.k.shape[3] or a.v.shape != a.k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (a.q, a.k, a.v))
-        raise ValueError(f"q is [B, H, Nq, D] and k and v are [B, H, Nk, D] of the same B, H and D, got {shapes}")
+        raise ValueError(f"q must be [B, H, Nq, D], and k and v [B, H, Nk, D] of the same B, H and D, not {shapes}")
     if a.parts not in (1, 2, 4):
         raise ValueError(f"parts must be 1, 2 or 4 pooled keys for a block, not {a.parts}")
     if not (0 <= a.text_q <= a.q.shape[2] and 0 <= a.text <= a.k.shape[2]):
-        raise ValueError(f"the text is a part of the tokens, got {a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys")
+        numbers = f"{a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys"
+        raise ValueError(f"the text must be a part of the tokens, not {numbers}")
 
 
 def check_mixture(a: MixtureArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
-    (*heads, q_blocks, d), pools, k_blocks = a.q_mean.shape, a.pooled_k.shape[2], a.slope.shape[3]
-    shapes = {"q_mean": (q_blocks, d), "pooled_k": (pools, d), "pooled_bias": (pools,), "slope": (d, k_blocks, d)}
-    for name, shape in shapes.items():
-        x = getattr(a, name)
-        if x.shape != (*heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
-            raise ValueError(f"{name} must be float32 {(*heads, *shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
-    if pools % k_blocks or a.lists.shape[-2] != q_blocks or a.counts.shape != a.lists.shape[:-1]:
-        sizes = f"got {pools} pooled keys for {k_blocks}, lists {tuple(a.lists.shape)}, counts {tuple(a.counts.shape)}"
-        raise ValueError(f"each key block has the same number of pooled keys and each of {q_blocks} query blocks a list, {sizes}")
+    (*heads, mixtures, units), d = a.weight.shape, a.slope.shape[-1]
+    _check_floats({"weight": (a.weight, (*heads, mixtures, units)), "slope": (a.slope, (*heads, d, units, d))})
+
+
+def check_split(a: SplitArguments) -> None:
+    """Raise ValueError at arguments that do not fit each other."""
+    heads, units, elements, d = a.key.shape
+    _check_floats({"key": (a.key, a.key.shape), "weight": (a.weight, (heads, units, elements)), "metric": (a.metric, (heads, d, d))})
+    if a.parts not in (2, 4):
+        raise ValueError(f"parts must be 2 or 4, not {a.parts}")
+
+
+def _check_floats(given: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
+    for name, (x, shape) in given.items():
+        if x.shape != tuple(shape) or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be float32 {tuple(shape)} and contiguous, not {x.dtype} {tuple(x.shape)}")
 
 
 def _check_pooled(a: Arguments) -> None:
@@ -365,7 +392,7 @@ def _check_pooled(a: Arguments) -> None:
         states = -(-states // SPAN)
         _check_units(a, pools, states)
     elif pools == 0 or pools % blocks:
-        raise ValueError(f"each of {blocks} key blocks has the same number of pooled keys, 1 or more: {pools} is no multiple")
+        raise ValueError(f"each of {blocks} key blocks must have as many pooled keys, 1 or more, but {pools} is no multiple")
     shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,)}
     shapes["slopes"] = (states, channels, channels)
     for name, shape in shapes.items():

@@ -90,7 +90,7 @@ class TokenTables:
         if self.masks is not None and mask_of is not None:
             return unpacked(self.masks[mask_of], k_blocks.index.shape[1]).transpose(-3, -2).flatten(-2)
         if self.windows is None:
-            raise ValueError("partial blocks require windows or masks, got neither")
+            raise ValueError("partial blocks require windows or masks, and neither is given")
         q, k = _places(q_blocks, rows), _places(k_blocks, index).flatten(-2)
         found = torch.zeros((), dtype=torch.bool, device=index.device)
         of_keys = self.windows[:, :, 2] if self.residues is None else self.residues

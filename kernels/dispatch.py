@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -113,11 +114,11 @@ def check_model(backend: str, head_dim: int, *, linear: bool) -> None:
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False, gradient: bool = False,
-    text_bias: bool = False,
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, linear: bool = False,
+    gradient: Callable[[], bool] = lambda: False, text_bias: bool = False,
 ) -> tuple[str, str]:  # fmt: skip
-    """The implementation for a call (with a `linear` rest or a `text_bias`; of which a `gradient` is needed) under a backend's name, and
-    why.
+    """The implementation for a call (with a `linear` rest or a `text_bias`) under a backend's name, and why. `gradient`: whether one is
+    required, asked only where the answer decides.
 
     "auto" takes the CPU's kernels there; elsewhere Triton's, else xformers for what is dense, else the reference. Raises BackendError where
     the one asked for can't run it.
@@ -128,7 +129,7 @@ def choose(
     refusals = {
         "cpu": lambda: cpu_refusal(device, dtype, head_dim),
         "triton": lambda: triton_refusal(device, dtype, head_dim, linear=linear),
-        "xformers": lambda: xformers_rows.refusal(device, dtype, head_dim, gradient=gradient, text_bias=text_bias),
+        "xformers": lambda: xformers_rows.refusal(device, dtype, head_dim, gradient=gradient(), text_bias=text_bias),
     }
     if backend != "auto":
         refusal = refusals[backend]()

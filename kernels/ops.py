@@ -2,10 +2,14 @@
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
-blocks, `dit_accel::mix_slopes` the slopes of query blocks from it. Their arguments are those of `arguments`, packed, after
-`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it, and `dit_accel::split_units` splits groups of blocks. Their arguments
+are those of `arguments`, packed, after `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under
+Triton's interpreter).
 """
 
+import functools
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +20,19 @@ from dit_accel.kernels.arguments import (
     DIFFERENTIABLE,
     MIXTURE,
     SELECTION,
+    SPLIT,
     SUMMARY,
     Arguments,
     MixtureArguments,
     SelectionArguments,
+    SplitArguments,
     Summaries,
     SummaryArguments,
+    Transport,
     dense,
     gradient_like,
     new_summaries,
 )
-from dit_accel.kernels.cpu import calls
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
@@ -47,18 +53,21 @@ def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
 
 
 def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
-    """The slope `[B, H, q blocks, D of k, D of v]` of each query block: those of the key blocks that it does not keep, by their share of
-    the pooled softmax of its mean query. Differentiable in all tensors."""
+    """The mixtures Σ_J weight[., J] · slope_J `[B, H, n, D of k, D of v]`. Differentiable in both."""
     slopes: Tensor = mix_slopes_op(implementation, *MIXTURE.pack(a))
     return slopes
 
 
-def _implementation(name: str) -> Any:
-    if name == "cpu":
-        return calls
-    from dit_accel.kernels.triton import calls as triton_calls  # where triton is missing nothing asks for it
+def split_units(a: SplitArguments, implementation: str) -> Tensor:
+    """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it. Not differentiated."""
+    part: Tensor = split_units_op(implementation, *SPLIT.pack(a))
+    return part
 
-    return triton_calls
+
+@functools.cache
+def _implementation(name: str) -> Any:
+    """The module of a backend, imported when it first runs: triton may be missing."""
+    return importlib.import_module(f"dit_accel.kernels.{name}.calls")
 
 
 @torch.library.custom_op("dit_accel::attention", mutates_args=(), schema=ATTENTION.schema("(Tensor, Tensor)"))
@@ -102,7 +111,12 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     grads = attention_backward_op(ctx.implementation, dout, dlse, out, lse, *tensors, ctx.numbers, ctx.reals)
     given = {name for name, x in zip(ATTENTION.tensors, tensors, strict=True) if x is not None}
     found = {name: grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if name in given}
-    return (None, *(found.get(name) for name in ATTENTION.tensors), None, None)
+    return _by_place(ATTENTION, found)
+
+
+def _by_place(transport: Transport, grads: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients by name as autograd takes them: one for each input of an operator, None for what has none."""
+    return (None, *(grads.get(name) for name in transport.tensors), None, None)
 
 
 attention_op.register_autograd(_gradients, setup_context=_save)
@@ -172,10 +186,10 @@ def _save_summaries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _gradients_of_summaries(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     found = Summaries(*grads)  # type: ignore[arg-type]
     given = [getattr(found, name) for name in GRADIENTS_OF_SUMMARIES]
-    qkv: list[Tensor | None] = [None] * 3
-    if any(x is not None for x in given):
-        qkv = list(summarize_blocks_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals))
-    return (None, *qkv, *[None] * (len(SUMMARY.tensors) - 3), None, None)
+    if all(x is None for x in given):
+        return _by_place(SUMMARY, {})
+    qkv = summarize_blocks_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals)
+    return _by_place(SUMMARY, dict(zip("qkv", qkv, strict=True)))
 
 
 summarize_blocks_op.register_autograd(_gradients_of_summaries, setup_context=_save_summaries)
@@ -190,23 +204,20 @@ def mix_slopes_op(implementation: str, *given: Any) -> Tensor:
 @mix_slopes_op.register_fake
 def _(implementation: str, *given: Any) -> Tensor:
     a = MIXTURE.unpack(*given)
-    return a.q_mean.new_empty((*a.q_mean.shape, a.q_mean.shape[-1]))
+    return a.weight.new_empty((*a.weight.shape[:3], a.slope.shape[-1], a.slope.shape[-1]))
 
 
-@torch.library.custom_op(
-    "dit_accel::mix_slopes_backward", mutates_args=(), schema=MIXTURE.schema("(Tensor, Tensor, Tensor, Tensor)", "Tensor dout")
-)
-def mix_slopes_backward_op(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
-    a, b, c, d = _implementation(implementation).gradients_of_mixture(dout, MIXTURE.unpack(*given))
-    return a, b, c, d
+@torch.library.custom_op("dit_accel::mix_slopes_backward", mutates_args=(), schema=MIXTURE.schema("(Tensor, Tensor)", "Tensor dout"))
+def mix_slopes_backward_op(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and slope."""
+    dweight, dslope = _implementation(implementation).gradients_of_mixture(dout, MIXTURE.unpack(*given))
+    return dweight, dslope
 
 
 @mix_slopes_backward_op.register_fake
-def _(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(implementation: str, dout: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     a = MIXTURE.unpack(*given)
-    one, two, three, four = (x.new_empty(x.shape) for x in (a.q_mean, a.pooled_k, a.pooled_bias, a.slope))
-    return one, two, three, four
+    return a.weight.new_empty(a.weight.shape), a.slope.new_empty(a.slope.shape)
 
 
 def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,7 +227,19 @@ def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     grads = mix_slopes_backward_op(ctx.implementation, dout, *ctx.saved_tensors, ctx.numbers, ctx.reals)
-    return (None, *grads, *[None] * (len(MIXTURE.tensors) - len(grads)), None, None)
+    return _by_place(MIXTURE, dict(zip(("q_mean", "pooled_k", "pooled_bias", "slope"), grads, strict=True)))
 
 
 mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)
+
+
+@torch.library.custom_op("dit_accel::split_units", mutates_args=(), schema=SPLIT.schema("Tensor"))
+def split_units_op(implementation: str, *given: Any) -> Tensor:
+    part: Tensor = _implementation(implementation).split_units(SPLIT.unpack(*given))
+    return part
+
+
+@split_units_op.register_fake
+def _(implementation: str, *given: Any) -> Tensor:
+    a = SPLIT.unpack(*given)
+    return a.weight.new_empty(a.weight.shape, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """The reference: every operator in eager PyTorch with autograd, in float32 (float64 inputs in float64). It is the specification.
 
 Everything here is *partial attention*: a softmax over some keys, given as its output and the natural logarithm of its mass (lse), so that
-parts merge exactly. Work goes through query blocks in chunks that fit a cache; when a gradient is wanted each chunk is recomputed in the
+parts merge exactly. Work goes through query blocks in chunks that fit a cache; where a gradient is required each chunk is recomputed in the
 backward pass, so memory stays linear in the number of tokens. No N × N mask is ever made.
 
 Shapes: q, k, v `[BH, N, D]` (batch and heads folded), blocks `[BH, T, width, D]`.
@@ -25,7 +25,7 @@ Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it; when a gradient is wanted, keep only the arguments and recompute in the backward pass."""
+    """Call it; where a gradient is required, keep only the arguments and recompute in the backward pass."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
@@ -125,9 +125,9 @@ def _join(parts: list[Partial], q_blocks: Blocks) -> Partial:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float) -> Partial:
     """Softmax of every query over all of k, in chunks of queries.
 
-    `bias` `[BH, Nk]`, natural units, joins every query's logits and has no gradient; -inf leaves a key out, whatever it holds.
+    `bias` `[BH, Nk]`, natural units, joins every query's logits and has no gradient; -inf leaves a key out, whatever it is.
     """
-    if bias is not None:  # 0 times what padding may hold, NaN or infinity, would be NaN
+    if bias is not None:  # 0 times what padding may be, NaN or infinity, would be NaN
         out = (bias <= MASKED)[..., None]
         k, v = k.masked_fill(out, 0), v.masked_fill(out, 0)
 

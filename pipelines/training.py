@@ -90,7 +90,9 @@ def update(run: Run, loss: Tensor, progress: float, *, bf16: bool) -> tuple[floa
                 optimizer.step()
             optimizer.zero_grad()
     if run.dropped > MOST_DROPPED:
-        raise ArithmeticError(f"wanted finite gradients, got {run.dropped} steps in a row without, the last at step {run.step}")
+        raise ArithmeticError(
+            f"gradients of {run.dropped} steps up to step {run.step} were not finite: go on from an earlier state, at a lower rate"
+        )
     if finite:
         _average(run)
     run.step += 1
@@ -171,15 +173,15 @@ def save_state(run: Run, folder: Path) -> None:
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors in as few groups as go into files of SHARD bytes: largest first, each into the first group with room."""
     shards: list[dict[str, Tensor]] = []
-    room: list[int] = []
+    free: list[int] = []
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
         takes = tensor.nbytes + 256  # its row in the header
-        place = next((i for i, left in enumerate(room) if left >= takes), len(room))
-        if place == len(room):
+        place = next((i for i, left in enumerate(free) if left >= takes), len(free))
+        if place == len(free):
             shards.append({})
-            room.append(SHARD - (1 << 14))  # the step and the state of random numbers are in each
+            free.append(SHARD - (1 << 14))  # the step and the state of random numbers are in each
         shards[place][name] = tensor
-        room[place] -= takes
+        free[place] -= takes
     return shards
 
 
@@ -193,7 +195,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found.append(bytes(saved.pop("numbers").tolist()))
     numbers = json.loads(found[0]) if found else {"files": None}
     if len(set(found)) != 1 or len(found) != numbers["files"]:
-        raise ValueError(f"{folder} does not hold one whole state: copy all files of one")
+        raise ValueError(f"{folder} does not contain one whole state: copy all files of one")
     return saved, numbers
 
 
@@ -227,7 +229,7 @@ def load_weights(run: Run, saved: dict[str, Tensor]) -> None:
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
-    """What a state holds of the models, by name."""
+    """What a state contains of the models, by name."""
     found: dict[str, Tensor] = {f"vae.{name}": value for name, value in run.pipe.vae.named_buffers()}
     for part, pipe in (("model", run.pipe), ("average", run.average)):
         found |= {f"{part}.{name}": p.detach() for name, p in parameters(pipe).items()}

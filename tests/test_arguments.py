@@ -15,6 +15,7 @@ from dit_accel.kernels.arguments import (
     MixtureArguments,
     Rows,
     SelectionArguments,
+    SplitArguments,
     SummaryArguments,
     Transport,
 )
@@ -67,8 +68,9 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         (ops.summarize_blocks_op, SummaryArguments, []),
         (ops.mix_slopes_op, MixtureArguments, []),
         (ops.mix_slopes_backward_op, MixtureArguments, ["dout"]),
+        (ops.split_units_op, SplitArguments, []),
     ],
-    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward"],
+    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward", "split_units"],
 )
 def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
     taken = [a.name for a in op._opoverload._schema.arguments]
@@ -97,5 +99,5 @@ def test_gradients_come_in_the_order_of_the_declaration() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("rest", "pool"), ("feature_map", "gelu")])
 def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is one of .*, got '{value}'"):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, not '{value}'"):
         arguments.ATTENTION.pack(given(**{name: value}))

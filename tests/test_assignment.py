@@ -141,7 +141,7 @@ def test_damaged_json_is_refused(data: dict[str, Any], message: str, tmp_path: P
         Assignment.from_dict(data)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"plan\.json holds neither a spec nor an assignment"):
+    with pytest.raises(ValueError, match=r"plan\.json contains neither a spec nor an assignment"):
         parse_method(str(path))
 
 

@@ -69,5 +69,5 @@ def test_queries_and_values_of_two_dtypes_are_refused_as_by_torch() -> None:
     transformer = tiny_transformer(double=1, single=0).bfloat16()
     normed_in_float32(dit_accel.accelerate(transformer, Fovea(0.2)))
     arguments = {name: x.bfloat16() for name, x in forward_arguments().items()}
-    with pytest.raises(ValueError, match="query, key and value share one floating dtype and one device"):
+    with pytest.raises(ValueError, match="query, key and value must have one floating dtype and be on one device"):
         transformer(**arguments)

@@ -1,5 +1,7 @@
 """Queries that are a band of the keys' grid, as each of several devices has them: rows of the whole grid's operator, on every backend."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, oracle, random_parameters
 from test_composition import FOREIGN, SMALL
+from test_parts import SPECS as PARTS
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
@@ -121,3 +124,124 @@ def test_text_at_two_ends_is_refused() -> None:
     plan, (q, k, v) = make_plan(spec, layout, CPU), SHAPE.inputs()
     with pytest.raises(ValueError, match="the text is last among the queries and first among the keys: move it"):
         composition.attend(q, k, v, spec, replace(layout, text_first=False), plan, {}, 0.3, "reference", key_layout=layout)
+
+
+# Every registered part. What depends on all queries of a head, the split of a block and its variance among them, is the same in the whole
+# as in the part of it where the queries of one image are those of the other, or these with the sign turned.
+
+PAIR = Shape(1, 2, 16, (1, 11, 14), 5)  # an image of 12 tiles, which are spans of 4 query blocks with and without those of a second
+VIDEO = Shape(2, 1, 24, (4, 5, 9), 7, False)
+SHORT = Shape(1, 1, 16, (1, 4, 13), 3)  # for the interpreter
+Run = tuple[Tensor, Tensor]
+
+
+def of_one_image(shape: Shape, spec: AttentionSpec) -> tuple[TokenLayout, Plan, TokenLayout]:
+    """Queries of the first of two images, keys of both: the layout of the queries, their plan, the layout of the keys."""
+    layout = replace(shape.layout, references=(shape.grid,))
+    whole = make_plan(spec, layout, CPU)
+    alone = make_plan(spec, shape.layout, CPU)
+    plan, rows = band(whole, 0, len(alone.q_blocks.count))
+    assert rows.equal(torch.arange(shape.layout.image))
+    return shape.layout, plan, layout
+
+
+def of_two_images(shape: Shape, spec: AttentionSpec) -> tuple[TokenLayout, Plan, TokenLayout]:
+    """Queries of two images that lie over each other, keys of the first alone."""
+    plan, layout = make_plan(spec, shape.layout, CPU), shape.layout
+    g, q, n = plan.geometry, plan.q_blocks, layout.image
+    places = torch.arange(n) if g.places_q is None else g.places_q.long()
+    blocks = Blocks(
+        torch.cat([q.index, q.index + n]), *(x.repeat(2, *[1] * (x.ndim - 1)) for x in (q.valid, q.count)),
+        torch.cat([q.place, q.place + q.index.numel()]), q.even, q.consecutive,
+    )  # fmt: skip
+    windows = None if g.windows is None else torch.nn.functional.pad(g.windows[..., :n].repeat(1, 1, 1, 2), (0, PADDING))
+    geometry = replace(
+        g, starts_q=torch.cat([g.starts_q[:-1], g.starts_q + n]), windows=windows, places_q=torch.cat([places, places + n]).int(),
+        lists=None if g.lists is None else Lists(**{name: _repeated(x) for name, x in vars(g.lists).items()}),
+        residues=None if g.windows is None else g.windows[:, :, 2].contiguous(),
+    )  # fmt: skip
+    static = None if plan.static is None else BlockMap(**{name: _repeated(x) for name, x in vars(plan.static).items()})
+    return replace(layout, references=(shape.grid,)), replace(plan, q_blocks=blocks, static=static, geometry=geometry), layout
+
+
+def _repeated(x: Any) -> Any:
+    return x.repeat(2, *[1] * (x.ndim - 1)).contiguous() if isinstance(x, Tensor) else x
+
+
+def against_the_whole(backends: tuple[str, ...], spec: AttentionSpec, shape: Shape, *, more_keys: bool, text: int) -> None:
+    """Output, lse and gradients with those of whole calls; `more_keys` than queries, or more queries; `text` queries of the text's."""
+    of_q, plan, of_k = (of_one_image if more_keys else of_two_images)(shape, spec)
+    of_q, bias, seed = replace(of_q, text=text), shape.text_bias(), torch.Generator().manual_seed(2)
+    heads, d = (shape.batch, shape.heads), shape.head_dim
+    starts = [torch.randn(*heads, n, d, generator=seed) for n in (shape.layout.image, shape.text, of_k.tokens, of_k.tokens)]
+    pull = [torch.randn(*heads, of_q.tokens, *size, generator=seed) for size in ((d,), ())]
+
+    def joined(words: Tensor, *images: Tensor) -> Tensor:
+        return torch.cat([words, *images] if of_k.text_first else [*images, words], 2)
+
+    def whole(x: Tensor, words: Tensor, k: Tensor, v: Tensor, params: Any) -> Run:
+        found = [
+            attention(joined(words, *images), k, v, spec, of_k, params=params, scale=0.3, text_bias=bias, backend="reference",
+                      return_lse=True)
+            for images in (((x, x),) if more_keys else ((x,), (-x,)))
+        ]  # fmt: skip
+        own = slice(of_k.image_slice.start, of_k.image_slice.start + shape.layout.image)
+        rows = [[part[:, :, own] for part in result] for result in found]
+        said = [part[:, :, of_k.text_slice][:, :, :text] for part in found[0]]
+        out, lse = (joined(said[i], *(image[i] for image in rows)) for i in range(2))
+        return out, lse
+
+    def part(backend: str, x: Tensor, words: Tensor, k: Tensor, v: Tensor, params: Any) -> Run:
+        q = joined(words[:, :, :text], *((x,) if more_keys else (x, -x)))
+        return composition.attend(q, k, v, spec, of_q, plan, params(), 0.3, backend, bias, key_layout=of_k)
+
+    def run(dtype: torch.dtype, function: Callable[..., Run]) -> list[Tensor]:
+        given = [(s * x).to(dtype).requires_grad_() for s, x in zip((2, 2, 1, 1), starts, strict=True)]
+        params = random_parameters(spec, shape, dtype)
+        out, lse = function(*given, params)
+        sum((a * b.to(dtype)).sum() for a, b in zip((out, lse), pull, strict=True)).backward()  # type: ignore[union-attr]
+        # of a few learned numbers, each a sum over all tokens: as their root mean square, so that not they alone decide
+        learned = [p.grad / out.numel() ** 0.5 for p in params.parameters() if p.grad is not None]
+        return [out, lse, torch.cat([torch.zeros(0) if x is None else x.flatten() for x in (*(x.grad for x in given), *learned)])]
+
+    exact, eager = run(torch.float64, whole), run(torch.float32, whole)
+    for backend in backends:
+        own = run(torch.float32, functools.partial(part, backend))
+        for *three, name in zip(own, exact, eager, ("output", "lse", "gradients"), strict=True):
+            assert_close_as_eager(*three, f"{name} of {backend}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "more_keys"), [(PAIR, 2, True), (VIDEO, 0, False)], ids=["more-keys", "more-queries-video-text-last"]
+)
+@pytest.mark.parametrize("spec", PARTS.values(), ids=PARTS)
+def test_every_part_takes_other_queries_than_keys(spec: AttentionSpec, more_keys: bool, shape: Shape, text: int) -> None:
+    against_the_whole(("reference", "cpu"), spec, shape, more_keys=more_keys, text=text)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "more_keys"),
+    [("first-order", True), ("grouped", True), ("ErrorProduct", False), ("TopP", False), ("Cross", True), ("MeanOfRest", False)],
+)
+def test_other_queries_than_keys_in_triton(name: str, more_keys: bool) -> None:
+    against_the_whole(("triton",), PARTS[name], SHORT, more_keys=more_keys, text=1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("seen", [0, 2])
+@pytest.mark.parametrize("spec", [SPECS["fovea"], SPECS["sla"], SPECS["clear-downsample"], FOREIGN["top-p-pooled"]])
+def test_more_text_queries_than_text_keys(spec: AttentionSpec, seen: int, backend: str) -> None:
+    """As where the other keys of the text are masked."""
+    layout, first = SHAPE.layout, SHAPE.layout.text_slice.start
+    fewer = replace(layout, text=seen)
+    own = torch.cat([torch.arange(first, first + seen), torch.arange(layout.tokens)[layout.image_slice]])
+    bias = torch.zeros(SHAPE.batch, layout.text).index_fill(1, torch.arange(seen, layout.text), -torch.inf)
+    q, k, v = SHAPE.inputs(torch.float64)
+    params = random_parameters(spec, SHAPE, torch.float64)
+    expected = attention(q, k, v, spec, layout, params=params, scale=0.3, text_bias=bias, backend="reference", return_lse=True)
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    given = (q.to(dtype), k[:, :, own].to(dtype), v[:, :, own].to(dtype), spec, layout, make_plan(spec, layout, CPU))
+    found = composition.attend(*given, params.to(dtype)(), 0.3, backend, key_layout=fewer)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-11 if dtype == torch.float64 else 1e-4, atol=1e-5)

@@ -87,12 +87,12 @@ def test_arguments_that_no_file_holds_are_refused_before_the_first_forward(tmp_p
             return super().__call__(**{**tiny.call, **call})
 
     tiny.pipe.__class__ = Prompted
-    with pytest.raises(DistillationError, match="the denoiser's argument kv_caches holds a GlmImageKVCache, which samples can't keep"):
+    with pytest.raises(DistillationError, match="the denoiser's argument kv_caches contains a GlmImageKVCache, which samples can't keep"):
         collect(tiny.pipe, ["a cat"], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_nested_arguments_are_looked_into() -> None:
     check_arguments({"a": [1, (2.0, None)], "b": {"c": torch.ones(1), "d": "x"}})
-    with pytest.raises(DistillationError, match="argument b holds a set"):
+    with pytest.raises(DistillationError, match="argument b contains a set"):
         check_arguments({"a": 1, "b": {"c": [{1}]}})

@@ -205,7 +205,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("name", "settings"), DIFFERENT.items(), ids=DIFFERENT)
 def test_other_settings_are_refused(tmp_path: Path, whole: tuple[dict[str, Any], Path], name: str, settings: dict[str, Any]) -> None:
     (tmp_path / "out.json").write_text((whole[1] / "out.json").read_text())
-    with pytest.raises(ValueError, match=f"holds a measurement with {name}"):
+    with pytest.raises(ValueError, match=f"contains a measurement with {name}"):
         bench(tmp_path, **settings)
 
 

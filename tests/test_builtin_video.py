@@ -281,5 +281,5 @@ def test_decoding_gives_back_the_clip(pipe: WanPipeline, renderings: Renderings)
 
 
 def test_wrong_frames_are_refused(pipe: WanPipeline) -> None:
-    with pytest.raises(ValueError, match=r"wanted 4k \+ 1 frames, got 8"):
+    with pytest.raises(ValueError, match=r"frames must be 4k \+ 1, not 8"):
         pipe.vae.encode(torch.zeros(1, 3, 8, 16, 16))

@@ -67,12 +67,12 @@ def test_files_that_hold_no_method_are_named(tmp_path: Path) -> None:
     file, out = tmp_path / "plan.json", tmp_path / "a.png"
     assert "plan.json can't be read as the JSON of a spec or an assignment" in fail("generate", "x", "--method", file, "--out", out)
     file.write_text("{}")
-    assert "plan.json holds neither a spec nor an assignment" in fail("estimate", "--method", file)
+    assert "plan.json contains neither a spec nor an assignment" in fail("estimate", "--method", file)
     Assignment((Rule(CLEAR(2), steps=(1, None)),)).save(file)
     assert "an estimate is of one forward" in fail("estimate", "--method", file)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     arguments = ["distill", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--method", "clear:2"]
-    assert "holds an assignment of several specs: name one spec here" in fail(*arguments, "--vary", file)
+    assert "contains an assignment of several specs: name one spec here" in fail(*arguments, "--vary", file)
 
 
 @pytest.mark.parametrize("name", READ_BY_COMMANDS)

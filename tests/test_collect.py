@@ -68,7 +68,7 @@ def test_of_many_that_come_at_once_one_makes_the_manifest(tmp_path: Path) -> Non
             thread.join()
         winner = cache.read_manifest(tmp_path)["teacher"]
         assert {number for number, _ in refused} == {n for n in range(count) if f"teacher {n}" != winner}, turn
-        assert all(f"holds samples of teacher '{winner}'" in text for _, text in refused)
+        assert all(f"contains samples of teacher '{winner}'" in text for _, text in refused)
         assert [path.name for path in tmp_path.iterdir()] == [cache.MANIFEST]
 
 
@@ -80,7 +80,7 @@ def test_one_that_is_made_between_the_look_and_the_writing_stays(tmp_path: Path,
         real(source, target)
 
     monkeypatch.setattr(files.os, "link", late)
-    with pytest.raises(DistillationError, match="holds samples of teacher 'another', not"):
+    with pytest.raises(DistillationError, match="contains samples of teacher 'another', not"):
         collect(prompt_pipe(), PROMPTS, tmp_path, **CALL)
     assert cache.read_manifest(tmp_path) == manifest("another")
     assert [path.name for path in tmp_path.iterdir()] == [cache.MANIFEST]

@@ -286,10 +286,10 @@ def test_a_random_model_is_refused_flow_matching_on_pictures(tmp_path: Path) -> 
 def test_pictures_and_sampled_runs_are_not_mixed(tmp_path: Path) -> None:
     pipe = tiny.picture_pipe()
     collect_pictures(pipe, fill(tmp_path / "pictures", 1), tmp_path / "a", **CALL)
-    with pytest.raises(DistillationError, match="holds samples of call"):
+    with pytest.raises(DistillationError, match="contains samples of call"):
         collect(pipe, ["a cat"], tmp_path / "a", **CALL)
     collect(pipe, ["a cat"], tmp_path / "b", **CALL)
-    with pytest.raises(DistillationError, match="holds samples of call"):
+    with pytest.raises(DistillationError, match="contains samples of call"):
         collect_pictures(pipe, tmp_path / "pictures", tmp_path / "b", **CALL)
 
 

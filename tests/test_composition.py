@@ -33,7 +33,7 @@ from dit_accel.method import (
 )
 from dit_accel.operator import lowering
 from dit_accel.operator.attention import attend
-from dit_accel.operator.blocks_of_grid import listed_beside, make_plan
+from dit_accel.operator.blocks_of_grid import make_plan, with_chosen
 from dit_accel.operator.composition import image_call
 
 CPU, SMALL = torch.device("cpu"), Tiles((4, 4))
@@ -225,7 +225,7 @@ def test_a_block_that_is_not_held_hides_no_listed_one() -> None:
     from dit_accel.kernels.blocks import BlockMap
 
     static = BlockMap(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
-    both = listed_beside(static, torch.tensor([[[1, 3, 0]]]), torch.tensor([[[True, True, False]]]))
+    both = with_chosen(static, torch.tensor([[[1, 3, 0]]]), torch.tensor([[[True, True, False]]]))
     assert both.valid.tolist() == [[[True, False, True, True, False]]]
     assert both.kept(4).tolist() == [[[True, True, False, True]]]
 

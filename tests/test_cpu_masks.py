@@ -226,10 +226,10 @@ def test_obeys_the_rules_of_operators(numbers: tuple[int, int]) -> None:
     [
         (
             {"windows": torch.zeros(1, 3, 3, 77, dtype=torch.int32)},
-            "require the keys' residues, got 64 queries and 203 keys, of which 3 and",
+            r"require the keys' residues where queries and keys differ, as here \(64 queries and 203 keys, of which 3 and",
         ),
-        ({"text_q": 65}, "the text is a part of the tokens, got 65 of 64 queries"),
-        ({"v": torch.zeros(2, 2, 204, 24)}, r"k and v are \[B, H, Nk, D\] of the same B, H and D, got"),
+        ({"text_q": 65}, "the text must be a part of the tokens, not 65 of 64 queries"),
+        ({"v": torch.zeros(2, 2, 204, 24)}, r"k and v \[B, H, Nk, D\] of the same B, H and D, not"),
     ],
     ids=["windows", "text", "shape"],
 )
@@ -280,9 +280,9 @@ def test_threads_change_no_bit() -> None:
     ("changed", "said"),
     [
         ({"masks_t": None}, "require masks, masks_t and mask_of together"),
-        ({"masks": torch.zeros(1, 32, 2, dtype=torch.int64)}, r"masks is int64 \[M, 32, 1\] and contiguous, got torch.int64 \(1, 32, 2\)"),
-        ({"masks_t": torch.zeros(1, 64, 1, dtype=torch.int32)}, r"masks_t is int64 \[M, 64, 1\] and contiguous, got torch.int32"),
-        ({"mask_of": torch.zeros(2, 3, dtype=torch.int32)}, "mask_of is int32 in the shape of lists"),
+        ({"masks": torch.zeros(1, 32, 2, dtype=torch.int64)}, r"masks must be int64 \[M, 32, 1\] and contiguous, not torch.int64 \(1, 32"),
+        ({"masks_t": torch.zeros(1, 64, 1, dtype=torch.int32)}, r"masks_t must be int64 \[M, 64, 1\] and contiguous, not torch.int32"),
+        ({"mask_of": torch.zeros(2, 3, dtype=torch.int32)}, "mask_of must be int32 in the shape of lists"),
     ],
     ids=["absent", "words", "dtype", "mask-of"],
 )

@@ -150,7 +150,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_named(monkeypatch: pytest.Monk
     monkeypatch.setenv(native.TARGET_VARIABLE, "sse9")
     report = Report({})
     doctor._cpu_kernels(report)
-    assert report.faults[0].says.endswith("got 'sse9': unset it, or set one of these")
+    assert report.faults[0].says.endswith("not 'sse9': unset it, or set one of these")
 
 
 def test_a_method_that_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

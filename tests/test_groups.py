@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close_as_eager
 from test_pooled_parts import cut, moments
 from torch import Tensor
 
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.errors import ArgumentError
+from dit_accel.kernels import dispatch
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.method import DiscBlocks, ErrorProduct, Mass, Pooled, Raster, Sizes, Tiles, TopK
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.content import moments_of
+from dit_accel.operator import composition
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 
@@ -226,6 +229,27 @@ def test_the_cpu_kernels_open_what_the_reference_opens(cap: float) -> None:
     expected = attention(q, k, v, spec, layout, backend="reference")
     got = attention(q.float(), k.float(), v.float(), spec, layout, backend="cpu")
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("rest", [Pooled(parts=4, order=1, opened=1), Pooled(opened=1)], ids=str)
+def test_the_gpu_kernels_are_the_reference(rest: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part is given a call of its own."""
+    layout, spec = TokenLayout((1, 7, 14), 3), grouped(rest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = make_plan(spec, layout, CPU).prepared
+    assert len(prepared["far_roots"]) < len(prepared["far_starts"]) - 1
+    seed, found = torch.Generator().manual_seed(2), []
+    weight = torch.randn(1, 1, layout.tokens, 8, generator=seed, dtype=torch.float64)
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):
+        leaves = [x[:, :1].to(dtype).requires_grad_() for x in inputs(layout)]
+        if backend == "triton":
+            monkeypatch.setattr(composition, "Call", None)
+        out = attention(*(x.to(device if backend == "triton" else CPU) for x in leaves), spec, layout, scale=0.3, backend=backend).cpu()
+        found.append([out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)])
+    for exact, eager, mine, name in zip(*found, ["out", *"qkv"], strict=True):
+        assert_close_as_eager(mine, exact, eager, name)
 
 
 @every_layout

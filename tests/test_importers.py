@@ -115,9 +115,9 @@ CONTRADICTIONS: dict[str, tuple[str, int | None, AttentionSpec | None, str]] = {
     "radius": ("clear_local_16", None, CLEAR(8), r"is of Disc\(radius=16\).*, not of spec=Disc\(radius=8\)"),
     "factor": ("clear_local_16_down_4", 4, CLEAR(16, downsample=2), r"factor=4.*by its name.*factor=2"),
     "factor-of-name": ("clear_local_16_down_2", 4, None, r"spatial_weight: \(1, 1, 1, 4, 1, 4, 1\).*, not \(1, 1, 1, 2, 1, 2, 1\)"),
-    "no-pooling": ("clear_local_16_down_4", None, None, r"holds no pooling weights"),
-    "pooling": ("clear_local_16", 4, None, r"holds pooling weights, which does not fit Disc\(radius=16\)"),
-    "pooling-of-spec": ("attn_weights", 4, CLEAR(16), "holds pooling weights"),
+    "no-pooling": ("clear_local_16_down_4", None, None, r"contains no pooling weights"),
+    "pooling": ("clear_local_16", 4, None, r"contains pooling weights, which does not fit Disc\(radius=16\)"),
+    "pooling-of-spec": ("attn_weights", 4, CLEAR(16), "contains pooling weights"),
     "method": ("attn_weights", None, GNA((3, 3)), r"require spec=CLEAR\(radius\), not Window"),
     "rest": ("attn_weights", None, Fovea(radius=8), r"require spec=CLEAR\(radius\), not DiscBlocks"),
 }

@@ -9,7 +9,7 @@ from helpers import Grid, Largest, block_of
 
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.method import Order, Raster, Tiles
-from dit_accel.operator.blocks_of_grid import listed_beside
+from dit_accel.operator.blocks_of_grid import with_chosen
 from dit_accel.operator.layout import TokenLayout, coordinates, memory_order, partition, raster_order
 
 GRIDS = [(1, 1, 1), (1, 3, 50), (1, 17, 23), (5, 9, 7), (1, 64, 64)]
@@ -129,7 +129,7 @@ def test_frames_beside_chosen_blocks_make_no_mask_of_all_pairs() -> None:
     fixed = torch.arange(4).expand(1000, -1)
     static = BlockMap(fixed, torch.ones_like(fixed, dtype=torch.bool))
     with Largest() as seen:
-        both = listed_beside(static, chosen)
+        both = with_chosen(static, chosen)
     assert 0 < seen.elements < 2 * 1000 * 1000 // 10
     twice = (fixed[..., None] == chosen[..., None, :]).any(-1)
     assert twice.any()

@@ -400,8 +400,8 @@ GOOD = {"query": Q, "key": Q, "value": Q, "spec": SLA(0.1), "layout": TokenLayou
         pytest.param({"text_bias": torch.zeros(1, 3)}, "here (1, 4), not (1, 3)", id="bias-shorter"),
         pytest.param({"text_bias": torch.zeros(2, 4)}, "here (1, 4), not (2, 4)", id="bias-of-another-batch"),
         pytest.param({"text_bias": torch.zeros(4)}, "here (1, 4), not (4,)", id="bias-of-one-dimension"),
-        pytest.param({"text_bias": torch.ones(1, 4, dtype=torch.bool)}, "got torch.bool on cpu", id="boolean-bias"),
-        pytest.param({"text_bias": torch.zeros(1, 4, device="meta")}, "got torch.float32 on meta", id="bias-elsewhere"),
+        pytest.param({"text_bias": torch.ones(1, 4, dtype=torch.bool)}, "not torch.bool on cpu", id="boolean-bias"),
+        pytest.param({"text_bias": torch.zeros(1, 4, device="meta")}, "not torch.float32 on meta", id="bias-elsewhere"),
         pytest.param({"text_bias": torch.zeros(1, 4, requires_grad=True)}, "detach it", id="bias-with-gradient"),
     ],
 )

@@ -304,12 +304,13 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
-def test_the_slopes_are_in_memory_once() -> None:
+@pytest.mark.parametrize("made", [problem((1, 8, 8), 0, 256, 1), seen((1, 8, 8), 0, 256, 1)], ids=["all", "lists"])
+def test_the_slopes_are_in_memory_once(made: tuple[Plan, Arguments]) -> None:
     """They are read where they lie: nothing of their size is made of them, and one such tensor, their gradient, in the backward pass."""
     from dit_accel.kernels.triton import calls
     from dit_accel.kernels.triton.tables import Machine
 
-    _, a = problem((1, 8, 8), 0, 256, 1)
+    _, a = made
     assert a.slopes is not None
     with calls.recorded(Machine("sm_90", 132)), Made(a.slopes.numel()) as forward:
         out, lse = calls.attend(a)

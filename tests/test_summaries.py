@@ -15,8 +15,17 @@ import torch
 from helpers import Shape, assert_close_as_eager
 from torch import Tensor
 
-from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import MIXTURE, SUMMARY, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels import ops, splitting
+from dit_accel.kernels.arguments import (
+    MIXTURE,
+    SPLIT,
+    SUMMARY,
+    MixtureArguments,
+    SelectionArguments,
+    SplitArguments,
+    Summaries,
+    SummaryArguments,
+)
 from dit_accel.kernels.cpu import native
 from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Call, content
@@ -25,7 +34,6 @@ from dit_accel.operator import composition, lowering
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 from dit_accel.operator.layout import Layouts
-from dit_accel.operator.lists import Lists
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
 
@@ -90,7 +98,7 @@ def assert_parts(call: Call, part: Tensor, parts: int) -> None:
     while level < parts:
         for number in range(level):
             mine = (part % level == number) & valid
-            along = content._projected(keys, mine[..., None].to(keys.dtype), metric)
+            along = splitting.projected(keys, mine[..., None].to(keys.dtype), metric)
             clear = mine & (along.abs() > 1e-4 * along.abs().amax(-1, keepdim=True))
             assert torch.equal((part // level % 2 == 1)[clear], (along > 0)[clear])
             seen += int(clear.sum())
@@ -157,55 +165,58 @@ def test_the_gradients_are_the_formulas(name: str, parts: int, monkeypatch: pyte
         assert_close_as_eager(own, exact, eager, what)
 
 
-def mixture(shape: Shape, parts: int, *, all_kept: bool = False) -> tuple[MixtureArguments, Call]:
-    """The arguments of a mixture whose lists differ from head to head, and the call they are of."""
-    qkv = shape.inputs()
-    made = ops.summarize_blocks(arguments(shape, qkv, parts), "cpu")
-    heads, blocks = shape.batch * shape.heads, made.slope.shape[3]
-    chosen = torch.rand(heads, blocks, blocks, generator=torch.Generator().manual_seed(1)).argsort(-1).to(torch.int32)
-    lists = Lists.of_chosen(chosen if all_kept else chosen[..., : max(1, blocks // 4)].contiguous())
-    call = dataclasses.replace(call_of(shape, qkv, parts, torch.float64), visited=lists)
-    return MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, 0.3), call
+def mixture(shape: Shape, parts: int) -> MixtureArguments:
+    """The arguments of as many mixtures as there are query blocks."""
+    slope = ops.summarize_blocks(arguments(shape, shape.inputs(), parts), "cpu").slope
+    blocks = len(arguments(shape, shape.inputs(), parts).q_starts) - 1
+    weight = torch.rand(shape.batch, shape.heads, blocks, slope.shape[3], generator=torch.Generator().manual_seed(1))
+    return MixtureArguments(weight.masked_fill(weight < 0.3, 0), slope)
 
 
-def of_leaves(a: MixtureArguments, leaves: list[Tensor]) -> MixtureArguments:
-    """The same with other means, pooled keys, biases and slopes."""
-    return a._replace(**dict(zip(a._fields[:4], leaves, strict=True)))
-
-
-def mixed(call: Call, x: list[Tensor], parts: int) -> Tensor:
-    """`content.slopes_of_queries` of given means, pooled keys, biases and slopes."""
-    mean, key, bias, slope = (t.flatten(0, 1) for t in x)
-    blocks = call.q_blocks
-    tokens = torch.zeros(len(mean), int(blocks.count.sum()), mean.shape[-1], dtype=mean.dtype)
-    for number, (index, valid) in enumerate(zip(blocks.index, blocks.valid, strict=True)):  # each token its block's mean
-        tokens = tokens.index_put((torch.arange(len(mean))[:, None], index[valid]), mean[:, number, None])
-    pooled = content.PooledKeys(key, key, bias, slope.transpose(1, 2))
-    return content.slopes_of_queries(dataclasses.replace(call, q=tokens), pooled, parts)
+def mixed(weight: Tensor, slope: Tensor) -> Tensor:
+    """Its formula."""
+    return torch.einsum("bhij,bhcjd->bhicd", weight, slope)
 
 
 @every_target
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("name", ["ragged", "video-text-last", "head-8", "head-72", "head-64"])
 def test_the_mixture_and_its_gradients_are_the_formula(name: str, parts: int) -> None:
-    a, call = mixture(SHAPES[name], parts)
+    a = mixture(SHAPES[name], parts)
     found = []
     for dtype in (None, torch.float64, torch.float32):
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a[:4]]
-        out = ops.mix_slopes(of_leaves(a, leaves), "cpu") if dtype is None else mixed(call, leaves, parts)
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a]
+        out = ops.mix_slopes(MixtureArguments(*leaves), "cpu") if dtype is None else mixed(*leaves)
         weight = torch.randn(out.flatten().shape, generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
         found.append([out.detach().flatten(), *(g.flatten() for g in torch.autograd.grad((out * weight).sum(), leaves))])
-    for mine, exact, eager, what in zip(*found, ["out", *a._fields[:4]], strict=True):
+    for mine, exact, eager, what in zip(*found, ["out", *a._fields], strict=True):
         assert_close_as_eager(mine, exact, eager, what)
 
 
 @every_target
-def test_where_all_is_kept_no_slope_is_left() -> None:
-    a, _ = mixture(SHAPES["ragged"], 2, all_kept=True)
-    leaves = [x.detach().requires_grad_() for x in a[:4]]
-    out = ops.mix_slopes(of_leaves(a, leaves), "cpu")
-    assert not out.any()
-    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("sizes", [(3, 5, 16, 8), (2, 4, 16, 64), (1, 3, 7, 72)], ids=str)
+def test_elements_of_units_are_split_as_the_formula_has_it(sizes: tuple[int, ...], parts: int) -> None:
+    """Of different weights, some of none, amid numbers that are no numbers where there is no weight."""
+    seed = torch.Generator().manual_seed(4)
+    key, weight = torch.randn(sizes, generator=seed), torch.randint(0, 5, sizes[:3], generator=seed).float()
+    weight[0, 0] = 0  # a unit of nothing
+    q = torch.randn(sizes[0], 50, sizes[3], generator=seed)
+    a = SplitArguments(key, weight, content.metric_of(q), parts)
+    got = ops.split_units(a, "cpu").long()
+    metric, level, seen = a.metric.double(), 1, 0
+    while level < parts:
+        for number in range(level):
+            mine = torch.where(got % level == number, weight, 0)[..., None].double()
+            along = splitting.projected(key.double(), mine, metric)
+            clear = (mine[..., 0] > 0) & (along.abs() > 1e-4 * along.abs().amax(-1, keepdim=True).clamp_min(1))
+            assert torch.equal((got // level % 2 == 1)[clear], (along > 0)[clear])
+            seen += int(clear.sum())
+        level *= 2
+    assert seen > 0.8 * int((weight > 0).sum())
+    assert not got[weight == 0].any()
+    if parts == 2:
+        assert torch.equal(got, splitting.split(key, weight, a.metric, 2))
 
 
 @every_target
@@ -252,9 +263,8 @@ def test_the_threads_change_nothing() -> None:
         qkv = SHAPES["ragged"].inputs(grad=True)
         made = ops.summarize_blocks(arguments(SHAPES["ragged"], qkv, 4), "cpu")
         loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in made if x.requires_grad)
-        a, _ = mixture(SHAPES["ragged"], 4)
-        leaves = [x.detach().requires_grad_() for x in a[:4]]
-        out = ops.mix_slopes(of_leaves(a, leaves), "cpu")
+        leaves = [x.detach().requires_grad_() for x in mixture(SHAPES["ragged"], 4)]
+        out = ops.mix_slopes(MixtureArguments(*leaves), "cpu")
         return [*made, out, *torch.autograd.grad(loss, qkv), *torch.autograd.grad(out.square().sum(), leaves)]  # type: ignore[arg-type]
 
     before, found = torch.get_num_threads(), []
@@ -272,17 +282,19 @@ def test_they_obey_the_rules_of_operators() -> None:
     shape = Shape(1, 2, 8, (1, 7, 9), 3)
     qkv = shape.inputs(grad=True)
     torch.library.opcheck(ops.summarize_blocks_op, ("cpu", *SUMMARY.pack(arguments(shape, qkv, 2))))
-    a, _ = mixture(shape, 2)
-    leaves = [x.detach().requires_grad_() for x in a[:4]]
+    a = mixture(shape, 2)
+    leaves = [x.detach().requires_grad_() for x in a]
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(of_leaves(a, leaves))), test_utils=quick)
+    torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(MixtureArguments(*leaves))), test_utils=quick)
+    split = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
+    torch.library.opcheck(ops.split_units_op, ("cpu", *SPLIT.pack(split)), test_utils=quick)
 
 
 GUARDED = """
 import ctypes, mmap, os, sys
 import torch
-from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import MixtureArguments, SummaryArguments
+from dit_accel.kernels import ops, splitting
+from dit_accel.kernels.arguments import MixtureArguments, SplitArguments, SummaryArguments
 
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 libc.mmap.restype = ctypes.c_void_p
@@ -308,9 +320,10 @@ for target in sys.argv[1:]:
             starts = at_the_end(torch.tensor([0, 8, 16, 24, 32, 40, 44]).int())
             made = ops.summarize_blocks(SummaryArguments(*qkv, starts, starts, 8, 8, 2, 0, 0, True, 0.3, 2.0, 2.0, True, True), "cpu")
             with_gradients([made.q_mean, *made[3:8], made.spread], qkv)
-            lists, counts = at_the_end(torch.zeros(2, 6, 2).int()), at_the_end(torch.ones(2, 6).int())
-            leaves = [at_the_end(x.detach()).requires_grad_() for x in (made.q_mean, made.pooled_k, made.pooled_bias, made.slope)]
-            with_gradients([ops.mix_slopes(MixtureArguments(*leaves, lists, counts, 0.3), "cpu")], leaves)
+            leaves = [at_the_end(x.detach()).requires_grad_() for x in (torch.randn(1, 2, 5, 6), made.slope)]
+            with_gradients([ops.mix_slopes(MixtureArguments(*leaves), "cpu")], leaves)
+            elements = [at_the_end(x) for x in (torch.randn(2, 3, 7, d), torch.rand(2, 3, 7), torch.randn(2, d, d))]
+            ops.split_units(SplitArguments(*elements, 4), "cpu")
     print(target)
 """
 
@@ -388,8 +401,8 @@ def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatc
     ("change", "message"),
     [
         ({"parts": 3}, "parts must be 1, 2 or 4"),
-        ({"v": torch.zeros(1, 2, 3, 16)}, r"k and v are \[B, H, Nk, D\]"),
-        ({"text": 1000}, "the text is a part of the tokens"),
+        ({"v": torch.zeros(1, 2, 3, 16)}, r"k and v \[B, H, Nk, D\]"),
+        ({"text": 1000}, "the text must be a part of the tokens"),
     ],
 )
 def test_summaries_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -401,12 +414,26 @@ def test_summaries_that_do_not_fit_are_refused(change: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pooled_bias": torch.zeros(1, 2, 3)}, "pooled_bias must be float32"),
+        ({"weight": torch.zeros(1, 2, 3, 4)}, "slope must be float32"),
         ({"slope": torch.zeros(1, 2, 16, 9, 16, dtype=torch.float64)}, "slope must be float32"),
-        ({"counts": torch.zeros(2, 1, dtype=torch.int32)}, "a list"),
+        ({"weight": torch.zeros(1, 2, 9, 3).mT}, "weight must be float32"),
     ],
 )
 def test_mixtures_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    a, _ = mixture(SHAPES["ragged"], 2)
+    a = mixture(SHAPES["ragged"], 2)
     with pytest.raises(ValueError, match=message):
         ops.mix_slopes(a._replace(**change), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": 3}, "parts must be 2 or 4, not 3"),
+        ({"weight": torch.ones(2, 3, 7)}, "weight must be float32"),
+        ({"metric": torch.eye(8)}, "metric must be float32"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    a = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
+    with pytest.raises(ValueError, match=message):
+        ops.split_units(a._replace(**change), "cpu")

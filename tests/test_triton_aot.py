@@ -15,7 +15,7 @@ from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
 from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
-OTHERS = {"choose_blocks", "list_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes"}
+OTHERS = {"choose_blocks", "list_bits", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes"}
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("aot") / "aot.json"
     done = bench(
         out, "--arch", "sm_90", "--arch", "gfx942", "--head-dim", "64", "--dtype", "bfloat16", "--method", "fovea", "--method", "sla",
-        "--method", "fovea, order 1",
+        "--method", "fovea, groups",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found: list[dict[str, Any]] = json.loads(out.read_text())["rows"]

@@ -163,8 +163,8 @@ def steps_down(place: Place, machine: Machine) -> list[Tile]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_step_is_smaller_and_the_last_is_refused(kernel: str, arch: str) -> None:
-    for windows in (False, True):
-        place = replace(ROWS, kernel=kernel, windows=windows)
+    for windows, lists in ((False, False), (True, False), (False, True)):
+        place = replace(ROWS, kernel=kernel, windows=windows, lists=lists)
         seen = steps_down(place, Machine(arch, 132, {place.key: Tile(128, 128, 8, 4)}))
         assert 3 <= len(seen) <= 12
         assert len(set(seen)) == len(seen)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_says_why_not(device: str, dtype: torch.dtype, head_dim: int, gradient: 
     monkeypatch.setattr(xformers_rows, "INSTALLED", True)
     assert reason in str(xformers_rows.refusal(torch.device(device), dtype, head_dim, gradient=gradient))
     with pytest.raises(BackendError, match="backend 'xformers' can't run this call"):
-        dispatch.choose("xformers", torch.device(device), dtype, head_dim, gradient=gradient)
+        dispatch.choose("xformers", torch.device(device), dtype, head_dim, gradient=lambda: gradient)
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_auto_takes_it_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert dispatch.choose("auto", CUDA, torch.float16, 160, linear=True)[0] == "xformers"
     monkeypatch.setattr(dispatch, "TRITON", False)
     assert dispatch.choose("auto", CUDA, torch.float16, 64) == ("xformers", "the dense parts; triton is not installed")
-    assert dispatch.choose("auto", CUDA, torch.float16, 64, gradient=True)[0] == "reference"
+    assert dispatch.choose("auto", CUDA, torch.float16, 64, gradient=lambda: True)[0] == "reference"
 
 
 def test_a_bias_is_refused_by_name_and_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +110,11 @@ def test_a_gradient_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_learned_pooling_wants_a_gradient_though_its_inputs_are_frozen(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_pooling_requires_a_gradient_though_its_inputs_are_frozen(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def choose(*args: Any, gradient: bool, **others: Any) -> tuple[str, str]:
-        seen.append(gradient)
+    def choose(*args: Any, gradient: Callable[[], bool], **others: Any) -> tuple[str, str]:
+        seen.append(gradient())
         return "reference", ""
 
     monkeypatch.setattr(dispatch, "choose", choose)

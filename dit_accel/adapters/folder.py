@@ -1,6 +1,6 @@
 """Saving what acceleration and distillation added to a pipeline, and loading it elsewhere.
 
-A folder holds `dit_accel_config.json` (method, layers, base model, training record, checksums), `diffusion_pytorch_model.safetensors` (the
+A folder has `dit_accel_config.json` (method, layers, base model, training record, checksums), `diffusion_pytorch_model.safetensors` (the
 layers' own parameters), and, where they were trained, `pytorch_lora_weights.safetensors` (a LoRA in diffusers' own format, loadable alone)
 or `attention_weights.safetensors` (full projections) or `transformer_weights.safetensors` (all of the transformer's weights, as some
 published checkpoints bring them). Nothing is pickled. Loading checks everything before it changes anything. `importers` reads what others
@@ -303,7 +303,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{CONFIG} in {folder} can't be read: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG} must hold a JSON object, not a {type(config).__name__}")
+        raise AdapterError(f"{folder / CONFIG} must contain a JSON object, not a {type(config).__name__}")
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     if config.get("version") not in (VERSION, FIRST_VERSION):
         raise AdapterError(f"{folder / CONFIG} must have version {VERSION} or {FIRST_VERSION}, not {config.get('version')}")
@@ -329,7 +329,7 @@ def _assignment_of_first(folder: Path, spec: Any, dense_steps: Any) -> dict[str,
     try:
         return Assignment.of(AttentionSpec.from_dict(spec), dense_steps=dense_steps).to_dict()
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG} holds no spec: {error}") from error
+        raise AdapterError(f"{folder / CONFIG} contains no spec: {error}") from error
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:

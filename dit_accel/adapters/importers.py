@@ -168,7 +168,7 @@ def match_header(file: Path, header: Header, model: Any, spec: AttentionSpec | N
     spec = method_of(kind, file, header, spec)
     wanted_class = {Kind.CLEAR: "FluxTransformer2DModel", Kind.TURBO: "WanTransformer3DModel"}.get(kind)
     if wanted_class not in (None, class_of(model).__name__):
-        raise AdapterError(f"{file} holds {kind.value}, which don't fit a {type(model).__name__}")
+        raise AdapterError(f"{file} contains {kind.value}, which don't fit a {type(model).__name__}")
     layers = {name: heads_of(model, name, module) for name, module in attention_layers(model).items()}
     shapes = {name: tuple(p.shape) for name, p in plain_parameters(model).items()}
     learned = {f"{n}{OWN}{k}": tuple(p.shape) for n, (h, d) in layers.items() for k, p in _learned(spec, h, d)}
@@ -204,7 +204,7 @@ def method_of(kind: Kind, file: Path, header: Header, spec: AttentionSpec | None
         raise AdapterError(f"{file} does not tell its method: give spec=SLA(topk, scope='all'), with 0.2 for SimpleTuner's own default")
     spec = spec or TURBO
     if spec.find(Linear) is None or spec.find(Residual) is None:
-        raise AdapterError(f"{file} holds {kind.value}, which requires spec=SLA(...) with a linear rest, not {spec}")
+        raise AdapterError(f"{file} contains {kind.value}, which requires spec=SLA(...) with a linear rest, not {spec}")
     return spec
 
 
@@ -223,9 +223,9 @@ def _clear_method(file: Path, header: Header, spec: AttentionSpec | None) -> Att
         )
     factors = spec.find(Downsampled)
     if spec.find(Disc) is None or spec.rest != factors:
-        raise AdapterError(f"{file} holds {Kind.CLEAR.value}, which require spec=CLEAR(radius), not {spec}")
+        raise AdapterError(f"{file} contains {Kind.CLEAR.value}, which require spec=CLEAR(radius), not {spec}")
     if pooled != (factors is not None):
-        raise AdapterError(f"{file} holds {'' if pooled else 'no '}pooling weights, which does not fit {spec}")
+        raise AdapterError(f"{file} contains {'' if pooled else 'no '}pooling weights, which does not fit {spec}")
     return spec
 
 

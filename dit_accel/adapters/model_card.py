@@ -42,7 +42,7 @@ def model_card(config: Mapping[str, Any], pictures: list[str], licence: str | No
 # {title}
 
 An adapter of dit_accel for a {config["base_model_class"]}: it replaces the self-attention of
-{len(config["layers"])} layers by a sparse one and holds what a distillation from the original attention learned.
+{len(config["layers"])} layers by a sparse one and contains what a distillation from the original attention learned.
 
 ```python
 import dit_accel
@@ -55,7 +55,7 @@ dit_accel.load_adapter(pipe, "this repository's owner/name")
 {shown}{rules}## Base model and licence
 
 {base}, {under}, weights with SHA-256 `{config["base_model_hash"][:16]}`.
-What is learned here derives from them: the base model's licence holds.
+What is learned here derives from them: the base model's licence applies.
 
 ## Training and what was measured
 
@@ -65,7 +65,7 @@ What is learned here derives from them: the base model's licence holds.
 def _rules(assignment: Assignment) -> str:
     """The rules as a list, in which the last that fits wins."""
     rules = "".join(f"- `{rule}`\n" for rule in assignment.rules)
-    return f"{rules}\nThe last line that fits a layer, head, step and size holds; where none does, the original attention runs.\n"
+    return f"{rules}\nThe last line that fits a layer, head, step and size applies; where none does, the original attention runs.\n"
 
 
 def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ def _scheme_of(name: str) -> str | None:
 
 
 def wan_parameter(name: str, scheme: str) -> str:
-    """The parameter of an accelerated WanTransformer3DModel that a tensor holds; a name of no known kind comes back as it is.
+    """The parameter of an accelerated WanTransformer3DModel that a tensor is; a name of no known kind comes back as it is.
 
     An int8 weight is its weight, and its scale comes as the parameter's name with `.scale` for `.weight`.
     """

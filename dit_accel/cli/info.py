@@ -84,7 +84,7 @@ def model_rows(model: str) -> dict[str, str]:
 
 
 def adapter_rows(adapter: str) -> dict[str, str]:
-    """The config of a saved adapter, or what a checkpoint that others published holds."""
+    """The config of a saved adapter, or what a checkpoint that others published contains."""
     from dit_accel.adapters.folder import local_folder, read_config
     from dit_accel.adapters.importers import local_file
     from dit_accel.method.assignment import Assignment

@@ -117,12 +117,12 @@ def parse_spec(text: str, *, reason: str) -> "AttentionSpec":
 
     method = parse_accelerated(text, reason=reason)
     if not isinstance(method, AttentionSpec):
-        raise ArgumentError(f"{text!r} holds an assignment of several specs: name one spec here")
+        raise ArgumentError(f"{text!r} contains an assignment of several specs: name one spec here")
     return method
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a prompts file. Raises ValueError where it can't be read or holds no prompt."""
+    """The lines of a prompts file. Raises ValueError where it can't be read or contains no prompt."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

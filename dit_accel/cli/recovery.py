@@ -54,7 +54,7 @@ def recovery(
     if prompts is None and model != "builtin":
         raise ArgumentError(f"model {model!r} requires --prompts: only builtin has prompts of its own")
     if prompts is not None and len(set(texts)) < 2:
-        raise ArgumentError(f"{prompts} must hold at least two different prompts, one of them to hold out, not {len(set(texts))}")
+        raise ArgumentError(f"{prompts} must contain at least two different prompts, one of them to hold out, not {len(set(texts))}")
     known: tuple[Trainable, ...] = get_args(Trainable)
     if wrong := sorted(set(train or []) - set(known)):
         raise ArgumentError(f"train must be one of {', '.join(known)}, not {wrong[0]!r}")

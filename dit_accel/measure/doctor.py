@@ -238,7 +238,7 @@ def _method(report: Report, name: str, method: str, shape: Any, dtype: Any, devi
 
 
 def _tiles(report: Report) -> None:
-    """The file of tuned tiles: whether it can be read, and how many of them hold here."""
+    """The file of tuned tiles: whether it can be read, and how many of them apply here."""
     from dit_accel.kernels.triton import tuned
 
     try:
@@ -253,7 +253,7 @@ def _tiles(report: Report) -> None:
     from dit_accel.kernels.triton import calls
 
     mine = sum(entry.gpu == calls.gpu_of(device) for entry in entries)
-    report.add("tuned tiles", RIGHT, f"{mine} of {len(entries)} hold for this card, driver, version of Triton and of the kernels")
+    report.add("tuned tiles", RIGHT, f"{mine} of {len(entries)} apply to this card, driver, version of Triton and of the kernels")
 
 
 def _times(report: Report, quick: bool) -> None:

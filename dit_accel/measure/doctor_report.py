@@ -76,7 +76,7 @@ class Report:
 
 
 def _private() -> Iterator[tuple[re.Pattern[str], str]]:
-    """Texts that a report must not hold, and their replacements: the home folder first, because names are parts of it."""
+    """Texts that a report must not contain, and their replacements: the home folder first, because names are parts of it."""
     home = str(Path.home())
     if len(home) > 1:
         yield re.compile(re.escape(home)), "~"

@@ -71,7 +71,7 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
 
 
 def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, adapter: str | None = None, **call: Any) -> dict[str, Any]:
-    """Compare an accelerated pipeline with its own original, into the folder `out`; returns what `results.json` holds there.
+    """Compare an accelerated pipeline with its own original, into the folder `out`; returns what `results.json` contains there.
 
     Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
     `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the

@@ -17,6 +17,7 @@ from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
+from dit_accel.method.parts import Pooled
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition
@@ -27,6 +28,7 @@ from dit_accel.operator.layout import TokenLayout
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),
     "fovea, order 1": Fovea(0.05, order=1),
+    "fovea, groups": dataclasses.replace(Fovea(0.05, order=1), rest=Pooled(parts=4, order=1, opened=1)),
     "clear": CLEAR(8),
     "clear + pooled keys": CLEAR(8, downsample=4),
     "gna": GNA(9),

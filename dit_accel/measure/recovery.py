@@ -88,7 +88,7 @@ def bench_recovery(recovery: Recovery, methods: Mapping[str, AnyMethod], trains:
     file holds.
 
     Samples and the runs' logs and curves go to the recovery's folder, where an interrupted training continues too. Raises ValueError
-    where the file holds a measurement with other settings.
+    where the file contains a measurement with other settings.
     """
     record = _begun(out, recovery.settings())
     check_folder(recovery.folder)
@@ -120,7 +120,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     differs = [name for name, value in json.loads(json.dumps(settings)).items() if kept.get(name) != value]
     if differs:
         name = differs[0]
-        raise ArgumentError(f"{out} holds a measurement with {name} {kept.get(name)!r}, not {settings[name]!r}: name another file")
+        raise ArgumentError(f"{out} contains a measurement with {name} {kept.get(name)!r}, not {settings[name]!r}: name another file")
     return dict(record)
 
 

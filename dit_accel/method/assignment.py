@@ -1,4 +1,4 @@
-"""Which spec holds where: an `Assignment` of rules, from layers, heads, denoising steps, noise levels and sizes to a spec or the original.
+"""Which spec runs where: an `Assignment` of rules, from layers, heads, denoising steps, noise levels and sizes to a spec or the original.
 
     Assignment((Rule(Fovea(0.05)), Rule(None, steps=(0, 2)), Rule(Fovea(0.2), layers="single_*", heads=range(4))))
 
@@ -48,7 +48,7 @@ Steps = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """A spec, or None for the original attention, and where it holds; what is None holds for all.
+    """A spec, or None for the original attention, and where it applies; what is None applies to all.
 
     `layers`: patterns of attention modules' names in the transformer as the shell has them (`*`, `?`, `[0-3]`), any of which fits; one may
     be given as a text. `heads`: their numbers. `steps`: (first, end) of denoising steps, the end not among them, None for no end; `tokens`:
@@ -96,7 +96,7 @@ class Rule:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it holds everywhere and always."""
+        """Whether it applies everywhere and always."""
         return replace(self, spec=None) == Rule(None)
 
     def names(self, layer: str) -> bool:
@@ -121,7 +121,7 @@ class Rule:
 
     @property
     def where(self) -> str:
-        """Where it holds, in words, but for the layers; empty where that is always."""
+        """Where it applies, in words, but for the layers; empty where that is always."""
         parts = [
             "" if self.heads is None else f"heads {in_words(self.heads)}",
             _range_in_words("steps", self.steps),
@@ -238,12 +238,12 @@ class Assignment:
 
     @property
     def spec(self) -> AttentionSpec | None:
-        """The spec that holds everywhere and always but for `dense_steps`, where there is one."""
+        """The spec that applies everywhere and always but for `dense_steps`, where there is one."""
         rules = self.after_dense_steps.rules
         return rules[0].spec if len(rules) == 1 and rules[0].everywhere else None
 
     def record(self) -> dict[str, Any]:
-        """The JSON-ready form of the spec that holds everywhere, where there is one, else its own."""
+        """The JSON-ready form of the spec that applies everywhere, where there is one, else its own."""
         return self.to_dict() if self.spec is None else self.spec.to_dict()
 
     def at(self, moment: Moment | None, tokens: int | None) -> Rules:
@@ -319,7 +319,7 @@ CONDITIONS = ("layers", "heads", "steps", "noise", "tokens")
 
 
 def read_method(path: str | Path) -> AttentionSpec | Assignment:
-    """The spec or the assignment that a JSON file holds. Raises ValueError that names the file."""
+    """The spec or the assignment that a JSON file contains. Raises ValueError that names the file."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -327,7 +327,7 @@ def read_method(path: str | Path) -> AttentionSpec | Assignment:
     try:
         return Assignment.from_dict(data) if isinstance(data, dict) and "rules" in data else AttentionSpec.from_dict(data)
     except ArgumentError as error:
-        raise ArgumentError(f"{path} holds neither a spec nor an assignment: {error}") from None
+        raise ArgumentError(f"{path} contains neither a spec nor an assignment: {error}") from None
 
 
 def _rule(data: Any, specs: Sequence[AttentionSpec]) -> Rule:

@@ -1,4 +1,4 @@
-"""What the fields of parts and specs may hold, and the errors that say so."""
+"""What the fields of parts and specs may be, and the errors that say so."""
 
 import math
 import numbers

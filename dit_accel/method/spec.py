@@ -52,10 +52,10 @@ class AttentionSpec:
         object.__setattr__(self, "keep", items("keep", self.keep))
         object.__setattr__(self, "block", plain(items("block", self.block)))
         patterns = len(self.keep) > 0 and all(isinstance(pattern, Pattern) for pattern in self.keep)
-        require(patterns, f"keep must hold one or more of {list(part_types(Pattern))}", self.keep)
+        require(patterns, f"keep must contain one or more of {list(part_types(Pattern))}", self.keep)
         for pattern in self.keep:
             check_part(pattern, Pattern, "each of keep")
-        require(sum(isinstance(p, Selection) for p in self.keep) <= 1, "keep must hold one selection at most", self.keep)
+        require(sum(isinstance(p, Selection) for p in self.keep) <= 1, "keep must contain one selection at most", self.keep)
         for name, slot, value in (("rest", Rest, self.rest), ("merge", Merge, self.merge)):
             if value is not None:
                 check_part(value, slot, name)

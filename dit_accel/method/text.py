@@ -3,7 +3,7 @@
     NAME | NAME:VALUE | NAME:VALUE,KEY=VALUE,... | NAME:KEY=VALUE,... | FILE.json
 
 VALUE alone is the method's first argument; keys are the argument names of the presets in `dit_accel.method`. 9x5 is (9, 5): height, width;
-4x9x5 is frames, height, width. FILE.json holds a spec (`AttentionSpec.to_dict`) or an assignment of several (`Assignment.save`).
+4x9x5 is frames, height, width. FILE.json contains a spec (`AttentionSpec.to_dict`) or an assignment of several (`Assignment.save`).
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ METHODS: dict[str, PresetSyntax] = {
 
 
 def parse_method(text: str) -> AttentionSpec | Assignment | None:
-    """The spec that a text like `clear:16` names, or what a JSON file holds; None for `none`, the original attention.
+    """The spec that a text like `clear:16` names, or what a JSON file contains; None for `none`, the original attention.
 
     Raises ValueError that says what is required and shows the text.
     """

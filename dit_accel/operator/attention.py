@@ -84,7 +84,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
     scale: float | None, backend: str, *, text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention` without its checks of all but dtypes and `text_bias`, for callers that hold the plan already: output and lse."""
+    """`attention` without its checks of all but dtypes and `text_bias`, for callers that have the plan already: output and lse."""
     query, key, value = autocast(query, key, value)
     check_dtypes(query, key, value)
     check_text_bias(text_bias, query, layout)
@@ -107,11 +107,10 @@ def _planned(
 def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:
     """The backend for this call."""
     query = tensors[0]
-    linear = lowering.has_states(spec)
-    gradient = _through_keys(spec, params, tensors)
     return dispatch.choose(
-        backend, query.device, query.dtype, query.shape[-1], linear=linear, gradient=gradient, text_bias=text_bias is not None
-    )[0]
+        backend, query.device, query.dtype, query.shape[-1], linear=lowering.has_states(spec),
+        gradient=lambda: _through_keys(spec, params, tensors), text_bias=text_bias is not None,
+    )[0]  # fmt: skip
 
 
 def _through_keys(spec: AttentionSpec, params: Values, tensors: tuple[Tensor, ...]) -> bool:
@@ -126,7 +125,7 @@ def _through_keys(spec: AttentionSpec, params: Values, tensors: tuple[Tensor, ..
 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
-    """The spec's parameters at their start values, frozen, beside the query."""
+    """The spec's parameters at their start values, frozen, on the query's device."""
     params = spec.make_parameters(heads=query.shape[1], head_dim=query.shape[3])
     if any(True for _ in params.parameters()):
         capture.refuse(query.device, "the method's parameters are made and copied to the card; hand them over as `params`")
@@ -137,7 +136,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
     """Raise ValueError unless the three are `[B, H, N, D]` of one dtype and device with N = layout.tokens."""
     if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
-            f"query, key and value have one shape [B, H, N, D], got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            f"query, key and value must have one shape [B, H, N, D], not {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if query.shape[2] != layout.tokens:
         raise ValueError(f"the layout {layout.grid} with {layout.text} text tokens requires {layout.tokens} tokens, not {query.shape[2]}")
@@ -157,8 +156,9 @@ def check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ValueError unless the three have one floating dtype and one device."""
     if not query.is_floating_point() or len({(x.dtype, x.device) for x in (query, key, value)}) > 1:
         raise ValueError(
-            "query, key and value share one floating dtype and one device, got "
+            "query, key and value must have one floating dtype and be on one device, not "
             + ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
+            + ": convert or move them first"
         )
 
 
@@ -170,7 +170,7 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
     if tuple(text_bias.shape) != expected:
         raise ValueError(f"text_bias must have shape [batch, text], here {expected}, not {tuple(text_bias.shape)}")
     if not text_bias.is_floating_point() or text_bias.device != query.device:
-        raise ValueError(f"text_bias is floating and on {query.device}, got {text_bias.dtype} on {text_bias.device}")
+        raise ValueError(f"text_bias must be floating and on {query.device}, not {text_bias.dtype} on {text_bias.device}")
     if text_bias.requires_grad:
         raise ValueError("text_bias is not differentiated, but requires grad: detach it")
 
@@ -178,9 +178,9 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
 def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
     expected = {k: tuple(v.shape) for k, v in spec.start_values(heads=query.shape[1], head_dim=query.shape[3]).items()}
-    got = {k: tuple(v.shape) for k, v in params.named_parameters()}
-    if expected != got:
-        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {got}")
+    given = {k: tuple(v.shape) for k, v in params.named_parameters()}
+    if expected != given:
+        raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {given}")
     elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
     if elsewhere:
         raise ValueError(f"the parameters must be on {query.device}, not on {sorted(elsewhere)}")

@@ -58,7 +58,7 @@ def _static_lists(fixed: Sequence[Static], grids: tuple[Grid, ...], coords: Tens
     corners = [coords[side.index] for side in blocks]
     q_boxes, k_boxes = ((corner.amin(1), corner.amax(1)) for corner in corners)
     k_corners = tuple(corner[:, :3] for corner in k_boxes)
-    blocks_of = torch.bincount(q_boxes[0][:, 3], minlength=len(grids)).tolist()  # no block holds tokens of two images
+    blocks_of = torch.bincount(q_boxes[0][:, 3], minlength=len(grids)).tolist()  # no block contains tokens of two images
 
     def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for grid, *bounds in zip(grids, *(bound[:, :3].split(blocks_of) for bound in q_boxes), strict=True):
@@ -88,7 +88,7 @@ def plan_key(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> 
 
 
 def make_plan(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
-    """The plan of a spec on a layout: the one that somebody holds already (`plans` says who does), or a new one.
+    """The plan of a spec on a layout: the one that is in use already (`plans` keeps them), or a new one.
 
     A pure function of its arguments; the plan's tensors must not be written to. Raises BackendError where it would be made while a CUDA
     graph is captured: its tensors are copied to the card.
@@ -149,13 +149,13 @@ def _window(pattern: Intervals, grids: tuple[Grid, ...], coords: Tensor) -> Tens
     return rows
 
 
-def listed_beside(static: BlockMap, chosen: Tensor, held: Tensor | None = None) -> BlockMap:
-    """Static lists and the chosen blocks `[BH, Tq, n]`, all or those `held`; a block on both is visited once, as a chosen one: whole.
+def with_chosen(static: BlockMap, chosen: Tensor, given: Tensor | None = None) -> BlockMap:
+    """Static lists and the chosen blocks `[BH, Tq, n]`, all or those `given`; a block on both is visited once, as a chosen one: whole.
 
     Memory is that of the lists: a mask of all pairs of blocks would grow with the square of the tokens.
     """
     listed = static.index.expand(len(chosen), -1, -1).contiguous()
-    mine = torch.ones_like(chosen, dtype=torch.bool) if held is None else held
+    mine = torch.ones_like(chosen, dtype=torch.bool) if given is None else given
     ordered = chosen.masked_fill(~mine, FARTHEST).sort(-1).values
     place = torch.searchsorted(ordered, listed).clamp_max(chosen.shape[-1] - 1)
     index = torch.cat([listed, chosen], -1)

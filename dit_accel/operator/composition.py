@@ -20,7 +20,7 @@ from dit_accel.method.parts import Call
 from dit_accel.method.parts.call import Visited
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import lowering
-from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts, TokenLayout, layouts_of
 from dit_accel.operator.lists import Lists
 
@@ -56,7 +56,7 @@ def _compiled(
         lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))
-    if lowering.fuses(spec, backend):
+    if lowering.fuses(spec):
         rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
         return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
     out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
@@ -103,7 +103,7 @@ def visited_blocks(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:
     if spec.selection is None:
         return plan.static  # type: ignore[return-value]
     chosen = spec.selection.choose(call)
-    return chosen if plan.static is None else listed_beside(plan.static, chosen.index, chosen.valid)
+    return chosen if plan.static is None else with_chosen(plan.static, chosen.index, chosen.valid)
 
 
 def _eager(

@@ -40,7 +40,7 @@ def folder() -> Path | None:
 def decided(question: Question, measure: Callable[[], Seconds]) -> tuple[Seconds, Path | None]:
     """The times that were measured first for a question, by this process or another, and the file that keeps them.
 
-    None in place of the file where none can be written: then the times hold for this process alone.
+    None in place of the file where none can be written: then the times are for this process alone.
     """
     place = folder()
     if place is None:
@@ -79,7 +79,7 @@ def _text(question: Question) -> str:
 
 
 def _keep(path: Path, question: Question, times: Seconds) -> Seconds | None:
-    """Write the file unless another process was first, and read what it then holds; None where it can't be written."""
+    """Write the file unless another process was first, and read what it then contains; None where it can't be written."""
     try:
         if read(path, question) is None:
             path.unlink(missing_ok=True)  # it is damaged

@@ -38,7 +38,7 @@ FEWEST_ROWS = 256  # fewer query rows than that run at another speed per row
 class Crossover:
     """Seconds that the heads measured took, accelerated and by PyTorch's attention (extrapolated from a part of its rows).
 
-    `file`: where the decision is kept, or None where it holds for this process alone.
+    `file`: where the decision is kept, or None where it is for this process alone.
     """
 
     accelerated: float

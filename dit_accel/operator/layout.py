@@ -23,7 +23,7 @@ def _grid(name: str, value: Any) -> Grid:
 class TokenLayout:
     """A sequence of `text` text tokens and T·H·W image tokens; `grid` is (T, H, W) in tokens.
 
-    `text_first` tells which come first. `order` is the order of the image tokens in memory: raster unless the caller has
+    `text_first`: whether the text comes first. `order` is the order of the image tokens in memory: raster unless the caller has
     permuted them already. `references`: the grids of further images that follow the first in the sequence, as edit models have them; their
     coordinates begin at the same corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or
     a grid axis is below 1.
@@ -123,7 +123,7 @@ def coordinates(grid: Grid, raster_index: Tensor) -> Tensor:
 
 
 def joint_partition(grids: tuple[Grid, ...], order: Order, block: int) -> Partition:
-    """The blocks of several images that follow each other; no block holds tokens of two."""
+    """The blocks of several images that follow each other; no block contains tokens of two."""
     parts = [partition(grid, order, block) for grid in grids]
     before = torch.tensor([0, *(len(part.order) for part in parts)]).cumsum(0).tolist()
     starts = [part.starts[1:] + offset for part, offset in zip(parts, before, strict=False)]

@@ -14,7 +14,7 @@ FARTHEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Lists:
-    """Visited key blocks of each query block, `[..., Tq, n]` int32, of which `counts` `[..., Tq]` hold, the `full` ones first.
+    """Visited key blocks of each query block, `[..., Tq, n]` int32: of each list the first `counts` `[..., Tq]`, of these first the `full`.
 
     `mask_of` `[..., Tq, n]` int32: the number of each entry's bit mask, read from `full` to `counts`, or None.
     """

@@ -3,13 +3,14 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, Summaries, SummaryArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, SplitArguments, Summaries, SummaryArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -26,9 +27,9 @@ from dit_accel.method.parts import (
     TopK,
     groups,
 )
-from dit_accel.method.parts.content import Moments
+from dit_accel.method.parts.content import Moments, weights_of
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import Plan, listed_beside
+from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts
 from dit_accel.operator.lists import Lists
 
@@ -36,12 +37,12 @@ COMPILED = ("cpu", "triton")
 FUSED = (Linear, Pooled, Downsampled, Residual, Mass)  # by their exact type: one derived from them may compute something else
 
 
-def fuses(spec: AttentionSpec, implementation: str) -> bool:
+def fuses(spec: AttentionSpec) -> bool:
     """Whether the kernels know the rest and the merge: then one call is a layer's whole operator, once its blocks are chosen."""
     rest = _finer(spec)
     if rest is not None and rest.opened is not None:
         score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
-        if implementation != "cpu" or (isinstance(score, ErrorProduct) and score.cap != rest.cap):
+        if isinstance(score, ErrorProduct) and score.cap != rest.cap:
             return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
@@ -61,15 +62,15 @@ def _finer(spec: AttentionSpec) -> Pooled | None:
     return spec.rest if type(spec.rest) is Pooled and not spec.rest.plain else None
 
 
-def _grouped_rest(spec: AttentionSpec, implementation: str) -> bool:
+def _grouped_rest(spec: AttentionSpec) -> bool:
     """Whether the kernels do a rest of blocks in groups."""
     rest = _finer(spec)
-    return rest is not None and rest.opened is not None and fuses(spec, implementation)
+    return rest is not None and rest.opened is not None and fuses(spec)
 
 
-def in_torch(spec: AttentionSpec, implementation: str) -> list[Part]:
+def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
-    rest = () if fuses(spec, implementation) else (spec.rest, spec.merge)
+    rest = () if fuses(spec) else (spec.rest, spec.merge)
     found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
     return [part for part in found if part is not None]
 
@@ -122,9 +123,9 @@ def rest_of(
     found: dict[str, Any] = {}
     match spec.rest:
         case Pooled(opened=int(opened)) if made:
-            found = _grouped(made, spec.rest, opened, plan, lists, scale)
+            found = _grouped(made, spec.rest, opened, plan, lists, scale, implementation)
         case Pooled(plain=False) if made:
-            found = _given(made, spec.rest.order, lists, scale, implementation)
+            found = _given(made, spec.rest, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):
@@ -151,7 +152,7 @@ def summaries(
 
     Of the key blocks; of a rest in groups, of the slots of level 0 (`groups.group_blocks`).
     """
-    rest, score = _finer(spec) if fuses(spec, implementation) else None, _score(spec)
+    rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
     by_error = isinstance(score, ErrorProduct) and selects(spec)
     if not (rest or by_error):
         return None
@@ -164,21 +165,25 @@ def summaries(
         score_cap=cap, log_count=bool(rest and rest.log_count), first_order=bool(rest and rest.order), places_q=g.places_q,
         places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
-    if _grouped_rest(spec, implementation):
+    if _grouped_rest(spec):
         arguments = arguments._replace(k_starts=plan.prepared["far_starts"].int(), places_k=plan.prepared["far_order"].int())
     return ops.summarize_blocks(arguments, implementation)
 
 
-def _given(made: Summaries, order: int, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
+def _given(made: Summaries, rest: Pooled, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
     """The pooled keys, and the slopes of the query blocks, as `Arguments` names them."""
     found = {"rest": "pooled", "pooled_k": made.pooled_k, "pooled_v": made.pooled_v, "pooled_bias": made.pooled_bias}
-    if order:
-        mixture = MixtureArguments(made.q_mean, made.pooled_k, made.pooled_bias, made.slope, lists.index, lists.counts, scale)
-        found["slopes"] = ops.mix_slopes(mixture, implementation)
+    if rest.order:
+        heads, seen = made.q_mean.shape[:2], (~lists.kept(made.slope.shape[3])).to(made.q_mean.dtype)
+        means, key, bias = (x.flatten(0, 1) for x in (made.q_mean, made.pooled_k, made.pooled_bias))
+        weights = weights_of(means, key, bias, seen, rest.parts, scale).unflatten(0, heads).contiguous()
+        found["slopes"] = ops.mix_slopes(MixtureArguments(weights, made.slope), implementation)
     return found
 
 
-def _grouped(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
+def _grouped(
+    made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
+) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
     heads, parts = made.q_mean.shape[:2], rest.parts
     flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
@@ -187,17 +192,31 @@ def _grouped(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: List
         flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
     )
     lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
-    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries)
+
+    def divide(elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
+        if metric is None:
+            return torch.zeros_like(weight, dtype=torch.uint8)
+        return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
+
+    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
     means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
     kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
     seen = groups.listed(kept, groups.scores_of(means, by_level[1:], rest.cap, queries), plan.prepared, opened)
     index, counts = groups.unit_lists(seen)
     pooled = groups.joined([level.pooled(log_count=rest.log_count, cap=rest.most) for level in by_level])
     given = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias, "pool_lists": index, "pool_counts": counts}
-    if rest.order:
-        given["slopes"] = groups.slopes_of_spans(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
     found: dict[str, Any] = {name: x.unflatten(0, heads).contiguous() for name, x in given.items()}
+    if rest.order:
+        own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
+        found["slopes"] = _mixed(own, by_level, heads, implementation)
     return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
+
+
+def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
+    """`groups.slopes_of_spans` by the kernels, of what each level's slopes are multiplied by."""
+    slopes = [level.slope.transpose(1, 2) for level in by_level if level.slope is not None]
+    given = (MixtureArguments(*(x.unflatten(0, heads).contiguous() for x in pair)) for pair in zip(own, slopes, strict=True))
+    return functools.reduce(torch.add, (ops.mix_slopes(mixture, implementation) for mixture in given))
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -236,7 +255,7 @@ def lists(
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
         k_mean, bias = made.k_mean.detach(), made.score_bias.detach() / scale
-        if _grouped_rest(spec, implementation):  # they are of slots
+        if _grouped_rest(spec):  # they are of slots
             k_mean, bias = (x.index_select(2, plan.prepared["far_slot"]) for x in (k_mean, bias))
         by_error = isinstance(_score(spec), ErrorProduct)
         arguments = SelectionArguments(
@@ -244,4 +263,4 @@ def lists(
             weight=weight, bias=bias if by_error else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
-    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(listed_beside(plan.static, chosen.long()))
+    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.long()))

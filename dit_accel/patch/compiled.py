@@ -1,6 +1,6 @@
 """Accelerated attention under torch.compile: operators that look up what they need when they run.
 
-A graph that holds a grid, a plan, or whether a step is dense is compiled anew for each, until PyTorch gives up. So a graph holds operators
+A graph that contains a grid, a plan, or whether a step is dense is compiled anew for each, until PyTorch gives up. So a graph has operators
 that are opaque to the compiler, and a number in a tensor, the token, by which they find the state of the forward when they run. Where the
 blocks of a transformer are compiled, its hooks run outside of the graphs and make its forward the current one; the token names the context.
 Where a transformer is compiled as a whole, `dit_accel::begin` takes the place of the hook, and its token names the forward. Any number of

@@ -4,6 +4,7 @@ Nothing of it is kept on the model, so threads may run one transformer at once, 
 finds no grid of an earlier one.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -62,13 +63,19 @@ class Forward:
     def layout(self, image_only: bool, tokens: int) -> TokenLayout:
         """Of a sequence of so many tokens, images and text."""
         grids, image, _ = self.images(image_only, tokens)
-        return TokenLayout(grids[0], tokens - image, self.family.text_first, references=grids[1:])
+        return _layout(grids, tokens - image, self.family.text_first)
 
     def scaled(self, scale: float | None, tokens: int, head_dim: int) -> float | None:
         """The scale of the logits in a sequence of so many tokens: as given, or CLEAR's proportional one (arXiv 2412.16112)."""
         if self.trained_tokens is None:
             return scale
         return (head_dim**-0.5 if scale is None else scale) * math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(grids: Grids, text: int, text_first: bool) -> TokenLayout:
+    """Kept, because each layer of each forward asks for it."""
+    return TokenLayout(grids[0], text, text_first, references=grids[1:])
 
 
 @dataclass(frozen=True)

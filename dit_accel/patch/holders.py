@@ -172,7 +172,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def placed_by_others(model: nn.Module) -> bool:
-    """Whether accelerate has offloaded weights with a module above their own, by names that hold as long as no module is renamed."""
+    """Whether accelerate has offloaded weights with a module above their own, by names that are right as long as no module is renamed."""
     return any(hook.offload and hook.place_submodules for module in model.modules() for hook in _align_hooks(module))
 
 

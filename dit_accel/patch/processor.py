@@ -253,7 +253,7 @@ _classes: dict[type, type] = {}  # a pure function's results: processor class ->
 def accelerated_class(base: type) -> type:
     """The subclass of a processor class whose calls to the attention primitive go through its module's operator.
 
-    Raises UnsupportedModelError where the class's source is not available, holds no call to the primitive, or can't be rewritten.
+    Raises UnsupportedModelError where the class's source is not available, contains no call to the primitive, or can't be rewritten.
     """
     if base in _classes:
         return _classes[base]

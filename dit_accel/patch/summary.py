@@ -24,7 +24,7 @@ from dit_accel.patch.state import Patch, patches_of
 class LayerSummary:
     """One spec of one accelerated layer, and what it did in the last forward (None before the first).
 
-    `where`: the heads, steps, noise levels and sizes that it holds for, in words, empty where that is all; later rows of a layer come
+    `where`: the heads, steps, noise levels and sizes that it applies to, in words, empty where that is all; later rows of a layer come
     first. `backend`: "original" where the layer runs its original attention, "none" where the named backend can't run it; `why` says the
     reason. `parameters`: of the layer, which its specs share.
     """
@@ -112,7 +112,7 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
     try:
         dtype = getattr(model, "dtype", parameter.dtype)
         backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)
-        parts = lowering.in_torch(spec, backend) if backend in lowering.COMPILED else []
+        parts = lowering.in_torch(spec) if backend in lowering.COMPILED else []
         named = " and ".join(type(part).__name__ for part in parts)
         return backend, why + (f", {named} in torch" if named else "") + guarded
     except BackendError as error:

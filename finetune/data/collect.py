@@ -43,7 +43,7 @@ def _copied(value: Any) -> Any:
 
 class Recorder:
     """Hooks a transformer and keeps (arguments, output) of each forward, on the CPU. `to_write`: they are to be written to a file, so
-    that a forward with arguments that no file can hold raises DistillationError before it is computed."""
+    that a forward with arguments that no file can contain raises DistillationError before it is computed."""
 
     def __init__(self, transformer: Any, names: Sequence[str], *, to_write: bool = False) -> None:
         self.transformer, self.names, self.to_write = transformer, names, to_write
@@ -133,7 +133,7 @@ def collect_prompts(
 def record_runs(
     pipe: Any, folder: str | Path, keys: Sequence[Key], make: Callable[[Key], None], call: dict[str, Any], *, contents: bool = True
 ) -> Samples:
-    """Have `make` write all runs that the folder lacks; what `collect` says of the folder, its processes and errors holds.
+    """Have `make` write all runs that the folder lacks; what `collect` says of the folder, its processes and errors is true here.
 
     `call`: what else the runs depend on, the same for all of the folder. `contents`: runs that are there are read in full to be checked.
     """

@@ -42,7 +42,7 @@ def collect_pictures(pipe: Any, pictures: str | Path, folder: str | Path, *, see
 
     Picture i, by the order of names, gets its noise from seed + i. Resized and cropped around the centre to the call's height and width.
     `pictures`: a folder of png, jpg or webp files, each with its caption in a text file of the same stem, or all in `metadata.jsonl`
-    (a JSON object with `file_name` and `text` a line). What the samples' folder holds already is skipped.
+    (a JSON object with `file_name` and `text` a line). What the samples' folder contains already is skipped.
 
     Raises, before anything is written: ValueError that names the file where a picture is damaged, a caption is missing or there are no
     pictures, and where height or width are no multiple of a token; UnsupportedModelError where the pipeline's autoencoder can't be used
@@ -96,7 +96,7 @@ def _captions_of_metadata(folder: Path) -> dict[Path, str]:
     path = folder / METADATA
     captions: dict[Path, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a caption may hold other ends of lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a caption may contain other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -157,7 +157,7 @@ def _check_digests(folder: Path, pictures: list[Picture], seed: int) -> None:
     kept = {(run.prompt, run.seed): run.picture for run in readable_runs(folder)}
     for i, picture in enumerate(pictures):
         if kept.get((picture.caption, seed + i), picture.digest) != picture.digest:
-            raise ArgumentError(f"{folder} holds samples of another picture in place of {picture.path}: name another folder")
+            raise ArgumentError(f"{folder} contains samples of another picture in place of {picture.path}: name another folder")
 
 
 def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Path, call: dict[str, Any]) -> None:

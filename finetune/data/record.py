@@ -73,17 +73,17 @@ def checksum(tensor: Tensor) -> str:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise DistillationError where a forward has an argument that no file can hold, as a cache of keys and values."""
+    """Raise DistillationError where a forward has an argument that no file can contain, as a cache of keys and values."""
     for name, value in arguments.items():
         if kind := _foreign(value):
             raise DistillationError(
-                f"the denoiser's argument {name} holds a {kind}, which samples can't keep: they are made of tensors, numbers, strings, "
+                f"the denoiser's argument {name} contains a {kind}, which samples can't keep: they are made of tensors, numbers, strings, "
                 "lists, tuples and dicts. Models that are called so can't be distilled"
             )
 
 
 def _foreign(value: Any) -> str | None:
-    """The name of the first class in nested arguments that a file can't hold."""
+    """The name of the first class in nested arguments that a file can't contain."""
     if isinstance(value, list | tuple | dict):
         return next(filter(None, map(_foreign, value.values() if isinstance(value, dict) else value)), None)
     return None if value is None or isinstance(value, Tensor | bool | int | float | str) else type(value).__name__

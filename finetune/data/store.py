@@ -52,14 +52,14 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Make the folder's manifest, or compare: of several processes that come at once, one makes it and all others find it. Returns
     `maker_of` it.
 
-    Raises DistillationError where the folder holds runs of another teacher or call.
+    Raises DistillationError where the folder contains runs of another teacher or call.
     """
     if not (folder / MANIFEST).exists():
         create_json(folder / MANIFEST, manifest)
     found = read_manifest(folder)
     for name in SHARED:
         if found[name] != manifest[name]:
-            raise DistillationError(f"{folder} holds samples of {name} {found[name]!r}, not {manifest[name]!r}: name another folder")
+            raise DistillationError(f"{folder} contains samples of {name} {found[name]!r}, not {manifest[name]!r}: name another folder")
     return maker_of(found)
 
 
@@ -93,7 +93,7 @@ class Samples:
     """A folder of recorded runs, read lazily. `len` counts forwards; `teacher` is the hash of the weights that made them.
 
     `entries` are its runs in the order of their seeds, or those asked for by `keys`, in that order. Raises DistillationError where the
-    folder holds no readable manifest, or where one of the runs is missing or damaged; what the header does not show is found when it is
+    folder contains no readable manifest, or where one of the runs is missing or damaged; what the header does not show is found when it is
     read.
     """
 

@@ -23,6 +23,7 @@
     void summarize_backward(const Summary&); \
     void mix_slopes(const Mixture&);     \
     void mix_slopes_backward(const Mixture&); \
+    void split_units(const Split&);      \
     }
 TARGET_OF(portable)
 #if defined(__x86_64__)
@@ -121,9 +122,15 @@ static const Field SUMMARY[] = {
 
 #define STRUCT Mixture
 static const Field MIXTURE[] = {
-    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(pools), FIELD(list_width), FIELD(lists_per_head),
-    FIELD(q_mean), FIELD(pooled_k), FIELD(pooled_bias), FIELD(slope), FIELD(lists), FIELD(counts), FIELD(scale), FIELD(out), FIELD(threads),
-    FIELD(dout), FIELD(dq_mean), FIELD(dpooled_k), FIELD(dpooled_bias), FIELD(dslope), END,
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(mixtures), FIELD(units), FIELD(weight), FIELD(slope), FIELD(out), FIELD(threads),
+    FIELD(dout), FIELD(dweight), FIELD(dslope), END,
+};
+#undef STRUCT
+
+#define STRUCT Split
+static const Field SPLIT[] = {
+    FIELD(heads), FIELD(units), FIELD(elements), FIELD(channels), FIELD(key), FIELD(weight), FIELD(metric), FIELD(parts), FIELD(part),
+    FIELD(threads), END,
 };
 #undef STRUCT
 
@@ -134,6 +141,7 @@ const Field* dit_accel_problem_fields() { return PROBLEM; }
 const Field* dit_accel_selection_fields() { return SELECTION; }
 const Field* dit_accel_summary_fields() { return SUMMARY; }
 const Field* dit_accel_mixture_fields() { return MIXTURE; }
+const Field* dit_accel_split_fields() { return SPLIT; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
@@ -154,4 +162,5 @@ int dit_accel_summarize(const Summary* summary, int target) { return run(CHOOSE(
 int dit_accel_summarize_backward(const Summary* summary, int target) { return run(CHOOSE(summarize_backward), summary); }
 int dit_accel_mix_slopes(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes), mixture); }
 int dit_accel_mix_slopes_backward(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes_backward), mixture); }
+int dit_accel_split_units(const Split* split, int target) { return run(CHOOSE(split_units), split); }
 }

@@ -11,10 +11,12 @@ from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
     SelectionArguments,
+    SplitArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
+    check_split,
     check_summary,
     dense,
     in_order,
@@ -125,25 +127,32 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
 
 def _mixture(a: MixtureArguments, **more: Any) -> native.Mixture:
     check_mixture(a)
-    batch, heads, q_blocks, channels = a.q_mean.shape
-    return native.Mixture(
-        batch=batch, heads=heads, channels=channels, q_blocks=q_blocks, k_blocks=a.slope.shape[3], pools=a.pooled_k.shape[2],
-        list_width=a.lists.shape[-1], lists_per_head=int(a.lists.ndim == 3), threads=torch.get_num_threads(), **native.fields_of(a), **more,
-    )  # fmt: skip
+    (batch, heads, mixtures, units), channels = a.weight.shape, a.slope.shape[-1]
+    sizes = {"batch": batch, "heads": heads, "channels": channels, "mixtures": mixtures, "units": units}
+    return native.Mixture(**sizes, threads=torch.get_num_threads(), **native.fields_of(a), **more)
 
 
 def mix_slopes(a: MixtureArguments) -> Tensor:
-    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
-    out = a.q_mean.new_empty((*a.q_mean.shape, a.q_mean.shape[-1]))
+    """The mixtures `[B, H, n, D, D]`."""
+    out = a.weight.new_empty((*a.weight.shape[:3], a.slope.shape[-1], a.slope.shape[-1]))
     native.call("mix_slopes", _mixture(a, out=out.data_ptr()))
     return out
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
-    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
+    """Gradients of weight and slope."""
     dout = dout.contiguous()
-    names = ("q_mean", "pooled_k", "pooled_bias", "slope")
-    found = [x.new_empty(x.shape) for x in (a.q_mean, a.pooled_k, a.pooled_bias, a.slope)]
-    places = {f"d{name}": x.data_ptr() for name, x in zip(names, found, strict=True)}
-    native.call("mix_slopes_backward", _mixture(a, dout=dout.data_ptr(), **places))
+    found = [x.new_empty(x.shape) for x in (a.weight, a.slope)]
+    mixture = _mixture(a, dout=dout.data_ptr(), dweight=found[0].data_ptr(), dslope=found[1].data_ptr())
+    native.call("mix_slopes_backward", mixture)
     return found
+
+
+def split_units(a: SplitArguments) -> Tensor:
+    """The part of each element."""
+    check_split(a)
+    heads, units, elements, channels = a.key.shape
+    part = a.weight.new_empty(a.weight.shape, dtype=torch.uint8)
+    sizes = {"heads": heads, "units": units, "elements": elements, "channels": channels}
+    native.call("split_units", native.Split(**sizes, part=part.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
+    return part

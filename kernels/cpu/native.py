@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import sysconfig
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dit_accel.kernels.arguments import (
     Declared,
     MixtureArguments,
     SelectionArguments,
+    SplitArguments,
     SummaryArguments,
     declared,
 )
@@ -83,14 +85,25 @@ class Summary(Structure):
 
 
 class Mixture(Structure):
-    """The slopes of all query blocks (problem.h), and for the backward pass the gradients."""
+    """Mixtures of slopes (problem.h), and for the backward pass the gradients."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads channels q_blocks k_blocks pools list_width lists_per_head"),
+        *_fields(c_int64, "batch heads channels mixtures units"),
         *declared_fields(MixtureArguments),
         ("out", c_void_p),
         ("threads", c_int64),
-        *_fields(c_void_p, "dout dq_mean dpooled_k dpooled_bias dslope"),
+        *_fields(c_void_p, "dout dweight dslope"),
+    ]
+
+
+class Split(Structure):
+    """The elements of units, split by content (problem.h)."""
+
+    _fields_ = [
+        *_fields(c_int64, "heads units elements channels"),
+        *declared_fields(SplitArguments),
+        ("part", c_void_p),
+        ("threads", c_int64),
     ]
 
 
@@ -110,16 +123,23 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments) -> dict[str, Any]:
+def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
-    return {d.name: _field(d, value) for d, value in zip(declared(kind), a, strict=True) if value is not None}
+    given = zip(_fields_made(kind), a, strict=True)
+    return {name: value if made is None else made(value) for (name, made), value in given if value is not None}
 
 
-def _field(d: Declared, value: Any) -> Any:
+@functools.cache
+def _fields_made(kind: type) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
+    """The name of each argument and how its field is made of it; None: the field is the argument."""
+    return tuple((d.name, _made(d)) for d in declared(kind))
+
+
+def _made(d: Declared) -> Callable[[Any], Any] | None:
     if d.kind is Tensor:
-        return rows(value) if d.mark.strided else value.data_ptr()
-    return d.mark.choices.index(value) if d.mark.choices else value
+        return rows if d.mark.strided else Tensor.data_ptr
+    return d.mark.choices.index if d.mark.choices else None
 
 
 FUNCTIONS: dict[str, type[Structure]] = {
@@ -130,6 +150,7 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "summarize_backward": Summary,
     "mix_slopes": Mixture,
     "mix_slopes_backward": Mixture,
+    "split_units": Split,
 }  # of the library, and what they are called with
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
@@ -167,7 +188,8 @@ def refusal() -> str | None:
 def _loaded(path: Path) -> ctypes.CDLL:
     """The library, once its structs are found to be laid out as these classes are."""
     lib = ctypes.CDLL(str(path))
-    for name, kind in (("rows", Rows), ("problem", Problem), ("selection", Selection), ("summary", Summary), ("mixture", Mixture)):
+    kinds = {"rows": Rows, "problem": Problem, "selection": Selection, "summary": Summary, "mixture": Mixture, "split": Split}
+    for name, kind in kinds.items():
         table = getattr(lib, f"dit_accel_{name}_fields")
         table.restype = POINTER(Field)
         compare_fields(kind, table())
@@ -209,7 +231,7 @@ def target() -> int:
     """The target of the next call: the CPU's best, or the one that the environment names, as long as the CPU has it."""
     name = os.environ.get(TARGET_VARIABLE, best_target())
     if name not in TARGETS or TARGETS.index(name) > TARGETS.index(best_target()):
-        raise ValueError(f"{TARGET_VARIABLE} is one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, got {name!r}")
+        raise ValueError(f"{TARGET_VARIABLE} must be one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, not {name!r}")
     return TARGETS.index(name)
 
 

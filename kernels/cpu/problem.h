@@ -101,15 +101,23 @@ struct Summary {
 };
 
 struct Mixture {
-    int64_t batch, heads, channels, q_blocks, k_blocks, pools, list_width, lists_per_head;
+    int64_t batch, heads, channels, mixtures, units;
     // the arguments
-    const float *q_mean, *pooled_k, *pooled_bias, *slope;  // as in a summary
-    const int32_t *lists, *counts;                         // as in a problem
-    float scale;
+    const float *weight, *slope;  // [B, H, mixtures, units]; as in a summary
     // the result
-    float* out;  // [B, H, q_blocks, D of q, D of v]
+    float* out;  // [B, H, mixtures, D of k, D of v]
     int64_t threads;
     // backward only
     const float* dout;
-    float *dq_mean, *dpooled_k, *dpooled_bias, *dslope;
+    float *dweight, *dslope;
+};
+
+struct Split {
+    int64_t heads, units, elements, channels;  // heads: of the whole batch
+    // the arguments
+    const float *key, *weight, *metric;  // [heads, units, elements, D], [heads, units, elements], [heads, D, D]
+    int64_t parts;
+    // the result
+    uint8_t* part;  // [heads, units, elements]
+    int64_t threads;
 };

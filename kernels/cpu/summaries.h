@@ -144,6 +144,32 @@ struct SummaryWorkspace {
     }
 };
 
+// The keys of `part` number `number` on the side of larger projections go to part number + level; `weight`: how much each counts, null: 1.
+static void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t number, int64_t level, const float* metric, const float* weight, int64_t d, int64_t padded) {
+    int64_t count = 0;
+    float total = 0;
+    auto mine = [&](int64_t i) { return work.part[i] == number && !(weight && weight[i] == 0); };
+    for (int64_t i = 0; i < n; i++)
+        if (mine(i)) work.mine[size_t(count++)] = int32_t(i), total += weight ? weight[i] : 1.f;
+    if (count == 0) return;
+    for (int64_t i = 0; i < n; i++) work.along[i] = mine(i) ? (weight ? weight[i] : 1.f) / total : 0.f;
+    weighted_rows(work.moved, work.along, keys.data, keys.ld, n, padded);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
+    std::fill_n(static_cast<float*>(work.direction), d, 1.f);
+    for (int step = 0; step <= STEPS; step++) {
+        row_dots(work.along, work.centred, padded, count, work.direction, padded);
+        if (step == STEPS) break;
+        for (int64_t i = 0; i < count && weight; i++) work.along[i] *= weight[work.mine[size_t(i)]];
+        weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
+        weighted_rows(work.direction, work.moved, metric, padded, d, padded);
+        float norm = std::max(std::sqrt(vector_dot(work.direction, work.direction, padded)), 1.17549435e-38f);
+        for (int64_t c = 0; c < padded; c++) work.direction[c] /= norm;
+    }
+    for (int64_t i = 0; i < count; i++)
+        if (work.along[i] > 0) work.part[work.mine[size_t(i)]] = uint8_t(number + level);
+}
+
 // The blocks of one call, and what all blocks of a head share.
 struct Summaries {
     static constexpr int64_t GROUPS = 16;  // of query blocks, whose sums are added up in one order whatever the threads
@@ -210,29 +236,6 @@ struct Summaries {
         for (int64_t c = 0; c < d; c++) second[c] = s.second[bh * d + c] = metric[s.parts > 1 ? c * padded + c : c];
     }
 
-    // The tokens of `part` number `number` on the side of larger projections go to part number + level.
-    void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t number, int64_t level) const {
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; i++)
-            if (work.part[i] == number) work.mine[size_t(count++)] = int32_t(i);
-        if (count == 0) return;
-        for (int64_t i = 0; i < n; i++) work.along[i] = work.part[i] == number ? 1.f / float(count) : 0.f;
-        weighted_rows(work.moved, work.along, keys.data, keys.ld, n, padded);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
-        std::fill_n(static_cast<float*>(work.direction), d, 1.f);
-        for (int step = 0; step <= STEPS; step++) {
-            row_dots(work.along, work.centred, padded, count, work.direction, padded);
-            if (step == STEPS) break;
-            weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
-            weighted_rows(work.direction, work.moved, metric, padded, d, padded);
-            float norm = std::max(std::sqrt(vector_dot(work.direction, work.direction, padded)), 1.17549435e-38f);
-            for (int64_t c = 0; c < padded; c++) work.direction[c] /= norm;
-        }
-        for (int64_t i = 0; i < count; i++)
-            if (work.along[i] > 0) work.part[work.mine[size_t(i)]] = uint8_t(number + level);
-    }
-
     // Numbers of tokens of the parts, and 1 or 0 for each token and part.
     void count(SummaryWorkspace& work, int64_t n, int64_t (&tokens)[MOST_PARTS]) const {
         for (int64_t p = 0; p < s.parts; p++) {
@@ -288,7 +291,7 @@ struct Summaries {
         const Lines keys = read(work.keys, s.k, bh, key(j)), values = read(work.values, s.v, bh, key(j));
         __builtin_memset(work.part, 0, n);
         for (int64_t level = 1; level < s.parts; level *= 2)
-            for (int64_t number = 0; number < level; number++) cut(work, keys, n, number, level);
+            for (int64_t number = 0; number < level; number++) cut(work, keys, n, number, level, metric, nullptr, d, padded);
         __builtin_memset(s.part + block * s.k_width, 0, s.k_width);
         __builtin_memcpy(s.part + block * s.k_width, work.part, n);
         count(work, n, tokens);
@@ -338,5 +341,27 @@ void summarize(const Summary& s) {
             team.share(1, [&](int64_t) { summaries.finish_queries(bh); });
             team.share(s.k_blocks, [&](int64_t j) { summaries.key_block(work, bh, j); });
         }
+    });
+}
+
+// The elements of units as `cut` splits them.
+void split_units(const Split& s) {
+    const int64_t d = s.channels, padded = round_up(d, LANES), width = round_up(s.elements, std::max(ROWS, LANES)) + ROWS;
+    Array<float> metric(s.heads * d * padded);
+    for (int64_t r = 0; r < s.heads * d; r++) __builtin_memcpy(metric + r * padded, s.metric + r * d, d * 4);
+    Team team(s.threads);
+    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
+    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(width, padded, false));
+    team.run([&](int thread) {
+        SummaryWorkspace& work = *workspaces[size_t(thread)];
+        team.share(s.heads * s.units, [&](int64_t unit) {
+            const float *from = s.key + unit * s.elements * d, *weight = s.weight + unit * s.elements;
+            for (int64_t i = 0; i < s.elements; i++) __builtin_memcpy(work.keys + i * padded, from + i * d, d * 4);
+            __builtin_memset(work.part, 0, s.elements);
+            for (int64_t level = 1; level < s.parts; level *= 2)
+                for (int64_t number = 0; number < level; number++)
+                    cut(work, {work.keys, padded}, s.elements, number, level, metric + unit / s.units * d * padded, weight, d, padded);
+            __builtin_memcpy(s.part + unit * s.elements, work.part, s.elements);
+        });
     });
 }

@@ -362,8 +362,8 @@ def gradient_pooled(
     g_base = head(pull.dout, bh, heads) + image_start_q.to(tl.int64) * pull.dout.n
     row = bh * tokens_q + image_start_q
     begin, end = 0, q_blocks
-    spans = None
-    if transposed is not None:
+    spans = pooled.lists
+    if pooled.lists is not None:
         spans = transposed.entries + bh * entries
         indptr = transposed.indptr + bh * (2 * tl.num_programs(0) + 1) + 2 * tl.program_id(0)
         begin, end = tl.load(indptr) * C.SPAN, tl.load(indptr + 2) * C.SPAN

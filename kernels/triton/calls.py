@@ -16,14 +16,17 @@ from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
     SelectionArguments,
+    SplitArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
+    check_split,
     check_summary,
     dense,
     in_order,
 )
+from dit_accel.kernels.splitting import split
 from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
@@ -178,14 +181,20 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
 
 
 def mix_slopes(a: MixtureArguments) -> Tensor:
-    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
+    """The mixtures `[B, H, n, D, D]`."""
     check_mixture(a)
     return launch_parts.mix_slopes(a)
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
-    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
+    """Gradients of weight and slope."""
     return launch_parts.gradients_of_mixture(dout, a)
+
+
+def split_units(a: SplitArguments) -> Tensor:
+    """The part of each element. Groups are few: in torch."""
+    check_split(a)
+    return split(a.key, a.weight, a.metric, a.parts).to(torch.uint8)
 
 
 def _dense(a: Arguments) -> Arguments:

@@ -23,6 +23,7 @@ class Place:
     q_width: int
     k_width: int
     windows: bool = False
+    lists: bool = False
 
     @property
     def key(self) -> Key:
@@ -30,7 +31,7 @@ class Place:
 
     def tile(self, machine: Machine) -> Tile:
         """The tile that a launch takes."""
-        return tile_for(self.kernel, machine, self.head_dim, self.dtype, self.q_width, self.k_width, windows=self.windows)
+        return tile_for(self.kernel, machine, self.head_dim, self.dtype, self.q_width, self.k_width, windows=self.windows, lists=self.lists)
 
     def uncut(self, machine: Machine) -> Tile:
         """The machine's own, before blocks and windows cut it."""

@@ -187,7 +187,9 @@ class Call:
         """What the kernel's tile is looked up by, for this call's widths and types."""
         if self.linear and kernel == "rows":
             kernel = "rows_linear"
-        return Place(kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None)
+        return Place(
+            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None
+        )
 
     def tile(self, kernel: str) -> Tile:
         """The kernel's tile for this call."""

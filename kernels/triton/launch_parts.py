@@ -4,7 +4,6 @@ The gradients are computed in torch, from the parts that the kernel chose.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,35 +132,15 @@ def _places(starts: Tensor, width: int, places: Tensor | None) -> tuple[Tensor, 
     return (token if places is None else places.long()[token]), end - first
 
 
-def _shares(a: MixtureArguments) -> Tensor:
-    """The share `[BH, Tq, T, parts]` of each pooled key in the softmax of a block's mean query over those that the block does not keep."""
-    q, key, bias = a.q_mean.flatten(0, 1), a.pooled_k.flatten(0, 1), a.pooled_bias.flatten(0, 1)
-    blocks = a.slope.shape[3]
-    logits = (a.scale * q @ key.mT + bias[:, None]).unflatten(-1, (blocks, -1))
-    listed = torch.arange(a.lists.shape[-1], device=q.device) < a.counts[..., None]
-    kept = torch.zeros((*a.lists.shape[:-1], blocks), dtype=torch.int32, device=q.device)
-    kept = kept.scatter_add(-1, a.lists.long().clamp(0, blocks - 1), listed.int()) > 0
-    logits = logits.masked_fill(kept[..., None], -torch.inf).flatten(-2)
-    most = logits.amax(-1, keepdim=True)
-    shares = (logits - most.masked_fill(most == -torch.inf, 0)).exp()
-    return (shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)).unflatten(-1, (blocks, -1))
-
-
 def mix_slopes(a: MixtureArguments) -> Tensor:
-    """The slopes `[B, H, q blocks, D, D]` of query blocks."""
-    mixed = _shares(a).sum(-1)[:, None] @ a.slope.flatten(0, 1)  # [BH, D of k, Tq, D of v]
-    return mixed.transpose(1, 2).contiguous().view(*a.q_mean.shape, a.q_mean.shape[-1])
+    """The mixtures `[B, H, n, D, D]`."""
+    mixed = a.weight.flatten(0, 1)[:, None] @ a.slope.flatten(0, 1)  # [BH, D of k, n, D of v]
+    return mixed.transpose(1, 2).contiguous().view(*a.weight.shape[:3], *mixed.shape[1::2])
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
-    """Gradients of q_mean, pooled_k, pooled_bias and slope."""
-    shares, pull = _shares(a), dout.flatten(0, 1).transpose(1, 2)  # [BH, D of k, Tq, D of v]
-    weights = shares.sum(-1)
-    dslope = weights.mT[:, None] @ pull
-    dweights = torch.einsum("bcid,bcjd->bij", pull, a.slope.flatten(0, 1))
-    dlogits = shares * (dweights - (weights * dweights).sum(-1, keepdim=True))[..., None]
-    dlogits = dlogits.flatten(-2)
-    dq = a.scale * dlogits @ a.pooled_k.flatten(0, 1)
-    dk = a.scale * dlogits.mT @ a.q_mean.flatten(0, 1)
-    found: list[Any] = [dq, dk, dlogits.sum(1), dslope]
-    return [x.reshape(like.shape) for x, like in zip(found, (a.q_mean, a.pooled_k, a.pooled_bias, a.slope), strict=True)]
+    """Gradients of weight and slope."""
+    pull = dout.flatten(0, 1).transpose(1, 2)  # [BH, D of k, n, D of v]
+    dslope = a.weight.flatten(0, 1).mT[:, None] @ pull
+    dweight = torch.einsum("bcid,bcjd->bij", pull, a.slope.flatten(0, 1))
+    return [x.reshape(like.shape) for x, like in ((dweight, a.weight), (dslope, a.slope))]

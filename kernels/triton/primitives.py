@@ -10,6 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1.1754944e-38)  # the least normal float32: its inverse is finite
+FAINT = tl.constexpr(2.0**-40)  # what a float32 sum is divided by and stays finite
 GONE = tl.constexpr(-1e30)  # a bias (in log2) below it leaves a key out: neither the key nor its value is read
 
 
@@ -97,7 +98,7 @@ def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.cons
     """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`.
 
     A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers. In float16 the matrix is
-    relative to its largest entry there, because a covariance may pass that type's end.
+    relative to its largest entry there (about), because a covariance may pass that type's end.
     """
     STEP: tl.constexpr = 32 if C.DP > 32 else C.DP
     for first in tl.range(0, C.DP, STEP, num_stages=STAGES):
@@ -116,8 +117,9 @@ def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.cons
             inside = (inner < C.D)[:, None] & (outer < C.D)[None, :]
             matrix = tl.load(slope + inner[:, None] * C.D + outer[None, :], mask=inside, other=0.0)
         if left.dtype == tl.float16:
-            unit = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), TINY)
-            acc += tl.dot(left, (matrix * (1.0 / unit)).to(left.dtype)) * unit
+            most = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), FAINT)
+            unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # a power of two: nothing is rounded
+            acc = tl.dot(left, (matrix * (1.0 / unit)).to(left.dtype), acc * (1.0 / unit)) * unit
         else:
             acc = tl.dot(left, matrix.to(left.dtype), acc, input_precision=C.PRECISION)
     return acc

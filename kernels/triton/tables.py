@@ -2,9 +2,8 @@
 
 Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
 stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
-memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check; of Fovea to first order gradient_rows
-spills 40 bytes at 128 on sm_100, attend_rows 32 in float16 at 128 on sm_90); those of sm_90 do so under Triton 3.6.0 and 3.7.1 as well, up
-to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
+memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check); those of sm_90 do so under Triton 3.6.0
+and 3.7.1 as well, up to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
 number of query rows; few warps first, because each holds a larger part of the products' operands. The kernels of float32 spill up to 64
 bytes a thread at head dimensions up to 128 (`benchmarks/gpu-compile.md` has what was compiled). Not one tile was timed. What `dit-accel
 bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
@@ -58,7 +57,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
     ("summarise", 256): ((64, 32, 8, 2),) * 5,  # means alone: the linear rest ends at head dimension 128
     ("gradient_rows", 64): ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
-    ("gradient_rows", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
+    ("gradient_rows", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
     ("gradient_rows", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("gradient_columns", 64): ((32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
     ("gradient_columns", 128): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
@@ -72,7 +71,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
     ("pooled", 128): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
     ("pooled", 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
-    ("slopes", 64): ((64, 64, 4, 2),) * 5,
+    ("slopes", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     ("slopes", 128): ((64, 64, 4, 2),) * 5,
     ("slopes", 256): ((64, 64, 8, 2),) * 5,
     ("linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 3)),
@@ -105,14 +104,24 @@ _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
 _MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there, and no third stage
+# of calls with lists of pooled keys, where those spill: what is read for each key of a step takes registers
+_LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("rows", 64, "sm_120"): (64, 32, 8, 2),
+    ("gradient_rows", 64, "sm_100"): (64, 32, 4, 2),
+    ("pooled", 128, "sm_100"): (32, 64, 8, 2),
+}
 _LAST = (16, 16, 8, 2)
 
 
 def tile_for(
-    kernel: str, machine: Machine, head_dim: int, dtype: torch.dtype, q_width: int, k_width: int, *, windows: bool = False
-) -> Tile:
-    """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide."""
-    tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or _listed(kernel, machine.arch, head_dim, dtype)
+    kernel: str, machine: Machine, head_dim: int, dtype: torch.dtype, q_width: int, k_width: int, *, windows: bool = False,
+    lists: bool = False,
+) -> Tile:  # fmt: skip
+    """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide.
+
+    `windows`, `lists`: whether the call has windows, and lists of pooled keys.
+    """
+    tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or _listed(kernel, machine.arch, head_dim, dtype, lists)
     queries, keys, warps, stages = tile.queries, tile.keys, tile.warps, tile.stages
     if windows and kernel in _MASKED:
         queries, keys, stages = max(16, queries // 2), max(16, keys // 2), min(stages, 2)
@@ -121,10 +130,12 @@ def tile_for(
     return Tile(queries, keys, warps, stages)
 
 
-def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, lists: bool) -> Tile:
     """The table's tile."""
     if dtype == torch.float32:
         own = _EXCEPTIONS_32.get((kernel, max(64, head_dim), arch), _TILES_32[kernel])
         return Tile(*(own if head_dim <= 128 else _LAST))
+    if lists and (kernel, max(64, head_dim), arch) in _LISTED:
+        return Tile(*_LISTED[kernel, max(64, head_dim), arch])
     row = _TILES.get((kernel, max(64, head_dim)))
     return Tile(*(_LAST if row is None else row[ARCHITECTURES.index(arch)]))

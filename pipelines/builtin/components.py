@@ -1,4 +1,4 @@
-"""The parts of the built-in model as they stand before training: two tokenizers, two small text encoders, transformer, autoencoder."""
+"""The parts of the built-in model as they are before training: two tokenizers, two small text encoders, transformer, autoencoder."""
 
 import torch
 import torch.nn as nn

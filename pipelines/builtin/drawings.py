@@ -58,7 +58,7 @@ def article(noun: str) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
+    """Every word that a caption can contain, sorted."""
     nouns = [article(n) for n in CONCEPTS.values()]
     return sorted({*" ".join([*nouns, *BACKGROUNDS, *RELATIONS, "a an on background and the of"]).split(), *SPARE_WORDS})
 

@@ -42,7 +42,7 @@ from dit_accel.pipelines.training import (
 )  # fmt: skip
 
 Kind = tuple[int, int]  # pixels of a picture's longer side, and of the window of it that is trained on
-GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained, unless told otherwise
+GUIDANCE_FROM = 0.85  # share of the budget after which the guidance embedding is trained, unless a command says so
 BATCH: dict[Kind, int] = {(128, 128): 48, (256, 256): 14, (512, 512): 4, (1024, 512): 4, (1024, 1024): 1}
 SHIFT = {128: 1.5, 256: 2.2, 512: 3.2, 1024: 4.5}  # sigma' = s·sigma / (1 + (s - 1)·sigma)
 FITTED_ON = (128, 256, 512, 1024) * 24  # sides of the pictures that the projection is fitted to
@@ -80,7 +80,7 @@ def draw_batch(run: Run, renderings: Renderings, progress: float, factor: int = 
     kind = rng.choices(list(mix), list(mix.values()))[0]
     size, window = kind
     text, count = 16, BATCH[kind] * factor
-    if size >= 256 and rng.random() < 0.10:  # FluxPipeline pads text to 512 unless told otherwise
+    if size >= 256 and rng.random() < 0.10:  # FluxPipeline pads text to 512 unless it is given another length
         text = rng.choice([32, 64, 128, 512])
         count = max(1, count // 2) if text == 512 else count
     side, ratio = size // 16, rng.choice([1] * 8 + [1.5, 1 / 1.5]) if window == size else 1

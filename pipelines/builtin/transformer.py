@@ -39,7 +39,7 @@ def stretch_ids(img_ids: Tensor) -> Tensor:
 
 
 def place_features(img_ids: Tensor) -> Tensor:
-    """What each token is told of its place, `[N, FEATURES]` float32, of ids `[N, 3]`: waves of its row and column from the middle of the
+    """What each token is given of its place, `[N, FEATURES]` float32, of ids `[N, 3]`: waves of its row and column from the middle of the
     picture, the picture's height and width as shares of the canvas, and the logarithm of its tokens a side."""
     whole = img_ids[..., :1].amax()
     extent = torch.where(whole > 0, whole, img_ids[..., 1:].amax(0) + 1)  # of both axes, in tokens

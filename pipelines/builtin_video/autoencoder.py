@@ -84,7 +84,7 @@ class ClipAutoencoder(ModelMixin, ConfigMixin):
         """Coefficients `[B, 4·frame_channels, k + 1, H/8, W/8]` of pixels. Raises ValueError unless there are 4k + 1 frames."""
         count = x.shape[2]
         if count % GROUP != 1:
-            raise ValueError(f"wanted {GROUP}k + 1 frames, got {count}")
+            raise ValueError(f"the number of frames must be {GROUP}k + 1, not {count}")
         x = torch.cat([x[:, :, :1].expand(-1, -1, GROUP - 1, -1, -1), x], 2)
         latents = self.frames.encode(x.transpose(1, 2).flatten(0, 1)).latents  # [B·F, frame_channels, h, w]
         coefficients = latents * self.frames.deviation.view(1, -1, 1, 1)

@@ -50,15 +50,15 @@ def still(frames: int, centre: tuple[float, float], side: float) -> Path:
     return Path(torch.full((frames,), row), torch.full((frames,), column), torch.full((frames,), side))
 
 
-def moving(rng: random.Random, motion: str, frames: int, centre: tuple[float, float], side: float, room: tuple[float, float]) -> Path:
-    """The path of one of MOTIONS about `centre`; `side` is the largest side, `room` the (height, width) it moves in, in pixels."""
+def moving(rng: random.Random, motion: str, frames: int, centre: tuple[float, float], side: float, area: tuple[float, float]) -> Path:
+    """The path of one of MOTIONS about `centre`; `side` is the largest side, `area` the (height, width) it moves in, in pixels."""
     path = still(frames, centre, side)
     time = torch.linspace(0, 1, frames)
     if motion == "growing":
         return Path(path.rows, path.columns, side * torch.lerp(torch.tensor(rng.uniform(0.36, 0.42)), torch.tensor(1.0), time))
     down, right = DIRECTIONS[motion.removeprefix("moving ")]
     way = (time - 0.5) * rng.uniform(0.38, 0.44)
-    return Path(path.rows + down * room[0] * way, path.columns + right * room[1] * way, path.sides)
+    return Path(path.rows + down * area[0] * way, path.columns + right * area[1] * way, path.sides)
 
 
 def lay(canvas: Tensor, renderings: Renderings, index: int, path: Path) -> None:

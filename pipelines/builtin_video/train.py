@@ -94,7 +94,7 @@ def draw_batch(run: Run, renderings: Renderings, progress: float, factor: int = 
     kind = rng.choices(list(mix), list(mix.values()))[0]
     frames, size = kind
     text, count = TEXT_TOKENS, BATCH[kind] * factor
-    if rng.random() < 0.10:  # WanPipeline pads text to 512 with zeros unless told otherwise
+    if rng.random() < 0.10:  # WanPipeline pads text to 512 with zeros unless it is given another length
         text = rng.choice([16, 32, 64, 128, 512])
     side, ratio = size // 16, rng.choice([1] * 8 + [4 / 3, 3 / 4])
     height, width = round(side / ratio**0.5) * 16, round(side * ratio**0.5) * 16

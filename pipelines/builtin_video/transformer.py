@@ -1,7 +1,7 @@
-"""The built-in video model's transformer: Wan's own class that is told where its tokens are on a fixed canvas.
+"""The built-in video model's transformer: Wan's own class that is given where its tokens are on a fixed canvas.
 
 Wan numbers rows and columns 0, 1, 2, ...; a model trained at one size then reads a larger clip as a larger scene. Here row and column k of
-a grid whose longer side has n tokens stand at (k + 1/2)·32/n − 1/2, as in the built-in image model; at 512 pixels (n = 32) and in time they
+a grid whose longer side has n tokens are at (k + 1/2)·32/n − 1/2, as in the built-in image model; at 512 pixels (n = 32) and in time they
 are unchanged. Rotary positions tell tokens only where they are from one another, which takes a large model to make a scene of (FLUX has its
 text at the origin). So the patch embedding adds a token's place. With `predicts_clean` the blocks predict the clean latents, from which the
 velocity follows, as the image model's do. The blocks, and their attention, are Wan's.

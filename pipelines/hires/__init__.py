@@ -67,7 +67,7 @@ def generate_hires(
         call: arguments of the pipeline's call.
 
     Raises before anything is drawn: UnsupportedModelError, NotAcceleratedError for proportional without a method, StageError where the
-    folder holds stages of other settings or a damaged one, ValueError.
+    folder contains stages of other settings or a damaged one, ValueError.
     """
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)

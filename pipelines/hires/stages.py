@@ -1,6 +1,6 @@
 """Finished stages of a high-resolution picture on disk, so that the same call continues where it was stopped.
 
-A folder holds `settings.json`, and for each finished stage its final latents (safetensors) and, written after them, a JSON file with their
+A folder has `settings.json`, and for each finished stage its final latents (safetensors) and, written after them, a JSON file with their
 SHA-256. Every file is written to a temporary name and renamed.
 """
 
@@ -39,7 +39,7 @@ class Stages:
         differs = [name for name in sorted({*kept, *settings}) if kept.get(name) != settings.get(name)]
         if differs:
             pairs = "; ".join(f"{name} was {kept.get(name)!r}, is {settings.get(name)!r}" for name in differs)
-            raise StageError(f"{self.folder} holds stages of other settings. {pairs}")
+            raise StageError(f"{self.folder} contains stages of other settings. {pairs}")
 
     def _paths(self, number: int, size: tuple[int, int]) -> tuple[Path, Path]:
         if self.folder is None:
@@ -89,5 +89,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StageError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
-        raise StageError(f"{path} is damaged: it holds no JSON object, but a {type(data).__name__}")
+        raise StageError(f"{path} is damaged: it contains no JSON object, but a {type(data).__name__}")
     return data

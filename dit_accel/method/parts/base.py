@@ -125,7 +125,8 @@ def part_from_dict(data: Any) -> Any:
 
 def check_part(value: object, slot: type[Part], name: str) -> None:
     """Raise ArgumentError unless the value is a part of a slot, and a frozen dataclass."""
-    require(isinstance(value, slot), f"{name} must be one of {list(part_types(slot))}", value)
+    if not isinstance(value, slot):  # the types are listed for the message alone: a layout's check runs at every call
+        require(False, f"{name} must be one of {list(part_types(slot))}", value)
     require(_is_frozen(type(value)), f"{name} must be a frozen dataclass", value, "decorate its class with @dataclass(frozen=True)")  # type: ignore[arg-type]
 
 
@@ -149,7 +150,7 @@ class Static(Pattern):
 
     @abstractmethod
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
-        """Masks `[Tq, Tk]`: blocks that may hold a kept pair (none is missed), and blocks all of whose pairs are kept.
+        """Masks `[Tq, Tk]`: blocks that may contain a kept pair (none is missed), and blocks all of whose pairs are kept.
 
         `grid`: that of the query blocks, which are all in one image.
         """

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
-from dit_accel.kernels.reference import softmax_partial
+from dit_accel.kernels.reference import MASKED, softmax_weights
+from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call
-
-STEPS = 4  # of the power iteration that finds a block's principal direction
 
 
 class PooledKeys(NamedTuple):
@@ -78,36 +77,6 @@ def metric_of(q: Tensor) -> Tensor:
     return q.transpose(-1, -2) @ q / q.shape[1]
 
 
-def split(keys: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
-    """Which of `parts` (a power of two) each key `[BH, T, n, D]` of a unit belongs to, `[BH, T, n]` int64; `weight` `[BH, T, n]`: 0 leaves
-    a key out. `metric` (`metric_of`): read where there is more than one part.
-
-    A unit is cut in two where the projection of its keys onto one direction is that of their mean, each part again. The direction u is the
-    one along which the head's logits vary most: the first eigenvector of M C, C = Σ w (k - k̄)(k - k̄)ᵀ, M = E[q qᵀ], by power iteration
-    from (1, ..., 1). A key on the border may change sides by rounding.
-    """
-    part = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
-    level = 1
-    while level < parts:
-        for number in range(level):
-            mine = torch.where(part == number, weight, 0)[..., None]
-            side = _projected(keys, mine, metric) > 0  # type: ignore[arg-type]
-            part = part + level * (side & (mine[..., 0] > 0))
-        level *= 2
-    return part
-
-
-def _projected(keys: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
-    """Keys `[BH, T, n, D]` less their mean by `weight` `[BH, T, n, 1]`, along their principal direction; 0 for those without weight."""
-    mean = (keys * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp_min(1)
-    centred = (keys - mean) * (weight > 0)
-    direction = torch.ones_like(mean).transpose(-1, -2)  # [BH, T, D, 1]
-    for _ in range(STEPS):
-        direction = metric[:, None] @ (centred.transpose(-1, -2) @ (weight * (centred @ direction)))
-        direction = direction / direction.norm(dim=2, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
-    return (centred @ direction)[..., 0]
-
-
 class Moments(NamedTuple):
     """What the tokens of units are summarised to, part by part: means of keys and values `[BH, T, parts, D]`, the number of tokens, the
     variance σ² of their logits (`query_spread`) and the trace of that of their values, each `[BH, T, parts]`.
@@ -166,10 +135,20 @@ def slopes_of_queries(call: Call, pooled: PooledKeys, parts: int) -> Tensor:
     """
     if pooled.slope is None:
         raise ValueError("the first order requires the blocks' slopes: pool_parts(slope=True)")
-    mean = pool_blocks(call.q, call.q_blocks)[0]
-    logits = (call.scale * mean @ pooled.key.transpose(-1, -2) + pooled.bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
-    state, _ = softmax_partial(logits.masked_fill(call.kept, -torch.inf), pooled.slope.flatten(-2))
-    return state.unflatten(-1, pooled.slope.shape[-2:])
+    means, seen = pool_blocks(call.q, call.q_blocks)[0], (~call.kept).to(call.q.dtype)
+    weights = weights_of(means, pooled.key, pooled.bias, seen, parts, call.scale)
+    return (weights @ pooled.slope.flatten(-2)).unflatten(-1, pooled.slope.shape[-2:])
+
+
+def weights_of(means: Tensor, key: Tensor, bias: Tensor, seen: Tensor, parts: int, scale: float) -> Tensor:
+    """The share `[BH, Q, T]` of each unit in the pooled softmax of queries `means` `[BH, Q, D]`, of all parts of it together.
+
+    `key` `[BH, T · parts, D]`, `bias` `[BH, T · parts]`; `seen` `[BH or 1, Q, T]`: what a unit's mass is multiplied by. 0 for a query that
+    sees nothing.
+    """
+    logits = scale * means @ key.transpose(-1, -2) + bias.clamp_min(MASKED)[:, None]  # finite: so are the gradients
+    weights, _ = softmax_weights((logits.unflatten(-1, (-1, parts)) + seen.log()[..., None]).flatten(-2))
+    return weights.unflatten(-1, (-1, parts)).sum(-1)
 
 
 def tilted(call: Call, slopes: Tensor) -> Tensor:

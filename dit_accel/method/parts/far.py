@@ -12,11 +12,12 @@ from dit_accel.kernels import reference
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.reference import Partial
+from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
-from dit_accel.method.parts.content import STEPS, PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
+from dit_accel.method.parts.content import PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ pooled keys for each query hardly grows with the number of tokens. Relatives, an
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import Blocks
-from dit_accel.kernels.reference import MASKED, softmax_weights
+from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call, Ground
-from dit_accel.method.parts.content import Moments, PooledKeys, damping, error_of, error_score, metric_of, split, spread_of
+from dit_accel.method.parts.content import Moments, PooledKeys, damping, error_of, error_score, metric_of, spread_of, weights_of
 
 MEMBERS = 4  # of a group
+Divide = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 class Listed(NamedTuple):
@@ -137,20 +138,20 @@ def merged(each: Moments, part: Tensor, parts: int, queries: Queries) -> Moments
     return Moments(key, value, count, spread, v_spread, slope)
 
 
-def group_moments(below: Moments, parts: int, queries: Queries) -> Moments:
+def group_moments(below: Moments, parts: int, queries: Queries, divide: Divide) -> Moments:
     """The moments of groups of MEMBERS units, whose parts are the members' own, split by content anew. No gradient through the split."""
     each = Moments(*(None if x is None else x.unflatten(1, (-1, MEMBERS)) for x in below))  # type: ignore[arg-type]
     each = each._replace(**{name: getattr(each, name).flatten(2, 3) for name in ("key", "value", "tokens", "spread", "v_spread")})
     with torch.no_grad():
-        part = split(each.key, each.tokens, queries.metric, parts)
+        part = divide(each.key, each.tokens, queries.metric, parts)
     return merged(each, part, parts, queries)
 
 
-def moments_by_level(lowest: Moments, roots: int, parts: int, queries: Queries) -> list[Moments]:
-    """The moments of all levels' units, from the slots of level 0 up to the level of so many `roots`."""
+def moments_by_level(lowest: Moments, roots: int, parts: int, queries: Queries, divide: Divide = split) -> list[Moments]:
+    """The moments of all levels' units, from the slots of level 0 up to the level of so many `roots`. `divide`: `split`, or a kernel's."""
     found = [lowest]
     while found[-1].tokens.shape[1] > roots:
-        found.append(group_moments(found[-1], parts, queries))
+        found.append(group_moments(found[-1], parts, queries, divide))
     return found
 
 
@@ -215,7 +216,7 @@ def unit_lists(found: Listed) -> tuple[Tensor, Tensor]:
     """The units that each span sees, counted through all levels, ascending: `[BH, spans, n]`, and how many `[BH, spans]`; int32."""
     seen = torch.cat(found.units, -1)
     counts = seen.sum(-1, dtype=torch.int32)
-    most = max(1, int(counts.max()))
+    most = seen.shape[-1] if seen.is_cuda else max(1, int(counts.max()))  # nothing waits for a GPU
     return seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most].int(), counts
 
 
@@ -232,25 +233,32 @@ def weights_of_spans(means: Tensor, pooled: PooledKeys, found: Listed, parts: in
     """
     kept = found.kept.sum(-2) / found.blocks.to(means.dtype)[:, None]
     seen = torch.cat([found.units[0] * (1 - kept), *(units.to(means.dtype) for units in found.units[1:])], -1)
-    bias = pooled.bias.clamp_min(MASKED)  # finite: the gradient of a logsumexp over nothing is NaN
-    logits = (scale * means @ pooled.key.transpose(-1, -2) + bias[:, None]).unflatten(-1, (-1, parts)).logsumexp(-1)
-    logits = (logits + seen.log()).masked_fill(seen == 0, -torch.inf)
-    return softmax_weights(logits)[0]
+    return weights_of(means, pooled.key, pooled.bias, seen, parts, scale)
 
 
-def slopes_of_spans(weights: Tensor, by_level: list[Moments]) -> Tensor:
-    """One matrix S `[BH, spans, D of k, D of v]` for each span: to first order the rest's value changes by s q S.
+def handed_down(weights: Tensor, by_level: list[Moments]) -> list[Tensor]:
+    """What each level's slopes are multiplied by `[BH, spans, slots]`, of the weights of what the spans see (`weights_of_spans`).
 
-    S = Σ_J ω_J · slope_J over the units that the span sees (`weights_of_spans`). The slope of a group is that between its members and, by
-    their shares of its tokens, their own: so a group's weight is handed down to its members, and each level is one product.
+    The slope of a group is that between its members and, by their shares of its tokens, their own: a group's weight is its members' too.
     """
     own = list(weights.split([level.tokens.shape[1] for level in by_level], -1))
     for level in range(len(by_level) - 1, 0, -1):
         tokens, members = (by_level[n].tokens.sum(-1) for n in (level, level - 1))  # [BH, slots]
         share = members / tokens.repeat_interleave(MEMBERS, -1).clamp_min(1)
         own[level - 1] = own[level - 1] + own[level].repeat_interleave(MEMBERS, -1) * share[:, None]
-    states = [weight[:, None] @ moments.slope.transpose(1, 2) for weight, moments in zip(own, by_level, strict=True)]  # type: ignore[union-attr]
-    return torch.stack(states).sum(0).transpose(1, 2)
+    return own
+
+
+def slopes_of_spans(weights: Tensor, by_level: list[Moments]) -> Tensor:
+    """One matrix S `[BH, spans, D of k, D of v]` for each span: to first order the rest's value changes by s q S.
+
+    S = Σ_J ω_J · slope_J over the units that the span sees, ω = `weights_of_spans`.
+    """
+    states = [
+        (own @ moments.slope.flatten(-2)).unflatten(-1, moments.slope.shape[-2:])  # type: ignore[union-attr]
+        for own, moments in zip(handed_down(weights, by_level), by_level, strict=True)
+    ]
+    return torch.stack(states).sum(0)
 
 
 def of_blocks(slopes: Tensor, query_blocks: int) -> Tensor:

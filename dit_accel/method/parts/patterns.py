@@ -73,7 +73,7 @@ class Disc(_Round, Tokenwise):  # type: ignore[override]
 
 @dataclass(frozen=True)
 class DiscBlocks(_Round, Blockwise):
-    """Every whole key block that holds a key closer than `radius` to some query of the query block: no partial blocks."""
+    """Every whole key block that contains a key closer than `radius` to some query of the query block: no partial blocks."""
 
     nested_boxes = True
 
@@ -87,7 +87,7 @@ class DiscBlocks(_Round, Blockwise):
 
 @dataclass(frozen=True)
 class FirstFrames(Blockwise):
-    """Every whole key block that holds a token of the first `count` frames of the grid, for every query: the given image of an
+    """Every whole key block that contains a token of the first `count` frames of the grid, for every query: the given image of an
     image-to-video model, an attention sink."""
 
     nested_boxes = True
@@ -157,7 +157,7 @@ def _stacked(pattern: Intervals, grids: tuple[Grid, ...], axis: int) -> tuple[Te
 class Window(Intervals):
     """NATTEN's window: exactly `size` keys per axis, shifted inwards at borders (arXiv 2403.04690, 2504.16922).
 
-    An int holds for all axes of the grid, a pair for height and width, a triple for frames, height and width. An axis shorter than the
+    An int applies to all axes of the grid, a pair for height and width, a triple for frames, height and width. An axis shorter than the
     window (after dilation) is kept whole.
     """
 
@@ -210,7 +210,7 @@ def _window_table(length: int, size: int, stride: int, dilation: int) -> Tensor:
 class Box(Intervals):
     """Keys within `radius` of the query along every axis, strict (`|distance| < radius`), clipped at borders: the disc's box.
 
-    An int holds for all axes of the grid, a pair for height and width, a triple for frames, height and width; an axis not named has 1.
+    An int applies to all axes of the grid, a pair for height and width, a triple for frames, height and width; an axis not named has 1.
     """
 
     invariant = True
