@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -21,16 +22,20 @@ def prepare() -> None:
         forkserver.ensure_running()
 
 
-def _run(code: str, folder: str, environment: dict[str, str], errors: str) -> None:
+def _run(code: str, arguments: list[str], environment: dict[str, str], errors: str) -> None:
     os.environ.update(environment)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    sys.argv = ["-c", folder]
-    exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})
+    sys.argv = ["-c", *arguments]
+    try:
+        exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})
+    except KeyboardInterrupt:  # end by the signal, as a program of its own does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
-def start(code: str, folder: Path, environment: dict[str, str], errors: Path) -> BaseProcess:
-    """Run a program as `python -c code folder` does, its stderr in a file."""
+def start(code: str, folder: Path, environment: dict[str, str], errors: Path, *arguments: str) -> BaseProcess:
+    """Run a program as `python -c code folder arguments` does, its stderr in a file."""
     prepare()
-    process = SERVER.Process(target=_run, args=(code, str(folder), os.environ | environment, str(errors)))
+    process = SERVER.Process(target=_run, args=(code, [str(folder), *arguments], os.environ | environment, str(errors)))
     process.start()
     return process

@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import distill_fixtures as tiny
+import forked
 import pytest
 import torch
 from distill_fixtures import CALL, MODES, PROMPTS, SPECS, draw, flags, learn, prompt_pipe, same, state, student, unchanged, untimed
@@ -248,16 +247,18 @@ def assert_resumes(folder: Path, mode: Any, **settings: Any) -> None:
 
 @pytest.mark.parametrize(("number", "mode"), [(signal.SIGKILL, "lora"), (signal.SIGINT, "attention")], ids=["killed", "interrupted"])
 def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals, mode: str) -> None:
-    folder, tests = tmp_path / "killed", Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", tiny.CHILD, str(folder), mode, str(torch.get_num_threads())]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True) as child:
+    folder, errors = tmp_path / "killed", tmp_path / "stderr.txt"
+    child = forked.start(tiny.CHILD, folder, {}, errors, mode, str(torch.get_num_threads()))
+    try:
         deadline = time.monotonic() + 90
-        while not (folder / "checkpoint-0000002" / "record.json").exists() and child.poll() is None and time.monotonic() < deadline:
+        while not (folder / "checkpoint-0000002" / "record.json").exists() and child.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
-    assert child.returncode in (-number, 128 + number), errors
+        if child.pid and child.is_alive():
+            os.kill(child.pid, number)
+        child.join(60)
+    finally:
+        child.kill()
+    assert child.exitcode in (-number, 128 + number), errors.read_text()[-3000:]
     assert_resumes(folder, mode, **RUN)
 
 

@@ -99,6 +99,6 @@ def test_every_piece_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pyt
     """Each on a pipeline as it comes, with small pictures and few steps."""
     monkeypatch.chdir(tmp_path)
     for text in blocks(page):
-        small = re.sub(r"\b(height|width)=\d+", r"\1=256", text)
+        small = re.sub(r"\b(height|width)=\d+", r"\1=128", text)
         names = {"dit_accel": dit_accel, "pipe": dit_accel.builtin_pipeline(), "prompts": ["a cat", "a dog"]}
         exec(re.sub(r"\b(num_inference_)?steps=\d+", r"\1steps=1", small), names)
