@@ -163,12 +163,12 @@ class Summaries(NamedTuple):
     """What whole blocks are summarised to, all float32 but `part`. Differentiable: q_mean, pooled_k, pooled_v, pooled_bias, slope, second,
     spread.
 
-    `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what
-    `method.parts.ErrorProduct` adds to a block's logit. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
+    `q_mean` `[B, H, q blocks, D]`, `k_mean` `[B, H, k blocks, D]`: means of blocks. `score_bias` `[B, H, k blocks]`: what joins a block's
+    logit in the score of the error that its pooled key would leave. `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]`: as in
     `Arguments`. `slope` `[B, H, D of k, k blocks, D of v]`: how a block's value changes with the query; of no elements unless it is asked
     for. `second` `[B, H, D]`: the mean of q²; `metric` `[B, H, D, D]`: that of q qᵀ, of no elements with one part. `tokens`, `spread`,
-    `v_spread` `[B, H, P]`: each part's number of tokens, the variance of their logits, and the trace of that of their values. `part`
-    `[B, H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
+    `v_spread` `[B, H, P]`: each part's number of tokens, the variance of their logits, and the trace of that of their values. `part` `[B,
+    H, k blocks, k_width]` uint8: the part of each token, 0 past a short block's end.
     """
 
     q_mean: Tensor

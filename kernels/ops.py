@@ -7,6 +7,9 @@ are those of `arguments`, packed, after `implementation`: "cpu" (kernels/cpu) or
 Triton's interpreter).
 """
 
+import functools
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,11 +28,11 @@ from dit_accel.kernels.arguments import (
     SplitArguments,
     Summaries,
     SummaryArguments,
+    Transport,
     dense,
     gradient_like,
     new_summaries,
 )
-from dit_accel.kernels.cpu import calls
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
@@ -61,12 +64,10 @@ def split_units(a: SplitArguments, implementation: str) -> Tensor:
     return part
 
 
+@functools.cache
 def _implementation(name: str) -> Any:
-    if name == "cpu":
-        return calls
-    from dit_accel.kernels.triton import calls as triton_calls  # where triton is missing nothing asks for it
-
-    return triton_calls
+    """The module of a backend, imported when it first runs: triton may be missing."""
+    return importlib.import_module(f"dit_accel.kernels.{name}.calls")
 
 
 @torch.library.custom_op("dit_accel::attention", mutates_args=(), schema=ATTENTION.schema("(Tensor, Tensor)"))
@@ -110,7 +111,12 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     grads = attention_backward_op(ctx.implementation, dout, dlse, out, lse, *tensors, ctx.numbers, ctx.reals)
     given = {name for name, x in zip(ATTENTION.tensors, tensors, strict=True) if x is not None}
     found = {name: grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if name in given}
-    return (None, *(found.get(name) for name in ATTENTION.tensors), None, None)
+    return _by_place(ATTENTION, found)
+
+
+def _by_place(transport: Transport, grads: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients by name as autograd takes them: one for each input of an operator, None for what has none."""
+    return (None, *(grads.get(name) for name in transport.tensors), None, None)
 
 
 attention_op.register_autograd(_gradients, setup_context=_save)
@@ -180,10 +186,10 @@ def _save_summaries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _gradients_of_summaries(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     found = Summaries(*grads)  # type: ignore[arg-type]
     given = [getattr(found, name) for name in GRADIENTS_OF_SUMMARIES]
-    qkv: list[Tensor | None] = [None] * 3
-    if any(x is not None for x in given):
-        qkv = list(summarize_blocks_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals))
-    return (None, *qkv, *[None] * (len(SUMMARY.tensors) - 3), None, None)
+    if all(x is None for x in given):
+        return _by_place(SUMMARY, {})
+    qkv = summarize_blocks_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals)
+    return _by_place(SUMMARY, dict(zip("qkv", qkv, strict=True)))
 
 
 summarize_blocks_op.register_autograd(_gradients_of_summaries, setup_context=_save_summaries)
@@ -221,7 +227,7 @@ def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     grads = mix_slopes_backward_op(ctx.implementation, dout, *ctx.saved_tensors, ctx.numbers, ctx.reals)
-    return (None, *grads, *[None] * (len(MIXTURE.tensors) - len(grads)), None, None)
+    return _by_place(MIXTURE, dict(zip(("q_mean", "pooled_k", "pooled_bias", "slope"), grads, strict=True)))
 
 
 mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)

@@ -97,12 +97,12 @@ def test_a_resumed_run_is_the_same_run(trainer: Trainer, renderings: Renderings,
     run.spent = 12.5
     training.save_state(run, tmp_path / training.STATE)
     training.save_state(run, tmp_path / training.STATE)  # over one that is there
-    there = [trainer.step(run, renderings, 0.8) for _ in range(3)]
+    there = [trainer.step(run, renderings, 0.8) for _ in range(2)]
 
     other = trainer.begin(renderings, 1)
     training.load_state(other, tmp_path / training.STATE)
     assert (other.step, other.spent) == (2, 12.5)
-    assert [trainer.step(other, renderings, 0.8) for _ in range(3)] == there
+    assert [trainer.step(other, renderings, 0.8) for _ in range(2)] == there
     for pipe, resumed in ((run.pipe, other.pipe), (run.average, other.average)):
         pairs = zip(parameters(pipe).items(), parameters(resumed).values(), strict=True)
         assert [name for (name, left), right in pairs if not torch.equal(left, right)] == []
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_run(trainer: Trainer, renderings: Renderings,
 def test_training_lowers_the_loss(trainer: Trainer, renderings: Renderings) -> None:
     run = trainer.begin(renderings, 0)
     before, run.step = trainer.loss(run, renderings), 100  # past the warm-up
-    for _ in range(25):
+    for _ in range(13):
         trainer.step(run, renderings)
     assert trainer.loss(run, renderings) < 0.9 * before
 
@@ -178,6 +178,7 @@ def test_the_guidance_embedding_is_trained_at_the_end(renderings: Renderings, mo
         return predict(pipe, *args)
 
     monkeypatch.setattr(pictures, "clean", watched)
+    monkeypatch.setattr(pictures, "update", lambda run, loss, progress, bf16: (loss.item(), 0.0))  # what is predicted is seen before it
     run = begin_pictures(renderings, 0)
     trainer_step(run, renderings, 0.5)
     assert not any(teacher for teacher, _ in seen)

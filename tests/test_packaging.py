@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
+def needed(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file, but for types alone."""
+    alone = [node for node in ast.walk(tree(file)) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {node.lineno for block in alone for node in ast.walk(block) if isinstance(node, ast.ImportFrom)}
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ImportFrom) and node.lineno not in skipped and (node.module or "").startswith("dit_accel"):
+            home = (node.module or "").removeprefix("dit_accel").removeprefix(".")
+            names = {f"{home}.{alias.name}".removeprefix(".") for alias in node.names}
+            found |= names & FILES.keys() or {home}
+    return found - {""}
+
+
 def within(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
@@ -94,6 +108,13 @@ def forbidden(name: str, imported: str) -> bool:
 def test_packages_import_along_the_arrows() -> None:
     wrong = [f"{name or 'dit_accel'} -> {target}" for name, file in FILES.items() for target in imports(file) if forbidden(name, target)]
     assert wrong == []
+
+
+def test_no_imports_form_a_circle() -> None:
+    modules = {name: needed(file) - {name} for name, file in FILES.items() if name}
+    assert sum(map(len, modules.values())) > 500
+    order = list(TopologicalSorter(modules).static_order())  # raises CycleError, which names the circle
+    assert set(order) == set(modules)
 
 
 def test_every_module_is_in_a_package() -> None:

@@ -17,7 +17,7 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton import ahead, calls, driver, launch, tables, timing, tuned
 from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_for
-from dit_accel.measure import gpu_tune, gpu_tune_ahead
+from dit_accel.measure import gpu_candidates, gpu_tune, gpu_tune_ahead
 from dit_accel.measure.gpu_tune import KERNELS, Result, Work
 from dit_accel.method.presets import SLA, Fovea
 from dit_accel.operator.attention import attention
@@ -117,7 +117,7 @@ def test_what_is_shown_names_every_skipped_tile(capsys: pytest.CaptureFixture[st
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["dense", "linear", "gradient_columns"])
 def test_a_trial_measures_that_kernel_with_that_tile_on_real_values(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KERNELS, kernel, gpu_tune.Kernel(KERNELS[kernel].functions, ("sla",)))
+    monkeypatch.setitem(KERNELS, kernel, gpu_candidates.Kernel(KERNELS[kernel].functions, ("sla",)))
     measured: list[launch.Launch] = []
 
     def measure(one: launch.Launch) -> float:
@@ -149,7 +149,7 @@ def test_another_kernel_that_does_not_fit_does_not_end_a_trial(monkeypatch: pyte
         execute(one)
 
     monkeypatch.setattr(launch, "execute", small_card)
-    monkeypatch.setitem(KERNELS, "dense", gpu_tune.Kernel(("dense_rows",), ("clear",)))
+    monkeypatch.setitem(KERNELS, "dense", gpu_candidates.Kernel(("dense_rows",), ("clear",)))
     arguments: dict[str, Any] = {"machine": Machine("sm_90", 4), "device": CPU, "grid": (1, 4, 8), "text": 3, "heads": 1}
 
     def measure(one: launch.Launch) -> float:

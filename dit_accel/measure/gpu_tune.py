@@ -5,7 +5,7 @@ key rows where keys are summed into) is wide, because it is loaded once; what it
 larger tiles, more stages overlap more loads. The table's own tile is always among them and stays where none is faster.
 
 It is to fit in five minutes for one head dimension on 16 processors: about 190 tiles are 335 compilations (a tile for each method), of 2.6
-seconds each and all at once (`bench_tune_ahead`), which is a minute; 470 timings of a sixth of a second, and as many passes around them,
+seconds each and all at once (`gpu_tune_ahead`), which is a minute; 470 timings of a sixth of a second, and as many passes around them,
 are two. That is arithmetic, not a measurement.
 """
 
@@ -22,65 +22,28 @@ from dit_accel import files
 from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
-from dit_accel.measure.gpu_compile import DTYPES, METHODS
-from dit_accel.operator import composition, lowering
-from dit_accel.operator.attention import start_values
-from dit_accel.operator.blocks_of_grid import make_plan
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.kernels.triton.tables import Machine, Tile
+from dit_accel.measure import gpu_tune_ahead
+from dit_accel.measure.gpu_candidates import (
+    GRID,
+    HEAD_DIMS,
+    HEADS,
+    KERNELS,
+    TEXT,
+    Work,
+    candidates,
+    forward_backward,
+    methods_of,
+    table_tile,
+)
+from dit_accel.measure.gpu_compile import DTYPES
 
 if TYPE_CHECKING:
     from dit_accel.kernels.triton.launch import Launch
     from dit_accel.kernels.triton.tuned import Entry, Gpu
 
 Measure = Callable[["Launch"], float | str]  # runs a launch: its seconds, or why its tile is of no use
-GRID, TEXT, HEADS = (1, 128, 128), 512, 24  # FLUX at 2048 pixels: of fewer tokens 5 % are 3 blocks, and the loop over them hides nothing
-HEAD_DIMS = (64, 128, 256)
-STEPS = ((4, 3), (4, 2), (8, 3), (8, 2))  # warps and stages
-WIDE = ((128, 64), (64, 64), (64, 32), (32, 32))  # rows held and rows of a step, of 16-bit numbers at head dimension 64 and 128
-NARROW = ((64, 32), (32, 32), (32, 16), (16, 16))  # at 256
 FASTER = 0.97  # what a tile may take of the table's time to be preferred: less is noise
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A row of the tile table: the functions that have its tile, methods with all their variants, and what a program holds."""
-
-    functions: tuple[str, ...]
-    methods: tuple[str, ...]
-    holds_keys: bool = False
-
-
-KERNELS = {
-    "rows": Kernel(("attend_rows",), ("fovea", "clear", "gna")),
-    "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
-    "dense": Kernel(("dense_rows",), ("fovea",)),
-    "merge": Kernel(("merge_rows", "deltas"), ("fovea",)),
-    "summarise": Kernel(("summarise",), ("fovea", "sla"), True),
-    "gradient_rows": Kernel(("gradient_rows",), ("fovea", "clear", "gna", "sla")),
-    "gradient_columns": Kernel(("gradient_columns",), ("fovea", "clear", "gna", "sla"), True),
-    "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",)),
-    "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True),
-    "pooled": Kernel(("gradient_pooled",), ("fovea",), True),
-    "slopes": Kernel(("tilted_deltas", "gradient_slopes"), ("fovea, order 1",)),
-    "linear": Kernel(("linear_gradient",), ("sla", "sla, all")),
-    "linear_columns": Kernel(("linear_columns",), ("sla", "sla, all"), True),
-    "outer": Kernel(("outer_sums",), ("sla",)),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One entry to tune: a row of the table, a dtype's name, a head dimension (a power of two)."""
-
-    kernel: str
-    dtype: str
-    head_dim: int
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """Its place among a machine's tuned tiles."""
-        return self.kernel, self.dtype, self.head_dim
 
 
 @dataclass
@@ -113,28 +76,6 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
     return [
         Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
     ]
-
-
-def methods_of(kernel: str, head_dim: int) -> list[str]:
-    """The methods that run a kernel at a head dimension."""
-    return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not lowering.has_states(METHODS[m])]
-
-
-def candidates(work: Work, machine: Machine) -> list[Tile]:
-    """The tiles to try, the table's own first; widths past a block of 64 tokens are cut off, and what is then the same tried once."""
-    shapes = WIDE if work.head_dim <= 128 else NARROW
-    found = [table_tile(work, machine)]
-    for held, streamed in shapes:
-        queries, keys = (streamed, held) if KERNELS[work.kernel].holds_keys else (held, streamed)
-        for warps, stages in STEPS:
-            own = Machine(machine.arch, machine.units, {work.key: Tile(queries, keys, warps, stages)})
-            found.append(table_tile(work, own))
-    return list(dict.fromkeys(found))
-
-
-def table_tile(work: Work, machine: Machine) -> Tile:
-    """The tiles of a machine for blocks of 64 tokens."""
-    return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64)
 
 
 def tune(work: Work, machine: Machine, trial: Callable[[Work, Tile], float | str]) -> Result:
@@ -189,22 +130,6 @@ def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, dev
             return total
 
 
-def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int] = GRID, text: int = TEXT,
-                     heads: int = HEADS, *, empty: bool = False) -> None:  # fmt: skip
-    """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
-    spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
-    layout = TokenLayout(grid, text)
-    size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
-    if empty:
-        made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]
-    else:
-        made = [torch.randn(size, generator=seed, device=device).to(dtype) for _ in range(3)]
-    q, k, v = (x.requires_grad_() for x in made)
-    params = start_values(spec, q).requires_grad_()
-    out, _ = composition.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
-    out.backward(torch.empty_like(out) if empty else torch.ones_like(out))
-
-
 def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]:
     """Tune, print, and keep what is faster than the table where launches look for it; also as JSON where `out` is given.
 
@@ -212,7 +137,6 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     """
     device = _device()
     from dit_accel.kernels.triton import ahead, calls, timing, tuned
-    from dit_accel.measure.gpu_tune_ahead import compile_ahead
 
     path = tuned.cache_file()
     files.check_folder(path.parent)
@@ -226,7 +150,7 @@ def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]
     def trial(one: Work, tile: Tile) -> float | str:
         return run_trial(one, tile, machine=machine, measure=timing.seconds, device=device)
 
-    compile_ahead(work, machine, ahead.current_target(), shown)
+    gpu_tune_ahead.compile_ahead(work, machine, ahead.current_target(), shown)
     results: list[Result] = []
     for one in work:
         shown.print(f"{one.kernel}, {one.dtype}, head dimension {one.head_dim}: {len(candidates(one, machine))} tiles")

@@ -11,16 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from dit_accel.kernels.triton.tables import Machine, Tile
-from dit_accel.measure import gpu_tune
-
-if TYPE_CHECKING:
-    from dit_accel.measure.gpu_tune import Work
+from dit_accel.measure.gpu_candidates import KERNELS, Work, candidates, forward_backward, methods_of
 
 CACHED = 0.25  # seconds that a kernel takes at most where Triton finds it in its cache
 
@@ -29,7 +26,7 @@ CACHED = 0.25  # seconds that a kernel takes at most where Triton finds it in it
 class Job:
     """One candidate: its kernel in a forward and backward of one method."""
 
-    work: "Work"
+    work: Work
     tile: Tile
     method: str
     machine: Machine
@@ -42,10 +39,10 @@ class Job:
         own = Machine(self.machine.arch, self.machine.units, {self.work.key: self.tile})
         with torch.autograd.set_multithreading_enabled(False), calls.recorded(own) as launches:
             # one head compiles to what many do; what a method has in torch runs here, of however many there are
-            gpu_tune.forward_backward(self.method, self.work, torch.device("cpu"), heads=1, empty=True)
+            forward_backward(self.method, self.work, torch.device("cpu"), heads=1, empty=True)
         seconds = []
         for launch in launches:
-            if launch.kernel.__name__ in gpu_tune.KERNELS[self.work.kernel].functions:
+            if launch.kernel.__name__ in KERNELS[self.work.kernel].functions:
                 start = time.perf_counter()
                 ahead.compile_launch(launch, self.target)
                 seconds.append(time.perf_counter() - start)
@@ -57,17 +54,17 @@ def _run(job: Job) -> int:
     return len(job.run())
 
 
-def jobs_of(work: Sequence["Work"], machine: Machine, target: Any) -> list[Job]:
+def jobs_of(work: Sequence[Work], machine: Machine, target: Any) -> list[Job]:
     """A job per candidate and method of each kernel."""
     return [
         Job(one, tile, method, machine, target)
         for one in work
-        for tile in gpu_tune.candidates(one, machine)
-        for method in gpu_tune.methods_of(one.kernel, one.head_dim)
+        for tile in candidates(one, machine)
+        for method in methods_of(one.kernel, one.head_dim)
     ]
 
 
-def compile_ahead(work: Sequence["Work"], machine: Machine, target: Any, shown: Console) -> int:
+def compile_ahead(work: Sequence[Work], machine: Machine, target: Any, shown: Console) -> int:
     """Compile the candidates of all of the work for a target; the number of processes that did. The last is compiled in this one: where
     the cache has it, it has them all, as in a second tuning, and no process is started."""
     jobs = jobs_of(work, machine, target)
