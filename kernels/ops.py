@@ -227,7 +227,7 @@ def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     grads = mix_slopes_backward_op(ctx.implementation, dout, *ctx.saved_tensors, ctx.numbers, ctx.reals)
-    return _by_place(MIXTURE, dict(zip(MIXTURE.tensors, grads, strict=True)))
+    return _by_place(MIXTURE, dict(zip(("weight", "slope"), grads, strict=True)))
 
 
 mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)

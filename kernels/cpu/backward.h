@@ -20,8 +20,10 @@ struct Queries {
         read_rows(q.row(i), g.padded, p.q, b, h, run, g.channels, p.scale * LOG2E);
         read_rows(dout.row(i), g.padded, p.dout, b, h, run, g.channels, 1.f);
         read_rows(out, g.padded, p.out, b, h, run, g.channels, 1.f);
-        transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
-        transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
+        // of queries that tiles hold, columns serve the pooled and the extra keys, and those of dout the projection
+        const bool columns = !gradients_by_tiles(p) || p.rest == REST_POOLED || p.extra;
+        if (columns) transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
+        if (columns || p.weight) transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
         for (int64_t r = 0; r < run.count; r++) {
             double sum = p.dlse ? -double(p.dlse[at + run.at(r)]) : 0.;
             sum += dot(out + r * g.padded, dout.row(i) + r * g.padded, g.channels);
@@ -283,7 +285,7 @@ void backward(const Problem& p) {
     for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<BackwardWorkspace>(g));
 #if AMX
     std::unique_ptr<TiledOperands> operands;
-    if (p.q.bf16 && p.k.bf16 && p.v.bf16 && p.dout.bf16) {
+    if (gradients_by_tiles(p)) {
         operands = std::make_unique<TiledOperands>(g);
         for (auto& work : workspaces) work->tiled = std::make_unique<TiledGradient>(*operands);
     }

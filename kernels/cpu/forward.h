@@ -9,10 +9,14 @@ struct PackWorkspace {
           halves(g.width * g.channels) {}
 };
 
+// Whether the gradients of the exact part are computed by tiles.
+static inline bool gradients_by_tiles(const Problem& p) { return AMX && p.q.bf16 && p.k.bf16 && p.v.bf16 && p.dout.bf16; }
+
 // What one head's keys and values become, shared by the threads; the backward pass makes it again.
 struct Keys {
     const Geometry& g;
     const bool backward, paired, direct;  // paired: bfloat16 stays bfloat16; direct: values are read where they lie
+    const bool tiled;                     // tiles hold what the exact part's gradients read of all keys but the extra ones
     Panels keys, values;                  // paired, of the extra keys alone; key rows and transposed values for the backward pass alone
 #if BF16_DOTS || AMX
     std::unique_ptr<Pairs> pairs;
@@ -23,7 +27,7 @@ struct Keys {
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired((BF16_DOTS || AMX) && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
           direct(!backward && !g.p.places_k && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
-          keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
+          tiled(backward && gradients_by_tiles(g.p)), keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
 #if BF16_DOTS || AMX
         if (paired) pairs = std::make_unique<Pairs>(g);
@@ -44,14 +48,15 @@ struct Keys {
 
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
-        bool pair = paired && !g.is_extra(j), rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
+        const bool pair = paired && !g.is_extra(j), in_tiles = tiled && !g.is_extra(j);
+        const bool rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
 #if BF16_DOTS || AMX
         if (pair) pairs->fill(bh, j, work.halves);
 #endif
         if (pair && !rest) return;
         float* key = backward ? keys.row(j) : work.keys;
         g.read_key(key, g.p.k, g.p.extra_k, bh, j);
-        if (!pair) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
+        if (!pair && !in_tiles) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
         const float* value;
         int64_t ldv = g.padded;
         if (direct && j < in_place()) {
@@ -62,7 +67,7 @@ struct Keys {
             g.read_key(to, g.p.v, g.p.extra_v, bh, j);
             value = to;
         }
-        if (backward) transpose(values.column(j), g.width, value, ldv, n, g.channels);
+        if (backward && !in_tiles) transpose(values.column(j), g.width, value, ldv, n, g.channels);
         if (!rest) return;
         if (pool && !pool->given) pool->fill(j, key, value, ldv);
         if (states) {

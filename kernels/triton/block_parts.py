@@ -55,6 +55,7 @@ def summarise_parts(
     value = tile(v_base, place, v.n, valid, C)
     moments = vector(second + bh * C.D, C)
     channel = tl.arange(0, C.DP)
+    of_score(key, value, valid, moments, found, at_block, scale, score_cap, C)
     weight = tl.zeros([C.BK], tl.float32)  # of each token's covariance
     off = value.to(tl.float32)
     for number in range(C.PARTS):
@@ -78,7 +79,6 @@ def summarise_parts(
         tl.store(found.v_spread + at, tl.sum(tl.sum(v_gap * v_gap * share[:, None], 0), 0))
         weight += mine / (1.0 + spread)
         off -= mine[:, None] * v_mean[None, :]
-    of_score(key, value, valid, moments, found, at_block, scale, score_cap, C)
     if C.SLOPES:
         low = (off * weight[:, None]).to(key.dtype)
         inverse = 1.0 / tl.maximum(end - begin, 1).to(tl.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import Blocks, mean_product, pool_blocks
-from dit_accel.kernels.reference import MASKED, softmax_weights
+from dit_accel.kernels.reference import MASKED
 from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call
 
@@ -147,8 +147,10 @@ def weights_of(means: Tensor, key: Tensor, bias: Tensor, seen: Tensor, parts: in
     sees nothing.
     """
     logits = scale * means @ key.transpose(-1, -2) + bias.clamp_min(MASKED)[:, None]  # finite: so are the gradients
-    weights, _ = softmax_weights((logits.unflatten(-1, (-1, parts)) + seen.log()[..., None]).flatten(-2))
-    return weights.unflatten(-1, (-1, parts)).sum(-1)
+    logits = logits.unflatten(-1, (-1, parts)) + seen.log()[..., None]
+    top = logits.detach().amax((-1, -2), keepdim=True)
+    shares = (logits - top.masked_fill(top == -torch.inf, 0)).exp().sum(-1)
+    return shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
 
 
 def tilted(call: Call, slopes: Tensor) -> Tensor:
