@@ -21,6 +21,7 @@ from pathlib import Path
 from tables import TABLES, fill, read
 
 from dit_accel.files import write_bytes, write_json, write_text
+from dit_accel.kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = "a panda moving left on a blue background"
@@ -39,6 +40,7 @@ class Figure:
     files: dict[str, str]
     prepare: Callable[[Path], None] | None = None  # writes what the commands read
     finish: Callable[[Path], None] | None = None  # changes what they wrote
+    target: str | None = None  # the instruction set of the CPU kernels that it is about; on other machines it stays as it is
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -116,6 +118,10 @@ FIGURES: dict[str, Figure] = {
         {"step.json": "benchmarks/step.json"},
     ),
     "kernels": Figure((words("bench kernels --repeats 3 --out kernels.json"),), {"kernels.json": "benchmarks/kernels.json"}),
+    "kernels-amx": Figure(
+        (words("bench kernels --repeats 3 --largest 16448 --out kernels-amx.json"),), {"kernels-amx.json": "benchmarks/kernels-amx.json"},
+        target="amx",
+    ),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "recovery": Figure(
         (
@@ -171,6 +177,9 @@ FIGURES: dict[str, Figure] = {
 def make(name: str) -> None:
     """Run a figure's commands in an empty folder, and keep their files. Raises RuntimeError where a command fails: nothing is replaced."""
     figure = FIGURES[name]
+    if figure.target not in (None, native.TARGETS[native.target()]):
+        print(f"{name}: stays as it is, it is about CPUs with {figure.target}", flush=True)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if figure.prepare:
             figure.prepare(Path(folder))

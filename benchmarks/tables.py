@@ -1,5 +1,6 @@
 """The tables of README.md, from the JSON files in this folder; each function is given the folder and gives the table's lines."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -73,11 +74,11 @@ def step(folder: Path) -> str:
     return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made)
 
 
-def kernels(folder: Path) -> str:
-    """Time of the operator against SDPA's."""
+def kernels(folder: Path, file: str = "kernels.json", dtype: str | None = None) -> str:
+    """Time of the operator against SDPA's; of one dtype, or of all."""
     made = []
-    for row in read(folder / "kernels.json")["rows"]:
-        if row["method"] in HIDDEN_KERNELS:
+    for row in read(folder / file)["rows"]:
+        if row["method"] in HIDDEN_KERNELS or row["dtype"] != (dtype or row["dtype"]):
             continue
         name = KERNELS.get(row["method"], row["method"]) + (f", {row['text']} text tokens" if row["text"] else "")
         ratios = [times(row[key], 1 if row["tokens"] <= 4096 else 0) for key in ("ratio", "ideal")]
@@ -133,6 +134,7 @@ def evaluate(folder: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "step": step,
     "kernels": kernels,
+    "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
     "recovery": recovery,
     "quality": quality,
     "video": video,

@@ -1,5 +1,6 @@
 """What README and docs show is what the files of the last measurements say, and all of it is made by one command."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from test_cli import ROOT
 from test_readme import PAGES, understand
+
+from dit_accel.kernels.cpu import native
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,19 @@ def test_a_command_that_fails_replaces_nothing(figures: Any, tmp_path: Path, mon
     assert (tmp_path / "a.json").read_text() == "old"
     figures.make("good")
     assert (tmp_path / "a.json").read_text() == "new"
+
+
+def test_a_figure_about_another_cpu_stays_as_it_is(
+    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    fails = figures.Figure((("-c", "raise SystemExit(3)"),), {"a.json": "a.json"}, target="another")
+    monkeypatch.setitem(figures.FIGURES, "elsewhere", fails)
+    figures.make("elsewhere")
+    assert capsys.readouterr().out == "elsewhere: stays as it is, it is about CPUs with another\n"
+    monkeypatch.setitem(figures.FIGURES, "here", dataclasses.replace(fails, target=native.TARGETS[native.target()]))
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        figures.make("here")
 
 
 def test_what_the_commands_leave_is_put_together(figures: Any, tmp_path: Path) -> None:
