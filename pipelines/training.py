@@ -115,7 +115,8 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out: Path, minutes: float) -> None:
-    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes.
+    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes. A line names the kinds of batch
+    of which steps were left out, and how many.
 
     `take_step` is given the share of the budget that is spent, and gives a batch's kind, its loss and the gradient's norm. Minutes are
     those of `clock_of`.
@@ -123,16 +124,20 @@ def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out:
     clock = clock_of(run.device)
     start, saved_at = clock() - run.spent, time.monotonic()
     recent: dict[str, list[float]] = {}
+    left_out: dict[str, int] = {}
     while (progress := run.spent / (60 * minutes)) < 1:
         kind, loss, norm = take_step(progress)
         run.spent = clock() - start
         if math.isfinite(loss):
             recent.setdefault(kind, []).append(loss)
+        else:
+            left_out[kind] = left_out.get(kind, 0) + 1
         if run.step % 20 == 0:
             losses = {kind: round(sum(found) / len(found), 4) for kind, found in sorted(recent.items())}
-            row = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses, "grad_norm": round(norm, 3)}
-            append_text(out / LOG, json.dumps(row) + "\n")
-            recent = {}
+            row: dict[str, Any] = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses}
+            row |= {"grad_norm": round(norm, 3)} if math.isfinite(norm) else {}
+            append_text(out / LOG, json.dumps(row | ({"left_out": left_out} if left_out else {})) + "\n")
+            recent, left_out = {}, {}
         if time.monotonic() - saved_at > 180:
             save_state(run, out / STATE)
             saved_at = time.monotonic()

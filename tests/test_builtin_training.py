@@ -3,12 +3,15 @@ and their commands run from prepared drawings to a pipeline that loads."""
 
 import contextlib
 import functools
+import itertools
+import json
 import math
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +165,25 @@ def test_a_step_without_a_finite_gradient_changes_no_weight(
     trainer.step(run, renderings)
     assert run.dropped == 0
     assert all(bool(p.isfinite().all()) for p in parameters(run.pipe).values())
+
+
+def test_the_log_names_the_kinds_that_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of batch that never trains is seen there, not only by what the model can't draw."""
+    run = Run(SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None, [], random.Random(0))
+    times = itertools.count()
+    monkeypatch.setattr(training, "clock_of", lambda device: lambda: float(next(times)))
+    monkeypatch.setattr(training, "save_state", lambda run, path: None)
+
+    def step(progress: float) -> tuple[str, float, float]:
+        run.step += 1
+        return ("large", math.nan, math.nan) if run.step % 4 == 0 else ("small", 0.5, 1.0)
+
+    training.train(run, step, tmp_path, 0.75)
+    lines = (tmp_path / training.LOG).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 20 * n, "minutes": round(20 * n / 60, 2), "loss": {"small": 0.5}, "left_out": {"large": 5}} for n in (1, 2)
+    ]
+    assert not any("NaN" in line for line in lines)
 
 
 # Guidance

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from builtin_fixtures import discs
 from conftest import fill_randomly
 from diffusers import WanPipeline
@@ -21,7 +23,7 @@ from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
 from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
-from dit_accel.pipelines.builtin_video.transformer import CANVAS, StretchedRotary
+from dit_accel.pipelines.builtin_video.transformer import CANVAS, PlacedPatches, StretchedRotary
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": TEXT_TOKENS}
 SPECS = {
@@ -141,6 +143,21 @@ def test_sizes_span_the_same_canvas() -> None:
         return torch.cat([torch.atan2(sin[:1], cos[:1]), steps]).cumsum(0)
 
     assert torch.allclose(angle(64).view(32, 2).mean(1), angle(32), atol=1e-4)
+
+
+def test_the_patch_embedding_is_a_convolution_and_learns_in_bfloat16() -> None:
+    """Its gradients are finite at 512 pixels, where those of torch's convolution are not on every CPU."""
+    torch.manual_seed(0)
+    embedding = PlacedPatches(32, 64, (1, 2, 2)).double()
+    nn.init.zeros_(embedding.place.weight)
+    latents = torch.randn(2, 32, 2, 6, 10, dtype=torch.float64)
+    expected = F.conv3d(latents, embedding.weight, embedding.bias, stride=(1, 2, 2))
+    torch.testing.assert_close(embedding(latents), expected, rtol=1e-12, atol=1e-12)
+    embedding = embedding.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = embedding(torch.randn(1, 32, 1, 64, 64)).flatten(2).transpose(1, 2)
+    (tokens.float() @ torch.randn(64, 8)).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in embedding.parameters())
 
 
 def test_a_token_knows_its_place(pipe: WanPipeline) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  diffusers looks ModelMixin up in a component's own module
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -63,7 +64,10 @@ class PlacedPatches(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Latents `[B, C, F, H', W']` to tokens `[B, inner, T, H, W]`."""
-        tokens = super().forward(input)
+        # as a matrix product: torch's gradient of the convolution is not finite in bfloat16 on CPUs with AMX, from 64 x 64 latents on
+        _, frame, row, column = self.weight.shape[1:]
+        patches = input.unflatten(4, (-1, column)).unflatten(3, (-1, row)).unflatten(2, (-1, frame))
+        tokens = F.linear(patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4), self.weight.flatten(1), self.bias).movedim(-1, 1)
         frames, height, width = tokens.shape[2:]
         waves = 2 * math.pi / torch.tensor(WAVES, dtype=torch.float64)
         angles = [torch.outer(axis, waves) for axis in places((frames, height, width))]
