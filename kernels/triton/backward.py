@@ -137,10 +137,10 @@ def gradient_rows(
         share = tl.zeros([C.BQ], tl.float32)
         if tilt.delta is not None:
             mine = tl.load(tilt.delta + at_row, mask=q_valid, other=0.0)
-        of_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
+        at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
-            j, valid = pools_of_step(of_units, at, pools, C)
+            j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, mean, half, term = pooled_logits(
                 queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
             )

@@ -138,10 +138,10 @@ def attend_rows(
         at_head = first * C.D
         exact_top = top
         exact_mass = mass
-        of_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
+        at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
-            j, valid = pools_of_step(of_units, at, pools, C)
+            j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, _, _, _ = pooled_logits(
                 queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
             )

@@ -251,22 +251,23 @@ def span_of(block, bh, q_blocks, C):
 
 @triton.jit
 def pools_seen(pooled, block, bh, q_blocks, units, pool_width, C):
-    """The list of units (None: all of them) and the number of pooled keys that a query block has to go through, and the row of the bits
-    that hide some of them."""
-    listed, count, row = pooled.lists, units, listed_at(block, bh, q_blocks, C)
+    """Where the list of units begins, if there is one, and the number of pooled keys that a query block has to go through, and the row of the
+    bits that hide some of them."""
+    row = listed_at(block, bh, q_blocks, C)
+    at_list, count = row, units
     if pooled.lists is not None:
         span = span_of(block, bh, q_blocks, C)
-        listed, count, row = listed + span * pool_width, tl.load(pooled.counts + span), bh * q_blocks + block
-    return listed, count * C.PARTS, pooled.bits + row * words_of(units)
+        at_list, count, row = span * pool_width, tl.load(pooled.counts + span), bh * q_blocks + block
+    return at_list, count * C.PARTS, pooled.bits + row * words_of(units)
 
 
 @triton.jit
-def pools_of_step(listed, at, end, C):
+def pools_of_step(pooled, at_list, at, end, C):
     """The numbers of the pooled keys from place `at` of a list of units on, and which of them there are."""
     j = at + tl.arange(0, C.BK)
     valid = j < end
-    if listed is not None:
-        j = tl.load(listed + j // C.PARTS, mask=valid, other=0) * C.PARTS + j % C.PARTS
+    if pooled.lists is not None:
+        j = tl.load(pooled.lists + at_list + j // C.PARTS, mask=valid, other=0) * C.PARTS + j % C.PARTS
     return j, valid
 
 
