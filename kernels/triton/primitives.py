@@ -251,7 +251,7 @@ def span_of(block, bh, q_blocks, C):
 
 @triton.jit
 def pools_seen(pooled, block, bh, q_blocks, units, pool_width, C):
-    """Where the list of units begins, if there is one, the number of pooled keys that a query block has to go through, and the row of the bits
+    """Where the list of units begins, if there is one, the number of pooled keys that a query block has to go through, and the row of bits
     that hide some of them."""
     row = listed_at(block, bh, q_blocks, C)
     at_list, count = row, units
