@@ -122,6 +122,8 @@ def rest_of(
     """
     found: dict[str, Any] = {}
     match spec.rest:
+        case Pooled(plain=False) if made is None:
+            raise ValueError("pooled keys of this kind are made of the blocks' summaries: give those of `summaries`")
         case Pooled(opened=int(opened)) if made:
             found = _grouped(made, spec.rest, opened, plan, lists, scale, implementation)
         case Pooled(plain=False) if made:
@@ -192,12 +194,7 @@ def _grouped(
         flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
     )
     lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
-
-    def divide(elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
-        if metric is None:
-            return torch.zeros_like(weight, dtype=torch.uint8)
-        return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
-
+    divide = functools.partial(_divide, implementation)
     by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
     means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
     kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
@@ -210,6 +207,13 @@ def _grouped(
         own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
         found["slopes"] = _mixed(own, by_level, heads, implementation)
     return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
+
+
+def _divide(implementation: str, elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
+    """`splitting.split` by the kernels."""
+    if metric is None:
+        return torch.zeros_like(weight, dtype=torch.uint8)
+    return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
 
 
 def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
@@ -229,15 +233,9 @@ def _widths(plan: Plan) -> dict[str, Any]:
 
 
 def lists(
-    query: Tensor,
-    key: Tensor,
-    spec: AttentionSpec,
-    layouts: Layouts,
-    plan: Plan,
-    scale: float,
-    implementation: str,
+    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str,
     made: Summaries | None,
-) -> Lists:
+) -> Lists:  # fmt: skip
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
 
     `made`: the blocks' `summaries`, where there are some.

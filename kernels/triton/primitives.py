@@ -245,7 +245,7 @@ def unkept(bits, j, j_valid):
 
 @triton.jit
 def span_of(block, bh, q_blocks, C):
-    """Which of all spans of SPAN query blocks is that of a query block: such a span has one list of units, and one matrix of slopes."""
+    """Which of all spans of SPAN query blocks is that of a query block: each has one list of units, and one matrix of slopes."""
     return bh * tl.cdiv(q_blocks, C.SPAN) + block // C.SPAN
 
 

@@ -92,10 +92,8 @@ class Pooled(Rest):
         means = groups.span_means(pool_blocks(call.q, call.q_blocks)[0], call.q_blocks)
         scores = groups.scores_of(means, by_level[1:], self.cap, queries)
         seen = groups.listed(call.kept.expand(len(call.q), -1, -1), scores, call.prepared, opened)
-        pooled, blocks = (
-            groups.joined([level.pooled(log_count=self.log_count, cap=self.most) for level in by_level]),
-            len(call.q_blocks.count),
-        )
+        blocks = len(call.q_blocks.count)
+        pooled = groups.joined([level.pooled(log_count=self.log_count, cap=self.most) for level in by_level])
         rest = self._over(call, pooled, groups.hidden(seen, self.parts, blocks))
         if not self.order:
             return rest
