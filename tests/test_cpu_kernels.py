@@ -225,11 +225,11 @@ def test_selection_equals_the_reference() -> None:
     cut = blocks.Blocks.from_starts(starts)
     weight = cut.count.sqrt()
     means = [blocks.pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
-    unknown = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
+    expected = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
     a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=4, weight=weight)
     got = ops.select_blocks(a, "cpu")
     assert got.dtype == torch.int32
-    assert got.tolist() == unknown.tolist()
+    assert got.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
@@ -252,7 +252,7 @@ def test_obeys_the_rules_of_operators(spec: AttentionSpec, biased: bool, monkeyp
 def test_the_default_dtype_changes_nothing() -> None:
     """The compiled kernels read the weights of short blocks by address."""
     shape, spec = Shape(1, 2, 16, (1, 19, 31), 4), Fovea(0.1)
-    unknown = run(shape.inputs(), spec, shape.layout)
+    expected = run(shape.inputs(), spec, shape.layout)
     qkv = shape.inputs()
     RECENT.clear()
     torch.set_default_dtype(torch.float64)
@@ -261,7 +261,7 @@ def test_the_default_dtype_changes_nothing() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
         RECENT.clear()
-    torch.testing.assert_close(got, unknown, rtol=0, atol=0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_channels_apart_are_said_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,10 +292,10 @@ def test_compiles_without_a_break(spec: AttentionSpec, biased: bool) -> None:
         fullgraph=True,
     )
     qkv, again = shape.inputs(grad=True), shape.inputs(grad=True)
-    out, unknown = compiled(*qkv, bias)[0], run(again, spec, layout, params, bias)[0]
-    torch.testing.assert_close(out, unknown, rtol=0, atol=0)
+    out, expected = compiled(*qkv, bias)[0], run(again, spec, layout, params, bias)[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
     out.square().sum().backward()
-    unknown.square().sum().backward()
+    expected.square().sum().backward()
     torch.testing.assert_close([x.grad for x in qkv], [x.grad for x in again], rtol=0, atol=0)
 
 
