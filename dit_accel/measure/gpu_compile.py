@@ -16,7 +16,7 @@ from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
+from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -59,6 +59,13 @@ class Job:
     head_dim: int
     dtype: str
 
+    @property
+    def spilled(self) -> int | None:
+        """Bytes a thread that are no fault; None: any, because a clock chose the tiles."""
+        if self.dtype in SPILLED:
+            return SPILLED[self.dtype]
+        return None if (self.arch, self.head_dim) in TIMED else 0
+
     def run(self) -> list[dict[str, Any]]:
         """A row per kernel."""
         torch.set_num_threads(1)  # as many jobs run as there are processors
@@ -76,7 +83,7 @@ class Job:
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
             tile = {"queries": launch.constants.get("BQ"), "keys": launch.constants.get("BK")}
-            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
+            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(self.spilled), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
 
