@@ -28,8 +28,11 @@ def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum for matrices, scaled to the root mean square of an AdamW update.
 
-    Takes parameters `[M, N]`, float32. `lr` means what it means for AdamW (factor 0.2·sqrt(max(M, N)), Liu et al. 2025, eq. 4).
+    Takes parameters `[M, N]`, float32. `lr` means what it means for AdamW (factor 0.2·sqrt(max(M, N)), Liu et al. 2025, eq. 4). A step
+    changes nothing where `found_inf` (a tensor, as torch's fused optimizers know it) is 1, and the host need not know.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
@@ -49,16 +52,18 @@ class Muon(torch.optim.Optimizer):
                     self._move(pairs[first : first + count], group)
 
     def _move(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
-        """Step with parameters of one shape and their gradients."""
-        updates = orthogonalise(torch.stack([self._momentum(p, gradient, group["momentum"]) for p, gradient in pairs]))
-        for (parameter, _), update in zip(pairs, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
-
-    def _momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-        """Take the gradient into the running mean; the gradient of Nesterov's step."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        """Step with parameters of one shape and their gradients, as one tensor: alone, each would be a dozen small kernels."""
+        parameters = [parameter for parameter, _ in pairs]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradient, before, values = torch.stack([g for _, g in pairs]), torch.stack(momenta), torch.stack(parameters)
+        after = before.lerp(gradient, 1 - group["momentum"])
+        update = orthogonalise(gradient.lerp(after, group["momentum"]))  # of Nesterov's step
+        moved = values.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * 0.2 * max(values.shape[1:]) ** 0.5)
+        if self.found_inf is not None:
+            left_out = self.found_inf.bool()
+            after, moved = torch.where(left_out, before, after), torch.where(left_out, values, moved)
+        torch._foreach_copy_(momenta, list(after.unbind()))
+        torch._foreach_copy_(parameters, list(moved.unbind()))

@@ -21,13 +21,18 @@ from dit_accel.files import append_text, replace_folder, write_tensors
 from dit_accel.muon import Muon
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2")  # what learns, where a pipeline has it; the autoencoder is fitted apart
-EMA_DECAY = 0.999
+WINDOW, LONGEST = 0.04, 200  # the averaged weights cover this share of the steps so far, and as many steps at most
+LEVEL = 0.5  # share of the budget from which on the learning rates fall, unless a run says so
 MOST_DROPPED = 5  # steps in a row
+ROW = 20  # steps of a line of the log, between which nothing waits for the device
 STATE = "state"  # a folder
 SHARD = 16 << 20  # bytes of a file of the state, at most: some machines take no larger files back
 SHARDS = 7  # with the log, eight files
 LOG = "log.jsonl"
 LARGE = 1 << 14  # numbers of a tensor that is written in bfloat16
+
+
+Step = tuple[str, Tensor, Tensor]  # the kind of a batch; its loss and its gradient's norm, which are no numbers where it was left out
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Run:
     rng: random.Random
     step: int = 0
     spent: float = 0.0
-    dropped: int = 0  # steps in a row whose gradient was not finite
+    level: float = LEVEL
 
     @property
     def device(self) -> torch.device:
@@ -60,50 +65,48 @@ def new_run(pipe: Any, rng: random.Random, rates: tuple[float, float], device: s
     named = parameters(pipe)
     matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("transformer.") and "blocks." in n}
     others = [p for name, p in named.items() if name not in matrices]
-    optimizers = [Muon(matrices.values(), lr=rates[0]), torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices.values(), lr=rates[0])]
+    # fused: the others ask the host whether a gradient is finite
+    optimizers.append(torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return Run(pipe, copy.deepcopy(pipe), optimizers, rng)
 
 
-def rate(step: int, progress: float) -> float:
-    """Learning-rate factor: 100 steps of warm-up, constant to half of the budget, then linear to 3 %."""
-    return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else 1 - 0.97 * min(1.0, (progress - 0.5) / 0.5))
+def rate(step: int, progress: float, level: float = LEVEL) -> float:
+    """Learning-rate factor: 100 steps of warm-up, constant to `level` of the budget, then linear to 3 %."""
+    return min(1.0, (step + 1) / 100) * (1.0 if progress < level else 1 - 0.97 * min(1.0, (progress - level) / (1 - level)))
 
 
-def update(run: Run, loss: Tensor, progress: float, *, bf16: bool) -> tuple[float, float]:
+def update(run: Run, loss: Tensor, progress: float, *, bf16: bool) -> tuple[Tensor, Tensor]:
     """One update by a loss; `progress` is the share of the budget that is spent. Gives the loss and the gradient's norm.
 
-    A step whose gradient is not finite is left out, and gives NaN: one is bad luck in bfloat16, and taken it would make every weight NaN.
-    Raises ArithmeticError after MOST_DROPPED in a row; the state on disk is then the last good one.
+    A step whose gradient is not finite changes nothing, and gives NaN: one is bad luck in bfloat16, and taken it would make every weight
+    NaN. The device alone knows of it, so that nothing waits for it here.
     """
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters(run.pipe).values(), 1.0)
-    finite = bool(norm.isfinite())
-    run.dropped = 0 if finite else run.dropped + 1
+    finite = norm.isfinite()
     with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):  # Muon's products too; they are a fifth of a step in float32
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(run.step, progress)
-            if finite:
-                optimizer.step()
+                group["lr"] = group["peak"] * rate(run.step, progress, run.level)
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # as torch's gradient scaler tells its optimizers
+            optimizer.step()
             optimizer.zero_grad()
-    if run.dropped > MOST_DROPPED:
-        raise ArithmeticError(
-            f"gradients of {run.dropped} steps up to step {run.step} were not finite: go on from an earlier state, at a lower rate"
-        )
-    if finite:
-        _average(run)
+    _average(run, finite)
     run.step += 1
-    return (loss.item(), norm.item()) if finite else (math.nan, math.nan)
+    return torch.where(finite, loss.detach().float(), math.nan), torch.where(finite, norm, math.nan)
 
 
-def _average(run: Run) -> None:
-    """Move the averaged weights towards the trained ones."""
-    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))  # a shorter memory at the start
-    with torch.no_grad():
-        torch._foreach_lerp_(list(parameters(run.average).values()), list(parameters(run.pipe).values()), 1 - decay)
+def _average(run: Run, finite: Tensor) -> None:
+    """Move the averaged weights towards the trained ones, where the step was taken."""
+    share = finite / min(max(1.0, WINDOW * run.step), LONGEST)
+    average, trained = ([p.detach() for p in parameters(pipe).values()] for pipe in (run.average, run.pipe))
+    way = list(torch._foreach_sub(trained, average))
+    torch._foreach_mul_(way, share)
+    torch._foreach_add_(average, way)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -114,34 +117,57 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return time.monotonic
 
 
-def train(run: Run, take_step: Callable[[float], tuple[str, float, float]], out: Path, minutes: float) -> None:
-    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes. A line names the kinds of batch
-    of which steps were left out, and how many.
+def train(run: Run, take_step: Callable[[float], Step], out: Path, minutes: float) -> None:
+    """Steps until the budget is spent, with a line of log every 20 and a checkpoint every three minutes, at least one half-way. A line
+    names the kinds of batch of which steps were left out, and how many.
 
-    `take_step` is given the share of the budget that is spent, and gives a batch's kind, its loss and the gradient's norm. Minutes are
-    those of `clock_of`.
+    `take_step` is given the share of the budget that is spent. Minutes are those of `clock_of`. Raises ArithmeticError after more than
+    MOST_DROPPED steps in a row that were left out; the state on disk is then the last good one.
     """
     clock = clock_of(run.device)
     start, saved_at = clock() - run.spent, time.monotonic()
-    recent: dict[str, list[float]] = {}
-    left_out: dict[str, int] = {}
+    recent: list[Step] = []
+    dropped = 0
     while (progress := run.spent / (60 * minutes)) < 1:
-        kind, loss, norm = take_step(progress)
+        recent.append(take_step(progress))
         run.spent = clock() - start
-        if math.isfinite(loss):
-            recent.setdefault(kind, []).append(loss)
-        else:
-            left_out[kind] = left_out.get(kind, 0) + 1
-        if run.step % 20 == 0:
-            losses = {kind: round(sum(found) / len(found), 4) for kind, found in sorted(recent.items())}
-            row: dict[str, Any] = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": losses}
-            row |= {"grad_norm": round(norm, 3)} if math.isfinite(norm) else {}
-            append_text(out / LOG, json.dumps(row | ({"left_out": left_out} if left_out else {})) + "\n")
-            recent, left_out = {}, {}
-        if time.monotonic() - saved_at > 180:
+        due = time.monotonic() - saved_at > min(180.0, 30 * minutes)
+        if due or len(recent) == ROW:
+            dropped = _write_row(run, recent, dropped, out / LOG)  # waits for the device
+            recent = []
+        if due:
             save_state(run, out / STATE)
             saved_at = time.monotonic()
+    if recent:
+        _write_row(run, recent, dropped, out / LOG)
+        run.spent = clock() - start
     save_state(run, out / STATE)
+
+
+def _write_row(run: Run, steps: list[Step], dropped: int, path: Path) -> int:
+    """Append a line about the latest steps to the log. Gives how many of the latest were left out in a row, given the number before."""
+    losses: dict[str, list[float]] = {}
+    left_out: dict[str, int] = {}
+    numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in steps]).tolist()
+    most = dropped
+    for (kind, _, _), (loss, _) in zip(steps, numbers, strict=True):
+        if math.isfinite(loss):
+            losses.setdefault(kind, []).append(loss)
+            dropped = 0
+        else:
+            left_out[kind] = left_out.get(kind, 0) + 1
+            dropped += 1
+            most = max(most, dropped)
+    mean = {kind: round(sum(found) / len(found), 4) for kind, found in sorted(losses.items())}
+    row: dict[str, Any] = {"step": run.step, "minutes": round(run.spent / 60, 2), "loss": mean}
+    norm = numbers[-1][1]
+    row |= {"grad_norm": round(norm, 3)} if math.isfinite(norm) else {}
+    append_text(path, json.dumps(row | ({"left_out": left_out} if left_out else {})) + "\n")
+    if most > MOST_DROPPED:
+        raise ArithmeticError(
+            f"gradients of {most} steps in a row up to step {run.step} were not finite: go on from an earlier state, at a lower rate"
+        )
+    return dropped
 
 
 def add_run_arguments(command: argparse.ArgumentParser, minutes: float) -> None:
@@ -153,8 +179,15 @@ def add_run_arguments(command: argparse.ArgumentParser, minutes: float) -> None:
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--bf16", action="store_true", help="bfloat16 autocast; always on with CUDA; for CPUs with AVX-512 BF16 or AMX")
-    command.add_argument("--factor", type=int, default=1, help="this many times larger batches, for a device that has room")
+    command.add_argument("--factor", type=_factor, default=1.0, help="this many times larger batches; below 1 where memory is full")
     command.add_argument("--seed", type=int, default=0)
+
+
+def _factor(text: str) -> float:
+    """A finite number above 0, of a command line."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
+    return value
 
 
 # Files

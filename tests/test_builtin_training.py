@@ -2,6 +2,7 @@
 and their commands run from prepared drawings to a pipeline that loads."""
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from builtin_fixtures import discs
+from builtin_fixtures import clip, discs
 from diffusers import FluxPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,15 +29,14 @@ from dit_accel.pipelines.builtin import train as pictures
 from dit_accel.pipelines.builtin.drawings import CONCEPTS, Renderings, compose, render
 from dit_accel.pipelines.builtin_video import WEIGHTS as VIDEO_WEIGHTS
 from dit_accel.pipelines.builtin_video import train as videos
-from dit_accel.pipelines.builtin_video.motion import film
-from dit_accel.pipelines.training import MOST_DROPPED, Run, parameters
+from dit_accel.pipelines.training import MOST_DROPPED, Run, Step, parameters
 
 RATES = (2e-3, 1e-3)
 PICTURE_KINDS: dict[Any, float] = {(32, 32): 0.5, (48, 32): 0.5}  # whole pictures, and windows of larger ones
 TOY_PICTURES = {"BATCH": dict.fromkeys(PICTURE_KINDS, 2), "SHIFT": {32: 1.5, 48: 1.5}, "PHASES": [(1.01, PICTURE_KINDS)]}
 CLIP_KINDS: dict[Any, float] = {(1, 32): 0.5, (5, 32): 0.5}
-TOY_CLIPS = {"BATCH": dict.fromkeys(CLIP_KINDS, 2), "SHIFT": dict.fromkeys(CLIP_KINDS, 1.5), "PHASES": [(1.01, CLIP_KINDS)]}
-Step = tuple[str, float, float]
+CLIP_PLAN = videos.Plan(dict.fromkeys(CLIP_KINDS, 2), [(1.01, CLIP_KINDS)], RATES)
+TOY_CLIPS = {"PLANS": dict.fromkeys(videos.PLANS, CLIP_PLAN), "SHIFT": dict.fromkeys(CLIP_KINDS, 1.5)}
 
 
 @dataclass
@@ -47,16 +47,27 @@ class Trainer:
     begin: Callable[[Renderings, int], Run]
     loads: Any
 
-    def step(self, run: Run, renderings: Renderings, progress: float = 0.0) -> Step:
-        return tuple(self.module.train_step(run, renderings, progress, bf16=False))
+    def take_step(self, run: Run, renderings: Renderings, progress: float = 0.0) -> Step:
+        if self.module is pictures:
+            return pictures.train_step(run, renderings, progress, bf16=False)
+        return videos.train_step(videos.Training(run, renderings, CLIP_PLAN, bf16=False), progress)
+
+    def step(self, run: Run, renderings: Renderings, progress: float = 0.0) -> tuple[str, float, float]:
+        kind, loss, norm = self.take_step(run, renderings, progress)
+        return kind, float(loss), float(norm)
+
+    def draw_loss(self, run: Run, renderings: Renderings, progress: float = 0.0) -> Tensor:
+        if self.module is pictures:
+            return pictures.loss_of(run, pictures.draw_batch(run, renderings, progress), progress)
+        training = videos.Training(run, renderings, CLIP_PLAN, bf16=False)
+        return videos.loss_of(training.model, videos.draw_batch(training, progress))
 
     def loss(self, run: Run, renderings: Renderings) -> float:
         """Of one batch with its noise, the same at every call."""
         state, run.rng = run.rng, random.Random(7)
         torch.manual_seed(5)
         with torch.no_grad():
-            batch = self.module.draw_batch(run, renderings, 0.0)
-            value = self.module.loss_of(run, batch, 0.0) if self.module is pictures else self.module.loss_of(run.pipe, batch)
+            value = self.draw_loss(run, renderings)
         run.rng = state
         return float(value)
 
@@ -70,7 +81,7 @@ def begin_pictures(renderings: Renderings, seed: int) -> Run:
 
 def begin_videos(renderings: Renderings, seed: int) -> Run:
     pipe = videos.make_pipeline(seed, num_layers=1)
-    clips = torch.stack([film(random.Random(i), renderings, 5, 32, 32)[0] for i in range(8)])
+    clips = torch.stack([clip(i, renderings, 5, 32, 32) for i in range(8)])
     pipe.vae.fit(pipe.vae.group(clips).transpose(0, 1).flatten(1).T)
     return training.new_run(pipe, random.Random(seed), RATES)
 
@@ -121,7 +132,7 @@ def test_training_lowers_the_loss(trainer: Trainer, renderings: Renderings) -> N
 
 def test_a_whole_run_leaves_a_pipeline_that_loads(trainer: Trainer, renderings: Renderings, tmp_path: Path) -> None:
     run = trainer.begin(renderings, 0)
-    training.train(run, lambda progress: trainer.step(run, renderings, progress), tmp_path, minutes=0.02)
+    training.train(run, lambda progress: trainer.take_step(run, renderings, progress), tmp_path, minutes=0.02)
     assert run.step > 0
     assert run.spent >= 60 * 0.02
     assert [p.name for p in tmp_path.iterdir() if p.name != training.LOG] == [training.STATE]
@@ -155,33 +166,61 @@ def test_a_step_without_a_finite_gradient_changes_no_weight(
         return good(*args) * math.nan
 
     monkeypatch.setattr(trainer.module, "loss_of", broken)
-    for _ in range(MOST_DROPPED):
+    states = [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in run.optimizers]
+    for _ in range(3):
         assert all(math.isnan(value) for value in trainer.step(run, renderings)[1:])
     after = [p for pipe in (run.pipe, run.average) for p in parameters(pipe).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    with pytest.raises(ArithmeticError, match="gradients of 6 steps up to step"):
-        trainer.step(run, renderings)
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        for index, values in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, state[index][name]) for name, value in values.items()), index
     monkeypatch.setattr(trainer.module, "loss_of", good)
-    trainer.step(run, renderings)
-    assert run.dropped == 0
+    assert all(math.isfinite(value) for value in trainer.step(run, renderings)[1:])
     assert all(bool(p.isfinite().all()) for p in parameters(run.pipe).values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_log_names_the_kinds_that_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kind of batch that never trains is seen there, not only by what the model can't draw."""
-    run = Run(SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None, [], random.Random(0))
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose clock goes on by a second each time it is read, and which writes no state."""
     times = itertools.count()
     monkeypatch.setattr(training, "clock_of", lambda device: lambda: float(next(times)))
-    monkeypatch.setattr(training, "save_state", lambda run, path: None)
+    monkeypatch.setattr(training, "save_state", lambda run, path: path.touch())
+    return Run(SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None, [], random.Random(0))
 
-    def step(progress: float) -> tuple[str, float, float]:
-        run.step += 1
-        return ("large", math.nan, math.nan) if run.step % 4 == 0 else ("small", 0.5, 1.0)
 
-    training.train(run, step, tmp_path, 0.75)
+@pytest.mark.parametrize("first", [1, 17, 38], ids=["in-a-row-of-the-log", "over-two-rows", "at-the-end"])
+@pytest.mark.parametrize("count", [MOST_DROPPED, MOST_DROPPED + 1])
+def test_many_steps_in_a_row_without_a_finite_gradient_end_a_run(ticking: Run, tmp_path: Path, first: int, count: int) -> None:
+    """They are counted where the log is written, and no state is after it."""
+
+    def step(progress: float) -> Step:
+        ticking.step += 1
+        value = torch.tensor(math.nan if first <= ticking.step < first + count else 1.0)
+        return "clip", value, value
+
+    if count <= MOST_DROPPED:
+        training.train(ticking, step, tmp_path, 0.75)
+        assert (tmp_path / training.STATE).exists()
+        return
+    with pytest.raises(ArithmeticError, match="gradients of 6 steps in a row up to step"):
+        training.train(ticking, step, tmp_path, 0.75)
+    assert not (tmp_path / training.STATE).exists()
+
+
+def test_the_log_names_the_kinds_that_are_left_out(ticking: Run, tmp_path: Path) -> None:
+    """A kind of batch that never trains is seen there, not only by what the model can't draw."""
+
+    def step(progress: float) -> Step:
+        ticking.step += 1
+        bad = ticking.step % 4 == 0
+        return "large" if bad else "small", torch.tensor(math.nan if bad else 0.5), torch.tensor(math.nan if bad else 1.0)
+
+    training.train(ticking, step, tmp_path, 0.75)
     lines = (tmp_path / training.LOG).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": 20 * n, "minutes": round(20 * n / 60, 2), "loss": {"small": 0.5}, "left_out": {"large": 5}} for n in (1, 2)
+        *({"step": n, "minutes": round(n / 60, 2), "loss": {"small": 0.5}, "left_out": {"large": 5}} for n in (20, 40)),
+        {"step": 45, "minutes": 0.75, "loss": {"small": 0.5}, "grad_norm": 1.0, "left_out": {"large": 1}},
     ]
     assert not any("NaN" in line for line in lines)
 
@@ -200,7 +239,7 @@ def test_the_guidance_embedding_is_trained_at_the_end(renderings: Renderings, mo
         return predict(pipe, *args)
 
     monkeypatch.setattr(pictures, "clean", watched)
-    monkeypatch.setattr(pictures, "update", lambda run, loss, progress, bf16: (loss.item(), 0.0))  # what is predicted is seen before it
+    monkeypatch.setattr(pictures, "update", lambda run, loss, progress, bf16: (loss, loss))  # what is predicted is seen before it
     run = begin_pictures(renderings, 0)
     trainer_step(run, renderings, 0.5)
     assert not any(teacher for teacher, _ in seen)
@@ -324,12 +363,9 @@ def test_pictures_models_and_losses_stay_on_one_device(trainer: Trainer, renderi
     made = trainer.begin(renderings, 0)
     run = training.new_run(made.pipe, random.Random(0), RATES, "meta")
     assert run.device.type == "meta"
-    if trainer.module is videos:  # its pipeline reads the text's mask, which has no numbers here
-        width = run.pipe.transformer.config.text_dim
-        monkeypatch.setattr(run.pipe, "encode_prompt", lambda texts, **_: (torch.zeros(len(texts), 16, width, device="meta"), None))
+    monkeypatch.setattr(videos, "generator_of", lambda *_: None)  # there is none for this device
     for _ in range(4):  # both kinds, with guidance and without
-        batch = trainer.module.draw_batch(run, elsewhere, 0.9)
-        loss = trainer.module.loss_of(run, batch, 0.9) if trainer.module is pictures else trainer.module.loss_of(run.pipe, batch)
+        loss = trainer.draw_loss(run, elsewhere, 0.9)
         loss.backward()
         assert loss.device.type == "meta"
     assert {p.grad.device.type for p in parameters(run.pipe).values() if p.grad is not None} == {"meta"}

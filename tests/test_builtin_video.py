@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from builtin_fixtures import discs
+from builtin_fixtures import clip, discs
 from conftest import fill_randomly
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -22,7 +22,7 @@ from dit_accel.pipelines.builtin.drawings import vocabulary as picture_vocabular
 from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
 from dit_accel.pipelines.builtin_video import TEXT_TOKENS, builtin_video_pipeline, train
 from dit_accel.pipelines.builtin_video.autoencoder import ClipAutoencoder
-from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, film, held_out, moving, vocabulary
+from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, vocabulary
 from dit_accel.pipelines.builtin_video.transformer import CANVAS, PlacedPatches, StretchedRotary
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": TEXT_TOKENS}
@@ -185,7 +185,7 @@ def test_the_velocity_follows_from_the_clean_latents_that_are_predicted() -> Non
     assert torch.allclose(velocity[1], x[1] / LEAST_SIGMA)
 
 
-# Captions and clips
+# Words
 
 
 def test_words() -> None:
@@ -197,65 +197,12 @@ def test_words() -> None:
     assert set(NOUNS) <= set(CONCEPTS.values())
 
 
-def test_every_word_of_a_caption_is_a_token(pipe: WanPipeline, renderings: Renderings) -> None:
-    rng = random.Random(0)
-    unknown = pipe.tokenizer.unk_token_id
-    for frames in (1, 5):
-        for _ in range(60):
-            _, caption = film(rng, renderings, frames, 16, 16)
-            ids = pipe.tokenizer(caption).input_ids
-            assert unknown not in ids, caption
-            assert len(ids) <= TEXT_TOKENS, caption
-
-
-def test_clips_are_the_seeds(renderings: Renderings) -> None:
-    first, second = (film(random.Random(3), renderings, 5, 32, 48) for _ in range(2))
-    assert first[1] == second[1]
-    assert torch.equal(first[0], second[0])
-    assert first[0].shape == (3, 5, 32, 48)
-    assert not torch.equal(first[0], film(random.Random(4), renderings, 5, 32, 48)[0])
-
-
-def test_held_out_pairs_are_never_filmed(renderings: Renderings) -> None:
-    rng = random.Random(0)
-    kept = {(n, m) for n in NOUNS for m in MOTIONS if not held_out(n, m)}
-    assert 0.03 < 1 - len(kept) / (len(NOUNS) * len(MOTIONS)) < 0.15
-    for _ in range(300):
-        _, caption = film(rng, renderings, 2, 8, 8)
-        thing = caption.split(" on a")[0]
-        noun = next(n for n in NOUNS if n in thing)
-        assert (noun, next(m for m in MOTIONS if m in thing)) in kept, caption
-
-
-@pytest.mark.parametrize(
-    ("motion", "attribute", "sign"),
-    [("moving left", "columns", -1), ("moving right", "columns", 1), ("moving up", "rows", -1), ("moving down", "rows", 1),
-     ("growing", "sides", 1)],
-)  # fmt: skip
-def test_paths_do_what_the_caption_says(motion: str, attribute: str, sign: int) -> None:
-    path = moving(random.Random(0), motion, 17, (32.0, 32.0), 20.0, (64, 64))
-    for name in ("rows", "columns", "sides"):
-        steps = getattr(path, name).diff()
-        assert bool((steps * sign > 0).all()) if name == attribute else bool((steps == 0).all()), name
-
-
-def test_a_drawing_lands_on_its_path(renderings: Renderings) -> None:
-    """The centre of what differs from a flat background follows the caption's direction."""
-    rng = random.Random(1)
-    clips = [film(rng, renderings, 9, 64, 64) for _ in range(120)]
-    pixels = next(p for p, caption in clips if "moving right" in caption)
-    ink = (pixels - pixels[:, :1, :1, :1]).abs().amax(0) > 0.3  # [F, H, W]
-    columns = torch.arange(64.0)
-    centres = [float((frame.any(0) * columns).sum() / frame.any(0).sum()) for frame in ink if bool(frame.any())]
-    assert centres[-1] - centres[0] > 0.25 * 64
-
-
 # The autoencoder
 
 
 def small_autoencoder(renderings: Renderings) -> tuple[ClipAutoencoder, Tensor]:
     vae = train.make_pipeline(0, num_layers=1).vae
-    clips = torch.stack([film(random.Random(i), renderings, 9, 64, 64)[0] for i in range(6)])
+    clips = torch.stack([clip(i, renderings, 9, 64, 64) for i in range(6)])
     return vae, clips
 
 
@@ -289,11 +236,11 @@ def test_the_first_frame_stands_alone(pipe: WanPipeline, renderings: Renderings)
 
 
 def test_decoding_gives_back_the_clip(pipe: WanPipeline, renderings: Renderings) -> None:
-    clip, _ = film(random.Random(0), renderings, 9, 128, 128)
+    filmed = clip(0, renderings, 9, 128, 128)
     with torch.no_grad():
-        (decoded,) = pipe.vae.decode(pipe.vae.encode(clip[None]).latents, return_dict=False)
-    error = float((decoded[0] - clip).square().mean() / (clip - clip.mean((1, 2, 3), keepdim=True)).square().mean())
-    assert decoded.shape == (1, *clip.shape)
+        (decoded,) = pipe.vae.decode(pipe.vae.encode(filmed[None]).latents, return_dict=False)
+    error = float((decoded[0] - filmed).square().mean() / (filmed - filmed.mean((1, 2, 3), keepdim=True)).square().mean())
+    assert decoded.shape == (1, *filmed.shape)
     assert error < 0.05
 
 

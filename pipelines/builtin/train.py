@@ -31,6 +31,7 @@ from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
 from dit_accel.pipelines.training import (
     STATE,
     Run,
+    Step,
     add_run_arguments,
     load_state,
     load_weights,
@@ -73,13 +74,13 @@ def pack(latents: Tensor) -> Tensor:
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def draw_batch(run: Run, renderings: Renderings, progress: float, factor: int = 1) -> Batch:
+def draw_batch(run: Run, renderings: Renderings, progress: float, factor: float = 1.0) -> Batch:
     """A batch of one kind and shape for this point of the schedule, `factor` times as many pictures as BATCH says."""
     rng = run.rng
     mix = next(kinds for end, kinds in PHASES if progress < end)
     kind = rng.choices(list(mix), list(mix.values()))[0]
     size, window = kind
-    text, count = 16, BATCH[kind] * factor
+    text, count = 16, max(1, round(BATCH[kind] * factor))
     if size >= 256 and rng.random() < 0.10:  # FluxPipeline pads text to 512 unless it is given another length
         text = rng.choice([32, 64, 128, 512])
         count = max(1, count // 2) if text == 512 else count
@@ -179,8 +180,8 @@ def sample_patches(renderings: Renderings, rng: random.Random) -> Tensor:
 
 
 def train_step(
-    run: Run, renderings: Renderings, progress: float, *, bf16: bool, factor: int = 1, guidance_from: float = GUIDANCE_FROM
-) -> tuple[str, float, float]:
+    run: Run, renderings: Renderings, progress: float, *, bf16: bool, factor: float = 1.0, guidance_from: float = GUIDANCE_FROM
+) -> Step:
     """One batch, one update; `progress` is the share of the budget that is spent. Gives the batch's kind, loss, gradient norm."""
     batch = draw_batch(run, renderings, progress, factor)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
@@ -200,7 +201,7 @@ def run_training(args: argparse.Namespace) -> None:
         load_state(run, args.out / STATE)
     bf16 = args.bf16 or run.device.type == "cuda"
 
-    def take_step(progress: float) -> tuple[str, float, float]:
+    def take_step(progress: float) -> Step:
         return train_step(run, renderings, progress, bf16=bf16, factor=args.factor, guidance_from=args.guidance_from)
 
     train(run, take_step, args.out, args.minutes)
