@@ -4,7 +4,6 @@ and their commands run from prepared drawings to a pipeline that loads."""
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import random
@@ -12,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +27,7 @@ from dit_accel.pipelines.builtin import train as pictures
 from dit_accel.pipelines.builtin.drawings import CONCEPTS, Renderings, compose, render
 from dit_accel.pipelines.builtin_video import WEIGHTS as VIDEO_WEIGHTS
 from dit_accel.pipelines.builtin_video import train as videos
-from dit_accel.pipelines.training import MOST_DROPPED, Run, Step, parameters
+from dit_accel.pipelines.training import Run, Step, parameters
 
 RATES = (2e-3, 1e-3)
 PICTURE_KINDS: dict[Any, float] = {(32, 32): 0.5, (48, 32): 0.5}  # whole pictures, and windows of larger ones
@@ -148,6 +146,7 @@ def test_learning_rate(trainer: Trainer, renderings: Renderings) -> None:
     assert training.rate(0, 0.0) == pytest.approx(0.01)
     assert training.rate(500, 0.3) == 1.0
     assert training.rate(5000, 1.0) == pytest.approx(0.03)
+    assert training.rate(500, 0.6, 0.2) == pytest.approx(1 - 0.97 / 2)
     run = trainer.begin(renderings, 0)
     run.step = 49
     trainer.step(run, renderings, 0.0)
@@ -178,51 +177,6 @@ def test_a_step_without_a_finite_gradient_changes_no_weight(
     assert all(math.isfinite(value) for value in trainer.step(run, renderings)[1:])
     assert all(bool(p.isfinite().all()) for p in parameters(run.pipe).values())
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@pytest.fixture
-def ticking(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run whose clock goes on by a second each time it is read, and which writes no state."""
-    times = itertools.count()
-    monkeypatch.setattr(training, "clock_of", lambda device: lambda: float(next(times)))
-    monkeypatch.setattr(training, "save_state", lambda run, path: path.touch())
-    return Run(SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None, [], random.Random(0))
-
-
-@pytest.mark.parametrize("first", [1, 17, 38], ids=["in-a-row-of-the-log", "over-two-rows", "at-the-end"])
-@pytest.mark.parametrize("count", [MOST_DROPPED, MOST_DROPPED + 1])
-def test_many_steps_in_a_row_without_a_finite_gradient_end_a_run(ticking: Run, tmp_path: Path, first: int, count: int) -> None:
-    """They are counted where the log is written, and no state is after it."""
-
-    def step(progress: float) -> Step:
-        ticking.step += 1
-        value = torch.tensor(math.nan if first <= ticking.step < first + count else 1.0)
-        return "clip", value, value
-
-    if count <= MOST_DROPPED:
-        training.train(ticking, step, tmp_path, 0.75)
-        assert (tmp_path / training.STATE).exists()
-        return
-    with pytest.raises(ArithmeticError, match="gradients of 6 steps in a row up to step"):
-        training.train(ticking, step, tmp_path, 0.75)
-    assert not (tmp_path / training.STATE).exists()
-
-
-def test_the_log_names_the_kinds_that_are_left_out(ticking: Run, tmp_path: Path) -> None:
-    """A kind of batch that never trains is seen there, not only by what the model can't draw."""
-
-    def step(progress: float) -> Step:
-        ticking.step += 1
-        bad = ticking.step % 4 == 0
-        return "large" if bad else "small", torch.tensor(math.nan if bad else 0.5), torch.tensor(math.nan if bad else 1.0)
-
-    training.train(ticking, step, tmp_path, 0.75)
-    lines = (tmp_path / training.LOG).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        *({"step": n, "minutes": round(n / 60, 2), "loss": {"small": 0.5}, "left_out": {"large": 5}} for n in (20, 40)),
-        {"step": 45, "minutes": 0.75, "loss": {"small": 0.5}, "grad_norm": 1.0, "left_out": {"large": 1}},
-    ]
-    assert not any("NaN" in line for line in lines)
 
 
 # Guidance
@@ -329,6 +283,18 @@ def test_the_video_commands_make_a_pipeline_with_the_image_models_autoencoder(
     frames = FluxPipeline.from_pretrained(image).vae.state_dict()
     assert all(torch.equal(value, frames[name]) for name, value in loaded.vae.frames.state_dict().items())
     assert torch.equal(loaded.vae.basis, state["vae.basis"])
+    further = tmp_path / "further"
+    leg = ["run", str(prepared), str(further), "--minutes", "0.01", "--device", "cpu", "--image", str(image), "--start"]
+    with pytest.raises(ValueError, match="contains no pipeline: --start takes a folder that the command `export` wrote"):
+        videos.main([*leg, str(out)])
+    monkeypatch.setattr(videos, "LARGE", [(1.01, {(5, 32): 1.0})])
+    videos.main([*leg, str(tmp_path / "model"), "--large"])
+    rows = [json.loads(line) for line in (further / training.LOG).read_text().splitlines()]
+    assert {kind for row in rows for kind in row["loss"]} == {"5x32"}
+    assert torch.equal(training.read_state(further / training.STATE)[0]["vae.basis"], state["vae.basis"])
+    started = videos.begin(discs(), 0, CLIP_PLAN, start=tmp_path / "model")
+    for pipe in (started.pipe, started.average):
+        assert all(torch.equal(p, parameters(loaded)[name]) for name, p in parameters(pipe).items())
     for refused in (command, ["export", str(out), str(tmp_path / "none"), "--image"]):
         with pytest.raises(ValueError, match="the state was made with another image model: name that one's folder with --image"):
             videos.main([*refused, str(other)])

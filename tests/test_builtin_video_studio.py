@@ -1,6 +1,7 @@
 """The clips that the built-in video model is trained on, a batch at once, held to ones made frame by frame; its fast forward, held to the
-stock pipeline's."""
+stock pipeline's; its steps, which wait for nothing."""
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -12,6 +13,7 @@ from builtin_fixtures import Scene, caption_of, discs, film, scene_of
 from conftest import fill_randomly
 from diffusers import WanPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.pipelines.builtin.drawings import BACKGROUNDS, SHARES, UNNAMED, Renderings
 from dit_accel.pipelines.builtin.transformer import LEAST_SIGMA
@@ -19,7 +21,7 @@ from dit_accel.pipelines.builtin_video import TEXT_TOKENS, studio, train
 from dit_accel.pipelines.builtin_video.fast import TokenModel, to_tokens
 from dit_accel.pipelines.builtin_video.motion import MOTIONS, NOUNS, WAY, held_out
 from dit_accel.pipelines.builtin_video.studio import DROPPED, Choices, Studio
-from dit_accel.pipelines.training import parameters
+from dit_accel.pipelines.training import new_run, parameters
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +205,66 @@ def test_the_fast_forward_is_the_stock_one(pipe: WanPipeline, made: Studio, fram
         math.sqrt(sum(float((g - theirs[n]).square().sum()) for n, g in found.items())) for found in (gradients(half), gradients(rounded))
     )
     assert 0 < wrong <= 2 * stock_wrong
+
+
+# Steps
+
+
+class Watch(TorchDispatchMode):
+    """Notes what would make the host wait for a device: a number that it reads, a shape that depends on numbers, tensors of two devices."""
+
+    READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        self.calls += 1
+        if len(devices) > 1 or func.overloadpacket.__name__ in self.READS:
+            self.found.append(str(func))
+        return out
+
+
+def test_a_step_waits_for_nothing(pipe: WanPipeline, renderings: Renderings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a number, on the CPU, and not for a copy, on a device without numbers, once the tables of a kind and shape are there."""
+    with Watch() as watch:
+        float(torch.ones(1))
+        torch.ones(1).to("meta")
+    assert len(watch.found) == 2
+    kind = (5, 32)
+    monkeypatch.setattr(train, "SHIFT", {kind: 1.5})
+    monkeypatch.setattr(random.Random, "choice", lambda _, options: options[0])  # one shape, one length of text
+    plan = train.Plan({kind: 2}, [(1.01, {kind: 1.0})], (2e-3, 1e-3))
+    run = new_run(copy.deepcopy(pipe), random.Random(0), plan.rates)
+    training = train.Training(run, renderings, plan, bf16=True)
+    train.train_step(training, 0.0)
+    with Watch() as watch:
+        train.train_step(training, 0.0)
+    assert watch.found == []
+    assert watch.calls > 1000
+    elsewhere = Renderings({size: [x.to("meta") for x in level] for size, level in renderings.levels.items()}, renderings.nouns)
+    run = new_run(copy.deepcopy(pipe), random.Random(0), plan.rates, "meta")
+    training = train.Training(run, elsewhere, plan, bf16=False)
+    monkeypatch.setattr(train, "generator_of", lambda *_: None)  # there is none for this device
+    train.draw_batch(training, 0.0)
+    train.loss_of(training.model, train.draw_batch(training, 0.0))
+    with Watch() as watch:
+        train.loss_of(training.model, train.draw_batch(training, 0.0)).backward()
+    assert watch.found == []
+    assert watch.calls > 500
+
+
+@pytest.mark.parametrize("name", list(train.PLANS))
+def test_a_plan_says_all_of_its_kinds(name: str) -> None:
+    plan = train.PLANS[name]
+    for phases in (plan.phases, train.LARGE):
+        assert [end for end, _ in phases] == sorted(end for end, _ in phases)
+        assert phases[-1][0] > 1
+        for _, mix in phases:
+            assert sum(mix.values()) == pytest.approx(1)
+            assert mix.keys() <= plan.batch.keys()
+            assert mix.keys() <= train.SHIFT.keys()

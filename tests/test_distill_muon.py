@@ -54,6 +54,25 @@ def test_one_step_is_the_formula(monkeypatch: pytest.MonkeyPatch, together: int)
         assert torch.allclose(optimizer.state[parameter]["momentum"], momentum, atol=1e-7)
 
 
+def test_a_step_that_is_to_be_left_out_changes_nothing() -> None:
+    """The optimizer is told by a tensor, as torch's fused ones are, also where the gradient is no number."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    told, other = Muon(parameters, lr=0.1), Muon([nn.Parameter(p.detach().clone()) for p in parameters], lr=0.1)
+    mine = other.param_groups[0]["params"]
+    for step, left_out in enumerate((0.0, 1.0, 0.0)):
+        gradients = [torch.randn(4, 6) for _ in parameters]
+        for parameter, same_one, gradient in zip(parameters, mine, gradients, strict=True):
+            parameter.grad = gradient * (float("nan") if left_out else 1.0)
+            same_one.grad = gradient
+        told.found_inf = torch.tensor(left_out)
+        told.step()
+        if not left_out:
+            other.step()
+        assert all(torch.equal(a, b) for a, b in zip(parameters, mine, strict=True)), step
+        assert all(torch.equal(told.state[a]["momentum"], other.state[b]["momentum"]) for a, b in zip(parameters, mine, strict=True))
+
+
 # What it trains
 
 
