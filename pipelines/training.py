@@ -178,7 +178,7 @@ def add_run_arguments(command: argparse.ArgumentParser, minutes: float) -> None:
         "--minutes", type=float, default=minutes, help="the whole budget, over all starts; on a CPU only its threads' work counts"
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--bf16", action="store_true", help="bfloat16 autocast; always on with CUDA; for CPUs with AVX-512 BF16 or AMX")
+    command.add_argument("--bf16", action="store_true", help="compute in bfloat16; always on with CUDA; for CPUs with AVX-512 BF16 or AMX")
     command.add_argument("--factor", type=_factor, default=1.0, help="this many times larger batches; below 1 where memory is full")
     command.add_argument("--seed", type=int, default=0)
 

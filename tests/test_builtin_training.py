@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -298,6 +299,22 @@ def test_the_video_commands_make_a_pipeline_with_the_image_models_autoencoder(
     for refused in (command, ["export", str(out), str(tmp_path / "none"), "--image"]):
         with pytest.raises(ValueError, match="the state was made with another image model: name that one's folder with --image"):
             videos.main([*refused, str(other)])
+
+
+@pytest.mark.parametrize("module", [pictures, videos], ids=["pictures", "videos"])
+def test_every_command_of_the_notes_is_understood(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("prepare", "run_training", "run_decoder", "export"):
+        monkeypatch.setattr(module, name, lambda *args, name=name: called.append(name), raising=False)
+    folder = WEIGHTS.parent
+    pages = [folder / "TRAINING.md", WEIGHTS / "README.md", VIDEO_WEIGHTS / "README.md"]
+    text = "\n".join([module.__doc__, *(page.read_text() for page in pages)])
+    program = f"python -m {module.__name__} "
+    commands = [line.strip().removeprefix(program) for line in text.splitlines() if line.strip().startswith(program)]
+    for command in commands:
+        module.main(re.split(r"\s{2,}[#(]", command)[0].split())
+    assert len(called) == len(commands) >= 6
+    assert {"run_training", "export"} <= set(called)
 
 
 def test_a_decoder_whose_training_was_stopped_goes_on_as_if_it_had_not_been(
