@@ -155,6 +155,13 @@ def drawn_curves() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
+def _records() -> None:
+    """On a card calls are recorded: what a test changes of how they are made must show."""
+    if calls := sys.modules.get("dit_accel.kernels.triton.calls"):
+        calls._records.clear()
+
+
+@pytest.fixture(autouse=True)
 def _guard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard as users have it, in a cache folder of the test's own, for what is marked so."""
     if "crossover" in request.keywords:
