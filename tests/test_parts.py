@@ -325,7 +325,7 @@ def test_the_samples_parts_run_on_every_backend(model: str, backend: str) -> Non
         tiny = build()
         tiny.pipe.to(device_of(backend))  # the rest of the model computes the same on one device
         dit_accel.accelerate(tiny.pipe, spec, strict=True, backend=name)
-        drawn[name] = moved(tiny.run(**moved({**tiny.call, **call}, device_of(backend)), num_inference_steps=1), CPU)
+        drawn[name] = moved(tiny.run(**moved({**tiny.call, **call, "num_inference_steps": 1}, device_of(backend))), CPU)
         for row in dit_accel.summary(tiny.pipe, show=False):
             assert row.density_kept is not None
             assert row.density_kept < 1
