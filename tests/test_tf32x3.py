@@ -11,8 +11,8 @@ from typing import Any
 import on_device
 import pytest
 import torch
-from helpers import Shape, assert_close_as_eager, oracle, random_parameters
-from on_device import KEPT, CardProducts, Product, card_product, rounded, truncated
+from helpers import Shape, assert_close_as_eager, gradients, oracle, random_parameters
+from on_device import KEPT, CardProducts, Product, attention_by, card_product, rounded, truncated
 from torch import Tensor
 
 from dit_accel.method.presets import Fovea
@@ -104,3 +104,14 @@ def test_one_sum_is_cut_and_not_rounded() -> None:
     assert card_product(big, small).item() == 2**24 + 2
     assert card_product(-big, small).item() == -(2**24 + 2)
     assert (big @ small).item() == 2**24 + 4
+
+
+def test_the_references_gradients_are_of_the_cards_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes parts of its forward pass again in the backward pass."""
+    spec, shape = Fovea(0.2), Shape(1, 1, 24, (1, 6, 9), 3)
+    plain, own = [], []
+    for found, card in ((plain, False), (own, True)):
+        monkeypatch.setattr(on_device, "tensor_cores", card)
+        found += gradients(attention_by("reference", spec, shape.layout), spec, shape, torch.float32).values()
+    assert not any(torch.equal(a, b) for a, b in zip(plain[:3], own[:3], strict=True))
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
