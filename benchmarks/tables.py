@@ -138,7 +138,7 @@ def milliseconds(value: float) -> str:
 
 def gpu(folder: Path) -> str:
     """Time of the operator on a GPU by shape, and its ratio to the fastest dense attention."""
-    rows = read(folder / "gpu-h100.json")["rows"]
+    rows = [row for row in read(folder / "gpu-h100.json")["rows"] if not row["method"].startswith("Flex")]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     backward = ", forward + backward"
     columns = [(shape, "") for shape in shapes] + [(row["shape"], backward) for row in rows if row["method"] == f"dense{backward}"]
