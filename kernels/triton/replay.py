@@ -10,6 +10,7 @@ follow from the key, and of every pointer it is asked again.
 """
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
@@ -245,19 +246,23 @@ class Records:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self._kept: dict[Hashable, tuple[Any, Record]] = {}  # the least recently used first
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, machine: Any) -> Record | None:
-        found = self._kept.pop(key, None)
-        if found is None or found[0] is not machine:
-            return None
-        self._kept[key] = found
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None or found[0] is not machine:
+                return None
+            self._kept[key] = found
         return found[1]
 
     def clear(self) -> None:
         """Forget all: what calls do depends on something else from now on."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
     def put(self, key: Hashable, machine: Any, record: Record) -> None:
-        self._kept[key] = machine, record
-        while len(self._kept) > self.limit:
-            self._kept.pop(next(iter(self._kept)), None)
+        with self._lock:
+            self._kept[key] = machine, record
+            while len(self._kept) > self.limit:
+                del self._kept[next(iter(self._kept))]
