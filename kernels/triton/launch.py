@@ -189,8 +189,8 @@ class Call:
 
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
-        if self.linear and kernel == "rows":
-            kernel = "rows_linear"
+        if kernel == "rows":
+            kernel = "rows_linear" if self.linear else "rows_variance" if self.flags["VARIANCE"] else kernel
         return Place(
             kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None
         )
