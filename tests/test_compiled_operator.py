@@ -22,7 +22,7 @@ from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU, SHAPE, TILE = torch.device("cpu"), Shape(1, 2, 8, (1, 13, 10), 5), (4, 4)
-FOVEA = Fovea(0.3, tile=TILE)
+FOVEA, FEW = Fovea(0.3, tile=TILE), Fovea(0.1, tile=TILE)
 ERROR = replace(FOVEA, keep=(TopK(0.3, score=ErrorProduct()),))
 POOLED = (
     Pooled(), Pooled(parts=2), Pooled(parts=4), Pooled(parts=4, order=1), Pooled(parts=2, order=1), Pooled(order=1),
@@ -31,14 +31,14 @@ POOLED = (
 )  # fmt: skip
 KEPT: tuple[tuple[Pattern, ...], ...] = (
     (TopK(0.3),), (TopK(0.5),), (TopK(0.3, correct_short=True),), (TopK(0.3, score=ErrorProduct()),),
-    (TopK(0.3, score=ErrorProduct(cap=0.01)),), (TopP(0.5),), (TopP(0.9),), (Disc(2),), (Disc(3),), (DiscBlocks(3),), (DiscBlocks(5),),
-    (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),), (Box((3, 2)), TopK(0.3)),
-    (Disc(2), TopK(0.3)),
+    (TopK(0.3, score=ErrorProduct(cap=0.01)),), (TopP(0.3, at_most=0.8),), (TopP(0.9, at_most=0.8),), (Disc(2),), (Disc(3),),
+    (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
+    (Box((3, 2)), TopK(0.3)),
 )  # fmt: skip
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
-    "in groups": [replace(FOVEA, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),
@@ -65,23 +65,23 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 class Call:
-    """One call of `attend`, and its result without torch.compile."""
+    """One call of `attend`, and its result without torch.compile: output and lse, where `grad` the gradients of q, k and v too."""
 
     def __init__(
         self, spec: AttentionSpec, layout: TokenLayout = SHAPE.layout, scale: float | None = None, bias: Tensor | None = None,
-        backend: str = "cpu",
+        backend: str = "cpu", *, grad: bool = False,
     ) -> None:  # fmt: skip
         seed = torch.Generator().manual_seed(1)
-        self.qkv = [size * torch.randn(1, 2, layout.tokens, 8, generator=seed) for size in (2.0, 1.0, 1.0)]
+        self.qkv = [(size * torch.randn(1, 2, layout.tokens, 8, generator=seed)).requires_grad_(grad) for size in (2.0, 1.0, 1.0)]
         plan, params = make_plan(spec, layout, CPU), random_parameters(spec, SHAPE).requires_grad_(False)
         self.given, self.bias = (spec, layout, plan, params(), scale, backend), bias
         self.expected = self.by(attend)
 
     def by(self, function: Callable[..., Any]) -> list[Tensor]:
-        """Output and lse of a function in the place of `attend`, and the gradients of query, key and value."""
-        qkv = [x.clone().requires_grad_() for x in self.qkv]
-        out, lse = function(*qkv, *self.given, text_bias=self.bias)
-        return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), qkv)]
+        """The result of a function in the place of `attend`."""
+        out, lse = function(*self.qkv, *self.given, text_bias=self.bias)
+        gradients = torch.autograd.grad(out.square().sum() + lse.sum(), self.qkv) if out.requires_grad else ()
+        return [out.detach(), lse.detach(), *gradients]
 
 
 def assert_each_is_right(calls: Sequence[Call], dynamic: bool | None = None, backend: str = "eager") -> None:
@@ -103,22 +103,27 @@ def test_one_function_computes_each_spec(chain: str) -> None:
     assert_each_is_right([Call(spec) for spec in CHAINS[chain]])
 
 
-@pytest.mark.parametrize("chain", ["pooled of the worst", "presets"])
-def test_numbers_that_are_symbols_from_the_start_decide_the_same(chain: str) -> None:
-    assert_each_is_right([Call(spec) for spec in CHAINS[chain]], dynamic=True)
+def test_numbers_that_are_symbols_from_the_start_decide_the_same() -> None:
+    assert_each_is_right([Call(spec) for spec in CHAINS["pooled of the worst"]], dynamic=True)
 
 
 def test_gradients_by_a_compiled_backward_pass() -> None:
-    assert_each_is_right([Call(spec) for spec in CHAINS["pooled"][:6]], backend="aot_eager")
+    assert_each_is_right([Call(spec, grad=True) for spec in CHAINS["pooled of the worst"][:3]], backend="aot_eager")
 
 
 def test_the_reference_compiles_as_well() -> None:
-    specs = (FOVEA, replace(FOVEA, rest=Pooled(parts=2, order=1)), replace(FOVEA, rest=Pooled(parts=2, opened=1)), CLEAR(3, tile=TILE))
+    specs = (FOVEA, replace(FOVEA, rest=Pooled(opened=1)), CLEAR(3, tile=TILE))
     assert_each_is_right([Call(spec, backend="reference") for spec in specs])
 
 
-@pytest.mark.parametrize("spec", [Fovea(0.3, order=1, tile=TILE), CLEAR(3, tile=TILE)], ids=["selected", "static"])
-def test_one_function_computes_each_layout_scale_and_bias(spec: AttentionSpec) -> None:
+@pytest.mark.parametrize("spec", [FOVEA, CLEAR(3, tile=TILE)], ids=["selected", "static"])
+def test_one_function_computes_each_layout(spec: AttentionSpec) -> None:
+    assert_each_is_right([Call(spec, layout) for layout in LAYOUTS[: len(LAYOUTS) if spec is FOVEA else 5]])
+
+
+def test_one_function_computes_each_scale_and_bias() -> None:
     bias = SHAPE.text_bias()
-    of_text = [{"scale": 0.2}, {"scale": 0.3}, {"scale": 0.2, "bias": bias}, {"bias": bias}, {}, {"bias": bias.clamp_min(-1)}]
-    assert_each_is_right([*(Call(spec, layout) for layout in LAYOUTS), *(Call(spec, SHAPE.layout, **given) for given in of_text)])  # type: ignore[arg-type]
+    of_text: list[dict[str, Any]] = [
+        {"scale": 0.2}, {"scale": 0.3}, {"scale": 0.2, "bias": bias}, {"bias": bias}, {}, {"bias": bias.clamp_min(-1)}
+    ]  # fmt: skip
+    assert_each_is_right([Call(FOVEA, **given) for given in of_text])
