@@ -16,8 +16,8 @@ from helpers import Shape, random_parameters
 from torch import Tensor
 
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
-from dit_accel.method import Disc, DiscBlocks, Pattern, Pooled, Raster, Tiles, TopK, Window
-from dit_accel.method.parts import Box, ErrorProduct, TopP
+from dit_accel.method import Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
@@ -33,7 +33,7 @@ KEPT: tuple[tuple[Pattern, ...], ...] = (
     (TopK(0.3),), (TopK(0.5),), (TopK(0.3, correct_short=True),), (TopK(0.3, score=ErrorProduct()),),
     (TopK(0.3, score=ErrorProduct(cap=0.01)),), (TopP(0.3, at_most=0.8),), (TopP(0.9, at_most=0.8),), (Disc(2),), (Disc(3),),
     (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
-    (Box((3, 2)), TopK(0.3)),
+    (Box((3, 2)), TopK(0.3)), (FirstFrames(1),),
 )  # fmt: skip
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
@@ -101,6 +101,11 @@ def assert_each_is_right(calls: Sequence[Call], dynamic: bool | None = None, bac
 @pytest.mark.parametrize("chain", CHAINS)
 def test_one_function_computes_each_spec(chain: str) -> None:
     assert_each_is_right([Call(spec) for spec in CHAINS[chain]])
+
+
+def test_no_part_is_left_out() -> None:
+    tried = {type(part) for specs in CHAINS.values() for spec in specs for part in spec.parts()}
+    assert tried == {kind for kind in part_types().values() if kind.__module__.startswith("dit_accel.")}
 
 
 def test_numbers_that_are_symbols_from_the_start_decide_the_same() -> None:

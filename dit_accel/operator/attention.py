@@ -146,10 +146,15 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the dtype that autocast gives to attention on their device; as they are without autocast and where they are float64."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 has no graph of it
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
