@@ -4,9 +4,12 @@ torch.compile keeps many graphs of a function and takes the first whose guards h
 hold for any value. What a graph depends on must be among its guards, and what is calculated from a symbol is no constant for Python's `is`.
 """
 
+import ast
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from conftest import relative_error
 from helpers import Shape, random_parameters
 from torch import Tensor
 
+import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.method import Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
@@ -106,6 +110,20 @@ def test_one_function_computes_each_spec(chain: str) -> None:
 def test_no_part_is_left_out() -> None:
     tried = {type(part) for specs in CHAINS.values() for spec in specs for part in spec.parts()}
     assert tried == {kind for kind in part_types().values() if kind.__module__.startswith("dit_accel.")}
+
+
+def test_patterns_look_at_fields_alone() -> None:
+    """What a property calculates of symbols is a symbol: `case Pooled(plain=False)`, which asks for the constant, would never fit."""
+    fields = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in part_types().items()}
+    looked = [
+        (node.cls.id, name)
+        for path in Path(dit_accel.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.MatchClass) and isinstance(node.cls, ast.Name) and node.cls.id in fields
+        for name in node.kwd_attrs
+    ]
+    assert ("Mass", "offset") in looked
+    assert [(kind, name) for kind, name in looked if name not in fields[kind]] == []
 
 
 def test_numbers_that_are_symbols_from_the_start_decide_the_same() -> None:
