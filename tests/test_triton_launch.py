@@ -256,9 +256,15 @@ def test_a_plan_made_inside_a_capture_is_refused(capturing: Callable[[bool], Non
         make_plan(CLEAR(3), layout, torch.device("cpu"))
     capturing(False)
     make_plan(CLEAR(3), layout, torch.device("cpu"))  # and the refusal is not cached
+    spec, qkv = SLA(0.4242), [torch.zeros(1, 1, layout.tokens, 16) for _ in range(3)]  # a spec that no other test has
     capturing(True)
     with pytest.raises(BackendError, match="hand them over as `params`"):
-        attention(*(torch.zeros(1, 1, layout.tokens, 16) for _ in range(3)), SLA(0.5), layout)
+        attention(*qkv, spec, layout)
+    capturing(False)
+    expected = attention(*qkv, spec, layout)
+    capturing(True)
+    assert torch.equal(attention(*qkv, spec, layout), expected)
+    assert len(capture._kept) == 2  # the plan and the start values, which the graph reads
 
 
 def plan_of_a_call(spec: AttentionSpec, capturing: Callable[[bool], None], *, captured: bool) -> weakref.ref[Tensor]:

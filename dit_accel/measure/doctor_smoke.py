@@ -30,6 +30,7 @@ METHODS: dict[str, AttentionSpec] = {
     "clear-downsample": CLEAR(6, downsample=4),
     "gna": GNA((9, 7), stride=(2, 3), dilation=(1, 2)),
 }
+SPREAD = (1.2, 4.0)  # of the channels of queries, in turns
 Pass = Callable[[list[Tensor], AttentionParameters], tuple[Tensor, Tensor]]
 
 
@@ -47,10 +48,16 @@ class Shape:
         return TokenLayout(self.grid, self.text)
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """Query, key and value, the same ones on every machine; logits spread enough for the softmax to choose."""
+        """Query, key and value, the same ones on every machine; logits spread enough for the softmax to choose.
+
+        Every other query is small and every other large, so that hardly a half variance is near its cap: there its gradient jumps, and
+        which side it is on is a matter of rounding.
+        """
         seed = torch.Generator().manual_seed(self.head_dim + self.text)
         size = (1, self.heads, self.layout.tokens, self.head_dim)
-        return [(s * torch.randn(size, generator=seed, dtype=torch.float64)).to(dtype) for s in (2.0, 1.0, 1.0)]
+        q, k, v = (torch.randn(size, generator=seed, dtype=torch.float64) for _ in range(3))
+        spread = torch.tensor(SPREAD, dtype=torch.float64).repeat(-(-self.layout.tokens // 2))[: self.layout.tokens, None]
+        return [x.to(dtype) for x in (q * spread, k, v)]
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.grid))} + {self.text} tokens, head size {self.head_dim}"

@@ -16,10 +16,10 @@ from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine
+from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, Machine
+from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
@@ -34,13 +34,15 @@ METHODS: dict[str, AttentionSpec] = {
     "gna": GNA(9),
     "sla": SLA(0.1),
     "sla, all": SLA(0.1, "elu", "all"),
+    "linear, mass": AttentionSpec((TopK(0.1),), Linear("relu"), Mass(), Tiles((8, 8)), (64, 64)),
 }
 # with a number added to each text key's logit, as where prompts of a batch are padded
 PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "sla")}
 # more blocks visited than left, so that the linear rest is summed block by block
 MOST = {"sla, most kept": SLA(0.6)}
 EVERY = METHODS | PADDED | MOST
-STATES = tuple(name for name in EVERY if name.startswith("sla"))  # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
+# a linear rest, for which the kernels take heads up to LINEAR_LIMIT
+STATES = tuple(name for name in EVERY if name.startswith(("sla", "linear")))
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED = DTYPES | {"float32": torch.float32}
@@ -56,6 +58,13 @@ class Job:
     arch: str
     head_dim: int
     dtype: str
+
+    @property
+    def spilled(self) -> int | None:
+        """Bytes a thread that are no fault; None: any, because a clock chose the tiles."""
+        if self.dtype in SPILLED:
+            return SPILLED[self.dtype]
+        return None if (self.arch, self.head_dim) in TIMED else 0
 
     def run(self) -> list[dict[str, Any]]:
         """A row per kernel."""
@@ -74,7 +83,7 @@ class Job:
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
             tile = {"queries": launch.constants.get("BQ"), "keys": launch.constants.get("BK")}
-            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(SPILLED.get(self.dtype, 0)), **tile}
+            report = {"occupancy": compiled.occupancy, "faults": compiled.faults(self.spilled), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
 

@@ -4,6 +4,7 @@ Letters: B batch, H heads, N tokens (text and image), D channels per head, T blo
 `rest`, `grid` (T, H, W) in tokens, `block` in memory, `tile` in space, `lse` natural logarithm of softmax mass.
 """
 
+import functools
 from typing import Literal, overload
 
 import torch
@@ -67,11 +68,11 @@ def attention(
     query, key, value = autocast(query, key, value)
     check_inputs(query, key, value, layout)
     if params is None:
-        params = start_values(spec, query)
+        values = _frozen_start_values(spec, query)
     else:
-        check_parameters(params, spec, query)
+        values = params()
+        check_parameters(values, spec, query)
     check_text_bias(text_bias, query, layout)
-    values = params()
     chosen = _choose(backend, spec, values, text_bias, query, key, value)
     if not torch.compiler.is_compiling():
         dispatch.warn_of_reference(backend, query.device)
@@ -132,6 +133,27 @@ def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:
     return params.to(query.device).requires_grad_(False)
 
 
+def _frozen_start_values(spec: AttentionSpec, query: Tensor) -> Values:
+    """The same as the parts are given them, copied to the device once for all calls."""
+    if torch.compiler.is_compiling():
+        return start_values(spec, query)()
+    values = _kept_start_values(spec, query.shape[1], query.shape[3], query.device)
+    capture.keep(query.device, values)
+    return values
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the tensors must serve training as well
+def _kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> Values:
+    return start_values(spec, torch.empty(1, heads, 0, head_dim, device=device))()
+
+
+@functools.lru_cache(maxsize=256)
+def _parameter_shapes(spec: AttentionSpec, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Of the spec's parameters by name."""
+    return {name: tuple(x.shape) for name, x in spec.start_values(heads=heads, head_dim=head_dim).items()}
+
+
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
     """Raise ValueError unless the three are `[B, H, N, D]` of one dtype and device with N = layout.tokens."""
     if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
@@ -146,15 +168,11 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the dtype that autocast gives to attention on their device; as they are without autocast and where they are float64."""
     device = tensors[0].device.type
-    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
+    # asked of torch.amp.is_autocast_available, torch.compile would break its graph under torch 2.11
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-@torch.compiler.assume_constant_result  # PyTorch 2.11 has no graph of it
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -180,12 +198,12 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
         raise ValueError("text_bias is not differentiated, but requires grad: detach it")
 
 
-def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
+def check_parameters(params: Values, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
-    expected = {k: tuple(v.shape) for k, v in spec.start_values(heads=query.shape[1], head_dim=query.shape[3]).items()}
-    given = {k: tuple(v.shape) for k, v in params.named_parameters()}
+    expected = _parameter_shapes(spec, query.shape[1], query.shape[3])
+    given = {name: tuple(x.shape) for name, x in params.items()}
     if expected != given:
         raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {given}")
-    elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
+    elsewhere = sorted({str(x.device) for x in params.values() if x.device != query.device})
     if elsewhere:
-        raise ValueError(f"the parameters must be on {query.device}, not on {sorted(elsewhere)}")
+        raise ValueError(f"the parameters must be on {query.device}, not on {elsewhere}")

@@ -67,11 +67,11 @@ class Compiled:
     looped: dict[str, int]  # tensor-core instructions by kind, inside loops
     code: int
 
-    def faults(self, spilled: int = 0) -> list[str]:
-        """What must not be: more than `spilled` bytes a thread spilled, too much shared memory, loads that nothing overlaps, loops without
-        tensor cores."""
+    def faults(self, spilled: int | None = 0) -> list[str]:
+        """What must not be: more than `spilled` bytes a thread spilled (None: any may be), too much shared memory, loads that nothing
+        overlaps, loops without tensor cores."""
         found = []
-        if self.spilled > spilled:
+        if spilled is not None and self.spilled > spilled:
             found.append(f"{self.spilled} bytes of stack or spilled registers")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.arch]}")

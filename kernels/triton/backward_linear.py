@@ -79,8 +79,8 @@ def linear_gradient(
         numerator = wide * (weights * keys)[:, None]
         mass = -mine * weights * keys
         if learned.offset is not None:
-            change = tl.sum(weights * den * (tl.sum(wide * rest, 1) - mine), 0)
-            tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), change)
+            shifted = tl.sum(weights * den * (tl.sum(wide * rest, 1) - mine), 0)
+            tl.store(doffset + bh * tl.num_programs(0) + tl.program_id(0), shifted)
     largest = tl.maximum(tl.max(tl.abs(numerator), 1), tl.abs(mass))
     shrink = 1.0 / tl.maximum(largest, TINY)
     mass *= shrink

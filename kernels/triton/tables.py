@@ -1,12 +1,15 @@
 """Tile sizes, warps and pipeline stages, by kernel, architecture and head dimension.
 
-Where the entries come from: no GPU was at hand. Each is the first of a short list of candidates, from large tiles, few warps and three
-stages down to 16 × 16, that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared
-memory, for every method that the kernel serves (`dit-accel bench kernels --aot` repeats the check); those of sm_90 do so under Triton 3.6.0
-and 3.7.1 as well, up to head dimension 128. Large tiles first, because a tile's arithmetic intensity against the second-level cache is its
-number of query rows; few warps first, because each holds a larger part of the products' operands. The kernels of float32 spill up to 64
-bytes a thread at head dimensions up to 128 (`benchmarks/gpu-compile.md` has what was compiled). Not one tile was timed. What `dit-accel
-bench kernels --tune` timed on a user's own GPU goes before the table (`tuned`).
+Where the entries come from: those of TIMED are the fastest of the candidates of `dit-accel bench kernels --tune` on a card of that
+architecture (an H100, Triton 3.6.0, FLUX's 24 heads of 16,896 tokens). Some of them spill registers, and take a third to a half of the time
+of tiles that don't: on Hopper 64 rows and four warps decide, because only they reach the tensor cores' widest instruction.
+Any other entry was not timed: it is the first of a short list of candidates, from large tiles, few warps and three stages down to 16 × 16,
+that Triton 3.9.0 compiles in bfloat16 and float16 without spilling a register and within the architecture's shared memory, for every method
+that the kernel serves (`dit-accel bench kernels --aot` repeats the check); those of sm_90 do so under Triton 3.6.0 and 3.7.1 as well. Large
+tiles first, because a tile's arithmetic intensity against the second-level cache is its number of query rows; few warps first, because each
+holds a larger part of the products' operands. The kernels of float32 spill up to 64 bytes a thread at head dimensions up to 128
+(`benchmarks/gpu-compile.md` has what was compiled). What `dit-accel bench kernels --tune` timed on a user's own GPU goes before the table
+(`tuned`).
 """
 
 from collections.abc import Mapping
@@ -40,15 +43,17 @@ class Machine:
     tuned: Tuned = field(default_factory=dict, hash=False)
 
 
+TIMED = (("sm_90", 128),)  # architectures and head dimensions whose tiles for 16-bit numbers were chosen by a card's clock
+
 # (kernel, head dimension in 16-bit numbers): query rows, key rows, warps, stages for each of ARCHITECTURES
 _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("rows", 64): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
-    ("rows", 128): ((32, 32, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+    ("rows", 128): ((32, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
     ("rows", 256): ((32, 16, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
     ("rows_linear", 64): ((32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
-    ("rows_linear", 128): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
+    ("rows_linear", 128): ((32, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
     ("dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    ("dense", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
+    ("dense", 128): ((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
     ("dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("merge", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("merge", 128): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
@@ -57,27 +62,27 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
     ("summarise", 256): ((64, 32, 8, 2),) * 5,  # means alone: the linear rest ends at head dimension 128
     ("gradient_rows", 64): ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
-    ("gradient_rows", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
+    ("gradient_rows", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
     ("gradient_rows", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("gradient_columns", 64): ((32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
-    ("gradient_columns", 128): ((32, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("gradient_columns", 128): ((32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
     ("gradient_columns", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
     ("gradient_dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("gradient_dense", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
     ("gradient_dense", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
     ("gradient_shared", 64): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
-    ("gradient_shared", 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
+    ("gradient_shared", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
     ("gradient_shared", 256): ((32, 64, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     ("pooled", 64): ((64, 32, 8, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 2)),
-    ("pooled", 128): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
+    ("pooled", 128): ((64, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
     ("pooled", 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
     ("slopes", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("slopes", 128): ((64, 64, 4, 2),) * 5,
+    ("slopes", 128): ((64, 64, 4, 2), (64, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     ("slopes", 256): ((64, 64, 8, 2),) * 5,
     ("linear", 64): ((64, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 4, 3)),
-    ("linear", 128): ((32, 16, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
+    ("linear", 128): ((32, 16, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("linear_columns", 64): ((32, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
-    ("linear_columns", 128): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2)),
+    ("linear_columns", 128): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2)),
     ("outer", 64): ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     ("outer", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 3)),
 }
