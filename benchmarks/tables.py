@@ -145,23 +145,13 @@ def gpu(folder: Path) -> str:
     by_place = {(row["shape"], row["method"]): row for row in rows}
 
     def cell(method: str, shape: str, passes: str) -> str:
-        row = by_place[shape, method + passes]
+        row = by_place.get((shape, method + passes))
+        if row is None:
+            return ""
         return milliseconds(row["ms"]) + (f" ({times(row['ratio'], 2 if row['ratio'] < 2 else 1)})" if "ratio" in row else "")
 
     methods = dict.fromkeys(row["method"].removesuffix(backward) for row in rows)
     return lines(["operator", *(shape + passes for shape, passes in columns)], [[m, *(cell(m, *at) for at in columns)] for m in methods])
-
-
-def gpu_step(folder: Path) -> str:
-    """Seconds of a whole step on a GPU by model and size."""
-    rows = read(folder / "gpu-step-h100.json")["rows"]
-    cases, by_place = list(dict.fromkeys(row["case"] for row in rows)), {(row["case"], row["method"]): row for row in rows}
-
-    def cell(row: dict[str, Any]) -> str:
-        return seconds(row["seconds"]) + (f" ({row['ratio']:.2f}×)" if "ratio" in row else "")
-
-    methods = dict.fromkeys(row["method"] for row in rows)
-    return lines(["step", *cases], [[method, *(cell(by_place[case, method]) for case in cases)] for method in methods])
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -169,7 +159,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
     "gpu": gpu,
-    "gpu-step": gpu_step,
     "recovery": recovery,
     "quality": quality,
     "video": video,
