@@ -22,6 +22,7 @@ from tables import TABLES, fill, read
 
 from dit_accel.files import write_bytes, write_json, write_text
 from dit_accel.kernels.cpu import native
+from dit_accel.measure.timing import graphics_card
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = "a panda moving left on a blue background"
@@ -41,6 +42,7 @@ class Figure:
     prepare: Callable[[Path], None] | None = None  # writes what the commands read
     finish: Callable[[Path], None] | None = None  # changes what they wrote
     target: str | None = None  # the instruction set of the CPU kernels that it is about; on other machines it stays as it is
+    card: str | None = None  # likewise the GPU's name, or a part of it
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -122,6 +124,11 @@ FIGURES: dict[str, Figure] = {
         (words("bench kernels --repeats 3 --largest 16448 --out kernels-amx.json"),), {"kernels-amx.json": "benchmarks/kernels-amx.json"},
         target="amx",
     ),
+    "gpu": Figure(
+        ((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"), (str(ROOT / "benchmarks" / "gpu_step.py"), "--out", "step.json")),
+        {"gpu.json": "benchmarks/gpu-h100.json", "step.json": "benchmarks/gpu-step-h100.json"},
+        card="H100",
+    ),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "recovery": Figure(
         (
@@ -179,6 +186,9 @@ def make(name: str) -> None:
     figure = FIGURES[name]
     if figure.target not in (None, native.TARGETS[native.target()]):
         print(f"{name}: stays as it is, it is about CPUs with {figure.target}", flush=True)
+        return
+    if figure.card is not None and figure.card not in str(graphics_card().get("gpu")):
+        print(f"{name}: stays as it is, it is about the {figure.card}", flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         if figure.prepare:

@@ -12,6 +12,7 @@ processors.
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Shape:
     text: int = 512
     heads: int = 24
     head_dim: int = 128
+    detailed: bool = False  # also kernel by kernel
     backward: bool = False
 
     def layout(self, spec: AttentionSpec) -> TokenLayout:
@@ -71,13 +73,13 @@ class Shape:
 
 
 SHAPES = (
-    Shape("FLUX.1, 2048 x 2048", (1, 128, 128), backward=True),
+    Shape("FLUX.1, 2048 x 2048", (1, 128, 128), detailed=True, backward=True),
     Shape("FLUX.1, 4096 x 4096", (1, 256, 256)),
     Shape("FLUX.1, 1024 x 1024", (1, 64, 64)),
     Shape("Wan 2.1 14B, 81 x 480 x 832", (21, 30, 52), 0, 40),
     Shape("Wan 2.1 14B, 81 x 720 x 1280", (21, 45, 80), 0, 40),
 )
-TINY = (Shape("tiny", (1, 10, 12), 5, 1, 16, backward=True),)
+TINY = (Shape("tiny", (1, 10, 12), 5, 1, 16, detailed=True, backward=True),)
 
 
 def compile_job(job: tuple[str, Shape, torch.dtype, Any, Any]) -> int:
@@ -168,16 +170,22 @@ def host_and_graph(call: Callable[[], Any], device: torch.device) -> dict[str, f
     return {"host_us": taken, "graph_ms": milliseconds(graph.replay)}
 
 
-def flex_time(spec: AttentionSpec, layout: TokenLayout, qkv: list[Tensor], device: torch.device) -> float | str:
-    """Milliseconds of FlexAttention over the same blocks, which is without the rest; or why there is none."""
-    if reason := rivals.flex_refusal(spec, layout, device):
-        return reason
-    call = functools.partial(rivals.flex(qkv[0], qkv[1], spec, layout), *qkv)
-    call()
-    return milliseconds(call)
+def flex_rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """FlexAttention over the blocks that methods visit, which is without their rest. Its compiler takes half a minute."""
+    qkv = shape.inputs(device, dtype)
+    for name in ("Fovea 5 %", "CLEAR radius 8"):
+        layout = shape.layout(SPECS[name])
+        row = {"shape": shape.name, "tokens": layout.tokens, "heads": shape.heads, "method": f"FlexAttention, blocks of {name}"}
+        if reason := rivals.flex_refusal(SPECS[name], layout, device):
+            yield row | {"missing": reason}
+            continue
+        with torch.no_grad():
+            call = functools.partial(rivals.flex(qkv[0], qkv[1], SPECS[name], layout), *qkv)
+            call()
+            yield row | {"ms": milliseconds(call)}
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, flex: bool) -> Iterator[dict[str, Any]]:
+def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for dense attention, one for each method, and those of forward and backward."""
     qkv = shape.inputs(device, dtype)
     own = {"shape": shape.name, "tokens": qkv[0].shape[2], "heads": shape.heads}
@@ -191,8 +199,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, flex: boo
             ms = milliseconds(call)
             row = own | {"method": name, "ms": ms, "ratio": fastest(times) / ms}
             row["ideal"] = layout.tokens**2 / computed_pairs(spec, layout, shape.head_dim)
-            row |= {"kernels": by_kernel(call, device)} | host_and_graph(call, device)
-            yield row | ({"flex_ms": flex_time(spec, layout, qkv, device)} if flex and name in ("Fovea 5 %", "CLEAR radius 8") else {})
+            yield row | host_and_graph(call, device) | ({"kernels": by_kernel(call, device)} if shape.detailed else {})
     if shape.backward:
         qkv = shape.inputs(device, dtype, grad=True)
         dense = milliseconds(step_of(F.scaled_dot_product_attention, qkv))
@@ -205,13 +212,11 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, flex: boo
 
 
 def line(row: dict[str, Any]) -> str:
-    shown = f"{row['shape']:28} {row['method']:38} {row['ms']:9.3f} ms"
+    shown = f"{row['shape']:28} {row['method']:38} " + (f"{row['ms']:9.3f} ms" if "ms" in row else row["missing"])
     if "ratio" in row:
         shown += f" {row['ratio']:6.2f}x" + (f" of {row['ideal']:5.1f}x" if "ideal" in row else " " * 10)
     if "host_us" in row:
         shown += f"; host {row['host_us']:.0f} us, graph {row['graph_ms']:.3f} ms"
-    if "flex_ms" in row:
-        shown += f"; FlexAttention {row['flex_ms'] if isinstance(row['flex_ms'], str) else format(row['flex_ms'], '.3f')}"
     return shown + "".join(f", {name} {ms:.3f}" for name, ms in list(row.get("kernels", {}).items())[:4])
 
 
@@ -224,13 +229,13 @@ def main() -> None:
     shapes = TINY if args.tiny else SHAPES
     if not args.tiny:
         compile_all(shapes, dtype, device)
-    rows = []
-    for number, shape in enumerate(shapes):
-        for row in measure(shape, dtype, device, flex=number == 0 and not args.tiny):
-            rows.append(row)
-            print(line(row), flush=True)
-            if args.out is not None:  # after each row: an interruption loses no more than one
-                write_json(args.out, {"machine": machine(), "dtype": str(dtype).removeprefix("torch."), "rows": rows})
+    rows: list[dict[str, Any]] = []
+    found = [measure(shape, dtype, device) for shape in shapes] + [flex_rows(shapes[0], dtype, device)]
+    for row in itertools.chain.from_iterable(found):
+        rows.append(row)
+        print(line(row), flush=True)
+        if args.out is not None:  # after each row: an interruption loses no more than one
+            write_json(args.out, {"machine": machine(), "dtype": str(dtype).removeprefix("torch."), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ from dit_accel.method.presets import CLEAR, SLA, Fovea
 
 SPECS: dict[str, AttentionSpec] = {
     "Fovea 5 %": Fovea(0.05),
-    "Fovea radius 8": Fovea(radius=8),
     "CLEAR radius 8": CLEAR(8),
     "SLA 5 %": SLA(0.05),
 }
-RUNS = 3
 Arguments = dict[str, Any]
 
 
@@ -108,15 +106,15 @@ def seconds(model: nn.Module, arguments: Arguments, runs: int) -> float:
     return statistics.median(taken[1:])
 
 
-def measure(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> Iterator[dict[str, Any]]:
+def measure(name: str, device: torch.device, dtype: torch.dtype, runs: int, *, tiny: bool) -> Iterator[dict[str, Any]]:
     """A row for the original step and one for each method."""
     model, arguments = CASES[name](device, dtype, tiny=tiny)
-    original = seconds(model, arguments, 1 if tiny else RUNS)
+    original = seconds(model, arguments, runs)
     yield {"case": name, "method": "original", "seconds": original}
     for title, spec in SPECS.items():
         dit_accel.accelerate(model, spec, strict=True, backend="triton")
         try:
-            fast = seconds(model, arguments, 1 if tiny else RUNS)
+            fast = seconds(model, arguments, runs)
         finally:
             dit_accel.restore(model)
         yield {"case": name, "method": title, "seconds": fast, "ratio": original / fast}
@@ -127,11 +125,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--tiny", action="store_true", help="tiny models, interpreted")
     parser.add_argument("--case", action="append", choices=list(CASES), help="which models and sizes (all)")
+    parser.add_argument("--runs", type=int, default=3, help="forwards whose median is taken (3)")
     args = parser.parse_args()
     device, dtype = (torch.device("cpu"), torch.float16) if args.tiny else (torch.device("cuda"), torch.bfloat16)
     rows = []
     for name in args.case or CASES:
-        for row in measure(name, device, dtype, tiny=args.tiny):
+        for row in measure(name, device, dtype, args.runs, tiny=args.tiny):
             rows.append(row)
             ratio = f" {row['ratio']:6.2f}x" if "ratio" in row else ""
             print(f"{name:30} {row['method']:16} {row['seconds']:9.3f} s{ratio}", flush=True)

@@ -131,10 +131,34 @@ def evaluate(folder: Path) -> str:
     return lines(["", "velocity error"], [[row["name"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for row in rows])
 
 
+def milliseconds(value: float) -> str:
+    """0.372 ms, 19.1 ms."""
+    return f"{figures(value)} ms"
+
+
+def gpu(folder: Path) -> str:
+    """Time of the operator on a GPU by shape, and its ratio to the fastest dense attention."""
+    rows = [row for row in read(folder / "gpu-h100.json")["rows"] if not row["method"].startswith("Flex")]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    backward = ", forward + backward"
+    columns = [(shape, "") for shape in shapes] + [(row["shape"], backward) for row in rows if row["method"] == f"dense{backward}"]
+    by_place = {(row["shape"], row["method"]): row for row in rows}
+
+    def cell(method: str, shape: str, passes: str) -> str:
+        row = by_place.get((shape, method + passes))
+        if row is None:
+            return ""
+        return milliseconds(row["ms"]) + (f" ({times(row['ratio'], 2 if row['ratio'] < 2 else 1)})" if "ratio" in row else "")
+
+    methods = dict.fromkeys(row["method"].removesuffix(backward) for row in rows)
+    return lines(["operator", *(shape + passes for shape, passes in columns)], [[m, *(cell(m, *at) for at in columns)] for m in methods])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "step": step,
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
+    "gpu": gpu,
     "recovery": recovery,
     "quality": quality,
     "video": video,

@@ -42,14 +42,14 @@ class Blocks:
 
     def gather(self, x: Tensor) -> Tensor:
         """`[..., N, D]` to `[..., T, width, D]`; a view where all blocks are full and follow each other."""
-        if self.even and self.consecutive:
+        if self.consecutive and self.even:  # in this order: torch.compile does not know whether blocks made in a graph are even
             return x.unflatten(-2, self.index.shape)
         return x.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape)
 
     def ungather(self, x: Tensor) -> Tensor:
         """The inverse: `[..., T, width, D]` to `[..., N, D]`, padding dropped."""
         flat = x.flatten(-3, -2)
-        return flat if self.even and self.consecutive else flat.index_select(-2, self.place)
+        return flat if self.consecutive and self.even else flat.index_select(-2, self.place)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,15 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+@pytest.fixture(autouse=True)
+def _tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared with a card's float32 errs as its tensor cores do."""
+    if "gpu" in request.keywords and torch.cuda.is_available() and not torch.version.hip:
+        import on_device  # it imports dit_accel, which reads the environment that is set above
+
+        monkeypatch.setattr(on_device, "tensor_cores", True)
+
+
 @pytest.fixture
 def pipe() -> Any:
     """A tiny FLUX pipeline with 2 double and 2 single blocks."""
@@ -152,6 +161,13 @@ def drawn_curves() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw_curve", lambda history: PIXEL)
         yield original
+
+
+@pytest.fixture(autouse=True)
+def _records() -> None:
+    """On a card calls are recorded: what a test changes of how they are made must show."""
+    if calls := sys.modules.get("dit_accel.kernels.triton.calls"):
+        calls._records.clear()
 
 
 @pytest.fixture(autouse=True)

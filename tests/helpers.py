@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import eager as eagerly
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -299,6 +300,7 @@ def linear_rest(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rest: Linear) -> 
 # The oracle
 
 
+@eagerly()
 def oracle(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, params: AttentionParameters | None = None,
     *, scale: float | None = None, text_bias: Tensor | None = None, dtype: torch.dtype = torch.float64,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, oracle, random_parameters
+from on_device import CPU, attention_by, device_of, moved
 from test_composition import FOREIGN, SMALL
 from test_parts import SPECS as PARTS
 from torch import Tensor
@@ -22,7 +23,6 @@ from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.lists import PADDING, Lists
 
-CPU = torch.device("cpu")
 SHAPE = Shape(1, 2, 16, (1, 11, 14), 5)
 TINY = Shape(1, 2, 24, (1, 6, 9), 3)  # for the interpreter
 SPECS = {
@@ -63,6 +63,17 @@ def _rows(x: Any, blocks: slice) -> Any:
     return x[blocks].contiguous() if isinstance(x, Tensor) else x
 
 
+def attend_by(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Any, bias: Tensor | None,
+    key_layout: TokenLayout,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`composition.attend` on tensors of the CPU."""
+    device = device_of(backend)
+    *qkv, plan, bias = moved([q, k, v, plan, bias], device)
+    found = composition.attend(*qkv, spec, layout, plan, params(device), 0.3, backend, text_bias=bias, key_layout=key_layout)
+    return moved(found, CPU)
+
+
 def compare(backend: str, spec: AttentionSpec, shape: Shape, text: int, blocks: tuple[int, int]) -> None:
     """Output, lse and gradients of the band and the first `text` of the text's queries with those rows of the oracle."""
     layout = shape.layout
@@ -77,13 +88,10 @@ def compare(backend: str, spec: AttentionSpec, shape: Shape, text: int, blocks: 
         q, k, v = inputs = shape.inputs(dtype, grad=True)
         params = random_parameters(spec, shape, dtype)
         if own:
-            out, lse = composition.attend(
-                q[:, :, rows], k, v, spec, queries, plan, params(), 0.3, backend, text_bias=bias, key_layout=layout
-            )  # fmt: skip
+            out, lse = attend_by(backend, q[:, :, rows], k, v, spec, queries, plan, params, bias, layout)
         else:
-            whole = oracle(q, k, v, spec, layout, params, scale=0.3, text_bias=bias, dtype=dtype) if known else attention(
-                q, k, v, spec, layout, params=params, scale=0.3, text_bias=bias, backend="reference", return_lse=True
-            )  # fmt: skip
+            reference = attention_by("reference", spec, layout, scale=0.3, text_bias=bias)
+            whole = oracle(q, k, v, spec, layout, params, scale=0.3, text_bias=bias, dtype=dtype) if known else reference(inputs, params)
             out, lse = (x[:, :, rows] for x in whole)
         seed = torch.Generator().manual_seed(7)
         sum((x * torch.randn(x.shape, generator=seed).to(x.dtype)).sum() for x in (out, lse)).backward()  # type: ignore[union-attr]
@@ -181,10 +189,9 @@ def against_the_whole(backends: tuple[str, ...], spec: AttentionSpec, shape: Sha
 
     def whole(x: Tensor, words: Tensor, k: Tensor, v: Tensor, params: Any) -> Run:
         found = [
-            attention(joined(words, *images), k, v, spec, of_k, params=params, scale=0.3, text_bias=bias, backend="reference",
-                      return_lse=True)
+            attention_by("reference", spec, of_k, scale=0.3, text_bias=bias)([joined(words, *images), k, v], params)
             for images in (((x, x),) if more_keys else ((x,), (-x,)))
-        ]  # fmt: skip
+        ]
         own = slice(of_k.image_slice.start, of_k.image_slice.start + shape.layout.image)
         rows = [[part[:, :, own] for part in result] for result in found]
         said = [part[:, :, of_k.text_slice][:, :, :text] for part in found[0]]
@@ -193,7 +200,7 @@ def against_the_whole(backends: tuple[str, ...], spec: AttentionSpec, shape: Sha
 
     def part(backend: str, x: Tensor, words: Tensor, k: Tensor, v: Tensor, params: Any) -> Run:
         q = joined(words[:, :, :text], *((x,) if more_keys else (x, -x)))
-        return composition.attend(q, k, v, spec, of_q, plan, params(), 0.3, backend, bias, key_layout=of_k)
+        return attend_by(backend, q, k, v, spec, of_q, plan, params, bias, of_k)
 
     def run(dtype: torch.dtype, function: Callable[..., Run]) -> list[Tensor]:
         given = [(s * x).to(dtype).requires_grad_() for s, x in zip((2, 2, 1, 1), starts, strict=True)]

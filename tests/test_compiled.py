@@ -1,5 +1,7 @@
 """torch.compile: no more graphs than the original model has, for any number of sizes, steps and modes, and the results of eager mode."""
 
+import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +17,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import dit_accel
-from dit_accel import CLEAR, SLA, AttentionSpec, Fovea
+from dit_accel import CLEAR, SLA, Assignment, AttentionSpec, Fovea, Rule
 from dit_accel.errors import FallbackError
 from dit_accel.measure.capture import capture_inputs
+from dit_accel.method import Pooled
 from dit_accel.patch.state import operators_of
 
 SIZES = [(17, 25), (20, 20), (16, 24), (24, 16), (10, 30), (30, 10), (12, 18), (13, 19), (8, 9), (9, 8)]  # some have equal token numbers
@@ -268,3 +271,30 @@ def test_the_operators_keep_pytorchs_rules(active: bool) -> None:
 def test_nothing_that_decides_is_recorded_in_a_cuda_graph() -> None:
     for name in ("begin", "layer", "layer_backward", "noted"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.dit_accel, name).default.tags
+
+
+# Other methods of one compiled model
+
+
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+@torch.no_grad()
+def test_compiled_layers_run_what_they_are_given_next(way: str) -> None:
+    fovea = Fovea(0.2)
+    finer = [
+        dataclasses.replace(fovea, rest=rest) for rest in (Pooled(parts=2), Pooled(parts=4), Pooled(cap=0.2), Pooled(parts=2, opened=1))
+    ]
+    apart = Assignment((Rule(finer[0]), Rule(CLEAR(3.0), layers="single_transformer_blocks.1.*")))
+    turned = Assignment((Rule(CLEAR(3.0)), Rule(finer[0], layers="single_transformer_blocks.1.*")))
+    specs = (fovea, Fovea(0.2, order=1), *finer, CLEAR(3.0), SLA(0.2), apart, turned)
+    transformer, drawn = tiny_transformer(double=0, single=2), []
+    model = compiled(transformer, way)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for given in (None, *specs, fovea, None):
+            eager = tiny_transformer(double=0, single=2)
+            for each in (transformer, eager) if given else ():
+                dit_accel.accelerate(each, given, strict=True)
+            drawn.append(draw(eager, (20, 20)))
+            assert relative_error(draw(model, (20, 20)), drawn[-1]) < 1e-5, given
+            if given:
+                dit_accel.restore(transformer)
+    assert min(relative_error(*pair) for pair in itertools.pairwise(drawn)) > 1e-4

@@ -1,16 +1,16 @@
 """The operator as a composition: what the compiled kernels don't know in full has its exact part there and the rest in torch, and the call
 that is one kernel equals it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from on_device import CPU, attention_by
 from torch import Tensor
 
 import dit_accel
-from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, TokenLayout, attention
+from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, attention
 from dit_accel.kernels import reference
 from dit_accel.kernels.reference import Partial
 from dit_accel.method import (
@@ -36,7 +36,7 @@ from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan, with_chosen
 from dit_accel.operator.composition import image_call
 
-CPU, SMALL = torch.device("cpu"), Tiles((4, 4))
+SMALL = Tiles((4, 4))
 RAGGED, VIDEO, TEXTLESS = Shape(1, 2, 16, (1, 11, 14), 5), Shape(2, 2, 24, (3, 5, 9), 7, False), Shape(1, 2, 16, (1, 9, 11))
 TINY = Shape(1, 1, 16, (1, 6, 9), 3)  # the interpreter takes a thousand times as long
 
@@ -116,13 +116,9 @@ def cases(specs: dict[str, AttentionSpec], *on_gpu: str) -> pytest.MarkDecorator
     return pytest.mark.parametrize(("backend", "spec"), chosen)
 
 
-def run(backend: str, spec: AttentionSpec, layout: TokenLayout, bias: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda qkv, params: attention(*qkv, spec, layout, params=params, backend=backend, text_bias=bias, return_lse=True)
-
-
 def compare(backend: str, spec: AttentionSpec, shape: Shape, bias: Tensor | None = None) -> None:
     """A backend's output, lse and gradients with those of the reference."""
-    own, expected = run(backend, spec, shape.layout, bias), run("reference", spec, shape.layout, bias)
+    own, expected = (attention_by(name, spec, shape.layout, text_bias=bias) for name in (backend, "reference"))
     results = []
     for function, dtype in ((own, torch.float32), (expected, torch.float64), (expected, torch.float32)):
         params = random_parameters(spec, shape, dtype)
@@ -151,7 +147,7 @@ def test_the_composition_equals_the_reference(spec: AttentionSpec, backend: str,
 @pytest.mark.parametrize("spec", KNOWN.values(), ids=KNOWN)
 def test_one_call_equals_the_composition(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole layers by one kernel, and by an exact part and torch, on the same inputs."""
-    params, function = random_parameters(spec, VIDEO), run("cpu", spec, VIDEO.layout)
+    params, function = random_parameters(spec, VIDEO), attention_by("cpu", spec, VIDEO.layout)
     whole = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
     monkeypatch.setattr(lowering, "fuses", lambda spec, *_: False)
     parts = [*function(VIDEO.inputs(), params), flat(gradients(function, spec, VIDEO, torch.float32))]
@@ -181,8 +177,8 @@ def test_a_composition_in_low_precision(dtype: torch.dtype) -> None:
     spec, params = FOREIGN["rest-and-merge"], random_parameters(FOREIGN["rest-and-merge"], RAGGED)
     inputs = RAGGED.inputs(dtype)
     with torch.no_grad():
-        exact = run("reference", spec, RAGGED.layout)([x.double() for x in inputs], params.double())[0]
-        got = run("cpu", spec, RAGGED.layout)(inputs, params.float())[0]
+        exact = attention_by("reference", spec, RAGGED.layout)([x.double() for x in inputs], params.double())[0]
+        got = attention_by("cpu", spec, RAGGED.layout)(inputs, params.float())[0]
     assert got.dtype == dtype
     error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 2 * torch.finfo(dtype).eps  # the exact part is rounded, its weights are, and the sum
@@ -193,7 +189,7 @@ def test_a_composition_in_low_precision(dtype: torch.dtype) -> None:
 def test_top_p_equals_the_oracle(spec: AttentionSpec, shape: Shape) -> None:
     qkv, params = shape.inputs(torch.float64), random_parameters(spec, shape, torch.float64)
     expected = oracle(*qkv, spec, shape.layout, params)
-    torch.testing.assert_close(run("reference", spec, shape.layout)(qkv, params), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(attention_by("reference", spec, shape.layout)(qkv, params), expected, rtol=1e-11, atol=1e-11)
 
 
 def chosen(top: TopP) -> Tensor:
@@ -238,7 +234,7 @@ def test_a_composition_compiles_without_a_break() -> None:
         lambda q, k, v: attend(q, k, v, spec, layout, plan, params(), None, "cpu"), backend="aot_eager", fullgraph=True
     )
     qkv, again = RAGGED.inputs(grad=True), RAGGED.inputs(grad=True)
-    out, expected = compiled(*qkv)[0], run("cpu", spec, layout)(again, params)[0]
+    out, expected = compiled(*qkv)[0], attention_by("cpu", spec, layout)(again, params)[0]
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     out.square().sum().backward()
     expected.square().sum().backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close_as_eager
+from on_device import CPU, attention_by
 from test_pooled_parts import cut, moments
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from dit_accel.operator import composition
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call, visited_blocks
 
-TILES, CPU = Tiles((4, 4)), torch.device("cpu")
+TILES = Tiles((4, 4))
 Block = tuple[int, int, int, int]  # a block's image and its place on the grid of blocks
 Unit = tuple[int, tuple[int, ...]]  # its level and the key blocks in it
 
@@ -237,7 +238,6 @@ def test_the_cpu_kernels_open_what_the_reference_opens(cap: float) -> None:
 def test_the_gpu_kernels_are_the_reference(rest: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
     """No part is given a call of its own."""
     layout, spec = TokenLayout((1, 7, 14), 3), grouped(rest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepared = make_plan(spec, layout, CPU).prepared
     assert len(prepared["far_roots"]) < len(prepared["far_starts"]) - 1
     seed, found = torch.Generator().manual_seed(2), []
@@ -246,7 +246,7 @@ def test_the_gpu_kernels_are_the_reference(rest: Pooled, monkeypatch: pytest.Mon
         leaves = [x[:, :1].to(dtype).requires_grad_() for x in inputs(layout)]
         if backend == "triton":
             monkeypatch.setattr(composition, "Call", None)
-        out = attention(*(x.to(device if backend == "triton" else CPU) for x in leaves), spec, layout, scale=0.3, backend=backend).cpu()
+        out, _ = attention_by(backend, spec, layout, scale=0.3)(leaves)
         found.append([out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)])
     for exact, eager, mine, name in zip(*found, ["out", *"qkv"], strict=True):
         assert_close_as_eager(mine, exact, eager, name)

@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 from helpers import Shape
+from on_device import attention_by
 from torch import Tensor
 
 from dit_accel.kernels import dispatch
 from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.attention import attention
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPECS = {"fovea": Fovea(0.2), "clear": CLEAR(3, downsample=2), "sla": SLA(0.3)}
 # masked: some of one sample's text; all of it, more than one tile of it
 SHAPES = {"some": Shape(2, 1, 16, (1, 5, 7), 6), "a whole tile": Shape(1, 2, 16, (1, 5, 7), 70, False)}
@@ -38,18 +36,17 @@ RUNS = [
 
 def results(spec: AttentionSpec, shape: Shape, bias: Tensor, backend: str, dtype: torch.dtype, held: float | None) -> list[Tensor]:
     """Output, lse and the gradients of query, key and value, where the masked tokens' keys and values are `held`."""
-    device = DEVICE if backend == "triton" else torch.device("cpu")
     qkv = shape.inputs(dtype)
     text = slice(0, shape.text) if shape.text_first else slice(shape.layout.image, None)
     if held is not None:
         for x in qkv[1:]:
             x[:, :, text] = x[:, :, text].masked_fill((bias == -math.inf)[:, None, :, None], held)
-    leaves = [x.to(device).requires_grad_() for x in qkv]
-    out, lse = attention(*leaves, spec, shape.layout, text_bias=bias.to(device), backend=backend, return_lse=True)
+    leaves = [x.requires_grad_() for x in qkv]
+    out, lse = attention_by(backend, spec, shape.layout, text_bias=bias)(leaves)
     (out.double().square().sum() + lse.double().sin().sum()).backward()
     grads = [x.grad for x in leaves if x.grad is not None]
     assert len(grads) == 3
-    return [x.detach().cpu() for x in (out, lse, *grads)]
+    return [x.detach() for x in (out, lse, *grads)]
 
 
 @pytest.mark.parametrize(("backend", "dtype", "masked", "held", "names"), RUNS)

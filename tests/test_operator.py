@@ -314,19 +314,6 @@ def test_no_parameters_mean_their_start_values(spec: AttentionSpec) -> None:
     torch.testing.assert_close(run(qkv, spec, RAGGED.layout), run(qkv, spec, RAGGED.layout, start), rtol=0, atol=0)
 
 
-@every_spec
-def test_start_values_are_made_once_and_serve_training_after_inference(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, made = dataclasses.replace(RAGGED, heads=3), []
-    with torch.inference_mode():
-        attention(*shape.inputs(), spec, shape.layout)
-    make = AttentionSpec.make_parameters
-    monkeypatch.setattr(AttentionSpec, "make_parameters", lambda spec, **sizes: made.append(sizes) or make(spec, **sizes))
-    qkv = shape.inputs(grad=True)
-    attention(*qkv, spec, shape.layout).sum().backward()
-    assert made == []
-    assert all(x.grad is not None for x in qkv)
-
-
 @every_implementation
 @pytest.mark.parametrize("scale", [0.0, 0.7], ids=str)
 @every_method

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import fill_randomly, relative_error, tiny_pipe
 from distill_fixtures import CALL, PROMPTS, distill, prompt_pipe, quick
 from helpers import Shape, assert_close_as_eager, flat, gradients, random_parameters
+from on_device import CPU, attention_by, device_of, moved
 from test_families import Tiny
 from torch import Tensor
 
@@ -121,10 +122,6 @@ every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
 
-def run(backend: str, spec: AttentionSpec, layout: TokenLayout) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda qkv, params: attention(*qkv, spec, layout, params=params, backend=backend, return_lse=True)
-
-
 def test_every_registered_part_is_tried() -> None:
     slots = (Pattern, Score, Rest, Merge, Order)
     assert {name for slot in slots for name in part_types(slot)} == set(part_types())
@@ -146,7 +143,7 @@ def test_json_pickle_and_text(spec: AttentionSpec) -> None:
 def test_the_cpu_kernels_equal_the_reference(spec: AttentionSpec, shape: Shape) -> None:
     results = []
     for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
-        function, params = run(backend, spec, shape.layout), random_parameters(spec, shape, dtype)
+        function, params = attention_by(backend, spec, shape.layout), random_parameters(spec, shape, dtype)
         with torch.no_grad():
             found = function(shape.inputs(dtype), params)
         results.append([*found, flat(gradients(function, spec, shape, dtype))])
@@ -159,7 +156,7 @@ def test_gradients_are_those_of_the_output(spec: AttentionSpec) -> None:
     """Of a step into a random direction, in float64."""
     shape = RAGGED["11x14-text-5"]
     function, params, qkv = (
-        run("reference", spec, shape.layout),
+        attention_by("reference", spec, shape.layout),
         random_parameters(spec, shape, torch.float64),
         shape.inputs(torch.float64, grad=True),
     )
@@ -269,7 +266,7 @@ def test_bfloat16_stays_finite(spec: AttentionSpec) -> None:
     shape = RAGGED["11x14-text-5"]
     qkv = [(4 * x).detach().requires_grad_() for x in shape.inputs(torch.bfloat16)]
     params = spec.make_parameters(heads=2, head_dim=16)
-    out, lse = run("cpu", spec, shape.layout)(qkv, params)
+    out, lse = attention_by("cpu", spec, shape.layout)(qkv, params)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert all(x.isfinite().all() for x in (out, lse, *(x.grad for x in (*qkv, *params.parameters()) if x.grad is not None)))
@@ -326,8 +323,9 @@ def test_the_samples_parts_run_on_every_backend(model: str, backend: str) -> Non
     spec = dataclasses.replace(NEW["SPEC"], order=Tiles((4, 4)), block=(16, 16))
     for name in ("reference", backend):
         tiny = build()
+        tiny.pipe.to(device_of(backend))  # the rest of the model computes the same on one device
         dit_accel.accelerate(tiny.pipe, spec, strict=True, backend=name)
-        drawn[name] = tiny.run(**call, num_inference_steps=1)
+        drawn[name] = moved(tiny.run(**moved({**tiny.call, **call, "num_inference_steps": 1}, device_of(backend))), CPU)
         for row in dit_accel.summary(tiny.pipe, show=False):
             assert row.density_kept is not None
             assert row.density_kept < 1

@@ -190,3 +190,16 @@ def test_the_kept_share_is_a_count_of_pairs(
     assert kept_density(spec, layout) == pytest.approx(pairs / layout.image**2, abs=1e-12)
     assert kept_density(spec, layout) <= visited_density(spec, layout) <= 1
     assert not any(isinstance(pattern, Box) for pattern in spec.keep) or visited_density(spec, layout) > kept_density(spec, layout)
+
+
+@pytest.mark.parametrize("spec", [Fovea(0.3), SLA(0.3)], ids=str)
+def test_start_values_are_made_once_and_serve_training_after_inference(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(1, 3, 24, (1, 8, 9), 2)
+    with torch.inference_mode():
+        expected = attention(*shape.inputs(), spec, shape.layout)
+    monkeypatch.delattr(AttentionSpec, "make_parameters")
+    qkv = shape.inputs(grad=True)
+    out = attention(*qkv, spec, shape.layout)
+    out.sum().backward()
+    torch.testing.assert_close(out.detach(), expected, rtol=0, atol=0)
+    assert all(x.grad is not None for x in qkv)

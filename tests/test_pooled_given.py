@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close_as_eager
+from on_device import CPU, device_of, eager, moved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,6 @@ from dit_accel.operator.lists import Lists
 
 GIVEN = ("pooled_k", "pooled_v", "pooled_bias", "slopes")
 HEADS = 2
-DEVICES = {"cpu": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
 TRITON = pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")])
 either = pytest.mark.parametrize("name", ["cpu", TRITON])
 
@@ -79,6 +79,7 @@ def unseen(a: Arguments, kept: Tensor) -> Tensor:
     return found.repeat_interleave(a.pool_parts, -1)
 
 
+@eager()
 def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same from masks of all tokens. `x`: what is differentiated, in any dtype."""
     if not a.text_first:
@@ -114,9 +115,9 @@ def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None
 CASES = list(itertools.product([(1, 12, 10), (2, 6, 9)], [0, 5], [16, 72], [1, 2], [True, False]))
 
 
-def moved(a: Arguments, device: torch.device) -> Arguments:
-    """The same on a device."""
-    return a._replace(**{name: x.to(device) for name, x in a._asdict().items() if isinstance(x, Tensor)})
+def computed(a: Arguments, name: str) -> tuple[Tensor, Tensor]:
+    """Output and lse by a backend's kernels."""
+    return moved(ops.attention(moved(a, device_of(name)), name), CPU)
 
 
 def both(plan: Plan, a: Arguments, names: list[str], offset: Tensor | None, name: str = "cpu") -> list[list[Tensor]]:
@@ -125,9 +126,8 @@ def both(plan: Plan, a: Arguments, names: list[str], offset: Tensor | None, name
     for dtype in (None, a.q.dtype if a.q.dtype == torch.float16 else torch.float32, torch.float64):
         x = {name: getattr(a, name).detach().to(dtype or getattr(a, name).dtype).requires_grad_() for name in names}
         own = None if offset is None else offset.detach().to(dtype or offset.dtype).requires_grad_()
-        given = moved(a._replace(**x, offset=own), DEVICES[name])
-        out, lse = ops.attention(given, name) if dtype is None else oracle(plan, a, x, own)
-        out, lse, seed = out.cpu(), lse.cpu(), torch.Generator().manual_seed(1)
+        out, lse = computed(a._replace(**x, offset=own), name) if dtype is None else oracle(plan, a, x, own)
+        seed = torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=seed).to(out.dtype)).sum() + (
             lse * torch.randn(lse.shape, generator=seed).to(lse.dtype)
         ).sum()
@@ -227,11 +227,11 @@ def test_queries_of_some_blocks_are_rows_of_the_whole(name: str) -> None:
     own = {key: getattr(whole, key)[:, first:last].contiguous() for key in ("lists", "counts", "full")}
     q, slopes = whole.q[:, :, rows].requires_grad_(), whole.slopes[:, :, first:last].contiguous().requires_grad_()  # type: ignore[index]
     band = whole._replace(q=q, slopes=slopes, q_starts=whole.q_starts[first : last + 1] - begin, text_q=0, places_q=None, **own)
-    out, lse = ops.attention(moved(band, DEVICES[name]), name)
+    out, lse = computed(band, name)
     leaves = whole.q.requires_grad_(), whole.slopes.requires_grad_()  # type: ignore[union-attr]
-    of_all = ops.attention(moved(whole, DEVICES[name]), name)
+    of_all = computed(whole, name)
     for mine, all_rows in zip((out, lse), of_all, strict=True):
-        torch.testing.assert_close(mine.cpu(), all_rows[:, :, rows].cpu(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, all_rows[:, :, rows], rtol=1e-5, atol=1e-6)
     mine = torch.autograd.grad(out.square().sum() + lse.sum(), (q, slopes))
     theirs = torch.autograd.grad(of_all[0][:, :, rows].square().sum() + of_all[1][:, :, rows].sum(), leaves)
     torch.testing.assert_close(mine[0], theirs[0][:, :, rows], rtol=1e-4, atol=1e-5)
@@ -256,7 +256,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def gradients(a: Arguments, name: str) -> list[Tensor]:
     """Of all that is given, with everything on the device that the kernels take."""
     leaves = [getattr(a, key).detach().requires_grad_() for key in ("q", "k", "v", *GIVEN)]
-    out, lse = ops.attention(moved(a._replace(**dict(zip(("q", "k", "v", *GIVEN), leaves, strict=True))), DEVICES[name]), name)
+    out, lse = computed(a._replace(**dict(zip(("q", "k", "v", *GIVEN), leaves, strict=True))), name)
     return list(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
 
 
@@ -279,7 +279,7 @@ def test_slopes_past_the_end_of_float16() -> None:
     assert a.slopes is not None
     a = a._replace(slopes=a.slopes * 2e5, q=a.q * 2e-3)
     assert a.slopes.abs().max() > 65504  # type: ignore[union-attr]
-    out = ops.attention(moved(a, DEVICES["triton"]), "triton")[0].cpu()
+    out, _ = computed(a, "triton")
     given = {name: getattr(a, name).double() for name in ("q", "k", "v", *GIVEN)}
     exact = oracle(plan, a, given)[0]
     error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, exact.half()))
@@ -338,7 +338,7 @@ def test_without_slopes_and_with_means_it_is_what_the_kernel_pools(name: str) ->
     bias = plan.k_blocks.count.log().expand(1, HEADS, -1).contiguous()
     given = a._replace(pooled_k=mean[0], pooled_v=mean[1], pooled_bias=bias, slopes=None)
     pooled = a._replace(pooled_k=None, pooled_v=None, pooled_bias=None, slopes=None, log_count=True)
-    for mine, theirs in zip(*(ops.attention(moved(x, DEVICES[name]), name) for x in (given, pooled)), strict=True):
+    for mine, theirs in zip(*(computed(x, name) for x in (given, pooled)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager
+from on_device import CPU, device_of, moved
 from torch import Tensor
 
 from dit_accel.kernels import ops, splitting
@@ -38,7 +39,6 @@ from dit_accel.operator.layout import Layouts
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
 
 TARGETS = native.TARGETS[: native.TARGETS.index(native.best_target()) + 1] if native.library() else ()
-CPU = torch.device("cpu")
 CAP, SCORE_CAP = 0.7, 0.4  # some blocks are above, some below
 REAL = ("q_mean", "k_mean", "score_bias", "pooled_k", "pooled_v", "pooled_bias", "slope", "tokens", "spread", "v_spread")
 GIVEN = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope", "second", "spread")  # what has a gradient
@@ -165,10 +165,11 @@ def test_the_gradients_are_the_formulas(name: str, parts: int, monkeypatch: pyte
         assert_close_as_eager(own, exact, eager, what)
 
 
-def mixture(shape: Shape, parts: int) -> MixtureArguments:
-    """The arguments of as many mixtures as there are query blocks."""
-    slope = ops.summarize_blocks(arguments(shape, shape.inputs(), parts), "cpu").slope
-    blocks = len(arguments(shape, shape.inputs(), parts).q_starts) - 1
+def mixture(shape: Shape, parts: int, backend: str = "cpu") -> MixtureArguments:
+    """The arguments of as many mixtures as there are query blocks, of the slopes that a backend makes."""
+    a = arguments(shape, shape.inputs(), parts)
+    slope = moved(ops.summarize_blocks(moved(a, device_of(backend)), backend).slope, CPU)
+    blocks = len(a.q_starts) - 1
     weight = torch.rand(shape.batch, shape.heads, blocks, slope.shape[3], generator=torch.Generator().manual_seed(1))
     return MixtureArguments(weight.masked_fill(weight < 0.3, 0), slope)
 

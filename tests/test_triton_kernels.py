@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from on_device import DEVICE, attention_by, moved
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,12 +19,10 @@ from dit_accel.kernels.triton import backward, backward_linear, block_means, cal
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
-from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])  # the interpreter can't multiply bfloat16
 SPECS = {
     "fovea": Fovea(0.2),
@@ -45,10 +44,7 @@ every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def run(
     qkv: list[Tensor], spec: AttentionSpec, layout: TokenLayout, params: Any = None, text_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    moved = [x.to(DEVICE) for x in qkv]
-    params, text_bias = (None if x is None else x.to(DEVICE) for x in (params, text_bias))
-    out, lse = attention(*moved, spec, layout, params=params, text_bias=text_bias, backend="triton", return_lse=True)
-    return out.cpu(), lse.cpu()
+    return attention_by("triton", spec, layout, text_bias=text_bias)(qkv, params)
 
 
 def assert_equals_oracle(
@@ -200,7 +196,7 @@ def test_strided_inputs_amid_poison(spec: AttentionSpec) -> None:
     views = [wide[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]  # [B, H, N, D] of a fused projection
     for view, x in zip(views, plain, strict=True):
         view.copy_(x)
-    views = [wide.to(DEVICE)[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]
+    views = [moved(wide)[:, 2:-2, 1:4, 47 * i : 47 * i + 40].transpose(1, 2) for i in range(3)]
     torch.testing.assert_close(run(views, spec, shape.layout), run(plain, spec, shape.layout), rtol=0, atol=0)
 
 
@@ -240,8 +236,8 @@ def test_scores_that_tie_keep_the_first_blocks() -> None:
 @pytest.mark.parametrize("top", [1, 4, 10])
 @every_dtype
 def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
-    q, k, _ = (x.to(DEVICE) for x in Shape(2, 2, 24, (1, 10, 30)).inputs(dtype))
-    starts = torch.cat([torch.arange(0, 300, 32), torch.tensor([300])]).to(DEVICE)
+    q, k, _ = moved(Shape(2, 2, 24, (1, 10, 30)).inputs(dtype))
+    starts = moved(torch.cat([torch.arange(0, 300, 32), torch.tensor([300])]))
     cut = Blocks.from_starts(starts)
     weight = cut.count.sqrt()
     means = [pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
@@ -253,7 +249,7 @@ def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
 
 
 def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = Shape(2, 3, 8, (1, 8, 12)).inputs()[0].to(DEVICE)
+    q = moved(Shape(2, 3, 8, (1, 8, 12)).inputs()[0])
     starts = torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
     a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
     wanted = calls.select_blocks(a)
@@ -328,6 +324,7 @@ def test_passes_over_memory(spec: AttentionSpec, passes: int) -> None:
     assert found <= passes
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="the tensors are on a second CUDA device, and there is one")
 def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton starts a kernel on the current device, wherever its tensors are; a model may lie on the second."""
     current, seen = [0], []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, block_of, flat, gradients, oracle, random_parameters
+from on_device import CPU, DEVICE, attention_by, moved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +18,9 @@ from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.presets import SLA
-from dit_accel.operator.attention import attention
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = Shape(1, 1, 16, (1, 8, 16))  # 8 blocks
 
 
@@ -42,9 +41,7 @@ def test_a_linear_rest_of_few_blocks_does_not_cancel(density: float, merge: str)
         return [qkv[0] + (far * near).to(qkv[0].dtype), qkv[1] + (far * own_side).to(qkv[1].dtype), qkv[2]]
 
     def own(qkv: list[Tensor], params: AttentionParameters) -> tuple[Tensor, Tensor]:
-        moved = [x.to(DEVICE) for x in spread(qkv)]
-        out, lse = attention(*moved, spec, SHAPE.layout, params=params.float().to(DEVICE), backend="triton", return_lse=True)
-        return out.cpu(), lse.cpu()
+        return attention_by("triton", spec, SHAPE.layout)(spread(qkv), params.float())
 
     def eager(qkv: list[Tensor], params: AttentionParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return oracle(*spread(qkv), spec, SHAPE.layout, params, dtype=dtype)
@@ -94,7 +91,7 @@ def close_scores() -> tuple[Tensor, Tensor, Tensor]:
     """q and k `[1, 1, 256, 16]` whose block scores differ in the fifth digit, and the starts of blocks of 16."""
     seed = torch.Generator().manual_seed(0)
     base = torch.randn(16, generator=seed)
-    q, k = ((base + 1e-4 * torch.randn(1, 1, 256, 16, generator=seed)).to(DEVICE) for _ in range(2))
+    q, k = (moved(base + 1e-4 * torch.randn(1, 1, 256, 16, generator=seed)) for _ in range(2))
     return q, k, torch.arange(0, 257, 16, dtype=torch.int32, device=DEVICE)
 
 
@@ -122,7 +119,7 @@ def test_a_product_follows_no_setting() -> None:
     seed = torch.Generator().manual_seed(1)
     for rows, columns, channels, shared in ((5, 70, 24, False), (40, 33, 128, True), (16, 16, 40, False)):
         a, b = torch.randn(3, rows, channels, generator=seed), torch.randn(1 if shared else 3, columns, channels, generator=seed)
-        found = launch.multiply(a.to(DEVICE), b.to(DEVICE), calls.machine_of(DEVICE), launch.execute).cpu()
+        found = moved(launch.multiply(moved(a), moved(b), calls.machine_of(DEVICE), launch.execute), CPU)
         exact = a.double() @ b.double().mT
         # by hand: an eager float32 product, whatever torch's own is allowed
         eager = (a[:, :, None] * b[:, None]).sum(-1)
@@ -135,7 +132,7 @@ def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
     """Under TF32, allowed: only the products that the user calls attention round their operands."""
     shape, spec = Shape(1, 1, 16, (1, 8, 8)), SLA(0.3, "elu", "all", block=(16, 16))
     with calls.recorded(Machine(arch, 132)) as seen, torch.no_grad():
-        attention(*shape.inputs(), spec, shape.layout, params=random_parameters(spec, shape), backend="triton")
+        attention_by("triton", spec, shape.layout)(shape.inputs(), random_parameters(spec, shape))
     products = [one for one in seen if one.kernel is launch.block_means.multiply]
     assert len(products) == 2  # the scores of the blocks, the state's projection
     assert {one.constants["PRECISION"] for one in products} == {"ieee" if arch == "gfx942" else "tf32x3"}

@@ -3,11 +3,23 @@
 import pytest
 import torch
 from helpers import assert_close_as_eager
+from on_device import CPU, eager, moved
 from test_cpu_masks import Case, Windows, results
+from torch import Tensor
 
 from dit_accel.kernels import ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.is_available(), reason="the cases are made on the CPU")]
+pytestmark = pytest.mark.gpu
+
+
+def run(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) -> list[dict[str, Tensor]]:
+    """The results of the kernels, and of the oracle in float64 and in the kernels' dtype."""
+
+    def own(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return moved(ops.attention(moved(case.arguments(*qkv)), "triton"), CPU)
+
+    formula = eager()(case.oracle)
+    return [results(case, function, d, inputs) for function, d in ((own, dtype), (formula, torch.float64), (formula, dtype))]
 
 
 @pytest.mark.parametrize(
@@ -25,16 +37,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.is_available(), rea
     ids=lambda case: f"{case.queries}x{case.keys}-{case.widths}",
 )
 def test_random_masks_equal_dense(case: Case) -> None:
-    got = results(case, lambda *qkv: ops.attention(case.arguments(*qkv), "triton"), torch.float32)
-    exact, eager = (results(case, case.oracle, d) for d in (torch.float64, torch.float32))
+    got, exact, low = run(case, torch.float32)
     for name, found in got.items():
-        assert_close_as_eager(found, exact[name], eager[name], name)
+        assert_close_as_eager(found, exact[name], low[name], name)
 
 
 @pytest.mark.parametrize("case", [Case(33, 50, (16, 32), 3, 2, head_dim=72), Case(50, 33, (32, 16), 0, 2)], ids=["fewer", "more"])
 def test_float16(case: Case) -> None:
     inputs = [x.half() for x in case.inputs(torch.float32)]
-    got = results(case, lambda *qkv: ops.attention(case.arguments(*qkv), "triton"), torch.float16, inputs)
-    exact, eager = (results(case, case.oracle, d, inputs) for d in (torch.float64, torch.float16))
+    got, exact, low = run(case, torch.float16, inputs)
     for name, found in got.items():
-        assert_close_as_eager(found, exact[name], eager[name], name)
+        assert_close_as_eager(found, exact[name], low[name], name)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from on_device import attention_by
 from torch import Tensor
 
 from dit_accel.errors import BackendError
@@ -40,9 +41,7 @@ half_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 
 
 def on_card(qkv: list[Tensor], params: Any, spec: AttentionSpec, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    moved = [x.to(CUDA) for x in qkv]
-    out, lse = attention(*moved, spec, layout, params=params.float().to(CUDA), backend="triton", return_lse=True)
-    return out.cpu(), lse.cpu()
+    return attention_by("triton", spec, layout)(qkv, params.float())
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

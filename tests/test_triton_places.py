@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import Shape, random_parameters
+from on_device import attention_by, moved
 from torch import Tensor
 
 from dit_accel.kernels import ops
@@ -10,11 +11,9 @@ from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArgu
 from dit_accel.kernels.triton import calls
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.attention import attention
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = Shape(1, 2, 16, (1, 7, 9), 3)
 SPECS = {
     "fovea": Fovea(0.3, tile=(4, 4)),
@@ -32,17 +31,16 @@ def given(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[Argumen
     attend, select = ops.attention, ops.select_blocks
     monkeypatch.setattr(ops, "attention", lambda a, name: (whole.append(a), attend(a, name))[1])
     monkeypatch.setattr(ops, "select_blocks", lambda a, name: (choice.append(a), select(a, name))[1])
-    inputs = [x.to(DEVICE) for x in SHAPE.inputs()]
     with torch.no_grad():
-        attention(*inputs, spec, SHAPE.layout, params=random_parameters(spec, SHAPE).to(DEVICE), backend="triton")
+        attention_by("triton", spec, SHAPE.layout)(SHAPE.inputs(), random_parameters(spec, SHAPE))
     return whole[0]._replace(places_q=None, places_k=None), choice[0]._replace(places_q=None, places_k=None) if choice else None
 
 
 def shuffled(x: Tensor, first: int, places: Tensor) -> Tensor:
     """Image tokens `[B, H, N, ..]` from `first` on, each at its place."""
-    moved, image = x.clone(), slice(first, first + len(places))
-    moved[:, :, first + places] = x[:, :, image]
-    return moved
+    found, image = x.clone(), slice(first, first + len(places))
+    found[:, :, first + places] = x[:, :, image]
+    return found
 
 
 def assert_same(found: Tensor, exact: Tensor, image: slice) -> None:
@@ -54,25 +52,25 @@ def assert_same(found: Tensor, exact: Tensor, image: slice) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_places_are_read_as_if_the_tokens_were_reordered(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     a, choice = given(spec, monkeypatch)
-    places = torch.randperm(SHAPE.layout.image, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    places = moved(torch.randperm(SHAPE.layout.image, generator=torch.Generator().manual_seed(5)))
     first, row = a.text if a.text_first else 0, places.to(torch.int32)
-    moved = {name: shuffled(getattr(a, name), first, places) for name in ("q", "k", "v")}
-    there = a._replace(**moved, places_q=row, places_k=row)
+    inputs = {name: shuffled(getattr(a, name), first, places) for name in ("q", "k", "v")}
+    there = a._replace(**inputs, places_q=row, places_k=row)
     rows = slice(first, first + len(places))
     out, lse = calls.attend(a)
     for found, exact in zip(calls.attend(there), (out, lse), strict=True):
         assert_same(found, shuffled(exact, first, places), rows)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    dout = moved(torch.randn(out.shape, generator=torch.Generator().manual_seed(6)))
     here = dict(zip(DIFFERENTIABLE, calls.gradients(dout, None, out, lse, a), strict=True))
     far = calls.gradients(shuffled(dout, first, places), None, shuffled(out, first, places), shuffled(lse, first, places), there)
     for name, found in zip(DIFFERENTIABLE, far, strict=True):
-        if name not in moved:
+        if name not in inputs:
             torch.testing.assert_close(found, here[name])
         elif a.rest == "linear" and name != "q":  # holds a sum over all the image's queries
             torch.testing.assert_close(found, shuffled(here[name], first, places))
         else:
             assert_same(found, shuffled(here[name], first, places), rows)
     if choice is not None:
-        moved = {name: shuffled(getattr(choice, name), 0, places) for name in ("q", "k")}
-        chosen = calls.select_blocks(choice._replace(**moved, places_q=row, places_k=row))
+        inputs = {name: shuffled(getattr(choice, name), 0, places) for name in ("q", "k")}
+        chosen = calls.select_blocks(choice._replace(**inputs, places_q=row, places_k=row))
         assert torch.equal(chosen, calls.select_blocks(choice))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat
+from on_device import CPU, moved
 from test_summaries import GIVEN, REAL, arguments, assert_parts, call_of, formula, mixed, mixture
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from dit_accel.method.parts import content
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {
     "ragged": Shape(1, 2, 16, (1, 6, 7), 5),
     "video-text-last": Shape(2, 1, 24, (2, 4, 5), 3, False),
@@ -23,19 +23,13 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def there(a: Any) -> Any:
-    """Arguments on the device."""
-    return a._replace(**{name: x.to(DEVICE) for name, x in a._asdict().items() if isinstance(x, Tensor)})
-
-
 @every_shape
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.float16 if parts == 2 and shape.text == 3 else torch.float32
     qkv = shape.inputs(dtype)
     a = arguments(shape, qkv, parts, log_count=parts != 4)
-    got = ops.summarize_blocks(there(a), "triton")
-    got = got._make(x.cpu() for x in got)
+    got = moved(ops.summarize_blocks(moved(a), "triton"), CPU)
     call = call_of(shape, qkv, parts, torch.float64)
     part = got.part.flatten(0, 1)
     assert not part[:, ~call.k_blocks.valid].any()
@@ -61,8 +55,8 @@ def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch:
 def test_the_gradients_are_the_formulas(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, seed = shape.inputs(grad=True), torch.Generator().manual_seed(2)
     a = arguments(shape, qkv, 2)
-    got = ops.summarize_blocks(there(a), "triton")
-    own = {name: getattr(got, name).flatten(0, 1).cpu() for name in GIVEN}
+    got = moved(ops.summarize_blocks(moved(a), "triton"), CPU)
+    own = {name: getattr(got, name).flatten(0, 1) for name in GIVEN}
     weights = {name: torch.randn(x.shape, generator=seed) for name, x in own.items()}
 
     def loss(found: dict[str, Tensor]) -> Any:
@@ -72,18 +66,18 @@ def test_the_gradients_are_the_formulas(shape: Shape, monkeypatch: pytest.Monkey
     theirs = []
     for dtype in (torch.float64, torch.float32):
         leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        found = formula(call_of(shape, leaves, 2, dtype), got.part.cpu().flatten(0, 1), a, monkeypatch)
+        found = formula(call_of(shape, leaves, 2, dtype), got.part.flatten(0, 1), a, monkeypatch)
         theirs.append(torch.autograd.grad(loss(found), leaves))
     for one, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
         assert_close_as_eager(one, exact, eager, what)
 
 
 def test_the_mixture_and_its_gradients_are_the_formula() -> None:
-    a = mixture(SHAPES["ragged"], 2)
+    a = mixture(SHAPES["ragged"], 2, "triton")
     found = []
     for dtype in (None, torch.float64, torch.float32):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a]
-        out = ops.mix_slopes(there(MixtureArguments(*leaves)), "triton").cpu() if dtype is None else mixed(*leaves)
+        out = moved(ops.mix_slopes(moved(MixtureArguments(*leaves)), "triton"), CPU) if dtype is None else mixed(*leaves)
         weight = torch.randn(out.numel(), generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
         grads = torch.autograd.grad((out * weight).sum(), leaves)
         found.append([out.detach().flatten(), flat(dict(zip("ab", grads, strict=True)))])
@@ -97,14 +91,14 @@ def test_a_bias_joins_the_scores() -> None:
     a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, bias=bias)
     means = [x.double().unflatten(2, (4, 16)).mean(3) for x in (q, k)]
     expected = (means[0] @ means[1].mT + bias[:, :, None]).topk(2).indices.sort(-1).values.flatten(0, 1)
-    assert torch.equal(ops.select_blocks(there(a), "triton").cpu().long(), expected)
+    assert torch.equal(moved(ops.select_blocks(moved(a), "triton"), CPU).long(), expected)
 
 
 def test_a_block_of_nothing_has_no_part_in_anything() -> None:
     shape = SHAPES["ragged"]
     a = arguments(shape, shape.inputs(), 2)
     starts = torch.cat([a.k_starts[:1], a.k_starts])  # the first block has no token
-    got = ops.summarize_blocks(there(a._replace(k_starts=starts)), "triton")
+    got = ops.summarize_blocks(moved(a._replace(k_starts=starts)), "triton")
     assert (got.pooled_bias[:, :, :2] == -torch.inf).all()
     assert (got.score_bias[:, :, 0] == -torch.inf).all()
     assert not any(x.any() for x in (got.pooled_k[:, :, :2], got.pooled_v[:, :, :2], got.slope[:, :, :, 0], got.k_mean[:, :, 0]))
@@ -114,5 +108,5 @@ def test_a_block_of_nothing_has_no_part_in_anything() -> None:
 def test_the_arguments_are_those_of_the_operator() -> None:
     shape = SHAPES["ragged"]
     with pytest.raises(ValueError, match="parts must be 1, 2 or 4"):
-        ops.summarize_blocks(there(arguments(shape, shape.inputs(), 1)._replace(parts=3)), "triton")
+        ops.summarize_blocks(moved(arguments(shape, shape.inputs(), 1)._replace(parts=3)), "triton")
     assert SummaryArguments._fields[:3] == ("q", "k", "v")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
+from on_device import CPU, DEVICE, attention_by
 from rich.console import Console
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -20,10 +21,7 @@ from dit_accel.kernels.triton.tables import ARCHITECTURES, Machine, Tile, tile_f
 from dit_accel.measure import gpu_candidates, gpu_tune, gpu_tune_ahead
 from dit_accel.measure.gpu_tune import KERNELS, Result, Work
 from dit_accel.method.presets import SLA, Fovea
-from dit_accel.operator.attention import attention
 
-CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = tuned.Gpu("NVIDIA H100", "9.0", "580.65.06", "3.9.0", "0123456789abcdef")
 HOPPER = Machine("sm_90", 132)
 ROWS = Work("rows", "bfloat16", 64)
@@ -371,11 +369,7 @@ def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
                 seen[name].add(one.warps)
             launch.execute(one)
 
-        def call(qkv: list[Tensor], params: Any) -> tuple[Tensor, Tensor]:
-            moved = [x.to(DEVICE) for x in qkv]
-            out, lse = attention(*moved, spec, shape.layout, params=params.to(DEVICE), backend="triton", return_lse=True)
-            return out.cpu(), lse.cpu()
-
+        call = attention_by("triton", spec, shape.layout)
         with calls.redirected(machine, execute), torch.autograd.set_multithreading_enabled(False):
             out, _ = call(shape.inputs(), random_parameters(spec, shape))
             return out.detach(), flat(gradients(call, spec, shape, torch.float32))

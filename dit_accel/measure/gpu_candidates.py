@@ -29,7 +29,8 @@ class Kernel:
 
 
 KERNELS = {
-    "rows": Kernel(("attend_rows",), ("fovea", "clear", "gna")),
+    "rows": Kernel(("attend_rows",), ("fovea, order 1", "clear", "gna")),
+    "rows_variance": Kernel(("attend_rows",), ("fovea",)),
     "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
     "dense": Kernel(("dense_rows",), ("fovea",)),
     "merge": Kernel(("merge_rows", "deltas"), ("fovea",)),

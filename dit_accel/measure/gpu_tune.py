@@ -4,9 +4,8 @@ A tile changes how sums are grouped, nothing else. Candidates come from a short 
 key rows where keys are summed into) is wide, because it is loaded once; what it streams is narrow where registers run out; more warps hold
 larger tiles, more stages overlap more loads. The table's own tile is always among them and stays where none is faster.
 
-It is to fit in five minutes for one head dimension on 16 processors: about 190 tiles are 335 compilations (a tile for each method), of 2.6
-seconds each and all at once (`gpu_tune_ahead`), which is a minute; 470 timings of a sixth of a second, and as many passes around them,
-are two. That is arithmetic, not a measurement.
+It is to fit in five minutes for one head dimension on 16 processors: about 200 tiles are 350 compilations (a tile for each method), all at
+once (`gpu_tune_ahead`): three quarters of a minute next to an H100. Then as many timings of a sixth of a second, and passes around them.
 """
 
 from collections.abc import Callable, Sequence

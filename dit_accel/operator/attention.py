@@ -70,8 +70,8 @@ def attention(
     if params is None:
         values = _frozen_start_values(spec, query)
     else:
-        check_parameters(params, spec, query)
         values = params()
+        check_parameters(values, spec, query)
     check_text_bias(text_bias, query, layout)
     chosen = _choose(backend, spec, values, text_bias, query, key, value)
     if not torch.compiler.is_compiling():
@@ -198,12 +198,12 @@ def check_text_bias(text_bias: Tensor | None, query: Tensor, layout: TokenLayout
         raise ValueError("text_bias is not differentiated, but requires grad: detach it")
 
 
-def check_parameters(params: AttentionParameters, spec: AttentionSpec, query: Tensor) -> None:
+def check_parameters(params: Values, spec: AttentionSpec, query: Tensor) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the spec's own, on the query's device."""
     expected = _parameter_shapes(spec, query.shape[1], query.shape[3])
-    given = {k: tuple(v.shape) for k, v in params.named_parameters()}
+    given = {name: tuple(x.shape) for name, x in params.items()}
     if expected != given:
         raise ValueError(f"{spec} on {query.shape[1]} heads of {query.shape[3]} requires parameters {expected}, not {given}")
-    elsewhere = {str(p.device) for p in params.parameters()} - {str(query.device)}
+    elsewhere = sorted({str(x.device) for x in params.values() if x.device != query.device})
     if elsewhere:
-        raise ValueError(f"the parameters must be on {query.device}, not on {sorted(elsewhere)}")
+        raise ValueError(f"the parameters must be on {query.device}, not on {elsewhere}")

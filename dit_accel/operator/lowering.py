@@ -121,13 +121,14 @@ def rest_of(
     `made`: the blocks' `summaries`, where its pooled keys are of them.
     """
     found: dict[str, Any] = {}
+    finer = _finer(spec)
+    # no pattern tells them apart: what is calculated from a number is never the constant False for torch.compile, and no pattern would fit
+    if finer is not None and made is None:
+        raise ValueError("pooled keys of this kind are made of the blocks' summaries: give those of `summaries`")
     match spec.rest:
-        case Pooled(plain=False) if made is None:
-            raise ValueError("pooled keys of this kind are made of the blocks' summaries: give those of `summaries`")
-        case Pooled(opened=int(opened)) if made:
-            found = _grouped(made, spec.rest, opened, plan, lists, scale, implementation)
-        case Pooled(plain=False) if made:
-            found = _given(made, spec.rest, lists, scale, implementation)
+        case Pooled(opened=opened) if finer and made:
+            given = (made, finer, lists, scale, implementation)
+            found = _given(*given) if opened is None else _grouped(made, finer, opened, plan, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
         case Linear(feature_map, scope):

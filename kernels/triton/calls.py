@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from dit_accel.kernels.arguments import (
     in_order,
 )
 from dit_accel.kernels.splitting import split
-from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, tuned
+from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, replay, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
@@ -90,22 +90,54 @@ _fitting: dict[torch.device, Machine] = {}  # in place of `machine_of`: with sma
 _warned: set[tuple[torch.device, fallback.Key]] = set()  # of which a user was warned
 
 
-def _run(device: torch.device, call: Hashable, function: Callable[[Machine, Run], T]) -> T:
-    """Launch on the device, or where a redirection says. Its launches write to new memory alone, so that all of them are put on the stream
-    again where a tile is too large for the device, with the next smaller one.
+_records = replay.Records()
 
-    `call`: what decides which kernels are compiled and loaded. Raises BackendError where that would be inside a CUDA graph's capture, and
-    where no tile fits.
+
+def _run(name: str, x: Tensor, arguments: Sequence[Any], signature: Callable[[], Hashable], function: Callable[[Machine, Run], T]) -> T:
+    """Launch on the device of `x`, or where a redirection says. What was launched for `arguments` of the same sizes is launched again
+    without asking `function`, which depends on nothing else.
+
+    `signature`: what decides which kernels are compiled and loaded. Raises BackendError where that would be inside a CUDA graph's capture,
+    and where no tile fits.
     """
-    elsewhere = _redirected.get()
+    elsewhere, device = _redirected.get(), x.device
     if elsewhere is not None:
         return function(elsewhere.machine, elsewhere.run)
+    key, machine = None, _fitting.get(device) or machine_of(device)
+    if replay.possible(device):
+        tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
+        key = replay.key_of(name, arguments, tf32, torch.is_autocast_enabled("cuda"))
+        record = _records.get(key, machine)
+        if record is not None:
+            with contextlib.suppress(replay.MovedError):
+                return record.play(arguments)
+    call = signature()
     captured = capture.check(device, call)
+    if key is None or captured:
+        result = _fitted(device, lambda machine: function(machine, launch.execute))
+    else:
+        result = _fitted(device, lambda machine: _recorded(key, machine, arguments, function))
+    if not captured:
+        capture.ran(call)
+    return result
+
+
+def _recorded(key: Hashable, machine: Machine, arguments: Sequence[Any], function: Callable[[Machine, Run], T]) -> T:
+    with replay.Recorder(arguments) as recorder:
+        result = function(machine, recorder.run)
+    if record := recorder.record(result):
+        _records.put(key, machine, record)
+    return result
+
+
+def _fitted(device: torch.device, function: Callable[[Machine], T]) -> T:
+    """What the function makes with the device's tiles. Its launches write to new memory alone, so that all of them are put on the stream
+    again where a tile is too large for the device, with the next smaller one."""
     refusals: dict[fallback.Key, fallback.TooLargeError] = {}
     while True:
         machine = _fitting.get(device) or machine_of(device)
         try:
-            result = function(machine, launch.execute)
+            result = function(machine)
         except fallback.TooLargeError as error:
             refusals.setdefault(error.place.key, error)
             _fitting[device] = fallback.lowered(machine, error)
@@ -113,8 +145,6 @@ def _run(device: torch.device, call: Hashable, function: Callable[[Machine, Run]
             break
     for key, refused in refusals.items():
         _warn(device, key, refused)
-    if not captured:
-        capture.ran(call)
     return result
 
 
@@ -138,41 +168,56 @@ def _signature(name: str, a: Arguments) -> Hashable:
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
-    a = _dense(a)
     with torch.cuda.device_of(a.q):
-        return _run(a.q.device, _signature("attend", a), lambda machine, run: launch.attend(a, machine, run))
+        return _run("attend", a.q, a, lambda: _signature("attend", a), lambda machine, run: launch.attend(_dense(a), machine, run))
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments) -> list[Tensor]:
     """Gradients of the differentiable arguments; absent ones are empty."""
-    a, dout, out = _dense(a), dense(dout), dense(out)
-    dlse = None if dlse is None else dlse.contiguous()
+
+    def function(machine: Machine, run: Run) -> list[Tensor]:
+        given, of_lse = _dense(a), None if dlse is None else dlse.contiguous()
+        found = launch_backward.gradients(dense(dout), of_lse, dense(out), lse, given, machine, run)
+        return in_order(found._asdict(), given)
+
+    def signature() -> Hashable:
+        return _signature("gradients", a), dout.stride(), dlse is None
+
     with torch.cuda.device_of(a.q):
-        call = (_signature("gradients", a), dout.stride(), dlse is None)
-        grads = _run(a.q.device, call, lambda machine, run: launch_backward.gradients(dout, dlse, out, lse, a, machine, run))
-    return in_order(grads._asdict(), a)
+        return _run("gradients", a.q, (dout, dlse, out, lse, *a), signature, function)
 
 
 def select_blocks(a: SelectionArguments) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
-    a = a._replace(q=dense(a.q), k=dense(a.k))
-    q, k = a.q, a.k
-    blocks = len(a.q_starts), len(a.k_starts)
-    call = ("select_blocks", q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), *blocks, a.weight is None, a.top)
-    with torch.cuda.device_of(q):
-        chosen = _run(q.device, call, lambda machine, run: launch.select_blocks(a, machine, run))
+
+    def signature() -> Hashable:
+        blocks = len(a.q_starts), len(a.k_starts)
+        sizes = [(x.shape, x.stride()) for x in (a.q, a.k)]
+        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.top
+
+    def function(machine: Machine, run: Run) -> Tensor:
+        return launch.select_blocks(a._replace(q=dense(a.q), k=dense(a.k)), machine, run)
+
+    with torch.cuda.device_of(a.q):
+        chosen = _run("select_blocks", a.q, a, signature, function)
     elsewhere = _redirected.get()
     return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
 
 
 def summarize_blocks(a: SummaryArguments) -> Summaries:
     """Means, scores, pooled keys and slopes of blocks."""
-    check_summary(a)
-    a = a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
-    settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))
-    call = ("summarize_blocks", a.k.dtype, *(y for x in (a.q, a.k, a.v) for y in (x.shape, x.stride())), len(a.k_starts), *settings)
+
+    def signature() -> Hashable:
+        settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))
+        sizes = (y for x in (a.q, a.k, a.v) for y in (x.shape, x.stride()))
+        return "summarize_blocks", a.k.dtype, *sizes, len(a.k_starts), *settings
+
+    def function(machine: Machine, run: Run) -> Summaries:
+        check_summary(a)
+        return launch_parts.summarize(a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v)), machine, run)
+
     with torch.cuda.device_of(a.k):
-        return _run(a.k.device, call, lambda machine, run: launch_parts.summarize(a, machine, run))
+        return _run("summarize_blocks", a.k, a, signature, function)
 
 
 def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments) -> list[Tensor]:

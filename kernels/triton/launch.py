@@ -25,7 +25,6 @@ from dit_accel.kernels.triton.tuples import (
     constants_of,
     rows_of,
 )
-from triton import cdiv
 from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
@@ -50,13 +49,18 @@ class Launch(NamedTuple):
         return {name: getattr(value, "value", value) for name, value in given._asdict().items()}
 
 
-Run = Callable[[Launch], None]
+Run = Callable[[Launch], Any]
 Flags = dict[str, Any]  # constants of a method, by name
 
 
-def execute(launch: Launch) -> None:
-    """Put the kernel on the current stream."""
-    launch.kernel[launch.grid](**launch.arguments, num_warps=launch.warps)
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up. Triton's own may be called inside kernels and takes some microseconds outside."""
+    return -(-a // b)
+
+
+def execute(launch: Launch) -> Any:
+    """Put the kernel on the current stream; what Triton compiled it to, None under its interpreter."""
+    return launch.kernel[launch.grid](**launch.arguments, num_warps=launch.warps)
 
 
 def tiled(run: Run, launch: Launch, place: Place) -> None:
@@ -185,8 +189,8 @@ class Call:
 
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
-        if self.linear and kernel == "rows":
-            kernel = "rows_linear"
+        if kernel == "rows":
+            kernel = "rows_linear" if self.linear else "rows_variance" if self.flags["VARIANCE"] else kernel
         return Place(
             kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None
         )

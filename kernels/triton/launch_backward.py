@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, execute, halves, mask_words
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, halves, mask_words
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -20,7 +20,6 @@ from dit_accel.kernels.triton.tuples import (
     Transposed,
     rows_of,
 )
-from triton import cdiv
 
 TINY = torch.finfo(torch.float32).tiny
 

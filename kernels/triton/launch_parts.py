@@ -11,10 +11,9 @@ from torch import Tensor
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
 from dit_accel.kernels.triton import backward_linear, block_parts
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, cdiv, execute, precision_of, tf32_allowed, tiled
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
-from triton import cdiv
 
 
 def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summaries:

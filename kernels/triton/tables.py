@@ -50,6 +50,9 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("rows", 64): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
     ("rows", 128): ((32, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
     ("rows", 256): ((32, 16, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
+    ("rows_variance", 64): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
+    ("rows_variance", 128): ((32, 32, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+    ("rows_variance", 256): ((32, 16, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
     ("rows_linear", 64): ((32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("rows_linear", 128): ((32, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
     ("dense", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
@@ -88,10 +91,10 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 }
 # float32 up to head dimension 128, on every architecture: operands of three products of TF32 parts take four times the registers of 16 bits
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
-    "rows": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2), "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2),
-    "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2),
-    "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2), "linear": (16, 32, 8, 2),
-    "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
+    "rows": (16, 32, 4, 2), "rows_variance": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2),
+    "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2), "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2),
+    "gradient_dense": (16, 64, 8, 2), "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2),
+    "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
 }  # fmt: skip
 # where those spill or don't fit: by kernel, head dimension and architecture. On CDNA few warps have twice the registers each
 _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
@@ -108,10 +111,16 @@ _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
 }
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
-_MASKED = ("rows", "gradient_rows", "gradient_columns")  # a window's masks take registers: half the rows there, and no third stage
+_MASKED = (
+    "rows",
+    "rows_variance",
+    "gradient_rows",
+    "gradient_columns",
+)  # a window's masks take registers: half the rows there, and no third stage
 # of calls with lists of pooled keys, where those spill: what is read for each key of a step takes registers
 _LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("rows", 64, "sm_120"): (64, 32, 8, 2),
+    ("rows_variance", 64, "sm_120"): (64, 32, 8, 2),
     ("gradient_rows", 64, "sm_100"): (64, 32, 4, 2),
     ("pooled", 128, "sm_100"): (32, 64, 8, 2),
 }

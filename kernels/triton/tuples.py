@@ -6,6 +6,7 @@ to call, so that they stay parameters of their own (SIZES). Constants are one tu
 plain numbers there would be no constants before Triton 3.9.
 """
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -215,13 +216,31 @@ def kernel(constants: str) -> Callable[[Any], Any]:
 
     def make(function: Any) -> Any:
         made = triton.jit(do_not_specialize=SIZES)(function)
-        made.constants = namedtuple("Constants", constants.split())  # type: ignore[misc]
+        made.constants = _constants_type(constants.split())
         return made
 
     return make
 
 
+def _constants_type(fields: list[str]) -> Any:
+    """The class of a kernel's `C`, which makes its hash once: Triton asks for it at every launch, and each constant's is made in Python."""
+
+    class Constants(namedtuple("Fields", fields)):  # type: ignore[misc]
+        def __hash__(self) -> int:
+            found: int | None = self.__dict__.get("hash")
+            if found is None:
+                found = self.__dict__["hash"] = super().__hash__()
+            return found
+
+    return Constants
+
+
 def constants_of(function: Any, given: dict[str, Any]) -> Any:
-    """A kernel's `C` from values by name, of which it may take some."""
-    values = (given[name] for name in function.constants._fields)
-    return function.constants(*(values if INTERPRETED else map(tl.constexpr, values)))
+    """A kernel's `C` from values by name, of which it may take some. The same values give the same object, so that Triton, which looks
+    a kernel up by it, need not compare constant by constant."""
+    return _constants(function.constants, *map(given.__getitem__, function.constants._fields))
+
+
+@functools.lru_cache(maxsize=4096, typed=True)  # a kernel tells True from 1
+def _constants(kind: Any, *values: Any) -> Any:
+    return kind(*(values if INTERPRETED else map(tl.constexpr, values)))

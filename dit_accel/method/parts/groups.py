@@ -195,7 +195,8 @@ def listed(kept: Tensor, scores: list[Tensor], prepared: Mapping[str, Tensor], o
         for _ in scores:
             holds.append(holds[-1].unflatten(-1, (-1, MEMBERS)).any(-1))
         filled = [starts[:: MEMBERS**level].diff() > 0 for level in range(len(scores) + 1)]
-        candidates, seen = filled[-1].expand(holds[-1].shape), list[Tensor]()
+        candidates = filled[-1].expand(holds[-1].shape)
+        seen: list[Tensor] = []
         for level in range(len(scores), 0, -1):
             score, held = scores[level - 1].masked_fill(~candidates, -torch.inf), holds[level]
             best = score.topk(min(opened, score.shape[-1]), dim=-1).indices
