@@ -14,7 +14,7 @@ from dit_accel import DistillConfig, Fovea, accelerate, builtin_video_pipeline, 
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 call = {"num_frames": 17, "num_inference_steps": 12, "guidance_scale": 3.0, "max_sequence_length": 24}
-things, motions = ["cat", "car", "ghost", "rocket"], ["moving left", "spinning", "growing"]
+things, motions = ["cat", "car", "ghost", "rocket"], ["moving left", "moving up", "growing"]
 prompts = [f"a {thing} {motion} on a pink background" for thing in things for motion in motions]
 pipe = accelerate(builtin_video_pipeline(), Fovea(0.1, tile=(2, 8, 8)))
 
