@@ -124,11 +124,7 @@ FIGURES: dict[str, Figure] = {
         (words("bench kernels --repeats 3 --largest 16448 --out kernels-amx.json"),), {"kernels-amx.json": "benchmarks/kernels-amx.json"},
         target="amx",
     ),
-    "gpu": Figure(
-        ((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"), (str(ROOT / "benchmarks" / "gpu_step.py"), "--out", "step.json")),
-        {"gpu.json": "benchmarks/gpu-h100.json", "step.json": "benchmarks/gpu-step-h100.json"},
-        card="H100",
-    ),
+    "gpu": Figure(((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"),), {"gpu.json": "benchmarks/gpu-h100.json"}, card="H100"),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "recovery": Figure(
         (
