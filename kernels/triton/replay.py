@@ -231,12 +231,12 @@ def has_tensors(x: Any) -> bool:
 
 
 def possible(device: torch.device) -> bool:
-    """Whether calls on a device are recorded: NVIDIA's, unless a profiler asks Triton to tell it of each launch."""
+    """Whether calls on a device are recorded: NVIDIA's, unless a profiler follows Triton's launches."""
     return device.type == "cuda" and torch.version.hip is None and not hooked()
 
 
 def hooked() -> bool:
-    """Whether something is told of Triton's launches."""
+    """Whether a hook is called at each of Triton's launches."""
     return any(getattr(hook, "calls", hook) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
 
 
