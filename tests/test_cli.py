@@ -16,9 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import dit_accel
-from dit_accel import CLEAR
+from dit_accel import CLEAR, GNA
 from dit_accel.cli import models, options
-from dit_accel.cli.app import app
+from dit_accel.cli.app import BENCH_PROMPTS, app
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"], ["doctor"]]
@@ -162,6 +162,7 @@ def test_bad_methods(prompts: Path, tmp_path: Path) -> None:
     assert fail("bench", "step", "--method", "fovea", "--method", "flash") == expected
     assert "requires an accelerated method, not 'none'" in fail("distill", "--prompts", prompts, "--out", tmp_path, "--method", "none")
     assert "requires accelerated methods (the original is always measured), not 'none'" in fail("bench", "step", "--method", "none")
+    assert "bench quality requires accelerated methods, not 'none'" in fail("bench", "quality", "--method", "none")
     for more in (["--method", "fovea"], ["--dense-steps", "2"]):
         assert "leave --method and --dense-steps out" in fail("generate", "x", "--adapter", "somewhere", *more)
 
@@ -365,13 +366,23 @@ def test_demo_and_bench_are_thin(prompts: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: None)
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
+    (tmp_path / "spec.json").write_text(json.dumps(GNA(3).to_dict()))
+    succeed("bench", "quality", "--size", "64x32", "--method", "clear:3", "--method", tmp_path / "spec.json")
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
     succeed("bench", "kernels", "--repeats", 3, "--largest", 4096, "--out", tmp_path / "k.json")
     succeed("bench", "kernels", "--tune", "--dtype", "float16", "--head-dim", 64, "--out", tmp_path / "t.json")
     shown = ["a panda", "a cat on a blue background"]
     assert calls == [
         {"out": tmp_path / "demo", "quick": True, "seed": 3},
-        {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32},
+        {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32, "specs": None},
+        {
+            "size": (32, 64),
+            "prompts": BENCH_PROMPTS,
+            "steps": 8,
+            "out": None,
+            "max_sequence_length": 32,
+            "specs": {"clear:3": CLEAR(3), str(tmp_path / "spec.json"): GNA(3)},
+        },
         {"sizes": [(32, 64), (32, 32)], "methods": [CLEAR(3)], "repeats": 2, "out": None, "max_sequence_length": None},
         {"repeats": 3, "largest": 4096, "out": tmp_path / "k.json"},
         {"kernels": len(gpu_tune.KERNELS), "out": tmp_path / "t.json"},

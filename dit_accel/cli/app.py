@@ -246,6 +246,9 @@ bench.command(epilog=recovery.EPILOG)(recovery.recovery)
 def quality(
     model: options.Model = "builtin",
     size: options.Size = "1024x1024",
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="16 presets and variants")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; unless given, two of our own.")] = None,
     steps: options.Steps = 8,
     max_sequence_length: options.TextLength = None,
@@ -254,6 +257,8 @@ def quality(
     out: options.Result = None,
 ) -> None:
     """Measure how far each method is from the original attention, on the same prompts and noise."""
+    reason = "bench quality requires accelerated methods"
+    specs = {name: options.parse_spec(name, reason=reason) for name in dict.fromkeys(method or [])} or None
     pixels = options.parse_size(size, model)
     texts = options.read_prompts(prompts) if prompts else BENCH_PROMPTS
     if out:
@@ -262,7 +267,7 @@ def quality(
     from dit_accel.measure.quality import bench_quality
 
     pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
-    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length)
+    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length, specs=specs)
 
 
 @bench.command(epilog="Example: dit-accel bench step --size 1024x1024 --size 2048x2048 --method fovea --method clear:16")
