@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from dit_accel import __version__
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native, sources
+from dit_accel.kernels.precision import get_float32_attention_precision
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import decisions, lowering
 from dit_accel.operator.attention import attend, start_values
@@ -78,8 +79,11 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
 
 def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Question:
     backend = dispatch.choose("auto", device, dtype, head_dim, linear=lowering.has_states(spec))[0]
+    precision = get_float32_attention_precision()
+    rounds = device.type == "cpu" and dtype != torch.bfloat16 and precision != "highest"
     return {
         "version": __version__,
+        **({"float32": precision} if rounds else {}),
         "torch": torch.__version__,
         **(_gpu(device) if device.type == "cuda" else _cpu(dtype)),
         "backend": backend,
