@@ -25,7 +25,23 @@ from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.capture import attention_errors, capture_qkv, deviation, exact_attention
-from dit_accel.method import DiscBlocks, Downsampled, ErrorProduct, Linear, Mass, Merge, Pattern, Pooled, Raster, Residual, Rest, Score, Tiles, TopK, TopP
+from dit_accel.method import (
+    DiscBlocks,
+    Downsampled,
+    ErrorProduct,
+    Linear,
+    Mass,
+    Merge,
+    Pattern,
+    Pooled,
+    Raster,
+    Residual,
+    Rest,
+    Score,
+    Tiles,
+    TopK,
+    TopP,
+)
 from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import always
