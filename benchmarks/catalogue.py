@@ -3,9 +3,9 @@
     python benchmarks/catalogue.py OUT.jsonl image-1024 [NAME ...]
     python benchmarks/catalogue.py OUT.jsonl video-512
 
-Every part runs in a spec of its own (`SPECS`), of which the share of kept blocks is the largest whose multiply-adds are no more than those of
-Fovea at 5 %. Parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured again.
-A line of OUT holds one spec's results; lines that are there already are not computed again. `tables.catalogue` makes the page's table of it.
+Every part runs in a spec of its own (`SPECS`), with the largest share of kept blocks whose multiply-adds are no more than those of Fovea at
+5 %. Parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured again.
+A line of OUT holds one spec's results; lines that are there already are not computed again.
 """
 
 import json
@@ -37,7 +37,6 @@ from dit_accel.method import (
     Raster,
     Residual,
     Rest,
-    Score,
     Tiles,
     TopK,
     TopP,
@@ -56,13 +55,13 @@ TRAINING = {  # prompts to fit on, and the held-out one that distill asks for, w
         "a ghost moving down on a blue background", "a rocket moving left on a yellow background",
     ),
 }  # fmt: skip
+MASS = Mass()
 Make = Callable[[float, Any], AttentionSpec]  # of a density and an order
 
 
-def rest(rest: Rest | None, merge: Merge | None = Mass(), **options: Any) -> Make:
+def rest(part: Rest | None, merge: Merge = MASS, **options: Any) -> Make:
     """The part as the rest of the best blocks."""
-    extras = options.pop("extras", ())
-    return lambda density, order: AttentionSpec((TopK(density, **options),), rest, None if rest is None else merge, order, extras=extras)
+    return lambda density, order: AttentionSpec((TopK(density, **options),), part, None if part is None else merge, order)
 
 
 def keep(*patterns: Pattern) -> Make:
