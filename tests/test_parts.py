@@ -1,6 +1,7 @@
 """What every part of a method keeps, those of samples/new_part.py among them: each registered part is tried, in a spec made around it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -89,7 +90,7 @@ def instances(kind: type[Part]) -> Iterator[Part]:
         for field in dataclasses.fields(part):  # type: ignore[arg-type]
             for other in (not getattr(part, field.name),) if isinstance(getattr(part, field.name), bool) else words(hints[field.name]):
                 if other != getattr(part, field.name):
-                    yield from valid(lambda name=field.name, value=other: dataclasses.replace(part, **{name: value}))
+                    yield from valid(functools.partial(dataclasses.replace, part, **{field.name: other}))
 
 
 def of(slot: type[Part]) -> list[Any]:

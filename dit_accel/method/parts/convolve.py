@@ -25,11 +25,9 @@ def raster_tables(ground: Ground) -> dict[str, Tensor]:
 
 def convolved(x: Tensor, weight: Tensor, call: Call) -> Tensor:
     """Each channel of `[BH, N, D]` by a kernel of its own `[BH, D, frames, rows, columns]`, on the raster of each image; zeros around."""
-    rows, tables = x.index_select(1, call.prepared["raster_tokens"]), call.prepared
-    images = [
-        _of_image(part, grid, weight) for part, grid in zip(rows.split([math.prod(g) for g in call.grids], 1), call.grids, strict=True)
-    ]
-    return torch.cat(images, 1).index_select(1, tables["raster_places"])
+    rasters = x.index_select(1, call.prepared["raster_tokens"]).split([math.prod(grid) for grid in call.grids], 1)
+    images = [_of_image(raster, grid, weight) for raster, grid in zip(rasters, call.grids, strict=True)]
+    return torch.cat(images, 1).index_select(1, call.prepared["raster_places"])
 
 
 def _of_image(x: Tensor, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
