@@ -20,7 +20,27 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
-from dit_accel.method import Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method import (
+    Decayed,
+    DeltaScan,
+    Disc,
+    DiscBlocks,
+    FirstFrames,
+    Landmarks,
+    Linear,
+    Mass,
+    Norm,
+    Pattern,
+    Pooled,
+    Raster,
+    Residual,
+    Ridge,
+    Routed,
+    Tiles,
+    Token,
+    TopK,
+    Window,
+)
 from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
@@ -43,6 +63,12 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "rests": [
+        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Decayed("elu"), Routed(), Routed(2), Landmarks(), Landmarks(0.2))),
+        *(replace(FOVEA, rest=Token(kind), merge=merge) for kind in ("energy", "estimated") for merge in (Mass(), Mass("query"))),
+        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), Ridge(2.0), DeltaScan(), DeltaScan(decay=True))),
+        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Norm("simple"), Norm("l2"), Mass(), Mass("query"))),
+    ],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),

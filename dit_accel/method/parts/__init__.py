@@ -16,11 +16,13 @@ from dit_accel.method.parts.base import (
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.linear import Linear
-from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.merges import Mass, Norm, Residual
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 
 __all__ = [
     "Blockwise",
@@ -28,6 +30,8 @@ __all__ = [
     "Boxes",
     "Call",
     "Cost",
+    "Decayed",
+    "DeltaScan",
     "Disc",
     "DiscBlocks",
     "Downsampled",
@@ -36,10 +40,12 @@ __all__ = [
     "Grid",
     "Ground",
     "Intervals",
+    "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "Norm",
     "Order",
     "Part",
     "Pattern",
@@ -47,11 +53,14 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Ridge",
+    "Routed",
     "Score",
     "Selection",
     "Sizes",
     "Static",
     "Tiles",
+    "Token",
     "Tokenwise",
     "TopK",
     "TopP",
