@@ -64,10 +64,10 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
     "rests": [
-        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Decayed("elu"), Routed(), Routed(2), Landmarks(), Landmarks(0.2))),
-        *(replace(FOVEA, rest=Token(kind), merge=merge) for kind in ("energy", "estimated") for merge in (Mass(), Mass("query"))),
-        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), Ridge(2.0), DeltaScan(), DeltaScan(decay=True))),
-        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Norm("simple"), Norm("l2"), Mass(), Mass("query"))),
+        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Routed(2), Landmarks())),
+        replace(FOVEA, rest=Token()), replace(FOVEA, rest=Token("estimated"), merge=Mass("query")),
+        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), DeltaScan(decay=True))),
+        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Mass(), Mass("query"))),
     ],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
     "presets": [

@@ -130,7 +130,7 @@ class Ridge(_Memory):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.ridge) and self.ridge > 0, "ridge must be a number > 0", self.ridge)
+        require(is_real(self.ridge) and self.ridge >= 1e-8, "ridge must be a number >= 1e-8, below which float64 may not solve", self.ridge)
 
     def __call__(self, call: Call) -> Partial:
         read = [q @ self._state(k, v).to(q.dtype) for q, k, v in zip(_unit(call.q), _unit(call.k), call.v, strict=True)]

@@ -90,7 +90,7 @@ class Landmarks(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.ridge) and self.ridge > 0, "ridge must be a number > 0", self.ridge)
+        require(is_real(self.ridge) and self.ridge >= 1e-8, "ridge must be a number >= 1e-8, below which float64 may not solve", self.ridge)
 
     @property
     def whole_blocks(self) -> bool:
