@@ -14,11 +14,12 @@ import dit_accel.measure.demo as demo
 from dit_accel.clock import timed
 from dit_accel.errors import BackendError, NotAcceleratedError
 from dit_accel.finetune.data.collect import Samples, collect
+from dit_accel.finetune.velocity import predict
 from dit_accel.kernels.triton import driver
 from dit_accel.measure import kernels, timing
 from dit_accel.measure import rivals as bench_rivals
 from dit_accel.measure.capture import attention_errors, capture_qkv, record_step
-from dit_accel.measure.quality import bench_quality, spread
+from dit_accel.measure.quality import bench_quality, rounding_errors, spread
 from dit_accel.measure.step import bench_step, step_times
 from dit_accel.measure.timing import machine
 from dit_accel.method import AttentionSpec, TopK
@@ -124,10 +125,34 @@ def test_benchmarks_write_what_they_print(pipe: object, tmp_path: Path) -> None:
     )
     assert 0 < table["f"]["attention_error"] < 1
     assert 0 < table["f"]["velocity_error"] < 1
+    record = json.loads((tmp_path / "q.json").read_text())
+    assert record["presets"] == table
+    assert table["f"]["attention_error"] <= table["f"]["worst_layer"]
+    assert table["f"]["velocity_error"] <= table["f"]["worst_forward"]
+    assert 0 < record["bfloat16"]["velocity_error"] < 0.1
     rows = bench_step(pipe, sizes=[(64, 96)], methods=[Fovea(0.5)], repeats=1, out=tmp_path / "s.json", max_sequence_length=8)
     assert rows[0]["original"] > 0
     assert (tmp_path / "q.json").exists()
     assert (tmp_path / "s.json").exists()
+
+
+def test_rounding_leaves_the_weights_as_they_were(pipe: Any, samples: Samples) -> None:
+    before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
+    given = [samples[0], samples[1]]
+    first, again = rounding_errors(pipe, given), rounding_errors(pipe, given)
+    assert first == again
+    assert all(torch.equal(x, before[name]) for name, x in pipe.transformer.state_dict().items())
+    pipe.transformer.to(torch.bfloat16)
+    try:
+        vectors = ("hidden_states", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
+        rounded = [{name: x.bfloat16() if name in vectors else x for name, x in f.arguments.items()} for f in given]
+        exact = torch.stack([predict(pipe.transformer, arguments).float() for arguments in rounded])
+        assert rounding_errors(pipe, given) is None
+    finally:
+        pipe.transformer.to(torch.float32)
+        pipe.transformer.load_state_dict(before)
+    teacher = torch.stack([f.prediction for f in given])
+    assert first == pytest.approx([((a - b).norm() / b.norm()).item() for a, b in zip(exact, teacher, strict=True)])
 
 
 def test_the_mask_picture_shows_what_is_seen(pipe: object, samples: Samples, tmp_path: Path) -> None:

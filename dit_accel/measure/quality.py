@@ -1,8 +1,11 @@
-"""`dit-accel bench quality`: every method, untrained, against dense attention: on captured queries, keys and values, and in the model."""
+"""`dit-accel bench quality`: methods, untrained, against dense attention: on captured queries, keys and values, and in the model."""
 
+import contextlib
+import dataclasses
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from dit_accel.method import AttentionSpec, Mass, Pooled, Raster, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore
 
@@ -49,6 +53,36 @@ def spread(samples: Samples, levels: int) -> list[Forward]:
     return [samples[p] for p in chosen]
 
 
+@contextlib.contextmanager
+def _rounded_weights(transformer: torch.nn.Module) -> Iterator[None]:
+    """The model's weights and buffers in bfloat16; afterwards what they were, to the bit."""
+    tensors = [x for x in (*transformer.parameters(), *transformer.buffers()) if x.is_floating_point()]
+    before = [x.data for x in tensors]
+    try:
+        for x in tensors:
+            x.data = x.data.bfloat16()
+        yield
+    finally:
+        for x, data in zip(tensors, before, strict=True):
+            x.data = data
+
+
+def rounding_errors(pipe: Any, forwards: Sequence[Forward]) -> list[float] | None:
+    """Relative error of the original's prediction in bfloat16, weights and inputs, one per forward; None unless it is in float32."""
+    (transformer,) = find_transformers(pipe)
+    if next(transformer.parameters()).dtype != torch.float32:
+        return None
+
+    def rounded(value: Any) -> Any:  # as a pipeline in bfloat16 gives them: what has no channels, as a timestep, stays what it is
+        if isinstance(value, list | tuple):
+            return type(value)(map(rounded, value))
+        return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1 else value
+
+    given = [dataclasses.replace(f, arguments={name: rounded(x) for name, x in f.arguments.items()}) for f in forwards]
+    with _rounded_weights(transformer):
+        return velocity_errors(pipe, given)
+
+
 def bench_quality(
     pipe: Any,
     *,
@@ -60,9 +94,10 @@ def bench_quality(
     max_sequence_length: int | None = None,
     specs: dict[str, AttentionSpec] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Every preset, untrained, against dense attention: layer by layer on captured q, k, v, and through the whole model.
+    """Specs by name, untrained, against dense attention: layer by layer on captured q, k, v, and through the whole model.
 
-    `size` is (height, width) in pixels. Prints a table; writes it as JSON where `out` is given.
+    `size` is (height, width) in pixels; `specs`: `PRESETS` unless given. Prints a table of means over layers and forwards, with what a
+    float32 model errs in bfloat16 under it; writes it, with the worst layer and forward, as JSON where `out` is given.
     """
     specs = PRESETS if specs is None else specs
     if steps <= levels:
@@ -72,35 +107,51 @@ def bench_quality(
         call["max_sequence_length"] = max_sequence_length
     with tempfile.TemporaryDirectory() as folder:
         forwards = spread(collect(pipe, prompts, folder, **call), levels)
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in specs}
+    table = compared(pipe, forwards, specs)
+    rounding = rounding_errors(pipe, forwards)
+    _show_quality(table, rounding, f"{size[1]}×{size[0]} px, {len(prompts)} prompts, {levels} noise levels, untrained")
+    if out is not None:
+        record = {"machine": machine(), "size": size, "prompts": list(prompts), "levels": levels, "presets": table}
+        write_json(out, record | ({} if rounding is None else {"bfloat16": {"velocity_error": statistics.mean(rounding)}}))
+    return table
+
+
+def compared(pipe: Any, forwards: Sequence[Forward], specs: dict[str, AttentionSpec]) -> dict[str, dict[str, float]]:
+    """Errors and cost of each spec, at its start values, on recorded forwards of the original model."""
+    errors: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in specs}  # by layer
+    masses: dict[str, list[float]] = defaultdict(list)
     head_dim, layout = 0, TokenLayout((1, 1, 1))
     with torch.no_grad():
         for forward in forwards:
             for captured in capture_qkv(pipe, forward):
                 head_dim, layout = captured.query.shape[-1], TokenLayout(captured.layout.grid)
-                for name, pair in attention_errors(captured, specs).items():
-                    rows[name].append(pair)
+                for name, (error, mass) in attention_errors(captured, specs).items():
+                    errors[name][captured.layer].append(error)
+                    masses[name].append(mass)
     table: dict[str, dict[str, float]] = {}
     for name, spec in specs.items():
         with always(accelerate(pipe, spec)):
             velocity = velocity_errors(pipe, forwards)
         restore(pipe)
+        by_layer = [statistics.mean(of_layer) for of_layer in errors[name].values()]
         table[name] = {
-            "attention_error": statistics.mean(error for error, _ in rows[name]),
-            "kept_mass": statistics.mean(mass for _, mass in rows[name]),
+            "attention_error": statistics.mean(by_layer),
+            "worst_layer": max(by_layer),
+            "kept_mass": statistics.mean(masses[name]),
             "velocity_error": statistics.mean(velocity),
+            "worst_forward": max(velocity),
             "density_kept": kept_density(spec, layout),
             "multiply_adds": multiply_adds(spec, layout, head_dim),
         }
-    _show_quality(table, f"{size[1]}×{size[0]} px, {len(prompts)} prompts, {levels} noise levels, untrained")
-    if out is not None:
-        write_json(out, {"machine": machine(), "size": size, "prompts": list(prompts), "levels": levels, "presets": table})
     return table
 
 
-def _show_quality(table: dict[str, dict[str, float]], title: str) -> None:
-    view = Table("method", "attention error", "velocity error", "kept mass", "density kept", "multiply-adds", title=title)
+def _show_quality(table: dict[str, dict[str, float]], rounding: list[float] | None, title: str) -> None:
+    head = ("method", "attention error", "worst layer", "velocity error", "worst forward", "kept mass", "density kept", "multiply-adds")
+    caption = None if rounding is None else f"The original in bfloat16: velocity error {statistics.mean(rounding):.4f}."
+    view = Table(*head, title=title, caption=caption)
     for name, row in table.items():
+        errors = [f"{row[key]:.4f}" for key in ("attention_error", "worst_layer", "velocity_error", "worst_forward")]
         shares = [f"{row[key]:.2%}" for key in ("density_kept", "multiply_adds")]
-        view.add_row(name, f"{row['attention_error']:.4f}", f"{row['velocity_error']:.4f}", f"{row['kept_mass']:.3f}", *shares)
+        view.add_row(name, *errors, f"{row['kept_mass']:.3f}", *shares)
     console().print(view)
