@@ -20,8 +20,25 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
-from dit_accel.method import DepthwiseConv, Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method import (
+    DepthwiseConv,
+    Disc,
+    DiscBlocks,
+    FirstFrames,
+    Linear,
+    Mass,
+    Norm,
+    Pattern,
+    Pooled,
+    Raster,
+    Residual,
+    Tiles,
+    TopK,
+    Window,
+)
 from dit_accel.method.parts import Box, ErrorProduct, PowerTiles, Stripes, TopP, part_types
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
@@ -46,6 +63,12 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "rests": [
+        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Routed(2), Landmarks())),
+        replace(FOVEA, rest=Token()), replace(FOVEA, rest=Token("estimated"), merge=Mass("query")),
+        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), DeltaScan(decay=True))),
+        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Mass(), Mass("query"))),
+    ],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
     "catalogue": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in CATALOGUE],
     "presets": [

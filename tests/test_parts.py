@@ -26,22 +26,27 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
     Call,
+    Decayed,
+    DeltaScan,
     Disc,
     DiscBlocks,
     Extra,
     FirstFrames,
     Mass,
     Merge,
+    Norm,
     Order,
     Part,
     Pattern,
     Pooled,
     Raster,
     Rest,
+    Routed,
     Score,
     Selection,
     Sizes,
     Tiles,
+    Token,
     Tokenwise,
     TopK,
     Window,
@@ -129,6 +134,16 @@ FIRST = {
 }
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
 SPECS |= {"two-parts": around(Pooled(parts=2))}
+RESTS: dict[str, Part] = {
+    "decayed-by-alibi": Decayed("relu", "alibi"),
+    "estimated-token": Token("estimated"),
+    "scan-with-decay": DeltaScan(decay=True),
+    "two-routes": Routed(2, "elu"),
+    "simple-norm": Norm("simple"),
+    "norm-of-two": Norm("l2"),
+    "mass-by-query": Mass("query"),
+}
+SPECS |= {name: around(part) for name, part in RESTS.items()}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 

@@ -18,12 +18,14 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.convolve import DepthwiseConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.linear import Linear
-from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.merges import Mass, Norm, Residual
 from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 
 __all__ = [
     "Blockwise",
@@ -31,6 +33,8 @@ __all__ = [
     "Boxes",
     "Call",
     "Cost",
+    "Decayed",
+    "DeltaScan",
     "DepthwiseConv",
     "Disc",
     "DiscBlocks",
@@ -41,10 +45,12 @@ __all__ = [
     "Grid",
     "Ground",
     "Intervals",
+    "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "Norm",
     "Order",
     "Part",
     "Pattern",
@@ -53,12 +59,15 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Ridge",
+    "Routed",
     "Score",
     "Selection",
     "Sizes",
     "Static",
     "Stripes",
     "Tiles",
+    "Token",
     "Tokenwise",
     "TopK",
     "TopP",
