@@ -1,6 +1,7 @@
 """What every part of a method keeps, those of samples/new_part.py among them: each registered part is tried, in a spec made around it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -25,23 +26,30 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
     Call,
+    Clusters,
+    Columns,
     Disc,
     DiscBlocks,
+    Estimated,
     FirstFrames,
+    Gate,
     Mass,
     Merge,
     Order,
     Part,
     Pattern,
     Pooled,
+    Pyramid,
     Raster,
     Rest,
     Score,
     Selection,
+    SelfSaliency,
     Sizes,
     Tiles,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.parts import Grid, part_types
@@ -73,8 +81,12 @@ def valid(make: Callable[..., Any], *choices: Any) -> Iterator[Any]:
             continue
 
 
+def _changed(part: Part, name: str, value: Any) -> Part:
+    return dataclasses.replace(part, **{name: value})  # type: ignore[type-var]
+
+
 def instances(kind: type[Part]) -> Iterator[Part]:
-    """A part with values for the fields that must be given, and with each of its flags the other way."""
+    """A part with values for the fields that must be given, and with each of its flags and words another way."""
     hints = typing.get_type_hints(kind)
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
     values = [next((x for type_, x in TRIED.items() if type_ in (hints[name], *typing.get_args(hints[name]))), ()) for name in needed]
@@ -82,6 +94,9 @@ def instances(kind: type[Part]) -> Iterator[Part]:
         yield part
         flags = [field.name for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), bool)]  # type: ignore[arg-type]
         yield from (dataclasses.replace(part, **{name: not getattr(part, name)}) for name in flags)  # type: ignore[type-var]
+        for name in [field.name for field in dataclasses.fields(part)]:  # type: ignore[arg-type]
+            words = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
+            yield from valid(functools.partial(_changed, part, name), [word for word in words if word != getattr(part, name)])
 
 
 def of(slot: type[Part]) -> list[Any]:
@@ -117,7 +132,14 @@ FIRST = {
     "grouped": Pooled(parts=2, order=1, opened=1),
 }
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
-SPECS |= {"two-parts": around(Pooled(parts=2))}
+SPECS |= {"two-parts": around(Pooled(parts=2)), "four-clusters": around(Clusters(4))}
+CHOSEN = {
+    "narrow-pyramid": TopK(0.2, score=Pyramid((2, 3), keep=0.4)),
+    "mass-of-the-estimate": TopP(0.7, at_most=0.6, score=Estimated(cap=1.0)),
+    "salient-columns": Columns(0.4, SelfSaliency()),
+    "columns-of-a-gate": Columns(0.4, Gate()),
+}
+SPECS |= {name: AttentionSpec((keep,), Pooled(), Mass(), Tiles((4, 4)), (16, 16)) for name, keep in CHOSEN.items()}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
@@ -135,7 +157,7 @@ def test_json_pickle_and_text(spec: AttentionSpec) -> None:
     assert hash(AttentionSpec.from_dict(spec.to_dict())) == hash(spec)
     if all(type(part).__module__.startswith("dit_accel.") for part in spec.parts()):  # a script's classes are not
         assert pickle.loads(pickle.dumps(spec)) == spec
-    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score))
+    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score, Columns(0.3).score))
 
 
 @every_shape

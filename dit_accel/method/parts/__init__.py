@@ -15,25 +15,31 @@ from dit_accel.method.parts.base import (
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.gate import Gate
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Residual
 from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
-from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
-from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.scores import ErrorProduct, Estimated, MeanProduct, SelfSaliency
+from dit_accel.method.parts.searches import Clusters, Pyramid
+from dit_accel.method.parts.selections import Columns, TopK, TopP
 
 __all__ = [
     "Blockwise",
     "Box",
     "Boxes",
     "Call",
+    "Clusters",
+    "Columns",
     "Cost",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
+    "Estimated",
     "FirstFrames",
+    "Gate",
     "Grid",
     "Ground",
     "Intervals",
@@ -46,11 +52,13 @@ __all__ = [
     "Pattern",
     "Pooled",
     "PowerTiles",
+    "Pyramid",
     "Raster",
     "Residual",
     "Rest",
     "Score",
     "Selection",
+    "SelfSaliency",
     "Sizes",
     "Static",
     "Stripes",
