@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dit_accel.adapters.folder import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
+    from dit_accel.kernels.precision import get_float32_attention_precision, set_float32_attention_precision
     from dit_accel.method.assignment import Assignment, Rule
     from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.method.spec import AttentionSpec
@@ -42,6 +43,8 @@ _HOMES = {
     "Rule": "method.assignment",
     "TokenLayout": "operator.layout",
     "attention": "operator.attention",
+    "get_float32_attention_precision": "kernels.precision",
+    "set_float32_attention_precision": "kernels.precision",
     "builtin_pipeline": "pipelines.builtin",
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
@@ -65,11 +68,13 @@ __all__ = [
     "dense",
     "distill",
     "generate_hires",
+    "get_float32_attention_precision",
     "load_adapter",
     "push_adapter",
     "restore",
     "save_adapter",
     "save_video",
+    "set_float32_attention_precision",
     "summary",
 ]
 

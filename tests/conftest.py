@@ -174,8 +174,11 @@ def _records() -> None:
 def _guard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard as users have it, in a cache folder of the test's own, for what is marked so."""
     if "crossover" in request.keywords:
-        from dit_accel.operator import guard
+        from dit_accel.kernels.cpu import native
+        from dit_accel.operator import decisions, guard
 
-        monkeypatch.delenv(guard.VARIABLE)
+        native.BFLOAT16.target()  # chosen while nothing is measured: every process of the tests runs the same code
+
+        monkeypatch.delenv(decisions.VARIABLE)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         monkeypatch.setattr(guard, "_known", {})

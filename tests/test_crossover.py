@@ -12,7 +12,7 @@ from conftest import LAYERS, forward_arguments, run, tiny_pipe
 
 import dit_accel
 from dit_accel import CLEAR, SLA, Fovea, TokenLayout
-from dit_accel.operator import guard
+from dit_accel.operator import decisions, guard
 from dit_accel.operator.guard import Crossover
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import CONTEXT
@@ -76,7 +76,7 @@ def test_only_what_is_clearly_slower_is_left_to_the_original() -> None:
 def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(guard, "_measure", raising)
-    monkeypatch.setenv(guard.VARIABLE, "off")
+    monkeypatch.setenv(decisions.VARIABLE, "off")
     assert guard.measured(Fovea(0.2), TokenLayout((1, 8, 8)), 16, torch.float32, CPU) is None
     pipe = dit_accel.accelerate(tiny_pipe(), Fovea(0.2))
     run(pipe, steps=1)
@@ -85,7 +85,7 @@ def test_the_environment_turns_it_off(slower: list[Any], sparse_calls: list[Any]
 
 @pytest.mark.parametrize("value", ["no", "OFF", "0", ""], ids=repr)
 def test_the_environment_is_refused_in_plain_words(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(guard.VARIABLE, value)
+    monkeypatch.setenv(decisions.VARIABLE, value)
     pipe = tiny_pipe()
     with pytest.raises(ValueError, match=f"DIT_ACCEL_GUARD must be 'on' or 'off', not {value!r}"):
         dit_accel.accelerate(pipe)

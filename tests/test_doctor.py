@@ -23,6 +23,7 @@ from dit_accel.kernels.triton import driver, tuned
 from dit_accel.measure import doctor, doctor_report, doctor_smoke
 from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Report
 from dit_accel.method import TopK
+from dit_accel.operator import bfloat16
 from dit_accel.operator.blocks_of_grid import make_plan
 
 CPU = torch.device("cpu")
@@ -72,13 +73,14 @@ def test_a_sound_installation_exits_with_0(tmp_path: Path) -> None:
 
 
 def test_the_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = Report({})
+    report, asks = Report({}), f"as {native.TARGET_VARIABLE} asks"
     doctor._cpu_kernels(report)
     monkeypatch.setenv(native.TARGET_VARIABLE, "portable")
     doctor._cpu_kernels(report)
     assert [check.says for check in report.checks] == [
-        f"loaded, {native.best_target()}", f"loaded, portable, as {native.TARGET_VARIABLE} asks, instead of {native.best_target()}"
-    ]  # fmt: skip
+        f"loaded, {native.best_target()}; bfloat16 by {bfloat16.choice()}",
+        f"loaded, portable, {asks}, instead of {native.best_target()}; bfloat16 by portable, {asks}",
+    ]
 
 
 @pytest.mark.gpu

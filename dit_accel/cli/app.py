@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dit_accel import files
-from dit_accel.cli import doctor, evaluate, generate, options, recovery
+from dit_accel.cli import doctor, evaluate, generate, options, quality, recovery
 from dit_accel.errors import ArgumentError, DitAccelError
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
@@ -18,7 +18,6 @@ HINTS = {
     "evaluate": "nothing was written; the same command starts over",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
-BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
 
 
 class Commands(TyperGroup):
@@ -240,34 +239,8 @@ def distill(
 
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 bench.command(epilog=recovery.EPILOG)(recovery.recovery)
-
-
-@bench.command(epilog="Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json")
-def quality(
-    model: options.Model = "builtin",
-    size: options.Size = "1024x1024",
-    method: Annotated[
-        list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="16 presets and variants")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line; unless given, two of our own.")] = None,
-    steps: options.Steps = 8,
-    max_sequence_length: options.TextLength = None,
-    dtype: options.Weights = "auto",
-    device: options.Device = "auto",
-    out: options.Result = None,
-) -> None:
-    """Measure how far each method is from the original attention, on the same prompts and noise."""
-    reason = "bench quality requires accelerated methods"
-    specs = {name: options.parse_spec(name, reason=reason) for name in dict.fromkeys(method or [])} or None
-    pixels = options.parse_size(size, model)
-    texts = options.read_prompts(prompts) if prompts else BENCH_PROMPTS
-    if out:
-        options.check_file(out)
-    from dit_accel.cli.models import load_pipeline
-    from dit_accel.measure.quality import bench_quality
-
-    pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
-    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length, specs=specs)
+bench.command(epilog=quality.QUALITY)(quality.quality)
+bench.command(epilog=quality.LOGITS)(quality.logits)
 
 
 @bench.command(epilog="Example: dit-accel bench step --size 1024x1024 --size 2048x2048 --method fovea --method clear:16")

@@ -57,6 +57,7 @@ def _method_rows() -> dict[str, str]:
 
     from dit_accel.kernels import dispatch, xformers_rows
     from dit_accel.method.text import METHODS
+    from dit_accel.operator import bfloat16
     from dit_accel.pipelines import FAMILIES
 
     rows = {
@@ -65,7 +66,9 @@ def _method_rows() -> dict[str, str]:
     }
     chosen, why = dispatch.choose("auto", torch.device("cpu"), torch.float32, 64)
     rows["backend auto"] = f"on this CPU runs {chosen} ({why})"
-    rows["backend cpu"] = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64) or f"ready, {dispatch.CPU_TARGET}"
+    refusal = dispatch.cpu_refusal(torch.device("cpu"), torch.float32, 64)
+    rows["backend cpu"] = refusal or f"ready, {dispatch.CPU_TARGET}"
+    rows["bfloat16 on cpu"] = refusal or bfloat16.described()
     gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows["backend triton"] = dispatch.triton_refusal(gpu, torch.float32, 64) or "ready"
     rows["backend xformers"] = xformers_rows.refusal(gpu, torch.float32, 64, gradient=False) or "ready"

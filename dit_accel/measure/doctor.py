@@ -125,6 +125,7 @@ def _card(report: Report) -> None:
 def _cpu_kernels(report: Report) -> None:
     """Whether the compiled library is there and loads, and the instruction set that it runs."""
     from dit_accel.kernels.cpu import native
+    from dit_accel.operator import bfloat16
 
     try:
         library = native.library()
@@ -140,7 +141,7 @@ def _cpu_kernels(report: Report) -> None:
         report.add("CPU kernels", WRONG, f"{error}: unset it, or set one of these")
         return
     asked = "" if target == native.best_target() else f", as {native.TARGET_VARIABLE} asks, instead of {native.best_target()}"
-    report.add("CPU kernels", RIGHT, f"loaded, {target}{asked}")
+    report.add("CPU kernels", RIGHT, f"loaded, {target}{asked}; bfloat16 by {bfloat16.described()}")
 
 
 def _compilation(report: Report, arch: str | None, quick: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+import dit_accel.operator.bfloat16  # noqa: F401  the kernels ask it what computes bfloat16
 from dit_accel.kernels import capture, dispatch
 from dit_accel.method.parameters import AttentionParameters, Values
 from dit_accel.method.spec import AttentionSpec

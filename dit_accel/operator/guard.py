@@ -6,7 +6,6 @@ no part of it, so that both passes of guidance decide alike.
 
 import importlib.metadata
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,13 +19,13 @@ import torch.nn.functional as F
 from dit_accel import __version__
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native, sources
+from dit_accel.kernels.precision import get_float32_attention_precision
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import decisions, lowering
 from dit_accel.operator.attention import attend, start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
 
-VARIABLE = "DIT_ACCEL_GUARD"  # "off": nothing is measured and the method runs at every size; "on", as without it
 MARGIN = 1.25  # a size is left to the original where the method takes more than so many times its time: what is close may turn over
 ROUNDS = 3
 HEADS_ON_GPU = 8  # one head leaves most of a GPU idle
@@ -54,14 +53,6 @@ class Crossover:
         return f"{times}, decided {f'once, kept in {self.file}' if self.file else 'for this process alone'}"
 
 
-def enabled() -> bool:
-    """Whether the environment has the guard on. Raises ValueError where it is neither on nor off."""
-    setting = os.environ.get(VARIABLE, "on")
-    if setting not in ("on", "off"):
-        raise ValueError(f"the environment variable {VARIABLE} must be 'on' or 'off', not {setting!r}")
-    return setting == "on"
-
-
 _known: dict[str, Crossover] = {}
 _lock = threading.Lock()
 
@@ -69,10 +60,10 @@ _lock = threading.Lock()
 def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> Crossover | None:
     """The crossover of a grid on this machine's CPU or GPU; the second call costs nothing.
 
-    None where nothing can be measured: on other devices, where the environment has it off, while a CUDA graph is captured. Raises
-    ValueError as `enabled`.
+    None where nothing can be measured, and the method runs: on other devices, where the environment has it off, while a CUDA graph is
+    captured. Raises ValueError as `decisions.enabled`.
     """
-    if not enabled() or device.type not in PAIRS:
+    if not decisions.enabled() or device.type not in PAIRS:
         return None
     question = _question(spec, layout, head_dim, dtype, device)
     name = json.dumps(question, sort_keys=True)
@@ -82,16 +73,19 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
                 return None
             image = TokenLayout(layout.grid, order=layout.order, references=layout.references)
             times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
-            _known[name] = Crossover(*times, file)
+            _known[name] = Crossover(times[0], times[1], file)
         return _known[name]
 
 
 def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Question:
     backend = dispatch.choose("auto", device, dtype, head_dim, linear=lowering.has_states(spec))[0]
+    precision = get_float32_attention_precision()
+    rounds = device.type == "cpu" and dtype != torch.bfloat16 and precision != "highest"
     return {
         "version": __version__,
+        **({"float32": precision} if rounds else {}),
         "torch": torch.__version__,
-        **(_gpu(device) if device.type == "cuda" else _cpu()),
+        **(_gpu(device) if device.type == "cuda" else _cpu(dtype)),
         "backend": backend,
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": head_dim,
@@ -101,12 +95,12 @@ def _question(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: to
     }
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu(dtype: torch.dtype) -> dict[str, Any]:
     built = native.library() is not None
     return {
         "device": decisions.cpu_name(),
         "threads": torch.get_num_threads(),
-        "target": native.TARGETS[native.target()] if built else "none",
+        "target": native.TARGETS[native.target(bfloat16=dtype == torch.bfloat16)] if built else "none",
         "kernels": sources.fingerprint(Path(native.__file__).parent) if built else "none",
     }
 

@@ -14,7 +14,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import Fovea
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator import guard, lowering
+from dit_accel.operator import decisions, lowering
 from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
@@ -70,7 +70,7 @@ def accelerate(
     check_trained_tokens(trained_tokens)
     dispatch.check(backend)
     check_not_parallel(pipe_or_transformer)
-    guard.enabled()  # refuses what the environment can't mean
+    decisions.enabled()  # refuses what the environment can't mean
     models = find_transformers(pipe_or_transformer)
     for model in models:
         if it := getattr(model, CONTEXT, None):

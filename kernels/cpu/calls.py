@@ -24,6 +24,7 @@ from dit_accel.kernels.arguments import (
     text_queries,
 )
 from dit_accel.kernels.cpu import native
+from dit_accel.kernels.precision import get_float32_attention_precision
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
 WRITTEN = ("pooled_k", "pooled_v", "pooled_bias", "slopes")  # every entry of whose gradients the library writes, where others are added to
@@ -33,6 +34,17 @@ def _prepared(a: Arguments) -> Arguments:
     """The arguments as the library reads them. Raises ValueError where they do not fit each other."""
     check(a)
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), text_q=text_queries(a))
+
+
+def _rounded(a: Arguments) -> Arguments:
+    """Queries, keys and values in bfloat16 where the user lets them be and the CPU's matrix unit takes that."""
+    if (
+        a.q.dtype != torch.float32
+        or get_float32_attention_precision() == "highest"
+        or native.TARGETS[native.target(bfloat16=True)] != "amx"
+    ):
+        return a
+    return a._replace(q=a.q.bfloat16(), k=a.k.bfloat16(), v=a.v.bfloat16())
 
 
 def _problem(a: Arguments) -> native.Problem:
@@ -51,6 +63,7 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, N]`."""
     a = _prepared(a)
     out, lse = torch.empty_like(a.q), a.q.new_empty(a.q.shape[:3], dtype=torch.float32)
+    a = _rounded(a)
     problem = _problem(a)
     problem.out, problem.lse = native.rows(out), lse.data_ptr()
     native.call("forward", problem)
@@ -62,7 +75,8 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     a, dout, out = _prepared(a), dense(dout), dense(out)
     dlse = None if dlse is None else dlse.contiguous()
     grads = {name: _space(name, a) for name in DIFFERENTIABLE if getattr(a, name) is not None}
-    problem = _problem(a)
+    rounded = _rounded(a)
+    problem, dout = _problem(rounded), dout.to(rounded.q.dtype)
     problem.out, problem.lse, problem.dout, problem.dlse = native.rows(out), lse.data_ptr(), native.rows(dout), native.pointer(dlse)
     for name, x in grads.items():
         setattr(problem, f"d{name}", x.data_ptr())

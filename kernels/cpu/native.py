@@ -1,10 +1,12 @@
 """The compiled library: found, loaded by ctypes, and called with raw pointers. No torch headers, no Python objects on the other side."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import sysconfig
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -227,12 +229,53 @@ def best_target() -> str:
     return TARGETS[lib.dit_accel_best_target()] if lib else "none"
 
 
-def target() -> int:
-    """The target of the next call: the CPU's best, or the one that the environment names, as long as the CPU has it."""
-    name = os.environ.get(TARGET_VARIABLE, best_target())
+class Bfloat16:
+    """The instruction set of calls on bfloat16, which is not always the fastest of those that the CPU has: decided at the first of them,
+    for this process's life. `chooser` names it; the operator puts a measurement there."""
+
+    def __init__(self) -> None:
+        self.chooser: Callable[[], str] = best_target
+        self._lock = threading.Lock()
+        self._chosen: str | None = None
+
+    def target(self) -> str:
+        """What was chosen; other threads wait for the choice."""
+        with self._lock:
+            if self._chosen is None:
+                self._chosen = self.chooser()
+            return self._chosen
+
+
+BFLOAT16 = Bfloat16()
+_thread = threading.local()  # its `target`: what `running` has this thread run
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Run one of TARGETS that the CPU has, in this thread, whatever was chosen or is in the environment."""
+    _thread.target = name
+    try:
+        yield
+    finally:
+        del _thread.target
+
+
+def target(*, bfloat16: bool = False) -> int:
+    """The target of the next call: the CPU's best, or for tensors of `bfloat16` what was chosen for them; or the one that the environment
+    names, as long as the CPU has it."""
+    if hasattr(_thread, "target"):
+        return TARGETS.index(_thread.target)
+    name = os.environ.get(TARGET_VARIABLE)
+    if name is None:
+        name = BFLOAT16.target() if bfloat16 else best_target()
     if name not in TARGETS or TARGETS.index(name) > TARGETS.index(best_target()):
         raise ValueError(f"{TARGET_VARIABLE} must be one of {TARGETS[: TARGETS.index(best_target()) + 1]} on this CPU, not {name!r}")
     return TARGETS.index(name)
+
+
+def _on_bfloat16(argument: Structure) -> bool:
+    rows = getattr(argument, "q", None)
+    return isinstance(rows, Rows) and rows.bf16 == 1
 
 
 def call(name: str, argument: Structure) -> None:
@@ -240,5 +283,5 @@ def call(name: str, argument: Structure) -> None:
     lib = library()
     if lib is None:
         raise RuntimeError(refusal())
-    if getattr(lib, f"dit_accel_{name}")(ctypes.byref(argument), target()):
+    if getattr(lib, f"dit_accel_{name}")(ctypes.byref(argument), target(bfloat16=_on_bfloat16(argument))):
         raise MemoryError(f"the CPU kernels found no memory for {name}")
