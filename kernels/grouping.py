@@ -48,7 +48,7 @@ class Units(NamedTuple):
     """What the units of all levels are, level after level, and what spans of SPAN query blocks see of them.
 
     Differentiable: joined_k, joined_v, joined_bias, slopes. `joined_k`, `joined_v` `[B, H, units · parts, D]`, `joined_bias`,
-    `joined_tokens`, `joined_spread` `[B, H, units · parts]`: pooled keys and values, their biases, numbers of tokens and variances of logits.
+    `joined_tokens`, `joined_spread` `[B, H, units · parts]`: pooled keys and values, their biases, numbers of tokens, variances of logits.
     `slopes` `[B, H, spans, D of k, D of v]`, `pool_lists` `[B, H, spans, n]`, `pool_counts` `[B, H, spans]`: as in `Arguments`. For the
     backward pass: `above` `[B, H, D of k, units - slots, D of v]`: the slopes of groups; `shares` `[B, H, spans, n, parts]`: of each pooled
     key on a list in the softmax of the span's mean query; `part` `[B, H, units - slots, 4 · parts]` uint8: of each part of its members. No
@@ -114,7 +114,7 @@ def check_grouping(a: GroupingArguments) -> None:
     if a.parts not in (1, 2, 4) or pools % a.parts:
         raise ValueError(f"parts must be 1, 2 or 4 pooled keys for each of the slots, not {a.parts} of {pools} pooled keys")
     slots = pools // a.parts
-    levels = levels_of(slots, a.roots) if a.roots >= 1 else [0]
+    levels = levels_of(slots, a.roots) if a.roots >= 1 else [-1]
     if levels[-1] != a.roots or any(level % MEMBERS for level in levels[:-1]):
         raise ValueError(f"roots must be slots over a power of {MEMBERS}, not {a.roots} of {slots}")
     if a.opened < 1:

@@ -232,9 +232,9 @@ struct GroupGradient : Groups {
     }
     void write_second(int64_t bh) const {
         for (int64_t c = 0; c < d; c++) {
-            float sum = 0;
+            double sum = 0;
             for (int64_t unit = 0; unit < above; unit++) sum += dseconds[unit * padded + c];
-            g.dsecond[bh * d + c] = sum;
+            g.dsecond[bh * d + c] = float(sum);
         }
     }
 };

@@ -187,8 +187,9 @@ def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str,
     written = DIFFERENTIABLE_GROUPING if "slopes" in given else ("pooled_k", "pooled_v", "second", "spread")
     found = []
     for name in DIFFERENTIABLE_GROUPING:
-        x: Tensor | None = getattr(a, name)
-        found.append(a.q_mean.new_empty(0) if x is None else (torch.empty_like if name in written else torch.zeros_like)(x))
+        given_to: Tensor | None = getattr(a, name)
+        made = torch.empty_like if name in written else torch.zeros_like
+        found.append(a.q_mean.new_empty(0) if given_to is None else made(given_to))
         setattr(grouping, f"d{name}", found[-1].data_ptr())
     native.call("group_units_backward", grouping)
     return found
