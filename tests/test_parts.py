@@ -30,6 +30,7 @@ from dit_accel.method import (
     Disc,
     DiscBlocks,
     FirstFrames,
+    Linear,
     Mass,
     Merge,
     Norm,
@@ -108,7 +109,7 @@ def around(part: Part) -> AttentionSpec:
     elif isinstance(part, Rest):
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
-        found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
+        found = valid(spec, [(top,)], [Linear(), *of(Rest)], [part], BLOCKS)
     else:
         found = valid(lambda order: AttentionSpec((top,), order=order, block=(order.block or 16,) * 2), [part, Tiles((4, 4))])
     return next(found)

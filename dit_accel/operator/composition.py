@@ -34,8 +34,11 @@ def attend(
     """Output `[B, H, Nq, D]`, in the query's dtype, and lse `[B, H, Nq]`, by a backend's exact part.
 
     `key_layout`: where key and value `[B, H, Nk, D]` are other tokens than query, the layout of theirs; then the plan's query blocks are of
-    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others.
+    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others,
+    and where parts of the spec require that they are the same tokens.
     """
+    if key_layout is not None and (own := [part for part in spec.parts() if part.own_tokens]):
+        raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: leave key_layout out, or the part")
     layouts = layouts_of(layout, key_layout)
     if backend in lowering.COMPILED:
         return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias)

@@ -32,9 +32,11 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
 
     `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
     rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
+    `own_tokens`: whether it requires that the queries are the keys' tokens, as where it moves values to the queries' places.
     """
 
     fit: ClassVar[Fit | None] = None
+    own_tokens: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
