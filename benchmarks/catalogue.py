@@ -3,9 +3,9 @@
     python benchmarks/catalogue.py OUT.jsonl image-1024 [NAME ...]
     python benchmarks/catalogue.py OUT.jsonl video-512
 
-Every part runs in a spec of its own (`SPECS`), of which the share of kept blocks is the largest whose multiply-adds are no more than those of
-Fovea at 5 %. Parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured again.
-A line of OUT holds one spec's results; lines that are there already are not computed again. `tables.catalogue` makes the page's table of it.
+Every part runs in a spec of its own (`SPECS`), with the largest share of kept blocks whose multiply-adds are no more than those of Fovea at
+5 %. Parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured again.
+A line of OUT holds one spec's results; lines that are there already are not computed again.
 """
 
 import json
@@ -25,7 +25,22 @@ from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.capture import attention_errors, capture_qkv, deviation, exact_attention
-from dit_accel.method import DiscBlocks, Downsampled, ErrorProduct, Linear, Mass, Merge, Pattern, Pooled, Raster, Residual, Rest, Score, Tiles, TopK, TopP
+from dit_accel.method import (
+    DiscBlocks,
+    Downsampled,
+    ErrorProduct,
+    Linear,
+    Mass,
+    Merge,
+    Pattern,
+    Pooled,
+    Raster,
+    Residual,
+    Rest,
+    Tiles,
+    TopK,
+    TopP,
+)
 from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import always
@@ -40,13 +55,13 @@ TRAINING = {  # prompts to fit on, and the held-out one that distill asks for, w
         "a ghost moving down on a blue background", "a rocket moving left on a yellow background",
     ),
 }  # fmt: skip
+MASS = Mass()
 Make = Callable[[float, Any], AttentionSpec]  # of a density and an order
 
 
-def rest(rest: Rest | None, merge: Merge | None = Mass(), **options: Any) -> Make:
+def rest(part: Rest | None, merge: Merge = MASS, **options: Any) -> Make:
     """The part as the rest of the best blocks."""
-    extras = options.pop("extras", ())
-    return lambda density, order: AttentionSpec((TopK(density, **options),), rest, None if rest is None else merge, order, extras=extras)
+    return lambda density, order: AttentionSpec((TopK(density, **options),), part, None if part is None else merge, order)
 
 
 def keep(*patterns: Pattern) -> Make:

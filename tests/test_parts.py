@@ -1,6 +1,7 @@
 """What every part of a method keeps, those of samples/new_part.py among them: each registered part is tried, in a spec made around it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from dit_accel.method import (
     DeltaScan,
     Disc,
     DiscBlocks,
+    Extra,
     FirstFrames,
     Linear,
     Mass,
@@ -79,15 +81,22 @@ def valid(make: Callable[..., Any], *choices: Any) -> Iterator[Any]:
             continue
 
 
+def words(hint: Any) -> tuple[Any, ...]:
+    """The values of a field that names them."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
 def instances(kind: type[Part]) -> Iterator[Part]:
-    """A part with values for the fields that must be given, and with each of its flags the other way."""
+    """A part with values for the fields that must be given, and with each of its flags and words the other way."""
     hints = typing.get_type_hints(kind)
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
     values = [next((x for type_, x in TRIED.items() if type_ in (hints[name], *typing.get_args(hints[name]))), ()) for name in needed]
     for part in valid(lambda *given: kind(**dict(zip(needed, given, strict=True))), *values):
         yield part
-        flags = [field.name for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), bool)]  # type: ignore[arg-type]
-        yield from (dataclasses.replace(part, **{name: not getattr(part, name)}) for name in flags)  # type: ignore[type-var]
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            for other in (not getattr(part, field.name),) if isinstance(getattr(part, field.name), bool) else words(hints[field.name]):
+                if other != getattr(part, field.name):
+                    yield from valid(functools.partial(dataclasses.replace, part, **{field.name: other}))
 
 
 def of(slot: type[Part]) -> list[Any]:
@@ -110,6 +119,8 @@ def around(part: Part) -> AttentionSpec:
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
         found = valid(spec, [(top,)], [Linear(), *of(Rest)], [part], BLOCKS)
+    elif isinstance(part, Extra):
+        found = valid(lambda order: AttentionSpec((top,), order=order, block=(16, 16), extras=(part,)), [Tiles((4, 4))])
     else:
         found = valid(lambda order: AttentionSpec((top,), order=order, block=(order.block or 16,) * 2), [part, Tiles((4, 4))])
     return next(found)
@@ -139,7 +150,7 @@ every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
 
 def test_every_registered_part_is_tried() -> None:
-    slots = (Pattern, Score, Rest, Merge, Order)
+    slots = (Pattern, Score, Rest, Merge, Extra, Order)
     assert {name for slot in slots for name in part_types(slot)} == set(part_types())
     tried = {type(part).__name__ for spec in SPECS.values() for part in spec.parts()}
     assert {name for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")} <= tried
@@ -294,10 +305,10 @@ def test_its_cost_is_counted(spec: AttentionSpec) -> None:
     sizes = Sizes(1024, 64, 64, 64)
     costs = [part.cost(sizes) for part in spec.parts()]
     assert all(cost.multiply_adds >= 0 and cost.passes >= 0 for cost in costs)
-    assert 4 <= passes(spec) <= 8
-    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge) if part is not None)
+    assert 4 <= passes(spec) <= (8 if not spec.extras else 12)
+    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge, *spec.extras) if part is not None)
     assert multiply_adds(spec, layout, 64) >= kept_density(spec, layout) > 0
-    assert (added > 0) == (spec.rest is not None or spec.selection is not None)
+    assert (added > 0) == (spec.rest is not None or spec.selection is not None or bool(spec.extras))
 
 
 def wan() -> Tiny:

@@ -73,7 +73,7 @@ def _grouped_rest(spec: AttentionSpec) -> bool:
 def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
     rest = () if fuses(spec) else (spec.rest, spec.merge)
-    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
+    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest, *spec.extras]
     return [part for part in found if part is not None]
 
 

@@ -2,6 +2,7 @@
 
 from dit_accel.method.parts.base import (
     Blockwise,
+    Extra,
     Merge,
     Order,
     Part,
@@ -14,6 +15,7 @@ from dit_accel.method.parts.base import (
     part_types,
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+from dit_accel.method.parts.convolve import DepthwiseConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Norm, Residual
@@ -33,10 +35,12 @@ __all__ = [
     "Cost",
     "Decayed",
     "DeltaScan",
+    "DepthwiseConv",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
+    "Extra",
     "FirstFrames",
     "Grid",
     "Ground",

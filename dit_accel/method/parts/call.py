@@ -48,8 +48,8 @@ class Call:
 
     `coords`, `q_blocks`, `k_blocks`: as in `Ground`, on the tokens' device; where the queries are other tokens than the keys, `q_blocks`
     are of q's and all else is of k's. `prepared`: what `Part.prepare` of the spec's parts made of the grid. `learned`: the spec's learned
-    tensors by name. `visited`: the kept blocks, None while they are chosen. `dense`: the softmax of every query over a few further keys, as
-    `kernels.reference.dense_attention`.
+    tensors by name. `visited`: the kept blocks, None while they are chosen. `grids`: as in `Ground`. `dense`: the softmax of every
+    query over a few further keys, as `kernels.reference.dense_attention`.
     """
 
     q: Tensor
@@ -64,6 +64,7 @@ class Call:
     learned: Mapping[str, Tensor]
     visited: Visited | None = None
     dense: Callable[..., Partial] = reference.dense_attention
+    grids: tuple[Grid, ...] = ()
 
     @property
     def kept(self) -> Tensor:
