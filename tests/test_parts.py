@@ -36,6 +36,7 @@ from dit_accel.method import (
     Extra,
     FirstFrames,
     Gate,
+    Linear,
     Mass,
     Merge,
     Norm,
@@ -124,7 +125,7 @@ def around(part: Part) -> AttentionSpec:
     elif isinstance(part, Rest):
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
-        found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
+        found = valid(spec, [(top,)], [Linear(), *of(Rest)], [part], BLOCKS)
     elif isinstance(part, Extra):
         found = valid(lambda order: AttentionSpec((top,), order=order, block=(16, 16), extras=(part,)), [Tiles((4, 4))])
     else:
