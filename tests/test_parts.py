@@ -28,13 +28,17 @@ from dit_accel.method import (
     Call,
     Clusters,
     Columns,
+    Decayed,
+    DeltaScan,
     Disc,
     DiscBlocks,
     Estimated,
+    Extra,
     FirstFrames,
     Gate,
     Mass,
     Merge,
+    Norm,
     Order,
     Part,
     Pattern,
@@ -42,11 +46,13 @@ from dit_accel.method import (
     Pyramid,
     Raster,
     Rest,
+    Routed,
     Score,
     Selection,
     SelfSaliency,
     Sizes,
     Tiles,
+    Token,
     Tokenwise,
     TopK,
     TopP,
@@ -81,22 +87,22 @@ def valid(make: Callable[..., Any], *choices: Any) -> Iterator[Any]:
             continue
 
 
-def _changed(part: Part, name: str, value: Any) -> Part:
-    return dataclasses.replace(part, **{name: value})  # type: ignore[type-var]
+def words(hint: Any) -> tuple[Any, ...]:
+    """The values of a field that names them."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def instances(kind: type[Part]) -> Iterator[Part]:
-    """A part with values for the fields that must be given, and with each of its flags and words another way."""
+    """A part with values for the fields that must be given, and with each of its flags and words the other way."""
     hints = typing.get_type_hints(kind)
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
     values = [next((x for type_, x in TRIED.items() if type_ in (hints[name], *typing.get_args(hints[name]))), ()) for name in needed]
     for part in valid(lambda *given: kind(**dict(zip(needed, given, strict=True))), *values):
         yield part
-        flags = [field.name for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), bool)]  # type: ignore[arg-type]
-        yield from (dataclasses.replace(part, **{name: not getattr(part, name)}) for name in flags)  # type: ignore[type-var]
-        for name in [field.name for field in dataclasses.fields(part)]:  # type: ignore[arg-type]
-            words = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
-            yield from valid(functools.partial(_changed, part, name), [word for word in words if word != getattr(part, name)])
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            for other in (not getattr(part, field.name),) if isinstance(getattr(part, field.name), bool) else words(hints[field.name]):
+                if other != getattr(part, field.name):
+                    yield from valid(functools.partial(dataclasses.replace, part, **{field.name: other}))
 
 
 def of(slot: type[Part]) -> list[Any]:
@@ -119,6 +125,8 @@ def around(part: Part) -> AttentionSpec:
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
         found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
+    elif isinstance(part, Extra):
+        found = valid(lambda order: AttentionSpec((top,), order=order, block=(16, 16), extras=(part,)), [Tiles((4, 4))])
     else:
         found = valid(lambda order: AttentionSpec((top,), order=order, block=(order.block or 16,) * 2), [part, Tiles((4, 4))])
     return next(found)
@@ -132,6 +140,17 @@ FIRST = {
     "grouped": Pooled(parts=2, order=1, opened=1),
 }
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
+SPECS |= {"two-parts": around(Pooled(parts=2))}
+RESTS: dict[str, Part] = {
+    "decayed-by-alibi": Decayed("relu", "alibi"),
+    "estimated-token": Token("estimated"),
+    "scan-with-decay": DeltaScan(decay=True),
+    "two-routes": Routed(2, "elu"),
+    "simple-norm": Norm("simple"),
+    "norm-of-two": Norm("l2"),
+    "mass-by-query": Mass("query"),
+}
+SPECS |= {name: around(part) for name, part in RESTS.items()}
 SPECS |= {"two-parts": around(Pooled(parts=2)), "four-clusters": around(Clusters(4))}
 CHOSEN = {
     "narrow-pyramid": TopK(0.2, score=Pyramid((2, 3), keep=0.4)),
@@ -145,7 +164,7 @@ every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
 
 def test_every_registered_part_is_tried() -> None:
-    slots = (Pattern, Score, Rest, Merge, Order)
+    slots = (Pattern, Score, Rest, Merge, Extra, Order)
     assert {name for slot in slots for name in part_types(slot)} == set(part_types())
     tried = {type(part).__name__ for spec in SPECS.values() for part in spec.parts()}
     assert {name for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")} <= tried
@@ -300,10 +319,10 @@ def test_its_cost_is_counted(spec: AttentionSpec) -> None:
     sizes = Sizes(1024, 64, 64, 64)
     costs = [part.cost(sizes) for part in spec.parts()]
     assert all(cost.multiply_adds >= 0 and cost.passes >= 0 for cost in costs)
-    assert 4 <= passes(spec) <= 8
-    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge) if part is not None)
+    assert 4 <= passes(spec) <= (8 if not spec.extras else 12)
+    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge, *spec.extras) if part is not None)
     assert multiply_adds(spec, layout, 64) >= kept_density(spec, layout) > 0
-    assert (added > 0) == (spec.rest is not None or spec.selection is not None)
+    assert (added > 0) == (spec.rest is not None or spec.selection is not None or bool(spec.extras))
 
 
 def wan() -> Tiny:

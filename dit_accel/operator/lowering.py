@@ -44,6 +44,8 @@ def fuses(spec: AttentionSpec) -> bool:
         score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
         if isinstance(score, ErrorProduct) and score.cap != rest.cap:
             return False
+    if isinstance(spec.merge, Mass) and spec.merge.offset == "query":
+        return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -71,13 +73,13 @@ def _grouped_rest(spec: AttentionSpec) -> bool:
 def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
     rest = () if fuses(spec) else (spec.rest, spec.merge)
-    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
+    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest, *spec.extras]
     return [part for part in found if part is not None]
 
 
 def has_states(spec: AttentionSpec) -> bool:
     """Whether the kernels hold the states of a linear rest, which limits the size of a head."""
-    return type(spec.rest) is Linear and type(spec.merge) in FUSED
+    return type(spec.rest) is Linear and fuses(spec)
 
 
 def exact(

@@ -2,6 +2,7 @@
 
 from dit_accel.method.parts.base import (
     Blockwise,
+    Extra,
     Merge,
     Order,
     Part,
@@ -14,16 +15,19 @@ from dit_accel.method.parts.base import (
     part_types,
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+from dit_accel.method.parts.convolve import DepthwiseConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.gate import Gate
 from dit_accel.method.parts.linear import Linear
-from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.merges import Mass, Norm, Residual
 from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, Estimated, MeanProduct, SelfSaliency
 from dit_accel.method.parts.searches import Clusters, Pyramid
 from dit_accel.method.parts.selections import Columns, TopK, TopP
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 
 __all__ = [
     "Blockwise",
@@ -33,20 +37,26 @@ __all__ = [
     "Clusters",
     "Columns",
     "Cost",
+    "Decayed",
+    "DeltaScan",
+    "DepthwiseConv",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
     "Estimated",
+    "Extra",
     "FirstFrames",
     "Gate",
     "Grid",
     "Ground",
     "Intervals",
+    "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "Norm",
     "Order",
     "Part",
     "Pattern",
@@ -56,6 +66,8 @@ __all__ = [
     "Raster",
     "Residual",
     "Rest",
+    "Ridge",
+    "Routed",
     "Score",
     "Selection",
     "SelfSaliency",
@@ -63,6 +75,7 @@ __all__ = [
     "Static",
     "Stripes",
     "Tiles",
+    "Token",
     "Tokenwise",
     "TopK",
     "TopP",
