@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def local_linear_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, ridge: float) -> Tensor:
-    """LLA (arXiv 2510.01450) of q `[Nq, D]` over k and v `[Nk, D]`: softmax attention is the mean of v by the weights w_j = exp(s q·k_j), this is
-    the value at q of a straight line through v, fitted to (k_j - q, v_j) by these weights with a ridge λ Σ w on its slope.
+    """LLA (arXiv 2510.01450) of q `[Nq, D]` over k and v `[Nk, D]`: softmax attention is the mean of v by weights w_j = exp(s q·k_j),
+    this is the value at q of a straight line through v, fitted to (k_j - q, v_j) by these weights with a ridge λ Σ w on its slope.
 
     o = Σ_j w_j (1 - ρ·(k_j - q)) v_j / (ω - μ·ρ); ω = Σ w_j, μ = Σ w_j (k_j - q), ρ = (Σ w_j (k_j - q)(k_j - q)ᵀ + λ ω I)⁻¹ μ.
     """
@@ -20,8 +20,8 @@ def local_linear_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, ridge:
 
 
 def parallax(q: Tensor, k: Tensor, v: Tensor, probe: Tensor, scale: float) -> Tensor:
-    """Parallax (arXiv 2605.29157) of q and its probes r `[Nq, D]`: m (1 + r·k̄) - Σ_j a_j (r·k_j) v_j, which is m - Cov(v, k) r, with a_j the
-    softmax weights, m = Σ a_j v_j and k̄ = Σ a_j k_j.
+    """Parallax (arXiv 2605.29157) of q and its probes r `[Nq, D]`: m (1 + r·k̄) - Σ_j a_j (r·k_j) v_j, which is m - Cov(v, k) r, with
+    a_j the softmax weights, m = Σ a_j v_j and k̄ = Σ a_j k_j.
     """
     weight = (scale * q @ k.T).softmax(-1)
     along = probe @ k.T
