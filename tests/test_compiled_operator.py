@@ -20,7 +20,28 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
-from dit_accel.method import Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method import (
+    Centred,
+    Disc,
+    DiscBlocks,
+    FirstFrames,
+    Floored,
+    Hedgehog,
+    KVGate,
+    Linear,
+    NormPower,
+    NormPreserving,
+    Pattern,
+    Pooled,
+    RankAugmented,
+    Raster,
+    Residual,
+    Taylor,
+    Tiles,
+    TokenSoftmax,
+    TopK,
+    Window,
+)
 from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
@@ -33,6 +54,11 @@ POOLED = (
     Pooled(log_count=False), Pooled(log_count=False, parts=2), Pooled(variance=False, parts=2), Pooled(variance=False),
     Pooled(cap=0.5), Pooled(cap=0.2), Pooled(cap=0.2, parts=2), Pooled(cap=0.5, parts=2),
 )  # fmt: skip
+LINEAR = (
+    Linear("elu"), Linear(Hedgehog()), Linear(Hedgehog(joint=True), "marginal"), Linear("elu", "marginal", 0.4),
+    Linear(NormPower(), weights=KVGate()), Linear(NormPreserving(), weights=RankAugmented()), Linear(Taylor(4), readout=Centred()),
+    Linear(Taylor(2), readout=Centred("inline")), Linear("elu", readout=Floored(0.5)), Linear("elu", readout=Floored(2.5)),
+)  # fmt: skip
 KEPT: tuple[tuple[Pattern, ...], ...] = (
     (TopK(0.3),), (TopK(0.5),), (TopK(0.3, correct_short=True),), (TopK(0.3, score=ErrorProduct()),),
     (TopK(0.3, score=ErrorProduct(cap=0.01)),), (TopP(0.3, at_most=0.8),), (TopP(0.9, at_most=0.8),), (Disc(2),), (Disc(3),),
@@ -43,6 +69,7 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "linear": [*(replace(FOVEA, rest=rest) for rest in LINEAR), replace(FOVEA, rest=Linear(TokenSoftmax()), merge=Residual())],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),

@@ -2,10 +2,13 @@
 
 from dit_accel.method.parts.base import (
     Blockwise,
+    Features,
+    KeyWeight,
     Merge,
     Order,
     Part,
     Pattern,
+    Readout,
     Rest,
     Score,
     Selection,
@@ -15,43 +18,57 @@ from dit_accel.method.parts.base import (
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.features import Hedgehog, NormPower, NormPreserving, Taylor, TokenSoftmax
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Residual
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.weights import Centred, Floored, KVGate, RankAugmented
 
 __all__ = [
     "Blockwise",
     "Box",
     "Boxes",
     "Call",
+    "Centred",
     "Cost",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
+    "Features",
     "FirstFrames",
+    "Floored",
     "Grid",
     "Ground",
+    "Hedgehog",
     "Intervals",
+    "KVGate",
+    "KeyWeight",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "NormPower",
+    "NormPreserving",
     "Order",
     "Part",
     "Pattern",
     "Pooled",
+    "RankAugmented",
     "Raster",
+    "Readout",
     "Residual",
     "Rest",
     "Score",
     "Selection",
     "Sizes",
     "Static",
+    "Taylor",
     "Tiles",
+    "TokenSoftmax",
     "Tokenwise",
     "TopK",
     "TopP",
