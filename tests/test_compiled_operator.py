@@ -22,6 +22,7 @@ import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.method import (
     Centred,
+    DepthwiseConv,
     Disc,
     DiscBlocks,
     FirstFrames,
@@ -29,6 +30,8 @@ from dit_accel.method import (
     Hedgehog,
     KVGate,
     Linear,
+    Mass,
+    Norm,
     NormPower,
     NormPreserving,
     Pattern,
@@ -42,7 +45,9 @@ from dit_accel.method import (
     TopK,
     Window,
 )
-from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
+from dit_accel.method.parts import Box, ErrorProduct, PowerTiles, Stripes, TopP, part_types
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
@@ -57,7 +62,7 @@ POOLED = (
 LINEAR = (
     Linear("elu"), Linear(Hedgehog()), Linear(Hedgehog(joint=True), "marginal"), Linear("elu", "marginal", 0.4),
     Linear(NormPower(), weights=KVGate()), Linear(NormPreserving(), weights=RankAugmented()), Linear(Taylor(4), readout=Centred()),
-    Linear(Taylor(2), readout=Centred("inline")), Linear("elu", readout=Floored(0.5)), Linear("elu", readout=Floored(2.5)),
+    Linear(Taylor(2), readout=Centred("inline")), Linear("elu", readout=Floored(50.0)), Linear("elu", readout=Floored(100.0)),
 )  # fmt: skip
 KEPT: tuple[tuple[Pattern, ...], ...] = (
     (TopK(0.3),), (TopK(0.5),), (TopK(0.3, correct_short=True),), (TopK(0.3, score=ErrorProduct()),),
@@ -65,12 +70,22 @@ KEPT: tuple[tuple[Pattern, ...], ...] = (
     (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
     (Box((3, 2)), TopK(0.3)), (FirstFrames(1),),
 )  # fmt: skip
+CATALOGUE: tuple[tuple[Pattern, ...], ...] = ((PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),))
+EXTRAS = ((), (DepthwiseConv(),), (DepthwiseConv(3),), (DepthwiseConv(3, frames=3),))
+CONVOLVED = replace(SLA(0.3, tile=TILE), extras=EXTRAS[1])
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
     "linear": [*(replace(FOVEA, rest=rest) for rest in LINEAR), replace(FOVEA, rest=Linear(TokenSoftmax()), merge=Residual())],
+    "rests": [
+        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Routed(2), Landmarks())),
+        replace(FOVEA, rest=Token()), replace(FOVEA, rest=Token("estimated"), merge=Mass("query")),
+        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), DeltaScan(decay=True))),
+        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Mass(), Mass("query"))),
+    ],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
+    "catalogue": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in CATALOGUE],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),
         replace(FOVEA, order=Raster(), block=(16, 32)), CLEAR(3, tile=TILE), CLEAR(3, downsample=2, tile=TILE),
@@ -78,6 +93,7 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
         SLA(0.3, scope="all", block=(16, 16)), SLA(0.3, scope="none", block=(16, 16)), SLA(0.3, tile=TILE), GNA(window=(5, 5), tile=TILE),
         GNA(window=(5, 7), stride=2, tile=TILE), Fovea(radius=3, tile=TILE),
     ],
+    "extras": [replace(FOVEA, extras=extras) for extras in EXTRAS] + [CONVOLVED, replace(CLEAR(3, tile=TILE), extras=EXTRAS[1])],
 }  # fmt: skip
 LAYOUTS = [
     TokenLayout((1, 13, 10), 5), TokenLayout((1, 10, 13), 5), TokenLayout((1, 26, 5), 5), TokenLayout((2, 13, 5), 5),
@@ -158,7 +174,7 @@ def test_numbers_that_are_symbols_from_the_start_decide_the_same() -> None:
 
 
 def test_gradients_by_a_compiled_backward_pass() -> None:
-    assert_each_is_right([Call(spec, grad=True) for spec in CHAINS["pooled of the worst"][:3]], backend="aot_eager")
+    assert_each_is_right([Call(spec, grad=True) for spec in (*CHAINS["pooled of the worst"][:3], CONVOLVED)], backend="aot_eager")
 
 
 def test_the_reference_compiles_as_well() -> None:
@@ -166,7 +182,7 @@ def test_the_reference_compiles_as_well() -> None:
     assert_each_is_right([Call(spec, backend="reference") for spec in specs])
 
 
-@pytest.mark.parametrize("spec", [FOVEA, CLEAR(3, tile=TILE)], ids=["selected", "static"])
+@pytest.mark.parametrize("spec", [FOVEA, CLEAR(3, tile=TILE), CONVOLVED], ids=["selected", "static", "extra"])
 def test_one_function_computes_each_layout(spec: AttentionSpec) -> None:
     assert_each_is_right([Call(spec, layout) for layout in LAYOUTS[: len(LAYOUTS) if spec is FOVEA else 5]])
 

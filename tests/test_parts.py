@@ -1,6 +1,7 @@
 """What every part of a method keeps, those of samples/new_part.py among them: each registered part is tried, in a spec made around it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -25,14 +26,18 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
     Call,
+    Decayed,
+    DeltaScan,
     Disc,
     DiscBlocks,
+    Extra,
     Features,
     FirstFrames,
     KeyWeight,
     Linear,
     Mass,
     Merge,
+    Norm,
     Order,
     Part,
     Pattern,
@@ -40,10 +45,12 @@ from dit_accel.method import (
     Raster,
     Readout,
     Rest,
+    Routed,
     Score,
     Selection,
     Sizes,
     Tiles,
+    Token,
     Tokenwise,
     TopK,
     Window,
@@ -78,15 +85,22 @@ def valid(make: Callable[..., Any], *choices: Any) -> Iterator[Any]:
             continue
 
 
+def words(hint: Any) -> tuple[Any, ...]:
+    """The values of a field that names them."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
 def instances(kind: type[Part]) -> Iterator[Part]:
-    """A part with values for the fields that must be given, and with each of its flags the other way."""
+    """A part with values for the fields that must be given, and with each of its flags and words the other way."""
     hints = typing.get_type_hints(kind)
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
     values = [next((x for type_, x in TRIED.items() if type_ in (hints[name], *typing.get_args(hints[name]))), ()) for name in needed]
     for part in valid(lambda *given: kind(**dict(zip(needed, given, strict=True))), *values):
         yield part
-        flags = [field.name for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), bool)]  # type: ignore[arg-type]
-        yield from (dataclasses.replace(part, **{name: not getattr(part, name)}) for name in flags)  # type: ignore[type-var]
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            for other in (not getattr(part, field.name),) if isinstance(getattr(part, field.name), bool) else words(hints[field.name]):
+                if other != getattr(part, field.name):
+                    yield from valid(functools.partial(dataclasses.replace, part, **{field.name: other}))
 
 
 def of(slot: type[Part]) -> list[Any]:
@@ -111,6 +125,8 @@ def around(part: Part) -> AttentionSpec:
         found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
     elif name := next((field for slot, field in IN_LINEAR.items() if isinstance(part, slot)), ""):
         found = valid(spec, [(top,)], [Linear(**{"feature_map": "elu", name: part})], of(Merge), BLOCKS)  # type: ignore[arg-type]
+    elif isinstance(part, Extra):
+        found = valid(lambda order: AttentionSpec((top,), order=order, block=(16, 16), extras=(part,)), [Tiles((4, 4))])
     else:
         found = valid(lambda order: AttentionSpec((top,), order=order, block=(order.block or 16,) * 2), [part, Tiles((4, 4))])
     return next(found)
@@ -126,12 +142,23 @@ FIRST = {
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
 SPECS |= {"two-parts": around(Pooled(parts=2)), "marginal": around(Linear("elu", "marginal", 0.4))}
 SPECS |= {str(part): around(part) for slot in IN_LINEAR for kind in part_types(slot).values() for part in [*instances(kind)][1:]}
+SPECS |= {"two-parts": around(Pooled(parts=2))}
+RESTS: dict[str, Part] = {
+    "decayed-by-alibi": Decayed("relu", "alibi"),
+    "estimated-token": Token("estimated"),
+    "scan-with-decay": DeltaScan(decay=True),
+    "two-routes": Routed(2, "elu"),
+    "simple-norm": Norm("simple"),
+    "norm-of-two": Norm("l2"),
+    "mass-by-query": Mass("query"),
+}
+SPECS |= {name: around(part) for name, part in RESTS.items()}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
 
 def test_every_registered_part_is_tried() -> None:
-    slots = (Pattern, Score, Rest, *IN_LINEAR, Merge, Order)
+    slots = (Pattern, Score, Rest, *IN_LINEAR, Merge, Extra, Order)
     assert {name for slot in slots for name in part_types(slot)} == set(part_types())
     tried = {type(part).__name__ for spec in SPECS.values() for part in spec.parts()}
     assert {name for name, kind in part_types().items() if kind.__module__.startswith("dit_accel.")} <= tried
@@ -287,10 +314,10 @@ def test_its_cost_is_counted(spec: AttentionSpec) -> None:
     costs = [part.cost(sizes) for part in spec.parts()]
     assert all(cost.multiply_adds >= 0 and cost.passes >= 0 for cost in costs)
     in_torch = isinstance(spec.rest, Linear) and not spec.rest.plain  # which writes features, and blocks' means once more
-    assert 4 <= passes(spec) <= (14 if in_torch else 8)
-    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge) if part is not None)
+    assert 4 <= passes(spec) <= (14 if in_torch else 12 if spec.extras else 8)
+    added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge, *spec.extras) if part is not None)
     assert multiply_adds(spec, layout, 64) >= kept_density(spec, layout) > 0
-    assert (added > 0) == (spec.rest is not None or spec.selection is not None)
+    assert (added > 0) == (spec.rest is not None or spec.selection is not None or bool(spec.extras))
 
 
 def wan() -> Tiny:

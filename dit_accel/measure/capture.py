@@ -123,7 +123,7 @@ def deviation(captured: Captured, exact: Exact, spec: AttentionSpec, params: Att
 
     out, kept = run(spec, params)
     if spec.rest is not None:
-        _, kept = run(dataclasses.replace(spec, rest=None, merge=None), None)
+        _, kept = run(dataclasses.replace(spec, rest=None, merge=None, extras=()), None)
     error = (out - exact.output).square().sum((0, 2, 3))
     return Deviation(error, exact.output.square().sum((0, 2, 3)), (kept - exact.lse).exp().mean((0, 2)))
 

@@ -132,7 +132,7 @@ def flex(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Atte
 def natten_refusal(spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> str | None:
     """Why NATTEN can't be compared with a method, or None where it can."""
     window = spec.find(Window)
-    if window is None or len(spec.keep) != 1 or spec.rest is not None:
+    if window is None or len(spec.keep) != 1 or spec.rest is not None or spec.extras:
         return "NATTEN computes windows (GNA) alone"
     if layout.text or layout.references:
         return "NATTEN requires one grid without text"

@@ -1,6 +1,6 @@
-"""What an accelerated attention computes: a frozen `AttentionSpec` of keep, rest, merge and order. The presets are in `presets`.
+"""What an accelerated attention computes: a frozen `AttentionSpec` of keep, rest, merge, order and extras. The presets are in `presets`.
 
-    out = merge(exact softmax over the kept keys, a cheap estimate of the rest)
+    out = extras(merge(exact softmax over the kept keys, a cheap estimate of the rest))
 
 A slot's value is a part (`parts`); its type is the choice, its fields are that choice's numbers. Text tokens are never named here: every
 query keeps all text keys, and text queries are dense, in every method. The resolution is no part of a spec: it comes with each call.
@@ -16,6 +16,7 @@ from dit_accel.errors import ArgumentError
 from dit_accel.method.checks import is_int, items, plain, require
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.method.parts.base import (
+    Extra,
     Fit,
     Merge,
     Order,
@@ -36,10 +37,10 @@ P = TypeVar("P", bound=Part)
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """keep × rest × merge × order. Use a preset (`Fovea`, `CLEAR`, `SLA`, `GNA`) or fill the slots.
+    """keep × rest × merge × order × extras. Use a preset (`Fovea`, `CLEAR`, `SLA`, `GNA`) or fill the slots.
 
     `keep` is a union of patterns; `rest` and `merge` are both given or both None; `block` is (query, key) tokens per block, each a power
-    of two from 16 to 128; in tile order both are the tile's number of tokens.
+    of two from 16 to 128; in tile order both are the tile's number of tokens. `extras` change the image's output one after the other.
     """
 
     keep: tuple[Pattern, ...]
@@ -47,10 +48,12 @@ class AttentionSpec:
     merge: Merge | None = None
     order: Order = Tiles()
     block: tuple[int, int] = (64, 64)
+    extras: tuple[Extra, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", items("keep", self.keep))
         object.__setattr__(self, "block", plain(items("block", self.block)))
+        object.__setattr__(self, "extras", items("extras", self.extras))
         patterns = len(self.keep) > 0 and all(isinstance(pattern, Pattern) for pattern in self.keep)
         require(patterns, f"keep must contain one or more of {list(part_types(Pattern))}", self.keep)
         for pattern in self.keep:
@@ -59,6 +62,8 @@ class AttentionSpec:
         for name, slot, value in (("rest", Rest, self.rest), ("merge", Merge, self.merge)):
             if value is not None:
                 check_part(value, slot, name)
+        for extra in self.extras:
+            check_part(extra, Extra, "each of extras")
         check_part(self.order, Order, "order")
         require((self.rest is None) == (self.merge is None), "rest and merge must both be given or both be None", (self.rest, self.merge))
         legal = len(self.block) == 2 and all(is_int(b) and 16 <= b <= 128 and b & (b - 1) == 0 for b in self.block)
@@ -70,7 +75,7 @@ class AttentionSpec:
 
     def parts(self) -> Iterator[Part]:
         """All parts, those that are fields of others among them."""
-        for part in (*self.keep, self.rest, self.merge, self.order):
+        for part in (*self.keep, self.rest, self.merge, self.order, *self.extras):
             if part is not None:
                 yield from part.nested()
 
@@ -117,8 +122,9 @@ class AttentionSpec:
         return {name: part.fit for part in self.parts() for name in part.parameters(heads, head_dim)}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: every part as its fields plus `type`."""
-        return {
+        """A JSON-ready form: every part as its fields plus `type`; no extras where there are none, as in files that know none."""
+        extras = {"extras": [extra.to_dict() for extra in self.extras]} if self.extras else {}
+        return extras | {
             "keep": [pattern.to_dict() for pattern in self.keep],
             "rest": self.rest.to_dict() if self.rest else None,
             "merge": self.merge.to_dict() if self.merge else None,
@@ -130,14 +136,16 @@ class AttentionSpec:
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
         """The inverse of `to_dict`. Raises ValueError at unknown or missing keys and types."""
         names = {"keep", "rest", "merge", "order", "block"}
-        require(isinstance(data, dict) and set(data) == names, f"a spec must have exactly the keys {sorted(names)}", data)
+        legal = isinstance(data, dict) and set(data) - {"extras"} == names
+        require(legal, f"a spec must have exactly the keys {sorted(names)}, and extras where it has some", data)
         return cls(
             keep=tuple(part_from_dict(p) for p in items("keep", data["keep"])),
             rest=None if data["rest"] is None else part_from_dict(data["rest"]),
             merge=None if data["merge"] is None else part_from_dict(data["merge"]),
             order=part_from_dict(data["order"]),
             block=data["block"],
+            extras=tuple(part_from_dict(extra) for extra in items("extras", data.get("extras", ()))),
         )
 
     def __str__(self) -> str:
-        return " + ".join(str(part) for part in (*self.keep, self.rest, self.merge, self.order) if part is not None)
+        return " + ".join(str(part) for part in (*self.keep, self.rest, self.merge, self.order, *self.extras) if part is not None)

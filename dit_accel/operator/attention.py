@@ -122,8 +122,8 @@ def _through_keys(spec: AttentionSpec, params: Values, tensors: tuple[Tensor, ..
     learns = [name for name, value in params.items() if value.requires_grad]
     if not learns or spec.rest is None:
         return False
-    in_keys = spec.rest.parameters(tensors[0].shape[1], tensors[0].shape[3])
-    return any(name in in_keys for name in learns)
+    heads, head_dim = tensors[0].shape[1], tensors[0].shape[3]
+    return any(name in part.parameters(heads, head_dim) for part in spec.rest.nested() for name in learns)
 
 
 def start_values(spec: AttentionSpec, query: Tensor) -> AttentionParameters:

@@ -1,7 +1,7 @@
-"""The operator, put together: choose blocks, exact part, rest, merge. One way for every backend.
+"""The operator, put together: choose blocks, exact part, rest, merge, extras. One way for every backend.
 
 The exact part (kept keys and text for the image's queries, all keys for the text's) runs in the backend's kernels; the rest and the merge
-are what the spec's parts say in torch, but where one call of the compiled kernels does all of it (`lowering`).
+are what the spec's parts say in torch, but where one call of the compiled kernels does both of them (`lowering`); extras always are.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import Call
-from dit_accel.method.parts.call import Visited
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import lowering
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
@@ -34,8 +33,11 @@ def attend(
     """Output `[B, H, Nq, D]`, in the query's dtype, and lse `[B, H, Nq]`, by a backend's exact part.
 
     `key_layout`: where key and value `[B, H, Nk, D]` are other tokens than query, the layout of theirs; then the plan's query blocks are of
-    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others.
+    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others,
+    and where parts of the spec require that they are the same tokens.
     """
+    if key_layout is not None and (own := [part for part in spec.parts() if part.own_tokens]):
+        raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: leave key_layout out, or the part")
     layouts = layouts_of(layout, key_layout)
     if backend in lowering.COMPILED:
         return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias)
@@ -43,7 +45,8 @@ def attend(
     call = _image_call(query, key, value, layouts, plan, params, scale, dense)
     blocks = visited_blocks(call, spec, plan)
     image, text = _eager(query, key, value, call, blocks, layouts, plan, text_bias)
-    return _joined(query, layout, _merged(image, spec, call, blocks), text)
+    call = dataclasses.replace(call, visited=blocks)
+    return _joined(query, layout, _changed(_merged(image, spec, call), spec, call), text)
 
 
 def _compiled(
@@ -56,22 +59,33 @@ def _compiled(
         lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))
-    if lowering.fuses(spec):
+    fused = lowering.fuses(spec)
+    if fused:
         rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
-        return lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
-    out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
-    call = given()
+        out, lse = lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
+        if not spec.extras:
+            return out, lse
+    else:
+        out, lse = lowering.exact(query, key, value, layouts, plan, lists, scale, backend, text_bias)
+    call = dataclasses.replace(given(), visited=lists)
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)
     image, text = ((out[:, part], lse[:, part]) for part in (layouts.q.image_slice, layouts.q.text_slice))
-    return _joined(query, layouts.q, _merged(image, spec, call, lists), text)
+    if not fused:
+        image = _merged(image, spec, call)
+    return _joined(query, layouts.q, _changed(image, spec, call), text)
 
 
-def _merged(exact: Partial, spec: AttentionSpec, call: Call, visited: Visited) -> Partial:
+def _merged(exact: Partial, spec: AttentionSpec, call: Call) -> Partial:
     """The image's rows with the rest."""
-    if spec.rest is None or spec.merge is None:
-        return exact
-    call = dataclasses.replace(call, visited=visited)
-    return spec.merge(exact, spec.rest(call), call)
+    return exact if spec.rest is None or spec.merge is None else spec.merge(exact, spec.rest(call), call)
+
+
+def _changed(image: Partial, spec: AttentionSpec, call: Call) -> Partial:
+    """The image's rows after the extras."""
+    out, lse = image
+    for extra in spec.extras:
+        out = extra(out, call)
+    return out, lse
 
 
 def _joined(query: Tensor, layout: TokenLayout, image: Partial, text: Partial) -> tuple[Tensor, Tensor]:
@@ -95,7 +109,8 @@ def _image_call(
 ) -> Call:  # fmt: skip
     wide, (of_q, of_k) = torch.promote_types(query.dtype, torch.float32), layouts
     q, k, v = (x[:, :, side.image_slice].to(wide).flatten(0, 1) for x, side in ((query, of_q), (key, of_k), (value, of_k)))
-    return Call(q, k, v, query.shape[1], scale, plan.coords, plan.q_blocks, plan.k_blocks, plan.prepared, params, dense=dense)
+    sides = plan.coords, plan.q_blocks, plan.k_blocks
+    return Call(q, k, v, query.shape[1], scale, *sides, plan.prepared, params, dense=dense, grids=plan.key[1])
 
 
 def visited_blocks(call: Call, spec: AttentionSpec, plan: Plan) -> BlockMap:

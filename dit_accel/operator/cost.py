@@ -74,7 +74,7 @@ def passes(spec: AttentionSpec | None) -> int:
 
 def _added(spec: AttentionSpec, sizes: Sizes) -> Cost:
     """Of the parts; a part that is a field of another is counted there."""
-    return total([part.cost(sizes) for part in (*spec.keep, spec.rest, spec.merge) if part is not None])
+    return total([part.cost(sizes) for part in (*spec.keep, spec.rest, spec.merge, *spec.extras) if part is not None])
 
 
 class _Shares(NamedTuple):

@@ -46,6 +46,8 @@ def fuses(spec: AttentionSpec) -> bool:
             return False
     if type(spec.rest) is Linear and not spec.rest.plain:
         return False
+    if isinstance(spec.merge, Mass) and spec.merge.offset == "query":
+        return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -73,7 +75,7 @@ def _grouped_rest(spec: AttentionSpec) -> bool:
 def in_torch(spec: AttentionSpec) -> list[Part]:
     """The parts that run in torch where the compiled kernels run the exact part."""
     rest = () if fuses(spec) else (spec.rest, spec.merge)
-    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest]
+    found: list[Part | None] = [None if selects(spec) else spec.selection, *rest, *spec.extras]
     return [part for part in found if part is not None]
 
 

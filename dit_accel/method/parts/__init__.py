@@ -2,6 +2,7 @@
 
 from dit_accel.method.parts.base import (
     Blockwise,
+    Extra,
     Features,
     KeyWeight,
     Merge,
@@ -17,14 +18,18 @@ from dit_accel.method.parts.base import (
     part_types,
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+from dit_accel.method.parts.convolve import DepthwiseConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.features import Hedgehog, NormPower, NormPreserving, Taylor, TokenSoftmax
 from dit_accel.method.parts.linear import Linear
-from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.merges import Mass, Norm, Residual
+from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
 from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.method.parts.weights import Centred, Floored, KVGate, RankAugmented
 
 __all__ = [
@@ -34,10 +39,14 @@ __all__ = [
     "Call",
     "Centred",
     "Cost",
+    "Decayed",
+    "DeltaScan",
+    "DepthwiseConv",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
+    "Extra",
     "Features",
     "FirstFrames",
     "Floored",
@@ -47,27 +56,34 @@ __all__ = [
     "Intervals",
     "KVGate",
     "KeyWeight",
+    "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "Norm",
     "NormPower",
     "NormPreserving",
     "Order",
     "Part",
     "Pattern",
     "Pooled",
+    "PowerTiles",
     "RankAugmented",
     "Raster",
     "Readout",
     "Residual",
     "Rest",
+    "Ridge",
+    "Routed",
     "Score",
     "Selection",
     "Sizes",
     "Static",
+    "Stripes",
     "Taylor",
     "Tiles",
+    "Token",
     "TokenSoftmax",
     "Tokenwise",
     "TopK",

@@ -1,9 +1,9 @@
 """What a part of a method is: one frozen dataclass that carries everything that is true of it. One base class for each slot of a spec.
 
 A part of one's own is a frozen dataclass derived from a slot's class (`Blockwise`, `Tokenwise`, `Intervals`, `Selection`, `Score`, `Rest`,
-`Features`, `KeyWeight`, `Readout`, `Merge`, `Order`). Deriving registers it by its class's name, by which JSON and adapters find it: import
-the module that defines it before a spec is read. What the slot's class leaves abstract must be given; Python refuses to make a part that
-lacks any of it.
+`Features`, `KeyWeight`, `Readout`, `Merge`, `Extra`, `Order`). Deriving registers it by its class's name, by which JSON and adapters find
+it: import the module that defines it before a spec is read. What the slot's class leaves abstract must be given; Python refuses to make a
+part that lacks any of it.
 """
 
 import dataclasses
@@ -33,9 +33,11 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
 
     `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
     rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
+    `own_tokens`: whether it requires that the queries are the keys' tokens, as where it moves values to the queries' places.
     """
 
     fit: ClassVar[Fit | None] = None
+    own_tokens: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -298,6 +300,22 @@ class Merge(Part):
     @abstractmethod
     def __call__(self, exact: Partial, rest: Partial, call: Call) -> Partial:
         """Output `[BH, N, D]` and lse `[BH, N]` of the image's tokens."""
+
+
+# Extras
+
+
+class Extra(Part):
+    """What changes the image's output once the exact part and the rest are one: nothing, at the start values. The lse stays."""
+
+    own_tokens = True
+
+    @abstractmethod
+    def __call__(self, out: Tensor, call: Call) -> Tensor:
+        """The changed output `[BH, N, D]` of the image's tokens."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
 
 
 # Order

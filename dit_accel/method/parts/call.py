@@ -37,6 +37,10 @@ class Visited(Protocol):
         """The same as a mask `[..., Tq, Tk]`."""
         ...
 
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]`, and which of these entries count."""
+        ...
+
 
 @dataclass(frozen=True)
 class Call:
@@ -44,8 +48,8 @@ class Call:
 
     `coords`, `q_blocks`, `k_blocks`: as in `Ground`, on the tokens' device; where the queries are other tokens than the keys, `q_blocks`
     are of q's and all else is of k's. `prepared`: what `Part.prepare` of the spec's parts made of the grid. `learned`: the spec's learned
-    tensors by name. `visited`: the kept blocks, None while they are chosen. `dense`: the softmax of every query over a few further keys, as
-    `kernels.reference.dense_attention`.
+    tensors by name. `visited`: the kept blocks, None while they are chosen. `grids`: as in `Ground`. `dense`: the softmax of every
+    query over a few further keys, as `kernels.reference.dense_attention`.
     """
 
     q: Tensor
@@ -60,13 +64,22 @@ class Call:
     learned: Mapping[str, Tensor]
     visited: Visited | None = None
     dense: Callable[..., Partial] = reference.dense_attention
+    grids: tuple[Grid, ...] = ()
 
     @property
     def kept(self) -> Tensor:
         """Which key blocks each query block keeps, `[..., Tq, Tk]`."""
+        return self._chosen().kept(len(self.k_blocks.count))
+
+    @property
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]` that each query block keeps, and which of these entries count."""
+        return self._chosen().listed()
+
+    def _chosen(self) -> Visited:
         if self.visited is None:
             raise ValueError("a call's kept blocks are known once they are chosen: a score can't depend on them")
-        return self.visited.kept(len(self.k_blocks.count))
+        return self.visited
 
     def key_means(self, x: Tensor) -> Tensor:
         """The mean `[BH, Tk, D]` of `[BH, N, D]` over the tokens of each key block."""
