@@ -45,6 +45,8 @@ def fuses(spec: AttentionSpec) -> bool:
         score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
         if isinstance(score, ErrorProduct) and score.cap != rest.cap:
             return False
+    if type(spec.rest) is Linear and not spec.rest.plain:
+        return False
     if isinstance(spec.merge, Mass) and spec.merge.offset == "query":
         return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
