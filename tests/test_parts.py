@@ -130,7 +130,6 @@ def around(part: Part) -> AttentionSpec:
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
         found = valid(spec, [(top,)], [Linear(), *of(Rest)], [part], BLOCKS)
-        found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
     elif name := next((field for slot, field in IN_LINEAR.items() if isinstance(part, slot)), ""):
         found = valid(spec, [(top,)], [Linear(**{"feature_map": "elu", name: part})], of(Merge), BLOCKS)  # type: ignore[arg-type]
     elif isinstance(part, Extra):
@@ -150,7 +149,6 @@ FIRST = {
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
 SPECS |= {"two-parts": around(Pooled(parts=2)), "marginal": around(Linear("elu", "marginal", 0.4))}
 SPECS |= {str(part): around(part) for slot in IN_LINEAR for kind in part_types(slot).values() for part in [*instances(kind)][1:]}
-SPECS |= {"two-parts": around(Pooled(parts=2))}
 RESTS: dict[str, Part] = {
     "decayed-by-alibi": Decayed("relu", "alibi"),
     "estimated-token": Token("estimated"),
