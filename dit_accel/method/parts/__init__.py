@@ -15,8 +15,9 @@ from dit_accel.method.parts.base import (
     part_types,
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
-from dit_accel.method.parts.convolve import DepthwiseConv
+from dit_accel.method.parts.convolve import Concentration, DepthwiseConv, DynamicConv, PreConv
 from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.gates import OutputGate
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Residual
 from dit_accel.method.parts.orders import Raster, Tiles
@@ -29,11 +30,13 @@ __all__ = [
     "Box",
     "Boxes",
     "Call",
+    "Concentration",
     "Cost",
     "DepthwiseConv",
     "Disc",
     "DiscBlocks",
     "Downsampled",
+    "DynamicConv",
     "ErrorProduct",
     "Extra",
     "FirstFrames",
@@ -45,9 +48,11 @@ __all__ = [
     "MeanProduct",
     "Merge",
     "Order",
+    "OutputGate",
     "Part",
     "Pattern",
     "Pooled",
+    "PreConv",
     "Raster",
     "Residual",
     "Rest",
