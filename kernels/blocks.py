@@ -72,6 +72,10 @@ class BlockMap:
         seen = torch.zeros(*self.index.shape[:-1], key_blocks, dtype=torch.int32, device=self.index.device)
         return seen.scatter_add(-1, self.index, self.valid.int()) > 0
 
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]`, and which of these entries count."""
+        return self.index, self.valid
+
 
 @dataclass(frozen=True)
 class TokenTables:

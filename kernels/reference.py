@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float
 Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
 
 
-def _run(function: Callable[..., Any], *args: Any) -> Any:
+def run_again(function: Callable[..., Any], *args: Any) -> Any:
     """Call it; where a gradient is required, keep only the arguments and recompute in the backward pass."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -62,7 +62,7 @@ def merge_partials(parts: list[Partial]) -> Partial:
     return out, lse  # type: ignore[return-value]
 
 
-def _chunks(total: int, elements_each: int) -> list[slice]:
+def slices(total: int, elements_each: int) -> list[slice]:
     """Slices of `total` items, about CHUNK_ELEMENTS elements each."""
     step = max(1, CHUNK_ELEMENTS // max(1, elements_each))
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]
@@ -96,8 +96,8 @@ def block_sparse_attention(
 
     visited = blocks.index.shape[-1] * width
     outs = [
-        _run(attend, queries[:, chunk], rows_k, rows_v, chunk)
-        for chunk in _chunks(queries.shape[1], bh * visited * (2 * d + queries.shape[2]))
+        run_again(attend, queries[:, chunk], rows_k, rows_v, chunk)
+        for chunk in slices(queries.shape[1], bh * visited * (2 * d + queries.shape[2]))
     ]
     return _join(outs, q_blocks)
 
@@ -136,7 +136,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
         return softmax_partial(scores if bias is None else scores + bias[:, None], v)
 
     q = q * scale
-    outs = [_run(attend, q[:, chunk], k, v) for chunk in _chunks(q.shape[1], q.shape[0] * k.shape[1])]
+    outs = [run_again(attend, q[:, chunk], k, v) for chunk in slices(q.shape[1], q.shape[0] * k.shape[1])]
     return torch.cat([out for out, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
 
 
@@ -158,8 +158,8 @@ def pooled_attention(
             scores = scores + log_count
         return softmax_partial(scores.masked_fill(kept[..., None, :], -torch.inf), v_mean[:, None])
 
-    chunks = _chunks(queries.shape[1], q.shape[0] * queries.shape[2] * k_mean.shape[1] * 2)
-    return _join([_run(attend, queries[:, c], k_mean, v_mean, k_var, kept[..., c, :]) for c in chunks], q_blocks)
+    chunks = slices(queries.shape[1], q.shape[0] * queries.shape[2] * k_mean.shape[1] * 2)
+    return _join([run_again(attend, queries[:, c], k_mean, v_mean, k_var, kept[..., c, :]) for c in chunks], q_blocks)
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -196,5 +196,5 @@ def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, weights: Tens
         out = torch.where(mass[..., None] > 0, (part @ state) / safe[..., None], 0)
         return out, torch.where(mass > 0, safe.log(), -torch.inf)
 
-    chunks = _chunks(queries.shape[1], v.shape[0] * width * (d + queries.shape[2]))
-    return _join([_run(attend, queries[:, c], rest[:, c], states, sums) for c in chunks], q_blocks)
+    chunks = slices(queries.shape[1], v.shape[0] * width * (d + queries.shape[2]))
+    return _join([run_again(attend, queries[:, c], rest[:, c], states, sums) for c in chunks], q_blocks)

@@ -246,7 +246,7 @@ def test_output_gates(shape: Shape) -> None:
     for per in ("head", "channel"):
         spec = dataclasses.replace(SPARSE["sla"], extras=(OutputGate(per),))
         out, bare, learned, (q, _, v) = with_and_without(spec, shape)
-        weight = learned["gate.weight"]
+        weight = learned["output_gate.weight"]
         if per == "head":
             factor = 2 / (1 + (-torch.einsum("hd,bhid->bhi", weight, q)).exp()[..., None])
         else:

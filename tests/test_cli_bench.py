@@ -34,18 +34,19 @@ def test_demo_and_bench_are_thin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "report.html" in succeed("demo", "--out", tmp_path / "demo", "--quick", "--seed", 3)
     succeed("bench", "quality", "--size", "64x32", "--prompts", prompts, "--steps", 4, "--out", tmp_path / "q.json")
     (tmp_path / "spec.json").write_text(json.dumps(GNA(3).to_dict()))
-    succeed("bench", "quality", "--size", "64x32", "--method", "clear:3", "--method", tmp_path / "spec.json")
+    succeed("bench", "quality", "--size", "64x32", "--method", "clear:3", "--method", tmp_path / "spec.json", "--levels", 2)
     succeed("bench", "step", "--size", "64x32", "--size", "32x32", "--method", "clear:3", "--model", "other", "--repeats", 2)
     succeed("bench", "kernels", "--repeats", 3, "--largest", 4096, "--out", tmp_path / "k.json")
     succeed("bench", "kernels", "--tune", "--dtype", "float16", "--head-dim", 64, "--out", tmp_path / "t.json")
     shown = ["a panda", "a cat on a blue background"]
     assert calls == [
         {"out": tmp_path / "demo", "quick": True, "seed": 3},
-        {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32, "specs": None},
+        {"size": (32, 64), "prompts": shown, "steps": 4, "out": tmp_path / "q.json", "max_sequence_length": 32, "levels": 3, "specs": None},
         {
             "size": (32, 64),
             "prompts": BENCH_PROMPTS,
             "steps": 8,
+            "levels": 2,
             "out": None,
             "max_sequence_length": 32,
             "specs": {"clear:3": CLEAR(3), str(tmp_path / "spec.json"): GNA(3)},

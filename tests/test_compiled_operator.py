@@ -28,16 +28,34 @@ from dit_accel.method import (
     DynamicConv,
     FirstFrames,
     Linear,
+    Mass,
+    Norm,
     OutputGate,
     Pattern,
     Pooled,
     PreConv,
     Raster,
+    Residual,
     Tiles,
     TopK,
     Window,
 )
-from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
+from dit_accel.method.parts import (
+    Box,
+    Clusters,
+    Columns,
+    ErrorProduct,
+    Estimated,
+    Gate,
+    PowerTiles,
+    Pyramid,
+    SelfSaliency,
+    Stripes,
+    TopP,
+    part_types,
+)
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
@@ -60,11 +78,23 @@ EXTRAS = (
     (OutputGate("channel"),),
 )  # fmt: skip
 CONVOLVED = replace(SLA(0.3, tile=TILE), extras=EXTRAS[1])
+CATALOGUE: tuple[tuple[Pattern, ...], ...] = (
+    (PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),), (TopK(0.3, score=Estimated()),), (TopK(0.3, score=Gate()),),
+    (TopK(0.3, score=Pyramid((2, 3), keep=0.4)),), (TopK(0.3, score=Clusters(3)),), (TopK(0.3, score=Clusters(4)),),
+    (Columns(0.3),), (Columns(0.3, SelfSaliency()),), (TopK(0.3, score=SelfSaliency()), PowerTiles(near=0)),
+)  # fmt: skip
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "rests": [
+        *(replace(FOVEA, rest=rest) for rest in (Decayed(), Routed(2), Landmarks())),
+        replace(FOVEA, rest=Token()), replace(FOVEA, rest=Token("estimated"), merge=Mass("query")),
+        *(replace(FOVEA, rest=rest, merge=Residual()) for rest in (Ridge(), DeltaScan(decay=True))),
+        *(replace(FOVEA, rest=Linear(), merge=merge) for merge in (Norm(), Mass(), Mass("query"))),
+    ],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
+    "catalogue": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in CATALOGUE],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),
         replace(FOVEA, order=Raster(), block=(16, 32)), CLEAR(3, tile=TILE), CLEAR(3, downsample=2, tile=TILE),

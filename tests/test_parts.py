@@ -26,26 +26,38 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
     Call,
+    Clusters,
+    Columns,
+    Decayed,
+    DeltaScan,
     Disc,
     DiscBlocks,
+    Estimated,
     Extra,
     FirstFrames,
+    Gate,
     Linear,
     Mass,
     Merge,
+    Norm,
     Order,
     Part,
     Pattern,
     Pooled,
     PreConv,
+    Pyramid,
     Raster,
     Rest,
+    Routed,
     Score,
     Selection,
+    SelfSaliency,
     Sizes,
     Tiles,
+    Token,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.parts import Grid, part_types
@@ -136,6 +148,24 @@ FIRST = {
 }
 SPECS |= {name: AttentionSpec((DiscBlocks(2.5),), rest, Mass(), Tiles((4, 4)), (16, 16)) for name, rest in FIRST.items()}
 SPECS |= {"two-parts": around(Pooled(parts=2))}
+RESTS: dict[str, Part] = {
+    "decayed-by-alibi": Decayed("relu", "alibi"),
+    "estimated-token": Token("estimated"),
+    "scan-with-decay": DeltaScan(decay=True),
+    "two-routes": Routed(2, "elu"),
+    "simple-norm": Norm("simple"),
+    "norm-of-two": Norm("l2"),
+    "mass-by-query": Mass("query"),
+}
+SPECS |= {name: around(part) for name, part in RESTS.items()}
+SPECS |= {"two-parts": around(Pooled(parts=2)), "four-clusters": around(Clusters(4))}
+CHOSEN = {
+    "narrow-pyramid": TopK(0.2, score=Pyramid((2, 3), keep=0.4)),
+    "mass-of-the-estimate": TopP(0.7, at_most=0.6, score=Estimated(cap=1.0)),
+    "salient-columns": Columns(0.4, SelfSaliency()),
+    "columns-of-a-gate": Columns(0.4, Gate()),
+}
+SPECS |= {name: AttentionSpec((keep,), Pooled(), Mass(), Tiles((4, 4)), (16, 16)) for name, keep in CHOSEN.items()}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
@@ -153,7 +183,7 @@ def test_json_pickle_and_text(spec: AttentionSpec) -> None:
     assert hash(AttentionSpec.from_dict(spec.to_dict())) == hash(spec)
     if all(type(part).__module__.startswith("dit_accel.") for part in spec.parts()):  # a script's classes are not
         assert pickle.loads(pickle.dumps(spec)) == spec
-    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score))
+    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score, Columns(0.3).score))
 
 
 @every_shape

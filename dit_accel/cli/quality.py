@@ -10,6 +10,7 @@ from dit_accel.cli import options
 BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
 QUALITY = "Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json"
 LOGITS = "Example: dit-accel bench logits --size 1024x1024 --method fovea --method clear:16"
+Levels = Annotated[int, typer.Option(min=1, help="Noise levels of each prompt's run that are looked at, fewer than steps.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt per line; unless given, two of our own.")]
 
 
@@ -21,6 +22,7 @@ def quality(
     ] = None,
     prompts: Prompts = None,
     steps: options.Steps = 8,
+    levels: Levels = 3,
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
@@ -37,7 +39,7 @@ def quality(
     from dit_accel.measure.quality import bench_quality
 
     pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
-    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length, specs=specs)
+    bench_quality(pipe, size=pixels, prompts=texts, steps=steps, levels=levels, out=out, max_sequence_length=length, specs=specs)
 
 
 def logits(
@@ -46,6 +48,7 @@ def logits(
     method: Annotated[list[str] | None, typer.Option(help="Show what the method keeps of far keys; may be repeated.")] = None,
     prompts: Prompts = None,
     steps: options.Steps = 8,
+    levels: Levels = 2,
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
@@ -61,4 +64,4 @@ def logits(
     from dit_accel.measure.logits import bench_logits
 
     pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
-    bench_logits(pipe, size=pixels, prompts=texts, steps=steps, out=out, max_sequence_length=length, specs=specs)
+    bench_logits(pipe, size=pixels, prompts=texts, steps=steps, levels=levels, out=out, max_sequence_length=length, specs=specs)

@@ -35,9 +35,13 @@ class Lists:
 
     def kept(self, key_blocks: int) -> Tensor:
         """The same as a mask `[..., Tq, Tk]`."""
-        held = torch.arange(self.index.shape[-1], device=self.index.device) < self.counts[..., None]
-        seen = torch.zeros(*self.index.shape[:-1], key_blocks, dtype=torch.int32, device=self.index.device)
-        return seen.scatter_add(-1, self.index.long(), held.int()) > 0
+        index, held = self.listed()
+        seen = torch.zeros(*index.shape[:-1], key_blocks, dtype=torch.int32, device=index.device)
+        return seen.scatter_add(-1, index, held.int()) > 0
+
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]`, and which of these entries count."""
+        return self.index.long(), torch.arange(self.index.shape[-1], device=self.index.device) < self.counts[..., None]
 
     @classmethod
     def of_chosen(cls, index: Tensor) -> "Lists":

@@ -44,6 +44,8 @@ def fuses(spec: AttentionSpec) -> bool:
         score = _score(spec)  # blocks are summarised once, for the choice and for what is opened
         if isinstance(score, ErrorProduct) and score.cap != rest.cap:
             return False
+    if isinstance(spec.merge, Mass) and spec.merge.offset == "query":
+        return False
     return all(part is None or type(part) in FUSED for part in (spec.rest, spec.merge))
 
 
@@ -77,7 +79,7 @@ def in_torch(spec: AttentionSpec) -> list[Part]:
 
 def has_states(spec: AttentionSpec) -> bool:
     """Whether the kernels hold the states of a linear rest, which limits the size of a head."""
-    return type(spec.rest) is Linear and type(spec.merge) in FUSED
+    return type(spec.rest) is Linear and fuses(spec)
 
 
 def exact(

@@ -17,50 +17,70 @@ from dit_accel.method.parts.base import (
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.convolve import Concentration, DepthwiseConv, DynamicConv, PreConv
 from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.gate import Gate
 from dit_accel.method.parts.gates import OutputGate
 from dit_accel.method.parts.linear import Linear
-from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.merges import Mass, Norm, Residual
+from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
-from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
-from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.scores import ErrorProduct, Estimated, MeanProduct, SelfSaliency
+from dit_accel.method.parts.searches import Clusters, Pyramid
+from dit_accel.method.parts.selections import Columns, TopK, TopP
+from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
+from dit_accel.method.parts.tokens import Landmarks, Token
 
 __all__ = [
     "Blockwise",
     "Box",
     "Boxes",
     "Call",
+    "Clusters",
+    "Columns",
     "Concentration",
     "Cost",
+    "Decayed",
+    "DeltaScan",
     "DepthwiseConv",
     "Disc",
     "DiscBlocks",
     "Downsampled",
     "DynamicConv",
     "ErrorProduct",
+    "Estimated",
     "Extra",
     "FirstFrames",
+    "Gate",
     "Grid",
     "Ground",
     "Intervals",
+    "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
+    "Norm",
     "Order",
     "OutputGate",
     "Part",
     "Pattern",
     "Pooled",
+    "PowerTiles",
     "PreConv",
+    "Pyramid",
     "Raster",
     "Residual",
     "Rest",
+    "Ridge",
+    "Routed",
     "Score",
     "Selection",
+    "SelfSaliency",
     "Sizes",
     "Static",
+    "Stripes",
     "Tiles",
+    "Token",
     "Tokenwise",
     "TopK",
     "TopP",

@@ -37,6 +37,10 @@ class Visited(Protocol):
         """The same as a mask `[..., Tq, Tk]`."""
         ...
 
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]`, and which of these entries count."""
+        ...
+
 
 @dataclass(frozen=True)
 class Call:
@@ -65,9 +69,17 @@ class Call:
     @property
     def kept(self) -> Tensor:
         """Which key blocks each query block keeps, `[..., Tq, Tk]`."""
+        return self._chosen().kept(len(self.k_blocks.count))
+
+    @property
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """The key blocks `[..., Tq, n]` that each query block keeps, and which of these entries count."""
+        return self._chosen().listed()
+
+    def _chosen(self) -> Visited:
         if self.visited is None:
             raise ValueError("a call's kept blocks are known once they are chosen: a score can't depend on them")
-        return self.visited.kept(len(self.k_blocks.count))
+        return self.visited
 
     def key_means(self, x: Tensor) -> Tensor:
         """The mean `[BH, Tk, D]` of `[BH, N, D]` over the tokens of each key block."""

@@ -31,10 +31,10 @@ class OutputGate(Extra):
         return self.per == "channel"
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
-        return {"gate.weight": torch.zeros(heads, head_dim, *(head_dim,) * (self.per == "channel"))}
+        return {"output_gate.weight": torch.zeros(heads, head_dim, *(head_dim,) * (self.per == "channel"))}
 
     def __call__(self, out: Tensor, call: Call) -> Tensor:
-        weight = call.per_head("gate.weight")
+        weight = call.per_head("output_gate.weight")
         return out * (2 * (call.q @ weight[..., None]).sigmoid() if self.per == "head" else 1 + call.v @ weight.mT)
 
     def cost(self, sizes: Sizes) -> Cost:
