@@ -4,12 +4,14 @@
                                          └─────> operator ──> compared with it, layer by layer
 
 No layer sees another's error, and what is learned of a layer reaches its own parameters alone, so no gradient passes the backbone. Each
-part says how its tensors are found (`Part.fit`): SLA's projection by least squares, for the output is linear in it; the mass merge's offset
-and CLEAR's pooling weights by descent; those of a part that says neither keep their start values.
+part says how its tensors are found (`Part.fit`): SLA's projection and the weights of a depthwise convolution by least squares, for the
+output is linear in them; the mass merge's offset and CLEAR's pooling weights by descent; those of a part that says neither keep their start
+values.
 
-The order of a step, after its forwards: first the tensors that descend take their step, with the projections as they are; then every
-projection is solved for. Where one spec has both, each step changes what its projection multiplies: there a step's sums count for less
-with every later one (`KEPT`), so that the projection follows, and both come to rest as the learning rate falls.
+The order of a step, after its forwards: first the tensors that descend take their step, with those that are solved for as they are; then
+each of these is solved for. Where one spec has both, each step changes what is left to solve for: there a step's sums count for less with
+every later one (`KEPT`), so that the solution follows, and both come to rest as the learning rate falls. A projection and a convolution of
+one layer are solved for in turn, each at every second step.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
+from dit_accel.finetune.least_squares import SOLVED, ChannelLeastSquares, Solver, solved
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed
 from dit_accel.finetune.session import Distillation
@@ -36,16 +39,16 @@ from dit_accel.patch.verbs import dense
 
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
-# of the sums of earlier steps, where what a projection multiplies changes from step to step: about five steps count. Planted temperature
-# and projection, 48 steps at 0.1: relative error 0.0006, at 0.5 0.0006, at 0.9 0.0008, at 1 (all alike) 0.0014, projection alone 0.0028
-KEPT = 0.8
 RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
+RIDGES = (0.1, 1.0, 10.0, 100.0)  # times RIDGE, among which a layer's is chosen: maps of D × D numbers fit few prompts too well
+FOLDS = 4  # in which the prompts are divided: a ridge is judged by what the fit to the others leaves of each
 
 
 class Fitter(Protocol):
-    """How parameters are fitted. `learn` takes in one call of one layer; `update` ends a step; `tensors` and `load` are its state."""
+    """How parameters are fitted. `learn` takes in one call of one layer, of a prompt of a fold; `update` ends a step;
+    `tensors` and `load` are its state."""
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None: ...
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None: ...
 
     def update(self, step: int) -> None: ...
 
@@ -61,6 +64,7 @@ def fit(run: Distillation, progress: bool) -> None:
     for operator in operators.values():
         operator.params.float()
     fitter = _fitter(run, operators)
+    folds = _folds(run)
     start, found = 0, checkpoints.newest(run, checkpoints.PARAMETERS)
     if found is not None:
         fitter.load(checkpoints.load(run, found))
@@ -70,7 +74,7 @@ def fit(run: Distillation, progress: bool) -> None:
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
         with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn, run.timed_step():
-            error = _step(run, fitter, step)
+            error = _step(run, fitter, step, folds)
         bar.set_postfix(attention=f"{error:.4f}")
         row = {"step": step + 1, "attention": error, **drawn, "seconds": run.seconds}
         run.parameter_history.append(row)
@@ -81,7 +85,7 @@ def fit(run: Distillation, progress: bool) -> None:
 
 def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) -> Fitter:
     """What fits the layers' parameters, each tensor as its part says. Those that descend have gradients from now on, no others."""
-    solved = {name: operator for name, operator in operators.items() if operator.solved}
+    projected, convolved = ({name: op for name, op in operators.items() if way in op.fit.values()} for way in SOLVED)
     descending: dict[str, nn.Parameter] = {}
     for name, operator in operators.items():
         ways = operator.fit
@@ -89,27 +93,34 @@ def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) ->
             if ways[tensor] == "descent":
                 parameter.requires_grad_(True)
                 descending[f"{name}.{tensor}"] = parameter
-    if not solved:
-        return Descent(descending, run)
-    return Combined(LeastSquares(solved), Descent(descending, run)) if descending else LeastSquares(solved)
+    found: dict[str, Fitter] = {}
+    if projected:
+        found["linear"] = LeastSquares(projected)
+    if convolved:
+        found["channels"] = ChannelLeastSquares(convolved)
+    if descending or not found:
+        found["others"] = Descent(descending, run)
+    return next(iter(found.values())) if len(found) == 1 else Combined(found)
 
 
-def _changes(operator: AcceleratedAttention) -> bool:
-    """Whether a spec of a layer has a projection, and other tensors that descend meanwhile."""
-    layer = operator.layer
-    return any(
-        {"least_squares", "descent"} <= set(spec.fit(heads=layer.heads, head_dim=layer.head_dim).values()) for spec in operator.specs
-    )
+def _folds(run: Distillation) -> list[int]:
+    """The fold of each recorded forward: that of its prompt."""
+    numbers: dict[str, int] = {}
+    found = [0] * len(run.samples)
+    for entry, positions in zip(run.samples.entries, run.samples.runs(), strict=True):
+        for position in positions:
+            found[position] = numbers.setdefault(entry.prompt, len(numbers)) % FOLDS
+    return found
 
 
-def _step(run: Distillation, fitter: Fitter, step: int) -> float:
+def _step(run: Distillation, fitter: Fitter, step: int, folds: list[int]) -> float:
     """Fit to `batch_size` recorded forwards; returns the mean relative error of the layers' outputs before this step's update."""
     size = run.config.batch_size
     errors: list[Tensor] = []
 
     def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         errors.append(relative_error(out.detach(), target))
-        fitter.learn(operator, arguments, out, target)
+        fitter.learn(operator, arguments, out, target, folds[position])
 
     for item in share(size):
         position = _position(run, step * size + item)
@@ -172,25 +183,20 @@ def _original(query: Tensor, key: Tensor, value: Tensor, scale: float | None, ma
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-class LeastSquares:
+class LeastSquares(Solver):
     """A projection by ridge-regularised least squares of what the exact part lacks, over all calls so far, each weighted by the inverse of
-    the original output's size. `sums`: of each layer, the float64 normal equations Xᵀ[X, Y] `[D + 1, 2D + 1]`, X the rest and a one;
-    `kept`: the share of them that a step leaves.
+    the original output's size. `sums`: of each layer and fold `[FOLDS, D + 1, 2D + 1]`, X the rest and a one.
     """
 
-    def __init__(self, operators: Mapping[str, AcceleratedAttention]) -> None:
-        self.operators = operators
-        self.kept = {name: KEPT if _changes(operator) else 1.0 for name, operator in operators.items()}
-        self.sums = {name: self._zeros(operator) for name, operator in operators.items()}
-        self._batch = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+    way = "least_squares"
 
     @staticmethod
     def _zeros(operator: AcceleratedAttention) -> Tensor:
-        device = next(operator.parameters()).device
-        return torch.zeros(operator.head_dim + 1, 2 * operator.head_dim + 1, dtype=torch.float64, device=device)
+        device, width = next(operator.parameters()).device, operator.head_dim + 1
+        return torch.zeros(FOLDS, width, width + operator.head_dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
         weight, bias = (getattr(operator.params.proj, name) for name in ("weight", "bias"))
         identity = torch.eye(len(bias), device=bias.device)
         out = out.detach()
@@ -200,7 +206,7 @@ class LeastSquares:
         for r, one, o, w in zip(*(x.flatten(0, 1) for x in (rest, ones, out, target)), strict=True):  # head by head: float64 is large
             x = torch.cat([r, one], 1)
             exact = o.double() - x @ torch.cat([weight.T, bias[None]]).double()
-            self._batch[operator.name] += x.T @ torch.cat([x, w.double() - exact], 1) / size
+            self._batch[operator.name][fold] += x.T @ torch.cat([x, w.double() - exact], 1) / size
 
     def _moved(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], parameter: nn.Parameter, direction: Tensor) -> Tensor:
         """The operator's output with one parameter moved by PROBE times a direction."""
@@ -211,33 +217,30 @@ class LeastSquares:
         finally:
             parameter.copy_(value)
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        for name, total in zip(self.sums, summed(list(self._batch.values())), strict=True):
-            self.sums[name].mul_(self.kept[name]).add_(total)
-            self._batch[name].zero_()
-            self._solve(self.operators[name], self.sums[name])
-
     @staticmethod
     def _solve(operator: AcceleratedAttention, sums: Tensor) -> None:
-        width = operator.head_dim + 1
-        left, right = sums[:, :width], sums[:, width:]
-        ridge = RIDGE * left.trace() / width
-        if ridge == 0:  # the layer was never called
-            return
-        solution = torch.linalg.solve(left + ridge * torch.eye(width, dtype=left.dtype, device=left.device), right)
+        solution = solved(sums.sum(0), _ridge(sums))
         projection: Any = operator.params.proj
         projection.weight.copy_(solution[:-1].T)
         projection.bias.copy_(solution[-1])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.sums)
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, total in self.sums.items():
-            total.copy_(tensors[name])
-            self._solve(self.operators[name], total)
+def _ridge(sums: Tensor) -> float:
+    """The ridge at which the fit to the other folds leaves least of each; RIDGE where there is one alone."""
+    width, total = sums.shape[-2], sums.sum(0)
+    held = [fold for fold in sums if fold.any()]
+    if len(held) < 2:
+        return RIDGE
+
+    def left(ridge: float) -> float:
+        """Of the squared errors, without what no fit changes."""
+        found = 0.0
+        for fold in held:
+            fitted = solved(total - fold, ridge)
+            found += float((fitted * (fold[:, :width] @ fitted - 2 * fold[:, width:])).sum())
+        return found
+
+    return min((RIDGE * times for times in RIDGES), key=left)
 
 
 class Descent:
@@ -248,7 +251,7 @@ class Descent:
         self.optimizer = torch.optim.AdamW(parameters.values(), run.parameter_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizer.zero_grad()  # an interrupted run leaves its last gradients
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
         if out.requires_grad:  # else nothing of this layer descends
             (relative_error(out, target) / self.run.config.batch_size).backward()
 
@@ -266,23 +269,23 @@ class Descent:
 
 
 class Combined:
-    """Projections by least squares and other tensors, of the same layers or of others, by descent; see above for the order."""
+    """Several ways by name, each for tensors of its own, of the same layers or of others: what descends first, see above."""
 
-    def __init__(self, linear: LeastSquares, others: Descent) -> None:
-        self.linear, self.others = linear, others
+    def __init__(self, ways: Mapping[str, Fitter]) -> None:
+        self.ways = ways
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
-        self.others.learn(operator, arguments, out, target)
-        if operator.name in self.linear.operators:
-            self.linear.learn(operator, arguments, out, target)
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+        for way in reversed(list(self.ways.values())):
+            if not isinstance(way, Solver) or operator.name in way.operators:
+                way.learn(operator, arguments, out, target, fold)
 
     def update(self, step: int) -> None:
-        self.others.update(step)
-        self.linear.update(step)
+        for way in reversed(list(self.ways.values())):
+            way.update(step)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"linear/{k}": v for k, v in self.linear.tensors().items()} | {f"others/{k}": v for k, v in self.others.tensors().items()}
+        return {f"{name}/{key}": value for name, way in self.ways.items() for key, value in way.tensors().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for part, fitter in (("linear/", self.linear), ("others/", self.others)):
-            fitter.load({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
+        for name, way in self.ways.items():
+            way.load({key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")})

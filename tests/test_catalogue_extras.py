@@ -11,7 +11,28 @@ from torch import Tensor
 
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.errors import ArgumentError
-from dit_accel.method import Call, Cost, DepthwiseConv, Extra, Sizes, Tiles, TopK
+from dit_accel.method import (
+    Call,
+    Concentration,
+    Cost,
+    DepthwiseConv,
+    Disc,
+    Downsampled,
+    DynamicConv,
+    Extra,
+    Linear,
+    Mass,
+    OutputGate,
+    Pooled,
+    PreConv,
+    Residual,
+    Rest,
+    Sizes,
+    Tiles,
+    TopK,
+)  # fmt: skip
+from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.composition import image_call
 from dit_accel.operator.cost import multiply_adds, passes
 from dit_accel.operator.layout import joint_memory_order
 
@@ -151,3 +172,94 @@ def test_depthwise_conv_starts_as_nothing_and_is_counted() -> None:
     for wrong in ({"kernel": 4}, {"kernel": 1}, {"kernel": 3.5}, {"frames": 2}, {"frames": 0}):
         with pytest.raises(ArgumentError, match="must be an odd number"):
             DepthwiseConv(**wrong)  # type: ignore[arg-type]
+
+
+@every_shape
+def test_dynamic_conv(shape: Shape) -> None:
+    spec = dataclasses.replace(SPARSE["fovea"], extras=(DynamicConv(),))
+    out, bare, learned, (_, _, v) = with_and_without(spec, shape)
+    hidden = torch.einsum("hde,bhe->bhd", learned["dynamic.first"], v.mean(2))
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    kernels = torch.einsum("hdyxe,bhe->bhdyx", learned["dynamic.second"], hidden)[..., None, :, :]
+    expected = torch.stack([convolution(x[None], kernel, shape.layout)[0] for x, kernel in zip(v, kernels, strict=True)])
+    torch.testing.assert_close(out - bare, expected, rtol=1e-10, atol=1e-10)
+    assert len(v) == 1 or not torch.allclose(kernels[0], kernels[1], atol=0.01)  # each sample has kernels of its own
+
+
+@every_shape
+def test_concentration(shape: Shape) -> None:
+    spec = dataclasses.replace(SPARSE["fovea"], extras=(Concentration(5),))
+    out, bare, learned, (_, _, v) = with_and_without(spec, shape)
+    hidden = convolution(v, learned["concentration.first"], shape.layout)
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(out - bare, convolution(hidden, learned["concentration.second"], shape.layout), rtol=1e-9, atol=1e-9)
+
+
+@every_shape
+@pytest.mark.parametrize("rest", [Linear("elu"), Pooled()], ids=["linear", "pooled"])
+def test_pre_conv_changes_what_the_rest_is_given(rest: Rest, shape: Shape) -> None:
+    """The whole is the exact part of q and k, merged by mass with the rest of theirs that are convolved."""
+    spec = AttentionSpec((TopK(0.3),), PreConv(rest, 5), Mass(), Tiles((4, 4)), (16, 16))
+    params, layout = random_parameters(spec, shape, torch.float64), shape.layout
+    learned = {name: value.detach() for name, value in params.named_parameters()}
+    q, k, v = shape.inputs(torch.float64)
+    calls = []
+    for convolve in (False, True):
+        image = [x[:, :, layout.image_slice] for x in (q, k)]
+        if convolve:
+            image = [convolution(x, learned[f"pre_conv.{side}"], layout) for x, side in zip(image, "qk", strict=True)]
+        plan = make_plan(spec, layout, torch.device("cpu"))
+        whole = [x.clone() for x in (q, k)]
+        for x, part in zip(whole, image, strict=True):
+            x[:, :, layout.image_slice] = part
+        calls.append(image_call(*whole, v, layout, plan, params(), shape.head_dim**-0.5))
+    kept = spec.selection.choose(calls[0])  # type: ignore[union-attr]
+    mean, mass = rest(dataclasses.replace(calls[1], visited=kept))
+    mass = mass + learned["offset"].repeat(shape.batch)[:, None]
+    exact, lse = attention_by("reference", dataclasses.replace(spec, rest=None, merge=None), layout)([q, k, v])
+    exact, lse = (x[:, :, layout.image_slice].flatten(0, 1) for x in (exact, lse))
+    share = torch.sigmoid(mass - lse)[..., None]
+    found = run(spec, shape, params)[0][:, :, layout.image_slice].flatten(0, 1)
+    torch.testing.assert_close(found, (1 - share) * exact + share * mean, rtol=1e-9, atol=1e-9)
+
+
+def test_pre_conv_starts_as_the_rest() -> None:
+    for rest, merge in ((Linear(), Residual()), (Pooled(parts=2, order=1), Mass()), (Downsampled(2), Mass(offset=False))):
+        plain = AttentionSpec((TopK(0.3),), rest, merge, Tiles((4, 4)), (16, 16))
+        convolved = dataclasses.replace(plain, rest=PreConv(rest))
+        for got, expected in zip(*(run(spec, SHAPES["references"]) for spec in (convolved, plain)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ArgumentError, match="a rest of the blocks not kept requires patterns of whole blocks"):
+        AttentionSpec((Disc(2.0),), PreConv(Linear()), Mass())
+    with pytest.raises(ArgumentError, match="merge of pooled keys must be Mass"):
+        AttentionSpec((TopK(0.3),), PreConv(Pooled()), Residual())
+    with pytest.raises(ArgumentError, match="rest must be one of"):
+        PreConv(Mass())  # type: ignore[arg-type]
+
+
+# Gates
+
+
+@every_shape
+def test_output_gates(shape: Shape) -> None:
+    for per in ("head", "channel"):
+        spec = dataclasses.replace(SPARSE["sla"], extras=(OutputGate(per),))
+        out, bare, learned, (q, _, v) = with_and_without(spec, shape)
+        weight = learned["output_gate.weight"]
+        if per == "head":
+            factor = 2 / (1 + (-torch.einsum("hd,bhid->bhi", weight, q)).exp()[..., None])
+        else:
+            factor = 1 + torch.einsum("hde,bhie->bhid", weight, v)
+        torch.testing.assert_close(out, bare * factor, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ArgumentError, match="per must be 'head' or 'channel'"):
+        OutputGate("token")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("extra", [DynamicConv(), Concentration(), OutputGate(), OutputGate("channel")], ids=str)
+def test_what_is_learned_starts_as_nothing_and_has_a_gradient(extra: Extra) -> None:
+    assert_off_at_start(extra)
+    shape, spec = SHAPES["11x14-text-5"], dataclasses.replace(SPARSE["clear"], extras=(extra,))
+    params = spec.make_parameters(heads=shape.heads, head_dim=shape.head_dim)
+    attention_by("cpu", spec, shape.layout)(shape.inputs(), params)[0].square().sum().backward()
+    assert any(bool(p.grad.any()) for p in params.parameters() if p.grad is not None)

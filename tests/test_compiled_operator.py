@@ -22,9 +22,11 @@ import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.method import (
     Centred,
+    Concentration,
     DepthwiseConv,
     Disc,
     DiscBlocks,
+    DynamicConv,
     FirstFrames,
     Floored,
     Hedgehog,
@@ -34,8 +36,10 @@ from dit_accel.method import (
     Norm,
     NormPower,
     NormPreserving,
+    OutputGate,
     Pattern,
     Pooled,
+    PreConv,
     RankAugmented,
     Raster,
     Residual,
@@ -82,7 +86,10 @@ KEPT: tuple[tuple[Pattern, ...], ...] = (
     (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
     (Box((3, 2)), TopK(0.3)), (FirstFrames(1),),
 )  # fmt: skip
-EXTRAS = ((), (DepthwiseConv(),), (DepthwiseConv(3),), (DepthwiseConv(3, frames=3),))
+EXTRAS = (
+    (), (DepthwiseConv(),), (DepthwiseConv(3),), (DepthwiseConv(3, frames=3),), (DynamicConv(), OutputGate()), (Concentration(3),),
+    (OutputGate("channel"),),
+)  # fmt: skip
 CONVOLVED = replace(SLA(0.3, tile=TILE), extras=EXTRAS[1])
 CATALOGUE: tuple[tuple[Pattern, ...], ...] = (
     (PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),), (TopK(0.3, score=Estimated()),), (TopK(0.3, score=Gate()),),
@@ -109,7 +116,10 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
         SLA(0.3, scope="all", block=(16, 16)), SLA(0.3, scope="none", block=(16, 16)), SLA(0.3, tile=TILE), GNA(window=(5, 5), tile=TILE),
         GNA(window=(5, 7), stride=2, tile=TILE), Fovea(radius=3, tile=TILE),
     ],
-    "extras": [replace(FOVEA, extras=extras) for extras in EXTRAS] + [CONVOLVED, replace(CLEAR(3, tile=TILE), extras=EXTRAS[1])],
+    "extras": [replace(FOVEA, extras=extras) for extras in EXTRAS] + [
+        CONVOLVED, replace(CLEAR(3, tile=TILE), extras=EXTRAS[1]), replace(SLA(0.3, tile=TILE), rest=PreConv(Linear())),
+        replace(SLA(0.3, tile=TILE), rest=PreConv(Linear("elu"), 5)),
+    ],
 }  # fmt: skip
 LAYOUTS = [
     TokenLayout((1, 13, 10), 5), TokenLayout((1, 10, 13), 5), TokenLayout((1, 26, 5), 5), TokenLayout((2, 13, 5), 5),

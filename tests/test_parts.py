@@ -46,6 +46,7 @@ from dit_accel.method import (
     Part,
     Pattern,
     Pooled,
+    PreConv,
     Pyramid,
     Raster,
     Readout,
@@ -73,7 +74,12 @@ SAMPLE = Path(__file__).parents[1] / "samples" / "new_part.py"
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dit_accel, "builtin_pipeline", tiny_pipe)
     NEW = runpy.run_path(str(SAMPLE))
-TRIED: dict[Any, tuple[Any, ...]] = {float: (2.5, 0.4), int: (2,), bool: (False,)}  # values of fields that have no default
+TRIED: dict[Any, tuple[Any, ...]] = {
+    float: (2.5, 0.4),
+    int: (2,),
+    bool: (False,),
+    Rest: (Linear(),),
+}  # values of fields that have no default
 BLOCKS = (Tiles((4, 4)), Raster())
 IN_LINEAR: dict[type[Part], str] = {Features: "feature_map", KeyWeight: "weights", Readout: "readout"}  # slots that are its fields
 RAGGED = {
@@ -329,6 +335,7 @@ def test_its_cost_is_counted(spec: AttentionSpec) -> None:
     assert all(cost.multiply_adds >= 0 and cost.passes >= 0 for cost in costs)
     in_torch = isinstance(spec.rest, Linear) and not spec.rest.plain  # which writes features, and blocks' means once more
     assert 4 <= passes(spec) <= (14 if in_torch else 12 if spec.extras else 8)
+    assert 4 <= passes(spec) <= (12 if spec.extras or spec.find(PreConv) else 8)
     added = sum(part.cost(sizes).multiply_adds for part in (*spec.keep, spec.rest, spec.merge, *spec.extras) if part is not None)
     assert multiply_adds(spec, layout, 64) >= kept_density(spec, layout) > 0
     assert (added > 0) == (spec.rest is not None or spec.selection is not None or bool(spec.extras))

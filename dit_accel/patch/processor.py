@@ -74,7 +74,7 @@ class AcceleratedAttention(nn.Module):
     @property
     def solved(self) -> bool:
         """Whether the first stage finds some of them by least squares."""
-        return "least_squares" in self.fit.values()
+        return bool({"least_squares", "least_squares_by_channel"} & set(self.fit.values()))
 
     def takes(self, q_len: int, kv_len: int, mask: object, special: str | None) -> bool:
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""

@@ -18,10 +18,11 @@ from dit_accel.method.parts.base import (
     part_types,
 )
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
-from dit_accel.method.parts.convolve import DepthwiseConv
+from dit_accel.method.parts.convolve import Concentration, DepthwiseConv, DynamicConv, PreConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.features import Hedgehog, NormPower, NormPreserving, Taylor, TokenSoftmax
 from dit_accel.method.parts.gate import Gate
+from dit_accel.method.parts.gates import OutputGate
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Norm, Residual
 from dit_accel.method.parts.offsets import PowerTiles, Stripes
@@ -42,6 +43,7 @@ __all__ = [
     "Centred",
     "Clusters",
     "Columns",
+    "Concentration",
     "Cost",
     "Decayed",
     "DeltaScan",
@@ -49,6 +51,7 @@ __all__ = [
     "Disc",
     "DiscBlocks",
     "Downsampled",
+    "DynamicConv",
     "ErrorProduct",
     "Estimated",
     "Extra",
@@ -71,10 +74,12 @@ __all__ = [
     "NormPower",
     "NormPreserving",
     "Order",
+    "OutputGate",
     "Part",
     "Pattern",
     "Pooled",
     "PowerTiles",
+    "PreConv",
     "Pyramid",
     "RankAugmented",
     "Raster",

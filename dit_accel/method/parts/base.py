@@ -23,7 +23,7 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
 
-Fit = Literal["least_squares", "descent"]
+Fit = Literal["least_squares", "least_squares_by_channel", "descent"]
 
 _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too, by name
 
@@ -32,7 +32,9 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
     """A value of a slot.
 
     `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
-    rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; None: they keep their start values until the second stage.
+    rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; by least squares channel by channel, for a part in torch whose
+    tensors are all `[H, D, ...]` and of which each channel of the output is linear in its own numbers alone; None: they keep their start
+    values until the second stage.
     `own_tokens`: whether it requires that the queries are the keys' tokens, as where it moves values to the queries' places.
     """
 

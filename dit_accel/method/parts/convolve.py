@@ -1,5 +1,6 @@
 """Convolutions on the raster of each image or frame: what is near each token, whatever the blocks."""
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import is_int, require
-from dit_accel.method.parts.base import Extra
+from dit_accel.method.parts.base import Extra, Rest, check_part
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
 
 
@@ -43,6 +45,12 @@ def _of_image(x: Tensor, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
     return functools.reduce(torch.add, found).unflatten(1, (heads, channels)).permute(1, 0, 3, 4, 2).flatten(1, 3)
 
 
+def identity_kernel(heads: int, head_dim: int, kernel: int) -> Tensor:
+    """`[H, D, 1, kernel, kernel]`: one in the middle, else zeros."""
+    side = kernel // 2
+    return F.pad(torch.ones(heads, head_dim, 1, 1, 1), (side,) * 4)
+
+
 def check_kernel(kernel: int, frames: int = 1) -> None:
     """Raise ArgumentError unless a kernel has a middle."""
     require(is_int(kernel) and kernel >= 3 and kernel % 2 == 1, "kernel must be an odd number of tokens from 3 on", kernel)
@@ -55,9 +63,10 @@ class DepthwiseConv(Extra):
 
     `kernel`: rows and columns of tokens; `frames` of a video: those before and after that are seen, the frame itself among them. Zeros
     are around the raster; references have rasters of their own. Source: the local branch of LINA (arXiv 2601.22630), there of the layer's
-    input; V is its one image here that is not rotated. Also named LePE (arXiv 2107.00652, eq. 10).
+    input; V is its one image here that is not rotated. Also named LePE (arXiv 2107.00652).
     """
 
+    fit = "least_squares_by_channel"
     kernel: int = 5
     frames: int = 1
 
@@ -78,3 +87,106 @@ class DepthwiseConv(Extra):
     def cost(self, sizes: Sizes) -> Cost:
         """V is read once more, and the output read and written."""
         return Cost(sizes.tokens * sizes.head_dim * self.frames * self.kernel**2, 3)
+
+
+@dataclass(frozen=True)
+class DynamicConv(Extra):
+    """out += convolution of V by kernels made of V's mean v̄ over all image tokens, one for each channel: W₂·gelu(W₁ v̄), each head its own.
+
+    `kernel`: rows and columns of tokens, in each frame. W₁ starts as the identity, W₂ at zero. Source: InLine (arXiv 2412.06590),
+    there of the layer's input.
+    """
+
+    fit = "descent"
+    kernel: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kernel(self.kernel)
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        second = torch.zeros(heads, head_dim, self.kernel, self.kernel, head_dim)
+        return {"dynamic.first": torch.eye(head_dim).repeat(heads, 1, 1), "dynamic.second": second}
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        return raster_tables(ground)
+
+    def __call__(self, out: Tensor, call: Call) -> Tensor:
+        hidden = F.gelu(call.per_head("dynamic.first") @ call.v.mean(1)[..., None])  # [BH, D, 1]
+        kernels = call.per_head("dynamic.second").flatten(1, 3) @ hidden
+        return out + convolved(call.v, kernels.unflatten(1, (-1, 1, self.kernel, self.kernel))[..., 0], call)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """V is read twice more, and the output read and written."""
+        taps, d = self.kernel**2, sizes.head_dim
+        return Cost(sizes.tokens * d * taps + (1 + taps) * d**2, 4)
+
+
+@dataclass(frozen=True)
+class Concentration(Extra):
+    """out += conv₂(rms(gelu(conv₁(V)))): convolutions of each channel by its own kernel, rms: divided by the root mean square over a head's
+    channels. conv₁ starts as the identity, conv₂ at zero.
+
+    `kernel`: rows and columns of tokens, in each frame. Source: the local concentration module of L²ViT (arXiv 2501.16182), there of the
+    layer's output and with a batch norm, which a sampler can't calibrate.
+    """
+
+    fit = "descent"
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kernel(self.kernel)
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        second = torch.zeros(heads, head_dim, 1, self.kernel, self.kernel)
+        return {"concentration.first": identity_kernel(heads, head_dim, self.kernel), "concentration.second": second}
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        return raster_tables(ground)
+
+    def __call__(self, out: Tensor, call: Call) -> Tensor:
+        hidden = F.gelu(convolved(call.v, call.per_head("concentration.first"), call))
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
+        return out + convolved(hidden, call.per_head("concentration.second"), call)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """V is read once more, what is between the convolutions written and read, and the output read and written."""
+        return Cost(2 * sizes.tokens * sizes.head_dim * self.kernel**2, 5)
+
+
+@dataclass(frozen=True)
+class PreConv(Rest):
+    """Another rest, of queries and keys convolved before: each channel of each head by a kernel of its own, the identity at start.
+
+    `rest`: the rest. `kernel`: rows and columns of tokens, in each frame. The exact part has q and k as they are. Source: LAWCAT
+    (arXiv 2509.18467), there causal and before the rotary embedding; here it mixes neighbours that are rotated already.
+    """
+
+    fit = "descent"
+    own_tokens = True
+    rest: Rest
+    kernel: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_part(self.rest, Rest, "rest")
+        check_kernel(self.kernel)
+
+    @property
+    def whole_blocks(self) -> bool:
+        return self.rest.whole_blocks
+
+    def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
+        return {f"pre_conv.{side}": identity_kernel(heads, head_dim, self.kernel) for side in ("q", "k")}
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        return raster_tables(ground)
+
+    def __call__(self, call: Call) -> Partial:
+        q, k = (convolved(x, call.per_head(f"pre_conv.{side}"), call) for x, side in ((call.q, "q"), (call.k, "k")))
+        return self.rest(dataclasses.replace(call, q=q, k=k))
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Queries and keys are read once more, and written for the rest."""
+        return self.rest.cost(sizes) + Cost(2 * sizes.tokens * sizes.head_dim * self.kernel**2, 4)
