@@ -63,6 +63,28 @@ static inline float horizontal_sum(V v) {
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
+// Lanes of a and b, each in blocks of 2 · HALF: the first or the second half of a's block, then that of b's.
+template <int HALF, bool SECOND, size_t... LANE_OF>
+static inline __attribute__((always_inline)) V halves(V a, V b, std::index_sequence<LANE_OF...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (LANE_OF % (2 * HALF) < HALF ? LANE_OF + SECOND * HALF : LANES + LANE_OF - !SECOND * HALF)...);
+#else
+    return __builtin_shuffle(a, b, I{int32_t(LANE_OF % (2 * HALF) < HALF ? LANE_OF + SECOND * HALF : LANES + LANE_OF - !SECOND * HALF)...});
+#endif
+}
+// The horizontal sums of LANES vectors, each in its lane, in the order of sums of `horizontal_sum`.
+template <int HALF = LANES / 2>
+static inline __attribute__((always_inline)) V horizontal_sums(V* v) {
+    if constexpr (HALF == 0) {
+        return v[0];
+    } else {
+        const auto lanes = std::make_index_sequence<LANES>{};
+#pragma GCC unroll 8
+        for (int i = 0; i < HALF; i++) v[i] = halves<HALF, false>(v[i], v[i + HALF], lanes) + halves<HALF, true>(v[i], v[i + HALF], lanes);
+        return horizontal_sums<HALF / 2>(v);
+    }
+}
+
 // 2^x to 2 ulp; exactly 0 below 2^-126, NaN for NaN. The polynomial is the truncated series refitted on [-1/2, 1/2].
 static inline V exp2(V x) {
     const float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to the nearest integer

@@ -107,17 +107,33 @@ static inline float vector_dot(const float* a, const float* b, int64_t columns) 
 
 // out[i] = rows[i, :] · x, of whole vectors.
 static inline void row_dots(float* out, const float* rows, int64_t ld, int64_t n, const float* x, int64_t columns) {
-    if (columns != STRIP * LANES) {
-        for (int64_t i = 0; i < n; i++) out[i] = vector_dot(rows + i * ld, x, columns);
-        return;
+    for (int64_t i = 0; i < n; i++) out[i] = vector_dot(rows + i * ld, x, columns);
+}
+
+// The same of a panel, whose rows are read as if they were a multiple of LANES, as many sums at once; `out` has room for those too.
+template <int STRIPS>
+static inline __attribute__((always_inline)) void panel_dots_of(float* out, const float* panel, int64_t n, const float* x, int64_t columns) {
+    V factor[STRIPS > 0 ? STRIPS : 1];
+    for (int s = 0; s < STRIPS; s++) factor[s] = load(x + s * LANES);
+    for (int64_t i = 0; i < n; i += LANES) {
+        V sum[LANES];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < LANES; r++) {
+            const float* row = panel + (i + r) * columns;
+            sum[r] = load(row) * (STRIPS ? factor[0] : load(x));
+            if constexpr (STRIPS > 0)
+                for (int s = 1; s < STRIPS; s++) sum[r] += load(row + s * LANES) * factor[s];
+            else
+                for (int64_t c = LANES; c < columns; c += LANES) sum[r] += load(row + c) * load(x + c);
+        }
+        store(out + i, horizontal_sums(sum));
     }
-    V factor[STRIP];  // the commonest size: in registers
-    for (int s = 0; s < STRIP; s++) factor[s] = load(x + s * LANES);
-    for (int64_t i = 0; i < n; i++) {
-        V sum = load(rows + i * ld) * factor[0];
-        for (int s = 1; s < STRIP; s++) sum += load(rows + i * ld + s * LANES) * factor[s];
-        out[i] = horizontal_sum(sum);
-    }
+}
+static inline void panel_dots(float* out, const float* panel, int64_t n, const float* x, int64_t columns) {
+    if (columns == STRIP * LANES)  // the commonest size: in registers
+        panel_dots_of<STRIP>(out, panel, n, x, columns);
+    else
+        panel_dots_of<0>(out, panel, n, x, columns);
 }
 
 // Rows of a block: where they lie, or in a panel.
@@ -159,7 +175,7 @@ static void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t nu
     std::fill_n(static_cast<float*>(work.direction), d, 1.f);
     std::fill(work.direction + d, work.direction + padded, 0.f);  // a unit of NaN before this one left NaN
     for (int step = 0; step <= STEPS; step++) {
-        row_dots(work.along, work.centred, padded, count, work.direction, padded);
+        panel_dots(work.along, work.centred, count, work.direction, padded);
         if (step == STEPS) break;
         for (int64_t i = 0; i < count && weight; i++) work.along[i] *= weight[work.mine[size_t(i)]];
         weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
