@@ -5,6 +5,10 @@ static inline void narrow_all(uint16_t* to, const float* from, int64_t n) {  // 
     for (int64_t e = 0; e < n; e += LANES) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + e), __m256i(_mm512_cvtneps_pbh(__m512(load(from + e)))));
 }
 
+// The two of each pair.
+static inline V even(__m512i pairs) { return V(_mm512_slli_epi32(pairs, 16)); }
+static inline V odd(__m512i pairs) { return V(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000)))); }
+
 // c = A · B for grids of tiles: row r and column n of c at c + r·c_row + n·c_column, row r of A at a + r·a_row, column n of B at b + n·b_column.
 static inline void multiply_grid(float* c, int64_t c_row, int64_t c_column, const int32_t* a, int64_t a_row, const int32_t* b, int64_t b_column, int64_t rows, int64_t columns, int64_t depth) {
     for (int64_t r = 0; r < rows; r += 2)
@@ -22,15 +26,14 @@ static inline void multiply_grid(float* c, int64_t c_row, int64_t c_column, cons
 struct TiledPool {
     const Geometry& g;
     const TileSizes sizes;
-    Array<uint16_t> mean, value;  // [pools, padded], of all
-    Array<int32_t> keys, values, places;
+    Array<uint16_t> mean, value, spread;  // [pools, padded], of all; spread: the variances, with a variance term alone
+    Array<int32_t> keys, values, spreads, places;
     int64_t count = 0;            // of the keys in tiles
 
     TiledPool(const Geometry& g, int64_t most, bool all) : g(g), sizes(g, most), keys(all && g.listed() ? 0 : sizes.block), values(all && g.listed() ? 0 : sizes.block) {
-        if (all)
-            mean.allocate(most * g.padded), value.allocate(most * g.padded), count = most;
-        else
-            places.allocate(most);
+        if (all) mean.allocate(most * g.padded), value.allocate(most * g.padded), count = most;
+        if (all && g.p.variance) spread.allocate(most * g.padded), spreads.allocate(sizes.block);
+        if (!all) places.allocate(most);
     }
 
     int64_t tasks() const { return sizes.steps; }
@@ -38,6 +41,9 @@ struct TiledPool {
         int64_t first = step * PAIR, n = std::min(PAIR, count - first), at = first * g.padded;
         narrow_all(mean + at, pool.mean + at, n * g.padded), narrow_all(value + at, pool.value + at, n * g.padded);
         if (!g.listed()) tiles(*this, {first, -1, n}, step);
+        if (!g.p.variance) return;
+        narrow_all(spread + at, pool.var + at, n * g.padded);
+        sizes.rows(spreads + step * 2 * sizes.depth * TILE, HalfRows(spread, g.padded, g.channels, {first, -1, n}));
     }
     // Tokens of a run as those from step · PAIR on.
     void tiles(const TiledPool& all, const Run& run, int64_t step) {
@@ -54,6 +60,35 @@ struct TiledPool {
         tiles(all, {0, -1, count, places}, 0);
     }
     TiledBlock block() const { return {keys, values, sizes.steps}; }
+};
+
+// The variance term of pooled keys' logits, for one thread.
+struct TiledTerms {
+    const Geometry& g;
+    Array<int32_t> squares;  // of the queries, as TiledSoftmax has those
+    Array<float> terms;      // [2, CHUNK, queries of a tile]
+
+    explicit TiledTerms(const TiledSoftmax& s) : g(s.g), squares(g.width / SIDE * s.sizes.depth * TILE), terms(2 * CHUNK * SIDE) {}
+
+    // Add the pooled keys to a softmax.
+    void visit(TiledSoftmax& s, int64_t rows, const TiledPool& pool, const float* bias) {
+        const int64_t row = s.sizes.depth * TILE;
+        for (int64_t e = 0; e < round_up(rows, SIDE) / SIDE * row; e += SIDE) {
+            __m512i q = _mm512_load_si512(s.queries + e);
+            _mm512_store_si512(squares + e, paired(even(q) * even(q), odd(q) * odd(q)));
+        }
+        const V scale = all(g.p.scale * LOG2E), half = all(g.p.scale * g.p.scale * 0.5f * LOG2E), cap = all(g.p.cap * LOG2E);
+        for (int64_t from = 0; from < pool.count; from += CHUNK)
+            for (int64_t t = 0; t * SIDE < rows; t += 2) {
+                const bool two = (t + 1) * SIDE < rows;
+                const int64_t n = std::min(CHUNK, pool.count - from);
+                multiply_grid(terms, TILE, CHUNK * SIDE, pool.spreads + from / SIDE * row, row, squares + t * row, row, (n + SIDE - 1) / SIDE, two ? 2 : 1, s.sizes.depth);
+                const float* own = terms;
+                s.add(t, two, pool.block(), from, 0, n, [=](int64_t i, int64_t k, V x) __attribute__((always_inline)) {
+                    return x * scale + min(load(own + (i * CHUNK + k) * SIDE) * half, cap) + bias[from + k];
+                });
+            }
+    }
 };
 
 // The first order of the pooled rest, for one thread.
@@ -135,9 +170,6 @@ struct TiledStates {
                     _mm512_store_si512(to + (r * sizes.depth + s) * TILE + i, __m512i(_mm512_cvtne2ps_pbh(__m512(high), __m512(low))));
                 }
     }
-
-    static inline V even(__m512i pairs) { return V(_mm512_slli_epi32(pairs, 16)); }
-    static inline V odd(__m512i pairs) { return V(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000)))); }
 
     void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the total
         int64_t rows = size / SIDE;

@@ -48,7 +48,7 @@ struct Keys {
 #endif
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, g.pools());
 #if AMX
-        if (paired && pool && !g.p.variance && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true);
+        if (paired && pool && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true);
         if (paired && g.p.rest == REST_LINEAR) tiled_states = std::make_unique<TiledStates>(g);
         if (tiled_states) return;
 #endif
@@ -165,6 +165,7 @@ struct ForwardWorkspace {
     std::unique_ptr<TiledSoftmax> tiled;
     std::unique_ptr<TiledPool> tiled_seen;
     std::unique_ptr<TiledSlopes> slopes;
+    std::unique_ptr<TiledTerms> tiled_terms;
     std::unique_ptr<TiledLinear> tiled_linear;
 #endif
 
@@ -174,6 +175,7 @@ struct ForwardWorkspace {
 #if AMX
         if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
         if (keys.tiled_pool && g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false);
+        if (keys.tiled_pool && g.p.variance) tiled_terms = std::make_unique<TiledTerms>(*tiled);
         if (keys.tiled_pool && g.p.slopes) slopes = std::make_unique<TiledSlopes>(g);
         if (keys.tiled_states) tiled_linear = std::make_unique<TiledLinear>(g, *keys.tiled_states);
 #endif
@@ -215,7 +217,10 @@ static void tiled_pool(const Geometry& g, const Keys& keys, ForwardWorkspace& wo
     (work.seen ? *work.seen : *keys.pool).bias(work.bias, bh, i);
     if (work.slopes) std::copy_n(static_cast<float*>(s.top), whole, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), whole, static_cast<float*>(work.exact_mass));
     const TiledPool& pool = work.tiled_seen ? *work.tiled_seen : *keys.tiled_pool;
-    work.tiled->visit(rows, pool.block(), pool.count, work.bias);
+    if (work.tiled_terms)
+        work.tiled_terms->visit(*work.tiled, rows, pool, work.bias);
+    else
+        work.tiled->visit(rows, pool.block(), pool.count, work.bias);
     if (!work.slopes) return;
     work.slopes->read(bh, i);
     work.slopes->add(*work.tiled, rows, work.exact_top, work.exact_mass);
