@@ -21,7 +21,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.method import Disc, DiscBlocks, FirstFrames, Pattern, Pooled, Raster, Tiles, TopK, Window
-from dit_accel.method.parts import Box, ErrorProduct, TopP, part_types
+from dit_accel.method.parts import Box, ErrorProduct, PowerTiles, Stripes, TopP, part_types
 from dit_accel.operator.attention import attend
 from dit_accel.operator.blocks_of_grid import make_plan
 
@@ -39,11 +39,13 @@ KEPT: tuple[tuple[Pattern, ...], ...] = (
     (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
     (Box((3, 2)), TopK(0.3)), (FirstFrames(1),),
 )  # fmt: skip
+CATALOGUE: tuple[tuple[Pattern, ...], ...] = ((PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),))
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
     "kept": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in KEPT],
+    "catalogue": [AttentionSpec(patterns, order=Tiles(TILE), block=(16, 16)) for patterns in CATALOGUE],
     "presets": [
         Fovea(0.3, order=1, tile=TILE), FOVEA, replace(FOVEA, order=Tiles((2, 8))), replace(FOVEA, order=Raster()),
         replace(FOVEA, order=Raster(), block=(16, 32)), CLEAR(3, tile=TILE), CLEAR(3, downsample=2, tile=TILE),

@@ -17,6 +17,7 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Residual
+from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
@@ -44,6 +45,7 @@ __all__ = [
     "Part",
     "Pattern",
     "Pooled",
+    "PowerTiles",
     "Raster",
     "Residual",
     "Rest",
@@ -51,6 +53,7 @@ __all__ = [
     "Selection",
     "Sizes",
     "Static",
+    "Stripes",
     "Tiles",
     "Tokenwise",
     "TopK",
