@@ -20,7 +20,7 @@ from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
 from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
 from dit_accel.kernels.cpu import native
-from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, ErrorProduct, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator.attention import attend, attention
 from dit_accel.operator.blocks_of_grid import make_plan
@@ -112,6 +112,34 @@ def test_gradients_of_bfloat16(spec: AttentionSpec, shape: Shape) -> None:
     got = gradients_of_rounded(torch.bfloat16, shape, lambda *qkv: run(list(qkv), spec, shape.layout, params, bias))
     for name, *three in zip(("query", "key", "value"), got, exact, eager, strict=True):
         assert_close_as_eager(*three, name)
+
+
+SUMMARISED = {
+    "order-1": Fovea(0.2, order=1),
+    "parts": Fovea(0.2, parts=4),
+    "groups": AttentionSpec((TopK(0.2, score=ErrorProduct()),), Pooled(opened=2), Mass(), Tiles((4, 4)), (16, 16)),
+    "groups-order-1": AttentionSpec(
+        (TopK(0.1, score=ErrorProduct()),), Pooled(parts=4, order=1, opened=2), Mass(), Tiles((4, 4)), (16, 16)
+    ),
+}
+
+
+@every_target
+@pytest.mark.parametrize("spec", SUMMARISED.values(), ids=SUMMARISED)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 2, 64, (1, 32, 40), 9), Shape(2, 1, 40, (1, 21, 19), 5), Shape(1, 1, 72, (3, 8, 9), 70), Shape(1, 1, 256, (1, 17, 9))],
+    ids=lambda shape: str(shape.head_dim),
+)
+def test_bfloat16_of_given_pooled_keys(spec: AttentionSpec, shape: Shape) -> None:
+    """Eager is the reference, which rounds the output alone; its lse is float32 throughout: the exact one in bfloat16 serves."""
+    qkv = shape.inputs(torch.bfloat16)
+    with torch.no_grad():
+        exact = attention(*(x.double() for x in qkv), spec, shape.layout, backend="reference", return_lse=True)
+        eager = attention(*qkv, spec, shape.layout, backend="reference")
+        got = run(qkv, spec, shape.layout)
+    assert_close_as_eager(got[0], exact[0], eager)
+    assert_close_as_eager(got[1], exact[1], exact[1].bfloat16(), "lse")
 
 
 def named(*values: Any) -> dict[str, Any]:

@@ -97,6 +97,7 @@ struct HalfRows {
     const Run run;
     const float* bias;  // of a block of keys (Geometry::clear_masked), or null
 
+    HalfRows(const uint16_t* base, int64_t row, int64_t channels, const Run& run) : base(base), row(row), channels(channels), run(run), bias(nullptr) {}
     HalfRows(const Geometry& g, const Rows& in, int64_t bh, const Run& run, const float* bias)
         : base(static_cast<const uint16_t*>(in.data) + bh / g.p.heads * in.batch + g.head(bh) * in.head), row(in.row), channels(g.channels), run(run), bias(bias) {}
 
@@ -119,8 +120,9 @@ struct HalfRows {
 struct TileSizes {
     const int64_t depth, channel_tiles, steps;  // pair steps of channels, tiles of channels, pair steps of a block's tokens
     const int64_t block;                        // entries of a block, either way
-    explicit TileSizes(const Geometry& g)
-        : depth(round_up(g.channels, PAIR) / PAIR), channel_tiles(g.padded / SIDE), steps(round_up(g.width, PAIR) / PAIR), block(steps * 2 * depth * TILE) {}
+    explicit TileSizes(const Geometry& g) : TileSizes(g, g.width) {}
+    TileSizes(const Geometry& g, int64_t tokens)
+        : depth(round_up(g.channels, PAIR) / PAIR), channel_tiles(g.padded / SIDE), steps(round_up(tokens, PAIR) / PAIR), block(steps * 2 * depth * TILE) {}
 
     void rows(int32_t* to, const HalfRows& from) const {
         for (int64_t n = 0; n < round_up(from.run.count, SIDE); n++)
@@ -160,9 +162,10 @@ static inline void rows_of_sums(const Geometry& g, float* to, const float* sums,
         }
 }
 
-// One block of keys, and of transposed values.
+// One block of keys, and of transposed values in `steps` pair steps.
 struct TiledBlock {
     const int32_t *keys, *values;
+    int64_t steps;
 };
 
 // One head's blocks in tiles, from bfloat16 tensors.
@@ -177,7 +180,7 @@ struct Pairs {
         sizes.rows(keys + j * sizes.block, HalfRows(g, g.p.k, bh, g.key(j), g.key_bias(bh, j)));
         sizes.columns(values + j * sizes.block, HalfRows(g, g.p.v, bh, g.key(j), g.key_bias(bh, j)));
     }
-    TiledBlock block(int64_t j) const { return {keys + j * sizes.block, values + j * sizes.block}; }
+    TiledBlock block(int64_t j) const { return {keys + j * sizes.block, values + j * sizes.block, sizes.steps}; }
 };
 
 // 2^x to 3·10⁻⁶, far below what rounding to bfloat16 adds; exactly 0 below 2^-126, NaN for NaN.

@@ -77,7 +77,7 @@ struct TiledSoftmax {
         int64_t depth = (last - first + PAIR - 1) / PAIR, c = 0;
         const TileGrid<const int32_t> w{weights + first / PAIR * TILE, CHUNK / PAIR * TILE};
         const int32_t* values = b.values + (from + first) / PAIR * TILE;
-        int64_t row = sizes.steps * TILE;
+        int64_t row = b.steps * TILE;
         for (; c + 2 <= sizes.channel_tiles; c += 2) multiply<2, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
         if (c < sizes.channel_tiles) multiply<1, N, true>({sums + c * TILE, TILE}, SIDE * g.padded, {values + c * row, row}, w, depth);
     }

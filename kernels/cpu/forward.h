@@ -4,9 +4,19 @@
 struct PackWorkspace {
     Array<float> keys, values, phi, phi_t;
     Array<uint16_t> halves;
+#if AMX
+    Array<int32_t> pairs;    // of features, [channel tiles, pair steps of a block]
+    Array<float> products;   // a state in tiles
+#endif
     explicit PackWorkspace(const Geometry& g)
         : keys(g.rows() * g.padded), values(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width),
-          halves(g.width * g.channels) {}
+          halves(g.width * g.channels)
+#if AMX
+          ,
+          pairs(g.padded * round_up(g.width, PAIR) / 2), products(g.padded * g.padded)
+#endif
+    {
+    }
 };
 
 // Whether the gradients of the exact part are computed by tiles.
@@ -23,6 +33,10 @@ struct Keys {
 #endif
     std::unique_ptr<Pool> pool;
     std::unique_ptr<States> states;
+#if AMX
+    std::unique_ptr<TiledPool> tiled_pool;     // in place of the pool's rows, and of the states, where tiles serve the forward pass
+    std::unique_ptr<TiledStates> tiled_states;
+#endif
 
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired((BF16_DOTS || AMX) && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
@@ -33,6 +47,11 @@ struct Keys {
         if (paired) pairs = std::make_unique<Pairs>(g);
 #endif
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, g.pools());
+#if AMX
+        if (paired && pool && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true);
+        if (paired && g.p.rest == REST_LINEAR) tiled_states = std::make_unique<TiledStates>(g);
+        if (tiled_states) return;
+#endif
         if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
     }
 
@@ -49,7 +68,7 @@ struct Keys {
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
         int64_t n = g.key(j).count;
         const bool pair = paired && !g.is_extra(j), in_tiles = tiled && !g.is_extra(j);
-        const bool rest = j < g.p.k_blocks && ((pool && !pool->given) || states);
+        const bool rest = j < g.p.k_blocks && ((pool && !pool->given) || g.p.rest == REST_LINEAR);
 #if BF16_DOTS || AMX
         if (pair) pairs->fill(bh, j, work.halves);
 #endif
@@ -57,6 +76,12 @@ struct Keys {
         float* key = backward ? keys.row(j) : work.keys;
         g.read_key(key, g.p.k, g.p.extra_k, bh, j);
         if (!pair && !in_tiles) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
+#if AMX
+        if (tiled_states) {
+            for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
+            return tiled_states->fill(j, work.phi, pairs->block(j), n, work.pairs, work.products);
+        }
+#endif
         const float* value;
         int64_t ldv = g.padded;
         if (direct && j < in_place()) {
@@ -81,6 +106,10 @@ struct Keys {
         if (pool && pool->given) team.share(g.units(), [&](int64_t unit) { pool->read(bh, unit); });
         team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, work); });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
+#if AMX
+        if (tiled_states) team.share(team.size(), [&](int64_t part) { tiled_states->add_up(part, team.size()); });
+        if (tiled_pool) team.share(tiled_pool->tasks(), [&](int64_t step) { tiled_pool->fill(*pool, step); });
+#endif
     }
 };
 
@@ -134,6 +163,10 @@ struct ForwardWorkspace {
     std::unique_ptr<Pool> seen;
 #if AMX
     std::unique_ptr<TiledSoftmax> tiled;
+    std::unique_ptr<TiledPool> tiled_seen;
+    std::unique_ptr<TiledSlopes> slopes;
+    std::unique_ptr<TiledTerms> tiled_terms;
+    std::unique_ptr<TiledLinear> tiled_linear;
 #endif
 
     ForwardWorkspace(const Geometry& g, const Keys& keys)
@@ -141,9 +174,13 @@ struct ForwardWorkspace {
         if (g.listed()) seen = std::make_unique<Pool>(g, false, g.seen_pools());
 #if AMX
         if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
+        if (keys.tiled_pool && g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false);
+        if (keys.tiled_pool && g.p.variance) tiled_terms = std::make_unique<TiledTerms>(*tiled);
+        if (keys.tiled_pool && g.p.slopes) slopes = std::make_unique<TiledSlopes>(g);
+        if (keys.tiled_states) tiled_linear = std::make_unique<TiledLinear>(g, *keys.tiled_states);
 #endif
         if (g.p.slopes)
-            exact_top.allocate(g.rows()), exact_mass.allocate(g.rows()), matrix.allocate(g.channels * g.padded);
+            exact_top.allocate(g.rows() + 16), exact_mass.allocate(g.rows() + 16), matrix.allocate(g.channels * g.padded);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };
@@ -172,6 +209,38 @@ static inline void add_slopes(const Geometry& g, ForwardWorkspace& work, int64_t
 }
 
 #if AMX
+// The pooled keys that query block i sees, and their first order.
+static void tiled_pool(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
+    int64_t rows = g.query(i).count, whole = round_up(rows, LANES);
+    Softmax& s = work.softmax;
+    if (work.seen && work.seen->gather(*keys.pool, bh, i, true)) work.tiled_seen->gather(*keys.tiled_pool, bh, i);
+    (work.seen ? *work.seen : *keys.pool).bias(work.bias, bh, i);
+    if (work.slopes) std::copy_n(static_cast<float*>(s.top), whole, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), whole, static_cast<float*>(work.exact_mass));
+    const TiledPool& pool = work.tiled_seen ? *work.tiled_seen : *keys.tiled_pool;
+    if (work.tiled_terms)
+        work.tiled_terms->visit(*work.tiled, rows, pool, work.bias);
+    else
+        work.tiled->visit(rows, pool.block(), pool.count, work.bias);
+    if (!work.slopes) return;
+    work.slopes->read(bh, i);
+    work.slopes->add(*work.tiled, rows, work.exact_top, work.exact_mass);
+}
+
+// The linear rest of query block i, or its projection.
+static void tiled_linear(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
+    const TiledStates& states = *keys.tiled_states;
+    LinearRows& rows = *work.linear;
+    int64_t count = g.query(i).count;
+    rows.any = work.tiled_linear->compute(states, rows.mass, bh, i);
+    if (rows.any) {
+        if (g.p.residual && states.weight) work.tiled_linear->project(states.weight, count);
+        rows_of_sums(g, rows.out, work.tiled_linear->sums, count, 1.f);
+        return;
+    }
+    __builtin_memset(rows.out, 0, count * g.padded * 4);
+    std::fill_n(static_cast<double*>(rows.mass), count, 0.);
+}
+
 // The keys of bfloat16 that query block i visits, by tiles.
 static void tiled_part(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
     Run run = g.query(i);
@@ -186,6 +255,7 @@ static void tiled_part(const Geometry& g, const Keys& keys, ForwardWorkspace& wo
         else
             with_mask(g, mask, key, run, false, [&](const auto& keep) { s.visit_masked(run.count, block, key.count, keep); });
     });
+    if (keys.tiled_pool && i < g.p.q_blocks) tiled_pool(g, keys, work, bh, i);
     s.rows(work.softmax.acc, run.count);
 }
 #endif
@@ -221,13 +291,18 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
     const Problem& p = g.p;
     Run run = g.query(i);
     Softmax& s = work.softmax;
-    read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
+#if AMX
+    const bool by_tiles = bool(keys.tiled_pool), linear_by_tiles = bool(keys.tiled_states);
+#else
+    const bool by_tiles = false, linear_by_tiles = false;
+#endif
+    if (!AMX || !keys.paired || p.extra || (keys.pool && !by_tiles)) read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
 #if BF16_DOTS
     if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
 #endif
     exact_part(g, keys, work, bh, i);
     bool image = i < p.q_blocks;
-    if (image && keys.pool) {
+    if (image && keys.pool && !by_tiles) {
         square(work.squares, s.q, g.rows() * g.padded);
         if (work.seen) work.seen->gather(*keys.pool, bh, i);
         const Pool& pool = work.seen ? *work.seen : *keys.pool;
@@ -236,15 +311,18 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
         pool.visit(s, run.count, work.squares, work.bias, work.terms);
     }
     s.finish(run.count, work.lse2);
-    if (image && p.slopes) add_slopes(g, work, bh, i, run.count);
+    if (image && p.slopes && !by_tiles) add_slopes(g, work, bh, i, run.count);
     if (image && work.linear) {
-        work.linear->compute(keys, bh, i);
+#if AMX
+        if (linear_by_tiles) tiled_linear(g, keys, work, bh, i);
+#endif
+        if (!linear_by_tiles) work.linear->compute(keys, bh, i);
         if (!p.residual)
             merge_mass(s.acc, work.lse2, *work.linear, g, run.count, p.offset ? p.offset[g.head(bh)] : 0.f);
         else if (weight_t) {
-            product_rows(s.acc, g.padded, work.linear->out, g.padded, weight_t, g.padded, round_up(run.count, ROWS), g.channels, g.padded, true);
+            if (!linear_by_tiles) product_rows(s.acc, g.padded, work.linear->out, g.padded, weight_t, g.padded, round_up(run.count, ROWS), g.channels, g.padded, true);
             for (int64_t r = 0; r < run.count; r++)
-                for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += p.bias[d];
+                for (int64_t d = 0; d < g.channels; d++) s.acc[r * g.padded + d] += p.bias[d] + (linear_by_tiles ? work.linear->out[r * g.padded + d] : 0.f);
         }
     }
     write_rows(p.out, bh / p.heads, g.head(bh), run, g.channels, s.acc, g.padded);

@@ -25,9 +25,10 @@ struct Pool {
     }
 
     // The units on the list of query block i, from all of them.
-    void gather(const Pool& all, int64_t bh, int64_t i) {
+    // `biases`: nothing but what `bias` reads. False where they are held already.
+    bool gather(const Pool& all, int64_t bh, int64_t i, bool biases = false) {
         int64_t list = bh * g.states() + g.state(i);
-        if (list == gathered) return;
+        if (list == gathered) return false;
         gathered = list;
         if (!position) position.allocate(g.units());
         std::fill_n(static_cast<int32_t*>(position), g.units(), -1);
@@ -37,12 +38,14 @@ struct Pool {
         for (int64_t n = 0; n < count; n++) {
             int64_t from = units[n] * parts, to = n * parts;
             position[units[n]] = int32_t(n);
+            __builtin_memcpy(log2_count + to, all.log2_count + from, parts * 4);
+            if (biases) continue;
             put_columns(mean_t, to, all.mean + from * g.padded);
             if (value_t) put_columns(value_t, to, all.value + from * g.padded), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
             __builtin_memcpy(value + to * g.padded, all.value + from * g.padded, parts * g.padded * 4);
-            __builtin_memcpy(log2_count + to, all.log2_count + from, parts * 4);
         }
         std::fill(log2_count + pools, log2_count + chunks * POOL, -INFINITY);
+        return true;
     }
 
     // The rows of a unit as columns; those of one unit are in one chunk.

@@ -20,6 +20,9 @@ alignas(64) static const int32_t LANE_BITS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 2
 #endif
 #include "pooled.h"
 #include "linear.h"
+#if AMX
+#include "amx_rest.h"
+#endif
 #include "forward.h"
 #include "backward.h"
 #include "select.h"
