@@ -263,3 +263,10 @@ def test_what_is_learned_starts_as_nothing_and_has_a_gradient(extra: Extra) -> N
     params = spec.make_parameters(heads=shape.heads, head_dim=shape.head_dim)
     attention_by("cpu", spec, shape.layout)(shape.inputs(), params)[0].square().sum().backward()
     assert any(bool(p.grad.any()) for p in params.parameters() if p.grad is not None)
+
+
+def test_fovea_takes_a_convolution() -> None:
+    assert Fovea(0.1, conv=5) == dataclasses.replace(Fovea(0.1), extras=(DepthwiseConv(5),))
+    assert Fovea(radius=8, conv=3, tile=(4, 4, 4)).extras == (DepthwiseConv(3, frames=3),)
+    with pytest.raises(ArgumentError, match="kernel must be an odd number"):
+        Fovea(0.1, conv=4)

@@ -8,6 +8,7 @@ from dit_accel.kernels.reference import FEATURE_MAPS
 from dit_accel.method.checks import is_int, is_real, plain, require
 from dit_accel.method.parts import (
     Box,
+    DepthwiseConv,
     Disc,
     DiscBlocks,
     Downsampled,
@@ -40,7 +41,7 @@ def _tiles(tile: tuple[int, ...]) -> tuple[Order, tuple[int, int]]:
 
 def Fovea(  # noqa: N802
     density: float | None = None, *, radius: float | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0, order: int = 0,
-    parts: int | None = None,
+    parts: int | None = None, conv: int | None = None,
 ) -> AttentionSpec:  # fmt: skip
     """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
 
@@ -48,6 +49,8 @@ def Fovea(  # noqa: N802
     (a ball in a video), without any selection. `tile`: (height, width) or (frames, height, width) in tokens, 16 to 128 of them in all.
     `first_frames` of a video are always kept. `order`: 1 lets the value of what is not kept change with the query, to first order, and
     keeps the tiles that are badly summarised; `parts`: pooled keys for a tile, 1, 2 or 4, by default 1 to order 0 and 2 to order 1.
+    `conv` adds a learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames
+    where the tile has frames; it is nothing until it is distilled.
     Ancestors and relatives: docs/methods.md.
     """
     if density is not None and radius is not None:
@@ -56,7 +59,9 @@ def Fovea(  # noqa: N802
     share = 0.05 if density is None else density
     chosen = TopK(share, correct_short=True) if rest.plain else TopK(share, score=ErrorProduct())
     kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
-    return AttentionSpec((kept, *_frames(first_frames)), rest, Mass(), *_tiles(tile))
+    order_of, block = _tiles(tile)
+    extras = () if conv is None else (DepthwiseConv(conv, frames=3 if len(tile) == 3 else 1),)
+    return AttentionSpec((kept, *_frames(first_frames)), rest, Mass(), order_of, block, extras)
 
 
 def CLEAR(  # noqa: N802
