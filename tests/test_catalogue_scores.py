@@ -388,11 +388,10 @@ def test_fields_out_of_range_are_refused(make: Callable[[], Any], message: str) 
         make()
 
 
-def test_saliency_of_other_tokens_queries_is_refused() -> None:
-    shape = SHAPES["11x14-text-5"]
-    call = call_of(shape, TopK(0.3, score=SelfSaliency()))
-    with pytest.raises(ArgumentError, match="SelfSaliency requires queries and keys of the same tokens"):
-        SelfSaliency()(dataclasses.replace(call, q=call.q[:, :32]))
+def test_choices_of_all_tokens_queries_say_so() -> None:
+    assert [part.own_tokens for part in (SelfSaliency(), Columns(0.3), Estimated(), Gate(), Clusters(), Pyramid())] == [True] * 2 + [
+        False
+    ] * 4
 
 
 def test_raster_blocks_are_scored_too() -> None:

@@ -86,8 +86,7 @@ class SelfSaliency(Score):
     mass, own_tokens = False, True
 
     def __call__(self, call: Call) -> Tensor:
-        blocks, same = call.k_blocks, call.q.shape[1] == call.k.shape[1]
-        require(same, "SelfSaliency requires queries and keys of the same tokens", (call.q.shape[1], call.k.shape[1]), "take another score")
+        blocks = call.k_blocks
         with torch.no_grad():
             queries, keys = (blocks.gather(x.double()) for x in (call.q, call.k))
             logits = (call.scale * queries @ keys.transpose(-1, -2)).masked_fill(~blocks.valid[:, None], -torch.inf)

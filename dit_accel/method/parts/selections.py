@@ -90,6 +90,7 @@ class Columns(Selection):
     has not; STILL (arXiv 2602.02180) by the score `SelfSaliency`.
     """
 
+    own_tokens = True  # the choice is one of all queries
     density: float
     score: Score = Estimated()
 
