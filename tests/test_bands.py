@@ -14,7 +14,7 @@ from test_parts import SPECS as PARTS
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
-from dit_accel.method import Columns, Linear, Mass, Token, TopK
+from dit_accel.method import Linear, Mass, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
@@ -141,12 +141,7 @@ PAIR = Shape(1, 2, 16, (1, 11, 14), 5)  # an image of 12 tiles, which are spans 
 VIDEO = Shape(2, 1, 24, (4, 5, 9), 7, False)
 SHORT = Shape(1, 1, 16, (1, 4, 13), 3)  # for the interpreter
 CASES = {"more-keys": (PAIR, 2, True), "more-queries-video-text-last": (VIDEO, 0, False)}
-OTHERS = [  # a token and columns are a mean by all queries, in which those with the sign turned make a difference
-    pytest.param(spec, *case, id=f"{name}-{which}")
-    for name, spec in PARTS.items()
-    for which, case in CASES.items()
-    if which == "more-keys" or not (spec.find(Token) or spec.find(Columns))
-]
+OTHERS = [pytest.param(spec, *case, id=f"{name}-{which}") for name, spec in PARTS.items() for which, case in CASES.items()]
 Run = tuple[Tensor, Tensor]
 
 

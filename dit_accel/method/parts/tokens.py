@@ -28,6 +28,7 @@ class Token(Rest):
     is the sum of exp(e_IJ) over the blocks not kept (SEA, 2310.01777: the column means of its estimated map times v).
     """
 
+    own_tokens = True  # the weights are means over all queries
     kind: Literal["energy", "estimated"] = "energy"
 
     def __post_init__(self) -> None:
