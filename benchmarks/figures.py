@@ -5,7 +5,7 @@
     python benchmarks/figures.py --tables         (the tables alone, from the files that are here)
 
 Each figure is a few commands and the files that they leave; files are replaced when all of a figure's commands have ended well. The tables
-of README.md, each after a line `<!-- table: NAME -->`, are written from the JSON files next to this one (`tables.py`).
+of README.md and docs/methods.md, each after a line `<!-- table: NAME -->`, are written from the JSON files next to this one (`tables.py`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from catalogue_table import catalogue
 from tables import TABLES, fill, read
 
 from dit_accel.files import write_bytes, write_json, write_text
@@ -25,6 +26,7 @@ from dit_accel.kernels.cpu import native
 from dit_accel.measure.timing import graphics_card
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"README.md": TABLES, "docs/methods.md": {"catalogue": catalogue}}
 CLIP = "a panda moving left on a blue background"
 GHOST = "a ghost on a green background"
 LEARN = (  # from clips of the model's own
@@ -126,6 +128,10 @@ FIGURES: dict[str, Figure] = {
     ),
     "gpu": Figure(((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"),), {"gpu.json": "benchmarks/gpu-h100.json"}, card="H100"),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
+    "catalogue": Figure(
+        tuple((str(ROOT / "benchmarks" / "catalogue.py"), "catalogue.jsonl", model) for model in ("image-1024", "video-512")),
+        {"catalogue.jsonl": "benchmarks/catalogue.jsonl"},
+    ),
     "recovery": Figure(
         (
             recovery("recovery", "--minutes 4 --pictures 2"),
@@ -208,8 +214,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no figure is called {wrong[0]!r}: {', '.join(FIGURES)}")
     for name in [] if args.tables else args.names or FIGURES:
         make(name)
-    page = ROOT / "README.md"
-    write_text(page, fill(page.read_text(), {name: table(ROOT / "benchmarks") for name, table in TABLES.items()}))
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        write_text(page, fill(page.read_text(), {name: table(ROOT / "benchmarks") for name, table in tables.items()}))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def fill(page: str, tables: dict[str, str]) -> str:
     for name, table in tables.items():
         marker = f"<!-- table: {name} -->\n"
         if page.count(marker) != 1:
-            raise ValueError(f"README.md has {page.count(marker)} places for the table {name!r}: write {marker.strip()!r} above it, once")
+            raise ValueError(f"the page has {page.count(marker)} places for the table {name!r}: write {marker.strip()!r} above it, once")
         before, after = page.split(marker)
         page = before + marker + table + "\n" + re.sub(r"\A(\|[^\n]*\n)*", "", after)
     return page

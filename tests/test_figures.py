@@ -25,9 +25,10 @@ def figures() -> Any:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_the_readmes_tables_are_the_files(figures: Any) -> None:
-    page = (ROOT / "README.md").read_text()
-    made = {name: table(ROOT / "benchmarks") for name, table in figures.TABLES.items()}
+@pytest.mark.parametrize("name", ["README.md", "docs/methods.md"])
+def test_the_pages_tables_are_the_files(figures: Any, name: str) -> None:
+    page = (ROOT / name).read_text()
+    made = {name: table(ROOT / "benchmarks") for name, table in figures.PAGES[name].items()}
     assert figures.fill(page, made) == page
 
 
@@ -59,7 +60,7 @@ def test_seconds(figures: Any, value: float, shown: str) -> None:
 def test_every_picture_and_measurement_that_is_kept_is_made(figures: Any) -> None:
     made = {kept for figure in figures.FIGURES.values() for kept in figure.files.values()}
     shown = {(page.parent / name).resolve() for page in PAGES for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
-    kept = {*shown, *(ROOT / "benchmarks").glob("*.json"), *(ROOT / "pipelines").glob("*/weights/*.jpg")}
+    kept = {*shown, *(ROOT / "benchmarks").glob("*.json*"), *(ROOT / "pipelines").glob("*/weights/*.jpg")}
     assert {str(path.relative_to(ROOT)) for path in kept} == made
     assert all((ROOT / name).is_file() for name in made)
 
