@@ -21,22 +21,31 @@ from torch import Tensor
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout
 from dit_accel.method import (
+    Centred,
     Concentration,
     DepthwiseConv,
     Disc,
     DiscBlocks,
     DynamicConv,
     FirstFrames,
+    Floored,
+    Hedgehog,
+    KVGate,
     Linear,
     Mass,
     Norm,
+    NormPower,
+    NormPreserving,
     OutputGate,
     Pattern,
     Pooled,
     PreConv,
+    RankAugmented,
     Raster,
     Residual,
+    Taylor,
     Tiles,
+    TokenSoftmax,
     TopK,
     Window,
 )
@@ -67,6 +76,10 @@ POOLED = (
     Pooled(log_count=False), Pooled(log_count=False, parts=2), Pooled(variance=False, parts=2), Pooled(variance=False),
     Pooled(cap=0.5), Pooled(cap=0.2), Pooled(cap=0.2, parts=2), Pooled(cap=0.5, parts=2),
 )  # fmt: skip
+LINEAR = (
+    Linear(Hedgehog(joint=True), "marginal"), Linear(NormPower(), weights=KVGate()), Linear(NormPreserving(), weights=RankAugmented()),
+    Linear(Taylor(4), readout=Centred()), Linear("elu", readout=Floored(50.0)),
+)  # fmt: skip
 KEPT: tuple[tuple[Pattern, ...], ...] = (
     (TopK(0.3),), (TopK(0.5),), (TopK(0.3, correct_short=True),), (TopK(0.3, score=ErrorProduct()),),
     (TopK(0.3, score=ErrorProduct(cap=0.01)),), (TopP(0.3, at_most=0.8),), (TopP(0.9, at_most=0.8),), (Disc(2),), (Disc(3),),
@@ -87,6 +100,7 @@ CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],
     "in groups": [replace(FEW, rest=rest) for rest in (Pooled(opened=1), Pooled(opened=2), Pooled(parts=4, order=1, opened=2))],
+    "linear": [*(replace(FOVEA, rest=rest) for rest in LINEAR), replace(FOVEA, rest=Linear(TokenSoftmax()), merge=Residual())],
     "rests": [
         *(replace(FOVEA, rest=rest) for rest in (Decayed(), Routed(2), Landmarks())),
         replace(FOVEA, rest=Token()), replace(FOVEA, rest=Token("estimated"), merge=Mass("query")),

@@ -3,10 +3,13 @@
 from dit_accel.method.parts.base import (
     Blockwise,
     Extra,
+    Features,
+    KeyWeight,
     Merge,
     Order,
     Part,
     Pattern,
+    Readout,
     Rest,
     Score,
     Selection,
@@ -17,6 +20,7 @@ from dit_accel.method.parts.base import (
 from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.convolve import Concentration, DepthwiseConv, DynamicConv, PreConv
 from dit_accel.method.parts.far import Downsampled, Pooled
+from dit_accel.method.parts.features import Hedgehog, NormPower, NormPreserving, Taylor, TokenSoftmax
 from dit_accel.method.parts.gate import Gate
 from dit_accel.method.parts.gates import OutputGate
 from dit_accel.method.parts.linear import Linear
@@ -29,12 +33,14 @@ from dit_accel.method.parts.searches import Clusters, Pyramid
 from dit_accel.method.parts.selections import Columns, TopK, TopP
 from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
 from dit_accel.method.parts.tokens import Landmarks, Token
+from dit_accel.method.parts.weights import Centred, Floored, KVGate, RankAugmented
 
 __all__ = [
     "Blockwise",
     "Box",
     "Boxes",
     "Call",
+    "Centred",
     "Clusters",
     "Columns",
     "Concentration",
@@ -49,17 +55,24 @@ __all__ = [
     "ErrorProduct",
     "Estimated",
     "Extra",
+    "Features",
     "FirstFrames",
+    "Floored",
     "Gate",
     "Grid",
     "Ground",
+    "Hedgehog",
     "Intervals",
+    "KVGate",
+    "KeyWeight",
     "Landmarks",
     "Linear",
     "Mass",
     "MeanProduct",
     "Merge",
     "Norm",
+    "NormPower",
+    "NormPreserving",
     "Order",
     "OutputGate",
     "Part",
@@ -68,7 +81,9 @@ __all__ = [
     "PowerTiles",
     "PreConv",
     "Pyramid",
+    "RankAugmented",
     "Raster",
+    "Readout",
     "Residual",
     "Rest",
     "Ridge",
@@ -79,8 +94,10 @@ __all__ = [
     "Sizes",
     "Static",
     "Stripes",
+    "Taylor",
     "Tiles",
     "Token",
+    "TokenSoftmax",
     "Tokenwise",
     "TopK",
     "TopP",

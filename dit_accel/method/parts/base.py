@@ -1,8 +1,9 @@
 """What a part of a method is: one frozen dataclass that carries everything that is true of it. One base class for each slot of a spec.
 
 A part of one's own is a frozen dataclass derived from a slot's class (`Blockwise`, `Tokenwise`, `Intervals`, `Selection`, `Score`, `Rest`,
-`Merge`, `Extra`, `Order`). Deriving registers it by its class's name, by which JSON and adapters find it: import the module that defines it
-before a spec is read. What the slot's class leaves abstract must be given; Python refuses to make a part that lacks any of it.
+`Features`, `KeyWeight`, `Readout`, `Merge`, `Extra`, `Order`). Deriving registers it by its class's name, by which JSON and adapters find
+it: import the module that defines it before a spec is read. What the slot's class leaves abstract must be given; Python refuses to make a
+part that lacks any of it.
 """
 
 import dataclasses
@@ -253,6 +254,53 @@ class Rest(Part):
         cut = [pattern for pattern in spec.keep if not pattern.whole_blocks]
         whole = ", ".join(name for name, kind in part_types(Pattern).items() if kind.whole_blocks)  # type: ignore[attr-defined]
         require(not (cut and self.whole_blocks), f"a rest of the blocks not kept requires patterns of whole blocks ({whole})", cut)
+
+
+class Features(Part):
+    """A feature map phi of linear attention, whose weight of key j is phi(q)·phi(k_j) >= 0.
+
+    `over_tokens`: each of the keys' features is divided by its sum over the tokens of the rest, in place of the weights by theirs: the
+    queries' features may then be negative, and the rest has no softmax mass.
+    """
+
+    over_tokens: ClassVar[bool] = False
+
+    @abstractmethod
+    def width(self, head_dim: int) -> int:
+        """How many features F a token has."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
+        """The features `[BH, N, F]` of all queries or keys x `[BH, N, D]`."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
+
+
+class KeyWeight(Part):
+    """How much each key and value counts in linear attention, the same for all queries."""
+
+    @abstractmethod
+    def __call__(self, phi_q: Tensor, phi_k: Tensor, call: Call) -> Partial:
+        """The keys' features `[BH, N, F]` and the values `[BH, N, D]`, weighted."""
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
+
+
+class Readout(Part):
+    """What linear attention makes of its weighted mean."""
+
+    @abstractmethod
+    def __call__(self, rest: Partial, mean: Partial, call: Call) -> Partial:
+        """The rest's changed output and log mass.
+
+        `rest`: its weighted mean of the values `[BH, N, D]` and log mass `[BH, N]`; `mean`: the plain mean of the same values, and the
+        logarithm of their number. Where a query's rest has no keys, outputs are 0 and logarithms -inf.
+        """
+
+    @abstractmethod
+    def cost(self, sizes: Sizes) -> Cost: ...
 
 
 class Merge(Part):

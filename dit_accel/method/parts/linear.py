@@ -1,39 +1,133 @@
 """Linear attention as a rest."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
 
 from dit_accel.kernels import reference
+from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.kernels.reference import FEATURE_MAPS, Partial
-from dit_accel.method.checks import require
-from dit_accel.method.parts.base import Rest
+from dit_accel.method.checks import is_real, require
+from dit_accel.method.parts.base import Features, KeyWeight, Readout, Rest, check_part
 from dit_accel.method.parts.call import Call, Cost, Sizes
+from dit_accel.method.parts.merges import Mass
+
+if TYPE_CHECKING:
+    from dit_accel.method.spec import AttentionSpec
+
+SCOPES = ("complement", "all", "marginal")
 
 
 @dataclass(frozen=True)
 class Linear(Rest):
-    """Linear attention phi(q)·(phi(K)ᵀV) / phi(q)·sum phi(K), over the blocks not kept or over all (SLA, arXiv 2509.24006, eq. 5)."""
+    """Linear attention phi(q)·(phi(K)ᵀV) / phi(q)·sum phi(K), over the blocks not kept or over all (SLA, arXiv 2509.24006, eq. 5).
 
-    feature_map: Literal["softmax", "elu", "relu"] = "softmax"
-    scope: Literal["complement", "all"] = "complement"
+    `feature_map`: phi by name, or a part. `scope` "marginal": over the blocks not kept but those that are negligible, for each query block
+    the floor(`negligible` · key blocks) ones with the smallest product of means q̄·k̄ (SLA, eq. 2 and 3). `weights`: how much each key
+    counts. `readout`: what is made of the weighted mean.
+    """
+
+    feature_map: Literal["softmax", "elu", "relu"] | Features = "softmax"
+    scope: Literal["complement", "all", "marginal"] = "complement"
+    negligible: float = 0.1
+    weights: KeyWeight | None = None
+    readout: Readout | None = None
 
     def __post_init__(self) -> None:
-        require(self.feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", self.feature_map)
-        require(self.scope in ("complement", "all"), "scope must be 'complement' or 'all'", self.scope)
+        super().__post_init__()
+        if not isinstance(self.feature_map, Features):
+            rule = f"feature_map must be one of {tuple(FEATURE_MAPS)} or a part that is a feature map"
+            require(isinstance(self.feature_map, str) and self.feature_map in tuple(FEATURE_MAPS), rule, self.feature_map)
+        require(self.scope in SCOPES, "scope must be 'complement', 'all' or 'marginal'", self.scope)
+        share = is_real(self.negligible) and 0 <= self.negligible < 1
+        require(share, "negligible must be a share of key blocks in [0, 1)", self.negligible)
+        for name, slot in (("feature_map", Features), ("weights", KeyWeight), ("readout", Readout)):
+            if not isinstance(value := getattr(self, name), str | None):
+                check_part(value, slot, name)
+        massless = self.over_tokens and self.readout is not None
+        require(not massless, "readout must be None with features that are divided by their sum over the tokens", self.readout)
 
     @property
     def whole_blocks(self) -> bool:
-        return self.scope == "complement"
+        return self.scope != "all"
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but a feature map with a name, over the blocks not kept or over all."""
+        plain_map = isinstance(self.feature_map, str) and self.weights is None
+        return plain_map and self.readout is None and self.scope != "marginal"
+
+    @property
+    def over_tokens(self) -> bool:
+        """Whether the features are divided by their sums, so that there is no mass."""
+        return isinstance(self.feature_map, Features) and self.feature_map.over_tokens
+
+    def check(self, spec: "AttentionSpec") -> None:
+        super().check(spec)
+        massless = self.over_tokens and isinstance(spec.merge, Mass)
+        require(not massless, f"the merge of {self} must be one that reads no mass, as Residual()", spec.merge)
 
     def __call__(self, call: Call) -> Partial:
-        phi = FEATURE_MAPS[self.feature_map]
-        if self.scope == "all":
-            return reference.linear_attention(phi(call.q), phi(call.k), call.v)
-        return reference.linear_attention_rest(phi(call.q), phi(call.k), call.v, ~call.kept, call.q_blocks, call.k_blocks)
+        phi_q, phi_k = self._features(call.q, "q", call), self._features(call.k, "k", call)
+        phi_k, v = (phi_k, call.v) if self.weights is None else self.weights(phi_q, phi_k, call)
+        blocks = None if self.scope == "all" else self._blocks(call)
+        if self.over_tokens:
+            return _undivided(_over_sums(phi_q, phi_k, blocks, call), phi_k, v, blocks, call), torch.zeros_like(phi_q[..., 0])
+        rest = _linear(phi_q, phi_k, v, blocks, call)
+        if self.readout is None:
+            return rest
+        mean = _linear(torch.ones_like(phi_q[..., :1]), torch.ones_like(phi_k[..., :1]), v, blocks, call)
+        return self.readout(rest, mean, call)
+
+    def _features(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
+        if isinstance(self.feature_map, Features):
+            return self.feature_map(x, side, call)
+        return FEATURE_MAPS[self.feature_map](x)
+
+    def _blocks(self, call: Call) -> Tensor:
+        """The key blocks `[..., Tq, Tk]` whose states each query block adds up."""
+        left = ~call.kept
+        count = math.floor(self.negligible * len(call.k_blocks.count) + 1e-9) if self.scope == "marginal" else 0
+        if not count:
+            return left
+        score = mean_product(pool_blocks(call.q.detach(), call.q_blocks)[0], call.key_means(call.k.detach()))
+        return left.expand_as(score).scatter(-1, score.topk(count, -1, largest=False).indices, False)
 
     def cost(self, sizes: Sizes) -> Cost:
-        """States once and one product with each query; of the complement also the sum of states for each query block."""
-        work = 2 * sizes.tokens * sizes.head_dim**2
-        if self.scope == "complement":
-            work += sizes.q_blocks * sizes.k_blocks * sizes.head_dim**2
-        return Cost(work, 2)
+        """States once and one product with each query; but of all blocks, also the sum of states for each query block; and its parts."""
+        phi = self.feature_map
+        found = Cost(passes=2) if isinstance(phi, str) else Cost(passes=2) + phi.cost(sizes)
+        width = sizes.head_dim if isinstance(phi, str) else phi.width(sizes.head_dim)
+        for channels in (width,) if self.readout is None else (width, 1):  # a readout requires the mean of the values too
+            found += Cost(2 * sizes.tokens * channels * sizes.head_dim)
+            if self.scope != "all":
+                found += Cost(sizes.q_blocks * sizes.k_blocks * channels * sizes.head_dim)
+        if self.scope == "marginal":
+            found += Cost(sizes.q_blocks * sizes.k_blocks * sizes.head_dim, 2)
+        return found + (self.weights.cost(sizes) if self.weights else Cost()) + (self.readout.cost(sizes) if self.readout else Cost())
+
+
+def _linear(phi_q: Tensor, phi_k: Tensor, v: Tensor, blocks: Tensor | None, call: Call) -> Partial:
+    """Over the tokens of some key blocks for each query block, or of all."""
+    if blocks is None:
+        return reference.linear_attention(phi_q, phi_k, v)
+    return reference.linear_attention_rest(phi_q, phi_k, v, blocks, call.q_blocks, call.k_blocks)
+
+
+def _over_sums(phi_q: Tensor, phi_k: Tensor, blocks: Tensor | None, call: Call) -> Tensor:
+    """The queries' features divided by the sums of the keys' over the same tokens; 0 where there are none."""
+    if blocks is None:
+        return phi_q / phi_k.sum(1, keepdim=True).clamp_min(torch.finfo(phi_k.dtype).tiny)
+    sums = (call.k_blocks.gather(phi_k) * call.k_blocks.valid[..., None]).sum(-2)
+    total = (blocks.to(sums.dtype) @ sums)[..., None, :]
+    safe = total.clamp_min(torch.finfo(total.dtype).tiny)
+    return call.q_blocks.ungather(torch.where(total > 0, call.q_blocks.gather(phi_q) / safe, 0))
+
+
+def _undivided(phi_q: Tensor, phi_k: Tensor, v: Tensor, blocks: Tensor | None, call: Call) -> Tensor:
+    """Σ (phi_q·phi_k) v, of queries' features of either sign: those above 0 and those below, each as mean times mass."""
+    more, less = (_linear(torch.relu(part), phi_k, v, blocks, call) for part in (phi_q, -phi_q))
+    return more[0] * more[1].exp()[..., None] - less[0] * less[1].exp()[..., None]

@@ -1,9 +1,10 @@
 """Keep patterns of whole tiles by their distance counted in tiles: near ones, and far ones along lines."""
 
+import functools
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +16,7 @@ from dit_accel.method.parts.call import Boxes, Grid
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
 
-
-class Reached(Protocol):
-    """Of an offset: for each axis, whether the key tile is there or at most `span` tiles from there, `[Tq, Tk]`."""
-
-    def __call__(self, offset: int, span: int = 0) -> list[Tensor]: ...
+BITS = 62  # of a word
 
 
 @dataclass(frozen=True)
@@ -31,33 +28,38 @@ class _Offsets(Blockwise):
     """
 
     @abstractmethod
-    def kept(self, reached: Reached, longest: int) -> Tensor:
-        """Whether the key tile is kept, `[Tq, Tk]`; all offsets are less than `longest`."""
+    def words(self, first: Tensor, last: Tensor, longest: int) -> Tensor:
+        """Of an axis: what `kept` looks at, as bits of words `[W, ...]`, where key tiles are at the offsets `first` to `last` `[...]`.
+
+        `longest`: the largest distance along any axis.
+        """
+
+    @abstractmethod
+    def kept(self, words: list[Tensor]) -> Tensor:
+        """Whether key tiles are kept, `[Tq, Tk]`, by the words `[W, Tq, Tk]` of each axis."""
 
     def visits(self, grid: Grid, boxes: Boxes) -> tuple[Tensor, Tensor]:
         q_low, q_high, k_low, k_high = boxes
         largest = torch.maximum((q_high - q_low).amax(0), (k_high - k_low).amax(0)) + 1  # the tile's sides, as far as any image fills them
-        cuts = [(n, -(-n // side)) for n, side in zip(grid, largest.tolist(), strict=True)]
-
-        def tile(corner: Tensor) -> Tensor:
-            """The number of the tile, along each axis, that has a place: tile i begins at the place ⌊n i / count⌋."""
-            numbers = [((place + 1) * count - 1) // n for place, (n, count) in zip(corner.unbind(-1), cuts, strict=True)]
-            return torch.stack(numbers, -1)
-
-        first, last = (tile(corner)[None] - tile(q_low)[:, None] for corner in (k_low, k_high))  # [Tq, Tk, 3]
-
-        def reached(offset: int, span: int = 0) -> list[Tensor]:
-            return list(((first <= offset + span) & (last >= offset - span)).unbind(-1))
-
-        mask = self.kept(reached, 1 + int(torch.maximum(last, -first).max()))
+        axes = []
+        for axis, (n, side) in enumerate(zip(grid, largest.tolist(), strict=True)):
+            count = -(-n // side)  # tile i begins at the place n i // count
+            query, low, high = (((corner[:, axis] + 1) * count - 1) // n for corner in (q_low, k_low, k_high))
+            rows, row = query.unique(return_inverse=True)  # few along an axis, so that few pairs are looked at
+            columns, column = (low << 31 | high).unique(return_inverse=True)
+            axes.append(((columns >> 31) - rows[:, None], (columns & (1 << 31) - 1) - rows[:, None], row, column))
+        longest = max(int(torch.maximum(last, -first).max()) for first, last, _, _ in axes)
+        words = [self.words(first, last, longest)[:, row][..., column] for first, last, row, column in axes]
+        mask = self.kept(words)
         return mask, mask
 
     def check(self, spec: "AttentionSpec") -> None:
         require(spec.order.boxes, f"{type(self).__name__} requires an order of boxes, as Tiles", spec.order)
 
 
-def _all(masks: list[Tensor]) -> Tensor:
-    return torch.stack(masks).all(0)
+def _reached(first: Tensor, last: Tensor, offset: int, span: int = 0) -> Tensor:
+    """Whether an offset, or one at most `span` from it, is among those from `first` to `last`."""
+    return (first <= offset + span) & (last >= offset - span)
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,22 @@ class PowerTiles(_Offsets):
         super().__post_init__()
         require(is_int(self.near) and self.near >= 0, "near must be a number of tiles >= 0", self.near)
 
-    def kept(self, reached: Reached, longest: int) -> Tensor:
-        mask, own = _all(reached(0, self.near)), reached(0)
-        for power in (2**m for m in range((longest - 1).bit_length())):
-            far = [there | back for there, back in zip(reached(power), reached(-power), strict=True)]
-            for axis in range(3):
-                mask = mask | _all([far[a] if a == axis else own[a] for a in range(3)])
-        return mask
+    def words(self, first: Tensor, last: Tensor, longest: int) -> Tensor:
+        far = torch.zeros_like(first, dtype=torch.bool)
+        for power in (2**m for m in range(longest.bit_length())):
+            far = far | _reached(first, last, power) | _reached(first, last, -power)
+        return torch.stack([_reached(first, last, 0), far, _reached(first, last, 0, self.near)])
+
+    def kept(self, words: list[Tensor]) -> Tensor:
+        (t, far_t, near_t), (y, far_y, near_y), (x, far_x, near_x) = words
+        return (near_t & near_y & near_x) | (far_t & y & x) | (t & far_y & x) | (t & y & far_x)
 
 
 @dataclass(frozen=True)
 class Stripes(_Offsets):
     """The tiles ⌈i^(1/power)⌉ = 1, 4, 9, ... away along an axis or a diagonal, i = 0, 1, ..., and all tiles at most `span` from one of
-    these: the anchors of Superlinear's search (arXiv 2601.18401, stripes of power p = 1/2) on a grid, in both directions."""
+    these: the anchors of Superlinear (arXiv 2601.18401, stripes of power p = 1/2) on a grid, in both directions. The paper searches among
+    the anchors and keeps the spans at the best; here all are kept."""
 
     power: float = 0.5
     span: int = 1
@@ -94,14 +99,21 @@ class Stripes(_Offsets):
         require(is_int(self.span) and self.span >= 0, "span must be a number of tiles >= 0", self.span)
 
     def steps(self, longest: int) -> list[int]:
-        """0, and the distances of anchors that are less than `longest`."""
+        """0, and the distances of anchors up to `longest`."""
         found = [0]
-        while (step := math.ceil(len(found) ** (1 / self.power) - 1e-9)) < longest:  # whole powers of floats are a little off
+        while (step := math.ceil(len(found) ** (1 / self.power) - 1e-9)) <= longest:  # whole powers of floats are a little off
             found.append(step)
         return found
 
-    def kept(self, reached: Reached, longest: int) -> Tensor:
-        mask = torch.zeros((), dtype=torch.bool)
-        for step in self.steps(longest + self.span):
-            mask = mask | _all([torch.stack(axis).any(0) for axis in zip(*(reached(o, self.span) for o in (0, step, -step)), strict=True)])
-        return mask
+    def words(self, first: Tensor, last: Tensor, longest: int) -> Tensor:
+        own, found = _reached(first, last, 0, self.span), []
+        for number, step in enumerate(self.steps(longest + self.span)):
+            bit = own | _reached(first, last, step, self.span) | _reached(first, last, -step, self.span)
+            if number % BITS == 0:
+                found.append(torch.zeros_like(first))
+            found[-1] = found[-1] | bit.long() << (number % BITS)
+        return torch.stack(found)
+
+    def kept(self, words: list[Tensor]) -> Tensor:
+        t, y, x = words
+        return functools.reduce(torch.bitwise_or, (t & y & x).unbind(0)) != 0  # at one and the same step along every axis

@@ -83,7 +83,7 @@ class SelfSaliency(Score):
     of that softmax from the one without the token itself, which is larger the larger p_jj is.
     """
 
-    mass = False
+    mass, own_tokens = False, True
 
     def __call__(self, call: Call) -> Tensor:
         blocks, same = call.k_blocks, call.q.shape[1] == call.k.shape[1]
