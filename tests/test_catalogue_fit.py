@@ -166,7 +166,9 @@ def normal_equations(noise: float) -> Tensor:
     return torch.stack(folds)
 
 
-def test_the_ridge_is_what_leaves_least_of_other_prompts() -> None:
+def test_the_ridge_is_what_leaves_least_of_other_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitting._ridge(normal_equations(20.0)) == fitting.RIDGE
+    monkeypatch.setattr(fitting, "RIDGES", (0.1, 1.0, 10.0, 100.0))
     ridges = [fitting.RIDGE * times for times in fitting.RIDGES]
     assert fitting._ridge(normal_equations(0.0)) == ridges[0]
     sums = normal_equations(20.0)
