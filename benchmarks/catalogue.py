@@ -26,18 +26,33 @@ from dit_accel.finetune.distill import distill
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.capture import attention_errors, capture_qkv, deviation, exact_attention
 from dit_accel.method import (
+    Clusters,
+    Columns,
+    Decayed,
+    DepthwiseConv,
     DiscBlocks,
-    Downsampled,
     ErrorProduct,
+    Estimated,
+    Extra,
+    Landmarks,
     Linear,
     Mass,
     Merge,
+    Norm,
     Pattern,
     Pooled,
+    PowerTiles,
+    Pyramid,
     Raster,
     Residual,
     Rest,
+    Ridge,
+    Routed,
+    Score,
+    SelfSaliency,
+    Stripes,
     Tiles,
+    Token,
     TopK,
     TopP,
 )
@@ -64,9 +79,19 @@ def rest(part: Rest | None, merge: Merge = MASS, **options: Any) -> Make:
     return lambda density, order: AttentionSpec((TopK(density, **options),), part, None if part is None else merge, order)
 
 
+def score(part: Score) -> Make:
+    """The part chooses the blocks, and pooled keys are the rest."""
+    return rest(Pooled(), score=part)
+
+
 def keep(*patterns: Pattern) -> Make:
     """The patterns with pooled keys as the rest; their own numbers decide the density."""
     return lambda density, order: AttentionSpec(patterns, Pooled(), Mass(), order)
+
+
+def extra(*parts: Extra) -> Make:
+    """The parts after Fovea of order 0."""
+    return lambda density, order: AttentionSpec((TopK(density, correct_short=True),), Pooled(), Mass(), order, extras=parts)
 
 
 SPECS: dict[str, Make] = {
@@ -74,18 +99,35 @@ SPECS: dict[str, Make] = {
     "Fovea, order 0": rest(Pooled(), correct_short=True),
     "Fovea, order 1": rest(Pooled(parts=2, order=1), score=ErrorProduct()),
     "Fovea, order 1, in groups": rest(Pooled(parts=4, order=1, opened=8), score=ErrorProduct()),
-    "ErrorProduct": rest(Pooled(), score=ErrorProduct()),
     "own tile kept": lambda density, order: AttentionSpec((TopK(density), DiscBlocks(1)), Pooled(), Mass(), order),
     "raster order": lambda density, order: AttentionSpec((TopK(density),), Pooled(), Mass(), Raster()),
+    "ErrorProduct": score(ErrorProduct()),
+    "Estimated": score(Estimated()),
+    "Pyramid": score(Pyramid()),
+    "Clusters": score(Clusters()),
+    "SelfSaliency": score(SelfSaliency()),
+    "Columns": lambda density, order: AttentionSpec((Columns(density),), Pooled(), Mass(), order),
     "Linear, Residual (SLA)": rest(Linear(), Residual()),
     "Linear, Mass": rest(Linear()),
-    "Linear elu": rest(Linear("elu")),
-    "Linear relu": rest(Linear("relu")),
+    "Linear, Mass by query": rest(Linear(), Mass("query")),
+    "Linear, Norm": rest(Linear(), Norm()),
+    "Linear elu, Mass": rest(Linear("elu")),
+    "Linear relu, Mass": rest(Linear("relu")),
+    "Pooled, Mass by query": rest(Pooled(), Mass("query")),
+    "Decayed, Mass": rest(Decayed(slopes="alibi")),
+    "Routed, Mass": rest(Routed()),
+    "Landmarks": rest(Landmarks()),
+    "Token, energy": rest(Token()),
+    "Token, estimated": rest(Token("estimated")),
+    "Ridge, Residual": rest(Ridge(), Residual()),
+    "DepthwiseConv": extra(DepthwiseConv()),
 }
 FIXED: dict[str, Make] = {
     "DiscBlocks 8": keep(DiscBlocks(8)),
-    "TopP 0.5": lambda density, order: AttentionSpec((TopP(0.5, 0.2),), Pooled(), Mass(), order),
-    "Downsampled 4": lambda density, order: AttentionSpec((DiscBlocks(8),), Downsampled(4), Mass(False), order),
+    "TopP 0.5": keep(TopP(0.5, 0.2)),
+    "PowerTiles": keep(PowerTiles()),
+    "PowerTiles without neighbours": keep(PowerTiles(near=0)),
+    "Stripes": keep(Stripes(span=0)),
 }
 
 

@@ -2,9 +2,9 @@
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
-blocks, `dit_accel::mix_slopes` the slopes of query blocks from it, and `dit_accel::split_units` splits groups of blocks. Their arguments
-are those of `arguments`, packed, after `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under
-Triton's interpreter).
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it, and `dit_accel::split_units` splits groups of blocks;
+`dit_accel::group_units` makes all that query blocks see of groups. Their arguments are those of `arguments` and `grouping`, packed, after
+`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
 """
 
 import functools
@@ -32,6 +32,15 @@ from dit_accel.kernels.arguments import (
     dense,
     gradient_like,
     new_summaries,
+)
+from dit_accel.kernels.grouping import (
+    DIFFERENTIABLE_GROUPING,
+    GRADIENTS_OF_UNITS,
+    GROUPING,
+    SAVED_UNITS,
+    GroupingArguments,
+    Units,
+    new_units,
 )
 
 
@@ -62,6 +71,14 @@ def split_units(a: SplitArguments, implementation: str) -> Tensor:
     """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it. Not differentiated."""
     part: Tensor = split_units_op(implementation, *SPLIT.pack(a))
     return part
+
+
+def group_units(a: GroupingArguments, implementation: str) -> Units:
+    """Pooled keys of groups, what query blocks see of them, and slopes, by the CPU's kernels alone.
+
+    Differentiable in q_mean, pooled_k, pooled_v, slope, second and spread, but not through the choices of parts and of what is opened.
+    """
+    return Units(*group_units_op(implementation, *GROUPING.pack(a)))
 
 
 @functools.cache
@@ -243,3 +260,58 @@ def split_units_op(implementation: str, *given: Any) -> Tensor:
 def _(implementation: str, *given: Any) -> Tensor:
     a = SPLIT.unpack(*given)
     return a.weight.new_empty(a.weight.shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op(
+    "dit_accel::group_units", mutates_args=(), schema=GROUPING.schema(f"({', '.join(['Tensor'] * len(Units._fields))})")
+)
+def group_units_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(_implementation(implementation).group_units(GROUPING.unpack(*given)))
+
+
+@group_units_op.register_fake
+def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(new_units(GROUPING.unpack(*given)))
+
+
+@torch.library.custom_op(
+    "dit_accel::group_units_backward",
+    mutates_args=(),
+    schema=GROUPING.schema(
+        f"({', '.join(['Tensor'] * len(DIFFERENTIABLE_GROUPING))})",
+        *(f"Tensor? d{name}" for name in GRADIENTS_OF_UNITS),
+        *(f"Tensor {name}" for name in SAVED_UNITS),
+    ),
+)
+def group_units_backward_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
+    grads, saved = len(GRADIENTS_OF_UNITS), len(SAVED_UNITS)
+    from_results = dict(zip(GRADIENTS_OF_UNITS, given[:grads], strict=True))
+    results = dict(zip(SAVED_UNITS, given[grads : grads + saved], strict=True))
+    return tuple(_implementation(implementation).gradients_of_units(from_results, results, GROUPING.unpack(*given[grads + saved :])))
+
+
+@group_units_backward_op.register_fake
+def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    a = GROUPING.unpack(*given[len(GRADIENTS_OF_UNITS) + len(SAVED_UNITS) :])
+    return tuple(a.q_mean.new_empty(0 if x is None else x.shape) for x in (getattr(a, name) for name in DIFFERENTIABLE_GROUPING))
+
+
+def _save_units(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.implementation, *tensors, ctx.numbers, ctx.reals = inputs
+    found = Units(*output)
+    ctx.save_for_backward(*(getattr(found, name) for name in SAVED_UNITS), *tensors)
+
+
+def _gradients_of_units(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = Units(*grads)  # type: ignore[arg-type]
+    given = [getattr(found, name) for name in GRADIENTS_OF_UNITS]
+    if all(x is None for x in given):
+        return _by_place(GROUPING, {})
+    made = group_units_backward_op(ctx.implementation, *given, *ctx.saved_tensors, ctx.numbers, ctx.reals)
+    by_name = zip(DIFFERENTIABLE_GROUPING, made, strict=True)
+    return _by_place(GROUPING, {name: x if x.numel() else None for name, x in by_name})
+
+
+group_units_op.register_autograd(_gradients_of_units, setup_context=_save_units)

@@ -20,6 +20,7 @@ from dit_accel.kernels.arguments import (
     Transport,
 )
 from dit_accel.kernels.cpu import native
+from dit_accel.kernels.grouping import GroupingArguments
 
 
 class Sample(NamedTuple):
@@ -69,8 +70,18 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         (ops.mix_slopes_op, MixtureArguments, []),
         (ops.mix_slopes_backward_op, MixtureArguments, ["dout"]),
         (ops.split_units_op, SplitArguments, []),
+        (ops.group_units_op, GroupingArguments, []),
     ],
-    ids=["attention", "attention_backward", "select_blocks", "summarize_blocks", "mix_slopes", "mix_slopes_backward", "split_units"],
+    ids=[
+        "attention",
+        "attention_backward",
+        "select_blocks",
+        "summarize_blocks",
+        "mix_slopes",
+        "mix_slopes_backward",
+        "split_units",
+        "group_units",
+    ],
 )
 def test_the_operators_take_what_is_declared(op: Any, kind: Any, first: list[str]) -> None:
     taken = [a.name for a in op._opoverload._schema.arguments]

@@ -14,7 +14,7 @@ from test_parts import SPECS as PARTS
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
-from dit_accel.method import Linear, Mass, TopK
+from dit_accel.method import Columns, Linear, Mass, Token, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
@@ -140,6 +140,13 @@ def test_text_at_two_ends_is_refused() -> None:
 PAIR = Shape(1, 2, 16, (1, 11, 14), 5)  # an image of 12 tiles, which are spans of 4 query blocks with and without those of a second
 VIDEO = Shape(2, 1, 24, (4, 5, 9), 7, False)
 SHORT = Shape(1, 1, 16, (1, 4, 13), 3)  # for the interpreter
+CASES = {"more-keys": (PAIR, 2, True), "more-queries-video-text-last": (VIDEO, 0, False)}
+OTHERS = [  # a token and columns are a mean by all queries, in which those with the sign turned make a difference
+    pytest.param(spec, *case, id=f"{name}-{which}")
+    for name, spec in PARTS.items()
+    for which, case in CASES.items()
+    if which == "more-keys" or not (spec.find(Token) or spec.find(Columns))
+]
 Run = tuple[Tensor, Tensor]
 
 
@@ -218,10 +225,7 @@ def against_the_whole(backends: tuple[str, ...], spec: AttentionSpec, shape: Sha
             assert_close_as_eager(*three, f"{name} of {backend}")
 
 
-@pytest.mark.parametrize(
-    ("shape", "text", "more_keys"), [(PAIR, 2, True), (VIDEO, 0, False)], ids=["more-keys", "more-queries-video-text-last"]
-)
-@pytest.mark.parametrize("spec", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(("spec", "shape", "text", "more_keys"), OTHERS)
 def test_every_part_takes_other_queries_than_keys(spec: AttentionSpec, more_keys: bool, shape: Shape, text: int) -> None:
     if any(part.own_tokens for part in spec.parts()):
         with pytest.raises(ValueError, match="requires that queries and keys are the same tokens: leave key_layout out, or the part"):

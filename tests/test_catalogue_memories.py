@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import Shape, block_of, random_parameters
 from torch import Tensor
 
-from dit_accel import AttentionSpec, TokenLayout, attention
+from dit_accel import AttentionSpec, attention
 from dit_accel.method import DeltaScan, DiscBlocks, Mass, Norm, Raster, Residual, Rest, Ridge, Tiles, TopK
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call
@@ -189,16 +189,6 @@ def test_nothing_is_added_at_the_start() -> None:
     )
     assert found.equal(exact)
     assert attention(*shape.inputs(), added(DeltaScan(decay=True)), shape.layout, backend="reference").equal(exact)
-
-
-def test_a_scan_requires_the_keys_own_queries() -> None:
-    shape = dataclasses.replace(FEW, text=0)
-    q, k, v = image(shape)
-    spec = added(DeltaScan())
-    plan = make_plan(spec, TokenLayout((1, 4, 4)), torch.device("cpu"))
-    call = image_call(q, k, v, shape.layout, plan, DeltaScan().parameters(2, 16), SCALE)
-    with pytest.raises(ValueError, match="requires queries that are the keys' tokens, not 8 and 16"):
-        DeltaScan()(dataclasses.replace(call, q=call.q[:, :8]))
 
 
 @pytest.mark.parametrize("make", [lambda: Ridge(1e-9), lambda: Ridge(float("nan")), lambda: DeltaScan("yes")])

@@ -45,7 +45,20 @@ from dit_accel.method import (
     TopK,
     Window,
 )
-from dit_accel.method.parts import Box, ErrorProduct, PowerTiles, Stripes, TopP, part_types
+from dit_accel.method.parts import (
+    Box,
+    Clusters,
+    Columns,
+    ErrorProduct,
+    Estimated,
+    Gate,
+    PowerTiles,
+    Pyramid,
+    SelfSaliency,
+    Stripes,
+    TopP,
+    part_types,
+)
 from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
 from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.operator.attention import attend
@@ -69,9 +82,13 @@ KEPT: tuple[tuple[Pattern, ...], ...] = (
     (DiscBlocks(3),), (DiscBlocks(5),), (Window((5, 5)),), (Window((7, 5)),), (Window((5, 5), stride=2),), (Box((2, 3)),), (Box((3, 2)),),
     (Box((3, 2)), TopK(0.3)), (FirstFrames(1),),
 )  # fmt: skip
-CATALOGUE: tuple[tuple[Pattern, ...], ...] = ((PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),))
 EXTRAS = ((), (DepthwiseConv(),), (DepthwiseConv(3),), (DepthwiseConv(3, frames=3),))
 CONVOLVED = replace(SLA(0.3, tile=TILE), extras=EXTRAS[1])
+CATALOGUE: tuple[tuple[Pattern, ...], ...] = (
+    (PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),), (TopK(0.3, score=Estimated()),), (TopK(0.3, score=Gate()),),
+    (TopK(0.3, score=Pyramid((2, 3), keep=0.4)),), (TopK(0.3, score=Clusters(3)),), (TopK(0.3, score=Clusters(4)),),
+    (Columns(0.3),), (Columns(0.3, SelfSaliency()),), (TopK(0.3, score=SelfSaliency()), PowerTiles(near=0)),
+)  # fmt: skip
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],
     "pooled of the worst": [replace(ERROR, rest=rest) for rest in (Pooled(), Pooled(order=1), Pooled(parts=2), Pooled(parts=4, order=1))],

@@ -26,13 +26,17 @@ import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
     Call,
+    Clusters,
+    Columns,
     Decayed,
     DeltaScan,
     Disc,
     DiscBlocks,
+    Estimated,
     Extra,
     Features,
     FirstFrames,
+    Gate,
     KeyWeight,
     Linear,
     Mass,
@@ -42,17 +46,20 @@ from dit_accel.method import (
     Part,
     Pattern,
     Pooled,
+    Pyramid,
     Raster,
     Readout,
     Rest,
     Routed,
     Score,
     Selection,
+    SelfSaliency,
     Sizes,
     Tiles,
     Token,
     Tokenwise,
     TopK,
+    TopP,
     Window,
 )
 from dit_accel.method.parts import Grid, part_types
@@ -122,7 +129,7 @@ def around(part: Part) -> AttentionSpec:
     elif isinstance(part, Rest):
         found = valid(spec, [(top,)], [part], of(Merge), BLOCKS)
     elif isinstance(part, Merge):
-        found = valid(spec, [(top,)], of(Rest), [part], BLOCKS)
+        found = valid(spec, [(top,)], [Linear(), *of(Rest)], [part], BLOCKS)
     elif name := next((field for slot, field in IN_LINEAR.items() if isinstance(part, slot)), ""):
         found = valid(spec, [(top,)], [Linear(**{"feature_map": "elu", name: part})], of(Merge), BLOCKS)  # type: ignore[arg-type]
     elif isinstance(part, Extra):
@@ -153,6 +160,14 @@ RESTS: dict[str, Part] = {
     "mass-by-query": Mass("query"),
 }
 SPECS |= {name: around(part) for name, part in RESTS.items()}
+SPECS |= {"two-parts": around(Pooled(parts=2)), "four-clusters": around(Clusters(4))}
+CHOSEN = {
+    "narrow-pyramid": TopK(0.2, score=Pyramid((2, 3), keep=0.4)),
+    "mass-of-the-estimate": TopP(0.7, at_most=0.6, score=Estimated(cap=1.0)),
+    "salient-columns": Columns(0.4, SelfSaliency()),
+    "columns-of-a-gate": Columns(0.4, Gate()),
+}
+SPECS |= {name: AttentionSpec((keep,), Pooled(), Mass(), Tiles((4, 4)), (16, 16)) for name, keep in CHOSEN.items()}
 every_part = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_shape = pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
 
@@ -170,7 +185,7 @@ def test_json_pickle_and_text(spec: AttentionSpec) -> None:
     assert hash(AttentionSpec.from_dict(spec.to_dict())) == hash(spec)
     if all(type(part).__module__.startswith("dit_accel.") for part in spec.parts()):  # a script's classes are not
         assert pickle.loads(pickle.dumps(spec)) == spec
-    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score))
+    assert all(type(part).__name__ in str(spec) for part in spec.parts() if part not in (Mass(), TopK(0.3).score, Columns(0.3).score))
 
 
 @every_shape

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, SplitArguments, Summaries, SummaryArguments
+from dit_accel.kernels.grouping import GroupingArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -192,6 +193,8 @@ def _grouped(
     made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
 ) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
+    if implementation == "cpu":
+        return _units(made, rest, opened, plan, lists, scale)
     heads, parts = made.q_mean.shape[:2], rest.parts
     flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
     queries = groups.Queries(flat["second"], flat.get("metric"), scale)
@@ -212,6 +215,26 @@ def _grouped(
         own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
         found["slopes"] = _mixed(own, by_level, heads, implementation)
     return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
+
+
+def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
+    """The same by one operator of the CPU's kernels."""
+    place = plan.prepared["far_slot"].int()
+    found = ops.group_units(
+        GroupingArguments(
+            q_mean=made.q_mean, pooled_k=made.pooled_k, pooled_v=made.pooled_v, slope=made.slope if rest.order else None,
+            second=made.second, metric=made.metric if rest.parts > 1 else None, tokens=made.tokens, spread=made.spread,
+            v_spread=made.v_spread, lists=lists.index, counts=lists.counts, place=place, q_starts=plan.geometry.starts_q,
+            parts=rest.parts, roots=len(plan.prepared["far_roots"]), opened=opened, scale=scale, cap=rest.most, score_cap=rest.cap,
+            log_count=rest.log_count,
+        ),
+        "cpu",
+    )  # fmt: skip
+    slopes = {"slopes": found.slopes} if rest.order else {}
+    return slopes | {
+        "rest": "pooled", "pooled_k": found.joined_k, "pooled_v": found.joined_v, "pooled_bias": found.joined_bias,
+        "pool_lists": found.pool_lists, "pool_counts": found.pool_counts, "pool_slots": place, "pool_parts": rest.parts,
+    }  # fmt: skip
 
 
 def _divide(implementation: str, elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:

@@ -24,6 +24,8 @@
     void mix_slopes(const Mixture&);     \
     void mix_slopes_backward(const Mixture&); \
     void split_units(const Split&);      \
+    void group_units(const Grouping&);   \
+    void group_units_backward(const Grouping&); \
     }
 TARGET_OF(portable)
 #if defined(__x86_64__)
@@ -134,6 +136,18 @@ static const Field SPLIT[] = {
 };
 #undef STRUCT
 
+#define STRUCT Grouping
+static const Field GROUPING[] = {
+    FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(slots), FIELD(list_width), FIELD(lists_per_head),
+    FIELD(width), FIELD(q_mean), FIELD(pooled_k), FIELD(pooled_v), FIELD(slope), FIELD(second), FIELD(metric), FIELD(tokens), FIELD(spread),
+    FIELD(v_spread), FIELD(lists), FIELD(counts), FIELD(place), FIELD(q_starts), FIELD(parts), FIELD(roots), FIELD(opened), FIELD(scale),
+    FIELD(cap), FIELD(score_cap), FIELD(log_count), FIELD(joined_k), FIELD(joined_v), FIELD(joined_bias), FIELD(slopes), FIELD(pool_lists),
+    FIELD(pool_counts), FIELD(above), FIELD(joined_tokens), FIELD(joined_spread), FIELD(shares), FIELD(part), FIELD(threads),
+    FIELD(djoined_k), FIELD(djoined_v), FIELD(djoined_bias), FIELD(dslopes), FIELD(dq_mean), FIELD(dpooled_k), FIELD(dpooled_v),
+    FIELD(dslope), FIELD(dsecond), FIELD(dspread), END,
+};
+#undef STRUCT
+
 extern "C" {
 const char* dit_accel_sources() { return DIT_ACCEL_SOURCES; }
 const Field* dit_accel_rows_fields() { return ROWS; }
@@ -142,6 +156,7 @@ const Field* dit_accel_selection_fields() { return SELECTION; }
 const Field* dit_accel_summary_fields() { return SUMMARY; }
 const Field* dit_accel_mixture_fields() { return MIXTURE; }
 const Field* dit_accel_split_fields() { return SPLIT; }
+const Field* dit_accel_grouping_fields() { return GROUPING; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
 #if defined(__x86_64__)
@@ -163,4 +178,6 @@ int dit_accel_summarize_backward(const Summary* summary, int target) { return ru
 int dit_accel_mix_slopes(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes), mixture); }
 int dit_accel_mix_slopes_backward(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes_backward), mixture); }
 int dit_accel_split_units(const Split* split, int target) { return run(CHOOSE(split_units), split); }
+int dit_accel_group_units(const Grouping* grouping, int target) { return run(CHOOSE(group_units), grouping); }
+int dit_accel_group_units_backward(const Grouping* grouping, int target) { return run(CHOOSE(group_units_backward), grouping); }
 }

@@ -24,6 +24,7 @@ from dit_accel.kernels.arguments import (
     text_queries,
 )
 from dit_accel.kernels.cpu import native
+from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GroupingArguments, Units, check_grouping, new_units
 from dit_accel.kernels.precision import get_float32_attention_precision
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
@@ -170,3 +171,39 @@ def split_units(a: SplitArguments) -> Tensor:
     sizes = {"heads": heads, "units": units, "elements": elements, "channels": channels}
     native.call("split_units", native.Split(**sizes, part=part.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
     return part
+
+
+def _grouping(a: GroupingArguments, results: Mapping[str, Tensor]) -> native.Grouping:
+    check_grouping(a)
+    batch, heads, q_blocks, channels = a.q_mean.shape
+    sizes = {
+        "batch": batch, "heads": heads, "channels": channels, "q_blocks": q_blocks, "k_blocks": len(a.place),
+        "slots": a.tokens.shape[-1] // a.parts, "list_width": a.lists.shape[-1], "lists_per_head": int(a.lists.ndim == 3),
+        "width": results["pool_lists"].shape[-1],
+    }  # fmt: skip
+    found = {name: x.data_ptr() for name, x in results.items() if x.numel()}
+    return native.Grouping(**sizes, **found, threads=torch.get_num_threads(), **native.fields_of(a))
+
+
+def group_units(a: GroupingArguments) -> Units:
+    """Pooled keys of groups, what query blocks see of them, and slopes."""
+    results = new_units(a)
+    native.call("group_units", _grouping(a, results._asdict()))
+    return results
+
+
+def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
+    """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
+    grouping = _grouping(a, results)
+    given = {name: x.contiguous() for name, x in grads.items() if x is not None and x.numel()}
+    for name, x in given.items():
+        setattr(grouping, f"d{name}", x.data_ptr())
+    written = DIFFERENTIABLE_GROUPING if "slopes" in given else ("pooled_k", "pooled_v", "second", "spread")
+    found = []
+    for name in DIFFERENTIABLE_GROUPING:
+        given_to: Tensor | None = getattr(a, name)
+        made = torch.empty_like if name in written else torch.zeros_like
+        found.append(a.q_mean.new_empty(0) if given_to is None else made(given_to))
+        setattr(grouping, f"d{name}", found[-1].data_ptr())
+    native.call("group_units_backward", grouping)
+    return found

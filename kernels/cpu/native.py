@@ -25,6 +25,7 @@ from dit_accel.kernels.arguments import (
     declared,
 )
 from dit_accel.kernels.cpu import sources
+from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GRADIENTS_OF_UNITS, GroupingArguments, Units
 
 TARGETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
@@ -109,6 +110,18 @@ class Split(Structure):
     ]
 
 
+class Grouping(Structure):
+    """Groups of key blocks (problem.h), and for the backward pass the gradients."""
+
+    _fields_ = [
+        *_fields(c_int64, "batch heads channels q_blocks k_blocks slots list_width lists_per_head width"),
+        *declared_fields(GroupingArguments),
+        *((name, c_void_p) for name in Units._fields),
+        ("threads", c_int64),
+        *((f"d{name}", c_void_p) for name in (*GRADIENTS_OF_UNITS, *DIFFERENTIABLE_GROUPING)),
+    ]  # fmt: skip
+
+
 class Field(Structure):
     """A row of the library's tables of fields (api.cpp)."""
 
@@ -125,7 +138,10 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def fields_of(a: Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments) -> dict[str, Any]:
+AnyArguments = Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments | GroupingArguments
+
+
+def fields_of(a: AnyArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
     given = zip(_fields_made(kind), a, strict=True)
@@ -153,6 +169,8 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "mix_slopes": Mixture,
     "mix_slopes_backward": Mixture,
     "split_units": Split,
+    "group_units": Grouping,
+    "group_units_backward": Grouping,
 }  # of the library, and what they are called with
 
 NOT_BUILT = "dit_accel's CPU kernels are not built: install it where there is a C++17 compiler (g++ or clang++)"
@@ -191,6 +209,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     """The library, once its structs are found to be laid out as these classes are."""
     lib = ctypes.CDLL(str(path))
     kinds = {"rows": Rows, "problem": Problem, "selection": Selection, "summary": Summary, "mixture": Mixture, "split": Split}
+    kinds["grouping"] = Grouping
     for name, kind in kinds.items():
         table = getattr(lib, f"dit_accel_{name}_fields")
         table.restype = POINTER(Field)

@@ -121,3 +121,26 @@ struct Split {
     uint8_t* part;  // [heads, units, elements]
     int64_t threads;
 };
+
+struct Grouping {
+    int64_t batch, heads, channels, q_blocks, k_blocks, slots, list_width, lists_per_head;  // lists as in a problem
+    int64_t width;                                    // of the lists that are made
+    // the arguments, contiguous
+    const float *q_mean, *pooled_k, *pooled_v;        // as in a summary of the slots of level 0
+    const float *slope, *second, *metric, *tokens, *spread, *v_spread;
+    const int32_t *lists, *counts, *place, *q_starts;  // place [k_blocks]: the slot of each key block
+    int64_t parts, roots, opened;
+    float scale, cap, score_cap;
+    int32_t log_count;
+    // the results, contiguous; units: of all levels, spans: SPAN query blocks each
+    float *joined_k, *joined_v, *joined_bias;         // [B, H, units · parts, D], [B, H, units · parts]
+    float* slopes;                                    // [B, H, spans, D, D]; it, `above` and `shares` are null where there is no slope
+    int32_t *pool_lists, *pool_counts;                // [B, H, spans, width], [B, H, spans]
+    float *above, *joined_tokens, *joined_spread;     // [B, H, D, units - slots, D]: slopes of groups; [B, H, units · parts]
+    float* shares;                                    // [B, H, spans, width, parts]
+    uint8_t* part;                                    // [B, H, units - slots, 4 · parts]
+    int64_t threads;
+    // backward only
+    const float *djoined_k, *djoined_v, *djoined_bias, *dslopes;  // null where nothing depends on them
+    float *dq_mean, *dpooled_k, *dpooled_v, *dslope, *dsecond, *dspread;
+};

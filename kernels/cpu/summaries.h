@@ -157,6 +157,7 @@ static void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t nu
     for (int64_t i = 0; i < count; i++)
         for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
     std::fill_n(static_cast<float*>(work.direction), d, 1.f);
+    std::fill(work.direction + d, work.direction + padded, 0.f);  // a unit of NaN before this one left NaN
     for (int step = 0; step <= STEPS; step++) {
         row_dots(work.along, work.centred, padded, count, work.direction, padded);
         if (step == STEPS) break;

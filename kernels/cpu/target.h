@@ -26,5 +26,7 @@ alignas(64) static const int32_t LANE_BITS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 2
 #include "summaries.h"
 #include "backward_summaries.h"
 #include "slopes.h"
+#include "groups.h"
+#include "backward_groups.h"
 
 }  // namespace TARGET

@@ -21,13 +21,15 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 from dit_accel.method.parts.convolve import DepthwiseConv
 from dit_accel.method.parts.far import Downsampled, Pooled
 from dit_accel.method.parts.features import Hedgehog, NormPower, NormPreserving, Taylor, TokenSoftmax
+from dit_accel.method.parts.gate import Gate
 from dit_accel.method.parts.linear import Linear
 from dit_accel.method.parts.merges import Mass, Norm, Residual
 from dit_accel.method.parts.offsets import PowerTiles, Stripes
 from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
-from dit_accel.method.parts.scores import ErrorProduct, MeanProduct
-from dit_accel.method.parts.selections import TopK, TopP
+from dit_accel.method.parts.scores import ErrorProduct, Estimated, MeanProduct, SelfSaliency
+from dit_accel.method.parts.searches import Clusters, Pyramid
+from dit_accel.method.parts.selections import Columns, TopK, TopP
 from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
 from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.method.parts.weights import Centred, Floored, KVGate, RankAugmented
@@ -38,6 +40,8 @@ __all__ = [
     "Boxes",
     "Call",
     "Centred",
+    "Clusters",
+    "Columns",
     "Cost",
     "Decayed",
     "DeltaScan",
@@ -46,10 +50,12 @@ __all__ = [
     "DiscBlocks",
     "Downsampled",
     "ErrorProduct",
+    "Estimated",
     "Extra",
     "Features",
     "FirstFrames",
     "Floored",
+    "Gate",
     "Grid",
     "Ground",
     "Hedgehog",
@@ -69,6 +75,7 @@ __all__ = [
     "Pattern",
     "Pooled",
     "PowerTiles",
+    "Pyramid",
     "RankAugmented",
     "Raster",
     "Readout",
@@ -78,6 +85,7 @@ __all__ = [
     "Routed",
     "Score",
     "Selection",
+    "SelfSaliency",
     "Sizes",
     "Static",
     "Stripes",

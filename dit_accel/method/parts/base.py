@@ -213,7 +213,14 @@ class Selection(Pattern):
 
 
 class Score(Part):
-    """How much each key block matters to a query block."""
+    """How much each key block matters to a query block.
+
+    `mass`: its softmax estimates how the blocks share a query's attention, as `TopP` and `Columns` read it. `counts`: the number of a
+    block's tokens is in it already.
+    """
+
+    mass: ClassVar[bool] = True
+    counts: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, call: Call) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_accel.kernels import reference
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import pool_blocks
+from dit_accel.kernels.grouping import MEMBERS
 from dit_accel.kernels.reference import Partial
 from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
@@ -128,7 +129,7 @@ class Pooled(Rest):
         if self.plain:
             return Cost((3 if self.variance else 2) * n * sizes.k_blocks * d, 2)
         units, states = self._units(sizes), sizes.q_blocks if self.opened is None else -(-sizes.q_blocks // SPAN)
-        seen = units[-1] + sum((groups.MEMBERS - 1) * min(self.opened or 0, above) for above in units[1:])
+        seen = units[-1] + sum((MEMBERS - 1) * min(self.opened or 0, above) for above in units[1:])
         halves = self.parts - 1  # blocks and parts that are cut in two
         split = n * d**2 + sum(halves * (STEPS * (2 * n * d + count * d**2) + n * d) for count in units) if halves else 0
         adds = 2 * n * self.parts * seen * d + split + 4 * len(units) * self.parts * n * d
@@ -139,8 +140,8 @@ class Pooled(Rest):
     def _units(self, sizes: Sizes) -> list[int]:
         """About how many units each level has."""
         units = [sizes.k_blocks]
-        while self.opened is not None and -(-units[-1] // groups.MEMBERS) >= 2 * self.opened:
-            units.append(-(-units[-1] // groups.MEMBERS))
+        while self.opened is not None and -(-units[-1] // MEMBERS) >= 2 * self.opened:
+            units.append(-(-units[-1] // MEMBERS))
         return units
 
 

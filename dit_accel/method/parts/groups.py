@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.blocks import Blocks
+from dit_accel.kernels.grouping import MEMBERS
 from dit_accel.kernels.splitting import split
 from dit_accel.method.parts.call import Call, Ground
 from dit_accel.method.parts.content import Moments, PooledKeys, damping, error_of, error_score, metric_of, spread_of, weights_of
 
-MEMBERS = 4  # of a group
 Divide = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 

@@ -34,7 +34,7 @@ class Decayed(Rest):
     is `Linear`, or at "alibi", 2^(-8(h + 1)/H); the released slopes also fall with the layer's depth, which a part does not know.
     """
 
-    fit = "descent"
+    fit, own_tokens = "descent", True  # the plan has the places of its own queries
     feature_map: Map = "softmax"
     slopes: Literal["zero", "alibi"] = "zero"
 
@@ -101,7 +101,7 @@ class Routed(Rest):
         """Features `[BH, N, (states + 1) · D]`: phi(x), and phi(x) · e_p at the place of p, whose products are the pairs' weights."""
         features = FEATURE_MAPS[self.feature_map](x)
         share, chosen = (x @ routes.mT).softmax(-1).max(-1)
-        gates = F.one_hot(chosen, self.states) * share[..., None]
+        gates = (chosen[..., None] == torch.arange(self.states, device=x.device)) * share[..., None]
         return torch.cat([features, (gates[..., None] * features[..., None, :]).flatten(-2)], -1)
 
     def cost(self, sizes: Sizes) -> Cost:
@@ -158,7 +158,7 @@ class DeltaScan(_Memory):
     part of a rest: where the papers' scans begin with a prompt, this one begins empty. The queries must be the keys' own tokens.
     """
 
-    fit = "descent"
+    fit, own_tokens = "descent", True
     decay: bool = False
 
     def __post_init__(self) -> None:
@@ -173,8 +173,6 @@ class DeltaScan(_Memory):
 
     def __call__(self, call: Call) -> Partial:
         blocks, k = call.k_blocks, _unit(call.k)
-        if call.q.shape[1] != call.k.shape[1]:
-            raise ValueError(f"DeltaScan requires queries that are the keys' tokens, not {call.q.shape[1]} and {call.k.shape[1]} of them")
         write = (call.per_head("delta.bias")[:, None, None] + k @ call.per_head("delta.weight")[..., None]).sigmoid()
         rows = [_unit(call.q), k, call.v, write]
         if self.decay:
