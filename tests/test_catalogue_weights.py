@@ -1,15 +1,23 @@
 """Weights of keys in linear attention, its readouts, and attention transfer: equal to dense oracles in float64 of the papers' formulas."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from distill_fixtures import learn, prompt_pipe, same, state
 from helpers import random_parameters
-from test_catalogue_maps import SHAPES, every_shape, exact_and_left, found, joined, spec_of
+from test_catalogue_maps import SHAPES, every_shape, exact_and_left, found, hedgehog, joined, spec_of
+from test_distill_stages import STAGE, teacher_calls
 from torch import Tensor
 
-from dit_accel.method import Centred, Floored, KVGate, Linear, Part, RankAugmented, Residual
+import dit_accel
+from dit_accel import AttentionSpec, attention
+from dit_accel.finetune import distill as distillation
+from dit_accel.finetune.data.collect import Samples
+from dit_accel.method import Centred, Floored, Hedgehog, KVGate, Linear, Mass, Part, RankAugmented, Raster, Residual, TopK
+from dit_accel.patch.state import operators_of
 
 SHAPE = SHAPES["11x14-text-5"]
 STARTS: dict[str, Part] = {part.__class__.__name__: part for part in (RankAugmented(), KVGate(), Centred(), Floored())}
@@ -113,3 +121,52 @@ def test_floored(floored: bool, shape: Any) -> None:
 def test_refuses(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+# LoLCATs
+
+
+@every_shape
+def test_lolcats_share_of_the_exact_part_is_the_offset(shape: Any) -> None:
+    """(γ Σ e^S v + phi(q) Σ phi(k) v) / (γ Σ e^S + phi(q) Σ phi(k)) of arXiv 2410.10254, γ = sigmoid(f): the offset is -log γ."""
+    spec = spec_of(Linear(Hedgehog()), merge=Mass())
+    params = random_parameters(spec, shape, torch.float64)
+    gamma = torch.linspace(-2.197, 1.0, shape.heads, dtype=torch.float64).sigmoid()
+    with torch.no_grad():
+        params.offset.copy_(-gamma.log())  # type: ignore[union-attr, operator, arg-type]
+    learned = dict(params.named_parameters())
+    out, lse, left, (q, k, v) = exact_and_left(shape, spec)
+    weight = (hedgehog(q, "q", learned) @ hedgehog(k, "k", learned).mT) * left
+    exact = gamma[:, None, None] * lse.exp()[..., None]
+    expected = (exact * out + weight @ v) / (exact + weight.sum(-1, keepdim=True))
+    torch.testing.assert_close(found(shape, spec, params), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_stage_is_lolcats_attention_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean squared error of all layers' outputs in one forward of the teacher, divided by the output's mean square, is what its feature
+    maps and its share of the exact part learn from; nothing else of the model does (LoLCATs, arXiv 2410.10254)."""
+    monkeypatch.setattr(distillation, "_train", lambda run, checkpoint, progress: 0)
+    spec = AttentionSpec((TopK(0.25),), Linear(Hedgehog()), Mass(), Raster(), (16, 16))
+    pipe, untrained = (dit_accel.accelerate(prompt_pipe(), spec) for _ in range(2))
+    start = {name: state(operator.params) for name, operator in operators_of(untrained).items()}
+    rows = learn(pipe, tmp_path, **STAGE).parameter_history
+    calls = teacher_calls(untrained, Samples(tmp_path / "samples"))
+
+    def losses(params_of: Any) -> list[Tensor]:
+        """Of the recorded forwards, each the mean over its two layers."""
+        found = []
+        for name, qkv, layout, target in calls:
+            error = attention(*qkv, spec, layout, params=operators_of(params_of)[name].params) - target
+            found.append(error.square().mean() / target.square().mean())
+        return [torch.stack(found[at : at + 2]).mean() for at in range(0, len(found), 2)]
+
+    with torch.no_grad():
+        before, after = losses(untrained), losses(pipe)
+    assert min(abs(rows[0]["attention"] - float(loss)) for loss in before) < 1e-5
+    assert all(now < was for now, was in zip(after, before, strict=True))
+    for name, operator in operators_of(pipe).items():
+        learned = state(operator.params)
+        assert sorted(learned) == ["hedgehog.k", "hedgehog.q", "offset"]
+        assert all(not torch.equal(learned[tensor], start[name][tensor]) for tensor in learned)
+    dit_accel.restore(pipe)
+    assert same(state(pipe.transformer), state(prompt_pipe().transformer))

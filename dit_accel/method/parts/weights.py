@@ -19,10 +19,10 @@ class RankAugmented(KeyWeight):
     """Features of key j times a_j = N · softmax_j(τ·s·mean_i phi(q_i)·phi(k_j)) (RALA, arXiv 2411.07635).
 
     The weights' mean is 1. τ is learned for each head, zero at start, where all are 1; the paper's is 1. The softmax is over all N image
-    tokens, those kept among them.
+    tokens, those kept among them, and the mean over all queries.
     """
 
-    fit = "descent"
+    fit, own_tokens = "descent", True  # of a part of the queries the mean is another
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"rank_augmented.temperature": torch.zeros(heads)}
@@ -73,6 +73,11 @@ class Centred(Readout):
 
     def __post_init__(self) -> None:
         require(self.gain in ("learned", "inline", "mala"), "gain must be 'learned', 'inline' or 'mala'", self.gain)
+
+    @property
+    def own_tokens(self) -> bool:  # type: ignore[override]
+        """Where it reads the mean over all queries."""
+        return self.gain == "learned"
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {f"centred.{name}": torch.zeros(heads) for name in ("log_gain", "slope")} if self.gain == "learned" else {}
