@@ -40,17 +40,13 @@ from dit_accel.patch.verbs import dense
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
 RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
-# times RIDGE, among which a layer's is chosen by what it leaves of held-out prompts' attention. One alone: among 0.1, 1, 10 and 100 the
-# built-in model's held-out velocity error (SLA 10 %, 256 px, six prompts, 16 steps) became 0.335 instead of 0.295
-RIDGES: tuple[float, ...] = (1.0,)
-FOLDS = 4  # in which the prompts are divided: a ridge is judged by what the fit to the others leaves of each
+# chosen layer by layer from 0.003 to 3 by what it left of held-out prompts' attention, six prompts: velocity error 0.335, not 0.295
 
 
 class Fitter(Protocol):
-    """How parameters are fitted. `learn` takes in one call of one layer, of a prompt of a fold; `update` ends a step;
-    `tensors` and `load` are its state."""
+    """How parameters are fitted. `learn` takes in one call of one layer; `update` ends a step; `tensors` and `load` are its state."""
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None: ...
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None: ...
 
     def update(self, step: int) -> None: ...
 
@@ -66,7 +62,6 @@ def fit(run: Distillation, progress: bool) -> None:
     for operator in operators.values():
         operator.params.float()
     fitter = _fitter(run, operators)
-    folds = _folds(run)
     start, found = 0, checkpoints.newest(run, checkpoints.PARAMETERS)
     if found is not None:
         fitter.load(checkpoints.load(run, found))
@@ -76,7 +71,7 @@ def fit(run: Distillation, progress: bool) -> None:
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
         with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn, run.timed_step():
-            error = _step(run, fitter, step, folds)
+            error = _step(run, fitter, step)
         bar.set_postfix(attention=f"{error:.4f}")
         row = {"step": step + 1, "attention": error, **drawn, "seconds": run.seconds}
         run.parameter_history.append(row)
@@ -105,24 +100,14 @@ def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) ->
     return next(iter(found.values())) if len(found) == 1 else Combined(found)
 
 
-def _folds(run: Distillation) -> list[int]:
-    """The fold of each recorded forward: that of its prompt."""
-    numbers: dict[str, int] = {}
-    found = [0] * len(run.samples)
-    for entry, positions in zip(run.samples.entries, run.samples.runs(), strict=True):
-        for position in positions:
-            found[position] = numbers.setdefault(entry.prompt, len(numbers)) % FOLDS
-    return found
-
-
-def _step(run: Distillation, fitter: Fitter, step: int, folds: list[int]) -> float:
+def _step(run: Distillation, fitter: Fitter, step: int) -> float:
     """Fit to `batch_size` recorded forwards; returns the mean relative error of the layers' outputs before this step's update."""
     size = run.config.batch_size
     errors: list[Tensor] = []
 
     def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         errors.append(relative_error(out.detach(), target))
-        fitter.learn(operator, arguments, out, target, folds[position])
+        fitter.learn(operator, arguments, out, target)
 
     for item in share(size):
         position = _position(run, step * size + item)
@@ -187,7 +172,7 @@ def _original(query: Tensor, key: Tensor, value: Tensor, scale: float | None, ma
 
 class LeastSquares(Solver):
     """A projection by ridge-regularised least squares of what the exact part lacks, over all calls so far, each weighted by the inverse of
-    the original output's size. `sums`: of each layer and fold `[FOLDS, D + 1, 2D + 1]`, X the rest and a one.
+    the original output's size. `sums`: of each layer `[D + 1, 2D + 1]`, X the rest and a one.
     """
 
     way = "least_squares"
@@ -195,10 +180,10 @@ class LeastSquares(Solver):
     @staticmethod
     def _zeros(operator: AcceleratedAttention) -> Tensor:
         device, width = next(operator.parameters()).device, operator.head_dim + 1
-        return torch.zeros(FOLDS, width, width + operator.head_dim, dtype=torch.float64, device=device)
+        return torch.zeros(width, width + operator.head_dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         weight, bias = (getattr(operator.params.proj, name) for name in ("weight", "bias"))
         identity = torch.eye(len(bias), device=bias.device)
         out = out.detach()
@@ -208,7 +193,7 @@ class LeastSquares(Solver):
         for r, one, o, w in zip(*(x.flatten(0, 1) for x in (rest, ones, out, target)), strict=True):  # head by head: float64 is large
             x = torch.cat([r, one], 1)
             exact = o.double() - x @ torch.cat([weight.T, bias[None]]).double()
-            self._batch[operator.name][fold] += x.T @ torch.cat([x, w.double() - exact], 1) / size
+            self._batch[operator.name] += x.T @ torch.cat([x, w.double() - exact], 1) / size
 
     def _moved(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], parameter: nn.Parameter, direction: Tensor) -> Tensor:
         """The operator's output with one parameter moved by PROBE times a direction."""
@@ -221,28 +206,10 @@ class LeastSquares(Solver):
 
     @staticmethod
     def _solve(operator: AcceleratedAttention, sums: Tensor) -> None:
-        solution = solved(sums.sum(0), _ridge(sums))
+        solution = solved(sums, RIDGE)
         projection: Any = operator.params.proj
         projection.weight.copy_(solution[:-1].T)
         projection.bias.copy_(solution[-1])
-
-
-def _ridge(sums: Tensor) -> float:
-    """The ridge at which the fit to the other folds leaves least of each; RIDGE where there is one alone."""
-    width, total = sums.shape[-2], sums.sum(0)
-    held = [fold for fold in sums if fold.any()]
-    if len(held) < 2:
-        return RIDGE
-
-    def left(ridge: float) -> float:
-        """Of the squared errors, without what no fit changes."""
-        found = 0.0
-        for fold in held:
-            fitted = solved(total - fold, ridge)
-            found += float((fitted * (fold[:, :width] @ fitted - 2 * fold[:, width:])).sum())
-        return found
-
-    return min((RIDGE * times for times in RIDGES), key=left)
 
 
 class Descent:
@@ -253,7 +220,7 @@ class Descent:
         self.optimizer = torch.optim.AdamW(parameters.values(), run.parameter_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizer.zero_grad()  # an interrupted run leaves its last gradients
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         if out.requires_grad:  # else nothing of this layer descends
             (relative_error(out, target) / self.run.config.batch_size).backward()
 
@@ -276,10 +243,10 @@ class Combined:
     def __init__(self, ways: Mapping[str, Fitter]) -> None:
         self.ways = ways
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         for way in reversed(list(self.ways.values())):
             if not isinstance(way, Solver) or operator.name in way.operators:
-                way.learn(operator, arguments, out, target, fold)
+                way.learn(operator, arguments, out, target)
 
     def update(self, step: int) -> None:
         for way in reversed(list(self.ways.values())):

@@ -73,7 +73,7 @@ class Solver(ABC):
         """Of a layer's shape."""
 
     @abstractmethod
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         """Add one call to the step's sums, see `fit.Fitter`."""
 
     @staticmethod
@@ -126,7 +126,7 @@ class ChannelLeastSquares(Solver):
         numbers = sum(tensor[0, 0].numel() for tensor in own)
         return torch.zeros(*own[0].shape[:2], numbers, numbers + 1, dtype=torch.float64, device=own[0].device)
 
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor, fold: int = 0) -> None:
+    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         own = list(_solved_tensors(operator, "least_squares_by_channel").values())
         regressors = _regressors(operator, arguments, own)
         if regressors is None:

@@ -1,4 +1,4 @@
-"""The first stage of a distillation on what the output is linear in: convolutions channel by channel, projections at a chosen ridge."""
+"""The first stage of a distillation on what the output is linear in: convolutions channel by channel."""
 
 import dataclasses
 from pathlib import Path
@@ -126,10 +126,10 @@ def test_an_interrupted_fit_resumes_to_the_bit(tmp_path: Path, monkeypatch: pyte
     learn(whole, tmp_path / "whole", **settings)
     real = fitting._step
 
-    def interrupted(run: Any, fitter: Any, step: int, folds: list[int]) -> float:
+    def interrupted(run: Any, fitter: Any, step: int) -> float:
         if step == 2:
             raise KeyboardInterrupt
-        return real(run, fitter, step, folds)
+        return real(run, fitter, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "_step", interrupted)
@@ -151,48 +151,3 @@ def test_a_fit_runs_by_default_where_least_squares_do_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(distillation, "fit", lambda run, progress: asked.append(run.parameter_steps))
     learn(accelerate(prompt_pipe(), SPECS["fovea"]), tmp_path, steps=1, parameter_steps=None)
     assert asked == [PARAMETER_STEPS]
-
-
-# The ridge
-
-
-def normal_equations(noise: float) -> Tensor:
-    """Of four folds of 40 rows, of 25 regressors of which one matters."""
-    seed, folds = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        x = torch.randn(40, 25, generator=seed, dtype=torch.float64)
-        y = x[:, :1] + noise * torch.randn(40, 24, generator=seed, dtype=torch.float64)
-        folds.append(x.T @ torch.cat([x, y], 1))
-    return torch.stack(folds)
-
-
-def test_the_ridge_is_what_leaves_least_of_other_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fitting._ridge(normal_equations(20.0)) == fitting.RIDGE
-    monkeypatch.setattr(fitting, "RIDGES", (0.1, 1.0, 10.0, 100.0))
-    ridges = [fitting.RIDGE * times for times in fitting.RIDGES]
-    assert fitting._ridge(normal_equations(0.0)) == ridges[0]
-    sums = normal_equations(20.0)
-    assert fitting._ridge(sums) == ridges[-1]
-    single = torch.cat([sums[:1], torch.zeros_like(sums[1:])])
-    assert fitting._ridge(single) == fitting.RIDGE  # nothing was held out
-    width, total = 25, sums.sum(0)
-    expected = torch.linalg.solve(total[:, :width] + 0.3 * total[:, :width].trace() / width * torch.eye(width).double(), total[:, width:])
-    torch.testing.assert_close(least_squares.solved(total, 0.3), expected, rtol=1e-9, atol=1e-12)
-    batch = torch.stack([total, torch.zeros_like(total), total])
-    torch.testing.assert_close(least_squares.solved(batch, 0.3), torch.stack([expected, 0 * expected, expected]), rtol=1e-9, atol=1e-12)
-
-
-def test_prompts_are_divided_and_not_forwards(tmp_path: Path) -> None:
-    """Forwards of one prompt at several noise levels are alike: judged by them, no fit is too close."""
-    pipe, seen = accelerate(prompt_pipe(), SLA(0.25, tile=(4, 4))), []
-    real = fitting._folds
-
-    def watched(run: Any) -> list[int]:
-        seen.append((real(run), [run.samples._index[n][0].prompt for n in range(len(run.samples))]))
-        return seen[0][0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_folds", watched)
-        learn(pipe, tmp_path, **STAGE | {"parameter_steps": 1, "steps": 1})
-    ((folds, prompts),) = seen
-    assert len(set(zip(folds, prompts, strict=True))) == len(set(prompts)) == len(set(folds)) > 1
