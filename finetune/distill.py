@@ -155,7 +155,8 @@ def _train_step(run: Distillation, masters: MasterWeights, optimizers: Sequence[
         losses = _losses(run, run.positions[draw.randrange(len(run.positions))], draw)
         if not losses["loss"].requires_grad:
             method = run.patch.context.assignment
-            raise DistillationError(f"{method} runs no spec in a sample of this size, so nothing is learned from it: collect other sizes")
+            reason = "it runs no spec in a sample of this size, or what it learns only chooses blocks, which has no gradient"
+            raise DistillationError(f"nothing can be learned of {method}: {reason}. Collect other sizes, or train more than its parameters")
         (losses["loss"] / config.batch_size).backward()
         masters.collect_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}
