@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_accel.console import console
-from dit_accel.errors import ArgumentError
 from dit_accel.files import write_json
-from dit_accel.finetune.data.collect import collect
 from dit_accel.measure.capture import Captured, capture_qkv
-from dit_accel.measure.quality import spread
+from dit_accel.measure.quality import recorded
 from dit_accel.measure.timing import machine
 from dit_accel.method import AttentionSpec
 from dit_accel.operator.attention import attention
@@ -53,13 +50,7 @@ def bench_logits(
     the output, one step of in-context linear regression; the share of the mass on image keys farther than 16 tokens, and on text.
     Recall: the share of that far mass which a spec keeps exactly.
     """
-    if steps <= levels:
-        raise ArgumentError(f"steps must be more than the {levels} noise levels that are looked at, not {steps}")
-    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    if max_sequence_length is not None:
-        call["max_sequence_length"] = max_sequence_length
-    with tempfile.TemporaryDirectory() as folder:
-        forwards = spread(collect(pipe, prompts, folder, **call), levels)
+    forwards = recorded(pipe, prompts, size, steps, levels, max_sequence_length)
     found: dict[str, list[Row]] = defaultdict(list)
     with torch.no_grad():
         for forward in forwards:

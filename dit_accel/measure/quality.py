@@ -83,6 +83,19 @@ def rounding_errors(pipe: Any, forwards: Sequence[Forward]) -> list[float] | Non
         return velocity_errors(pipe, given)
 
 
+def recorded(
+    pipe: Any, prompts: Sequence[str], size: tuple[int, int], steps: int, levels: int, max_sequence_length: int | None
+) -> list[Forward]:
+    """Forwards of the original at `levels` noise levels of each prompt's run. Raises ArgumentError where the steps are too few."""
+    if steps <= levels:
+        raise ArgumentError(f"steps must be more than the {levels} noise levels that are looked at, not {steps}")
+    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
+    if max_sequence_length is not None:
+        call["max_sequence_length"] = max_sequence_length
+    with tempfile.TemporaryDirectory() as folder:
+        return spread(collect(pipe, prompts, folder, **call), levels)
+
+
 def bench_quality(
     pipe: Any,
     *,
@@ -100,13 +113,7 @@ def bench_quality(
     float32 model errs in bfloat16 under it; writes it, with the worst layer and forward, as JSON where `out` is given.
     """
     specs = PRESETS if specs is None else specs
-    if steps <= levels:
-        raise ArgumentError(f"steps must be more than the {levels} noise levels that are compared, not {steps}")
-    call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": steps}
-    if max_sequence_length is not None:
-        call["max_sequence_length"] = max_sequence_length
-    with tempfile.TemporaryDirectory() as folder:
-        forwards = spread(collect(pipe, prompts, folder, **call), levels)
+    forwards = recorded(pipe, prompts, size, steps, levels, max_sequence_length)
     table = compared(pipe, forwards, specs)
     rounding = rounding_errors(pipe, forwards)
     _show_quality(table, rounding, f"{size[1]}×{size[0]} px, {len(prompts)} prompts, {levels} noise levels, untrained")
