@@ -1,6 +1,7 @@
 """The table of docs/methods.md: what each part of the catalogue computes, whose it is, and what `catalogue.py` measured of it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,21 @@ def _errors(row: dict[str, Any] | None, kind: str) -> str:
     return f"{row[kind]:.3f}{fitted}"
 
 
-def _best(row: dict[str, Any]) -> float:
-    return min(row["velocity"], row.get("velocity_fitted", row["velocity"]))
+def _best(row: dict[str, Any] | None) -> float:
+    return math.inf if row is None else min(row["velocity"], row.get("velocity_fitted", row["velocity"]))
 
 
 def catalogue(folder: Path) -> str:
-    """A row for each part that was measured, the best first by the image model's velocity error."""
+    """A row for each part, the best first by the image model's velocity error, then those that were not measured."""
     from tables import lines
 
     rows = [json.loads(line) for line in (folder / "catalogue.jsonl").read_text().splitlines()]
     image, video = ({row["name"]: row for row in rows if row["model"] == model} for model in ("image-1024", "video-512"))
     made = []
-    for name, row in sorted(image.items(), key=lambda pair: _best(pair[1])):
-        what, paper = PARTS[name]
-        cost = f"{row['multiply_adds']:.1%} ({row['density']:.1%})".replace("%", " %")
+    for name in sorted(PARTS, key=lambda name: _best(image.get(name))):
+        row = image.get(name)
+        cost = f"{row['multiply_adds']:.1%} ({row['density']:.1%})".replace("%", " %") if row else ""
         errors = [_errors(side, kind) for side in (row, video.get(name)) for kind in ("attention", "velocity")]
-        made.append([name, what, paper, cost, *errors])
+        made.append([name, *PARTS[name], cost, *errors])
     head = ["part", "what it computes", "paper", "multiply-adds (kept)", "image: attention", "velocity", "video: attention", "velocity"]
     return lines(head, made)
