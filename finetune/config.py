@@ -23,7 +23,9 @@ class DistillConfig:
     """
 
     steps: int = 1000
-    parameter_steps: int | None = None  # before them, to fit the method's own parameters; None: 48 for an untrained projection, else 0
+    parameter_steps: int | None = (
+        None  # before them, to fit the method's own parameters; None: 48 where some are found by least squares, else 0
+    )
     batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"
     lora_rank: int = 16

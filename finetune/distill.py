@@ -67,8 +67,9 @@ def distill(
 ) -> DistillResult:
     """Fine-tune an accelerated pipeline towards its own original attention; the pipeline is changed in place.
 
-    First the method's own parameters are fitted layer by layer, then everything that the config trains is trained end to end. Under
-    `accelerate launch` every process calls it alike: they share samples and batches, and the main one alone writes checkpoints and logs.
+    First the method's own parameters are fitted layer by layer (`parameter_steps`), then everything that the config trains is trained end
+    to end. Under `accelerate launch` every process calls it alike: they share samples and batches, and the main one alone writes
+    checkpoints and logs.
     What is done with the trained pipeline (`save_adapter`) is the main process's to do, too.
 
     Args:
@@ -155,8 +156,7 @@ def _train_step(run: Distillation, masters: MasterWeights, optimizers: Sequence[
         losses = _losses(run, run.positions[draw.randrange(len(run.positions))], draw)
         if not losses["loss"].requires_grad:
             method = run.patch.context.assignment
-            reason = "it runs no spec in a sample of this size, or what it learns only chooses blocks, which has no gradient"
-            raise DistillationError(f"nothing can be learned of {method}: {reason}. Collect other sizes, or train more than its parameters")
+            raise DistillationError(f"{method} runs no spec in a sample of this size, so nothing is learned from it: collect other sizes")
         (losses["loss"] / config.batch_size).backward()
         masters.collect_gradients()
         totals = {k: totals.get(k, 0.0) + v.detach().double() / config.batch_size for k, v in losses.items()}

@@ -204,9 +204,12 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
         source, held_out = source[:-count], source[-count:]
     source, held_out = (Samples(part) if isinstance(part, str | Path) else part for part in (source, held_out))
     _check_disjoint(source, held_out)  # before sampling, which may take days
-    steps = _parameter_steps(transformer, config, folder)
     if config.train == "parameters" and not any(list(op.parameters()) for op in operators_of(transformer).values()):
         raise DistillationError(f"train={config.train!r} leaves nothing to train: {patch.context.assignment} has no parameters of its own")
+    if config.train == "parameters" and all(_only_chooses(operator) for operator in operators_of(transformer).values()):
+        reason = f"what {patch.context.assignment} learns only chooses blocks, which has no gradient"
+        raise DistillationError(f"train={config.train!r} leaves nothing to train: {reason}. Train 'lora' or 'attention'")
+    steps = _parameter_steps(transformer, config, folder)
     samples = _samples(pipe, source, folder / "samples", config.seed, call)
     evaluated = _samples(pipe, held_out, folder / "held-out", config.seed + 1_000_000, call)
     teacher = known_hash(transformer)
@@ -286,6 +289,13 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
     projected = any(operator.solved for operator in operators)
     return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
+
+
+def _only_chooses(operator: AcceleratedAttention) -> bool:
+    """Whether a layer's parameters are all those of patterns, which give no gradient."""
+    sizes = operator.layer.heads, operator.layer.head_dim
+    choosing = {name for spec in operator.specs for pattern in spec.keep for part in pattern.nested() for name in part.parameters(*sizes)}
+    return all(name in choosing for name, _ in operator.params.named_parameters())
 
 
 def _fresh(operator: AcceleratedAttention) -> bool:

@@ -114,9 +114,9 @@ def test_the_command_on_a_model(tmp_path: Path) -> None:
     pipe = builtin_pipeline()
     pipe.set_progress_bar_config(disable=True)
     given = {"size": (256, 256), "prompts": ["a panda"], "steps": 2, "levels": 1, "max_sequence_length": 8}
-    table = bench_logits(pipe, **given, specs={"f": Fovea(0.5)}, out=tmp_path / "l.json")
+    table = bench_logits(pipe, **given, specs={"keys": Fovea(0.5)}, out=tmp_path / "l.json")
     assert len(table) == 6
-    assert all(0 < row["far_mass"] + row["text_mass"] < 1 and 0 < row["f"] < 1 for row in table.values())
+    assert all(0 < row["far_mass"] + row["text_mass"] < 1 and 0 < row["far kept: keys"] < 1 < row["keys"] for row in table.values())
     assert json.loads((tmp_path / "l.json").read_text())["layers"] == table
     with pytest.raises(ArgumentError, match="steps must be more than the 2 noise levels that are looked at, not 2"):
         bench_logits(pipe, **given | {"levels": 2})

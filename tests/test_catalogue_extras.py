@@ -135,7 +135,7 @@ def test_extras_are_checked_and_old_files_have_none() -> None:
     with pytest.raises(ArgumentError, match="extras must be a tuple"):
         dataclasses.replace(plain, extras=DepthwiseConv())
     with pytest.raises(ArgumentError, match="both name a learned tensor 'conv"):
-        dataclasses.replace(plain, extras=(DepthwiseConv(), DepthwiseConv(3))).make_parameters(heads=1, head_dim=8)
+        dataclasses.replace(plain, extras=(DepthwiseConv(), DepthwiseConv(3)))
     with pytest.raises(ArgumentError, match="exactly the keys"):
         AttentionSpec.from_dict(data | {"extra": []})
 

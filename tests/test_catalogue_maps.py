@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from helpers import Shape, kept_pairs, random_parameters
 from torch import Tensor
 
-from dit_accel import AttentionSpec, attention
+from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.errors import ArgumentError
 from dit_accel.kernels.blocks import Blocks
 from dit_accel.method import (
     Call,
+    DiscBlocks,
     Features,
     Floored,
     Hedgehog,
@@ -270,6 +271,24 @@ def test_taylor_is_the_series_of_the_exponential() -> None:
 # LightNet
 
 
+@pytest.mark.parametrize("apart", [60.0, 95.0, 300.0])
+def test_token_softmax_of_what_a_kept_key_stands_out_from(apart: float) -> None:
+    """One channel of one key is far above the others: the rest of the queries that keep it is a softmax over those."""
+    layout, q, k, v = TokenLayout((1, 8, 8)), *(torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    k[0, 0, 0, 0] = apart
+    spec = AttentionSpec((DiscBlocks(1),), Linear(TokenSoftmax()), Residual(), Tiles((4, 4)), (16, 16))
+    params = spec.make_parameters(heads=1, head_dim=16)
+    with torch.no_grad():
+        params.proj.weight.copy_(torch.eye(16))
+        found = attention(q, k, v, spec, layout, params=params)
+        bare = attention(q, k, v, AttentionSpec((DiscBlocks(1),), order=Tiles((4, 4)), block=(16, 16)), layout)
+    own = [i for i in range(64) if i // 8 < 4 and i % 8 < 4]  # the first tile
+    left = [i for i in range(64) if i not in own]
+    heads = k[0, 0, left].double().softmax(0).T @ v[0, 0, left].double()
+    expected = F.silu(q[0, 0, own].double()) @ heads
+    torch.testing.assert_close((found - bare)[0, 0, own].double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @every_shape
 @pytest.mark.parametrize("scope", ["complement", "all"])
 def test_token_softmax(scope: Any, shape: Shape) -> None:
@@ -295,6 +314,8 @@ def test_token_softmax(scope: Any, shape: Shape) -> None:
         (lambda: Linear("elu", "marginal", 1.0), "negligible"),
         (lambda: Linear(Hedgehog(), weights=Hedgehog()), "weights must be one of"),
         (lambda: Linear(KVGate()), "feature_map must be one of"),
+        (lambda: Linear(weights="KVGate"), "weights must be one of"),  # type: ignore[arg-type]
+        (lambda: Linear(readout="Centred"), "readout must be one of"),  # type: ignore[arg-type]
         (lambda: Taylor(0), "rank must be"),
         (lambda: NormPower(0.0), "power must be"),
     ],

@@ -353,7 +353,7 @@ def test_offsets_are_loaded_and_lowered_as_before() -> None:
         (lambda: Landmarks(0), "ridge must be a number >= 1e-8"),
         (lambda: Decayed("gelu"), "feature_map must be one of"),
         (lambda: Decayed(slopes="one"), "slopes must be 'zero' or 'alibi'"),
-        (lambda: Routed(1), "states must be an int >= 2"),
+        (lambda: Routed(1), "states must be an int from 2 to 64"),
     ],
 )
 def test_other_values_are_refused(make: Any, message: str) -> None:

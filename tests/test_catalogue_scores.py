@@ -374,7 +374,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no levels": (lambda: Pyramid(()), "levels must be one or more numbers of children >= 2"),
     "no children": (lambda: Pyramid((4, 1)), "levels must be one or more numbers of children >= 2"),
     "nothing opened": (lambda: Pyramid(keep=0.0), "keep must be a share of nodes"),
-    "no clusters": (lambda: Clusters(0), "count must be a number of clusters >= 1"),
+    "no clusters": (lambda: Clusters(0), "count must be a number of clusters from 1 to 1024"),
     "a cap below 0": (lambda: Estimated(cap=-1), "cap must be a number >= 0"),
     "another target": (lambda: Gate("loss"), "target must be one of"),  # type: ignore[arg-type]
     "no columns": (lambda: Columns(0), "density must be a share of key blocks"),

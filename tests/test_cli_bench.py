@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import succeed
+from test_cli import fail, succeed
 
 from dit_accel import CLEAR, GNA
 from dit_accel.cli import models
@@ -55,3 +55,10 @@ def test_demo_and_bench_are_thin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         {"repeats": 3, "largest": 4096, "out": tmp_path / "k.json"},
         {"kernels": len(gpu_tune.KERNELS), "out": tmp_path / "t.json"},
     ]
+
+
+@pytest.mark.parametrize("command", ["quality", "logits"])
+def test_more_levels_than_steps_are_refused_before_a_model_is_loaded(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
+    message = "--steps must be more than the 4 noise levels that are looked at, not 4"
+    assert message in fail("bench", command, "--steps", 4, "--levels", 4)

@@ -25,7 +25,7 @@ from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.finetune.velocity import predict
-from dit_accel.method import Call, Cost, Mass, Raster, Residual, Rest, Sizes, TopK
+from dit_accel.method import Call, Columns, Cost, Gate, Mass, Pooled, Raster, Residual, Rest, Sizes, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of, patches_of
@@ -351,3 +351,12 @@ def test_steps_for_what_waits_for_the_second_stage_are_refused(tmp_path: Path) -
     result = learn(pipe := accelerate(prompt_pipe(), spec), tmp_path / "run", steps=2, train="parameters")
     assert result.parameter_history == []
     assert all(bool(operator.params.get_parameter("softened.heat").any()) for operator in operators_of(pipe).values())
+
+
+@pytest.mark.parametrize("keep", [TopK(0.1, score=Gate()), Columns(0.1)], ids=["gate", "columns"])
+def test_what_only_chooses_blocks_can_not_be_trained_by_itself(keep: Any, tmp_path: Path) -> None:
+    pipe = accelerate(prompt_pipe(), AttentionSpec((keep,), Pooled(), Mass(offset=False), Raster(), (16, 16)))
+    for steps in (None, 2):
+        with pytest.raises(DistillationError, match=r"only chooses blocks, which has no gradient. Train 'lora' or 'attention'"):
+            learn(pipe, tmp_path, train="parameters", parameter_steps=steps)
+    assert not any(tmp_path.iterdir())

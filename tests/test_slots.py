@@ -80,9 +80,8 @@ def test_two_parts_do_not_share_a_learned_tensor() -> None:
         def parameters(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
             return {"offset": torch.zeros(heads)}
 
-    spec = AttentionSpec((TopK(0.3, score=Shifted()),), Pooled(), Mass())
-    with pytest.raises(ValueError, match=r"'offset': rename it"):
-        spec.make_parameters(heads=2, head_dim=16)
+    with pytest.raises(ValueError, match=r"both name a learned tensor 'offset': use one of them, or rename it in a part of your own"):
+        AttentionSpec((TopK(0.3, score=Shifted()),), Pooled(), Mass())
 
 
 def with_rest(rest: Any = None, merge: Any = None) -> AttentionSpec:

@@ -6,12 +6,19 @@ from typing import Annotated
 import typer
 
 from dit_accel.cli import options
+from dit_accel.errors import ArgumentError
 
 BENCH_PROMPTS = ["a panda on a blue background", "a cat left of a cactus"]
 QUALITY = "Example: dit-accel bench quality --size 1024x1024 --prompts prompts.txt --out quality.json"
 LOGITS = "Example: dit-accel bench logits --size 1024x1024 --method fovea --method clear:16"
 Levels = Annotated[int, typer.Option(min=1, help="Noise levels of each prompt's run that are looked at, fewer than steps.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt per line; unless given, two of our own.")]
+
+
+def _check(steps: int, levels: int) -> None:
+    """Raise ArgumentError where a run has too few steps."""
+    if steps <= levels:
+        raise ArgumentError(f"--steps must be more than the {levels} noise levels that are looked at, not {steps}")
 
 
 def quality(
@@ -29,6 +36,7 @@ def quality(
     out: options.Result = None,
 ) -> None:
     """Measure how far each method is from the original attention, on the same prompts and noise."""
+    _check(steps, levels)
     reason = "bench quality requires accelerated methods"
     specs = {name: options.parse_spec(name, reason=reason) for name in dict.fromkeys(method or [])} or None
     pixels = options.parse_size(size, model)
@@ -55,6 +63,7 @@ def logits(
     out: options.Result = None,
 ) -> None:
     """Measure what the original's softmax is like, layer by layer: how wide, how many keys, how far."""
+    _check(steps, levels)
     pixels, reason = options.parse_size(size, model), "bench logits requires accelerated methods"
     specs = {name: options.parse_spec(name, reason=reason) for name in dict.fromkeys(method or [])}
     texts = options.read_prompts(prompts) if prompts else BENCH_PROMPTS

@@ -55,12 +55,18 @@ def bench_logits(
     with torch.no_grad():
         for forward in forwards:
             for captured in capture_qkv(pipe, forward):
-                found[captured.layer].append(statistics_of(captured) | recalls(captured, specs or {}))
+                shares = recalls(captured, specs or {})
+                found[captured.layer].append(statistics_of(captured) | {_recall(name): share for name, share in shares.items()})
     table = {layer: {name: statistics.mean(row[name] for row in rows) for name in rows[0]} for layer, rows in found.items()}
     _show(table, list(specs or {}), f"{size[1]}×{size[0]} px, {len(prompts)} prompts, {levels} noise levels")
     if out is not None:
         write_json(out, {"machine": machine(), "size": size, "prompts": list(prompts), "levels": levels, "layers": table})
     return table
+
+
+def _recall(method: str) -> str:
+    """The column of a method, which may have the name of another column."""
+    return f"far kept: {method}"
 
 
 def _sample(captured: Captured) -> Tensor:
@@ -171,8 +177,8 @@ def kept_weights(captured: Captured, spec: AttentionSpec, rows: Tensor, lse: Ten
 
 
 def _show(table: dict[str, Row], methods: Sequence[str], title: str) -> None:
-    view = Table("layer", *COLUMNS.values(), *(f"far kept: {name}" for name in methods), title=title)
+    view = Table("layer", *COLUMNS.values(), *map(_recall, methods), title=title)
     for layer, row in table.items():
         cells = [f"{row[name]:.0f}" if name in ("keys", "taylor") else f"{row[name]:.3g}" for name in COLUMNS]
-        view.add_row(layer, *cells, *(f"{row[name]:.1%}" for name in methods))
+        view.add_row(layer, *cells, *(f"{row[_recall(name)]:.1%}" for name in methods))
     console().print(view)

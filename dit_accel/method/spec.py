@@ -72,6 +72,7 @@ class AttentionSpec:
             require(self.block == (tokens, tokens), f"block must be {(tokens, tokens)} in the order {self.order}", self.block)
         for part in self.parts():
             part.check(self)
+        self.start_values(heads=1, head_dim=16)  # refuses two parts that share a name
 
     def parts(self) -> Iterator[Part]:
         """All parts, those that are fields of others among them."""
@@ -109,7 +110,8 @@ class AttentionSpec:
         for part in self.parts():
             own = part.parameters(heads, head_dim)
             if both := sorted(found.keys() & own.keys()):
-                raise ArgumentError(f"{part} and another part of the spec both name a learned tensor {both[0]!r}: rename it in one of them")
+                rule = f"{part} and another part of the spec both name a learned tensor {both[0]!r}"
+                raise ArgumentError(f"{rule}: use one of them, or rename it in a part of your own")
             found |= own
         return found
 

@@ -32,6 +32,7 @@ class Hedgehog(Features):
     joint: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("joint", self.joint)
 
     def width(self, head_dim: int) -> int:
@@ -159,7 +160,8 @@ class TokenSoftmax(Features):
     """phi(q) = SiLU(q), phi(k) = softmax(k) over the tokens of the rest, channel by channel (LightNet, arXiv 2405.21022), F = D.
 
     Every channel holds a weighted mean of the values, of which each query takes a sum; no mass says how much the rest counts, so the merge
-    must be one that reads none. The paper's scan is causal; here all tokens of the rest are seen, and its rotation is already in q and k.
+    must be one that reads none. In float64, for keys whose channels are up to 700 apart. The paper's scan is causal; here all tokens of the
+    rest are seen, and its rotation is already in q and k.
     """
 
     over_tokens = True
@@ -168,6 +170,7 @@ class TokenSoftmax(Features):
         return head_dim
 
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
+        x = x.double()
         return F.silu(x) if side == "q" else (x - x.detach().amax(1, keepdim=True)).exp()  # `Linear` divides
 
     def cost(self, sizes: Sizes) -> Cost:

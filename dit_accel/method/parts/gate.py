@@ -20,8 +20,8 @@ class Gate(Score):
     """q̄·(f W) with f = [mean | largest | smallest] of a block's keys, channel by channel, and W `[3D, D]` learned for each head.
 
     SeerAttention's released gate (arXiv 2410.13276), with keys after rotary embedding. At the start W is the identity for the mean and 0
-    for the others: `MeanProduct`. A choice of blocks has no gradient: W is fitted by the divergence of softmax(s·score) from `goal`, of
-    which `target` says what it counts.
+    for the others: `MeanProduct`. A choice of blocks has no gradient, so that `distill` leaves W as it is: to fit it, make the divergence
+    of softmax(s·score) from `goal` small; `target` says what that counts.
     """
 
     target: Literal["mass", "error"] = "error"

@@ -38,14 +38,16 @@ class Linear(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.feature_map, Features):
+        if isinstance(self.feature_map, Features):
+            check_part(self.feature_map, Features, "feature_map")
+        else:
             rule = f"feature_map must be one of {tuple(FEATURE_MAPS)} or a part that is a feature map"
             require(isinstance(self.feature_map, str) and self.feature_map in tuple(FEATURE_MAPS), rule, self.feature_map)
         require(self.scope in SCOPES, "scope must be 'complement', 'all' or 'marginal'", self.scope)
         share = is_real(self.negligible) and 0 <= self.negligible < 1
         require(share, "negligible must be a share of key blocks in [0, 1)", self.negligible)
-        for name, slot in (("feature_map", Features), ("weights", KeyWeight), ("readout", Readout)):
-            if not isinstance(value := getattr(self, name), str | None):
+        for name, slot in (("weights", KeyWeight), ("readout", Readout)):
+            if (value := getattr(self, name)) is not None:
                 check_part(value, slot, name)
         massless = self.over_tokens and self.readout is not None
         require(not massless, "readout must be None with features that are divided by their sum over the tokens", self.readout)
@@ -74,8 +76,9 @@ class Linear(Rest):
         phi_q, phi_k = self._features(call.q, "q", call), self._features(call.k, "k", call)
         phi_k, v = (phi_k, call.v) if self.weights is None else self.weights(phi_q, phi_k, call)
         blocks = None if self.scope == "all" else self._blocks(call)
-        if self.over_tokens:
-            return _undivided(_over_sums(phi_q, phi_k, blocks, call), phi_k, v, blocks, call), torch.zeros_like(phi_q[..., 0])
+        if self.over_tokens:  # in float64: among keys that are not kept the largest feature may be far from the largest of all
+            out = _undivided(_over_sums(phi_q, phi_k, blocks, call), phi_k, v.double(), blocks, call)
+            return out.to(call.q.dtype), torch.zeros_like(call.q[..., 0])
         rest = _linear(phi_q, phi_k, v, blocks, call)
         if self.readout is None:
             return rest

@@ -39,6 +39,7 @@ class Mass(Merge):
     offset: bool | Literal["query"] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(isinstance(self.offset, bool) or self.offset == "query", "offset must be True, False or 'query'", self.offset)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -67,6 +68,7 @@ class Norm(Merge):
     kind: Literal["rms", "simple", "l2"] = "rms"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.kind in ("rms", "simple", "l2"), "kind must be 'rms', 'simple' or 'l2'", self.kind)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Stripes(_Offsets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.power) and 0 < self.power <= 1, "power must be a number in (0, 1]", self.power)
+        require(is_real(self.power) and 0.1 <= self.power <= 1, "power must be a number in [0.1, 1]", self.power)
         require(is_int(self.span) and self.span >= 0, "span must be a number of tiles >= 0", self.span)
 
     def steps(self, longest: int) -> list[int]:

@@ -75,7 +75,7 @@ class Clusters(Score):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.count) and self.count >= 1, "count must be a number of clusters >= 1", self.count)
+        require(is_int(self.count) and 1 <= self.count <= 1024, "count must be a number of clusters from 1 to 1024", self.count)
 
     def __call__(self, call: Call) -> Tensor:
         with torch.no_grad():

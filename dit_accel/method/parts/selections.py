@@ -85,9 +85,9 @@ class TopP(Selection):
 class Columns(Selection):
     """The same n = max(1, floor(density · key blocks)) key blocks for all queries of a head: those with the largest mean share + w·k̄.
 
-    The mean, over query blocks, of the softmax of scale · score (+ log n, as in `TopP`); w `[D]` is learned for each head, zero at start.
-    NAtS-L (arXiv 2602.03681) decides so which chunks of keys go to softmax, by a learned product with the layer's input, which an operator
-    has not; STILL (arXiv 2602.02180) by the score `SelfSaliency`.
+    The mean, over query blocks, of the softmax of scale · score (+ log n, as in `TopP`); w `[D]` is one for each head, zero at start (a
+    choice has no gradient: `distill` leaves it as it is). NAtS-L (arXiv 2602.03681) decides so which chunks of keys go to softmax, by a
+    learned product with the layer's input, which an operator has not; STILL (arXiv 2602.02180) by the score `SelfSaliency`.
     """
 
     own_tokens = True  # the choice is one of all queries

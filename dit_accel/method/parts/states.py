@@ -39,6 +39,7 @@ class Decayed(Rest):
     slopes: Literal["zero", "alibi"] = "zero"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", self.feature_map)
         require(self.slopes in ("zero", "alibi"), "slopes must be 'zero' or 'alibi'", self.slopes)
 
@@ -73,7 +74,7 @@ class Routed(Rest):
     e = softmax(E_h x) of a token, x = k to write and q to read; p is the place of its largest entry, e_p. A pair's weight is
     phi(q_i)·phi(k_j) (1 + [p_i = p_j] e_ip e_jp) over the blocks not kept, divided by 1 + 1/states², so that E = 0, the start, is `Linear`
     (SSE, arXiv 2507.16577, the form without a recurrence; the paper's gates are of the layer's input, which the operator doesn't see, and
-    are shared by the heads). At E = 0 all extra states but the first are alike: E is to be set to centroids of keys before it learns.
+    are shared by the heads). At E = 0 all extra states but the first are alike, and part slowly: nothing sets E to centroids of keys.
     """
 
     fit = "descent"
@@ -82,7 +83,7 @@ class Routed(Rest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_int(self.states) and self.states >= 2, "states must be an int >= 2", self.states)
+        require(is_int(self.states) and 2 <= self.states <= 64, "states must be an int from 2 to 64", self.states)
         require(self.feature_map in tuple(FEATURE_MAPS), f"feature_map must be one of {tuple(FEATURE_MAPS)}", self.feature_map)
 
     @property
@@ -162,6 +163,7 @@ class DeltaScan(_Memory):
     decay: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flag("decay", self.decay)
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:

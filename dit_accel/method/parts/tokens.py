@@ -32,6 +32,7 @@ class Token(Rest):
     kind: Literal["energy", "estimated"] = "energy"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.kind in ("energy", "estimated"), "kind must be 'energy' or 'estimated'", self.kind)
 
     @property

@@ -72,6 +72,7 @@ class Centred(Readout):
     gain: Literal["learned", "inline", "mala"] = "learned"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.gain in ("learned", "inline", "mala"), "gain must be 'learned', 'inline' or 'mala'", self.gain)
 
     @property
