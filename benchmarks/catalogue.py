@@ -1,11 +1,11 @@
 """What each part of the catalogue is worth: attention and velocity error at equal cost, untrained and after the first stage of training.
 
-    python benchmarks/catalogue.py OUT.jsonl image-1024 [NAME ...]
-    python benchmarks/catalogue.py OUT.jsonl video-512
+    python benchmarks/catalogue.py OUT.jsonl image-1024 --fit [NAME ...]
+    python benchmarks/catalogue.py OUT.jsonl video-512 --fit
 
 Every part runs in a spec of its own (`SPECS`), with the largest share of kept blocks whose multiply-adds are no more than those of Fovea at
-5 %. Parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured again.
-A line of OUT holds one spec's results; lines that are there already are not computed again.
+5 %. With --fit, parts that learn are fitted by the first stage of `distill` (`STEPS` recorded forwards of other prompts) and measured
+again. A line of OUT holds one spec's results; lines that are there already are not computed again.
 """
 
 import json
@@ -24,7 +24,8 @@ from dit_accel import AttentionSpec, DistillConfig, TokenLayout
 from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.velocity import velocity_errors
-from dit_accel.measure.capture import attention_errors, capture_qkv, deviation, exact_attention
+from dit_accel.measure.capture import capture_qkv, deviation, exact_attention
+from dit_accel.measure.quality import compared
 from dit_accel.method import (
     Centred,
     Clusters,
@@ -70,7 +71,7 @@ from dit_accel.method import (
     TopK,
     TopP,
 )
-from dit_accel.operator.cost import kept_density, multiply_adds
+from dit_accel.operator.cost import multiply_adds
 from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
@@ -189,28 +190,21 @@ def learned(spec: AttentionSpec) -> bool:
     return any(spec.fit(heads=1, head_dim=64).values())
 
 
-def attention_error(pipe: Any, forwards: list[Forward], spec: AttentionSpec, fitted: dict[str, Any] | None = None) -> float:
-    """Mean over forwards and layers of the relative error; `fitted`: the layers' parameters by name."""
+def attention_error(pipe: Any, forwards: list[Forward], spec: AttentionSpec, fitted: dict[str, Any]) -> float:
+    """Mean over forwards and layers of the relative error with the layers' parameters, by name."""
     errors = []
     with torch.no_grad():
         for forward in forwards:
             for captured in capture_qkv(pipe, forward):
-                if fitted is None:
-                    errors.append(attention_errors(captured, {"it": spec})["it"][0])
-                else:
-                    found = deviation(captured, exact_attention(captured), spec, fitted[captured.layer])
-                    errors.append(float((found.error.sum() / found.size.sum()).sqrt()))
+                found = deviation(captured, exact_attention(captured), spec, fitted[captured.layer])
+                errors.append(float((found.error.sum() / found.size.sum()).sqrt()))
     return statistics.mean(errors)
 
 
-def measure(pipe: Any, forwards: list[Forward], training: Path, spec: AttentionSpec) -> dict[str, float]:
-    """A spec's errors at its start values and, where it learns, after the first stage."""
-    row = {"attention": attention_error(pipe, forwards, spec)}
-    with always(dit_accel.accelerate(pipe, spec)):
-        row["velocity"] = statistics.mean(velocity_errors(pipe, forwards))
+def fit(pipe: Any, forwards: list[Forward], training: Path, spec: AttentionSpec) -> dict[str, float]:
+    """A spec's errors once the first stage has fitted what it learns."""
+    dit_accel.accelerate(pipe, spec)
     try:
-        if not learned(spec):
-            return row
         with tempfile.TemporaryDirectory() as folder:
             still = {"steps": 1, "warmup_steps": 10**9}  # of the second stage, which must have a step: one that changes nothing
             config = DistillConfig(train="parameters", parameter_steps=STEPS, parameter_learning_rate=RATE, output_dir=folder, **still)
@@ -218,30 +212,41 @@ def measure(pipe: Any, forwards: list[Forward], training: Path, spec: AttentionS
         (transformer,) = find_transformers(pipe)
         fitted = {name: operator.params for name, operator in operators_of(transformer).items()}
         with always(pipe):
-            row["velocity_fitted"] = statistics.mean(velocity_errors(pipe, forwards))
+            velocity = statistics.mean(velocity_errors(pipe, forwards))
     finally:
         dit_accel.restore(pipe)
-    return row | {"attention_fitted": attention_error(pipe, forwards, spec, fitted)}
+    return {"attention": attention_error(pipe, forwards, spec, fitted), "velocity": velocity}
+
+
+def specs_of(names: list[str], kind: str, layout: TokenLayout, head_dim: int) -> dict[str, AttentionSpec]:
+    """The specs by name, within the budget."""
+    order = Tiles(TILES[kind])
+    budget = multiply_adds(SPECS["Fovea, order 0"](0.05, order), layout, head_dim) * 1.001
+    return {n: FIXED[n](0.05, order) if n in FIXED else dearest(SPECS[n], order, layout, head_dim, budget) for n in names}
 
 
 def main() -> None:
-    out, model, *names = Path(sys.argv[1]), *sys.argv[2:]
+    out, model, *names = Path(sys.argv[1]), *[argument for argument in sys.argv[2:] if argument != "--fit"]
     kind, size = model.split("-")
-    done = {(row["model"], row["name"]) for row in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
-    wanted = [name for name in names or [*SPECS, *FIXED] if (model, name) not in done]
+    rows = list(map(json.loads, out.read_text().splitlines())) if out.exists() else []
+    done = {(row["name"], row["fitted"]) for row in rows if row["model"] == model}
     pipe, forwards, record = forwards_of(kind, int(size))
     captured = next(iter(capture_qkv(pipe, forwards[0])))
-    layout, head_dim, order = TokenLayout(captured.layout.grid), captured.query.shape[-1], Tiles(TILES[kind])
-    budget = multiply_adds(SPECS["Fovea, order 0"](0.05, order), layout, head_dim) * 1.001
+    specs = specs_of(names or [*SPECS, *FIXED], kind, TokenLayout(captured.layout.grid), captured.query.shape[-1])
+
+    def write(name: str, *, fitted: bool, **row: Any) -> None:
+        with out.open("a") as file:
+            file.write(json.dumps({"model": model, "name": name, "fitted": fitted, "spec": str(specs[name]), **row}) + "\n")
+
+    for name, row in compared(pipe, forwards, {name: spec for name, spec in specs.items() if (name, False) not in done}).items():
+        write(name, fitted=False, attention=row["attention_error"], velocity=row["velocity_error"], density=row["density_kept"],
+              multiply_adds=row["multiply_adds"])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        record(Path(folder))
-        for name in wanted:
-            spec = FIXED[name](0.05, order) if name in FIXED else dearest(SPECS[name], order, layout, head_dim, budget)
-            row = {"model": model, "name": name, "spec": str(spec)} | measure(pipe, forwards, Path(folder), spec)
-            row |= {"density": kept_density(spec, layout), "multiply_adds": multiply_adds(spec, layout, head_dim)}
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+        for number, (name, spec) in enumerate(pair for pair in specs.items() if "--fit" in sys.argv and learned(pair[1])):
+            if not number:
+                record(Path(folder))
+            if (name, True) not in done:
+                write(name, fitted=True, **fit(pipe, forwards, Path(folder), spec))
 
 
 if __name__ == "__main__":

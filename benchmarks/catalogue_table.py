@@ -55,28 +55,29 @@ PARTS = {  # name in `catalogue.py` -> what it is, its paper
 }
 
 
-def _errors(row: dict[str, Any] | None, kind: str) -> str:
-    if row is None:
-        return ""
-    fitted = f" → {row[f'{kind}_fitted']:.3f}" if f"{kind}_fitted" in row else ""
-    return f"{row[kind]:.3f}{fitted}"
+Rows = dict[tuple[str, str, bool], dict[str, Any]]  # by model, name, and whether it was fitted
 
 
-def _best(row: dict[str, Any] | None) -> float:
-    return math.inf if row is None else min(row["velocity"], row.get("velocity_fitted", row["velocity"]))
+def _errors(rows: Rows, model: str, name: str, kind: str) -> str:
+    found = [rows.get((model, name, fitted)) for fitted in (False, True)]
+    return " → ".join(f"{row[kind]:.3f}" for row in found if row is not None)
+
+
+def _best(rows: Rows, name: str) -> float:
+    return min(rows[key]["velocity"] if (key := ("image-1024", name, fitted)) in rows else math.inf for fitted in (False, True))
 
 
 def catalogue(folder: Path) -> str:
     """A row for each part, the best first by the image model's velocity error, then those that were not measured."""
     from tables import lines
 
-    rows = [json.loads(line) for line in (folder / "catalogue.jsonl").read_text().splitlines()]
-    image, video = ({row["name"]: row for row in rows if row["model"] == model} for model in ("image-1024", "video-512"))
+    read = map(json.loads, (folder / "catalogue.jsonl").read_text().splitlines())
+    rows: Rows = {(row["model"], row["name"], row["fitted"]): row for row in read}
     made = []
-    for name in sorted(PARTS, key=lambda name: _best(image.get(name))):
-        row = image.get(name)
+    for name in sorted(PARTS, key=lambda name: _best(rows, name)):
+        row = rows.get(("image-1024", name, False))
         cost = f"{row['multiply_adds']:.1%} ({row['density']:.1%})".replace("%", " %") if row else ""
-        errors = [_errors(side, kind) for side in (row, video.get(name)) for kind in ("attention", "velocity")]
+        errors = [_errors(rows, model, name, kind) for model in ("image-1024", "video-512") for kind in ("attention", "velocity")]
         made.append([name, *PARTS[name], cost, *errors])
     head = ["part", "what it computes", "paper", "multiply-adds (kept)", "image: attention", "velocity", "video: attention", "velocity"]
     return lines(head, made)

@@ -129,7 +129,7 @@ FIGURES: dict[str, Figure] = {
     "gpu": Figure(((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"),), {"gpu.json": "benchmarks/gpu-h100.json"}, card="H100"),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "catalogue": Figure(
-        tuple((str(ROOT / "benchmarks" / "catalogue.py"), "catalogue.jsonl", model) for model in ("image-1024", "video-512")),
+        tuple((str(ROOT / "benchmarks" / "catalogue.py"), "catalogue.jsonl", model, "--fit") for model in ("image-1024", "video-512")),
         {"catalogue.jsonl": "benchmarks/catalogue.jsonl"},
     ),
     "recovery": Figure(
