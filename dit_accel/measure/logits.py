@@ -143,13 +143,10 @@ def recalls(captured: Captured, specs: dict[str, AttentionSpec]) -> Row:
     if not specs:
         return {}
     rows = _sample(captured)
-    logits = _logits(captured, rows)
-    true = logits.softmax(-1)[:, :, captured.layout.image_slice] * _far(captured, rows)
-    kept: dict[str, Tensor] = {}
-    far = _far(captured, rows)
-    for name, spec in specs.items():
-        kept[name] = (kept_weights(captured, spec, rows, logits.logsumexp(-1)) * far).sum() / true.sum().clamp_min(1e-12)
-    return {name: float(share) for name, share in kept.items()}
+    logits, far = _logits(captured, rows), _far(captured, rows)
+    lse = logits.logsumexp(-1)
+    true = (logits.softmax(-1)[:, :, captured.layout.image_slice] * far).sum().clamp_min(1e-12)
+    return {name: float((kept_weights(captured, spec, rows, lse) * far).sum() / true) for name, spec in specs.items()}
 
 
 def kept_weights(captured: Captured, spec: AttentionSpec, rows: Tensor, lse: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class TopP(Selection):
     """For each query block the fewest key blocks, best first, whose share of its pooled softmax reaches `mass`; at least one, and no more
     than the share `at_most` of all.
 
-    The pooled softmax is that of scale · score + log n over key blocks of n tokens; a score that counts tokens has log n in it. Such a
-    budget by coverage is one of those compared in The Sparse Frontier (arXiv 2504.17768).
+    The pooled softmax is that of scale · score + log n over key blocks of n tokens; a score that counts tokens has log n in it. Budgets
+    by coverage are among those that The Sparse Frontier (arXiv 2504.17768) compares.
     """
 
     mass: float
