@@ -1,5 +1,5 @@
 "use strict";
-// The viewer of attention. The page's data are in <script id="data">: see view_page.py, which writes them.
+// The viewer of attention. Its data are in the page's element "data": see view_page.py, which writes them.
 
 const KINDS = { i16: Int16Array, u16: Uint16Array, u32: Uint32Array, u8: Uint8Array, f32: Float32Array };
 const MAGMA = [[0, 0, 4], [28, 16, 68], [79, 18, 123], [129, 37, 129], [181, 54, 122], [229, 80, 100], [251, 135, 97], [254, 194, 135], [252, 253, 191]];
@@ -251,7 +251,9 @@ function start() {
   /** The numbers of the token that is chosen, and its text. */
   function tell() {
     const { view, weights, kept } = state, shares = sharesOf(view, weights, kept), now = token();
-    const names = [["text", "text, kept"], ["image", "picture, kept"], ["rest", view.rest ? "picture, estimated" : "picture, lost"]];
+    const picture = size()[0] > 1 ? "video" : "picture";
+    const names = [["image", `${picture}, kept`], ["rest", `${picture}, ${view.rest ? "estimated" : "lost"}`]];
+    if (weights.length > view.image) names.unshift(["text", "text, kept"]);
     byId("bar").replaceChildren(
       ...names.map(([name]) => {
         const part = element("span", name === "rest" && !view.rest ? "lost" : name);
@@ -270,11 +272,11 @@ function start() {
     );
     const frame = size()[0] > 1 ? `frame ${state.frame + 1}, ` : "";
     byId("where").textContent = `Token at ${frame}row ${state.row + 1}, column ${state.column + 1}`;
-    const notes = [`${percent(kept.reduce((a, b) => a + b, 0) / view.image)} of the picture's tokens are kept for it.`];
+    const notes = [`${percent(kept.reduce((a, b) => a + b, 0) / view.image)} of the ${picture}’s tokens are kept for it.`];
     if (view.estimated) notes.push(`The method itself gives ${percent(view.estimated[now] / unit)} to what it estimates.`);
     notes.push(`Its output errs ${percent(view.error[now] / unit)}${view.error[now] === unit ? " or more" : ""} of its size.`);
     byId("notes").textContent = notes.join(" ");
-    const rows = textRows(view, weights), top = Math.max(...rows.map((row) => row.mass), 1e-12);
+    const rows = textRows(view, weights), top = Math.max(...rows.map((row) => row.mass), 0.01); // less than 1 % in all is drawn as little
     byId("text-field").hidden = rows.length === 0;
     byId("text").replaceChildren(
       ...rows.map((row) => {

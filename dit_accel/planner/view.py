@@ -52,8 +52,8 @@ class Watched:
         about = count * about_bytes(layout, head_dim)
         if not self.checked and about > self.limit:
             raise ArgumentError(
-                f"the page would have about {about / 1e6:.0f} MB with {count} views of {layout.image} tokens, and {self.limit / 1e6:g} MB is "
-                "the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit (megabytes=, --megabytes)"
+                f"the page would have about {about / 1e6:.0f} MB with {count} views of {layout.image} tokens, and {self.limit / 1e6:g} MB "
+                "is the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit (megabytes=, --megabytes)"
             )
         self.checked = True
 
