@@ -87,7 +87,7 @@ function colourOf(value) {
 
 function percent(share) {
   const value = 100 * share;
-  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value > 0 && value < 0.01 ? "<0.01" : value.toFixed(2)) + " %";
+  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value > 0 && value < 0.01 ? "<0.01" : value.toFixed(2)) + "\u00a0%";
 }
 
 /** A view of the page's data with its arrays read, in the form that the functions above take. */
