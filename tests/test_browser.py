@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from distill_fixtures import picture_pipe
 from test_plan_page import EXAMPLE
-from test_view import PROMPT, SMALL, video_pipe
+from test_view import PROMPT, SMALL, edit_pipe, video_pipe
 from view_fixtures import CALL, Page
 
 from dit_accel import CLEAR, Assignment, Fovea, Rule, accelerate, view_attention
@@ -207,6 +207,22 @@ def test_a_video_has_frames(opened: Opened, video: Path) -> None:
     assert where(page) == "Token at frame 1, row 2, column 2"
     assert sum(shares(page).values()) == pytest.approx(1)
     assert set(shares(page)) == {"image", "rest"}
+
+
+def test_a_reference_image_has_a_board_of_its_own(opened: Opened, tmp_path: Path) -> None:
+    pipe, call = edit_pipe()
+    accelerate(pipe, Fovea(0.3, **SMALL))
+    path = view_attention(pipe, "make it red", tmp_path / "view.html", layers=1, **call)
+    page, data = opened(path), Page.read(path)
+    (_, h, w), (_, rows, columns) = data.layout(data.views[0])["grids"]
+    choose(page, grid=1)
+    page.focus("#left")
+    for key in ("Home", "PageUp"):
+        page.keyboard.press(key)
+    assert where(page) == "Token at row 1, column 1"
+    weights = data.weights(data.views[0])[h * w]  # the first token of the second image
+    assert shares(page)["text"] == pytest.approx(weights[:12].sum(), abs=1e-6)
+    assert page.evaluate("document.getElementById('left').width / document.getElementById('left').height") == pytest.approx(columns / rows)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_image
 import tiny_video
 import torch
 from conftest import fill_randomly
@@ -222,6 +223,29 @@ def test_layers_of_two_transformers_have_their_names(tmp_path: Path) -> None:
     accelerate(pipe, CLEAR(1.5, tile=(2, 4, 4)))
     page = Page.read(view_attention(pipe, "a panda", tmp_path / "view.html", layers="transformer*.blocks.0.*", steps=[0, 1], **call))
     assert [(layer, step) for layer, _, step in page.names] == [("transformer.blocks.0.attn1", 0), ("transformer_2.blocks.0.attn1", 1)]
+
+
+def edit_pipe() -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline that edits a picture, whose tokens follow the drawn one's."""
+    torch.manual_seed(0)
+    pipe, call = tiny_image.flux_kontext()
+    fill_randomly(pipe.transformer)
+    pipe.encode_prompt = lambda prompt, **_: (emb(1, 12, 32), emb(1, 24), torch.zeros(12, 3))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {k: v for k, v in call.items() if "prompt" not in k and k != "output_type"}
+
+
+def test_an_edit_models_picture_is_among_the_keys(inputs: dict[tuple[str, int], list[Any]], tmp_path: Path) -> None:
+    pipe, call = edit_pipe()
+    accelerate(pipe, METHODS["fovea"])
+    path = view_attention(pipe, "make it red", tmp_path / "view.html", layers=1, heads=1, steps=1, **call)
+    (view,) = (page := Page.read(path)).views
+    q, k, _, layout = inputs[SINGLE, 1]
+    assert [tuple(grid) for grid in page.layout(view)["grids"]] == list(layout.grids)
+    assert len(layout.grids) == 2
+    expected = kept_pairs(q[:, :, layout.image_slice], k[:, :, layout.image_slice], METHODS["fovea"], layout.grids)
+    assert np.array_equal(page.kept(view), expected[0, 1].numpy())
+    assert "image tensor" not in path.read_text()
 
 
 def test_text_is_named_where_that_is_certain() -> None:

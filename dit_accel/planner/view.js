@@ -88,7 +88,8 @@ function colourOf(value) {
 
 function percent(share) {
   const value = 100 * share;
-  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value > 0 && value < 0.01 ? "<0.01" : value.toFixed(2)) + "\u00a0%";
+  if (value === 0) return "0\u00a0%";
+  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value < 0.01 ? "<0.01" : value.toFixed(2)) + "\u00a0%";
 }
 
 /** A view of the page's data with its arrays read, in the form that the functions above take. */
@@ -114,7 +115,7 @@ function start() {
   const data = JSON.parse(document.getElementById("data").textContent), read = makeReader(data.arrays);
   const byId = (id) => document.getElementById(id), unit = 65535; // of shares and errors kept as u16
   const grounds = new Map();
-  const state = { view: null, grid: 0, frame: 0, row: 0, column: 0, weights: null, kept: null };
+  const state = { view: null, grid: 0, frame: 0, row: 0, column: 0, weights: null, kept: null, under: null };
   const pictures = data.pictures.map((source) => {
     const picture = new Image();
     picture.src = source;
@@ -158,6 +159,7 @@ function start() {
     state.kept = keptOf(state.view, token());
     draw();
     tell();
+    point();
   }
 
   /** The picture of the frame that is shown in this size, drawn once; of references there is none. */
@@ -302,6 +304,14 @@ function start() {
     );
   }
 
+  /** The weight of the token that was pointed at last. */
+  function point() {
+    const [row, column] = state.under || [], at = frameStart() + row * size()[2] + column;
+    if (!(at < state.view.image)) return; // nothing was, or it was in a larger image
+    const fate = state.kept[at] ? "kept" : state.view.rest ? "estimated" : "lost";
+    byId("under").textContent = `Row ${row + 1}, column ${column + 1}: ${percent(state.weights[state.view.imageStart + at])} of the mass, ${fate}`;
+  }
+
   /** Text tokens that follow each other with one label, as padding, are one row. */
   function textRows(view, weights) {
     const rows = [], count = weights.length - view.image, labels = view.labelled ? data.text : null;
@@ -329,13 +339,13 @@ function start() {
       move(0, 0, 0);
     });
     canvas.addEventListener("pointermove", (event) => {
-      const [row, column] = pointed(event), at = frameStart() + row * size()[2] + column;
+      const [row, column] = pointed(event);
       if (event.buttons & 1) {
         [state.row, state.column] = [row, column];
         move(0, 0, 0);
       }
-      const fate = state.kept[at] ? "kept" : state.view.rest ? "estimated" : "lost";
-      byId("under").textContent = `Row ${row + 1}, column ${column + 1}: ${percent(state.weights[state.view.imageStart + at])} of the mass, ${fate}`;
+      state.under = [row, column];
+      point();
     });
     canvas.addEventListener("keydown", (event) => {
       const far = event.shiftKey ? 8 : 1, [t, h, w] = size();
