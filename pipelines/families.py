@@ -180,9 +180,7 @@ GLM_IMAGE = Family(
     "glm-image", ("GlmImageTransformer2DModel",), FIRST, grids.of_latents, projections=SELF, text=text_states, mask="pairs", rotary="rope"
 )
 # earlier frames, then the video
-HELIOS = Family(
-    "helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_latents, projections=SELF, sharded="sequence"
-)
+HELIOS = Family("helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_latents, projections=SELF, sharded="sequence")
 ANYFLOW = Family("anyflow", ("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_frames_first, projections=SELF, text=no_text)
 LUMINA = Family(
     "lumina", ("LuminaNextDiT2DModel",), r"layers\.\d+\.attn1", grids.of_latents, projections=QKV, text=no_text, timestep_rises=True,
