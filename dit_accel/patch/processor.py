@@ -179,7 +179,8 @@ def _answer(
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _traced(operator, query, key, value, mask, scale, gqa, primitive)
-        return operator(*with_all_heads(query, key, value), scale, mask, held)
+        more = {} if held is None else {"held": held}
+        return operator(*with_all_heads(query, key, value), scale, mask, **more)
 
     if not intercepted(query):
         return ours(query, key, value)
