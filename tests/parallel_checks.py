@@ -23,6 +23,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule
 from dit_accel.operator import guard
+from dit_accel.parallel import traffic
 from dit_accel.patch import processor
 
 CHECKS: dict[str, Callable[[int], Any]] = {}
@@ -291,6 +292,25 @@ def pipelines(count: int) -> dict[str, Any]:
     found["ltx"] = sampled(lambda: without_masks(Tiny("ltx")), count)
     found["helios"] = sampled(helios_loop, count, cp_plan=helios_plan(count))
     return found
+
+
+@check
+def bytes_sent(count: int) -> dict[str, float]:
+    """What a process sends to others in one forward of FLUX's two layers, and what the formula says of float64."""
+    model = flux()
+    dit_accel.accelerate(model, Fovea(0.3, tile=(4, 4)), strict=True)
+    ulysses(model, count)
+    sent: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(received: Tensor, given: Tensor, incoming: Any, outgoing: list[int], **settings: Any) -> Any:
+        sent.append((given.numel() - outgoing[dist.get_rank()]) * given.element_size())
+        return original(received, given, incoming, outgoing, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(dist, "all_to_all_single", counting)
+        model(**flux_call(6, 10, 12), return_dict=False)
+    return {"measured": sum(sent), "formula": 2 * traffic.ulysses(72, 4, 16, count, width=8), "messages": len(sent)}
 
 
 @check

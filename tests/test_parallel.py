@@ -100,6 +100,12 @@ def test_all_do_what_the_first_process_measured(two: list[dict[str, Any]]) -> No
     assert [result["one_decision"] for result in two] == [[[1], []], [[1], []]]
 
 
+def test_the_bytes_are_those_of_the_formula(two: list[dict[str, Any]]) -> None:
+    for result in two:
+        assert result["bytes_sent"]["measured"] == result["bytes_sent"]["formula"] > 0
+        assert result["bytes_sent"]["messages"] == 4  # two for each layer
+
+
 def test_what_diffusers_itself_can_not_share(two: list[dict[str, Any]]) -> None:
     """The limits that docs/parallel.md names."""
     assert "broadcast shape" in two[0]["broken_in_diffusers"]["mask"]
