@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,9 +20,11 @@ from peft import LoraConfig
 from test_families import SPARSE, Tiny
 from tiny_transformers import kept, make
 from torch import Tensor
+from typer.testing import CliRunner
 
 import dit_accel
 from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule
+from dit_accel.cli.app import app
 from dit_accel.operator import guard
 from dit_accel.parallel import traffic
 from dit_accel.patch import processor
@@ -311,6 +314,19 @@ def bytes_sent(count: int) -> dict[str, float]:
         patch.setattr(dist, "all_to_all_single", counting)
         model(**flux_call(6, 10, 12), return_dict=False)
     return {"measured": sum(sent), "formula": 2 * traffic.ulysses(72, 4, 16, count, width=8), "messages": len(sent)}
+
+
+@check
+def command(count: int) -> dict[str, Any]:
+    """`dit-accel generate` as torchrun starts it, against one process: whether this one wrote, and what."""
+    words = ["generate", "a panda", "--size", "128x160", "--steps", "1", "--method", "fovea:0.2", "--strict", "--out"]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        together, alone = Path(name, "together.png"), Path(name, "alone.png")
+        (first, heads) = counted(lambda: CliRunner().invoke(app, [*words, str(together)], catch_exceptions=False))
+        patch.setenv("WORLD_SIZE", "1")
+        second = CliRunner().invoke(app, [*words, str(alone)], catch_exceptions=False)
+        same = together.read_bytes() == alone.read_bytes() if together.exists() else None
+    return {"codes": [first.exit_code, second.exit_code], "spoke": bool(first.output), "heads": sorted(heads), "same": same}
 
 
 @check

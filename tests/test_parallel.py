@@ -14,6 +14,7 @@ from test_families import SPARSE, Tiny
 
 import dit_accel
 from dit_accel import Fovea
+from dit_accel.cli.launched import processes
 from dit_accel.errors import ArgumentError, DitAccelError, UnsupportedModelError
 from dit_accel.method.assignment import Group
 from dit_accel.operator.cost import computed_pairs
@@ -104,6 +105,17 @@ def test_the_bytes_are_those_of_the_formula(two: list[dict[str, Any]]) -> None:
     for result in two:
         assert result["bytes_sent"]["measured"] == result["bytes_sent"]["formula"] > 0
         assert result["bytes_sent"]["messages"] == 4  # two for each layer
+
+
+def test_the_command_is_shared_by_the_processes_of_a_launch(two: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(two):
+        assert result["command"] == {"codes": [0, 0], "spoke": rank == 0, "heads": [2], "same": True if rank == 0 else None}
+
+
+def test_a_launch_that_can_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ArgumentError, match="WORLD_SIZE must be the number of processes that were started, not 'many'"):
+        processes()
 
 
 def test_what_diffusers_itself_can_not_share(two: list[dict[str, Any]]) -> None:
