@@ -16,19 +16,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import fill_randomly, position_ids, relative_error
+from distill_fixtures import CALL, PROMPTS, prompt_pipe, quick
 from peft import LoraConfig
+from safetensors.torch import save_file
 from test_families import SPARSE, Tiny
 from tiny_transformers import kept, make
 from torch import Tensor
 from typer.testing import CliRunner
 
 import dit_accel
-from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule
+from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule, distill
 from dit_accel.cli.app import app
+from dit_accel.errors import DistillationError
 from dit_accel.operator import guard
 from dit_accel.parallel import traffic
 from dit_accel.patch import processor
 
+TRAINING: dict[str, Any] = {"train": "lora", "attention_weight": 0.5, "flow_weight": 0.5, "gradient_checkpointing": True, "batch_size": 2}
+TRAINING_CALL: dict[str, Any] = CALL | {"width": 128}  # 7 × 8 tokens and 8 of text
+FOLDER: list[Path] = []  # of this run
 CHECKS: dict[str, Callable[[int], Any]] = {}
 Answer = dict[str, float]
 
@@ -46,6 +52,7 @@ def run_all(folder: Path, names: Sequence[str]) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     context_parallel._all_gather_anything = gathered
     found: dict[str, Any] = {}
+    FOLDER[:] = [folder]
     try:
         for name in names:
             try:
@@ -317,6 +324,24 @@ def bytes_sent(count: int) -> dict[str, float]:
 
 
 @check
+def distilled(count: int) -> dict[str, Any]:
+    """A LoRA trained by all on parts of each sequence, of which the main process writes samples and checkpoints; see the test."""
+    pipe = prompt_pipe()
+    dit_accel.accelerate(pipe, CLEAR(2.0))
+    ulysses(pipe.transformer, count)
+    result = distill(pipe, PROMPTS, quick(FOLDER[0] / "run", **TRAINING), progress=False, **TRAINING_CALL)
+    save_file({k: v.contiguous() for k, v in pipe.transformer.state_dict().items()}, FOLDER[0] / f"trained-{dist.get_rank()}.safetensors")
+    pipe = dit_accel.accelerate(prompt_pipe(), SLA(0.25, block=(16, 16)))
+    ulysses(pipe.transformer, count)
+    try:
+        distill(pipe, PROMPTS, quick(FOLDER[0] / "refused", parameter_steps=2), progress=False, **TRAINING_CALL)
+        refused = ""
+    except DistillationError as error:
+        refused = str(error)
+    return {"history": result.history, "refused": refused}
+
+
+@check
 def command(count: int) -> dict[str, Any]:
     """`dit-accel generate` as torchrun starts it, against one process: whether this one wrote, and what."""
     words = ["generate", "a panda", "--size", "128x160", "--steps", "1", "--method", "fovea:0.2", "--strict", "--out"]
@@ -326,7 +351,7 @@ def command(count: int) -> dict[str, Any]:
         patch.setenv("WORLD_SIZE", "1")
         second = CliRunner().invoke(app, [*words, str(alone)], catch_exceptions=False)
         same = together.read_bytes() == alone.read_bytes() if together.exists() else None
-    return {"codes": [first.exit_code, second.exit_code], "spoke": bool(first.output), "heads": sorted(heads), "same": same}
+    return {"codes": [first.exit_code, second.exit_code], "spoke": "wrote" in first.output, "heads": sorted(heads), "same": same}
 
 
 @check

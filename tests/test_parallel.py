@@ -6,14 +6,17 @@ from typing import Any
 
 import diffusers as D
 import pytest
+import torch
 from conftest import tiny_transformer
+from distill_fixtures import PROMPTS, prompt_pipe, quick, same, state
 from forked import start
-from parallel_checks import CHECKS, PIPELINES
-from test_distill_processes import launch
+from parallel_checks import CHECKS, PIPELINES, TRAINING, TRAINING_CALL
+from safetensors.torch import load_file
+from test_distill_processes import close, launch
 from test_families import SPARSE, Tiny
 
 import dit_accel
-from dit_accel import Fovea
+from dit_accel import CLEAR, Fovea, distill
 from dit_accel.cli.launched import processes
 from dit_accel.errors import ArgumentError, DitAccelError, UnsupportedModelError
 from dit_accel.method.assignment import Group
@@ -47,8 +50,13 @@ def found(folder: Path, count: int, names: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found(tmp_path_factory.mktemp("two"), 2, list(CHECKS))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return found(folder, 2, list(CHECKS))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,32 @@ def test_the_bytes_are_those_of_the_formula(two: list[dict[str, Any]]) -> None:
     for result in two:
         assert result["bytes_sent"]["measured"] == result["bytes_sent"]["formula"] > 0
         assert result["bytes_sent"]["messages"] == 4  # two for each layer
+
+
+def test_training_in_parts_is_training(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    """Losses, held-out errors and the LoRA are those of one process, and all processes agree to the bit."""
+    pipe = dit_accel.accelerate(prompt_pipe(), CLEAR(2.0))
+    one = distill(pipe, PROMPTS, quick(tmp_path, **TRAINING), progress=False, **TRAINING_CALL)
+    histories = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r] for r in (one.history, *(x["distilled"]["history"] for x in two))
+    ]
+    assert close(histories[0], histories[1])
+    assert histories[1] == histories[2]
+    assert len({row["loss"] for row in histories[0][1:]}) == 3
+    first, second = (load_file(folder / f"trained-{rank}.safetensors") for rank in (0, 1))
+    assert same(first, second)
+    start, moved = state(dit_accel.accelerate(prompt_pipe(), CLEAR(2.0)).transformer), 0
+    for name, expected in pipe.transformer.state_dict().items():
+        if "lora" in name:
+            step = float((expected - start.get(name, torch.zeros(()))).abs().max())
+            moved += step > 0
+            assert float((first[name] - expected).abs().max()) <= 1e-3 * step, name
+    assert moved > 4
+    assert len(list((folder / "run" / "samples").glob("run-*.safetensors"))) == 2
+
+
+def test_the_first_stage_is_not_for_parts(two: list[dict[str, Any]]) -> None:
+    assert all("the first stage can't be run by processes that share a sequence" in result["distilled"]["refused"] for result in two)
 
 
 def test_the_command_is_shared_by_the_processes_of_a_launch(two: list[dict[str, Any]]) -> None:
