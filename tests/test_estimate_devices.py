@@ -54,11 +54,13 @@ def test_chosen_blocks_have_no_halo() -> None:
 
 def test_states_and_text_are_summed() -> None:
     layout = TokenLayout((1, 16, 16), 10)
-    static = replace(CLEAR(3), rest=SLA(0.1).rest, merge=SLA(0.1).merge)
+    linear = replace(SLA(0.1, tile=(4, 4)), keep=Fovea(radius=3).keep)
     states, text = 2 * 64 * 65 * 4, 10 * 2 * 65 * 4
     border = traffic.halo(CLEAR(3), TokenLayout((1, 16, 16)), 2, 64, 2)
     assert traffic.halo(CLEAR(3), layout, 2, 64, 2) == border + text  # type: ignore[operator]
-    assert traffic.halo(static, layout, 2, 64, 2) == pytest.approx(border + states + text)
+    of_blocks = 2 * 2 * 64 * 2 * traffic.halo_tokens(linear, layout, 2)
+    assert traffic.halo(linear, layout, 2, 64, 2) == pytest.approx(of_blocks + states + text)
+    assert of_blocks > 0
 
 
 def test_a_row_by_hand() -> None:
