@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
+    from dit_accel.planner.planning import plan
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "save_adapter": "adapters.folder",
     "load_adapter": "adapters.folder",
     "push_adapter": "adapters.folder",
+    "plan": "planner.planning",
     "Fovea": "method.presets",
     "CLEAR": "method.presets",
     "SLA": "method.presets",
@@ -70,6 +72,7 @@ __all__ = [
     "generate_hires",
     "get_float32_attention_precision",
     "load_adapter",
+    "plan",
     "push_adapter",
     "restore",
     "save_adapter",
