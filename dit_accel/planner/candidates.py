@@ -9,7 +9,7 @@ import torch
 
 from dit_accel.measure.capture import Captured
 from dit_accel.measure.timing import clock_of
-from dit_accel.method import AttentionSpec
+from dit_accel.method import AttentionSpec, TopK
 from dit_accel.method.presets import CLEAR, GNA, Fovea
 from dit_accel.operator.attention import attention
 from dit_accel.operator.cost import computed_pairs
@@ -18,7 +18,8 @@ from dit_accel.planner.choose import Array
 
 CostUnit = Literal["multiply-adds", "seconds"]
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-FIRST_ORDER = (0.02, 0.05, 0.1, 0.2)  # densities with a rest that changes with the query
+FIRST_ORDER = (0.05, 0.1, 0.2)  # densities with a rest that changes with the query
+TWO_PARTS = (0.02, 0.05)  # with two pooled keys for a tile
 RADII = (8, 16)  # of Fovea and of CLEAR
 WINDOW, STRIDE = 24, 8  # of GNA, in images
 REPEATS = 3  # of a measured time
@@ -44,23 +45,25 @@ class Costs:
 
 
 def default_candidates(grid: tuple[int, int, int]) -> Candidates:
-    """The original attention, Fovea at several densities, of both orders, and radii, CLEAR at the same radii, and in images a GNA window.
+    """The original attention; one tile alone, the cheapest; Fovea at several densities, of both orders, with one and two pooled keys for a
+    tile, and at radii; CLEAR at the same radii, and in images a GNA window.
 
     In tiles of 8 × 8 tokens, of 2 × 8 × 8 in a video. Densities that keep as many tiles on this grid as a smaller one are left out.
     """
     tile = (8, 8) if grid[0] == 1 else (2, 8, 8)
     blocks = math.prod(-(-length // side) for length, side in zip(grid, (1, *tile)[-3:], strict=True))
-    found: list[AttentionSpec | None] = [None]
-    for order, densities in ((0, DENSITIES), (1, FIRST_ORDER)):
+    first = Fovea(DENSITIES[0], tile=tile)
+    found: list[AttentionSpec | None] = [None, AttentionSpec((TopK(DENSITIES[0]),), order=first.order, block=first.block)]
+    for forms, densities in (({}, DENSITIES), ({"parts": 2}, TWO_PARTS), ({"order": 1}, FIRST_ORDER)):
         kept: set[int] = set()
         for density in densities:
-            spec = Fovea(density, tile=tile, order=order)
-            count = blocks if spec.selection is None else spec.selection.count(blocks)
+            count = TopK(density).count(blocks)
             if count not in kept and count < blocks:
                 kept.add(count)
-                found.append(spec)
+                found.append(Fovea(density, tile=tile, **forms))
     for radius in RADII:
         found += [Fovea(radius=radius, tile=tile), CLEAR(radius, tile=tile)]
+    found.append(Fovea(radius=RADII[0], tile=tile, order=1))
     return (*found, GNA(WINDOW, STRIDE, tile=tile)) if grid[0] == 1 else tuple(found)
 
 

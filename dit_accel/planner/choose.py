@@ -18,6 +18,7 @@ Numbers = NDArray[np.int64]
 
 BINS = 4096  # steps of the whole cost
 PRICES = 32  # of cost, in units of error, that a unit's options are found for
+NEAR = 16  # of the sets of candidates that are tried, at each price
 SPECS = 3  # different candidates in a layer, at most
 ALL = 4096  # choices of a unit up to which every one is tried
 OPTIONS = 96  # of a unit, at most
@@ -82,7 +83,7 @@ def _by_prices(unit: Unit) -> Numbers:
         for price in np.concatenate([[0.0], np.geomspace(low, high, PRICES)]):
             weights = (unit.errors + price * unit.cost)[:, sets]  # [H, sets, count]
             least = weights.min(-1).sum(0) + price * (unit.start[sets].sum(-1) + unit.split * (count - 1))
-            few = np.argsort(least)[:4]  # the best sets, and near ones
+            few = np.argsort(least)[:NEAR]
             found.append(
                 np.take_along_axis(np.broadcast_to(sets[few], (heads, len(few), count)), weights[:, few].argmin(-1)[..., None], -1)
             )

@@ -34,7 +34,7 @@ class HeldOut:
 
     def interval(self, errors: Sequence[float]) -> Interval:
         """The mean, ranges of noise weighing alike, with its interval over prompts."""
-        by_prompt = [self._mean(errors, prompt) for prompt in sorted(set(self.prompts))]
+        by_prompt = [self.of_prompt(errors, prompt) for prompt in sorted(set(self.prompts))]
         if len(by_prompt) < 2:
             return Interval(by_prompt[0], None, None)
         low, high = Bootstrap().interval(by_prompt)
@@ -44,6 +44,7 @@ class HeldOut:
         """The mean in each range of noise levels."""
         return tuple(statistics.mean(e for e, k in zip(errors, self.ranges, strict=True) if k == n) for n in sorted(set(self.ranges)))
 
-    def _mean(self, errors: Sequence[float], prompt: int) -> float:
+    def of_prompt(self, errors: Sequence[float], prompt: int) -> float:
+        """The mean of one prompt, ranges of noise weighing alike."""
         own = [(k, e) for k, e, p in zip(self.ranges, errors, self.prompts, strict=True) if p == prompt]
         return statistics.mean(statistics.mean(e for k, e in own if k == n) for n in sorted({k for k, _ in own}))
