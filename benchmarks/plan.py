@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py --size 1024 --work WORK --out benchmarks/plan.json
 
-Error curves come from `--measured` prompts; every setting is then verified on `--held-out` other prompts, whose forwards no choice has seen.
-Each uniform setting is paired with the plan of its multiply-adds and with the plan of its predicted error; ratios are means over prompts with
+Error curves come from `--measured` prompts; every setting is then verified on `--held-out` others, whose forwards no choice has seen. Each
+uniform setting is paired with the plan of its multiply-adds and with the plan of its predicted error; ratios are means over prompts with
 their 95 % intervals. Everything is kept in WORK, so that a stopped run continues.
 """
 

@@ -7,6 +7,8 @@ from dit_accel.planner.measuring import Choice, Measurements
 from dit_accel.planner.record import Asked, Interval, Round
 
 ROUNDS = 6  # of verification, at most
+TRIES = 30  # of aims, most of which lead to choices that are verified already
+CLOSE = 1.02  # between what is enough and what is too much there is nothing worth a round
 NEAR = 0.93  # of the budget: from there on no round is spent on coming nearer
 ALONE = 1.05  # what the error of a single held-out prompt may be exceeded by on others
 
@@ -48,44 +50,46 @@ def aim(found: Measurements, asked: Asked) -> Got:
 def _within(found: Measurements, budget: float) -> Got:
     """The cheapest choice whose promised error is within the budget.
 
-    Errors of layers do not add as squares exactly: the prediction is corrected by the factor found at the last verification, within what
-    earlier ones have shown to be too much and to be enough.
+    Errors of layers do not add as squares exactly: what to aim at is corrected by what the last verification found, between what has shown
+    to be enough and what to be too much, down to the choice that accelerates nothing.
     """
     rounds: list[Round] = []
     best: Got | None = None
     aimed, enough, excess = budget, 0.0, float("inf")
-    tried: set[float] = set()
-    least = float("inf")
-    while len(rounds) < ROUNDS:
+    known: dict[float, float] = {}  # promised error by predicted error
+    for _ in range(TRIES):
         choice = found.within(aimed)
-        if choice is None or not found.accelerates(choice.chosen) or choice.predicted in tried:
-            break
-        tried.add(choice.predicted)
-        errors = found.verify(choice.chosen)
-        verified = found.held_out.interval(errors)
-        rounds.append(Round(choice.predicted, choice.cost, verified))
-        promised = upper(verified)
-        least = min(least, promised)
-        if promised <= budget:
-            enough = max(enough, choice.predicted)
-            if best is None or choice.cost < best.choice.cost:
-                best = Got(choice, errors, verified, _factor(choice, verified), ())
-            if promised >= NEAR * budget:
-                break
+        if choice is None or not found.accelerates(choice.chosen):
+            enough = max(enough, aimed)
         else:
-            excess = min(excess, choice.predicted)
-        aimed = choice.predicted * budget / promised * (0.98 if promised > budget else 0.995)
+            if choice.predicted not in known:
+                if len(rounds) == ROUNDS:
+                    break
+                errors = found.verify(choice.chosen)
+                verified = found.held_out.interval(errors)
+                rounds.append(Round(choice.predicted, choice.cost, verified))
+                known[choice.predicted] = upper(verified)
+                if upper(verified) <= budget and (best is None or choice.cost < best.choice.cost):
+                    best = Got(choice, errors, verified, _factor(choice, verified), ())
+            promised = known[choice.predicted]
+            if NEAR * budget <= promised <= budget:
+                break
+            if promised <= budget:
+                enough = max(enough, aimed)
+            else:
+                excess = min(excess, choice.predicted)
+            aimed = choice.predicted * budget / promised * (0.98 if promised > budget else 0.995)
+        if excess <= enough * CLOSE or (excess == float("inf") and aimed <= enough):
+            break
         if not enough < aimed < excess:
             aimed = (enough * excess) ** 0.5 if enough else excess / 2
-            if excess == float("inf"):
-                break
     if best is None:
-        raise PlanError(_unreachable(budget, least))
+        raise PlanError(_unreachable(budget, min(known.values(), default=None)))
     return Got(best.choice, best.errors, best.verified, best.factor, tuple(rounds))
 
 
-def _unreachable(budget: float, least: float) -> str:
-    if least == float("inf"):
+def _unreachable(budget: float, least: float | None) -> str:
+    if least is None:
         return (
             f"no choice of the candidates that accelerates anything is predicted within the budget {budget:g}: give a larger budget, or "
             "specs that keep more"

@@ -107,7 +107,8 @@ class Knapsack:
         least = sum(own.costs[0] for own in self.options)
         most = sum(own.costs[-1] for own in self.options)
         self._width = max((most - least) / BINS, 1e-12 * max(most, 1.0))
-        costs, errors, self._taken = np.full(BINS + 1, np.inf), np.full(BINS + 1, np.inf), []
+        costs = np.full(BINS + 1 + len(units), np.inf)  # with room for roundings up
+        errors, self._taken = np.full_like(costs, np.inf), []
         costs[0] = errors[0] = 0.0
         for own in self.options:
             costs, errors, taken = self._add(costs, errors, own)
@@ -117,13 +118,14 @@ class Knapsack:
 
     def _add(self, costs: Array, errors: Array, own: Options) -> tuple[Array, Array, Numbers]:
         """One more unit: the least errors by cost above the least cost, their true costs, and which option each takes."""
-        new_costs, new_errors, taken = np.full(BINS + 1, np.inf), np.full(BINS + 1, np.inf), np.zeros(BINS + 1, dtype=np.int64)
+        new_costs, new_errors = np.full_like(costs, np.inf), np.full_like(costs, np.inf)
+        taken = np.zeros(len(costs), dtype=np.int64)
         for number, (cost, error) in enumerate(zip(own.costs, own.errors, strict=True)):
             step = self._step(own, number)
-            sums = errors[: BINS + 1 - step] + error
+            sums = errors[: len(costs) - step] + error
             better = sums < new_errors[step:]
             new_errors[step:][better], taken[step:][better] = sums[better], number
-            new_costs[step:][better] = costs[: BINS + 1 - step][better] + cost
+            new_costs[step:][better] = costs[: len(costs) - step][better] + cost
         return new_costs, new_errors, taken
 
     def _step(self, own: Options, number: int) -> int:

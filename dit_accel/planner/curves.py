@@ -8,8 +8,8 @@ one head: the logarithm of estimate over truth has a standard deviation of 0.28,
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,11 @@ from dit_accel.errors import PlanError
 from dit_accel.finetune.data.collect import Forward
 from dit_accel.finetune.surroundings import model_kept
 from dit_accel.finetune.velocity import on_device, predict
-from dit_accel.measure.capture import Captured
+from dit_accel.measure.capture import Captured, attending, original_attention
 from dit_accel.method import AttentionSpec, TopK
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout, joint_memory_order
 from dit_accel.patch.anatomy import require_family
-from dit_accel.patch.modes import always
-from dit_accel.patch.state import operators_of
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.planner.candidates import Candidates, seconds
 
@@ -86,86 +84,54 @@ def prepared(transformer: Any, spec: AttentionSpec) -> Iterator[Any]:
             restore(transformer)
 
 
-def _original(captured: Captured) -> Tensor:
-    bias = captured.key_bias
-    mask = None if bias is None else bias[:, None, None].to(captured.query.dtype)
-    return F.scaled_dot_product_attention(captured.query, captured.key, captured.value, mask, scale=captured.scale)
-
-
-@contextlib.contextmanager
-def attending(transformer: Any, attend: Callable[[Captured], Tensor]) -> Iterator[None]:
-    """A function in the place of every accelerated layer's attention, for the length of a `with` block."""
-
-    def of_layer(layer: str) -> Callable[..., Tensor]:
-        def attended(
-            query: Tensor, key: Tensor, value: Tensor, layout: Any, scale: float | None, bias: Tensor | None, forward: Any
-        ) -> Tensor:
-            scale = forward.scaled(scale, key.shape[2], query.shape[3])
-            return attend(Captured(query, key, value, layout, layer, scale, bias))
-
-        return attended
-
-    operators = operators_of(transformer)
-    try:
-        for name, operator in operators.items():
-            operator.attend = of_layer(name)  # type: ignore[method-assign]
-        with always(transformer), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
-            yield
-    finally:
-        for operator in operators.values():
-            vars(operator).pop("attend", None)
-
-
-def _differentiable(transformer: Any, forward: Forward) -> tuple[Tensor, list[Call]]:
-    """The prediction of one recorded forward, with exact attention, and every call of its layers."""
-    calls: list[Call] = []
-    recording = True
-
-    def attend(captured: Captured) -> Tensor:
-        out = _original(captured)
-        if not out.requires_grad:
-            out.requires_grad_()  # where the graph begins
-        if recording:  # gradient checkpointing calls once more
-            inputs = Captured(
-                captured.query.detach(), captured.key.detach(), captured.value.detach(), captured.layout, captured.layer, captured.scale,
-                captured.text_bias,
-            )  # fmt: skip
-            calls.append(Call(inputs, out))
-        return out
-
-    with attending(transformer, attend), torch.enable_grad():
-        prediction = predict(transformer, forward.arguments)
-        recording = False
-    return prediction, calls
-
-
 def measure(transformer: Any, forward: Forward, specs: Sequence[AttentionSpec | None], *, probes: int, seed: int) -> Measured:
     """The curves of one recorded forward of a `prepared` transformer, of each candidate; None is the original attention, with zeros.
 
     `probes`: random directions of the prediction, each a backward pass. Layers whose calls aren't accelerated are left out; raises
     PlanError where that is all of them.
     """
-    prediction, calls = _differentiable(transformer, forward)
-    if not calls:
-        raise PlanError(f"no layer of {type(transformer).__name__} would be accelerated in these calls: summary(pipe) tells why")
-    size = prediction.detach().float().square().sum().clamp_min(1e-30)
-    outputs = [call.output for call in calls]
-    generator = torch.Generator().manual_seed(seed)
-    gradients: list[list[Tensor]] = [[] for _ in calls]
-    for number in range(probes):
-        probe = torch.randn(prediction.shape, generator=generator).to(prediction)
-        found = torch.autograd.grad(prediction, outputs, probe, retain_graph=number + 1 < probes, allow_unused=True)
-        for own, gradient, call in zip(gradients, found, calls, strict=True):
-            own.append((torch.zeros_like(call.output) if gradient is None else gradient).cpu())
-    found_curves: dict[str, Tensor] = {}
+    size, calls, gradients = _differentiated(transformer, forward, probes, seed)
+    found: dict[str, Tensor] = {}
     shapes: dict[str, Shape] = {}
     with torch.no_grad():
         for call, own in zip(calls, gradients, strict=True):
-            name, errors = call.inputs.layer, _errors(call, own, specs) / size.cpu()
+            name, errors = call.inputs.layer, _errors(call, own, specs) / size
             before = shapes.get(name)
             shapes[name] = Shape(call.inputs.layout, call.inputs.query.shape[-1], 1 if before is None else before.calls + 1)
-            found_curves[name] = errors if before is None else found_curves[name] + errors
-    return Measured(found_curves, shapes)
+            found[name] = errors if before is None else found[name] + errors
+    return Measured(found, shapes)
+
+
+def _differentiated(transformer: Any, forward: Forward, probes: int, seed: int) -> tuple[float, list[Call], list[list[Tensor]]]:
+    """The squared size of a prediction with exact attention, every call of its layers, and of each call its output's gradients from the
+    probes, on the CPU."""
+    calls: list[Call] = []
+    recording = True
+
+    def attend(captured: Captured) -> Tensor:
+        out = original_attention(captured)
+        if not out.requires_grad:
+            out.requires_grad_()  # where the graph begins
+        if recording:  # gradient checkpointing calls once more
+            query, key, value = (x.detach() for x in (captured.query, captured.key, captured.value))
+            calls.append(Call(replace(captured, query=query, key=key, value=value), out))
+        return out
+
+    with attending(transformer, attend), torch.enable_grad():
+        prediction = predict(transformer, forward.arguments)
+        recording = False
+        if not calls:
+            raise PlanError(f"no layer of {type(transformer).__name__} would be accelerated in these calls: summary(pipe) tells why")
+        generator = torch.Generator().manual_seed(seed)
+        gradients: list[list[Tensor]] = [[] for _ in calls]
+        for number in range(probes):
+            probe = torch.randn(prediction.shape, generator=generator).to(prediction)
+            outputs = [call.output for call in calls]
+            found = torch.autograd.grad(prediction, outputs, probe, retain_graph=number + 1 < probes, allow_unused=True)
+            for own, gradient, call in zip(gradients, found, calls, strict=True):
+                own.append((torch.zeros_like(call.output) if gradient is None else gradient).cpu())
+    size = max(float(prediction.detach().float().square().sum()), 1e-30)
+    return size, [replace(call, output=call.output.detach()) for call in calls], gradients
 
 
 def first_grid(transformer: Any, forward: Forward) -> tuple[int, int, int]:
@@ -189,7 +155,7 @@ def measured_seconds(transformer: Any, forward: Forward, specs: Candidates) -> d
             if shape not in known:
                 known[shape] = seconds(specs, captured).plain()
             found[captured.layer] = known[shape]
-        return _original(captured)
+        return original_attention(captured)
 
     with attending(transformer, attend), torch.no_grad():
         predict(transformer, forward.arguments)
@@ -200,7 +166,7 @@ def _errors(call: Call, gradients: Sequence[Tensor], specs: Sequence[AttentionSp
     """E ‖J·δ‖² of each head and candidate in one call, `[H, C]` float32 on the CPU."""
     inputs = call.inputs
     image, heads = inputs.layout.image_slice, inputs.query.shape[1]
-    exact = call.output.detach()[:, :, image].float()
+    exact = call.output[:, :, image].float()
     device = exact.device
     columns = []
     for spec in specs:

@@ -51,7 +51,7 @@ class Work:
         try:
             with safe_open(path, "pt") as file:
                 shapes = json.loads((file.metadata() or {})["shapes"])
-                return Measured({name: file.get_tensor(name) for name in file.keys()}, {n: Shape.read(s) for n, s in shapes.items()})  # noqa: SIM118
+                return Measured({name: file.get_tensor(name) for name in shapes}, {name: Shape.read(own) for name, own in shapes.items()})
         except FileNotFoundError:
             pass
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
