@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
+    from dit_accel.planner.planning import plan
     from dit_accel.planner.view import view_attention
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "save_adapter": "adapters.folder",
     "load_adapter": "adapters.folder",
     "push_adapter": "adapters.folder",
+    "plan": "planner.planning",
     "Fovea": "method.presets",
     "CLEAR": "method.presets",
     "SLA": "method.presets",
@@ -72,6 +74,7 @@ __all__ = [
     "generate_hires",
     "get_float32_attention_precision",
     "load_adapter",
+    "plan",
     "push_adapter",
     "restore",
     "save_adapter",

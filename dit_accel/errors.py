@@ -44,5 +44,9 @@ class DistillationError(DitAccelError, ValueError):
     """Distillation can't start or continue; the message says why."""
 
 
+class PlanError(DitAccelError, ValueError):
+    """A plan can't be made: the message says why, and which budget is reachable where the one asked for is not."""
+
+
 class WriteError(DitAccelError, OSError):
     """A file can't be written: the disk is full, say, or the folder read-only. What was there before is there still."""

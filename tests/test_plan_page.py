@@ -1,5 +1,6 @@
 """`plan.html`: every number of a plan's record is on its page, in its place."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -167,7 +168,7 @@ def test_other_plans(plan: Plan) -> None:
     assert "verified on 1 held-out prompt" in page.text
     assert page.beginning("", "cost")[1][3] == "4.85\xa0%"
     page = changed(plan, scaling=Scaling((4096,), ()))
-    assert "sizes that are not of 4,096 tokens are extrapolated" in page.text
+    assert "Measured with 4,096 image tokens; other sizes are extrapolated." in page.text
     assert "the shares of key blocks stay as they are" in page.text
     page = changed(plan, curve=tuple(replace(point, verified=None) for point in plan.curve))
     assert "the curve and the settings are as predicted" in page.text
@@ -196,12 +197,32 @@ def test_the_chart_is_logarithmic_and_joins_what_is_planned() -> None:
     assert circles[0] == pytest.approx((x.at(0.1), y.at(0.02)), abs=0.06)
     assert x.at(0.2) == pytest.approx((x.at(0.1) + x.at(0.4)) / 2)
     assert y.at(0.04) < y.at(0.02)
-    assert x.ticks() == pytest.approx([0.1, 0.2])
+    assert x.ticks() == pytest.approx([0.09, 0.1, 0.2, 0.3, 0.4])
     low, high = (float(value) for value in re.findall(r'<line x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)" y2="([\d.]+)"/>', text)[0])
     assert (low, high) == pytest.approx((y.at(0.01), y.at(0.04)), abs=0.06)
     assert f'y1="{y.at(0.01):.1f}"' in text.split('class="budget"')[1]
     assert math.isclose(y.at(0.005) - y.at(0.01), y.at(0.01) - y.at(0.02))
     assert curve_chart([], 0.1, "cost", "error") == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.004, 0.3, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]),
+        (0.11, 0.24, [0.12, 0.14, 0.16, 0.18, 0.2, 0.22, 0.24]),
+        (0.45, 0.83, [0.5, 0.6, 0.7, 0.8]),
+        (0.97, 1.03, [0.97, 0.98, 0.99, 1.0]),
+    ],
+)
+def test_an_axis_has_numbers_however_short_it_is(low: float, high: float, ticks: list[float]) -> None:
+    assert Axis(low, high, 0, 1).ticks() == pytest.approx(ticks)
+
+
+def test_labels_of_points_in_one_place_are_next_to_each_other() -> None:
+    marks = [Mark("uniform", 0.1, 0.2, None, None, label, "") for label in "ABC"] + [Mark("uniform", 0.5, 0.1, None, None, "D", "")]
+    places = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="[\d.]+">[A-D]<', curve_chart(marks, None, "cost", "error"))]
+    assert [b - a for a, b in itertools.pairwise(places[:3])] == pytest.approx([14, 14])
+    assert places[3] > places[2] + 100
 
 
 @pytest.mark.parametrize(

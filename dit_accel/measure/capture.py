@@ -47,32 +47,47 @@ class Captured:
         return bias
 
 
-def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
-    """The attention inputs of every accelerated layer in one recorded forward, computed with exact attention in the method's place."""
-    found: list[Captured] = []
+def original_attention(captured: Captured) -> Tensor:
+    """The original attention `[B, H, N, D]` of a layer's inputs, in their dtype."""
+    over_keys = captured.key_bias
+    mask = None if over_keys is None else over_keys[:, None, None].to(captured.query.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(captured.query, captured.key, captured.value, mask, scale=captured.scale)
 
-    def dense_instead(layer: str) -> Callable[..., Tensor]:
-        def attend(
+
+@contextlib.contextmanager
+def attending(transformer: Any, attend: Callable[[Captured], Tensor]) -> Iterator[None]:
+    """A function of the inputs in the place of every accelerated layer's method, for the length of a `with` block."""
+
+    def in_place_of(layer: str) -> Callable[..., Tensor]:
+        def attended(
             query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Any
         ) -> Tensor:
             scale = forward.scaled(scale, key.shape[2], query.shape[3])
-            captured = Captured(query, key, value, layout, layer, scale, bias)
-            found.append(captured)
-            over_keys = captured.key_bias
-            mask = None if over_keys is None else over_keys[:, None, None].to(query.dtype)
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+            return attend(Captured(query, key, value, layout, layer, scale, bias))
 
-        return attend
+        return attended
 
     operators = operators_of(transformer)
     try:
         for name, operator in operators.items():
-            operator.attend = dense_instead(name)  # type: ignore[method-assign]
-        with torch.no_grad(), always(transformer), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
-            predict(transformer, forward.arguments)
+            operator.attend = in_place_of(name)  # type: ignore[method-assign]
+        with always(transformer), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
+            yield
     finally:
         for operator in operators.values():
             vars(operator).pop("attend", None)
+
+
+def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
+    """The attention inputs of every accelerated layer in one recorded forward, computed with exact attention in the method's place."""
+    found: list[Captured] = []
+
+    def attend(captured: Captured) -> Tensor:
+        found.append(captured)
+        return original_attention(captured)
+
+    with torch.no_grad(), attending(transformer, attend):
+        predict(transformer, forward.arguments)
     return found
 
 

@@ -40,10 +40,14 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times the powers of ten that are on it."""
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        every = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-        return [value for value in every if self.low <= value <= self.high]
+        """1, 2 and 5 times the powers of ten that are on it; where these are fewer than three, numbers between them, eight at most."""
+        powers = [10.0**power for power in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)]
+        found: list[float] = []
+        for steps in ((1, 2, 5), tuple(range(1, 10)), tuple(n / 10 for n in range(10, 100, 2)), tuple(n / 10 for n in range(10, 100))):
+            found = [step * power for power in powers for step in steps if self.low <= step * power <= self.high]
+            if len(found) >= 3:
+                break
+        return found[:: -(-len(found) // 8) or 1]
 
 
 def percent(value: float) -> str:
@@ -72,7 +76,10 @@ def curve_chart(marks: Sequence[Mark], budget: float | None, x_label: str, y_lab
     line = sorted((mark for mark in shown if mark.kind == "planned"), key=lambda mark: mark.cost)
     points = " ".join(f"{x.at(mark.cost):.1f},{y.at(mark.error):.1f}" for mark in line)
     parts.append(f'<polyline class="planned" points="{points}"/>')
-    parts += [_mark(mark, x, y) for mark in shown]
+    labels: list[tuple[float, float]] = []
+    for mark in shown:
+        shift = _free(x.at(mark.cost), y.at(mark.error), labels) if mark.label else 0.0
+        parts.append(_mark(mark, x, y, shift))
     return "".join([*parts, "</svg>"])
 
 
@@ -92,13 +99,22 @@ def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
     return parts
 
 
-def _mark(mark: Mark, x: Axis, y: Axis) -> str:
+def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
+    """How far to the right of its place a label is free of those before it; it is taken from then on."""
+    shift = 0.0
+    while any(abs(x + shift - other) < 14 and abs(y - height) < 12 for other, height in taken):
+        shift += 14
+    taken.append((x + shift, y))
+    return shift
+
+
+def _mark(mark: Mark, x: Axis, y: Axis, shift: float) -> str:
     across, up = x.at(mark.cost), y.at(mark.error)
     ends = ""
     if mark.low and mark.high:
         ends = f'<line x1="{across:.1f}" x2="{across:.1f}" y1="{y.at(mark.low):.1f}" y2="{y.at(mark.high):.1f}"/>'
     shape = f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5"/>'
-    place = f'x="{across + 11:.1f}" y="{up - 7:.1f}"'
+    place = f'x="{across + 11 + shift:.1f}" y="{up - 7:.1f}"'
     if mark.kind in ("chosen", "forecast"):  # its label is below the line of the others
         place = f'text-anchor="end" x="{across - 10:.1f}" y="{up + 18:.1f}"'
         shape = f'<path d="M{across:.1f} {up - 10:.1f}l10 10l-10 10l-10-10z"/>'

@@ -201,10 +201,8 @@ def _ranges(plan: Plan) -> str:
 
 def _sizes(plan: Plan, codes: list[str], names: list[str]) -> str:
     measured = [f"{n:,}" for n in sorted(plan.scaling.measured)]
-    ends = f"between {measured[0]} and {measured[-1]}" if len(measured) > 1 else f"of {measured[0]}"
-    if not measured:
-        return ""
-    words = f"<p>Measured with {' and '.join(measured)} image tokens; sizes that are not {ends} tokens are extrapolated.</p>"
+    between = f"sizes that are not between {measured[0]} and {measured[-1]} tokens" if len(measured) > 1 else "other sizes"
+    words = f"<p>Measured with {' and '.join(measured)} image tokens; {between} are extrapolated.</p>"
     if not plan.scaling.rules:
         return words + "<p>At every size the shares of key blocks stay as they are.</p>"
     rows = []

@@ -1,0 +1,106 @@
+"""What heads may get, and what it costs: in multiply-adds, counted, or in seconds, measured."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dit_accel.measure.capture import Captured
+from dit_accel.measure.timing import clock_of
+from dit_accel.method import AttentionSpec, TopK
+from dit_accel.method.presets import CLEAR, GNA, Fovea
+from dit_accel.operator.attention import attention
+from dit_accel.operator.cost import computed_pairs
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.planner.choose import Array
+
+CostUnit = Literal["multiply-adds", "seconds"]
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+FIRST_ORDER = (0.05, 0.1, 0.2)  # densities with a rest that changes with the query
+TWO_PARTS = (0.02, 0.05)  # with two pooled keys for a tile
+RADII = (8, 16)  # of Fovea and of CLEAR
+WINDOW, STRIDE = 24, 8  # of GNA, in images
+REPEATS = 3  # of a measured time
+Candidates = tuple[AttentionSpec | None, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a layer in a forward. `each` `[C]`: of one head; `start` `[C]`: of a call, whatever its heads; `split`: of each further call."""
+
+    each: Array
+    start: Array
+    split: float
+
+    def plain(self) -> list[Any]:
+        """JSON-ready."""
+        return [self.each.tolist(), self.start.tolist(), self.split]
+
+    @classmethod
+    def read(cls, data: list[Any]) -> "Costs":
+        each, start, split = data
+        return cls(np.array(each), np.array(start), split)
+
+
+def default_candidates(grid: tuple[int, int, int]) -> Candidates:
+    """The original attention; one tile alone, the cheapest; Fovea at several densities, of both orders, with one and two pooled keys for a
+    tile, and at radii; CLEAR at the same radii, and in images a GNA window.
+
+    In tiles of 8 × 8 tokens, of 2 × 8 × 8 in a video. Densities that keep as many tiles on this grid as a smaller one are left out.
+    """
+    tile = (8, 8) if grid[0] == 1 else (2, 8, 8)
+    blocks = math.prod(-(-length // side) for length, side in zip(grid, (1, *tile)[-3:], strict=True))
+    first = Fovea(DENSITIES[0], tile=tile)
+    found: list[AttentionSpec | None] = [None, AttentionSpec((TopK(DENSITIES[0]),), order=first.order, block=first.block)]
+    for forms, densities in (({}, DENSITIES), ({"parts": 2}, TWO_PARTS), ({"order": 1}, FIRST_ORDER)):
+        kept: set[int] = set()
+        for density in densities:
+            count = TopK(density).count(blocks)
+            if count not in kept and count < blocks:
+                kept.add(count)
+                found.append(Fovea(density, tile=tile, **forms))
+    for radius in RADII:
+        found += [Fovea(radius=radius, tile=tile), CLEAR(radius, tile=tile)]
+    found.append(Fovea(radius=RADII[0], tile=tile, order=1))
+    return (*found, GNA(WINDOW, STRIDE, tile=tile)) if grid[0] == 1 else tuple(found)
+
+
+def multiply_adds(specs: Candidates, layout: TokenLayout, head_dim: int, calls: int = 1) -> Costs:
+    """Of a head's scores and values over all tokens, text among them, and what the parts add. Splitting a layer adds no arithmetic; a
+    millionth of a head is counted, so that of equal choices the one of fewer calls is taken."""
+    each = np.array([calls * 2 * head_dim * computed_pairs(spec, layout, head_dim) for spec in specs])
+    return Costs(each, np.zeros(len(specs)), 2e-6 * head_dim * layout.tokens**2)
+
+
+def seconds(specs: Candidates, inputs: Captured) -> Costs:
+    """Measured on a layer's inputs: with all heads and with half of them, and what taking heads apart and together costs."""
+    clock = clock_of(inputs.query.device)
+    heads = inputs.query.shape[1]
+    few = max(1, heads // 2)
+
+    def measured(spec: AttentionSpec | None, count: int) -> float:
+        q, k, v = (x[:, :count].contiguous() for x in (inputs.query, inputs.key, inputs.value))
+
+        def run() -> None:
+            if spec is None:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=inputs.scale)
+            else:
+                attention(q, k, v, spec, inputs.layout, scale=inputs.scale, text_bias=inputs.text_bias)
+
+        run()  # what is made once is made
+        return min(clock(run) for _ in range(REPEATS))
+
+    with torch.no_grad():
+        whole, part = (np.array([measured(spec, count) for spec in specs]) for count in (heads, few))
+        index = torch.arange(0, heads, 2, device=inputs.query.device)
+
+        def take_apart() -> None:
+            for x in (inputs.query, inputs.key, inputs.value):
+                x.index_select(1, index)
+            torch.cat([inputs.query, inputs.query[:, :1]], 1)
+
+        split = min(clock(take_apart) for _ in range(REPEATS))
+    each = np.maximum(whole - part, 0.1 * whole * (heads - few) / heads) / max(1, heads - few) if heads > few else whole
+    return Costs(each, np.maximum(whole - heads * each, 0.0), split)

@@ -1,0 +1,205 @@
+"""`plan` as a whole on tiny pipelines of three families: the promise holds, what is chosen is near the best, and nothing is changed."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distill_fixtures import CALL, prompt_pipe
+from peft import LoraConfig
+from test_distill_guidance import CALLS, pipeline
+
+import dit_accel
+from dit_accel import CLEAR, SLA, Assignment, Fovea
+from dit_accel.errors import AlreadyAcceleratedError, PlanError
+from dit_accel.patch.anatomy import attention_layers
+from dit_accel.planner import aim, curves, measuring, planning, verified
+from dit_accel.planner.record import Asked, Interval, Plan
+from dit_accel.planner.work import Work
+
+PROMPTS = ["a cat on a blue background", "a panda on a red background", "a frog left of a cactus", "a dog"]
+SPECS = [None, Fovea(0.05, tile=(4, 4)), Fovea(0.35, tile=(4, 4)), Fovea(0.6, tile=(4, 4))]
+FAMILIES = ("flux", "lora", "sd3", "wan")  # guidance embedded, in one pass, in two
+
+
+def make(name: str) -> Any:
+    pipe = pipeline("flux" if name == "lora" else name)
+    if name == "lora":
+        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipe.transformer.add_adapter(config, "sketch")
+    return pipe
+
+
+def call_of(name: str) -> dict[str, Any]:
+    return CALLS["flux" if name == "lora" else name]
+
+
+def drawn(pipe: Any, name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return pipe(prompt="a fox", generator=generator, output_type="latent", **call_of(name))[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_budget_holds_and_nothing_is_changed(name: str, tmp_path: Path) -> None:
+    pipe = make(name)
+    before, state = drawn(pipe, name), torch.get_rng_state()
+    layers = {n: type(m) for n, m in pipe.transformer.named_modules()}
+    uniform = dit_accel.plan(pipe, PROMPTS, speed=1.2, specs=SPECS, folder=tmp_path, progress=False, **call_of(name))
+    budget = 0.9 * uniform.outcome.verified.mean
+    plan = dit_accel.plan(pipe, PROMPTS, budget=budget, specs=SPECS, folder=tmp_path, progress=False, **call_of(name))
+    assert aim.upper(plan.outcome.verified) <= budget
+    assert plan.outcome.cost < 1
+    assert plan.outcome.speed == pytest.approx(1 / plan.outcome.cost)
+    assert len(plan.ranges) == 2  # the call has two steps
+    assert [layer.name for layer in plan.layers] == list(attention_layers(pipe.transformer))
+    assert all(len(row) == layer.heads for rows in plan.chosen for row, layer in zip(rows, plan.layers, strict=True))
+    assert sum(error for rows in plan.errors for row in rows for error in row) == pytest.approx(2 * plan.outcome.predicted**2, rel=1e-4)
+    assert set(plan.model.loras) == ({"sketch"} if name == "lora" else set())
+    assert {n: type(m) for n, m in pipe.transformer.named_modules()} == layers
+    assert torch.equal(drawn(pipe, name), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    loaded = Assignment.load(plan.save(tmp_path / "plan.json"))
+    dit_accel.accelerate(pipe, loaded)
+    assert not torch.equal(drawn(pipe, name), before)
+
+
+def test_a_plan_is_near_the_best_of_all_choices(tmp_path: Path) -> None:
+    """Two layers of two heads with three candidates: all 81 choices, verified, against the plan of each budget."""
+    pipe = prompt_pipe()
+    specs = (None, *SPECS[2:])
+    request = measuring.Request(pipe, tuple(PROMPTS[:3]), tuple(PROMPTS[3:]), specs, "multiply-adds", 1, 0, False, CALL)
+    found = measuring.measured(request, Work.begin(tmp_path, request.settings()))
+    every = []
+    for flat in itertools.product(range(len(specs)), repeat=4):
+        chosen = ((flat[:2], flat[2:]),)
+        if found.accelerates(chosen):
+            errors = found.held_out.errors(pipe.transformer, found.assignment(chosen))
+            cost = sum(found.costs[name].each[n] for name, row in zip(found.heads, chosen[0], strict=True) for n in row)
+            every.append((cost / sum(2 * own.each[0] for own in found.costs.values()), aim.upper(found.held_out.interval(errors))))
+    for budget in sorted(error for _, error in every)[20::15]:
+        got = aim.aim(found, Asked(budget, None))
+        assert got.choice.cost <= 1.05 * min(cost for cost, error in every if error <= budget)
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def test_a_stopped_plan_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"speed": 1.2, "specs": SPECS, "progress": False, **CALL}
+    expected = dit_accel.plan(prompt_pipe(), PROMPTS[:3], **arguments)
+    measured, left = curves.measure, iter(range(3))
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if next(left) == 2:
+            raise Stop
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure", stopping)
+    pipe = prompt_pipe()
+    with pytest.raises(Stop):
+        dit_accel.plan(pipe, PROMPTS[:3], folder=tmp_path, **arguments)
+    assert not any("dit_accel" in name for name, _ in pipe.transformer.named_modules())
+    assert len(list(tmp_path.glob("curves-*.safetensors"))) == 2
+    calls: list[int] = []
+    monkeypatch.setattr(measuring, "measure", lambda *a, **k: calls.append(1) or measured(*a, **k))
+    found = dit_accel.plan(pipe, PROMPTS[:3], folder=tmp_path, **arguments)
+    assert len(calls) == 2  # two prompts, two ranges
+    assert found == expected
+    assert found.outcome == expected.outcome
+    monkeypatch.setattr(measuring, "measure", stopping)
+    monkeypatch.setattr(verified.HeldOut, "errors", stopping)  # all is there
+    assert dit_accel.plan(pipe, PROMPTS[:3], folder=tmp_path, **arguments) == expected
+    with pytest.raises(PlanError, match="contains the work on a plan with other held-out prompts, prompts: name another folder"):
+        dit_accel.plan(pipe, PROMPTS[1:], folder=tmp_path, **arguments)
+    next(tmp_path.glob("curves-*.safetensors")).write_bytes(b"no")
+    with pytest.raises(PlanError, match=r"curves-.* is damaged: .*; delete it, and it is made again"):
+        dit_accel.plan(pipe, PROMPTS[:3], folder=tmp_path, **arguments)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "both": ({"budget": 0.1, "speed": 2.0}, "give a budget or a speed, not both"),
+    "budget": ({"budget": 0.0}, "budget must be a number above 0"),
+    "speed": ({"speed": 1}, "speed must be a number above 1"),
+    "one": ({"prompts": ["a"]}, "requires at least two prompts, one of them to verify on, not 1"),
+    "text": ({"prompts": "a cat"}, "prompts must be a non-empty list"),
+    "overlap": ({"held_out": PROMPTS[:1]}, "held-out prompts must not be measured"),
+    "orders": ({"specs": [Fovea(tile=(4, 4)), SLA(0.3)]}, "the specs of a plan must have one order"),
+    "none": ({"specs": [None]}, "specs must contain AttentionSpecs, at least one"),
+    "unit": ({"unit": "flops"}, "unit must be 'multiply-adds' or 'seconds'"),
+    "ranges": ({"ranges": 0}, "ranges must be a number of ranges"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_planned_is_refused(case: str) -> None:
+    given, message = REFUSED[case]
+    prompts = given.get("prompts", PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        dit_accel.plan(prompt_pipe(), prompts, **{k: v for k, v in given.items() if k != "prompts"}, **CALL)
+
+
+def test_an_accelerated_pipeline_is_refused() -> None:
+    pipe = dit_accel.accelerate(prompt_pipe(), CLEAR(2.0))
+    with pytest.raises(AlreadyAcceleratedError, match=r"call restore\(\.\.\.\) before planning"):
+        dit_accel.plan(pipe, PROMPTS, **CALL)
+
+
+def test_what_is_out_of_reach_says_what_is_not(tmp_path: Path) -> None:
+    pipe, arguments = prompt_pipe(), {"specs": SPECS[1:], "folder": tmp_path, "progress": False, **CALL}
+    with pytest.raises(PlanError, match=r"no candidate reaches the speed 100: the fastest choice has \d"):
+        dit_accel.plan(pipe, PROMPTS, speed=100, **arguments)
+    with pytest.raises(PlanError, match="predicted within the budget 1e-06: give a larger budget"):
+        dit_accel.plan(pipe, PROMPTS, budget=1e-6, **arguments)
+    least = dit_accel.plan(pipe, PROMPTS, speed=1.001, **arguments)
+    assert all(n > 0 for rows in least.chosen for row in rows for n in row)  # the original attention may not be chosen
+    assert isinstance(least, Plan)
+
+
+class Fake:
+    """Measurements whose predictions are wrong by a factor that grows with the error."""
+
+    def __init__(self, least: float = 0.0) -> None:
+        self.least, self.verified = least, 0
+        self.held_out = self
+
+    def within(self, error: float) -> measuring.Choice | None:
+        return None if error < self.least else measuring.Choice((), 1 - error, error)
+
+    def accelerates(self, chosen: Any) -> bool:
+        return True
+
+    def verify(self, chosen: Any) -> list[float]:
+        self.verified += 1
+        return []
+
+    def interval(self, errors: Any) -> Interval:
+        mean = self.last * (1.2 + 3 * self.last)
+        return Interval(mean, 0.9 * mean, 1.1 * mean)
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.3])
+def test_predictions_are_corrected_until_the_promise_holds(budget: float) -> None:
+    fake: Any = Fake()
+    plain = fake.within
+
+    def within(error: float) -> Any:
+        fake.last = error
+        return plain(error)
+
+    fake.within = within
+    got = aim.aim(fake, Asked(budget, None))
+    promised = aim.upper(got.verified)
+    assert aim.NEAR * budget <= promised <= budget
+    assert len(got.rounds) == fake.verified <= aim.ROUNDS
+    fake.least = 0.9 * budget
+    with pytest.raises(PlanError, match=rf"no choice of the candidates is within the budget {budget:g}; the smallest that was reached is"):
+        aim.aim(fake, Asked(budget, None))
+
+
+def test_the_public_name_is_the_function() -> None:
+    assert dit_accel.plan is planning.plan
