@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.errors import ArgumentError
 from dit_accel.finetune.data.collect import Forward, Recorder
 from dit_accel.finetune.velocity import predict
 from dit_accel.kernels import reference
@@ -16,6 +17,7 @@ from dit_accel.method import AttentionSpec, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel.ulysses import Ulysses
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
@@ -48,7 +50,12 @@ class Captured:
 
 
 def capture_inputs(transformer: Any, forward: Forward) -> list[Captured]:
-    """The attention inputs of every accelerated layer in one recorded forward, computed with exact attention in the method's place."""
+    """The attention inputs of every accelerated layer in one recorded forward, computed with exact attention in the method's place.
+
+    Raises ArgumentError for a transformer that is spread over processes.
+    """
+    if Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
+        raise ArgumentError("attention inputs can't be captured while processes share a sequence: capture them in one process")
     found: list[Captured] = []
 
     def dense_instead(layer: str) -> Callable[..., Tensor]:
