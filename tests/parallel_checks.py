@@ -372,6 +372,17 @@ def padded_text(count: int) -> dict[str, Any]:
 
 
 @check
+def half(count: int) -> dict[str, Any]:
+    def build() -> Tiny:
+        tiny = Tiny("flux")
+        tiny.pipe.to(torch.bfloat16)
+        tiny.call |= {name: x.bfloat16() for name, x in tiny.call.items() if isinstance(x, Tensor)}
+        return tiny
+
+    return sampled(build, count)
+
+
+@check
 def dense_and_restored(count: int) -> dict[str, float]:
     """The original model under context parallelism, within `dense` and after `restore`."""
     tiny, expected = Tiny("flux"), Tiny("flux").run()

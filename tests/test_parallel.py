@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as D
@@ -19,6 +20,8 @@ import dit_accel
 from dit_accel import CLEAR, Fovea, distill
 from dit_accel.cli.launched import processes
 from dit_accel.errors import ArgumentError, DitAccelError, UnsupportedModelError
+from dit_accel.finetune.data.collect import Forward
+from dit_accel.measure.capture import capture_inputs
 from dit_accel.method.assignment import Group
 from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
@@ -96,6 +99,12 @@ def test_the_mask_of_padded_text_is_gathered(two: list[dict[str, Any]]) -> None:
     for result in two:
         assert result["padded_text"]["heads"] == [1]
         assert result["padded_text"]["error"] < 1e-5
+
+
+def test_bfloat16_is_sent_as_it_is(two: list[dict[str, Any]]) -> None:
+    for result in two:
+        assert result["half"]["heads"] == [1]
+        assert result["half"]["error"] < 2**-7
 
 
 def test_the_original_runs_in_parallel_too(two: list[dict[str, Any]]) -> None:
@@ -297,6 +306,28 @@ def test_a_processor_that_does_not_know_of_it_is_refused() -> None:
     model._parallel_config = parallel(ulysses_degree=2)
     with pytest.raises(UnsupportedModelError, match=r"Own of transformer_blocks.0.attn does not know of context parallelism"):
         dit_accel.accelerate(model, Fovea(0.3))
+
+
+def spread() -> Any:
+    """A configuration as one of two processes has it."""
+    config = parallel(ulysses_degree=2)
+    config.context_parallel_config._ulysses_mesh = SimpleNamespace(get_group=lambda: None, size=lambda: 2, get_local_rank=lambda: 0)
+    return config
+
+
+def test_stages_are_kept_by_one_process_alone(tmp_path: Path) -> None:
+    pipe = dit_accel.builtin_pipeline()
+    pipe.transformer._parallel_config = spread()
+    with pytest.raises(ArgumentError, match="stages can't be kept by processes that share a picture"):
+        dit_accel.generate_hires(pipe, "a panda", height=256, width=256, base=128, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_are_captured_in_one_process_alone() -> None:
+    model = dit_accel.accelerate(tiny_transformer(), Fovea(0.3))
+    model._parallel_config = spread()
+    with pytest.raises(ArgumentError, match="can't be captured while processes share a sequence"):
+        capture_inputs(model, Forward({}, torch.empty(0), torch.empty(0), "", 0, 0))
 
 
 def test_enable_parallelism_is_the_class_s_own_again_after_restore() -> None:

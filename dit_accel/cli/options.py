@@ -53,7 +53,9 @@ Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else c
 Prompts = Annotated[Path, typer.Option(help="Text file with one prompt per line; empty lines are skipped.")]
 Hires = Annotated[
     bool,
-    typer.Option("--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages."),
+    typer.Option(
+        "--hires", help="Draw --base first, then each doubling over it in part. Finished stages are kept in OUT-stages, by one process."
+    ),
 ]
 Base = Annotated[int | None, typer.Option(min=1, help="With --hires: the first picture's longer side, at most.", show_default="1024")]
 Strength = Annotated[

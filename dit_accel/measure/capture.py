@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.errors import ArgumentError
 from dit_accel.finetune.data.collect import Forward, Recorder
 from dit_accel.finetune.velocity import predict
 from dit_accel.kernels import reference
@@ -16,6 +17,7 @@ from dit_accel.method import AttentionSpec, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel.ulysses import Ulysses
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
@@ -56,7 +58,12 @@ def original_attention(captured: Captured) -> Tensor:
 
 @contextlib.contextmanager
 def attending(transformer: Any, attend: Callable[[Captured], Tensor]) -> Iterator[None]:
-    """A function of the inputs in the place of every accelerated layer's method, for the length of a `with` block."""
+    """A function of the inputs in the place of every accelerated layer's method, for the length of a `with` block.
+
+    Raises ArgumentError for a transformer that is spread over processes.
+    """
+    if Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
+        raise ArgumentError("attention inputs can't be captured while processes share a sequence: capture them in one process")
 
     def in_place_of(layer: str) -> Callable[..., Tensor]:
         def attended(

@@ -58,13 +58,13 @@ def check_sharing(model: Any, config: Any, family: Family, layers: list[Layer]) 
 def _check_backends(model: Any) -> None:
     """Raise ValueError where an attention module has a backend that would compute attention among one process's tokens; diffusers itself
     looks at the first module alone."""
-    able = _AttentionBackendRegistry._supports_context_parallel
+    able = sorted(AttentionBackendName(name).value for name in _AttentionBackendRegistry._supports_context_parallel)
     for name, module in model.named_modules():
         chosen = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        if chosen is not None and not _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(chosen)):
+        if chosen is not None and AttentionBackendName(chosen).value not in able:
             raise ArgumentError(
-                f"{name} has the attention backend {getattr(chosen, 'value', chosen)!r}, which does not support context parallelism: call "
-                f"set_attention_backend(...) with one of {sorted(getattr(x, 'value', x) for x in able)}"
+                f"{name} has the attention backend {AttentionBackendName(chosen).value!r}, which does not support context parallelism: "
+                f"call set_attention_backend(...) with one of {able}"
             )
 
 

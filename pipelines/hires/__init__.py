@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
+from dit_accel.parallel.ulysses import Ulysses
 from dit_accel.patch.anatomy import forward_names
 from dit_accel.patch.modes import proportional
 from dit_accel.patch.state import CONTEXT
@@ -71,6 +72,8 @@ def generate_hires(
     """
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
+    if folder is not None and Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
+        raise ArgumentError("stages can't be kept by processes that share a picture, as each would write them: leave the folder out")
     _check_call(pipe, prompt, call)
     unit = token_pixels(pipe, transformer)
     sizes = recipe.sizes(unit)
