@@ -372,10 +372,18 @@ def estimate(
 def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Also show what this adapter is (a folder, a hub id or a published file).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Show what this method holds, weighs and reads; may be repeated.")] = None,
 ) -> None:
     """Show versions, the machine, and which model families, methods and backends there are here."""
+    if method and (model is not None or adapter is not None):
+        raise ArgumentError("--method shows a method alone: leave --model and --adapter out")
+    specs = [options.parse_spec(text, reason="info --method requires accelerated methods") for text in method or []]
     from dit_accel.cli import info as cli_info
 
+    if specs:
+        for spec in specs:
+            cli_info.show_frame(spec)
+        return
     rows = cli_info.package_rows()
     if model is not None:
         rows |= cli_info.model_rows(model)
