@@ -32,7 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "adapters": BELOW_ADAPTERS,
     "finetune": BELOW_ADAPTERS | {"adapters"},
     "measure": BELOW_ADAPTERS | {"adapters", "finetune"},
-    "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
+    "planner": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
+    "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure", "planner"},
 }
 # what needs the standard library and torch alone
 TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks"}
