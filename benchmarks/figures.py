@@ -31,7 +31,9 @@ from dit_accel.operator.cost import multiply_adds
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {  # page -> its tables
     "README.md": {"short": TABLES["short"]},
-    "docs/measured.md": {name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery")},
+    "docs/measured.md": {
+        name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
+    },
     "docs/gpu.md": {"gpu": TABLES["gpu"]},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},

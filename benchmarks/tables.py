@@ -123,14 +123,16 @@ def recovery(folder: Path) -> str:
 
 def combinations(folder: Path) -> str:
     """Errors of methods of like cost before and after as many steps, the best first."""
-    rows = sorted(read(folder / "recovery-steps.json")["rows"], key=lambda row: float(row["error_after"]))
+    record = read(folder / "recovery-steps.json")
+    rows = sorted(record["rows"], key=lambda row: float(row["error_after"]))
     made = []
     for row in rows:
         cost = f"{row['multiply_adds']:.1%}".replace("%", " %")
         gone = f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
         psnr = f"{row['psnr']['untrained']:.1f} → {row['psnr']['after']:.1f}"
         made.append([COMBINED[row["method"]], cost, f"{row['error_untrained']:.3f}", gone, psnr])
-    return lines(["method", "multiply-adds", "untrained", "after 200 steps", "PSNR, dB"], made)
+    after = f"after {record['settings']['train_steps']} steps"
+    return lines(["method", "multiply-adds", "untrained", after, "PSNR, dB"], made, record)
 
 
 def quality(folder: Path) -> str:

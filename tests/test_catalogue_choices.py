@@ -92,7 +92,9 @@ def test_the_loss_is_the_divergence_from_what_blocks_are_worth(name: str, shape:
 def test_the_first_stage_fits_it_and_shows_the_held_out_loss(name: str, tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), choosing(name))
     before = learned(pipe)
-    rows = learn(pipe, tmp_path, **STAGE).parameter_history
+    result = learn(pipe, tmp_path, **STAGE)
+    rows = result.parameter_history
+    assert result.choice_loss == (rows[0]["held_out_choice_before"], rows[-1]["held_out_choice"])
     assert all(row["choice"] > 0 for row in rows)
     assert rows[-1]["held_out_choice"] < 0.98 * rows[0]["held_out_choice_before"]
     assert ["held_out_choice" in row for row in rows] == [False] * 11 + [True]

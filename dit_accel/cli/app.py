@@ -165,7 +165,7 @@ def distill(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DistillConfig.steps,
     parameter_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla and learned choices, else 0."),
+        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla or learned choices."),
     ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     optimizer: Annotated[
@@ -234,6 +234,8 @@ def distill(
         "held_out_error_after": result.error_after,
     }
     folder = save_adapter(pipe, out / "adapter", training=record)
+    if result.choice_loss is not None:
+        typer.echo("held-out loss of the choice of blocks: {:.4f} before, {:.4f} after the first stage".format(*result.choice_loss))
     typer.echo(f"held-out relative error of the prediction: {result.error_before:.4f} before, {result.error_after:.4f} after")
     typer.echo(f"wrote {folder}")
 
