@@ -22,7 +22,7 @@ from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.data.collect import Samples, collect_prompts
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.moments import Moments
-from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
+from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus, together
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.method.assignment import Moment, groups
 from dit_accel.patch.anatomy import check_unfused, projection_names
@@ -194,7 +194,9 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             f"several processes have their model on one GPU ({', '.join(shared)}): give each its own, with "
             'pipe.to(f"cuda:{os.environ[\'LOCAL_RANK\']}") in the place of pipe.to("cuda")'
         )
-    if config.batch_size % count:
+    if together():
+        _check_together(transformer, patch, config)
+    elif config.batch_size % count:
         raise DistillationError(f"batch_size must be a multiple of {count}, the number of processes that share it, not {config.batch_size}")
     folder = Path(config.output_dir)
     check_folder(folder)
@@ -244,6 +246,20 @@ def _check_launch() -> None:
         raise DistillationError(
             f"every process trains the whole model: {', '.join(asked)} is not supported, use a plain multi-GPU configuration of accelerate"
         )
+
+
+def _check_together(transformer: Any, patch: Patch, config: DistillConfig) -> None:
+    """Raise DistillationError for what can't be trained while processes share each sequence."""
+    operators = operators_of(transformer).values()
+    starts = any(part.starts for operator in operators for spec in operator.specs for part in spec.parts())
+    if starts or (config.parameter_steps != 0 and any(list(operator.parameters()) for operator in operators)):
+        raise DistillationError(
+            "the first stage can't be run by processes that share a sequence: set parameter_steps=0, and fit the method's parameters in "
+            "one process before, on smaller samples"
+        )
+    hooks = (getattr(transformer.get_submodule(name), "_diffusers_hook", None) for name in patch.originals)
+    if config.attention_weight > 0 and any("cp_output" in name for hook in hooks for name in getattr(hook, "hooks", {})):
+        raise DistillationError("attention is compared in parts, but diffusers gathers it layer by layer here: set attention_weight=0")
 
 
 def _check_plain(transformer: Any, patch: Patch) -> None:

@@ -114,7 +114,9 @@ class SelectionArguments(NamedTuple):
     """The arguments of `dit_accel::select_blocks`, but for the implementation's name.
 
     `q`, `k` `[B, H, N, D]`: image tokens; starts, widths and places as in `Arguments`. `top`: key blocks per query block. `weight`
-    `[k blocks]` float32: a factor of each block's score, or None; `bias` `[B, H, k blocks]` float32: joins it, or None.
+    `[k blocks]` float32: a factor of each block's score, or None; `bias` `[B, H, k blocks]` float32: joins it, or None. `v` as `k`, in the
+    place of a bias: then the score is that of the error which a block's pooled key would leave, of logits of this `scale`; `score_cap` as
+    in `SummaryArguments`.
     """
 
     q: ChosenFrom
@@ -128,6 +130,9 @@ class SelectionArguments(NamedTuple):
     bias: Tensor | None = None
     places_q: Tensor | None = None
     places_k: Tensor | None = None
+    v: Annotated[Tensor | None, Mark(strided=True)] = None
+    scale: float = 1.0
+    score_cap: float = 0.0
 
 
 class SummaryArguments(NamedTuple):
@@ -359,6 +364,16 @@ def check_summary(a: SummaryArguments) -> None:
     if not (0 <= a.text_q <= a.q.shape[2] and 0 <= a.text <= a.k.shape[2]):
         numbers = f"{a.text_q} of {a.q.shape[2]} queries and {a.text} of {a.k.shape[2]} keys"
         raise ValueError(f"the text must be a part of the tokens, not {numbers}")
+
+
+def check_selection(a: SelectionArguments) -> None:
+    """Raise ValueError at values that do not fit the keys."""
+    if a.v is None:
+        return
+    if a.v.shape != a.k.shape:
+        raise ValueError(f"v must have k's shape {tuple(a.k.shape)}, not {tuple(a.v.shape)}")
+    if a.bias is not None:
+        raise ValueError("a choice takes values or a bias, not both: leave v or bias out")
 
 
 def check_mixture(a: MixtureArguments) -> None:

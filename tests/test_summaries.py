@@ -28,7 +28,7 @@ from dit_accel.kernels.arguments import (
     SummaryArguments,
 )
 from dit_accel.kernels.cpu import native
-from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Tiles, TopK
+from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Pooled, Tiles, TopK
 from dit_accel.method.parts import Call, content
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
@@ -339,17 +339,45 @@ def test_nothing_past_the_tensors_is_read() -> None:
 # The choice of blocks
 
 
+def by_error(rest: Pooled | None = None, cap: float = 2.0) -> AttentionSpec:
+    return AttentionSpec((TopK(0.3, score=ErrorProduct(cap)),), rest or Pooled(), Mass(), Tiles((4, 4)), (16, 16))
+
+
 @every_target
 @every_shape
-def test_the_kernels_choose_by_the_error(shape: Shape) -> None:
-    spec = Fovea(0.3, tile=(4, 4), order=1)
-    plan, qkv = plan_of(shape, spec), shape.inputs()
+@pytest.mark.parametrize("spec", [by_error(), by_error(cap=0.02), by_error(Pooled(parts=2, order=1))], ids=str)
+def test_the_kernels_choose_by_the_error(shape: Shape, spec: AttentionSpec) -> None:
+    plan = plan_of(shape, spec)
     layouts = Layouts(shape.layout, shape.layout)
-    made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
-    got = lowering.lists(*qkv[:2], spec, layouts, plan, 0.3, "cpu", made)
-    expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
-    assert torch.equal(got.index.long(), expected)
-    assert not torch.equal(got.index, lowering.lists(*qkv[:2], Fovea(0.3, tile=(4, 4)), layouts, plan, 0.3, "cpu", None).index)
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = shape.inputs(dtype)
+        made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
+        assert (made is None) == spec.rest.plain  # type: ignore[union-attr]  # then it is one operator
+        got = lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", made)
+        expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
+        assert torch.equal(got.index.long(), expected)
+        by_mean = dataclasses.replace(spec, keep=(TopK(0.3),))
+        assert not torch.equal(got.index, lowering.lists(*qkv, by_mean, layouts, plan, 0.3, "cpu", None).index)
+
+
+def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, spec = SHAPES["ragged"], by_error()
+    layouts, qkv, plan = Layouts(shape.layout, shape.layout), shape.inputs(), plan_of(shape, spec)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", None).index)
+    assert torch.equal(*found)
+
+
+def test_keys_far_from_the_origin_are_chosen_by_their_spread() -> None:
+    """Variances of keys that are near to each other and far from 0 are not lost to rounding."""
+    shape, spec = Shape(1, 2, 24, (1, 16, 16)), by_error()
+    plan, (q, k, v) = plan_of(shape, spec), shape.inputs()
+    q, k, v = q / 100, k / 100 + 30, v / 100 - 30
+    got = lowering.lists(q, k, v, spec, Layouts(shape.layout, shape.layout), plan, 0.3, "cpu", None)
+    expected = visited_blocks(image_call(*(x.double() for x in (q, k, v)), shape.layout, plan, {}, 0.3), spec, plan)
+    assert torch.equal(got.index.long(), expected.index.sort(-1).values)
 
 
 def test_a_bias_joins_the_score() -> None:
@@ -382,7 +410,7 @@ def test_all_of_a_call_runs_in_the_kernels(dtype: torch.dtype, monkeypatch: pyte
 
 
 def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the choice takes the summaries: gradients do not pass through them."""
+    """Gradients do not pass through the choice."""
     from dit_accel import attention
 
     spec = AttentionSpec((TopK(0.3, score=ErrorProduct()),), Linear("relu"), Mass(), Tiles((4, 4)), (16, 16))
@@ -396,6 +424,21 @@ def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatc
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.ones(1, 2, 95, 8)}, r"v must have k's shape \(1, 2, 96, 8\), not \(1, 2, 95, 8\)"),
+        ({"v": torch.ones(1, 2, 96, 8), "bias": torch.ones(1, 2, 6)}, "values or a bias, not both: leave v or bias out"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_a_choice_are_refused(change: dict[str, Tensor], message: str) -> None:
+    starts, x = torch.arange(0, 97, 16, dtype=torch.int32), torch.ones(1, 2, 96, 8)
+    a = SelectionArguments(q=x, k=x, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
+    with pytest.raises(ValueError, match=message):
+        ops.select_blocks(a._replace(**change), "cpu")
 
 
 @pytest.mark.parametrize(

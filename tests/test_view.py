@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_image
 import tiny_video
 import torch
 from conftest import fill_randomly
@@ -26,6 +27,7 @@ from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.heads import Layer
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.planner.kept import Place, looked_at
+from dit_accel.planner.names import short_name
 from dit_accel.planner.text_tokens import labels_of_text
 from dit_accel.planner.view_page import about_bytes, rounded, view_page
 
@@ -95,7 +97,7 @@ def test_what_is_kept_and_its_share_are_the_oracles(name: str, inputs: dict[tupl
         error = (out[0, head, layout.image_slice] - exact[head]).norm(dim=-1) / exact[head].norm(dim=-1)
         assert np.allclose(page.shares(view, "error"), error.clamp(max=1).numpy(), atol=1e-3)
         assert view["rest"] == (spec.rest is not None)
-        assert view["method"] == str(spec)
+        assert view["method"] == short_name(spec)
 
 
 def test_what_the_method_gives_to_the_estimated_is_its_own_softmax(inputs: dict[tuple[str, int], list[Any]], tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_heads_show_what_they_run_at_each_step(tmp_path: Path) -> None:
     page = viewed(assignment, tmp_path, layers="*", heads=[0, 1], steps=[0, 2])
     assert page.names == [(layer, head, step) for step in (0, 2) for layer in (DOUBLE, SINGLE) for head in (0, 1)]
     methods = [view["method"] for view in page.views]
-    assert methods == ["original"] * 4 + [str(fovea), str(clear), "original", str(clear)]
+    assert methods == ["original"] * 4 + ["fovea:0.3,tile=4x4", "clear:2.5,tile=4x4", "original", "clear:2.5,tile=4x4"]
     for view in page.views:
         if view["method"] == "original":
             assert view["pairs"] is None
@@ -221,6 +223,29 @@ def test_layers_of_two_transformers_have_their_names(tmp_path: Path) -> None:
     accelerate(pipe, CLEAR(1.5, tile=(2, 4, 4)))
     page = Page.read(view_attention(pipe, "a panda", tmp_path / "view.html", layers="transformer*.blocks.0.*", steps=[0, 1], **call))
     assert [(layer, step) for layer, _, step in page.names] == [("transformer.blocks.0.attn1", 0), ("transformer_2.blocks.0.attn1", 1)]
+
+
+def edit_pipe() -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline that edits a picture, whose tokens follow the drawn one's."""
+    torch.manual_seed(0)
+    pipe, call = tiny_image.flux_kontext()
+    fill_randomly(pipe.transformer)
+    pipe.encode_prompt = lambda prompt, **_: (emb(1, 12, 32), emb(1, 24), torch.zeros(12, 3))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {k: v for k, v in call.items() if "prompt" not in k and k != "output_type"}
+
+
+def test_an_edit_models_picture_is_among_the_keys(inputs: dict[tuple[str, int], list[Any]], tmp_path: Path) -> None:
+    pipe, call = edit_pipe()
+    accelerate(pipe, METHODS["fovea"])
+    path = view_attention(pipe, "make it red", tmp_path / "view.html", layers=1, heads=1, steps=1, **call)
+    (view,) = (page := Page.read(path)).views
+    q, k, _, layout = inputs[SINGLE, 1]
+    assert [tuple(grid) for grid in page.layout(view)["grids"]] == list(layout.grids)
+    assert len(layout.grids) == 2
+    expected = kept_pairs(q[:, :, layout.image_slice], k[:, :, layout.image_slice], METHODS["fovea"], layout.grids)
+    assert np.array_equal(page.kept(view), expected[0, 1].numpy())
+    assert "image tensor" not in path.read_text()
 
 
 def test_text_is_named_where_that_is_certain() -> None:

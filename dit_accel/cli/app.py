@@ -354,9 +354,13 @@ def estimate(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = "4096",
     frames: Annotated[int, typer.Option(help="Frames of a video.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="fovea")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many of these GPUs share the sequence.")] = 1,
+    link: Annotated[str | None, typer.Option(help="With --devices: nvlink, pcie or ethernet.", show_default="nvlink")] = None,
     out: options.Result = None,
 ) -> None:
-    """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
+    """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU, or on several. Nothing is measured."""
+    if link is not None and devices == 1:
+        raise ArgumentError("--link requires --devices 2 or more")
     pixels = options.parse_size(size if "x" in size else f"{size}x{size}")
     specs = [
         options.parse_accelerated(text, reason="estimate requires accelerated methods (the original is always listed)")
@@ -365,11 +369,19 @@ def estimate(
     if out:
         options.check_file(out)
     from dit_accel.measure import estimate as roofline
+    from dit_accel.measure import estimate_devices as several
 
+    link = link or "nvlink"
     rows = [roofline.estimate(gpu, model, pixels, spec, frames=frames) for spec in [None, *specs]]
+    shared: list[dict[str, Any]] = []
+    for spec in [None, *specs] if devices > 1 else []:
+        shared += several.estimate_devices(gpu, model, pixels, spec, devices=devices, link=link, frames=frames)
     if out:
-        files.write_json(out, {"gpu": gpu, "model": model, "size": size, "frames": frames, "rows": rows})
+        more = {"devices": devices, "link": link, "shared": shared} if shared else {}
+        files.write_json(out, {"gpu": gpu, "model": model, "size": size, "frames": frames, "rows": rows, **more})
     roofline.show(gpu, model, rows)
+    if shared:
+        several.show(gpu, devices, link, shared)
 
 
 @app.command(epilog="Example: dit-accel info --model builtin")

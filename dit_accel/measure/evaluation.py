@@ -80,6 +80,7 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     the method.
     """
     check_call(pipe, prompts, call)
+    _check_json(call)
     check_folder(out)
     bootstrap = Bootstrap()
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as folder:
@@ -104,6 +105,7 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
 
 
 def check_call(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
+    """Raise ValueError, or a class of dit_accel.errors, unless it is an accelerated pipeline that draws these prompts with this call."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ArgumentError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     patches_of(pipe)
@@ -116,6 +118,9 @@ def check_call(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         raise ArgumentError(f"{kind.__name__} takes no {', '.join(missing)}")
+
+
+def _check_json(call: dict[str, Any]) -> None:
     try:
         json.dumps(call)
     except TypeError as error:

@@ -56,7 +56,7 @@ def _compiled(
     given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
     made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
     if lowering.selects(spec):
-        lists = lowering.lists(query, key, spec, layouts, plan, scale, backend, made)
+        lists = lowering.lists(query, key, value, spec, layouts, plan, scale, backend, made)
     else:
         lists = Lists.from_map(visited_blocks(given(), spec, plan))
     fused = lowering.fuses(spec)

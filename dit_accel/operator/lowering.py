@@ -161,7 +161,7 @@ def summaries(
     Of the key blocks; of a rest in groups, of the slots of level 0 (`groups.group_blocks`).
     """
     rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
-    by_error = isinstance(score, ErrorProduct) and selects(spec)
+    by_error = isinstance(score, ErrorProduct) and selects(spec) and implementation != "cpu"  # which makes it as it chooses
     if not (rest or by_error):
         return None
     q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
@@ -261,7 +261,7 @@ def _widths(plan: Plan) -> dict[str, Any]:
 
 
 def lists(
-    query: Tensor, key: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str,
     made: Summaries | None,
 ) -> Lists:  # fmt: skip
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
@@ -271,22 +271,25 @@ def lists(
     g = plan.geometry
     if spec.selection is None:
         return g.lists  # type: ignore[return-value]
-    weight = plan.prepared.get("short_weight")
+    weight, score = plan.prepared.get("short_weight"), _score(spec)
     if made is None:
         q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
+        by_error: dict[str, Any] = {}
+        if isinstance(score, ErrorProduct):
+            v = _widened(value[:, :, layouts.k.image_slice].detach(), implementation)
+            by_error = {"v": v, "scale": scale, "score_cap": score.cap}
         arguments = SelectionArguments(
             q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
-            **_widths(plan),
+            **by_error, **_widths(plan),
         )  # fmt: skip
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
         k_mean, bias = made.k_mean.detach(), made.score_bias.detach() / scale
         if _grouped_rest(spec):  # they are of slots
             k_mean, bias = (x.index_select(2, plan.prepared["far_slot"]) for x in (k_mean, bias))
-        by_error = isinstance(_score(spec), ErrorProduct)
         arguments = SelectionArguments(
             q=made.q_mean.detach(), k=k_mean, q_starts=starts[0], k_starts=starts[1], q_width=1, k_width=1, top=plan.top,
-            weight=weight, bias=bias if by_error else None,
+            weight=weight, bias=bias if isinstance(score, ErrorProduct) else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.long()))

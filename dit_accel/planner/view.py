@@ -69,7 +69,7 @@ def view_attention(
         layers: numbers of accelerated attention modules, their names, or patterns of names; the middle one unless given.
         heads: their numbers in these layers. steps: numbers of denoising steps, from 0; the middle one unless given.
         megabytes: the largest page that is written.
-        call: arguments of the pipeline's call: height, width, num_inference_steps and the like.
+        call: arguments of the pipeline's call: height, width, num_inference_steps and the like, the `image` of a model that edits one.
 
     Shown are queries and keys as the layer has them in that step of this very run. Guidance makes two passes or a batch of two: the pass
     with the prompt is shown. The page is one file, which loads nothing. Returns its path.
@@ -90,12 +90,17 @@ def view_attention(
         pictures = draw(pipe, prompt, seed, call)
     _check_found(pipe, wanted)
     text = wanted.found[0].captured.layout.text
-    facts = {"pipeline": type(pipe).__name__, "prompt": prompt, "seed": seed, "call": call}
+    facts = {"pipeline": type(pipe).__name__, "prompt": prompt, "seed": seed, "call": _plain(call)}
     page = view_page(wanted.found, pictures, labels_of_text(pipe, prompt, text, call), facts)
     if len(page) > wanted.limit:
         raise ArgumentError(f"the page has {len(page) / 1e6:.1f} MB, and {megabytes:g} is the most: ask for fewer layers, heads or steps")
     write_text(out, page)
     return out
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """What of a call a page can say: no pictures."""
+    return {name: value for name, value in call.items() if isinstance(value, str | int | float)}
 
 
 def _operators(pipe: Any) -> dict[str, AcceleratedAttention]:

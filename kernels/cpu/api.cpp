@@ -108,7 +108,7 @@ static const Field PROBLEM[] = {
 #define STRUCT Selection
 static const Field SELECTION[] = {
     FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(q), FIELD(k), FIELD(q_starts), FIELD(k_starts),
-    FIELD(q_width), FIELD(k_width), FIELD(top), FIELD(weight), FIELD(bias), FIELD(places_q), FIELD(places_k), FIELD(chosen), FIELD(threads), END,
+    FIELD(q_width), FIELD(k_width), FIELD(top), FIELD(weight), FIELD(bias), FIELD(places_q), FIELD(places_k), FIELD(v), FIELD(scale), FIELD(score_cap), FIELD(chosen), FIELD(threads), END,
 };
 #undef STRUCT
 

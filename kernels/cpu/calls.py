@@ -16,6 +16,7 @@ from dit_accel.kernels.arguments import (
     SummaryArguments,
     check,
     check_mixture,
+    check_selection,
     check_split,
     check_summary,
     dense,
@@ -97,7 +98,8 @@ def _space(name: str, a: Arguments) -> Tensor:
 
 def select_blocks(a: SelectionArguments) -> Tensor:
     """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
-    a = a._replace(q=dense(a.q), k=dense(a.k))
+    check_selection(a)
+    a = a._replace(q=dense(a.q), k=dense(a.k), v=None if a.v is None else dense(a.v))
     batch, heads, _, channels = a.q.shape
     chosen = torch.empty(batch * heads, len(a.q_starts) - 1, a.top, dtype=torch.int32)
     sizes = {"batch": batch, "heads": heads, "channels": channels, "q_blocks": len(a.q_starts) - 1, "k_blocks": len(a.k_starts) - 1}

@@ -72,6 +72,8 @@ struct Selection {
     const float* weight;                 // [k_blocks] factor of each block's score, or null
     const float* bias;                   // [B, H, k_blocks] joins each block's score, or null
     const int32_t *places_q, *places_k;  // as in a problem
+    Rows v;                              // image tokens only, or null: then blocks are scored by the error that they would leave
+    float scale, score_cap;              // as in a summary, read with v
     // the result
     int32_t* chosen;                     // [B, H, q_blocks, top], ascending
     int64_t threads;

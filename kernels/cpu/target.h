@@ -25,8 +25,8 @@ alignas(64) static const int32_t LANE_BITS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 2
 #endif
 #include "forward.h"
 #include "backward.h"
-#include "select.h"
 #include "summaries.h"
+#include "select.h"
 #include "backward_summaries.h"
 #include "slopes.h"
 #include "groups.h"
