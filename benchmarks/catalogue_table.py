@@ -16,6 +16,8 @@ PARTS = {  # name in `catalogue.py` -> what it is, its paper
     "Estimated": ("blocks by log mass, `s q̄·k̄ + log n + σ²/2`", "SEA 2310.01777"),
     "Pyramid": ("blocks by a search down a tree of means", "HiP 2406.09827"),
     "Clusters": ("blocks by k-means clusters shared with the query's", "Routing 2003.05997"),
+    "Gate": ("blocks by a learned score of their mean, largest and smallest keys", "SeerAttention 2410.13276"),
+    "Among Stripes": ("the best of the tiles 1, 4, 9, ... away and those next to them", "Superlinear 2601.18401"),
     "SelfSaliency": ("blocks whose tokens attend to themselves", "STILL 2602.02180"),
     "Columns": ("the same blocks for all queries", "NAtS-L 2602.03681"),
     "Linear, Residual (SLA)": ("`out + (φ(q)H / φ(q)Z) W`, W = 0 at start", "SLA 2509.24006"),

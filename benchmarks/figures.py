@@ -21,14 +21,19 @@ from pathlib import Path
 from catalogue_table import catalogue
 from tables import TABLES, fill, read
 
+from dit_accel import AttentionSpec, TokenLayout
 from dit_accel.files import write_bytes, write_json, write_text
 from dit_accel.kernels.cpu import native
 from dit_accel.measure.timing import graphics_card
+from dit_accel.method import Disc, DiscBlocks, DynamicConv, ErrorProduct, Mass, Pooled, Raster, Tiles, TopK
+from dit_accel.operator.cost import multiply_adds
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {  # page -> its tables
     "README.md": {"short": TABLES["short"]},
-    "docs/measured.md": {name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery")},
+    "docs/measured.md": {
+        name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
+    },
     "docs/gpu.md": {"gpu": TABLES["gpu"]},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
@@ -64,6 +69,28 @@ def captions(folder: Path) -> None:
 
     (folder / "400.txt").write_text("\n".join([*training_prompts(400, HELD_OUT), *HELD_OUT]) + "\n")
     (folder / "4.txt").write_text("\n".join(training_prompts(4, HELD_OUT)) + "\n")
+
+
+def combinations(folder: Path) -> None:
+    """The methods without a name that are compared with plain SLA and CLEAR, as files of their specs."""
+    small, block = Tiles((4, 4)), (16, 16)
+    specs = {
+        "clear-pooled": AttentionSpec((DiscBlocks(5),), Pooled(), Mass(), small, block),
+        "error-product": AttentionSpec((TopK(0.19, score=ErrorProduct()),), Pooled(), Mass()),
+        "sla-pooled": AttentionSpec((TopK(0.19),), Pooled(), Mass(), Raster()),
+        "clear-convolved": AttentionSpec((Disc(6),), order=small, block=block, extras=(DynamicConv(),)),
+    }
+    for name, spec in specs.items():
+        write_json(folder / f"{name}.json", spec.to_dict())
+
+
+def add_costs(folder: Path) -> None:
+    """Write each method's multiply-adds to the rows of recovery-steps.json."""
+    record = read(folder / "recovery-steps.json")
+    height, width = (record["settings"]["call"][side] // 16 for side in ("height", "width"))
+    for row in record["rows"]:
+        row["multiply_adds"] = multiply_adds(AttentionSpec.from_dict(row["spec"]), TokenLayout((1, height, width)), head_dim=64)
+    write_json(folder / "recovery-steps.json", record)
 
 
 def clips(folder: Path) -> None:
@@ -151,6 +178,18 @@ FIGURES: dict[str, Figure] = {
         | {"recovery.png": "samples/recovery.png"},
         captions,
         draw_all,
+    ),
+    "recovery-steps": Figure(
+        (
+            recovery(
+                "recovery-steps",
+                "--train-steps 200 --train attention --method clear:6,tile=4x4 --method sla:0.125 --method clear-pooled.json "
+                "--method error-product.json --method fovea:0.19,conv=5 --method sla-pooled.json --method clear-convolved.json",
+            ),
+        ),
+        {"recovery-steps.json": "benchmarks/recovery-steps.json"},
+        combinations,
+        add_costs,
     ),
     "evaluate": Figure(
         tuple(words(f"evaluate --prompts 4.txt --method {m} --size 512x512 --steps 8 --out {m[:5]}") for m in ("fovea:0.05", "clear:8")),

@@ -21,6 +21,12 @@ PRESETS = {  # preset of the quality file -> its name in the table; bold ones ne
     "Fovea radius 8": "**Fovea radius 8**", "Fovea 5 % without log n": "Fovea 5 % without `log n`",
     "Fovea 5 %, raster order": "Fovea 5 % in raster order",
 }  # fmt: skip
+COMBINED = {  # a method of recovery-steps.json -> its name in the table
+    "sla:0.125": "SLA 12.5 %", "sla-pooled.json": "SLA's choice with pooled keys as the rest",
+    "clear:6,tile=4x4": "CLEAR radius 6, tiles of 4×4", "error-product.json": "Fovea with tiles by ErrorProduct",
+    "clear-pooled.json": "discs of radius 5, whole tiles of 4×4, pooled keys", "clear-convolved.json": "CLEAR radius 6 + DynamicConv",
+    "fovea:0.19,conv=5": "Fovea 19 % + DepthwiseConv",
+}  # fmt: skip
 TRAINED = {"fovea:0.05": "Fovea 5 %", "clear:8": "CLEAR radius 8", "sla:0.05": "SLA 5 %"}
 
 
@@ -115,6 +121,20 @@ def recovery(folder: Path) -> str:
     )
 
 
+def combinations(folder: Path) -> str:
+    """Errors of methods of like cost before and after as many steps, the best first."""
+    record = read(folder / "recovery-steps.json")
+    rows = sorted(record["rows"], key=lambda row: float(row["error_after"]))
+    made = []
+    for row in rows:
+        cost = f"{row['multiply_adds']:.1%}".replace("%", " %")
+        gone = f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
+        psnr = f"{row['psnr']['untrained']:.1f} → {row['psnr']['after']:.1f}"
+        made.append([COMBINED[row["method"]], cost, f"{row['error_untrained']:.3f}", gone, psnr])
+    after = f"after {record['settings']['train_steps']} steps"
+    return lines(["method", "multiply-adds", "untrained", after, "PSNR, dB"], made, record)
+
+
 def quality(folder: Path) -> str:
     """Errors without any training."""
     presets = read(folder / "quality.json")["presets"]
@@ -198,6 +218,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
     "gpu": gpu,
     "recovery": recovery,
+    "combinations": combinations,
     "quality": quality,
     "video": video,
     "evaluate": evaluate,

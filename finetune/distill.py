@@ -56,6 +56,14 @@ class DistillResult:
     parameter_history: list[dict[str, float]] = field(default_factory=list)
     error_fitted: float | None = None
 
+    @property
+    def choice_loss(self) -> tuple[float, float] | None:
+        """The held-out loss of what chooses blocks (`choices.Chooser.loss`) before and after the first stage; None where nothing does."""
+        rows = self.parameter_history
+        if not rows or "held_out_choice_before" not in rows[0] or "held_out_choice" not in rows[-1]:
+            return None
+        return rows[0]["held_out_choice_before"], rows[-1]["held_out_choice"]
+
 
 def distill(
     pipe: Any,

@@ -6,12 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import local_linear_attention
 from torch import Tensor
 
 from dit_accel import CLEAR, SLA, Fovea, TokenLayout, attention, builtin_pipeline
 from dit_accel.errors import ArgumentError
 from dit_accel.measure.capture import Captured
-from dit_accel.measure.logits import ORDERS, bench_logits, kept_weights, recalls, statistics_of, taylor_order
+from dit_accel.measure.logits import (
+    LINEAR_RIDGE,
+    ORDERS,
+    _sample,
+    bench_logits,
+    kept_weights,
+    local_linear,
+    recalls,
+    statistics_of,
+    straightened,
+    taylor_order,
+)
 from dit_accel.method import AttentionSpec, Disc, ErrorProduct, Raster, Tiles, TopK
 
 LAYOUTS = {
@@ -110,13 +122,34 @@ def test_all_far_keys_are_kept_by_everything_and_none_by_a_small_disc() -> None:
     assert 0.3 < found["half"] < 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_oracle_is_local_linear_attention(bias: bool) -> None:
+    c = captured(LAYOUTS["ragged"], bias=bias)
+    rows, weights = _sample(c), dense_weights(c)[:, c.layout.image_slice]
+    right = weights[:, rows] @ c.value.double().flatten(0, 1)
+    query, key, value = (x.double().flatten(0, 1) for x in (c.query[:, :, c.layout.image_slice], c.key, c.value))
+    seen = torch.arange(c.layout.tokens) != (c.layout.text - 1 if bias else -1)
+    expected = right.clone()
+    for head in range(2):
+        for number, row in enumerate(rows.tolist()):
+            away = key[head, seen] - query[head, row]
+            spread = away.T @ (weights[head, row, seen, None] * away)
+            ridge = LINEAR_RIDGE * float(spread.diagonal().mean())
+            q = query[head, row : row + 1]
+            expected[head, number] = local_linear_attention(q, key[head, seen], value[head, seen], 0.25, ridge)[0]
+    found = local_linear(weights[:, rows], query[:, rows], key, value)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert straightened(c) == pytest.approx(float((expected - right).norm() / right.norm()), rel=1e-6)
+
+
 def test_the_command_on_a_model(tmp_path: Path) -> None:
     pipe = builtin_pipeline()
     pipe.set_progress_bar_config(disable=True)
     given = {"size": (256, 256), "prompts": ["a panda"], "steps": 2, "levels": 1, "max_sequence_length": 8}
-    table = bench_logits(pipe, **given, specs={"keys": Fovea(0.5)}, out=tmp_path / "l.json")
+    table = bench_logits(pipe, **given, specs={"keys": Fovea(0.5)}, oracle=True, out=tmp_path / "l.json")
     assert len(table) == 6
     assert all(0 < row["far_mass"] + row["text_mass"] < 1 and 0 < row["far kept: keys"] < 1 < row["keys"] for row in table.values())
+    assert all(0 < row["local_linear"] < 10 for row in table.values())
     assert json.loads((tmp_path / "l.json").read_text())["layers"] == table
     with pytest.raises(ArgumentError, match="steps must be more than the 2 noise levels that are looked at, not 2"):
         bench_logits(pipe, **given | {"levels": 2})

@@ -9,9 +9,12 @@ from distill_fixtures import learn, prompt_pipe, same, state, stop_training
 from helpers import Shape
 from test_catalogue_patterns import under_mask
 from test_catalogue_scores import SHAPES, TILE, call_of, every_shape, image_tokens, mask_of, random_weight, scored, tiles_of
+from test_parts import instances
 from torch import Tensor
+from typer.testing import CliRunner
 
 from dit_accel import AttentionSpec, accelerate, attention
+from dit_accel.cli import app as cli
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
 from dit_accel.finetune.session import PARAMETER_STEPS
@@ -20,12 +23,17 @@ from dit_accel.method import (
     Columns,
     DiscBlocks,
     ErrorProduct,
+    Extra,
     Gate,
+    KeyWeight,
     Linear,
     Mass,
     MeanProduct,
+    Merge,
     NormPower,
+    Pattern,
     Pooled,
+    Readout,
     Rest,
     Routed,
     Score,
@@ -33,6 +41,7 @@ from dit_accel.method import (
     Taylor,
     TopK,
 )
+from dit_accel.method.parts import part_types
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call
 from dit_accel.patch.state import operators_of
@@ -63,10 +72,14 @@ def test_the_loss_is_the_divergence_from_what_blocks_are_worth(name: str, shape:
     part: Any = KEPT[name].score if name == "gate" else KEPT[name]
     values = {"gate.weight": random_weight(shape)} if name == "gate" else {"columns.weight": torch.ones(shape.heads, shape.head_dim)}
     call = call_of(shape, KEPT[name], None, values)
-    goal, (_, k, _), scale = part.goal(call), image_tokens(shape), shape.head_dim**-0.5
+    rows = (
+        [round(i) for i in torch.linspace(0, len(call.q_blocks.count) - 1, 16).tolist()] if len(call.q_blocks.count) > 16 else slice(None)
+    )
+    whole, (_, k, _), scale = Gate().goal(call), image_tokens(shape), shape.head_dim**-0.5
+    goal = whole[:, rows] if name == "gate" else whole[:, rows].mean(1, keepdim=True)
     torch.testing.assert_close(goal.sum(-1), torch.ones_like(goal[..., 0]))
     if name == "gate":
-        logits = scale * scored(shape, part, None, values)
+        logits = scale * scored(shape, part, None, values)[:, rows]
     else:
         share = (scale * scored(shape, part.score)).softmax(-1).mean(1, keepdim=True)
         logits = share.log() + torch.stack([k[:, j].mean(1) for j in tiles_of(shape)], 1).sum(-1)[:, None]
@@ -79,7 +92,9 @@ def test_the_loss_is_the_divergence_from_what_blocks_are_worth(name: str, shape:
 def test_the_first_stage_fits_it_and_shows_the_held_out_loss(name: str, tmp_path: Path) -> None:
     pipe = accelerate(prompt_pipe(), choosing(name))
     before = learned(pipe)
-    rows = learn(pipe, tmp_path, **STAGE).parameter_history
+    result = learn(pipe, tmp_path, **STAGE)
+    rows = result.parameter_history
+    assert result.choice_loss == (rows[0]["held_out_choice_before"], rows[-1]["held_out_choice"])
     assert all(row["choice"] > 0 for row in rows)
     assert rows[-1]["held_out_choice"] < 0.98 * rows[0]["held_out_choice_before"]
     assert ["held_out_choice" in row for row in rows] == [False] * 11 + [True]
@@ -223,3 +238,24 @@ def test_a_search_among_all_is_a_choice_of_the_best() -> None:
     specs = [AttentionSpec((keep,), Pooled(), Mass(), TILE, (16, 16)) for keep in (Among(0.3, DiscBlocks(100.0)), TopK(0.3))]
     first, second = (attention(*shape.inputs(torch.float64), spec, shape.layout) for spec in specs)
     torch.testing.assert_close(first, second, rtol=1e-11, atol=1e-11)
+
+
+# The common frame
+
+
+def test_every_part_of_a_method_says_what_it_holds_weighs_or_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    result = CliRunner().invoke(cli.app, ["info", "--method", "fovea:order=1", "--method", "sla:0.1"])
+    assert result.exit_code == 0, result.output
+    for text in ("2 mean keys and values of each block and Cov(v, k)", "Σ φ(k) vᵀ and Σ φ(k) of each block, φ = softmax", "4,160"):
+        assert text in result.output
+    for slot in (Pattern, Rest, Merge, KeyWeight, Readout, Extra):
+        for name, kind in part_types(slot).items():
+            if kind.__module__.startswith("dit_accel."):
+                assert any(next(instances(kind)).frame), name
+
+
+def test_a_method_is_shown_alone() -> None:
+    result = CliRunner().invoke(cli.app, ["info", "--method", "fovea", "--model", "builtin"])
+    assert result.exit_code == 2
+    assert "--method shows a method alone: leave --model and --adapter out" in result.stderr

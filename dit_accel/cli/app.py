@@ -165,7 +165,7 @@ def distill(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DistillConfig.steps,
     parameter_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla and 0 for others."),
+        typer.Option(min=0, help="Steps before them that fit the method's own parameters; unless given, 48 for sla or learned choices."),
     ] = DistillConfig.parameter_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Recorded forwards per training step.")] = DistillConfig.batch_size,
     optimizer: Annotated[
@@ -234,6 +234,8 @@ def distill(
         "held_out_error_after": result.error_after,
     }
     folder = save_adapter(pipe, out / "adapter", training=record)
+    if result.choice_loss is not None:
+        typer.echo("held-out loss of the choice of blocks: {:.4f} before, {:.4f} after the first stage".format(*result.choice_loss))
     typer.echo(f"held-out relative error of the prediction: {result.error_before:.4f} before, {result.error_after:.4f} after")
     typer.echo(f"wrote {folder}")
 
@@ -386,10 +388,18 @@ def estimate(
 def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Also show what this adapter is (a folder, a hub id or a published file).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Show what this method holds, weighs and reads; may be repeated.")] = None,
 ) -> None:
     """Show versions, the machine, and which model families, methods and backends there are here."""
+    if method and (model is not None or adapter is not None):
+        raise ArgumentError("--method shows a method alone: leave --model and --adapter out")
+    specs = [options.parse_spec(text, reason="info --method requires accelerated methods") for text in method or []]
     from dit_accel.cli import info as cli_info
 
+    if specs:
+        for spec in specs:
+            cli_info.show_frame(spec)
+        return
     rows = cli_info.package_rows()
     if model is not None:
         rows |= cli_info.model_rows(model)

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from dit_accel.console import console
+
+if TYPE_CHECKING:
+    from dit_accel.method import AttentionSpec
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 
@@ -20,6 +24,16 @@ def show(rows: Mapping[str, str]) -> None:
     table = Table.grid("", "", padding=(0, 2))
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
+    console().print(table)
+
+
+def show_frame(spec: "AttentionSpec") -> None:
+    """Print what a method holds of the tokens, what weighs it and how queries read it, part by part; text is always among the kept keys."""
+    table = Table("part", "state", "gate", "readout", "learned by a head of 64", title=str(spec))
+    for part in (*spec.keep, spec.rest, spec.merge, *spec.extras):
+        if part is not None:
+            learned = sum(x.numel() for each in part.nested() for x in each.parameters(1, 64).values())
+            table.add_row(type(part).__name__, *part.frame, f"{learned:,}")
     console().print(table)
 
 

@@ -60,6 +60,7 @@ def logits(
     max_sequence_length: options.TextLength = None,
     dtype: options.Weights = "auto",
     device: options.Device = "auto",
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also how far local linear attention is from it, which takes minutes.")] = False,
     out: options.Result = None,
 ) -> None:
     """Measure what the original's softmax is like, layer by layer: how wide, how many keys, how far."""
@@ -73,4 +74,6 @@ def logits(
     from dit_accel.measure.logits import bench_logits
 
     pipe, length = load_pipeline(model, dtype, device, sizes=[pixels]), options.text_length(model, max_sequence_length)
-    bench_logits(pipe, size=pixels, prompts=texts, steps=steps, levels=levels, out=out, max_sequence_length=length, specs=specs)
+    bench_logits(
+        pipe, size=pixels, prompts=texts, steps=steps, levels=levels, out=out, max_sequence_length=length, specs=specs, oracle=oracle
+    )

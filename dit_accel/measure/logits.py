@@ -22,6 +22,8 @@ from dit_accel.operator.layout import coordinates, memory_order
 
 ROWS = 128  # image queries of a layer that are looked at, evenly spread
 FAR = 16  # tokens: keys farther than this, in a straight line over frames, rows and columns, are far
+LINEAR_RIDGE = 0.1  # of local linear attention
+LINEAR_ROWS = 4  # queries at once: each takes keys x channels, and once more
 ORDERS = 80  # of the Taylor series that is tried at most; enough for logits of 20
 TAYLOR_ERROR = 0.01  # relative error of the output that is asked of it
 Row = dict[str, float]
@@ -41,6 +43,7 @@ def bench_logits(
     out: Path | None = None,
     max_sequence_length: int | None = None,
     specs: dict[str, AttentionSpec] | None = None,
+    oracle: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Statistics of the original's softmax by layer, means over heads, rows and forwards, and for each spec its recall of the far keys.
 
@@ -48,7 +51,8 @@ def bench_logits(
     queries: the size of the logits; exp of the softmax's entropy, as a number and as a share of the keys; the terms of exp's Taylor series
     that bring every head's output within 1 % (softmax as a recurrence of all orders, arXiv 2507.23632); the error of v̄ + Cov(v, k) q for
     the output, one step of in-context linear regression; the share of the mass on image keys farther than 16 tokens, and on text.
-    Recall: the share of that far mass which a spec keeps exactly.
+    Recall: the share of that far mass which a spec keeps exactly. `oracle`: also how far `local_linear` attention is from the output, which
+    is as much as a slope of the values around each query could change.
     """
     forwards = recorded(pipe, prompts, size, steps, levels, max_sequence_length)
     found: dict[str, list[Row]] = defaultdict(list)
@@ -56,7 +60,8 @@ def bench_logits(
         for forward in forwards:
             for captured in capture_qkv(pipe, forward):
                 shares = recalls(captured, specs or {})
-                found[captured.layer].append(statistics_of(captured) | {_recall(name): share for name, share in shares.items()})
+                straight = {"local_linear": straightened(captured)} if oracle else {}
+                found[captured.layer].append(statistics_of(captured) | straight | {_recall(name): share for name, share in shares.items()})
     table = {layer: {name: statistics.mean(row[name] for row in rows) for name in rows[0]} for layer, rows in found.items()}
     _show(table, list(specs or {}), f"{size[1]}×{size[0]} px, {len(prompts)} prompts, {levels} noise levels")
     if out is not None:
@@ -138,6 +143,35 @@ def _linear_step(logits: Tensor, value: Tensor) -> Tensor:
     return (seen @ value + deviation @ value) / count
 
 
+def straightened(captured: Captured) -> float:
+    """How far `local_linear` attention of the sampled queries is from the softmax's output, relative to that."""
+    rows = _sample(captured)
+    weights = _logits(captured, rows).softmax(-1)
+    query = captured.query[:, :, captured.layout.image_slice][:, :, rows].double().flatten(0, 1)
+    key, value = (x.double().flatten(0, 1) for x in (captured.key, captured.value))
+    out = weights @ value
+    return float((local_linear(weights, query, key, value) - out).norm() / out.norm())
+
+
+def local_linear(weights: Tensor, query: Tensor, key: Tensor, value: Tensor, ridge: float = LINEAR_RIDGE) -> Tensor:
+    """Local linear attention (LLA, arXiv 2510.01450) `[BH, R, D]`: softmax attention is the mean of the values by its weights
+    `[BH, R, N]`; this is the value at q of the straight line through them, by the same weights, with a ridge on its slope.
+
+    o = Σ_j a_j (1 - ρ·(k_j - q)) v_j / (1 - μ·ρ) with μ = Σ a_j (k_j - q), ρ = (Σ a_j (k_j - q)(k_j - q)ᵀ + λ I)⁻¹ μ, and λ the share
+    `ridge` of the mean diagonal of what it is added to.
+    """
+    found, identity = [], torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+    for a, q in zip(weights.split(LINEAR_ROWS, 1), query.split(LINEAR_ROWS, 1), strict=True):
+        away = key[:, None] - q[:, :, None]  # [BH, rows, N, D]
+        mean = (a[:, :, None] @ away)[:, :, 0]
+        spread = away.mT @ (a[..., None] * away)
+        size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-12)
+        slope = torch.cholesky_solve(mean[..., None], torch.linalg.cholesky(spread + ridge * size * identity))
+        left = a * (1 - (away @ slope)[..., 0])
+        found.append(left @ value / (1 - (mean[:, :, None] @ slope)[..., 0]))
+    return torch.cat(found, 1)
+
+
 def recalls(captured: Captured, specs: dict[str, AttentionSpec]) -> Row:
     """For each spec the share of the far mass of the sampled queries that it keeps exactly."""
     if not specs:
@@ -174,8 +208,10 @@ def kept_weights(captured: Captured, spec: AttentionSpec, rows: Tensor, lse: Ten
 
 
 def _show(table: dict[str, Row], methods: Sequence[str], title: str) -> None:
-    view = Table("layer", *COLUMNS.values(), *map(_recall, methods), title=title)
+    further = ["local linear attention"] if any("local_linear" in row for row in table.values()) else []
+    view = Table("layer", *COLUMNS.values(), *further, *map(_recall, methods), title=title)
     for layer, row in table.items():
         cells = [f"{row[name]:.0f}" if name in ("keys", "taylor") else f"{row[name]:.3g}" for name in COLUMNS]
+        cells += [f"{row['local_linear']:.3g}"] if further else []
         view.add_row(layer, *cells, *(f"{row[_recall(name)]:.1%}" for name in methods))
     console().print(view)

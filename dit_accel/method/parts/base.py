@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import plain, require
-from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
+from dit_accel.method.parts.call import Boxes, Call, Cost, Frame, Grid, Ground, Sizes
 
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
@@ -41,6 +41,7 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
 
     fit: ClassVar[Fit | None] = None
     starts: ClassVar[bool] = False
+    frame: Frame = Frame()
     own_tokens: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -154,6 +155,11 @@ class Pattern(Part):
     """Which keys a query attends to exactly. `whole_blocks`: none but whole key blocks, the same for all queries of a query block."""
 
     whole_blocks: ClassVar[bool]
+
+    @property
+    def frame(self) -> Frame:  # type: ignore[override]
+        """A key for each token, none of them summed."""
+        return Frame("k and v of the kept tokens, each by itself", f"kept or not: {self}", "softmax(s q·k) over them")
 
 
 class Static(Pattern):

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,15 @@ from dit_accel.kernels.reference import Partial
 
 Grid = tuple[int, int, int]  # (frames, height, width) in tokens
 Boxes = tuple[Tensor, Tensor, Tensor, Tensor]  # lowest and highest (t, y, x) `[T, 3]` of the query blocks and of the key blocks
+
+
+class Frame(NamedTuple):
+    """Attention as a system with a state (arXiv 2405.15731), in a few words: what is held of the tokens, what weighs it, how a query
+    reads it."""
+
+    state: str = ""
+    gate: str = ""
+    readout: str = ""
 
 
 @dataclass(frozen=True)

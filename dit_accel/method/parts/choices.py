@@ -12,6 +12,7 @@ from dit_accel.method.parts.content import PooledKeys, moments_of
 
 Target = Literal["mass", "error"]
 TARGETS = ("mass", "error")
+ROWS = 16
 
 
 class Chooser(Part):
@@ -20,22 +21,27 @@ class Chooser(Part):
     fit = "choice"
 
     @abstractmethod
-    def said(self, call: Call) -> Tensor:
-        """The logarithm `[BH, R, Tk]` of the share that each key block has by what was learned, float64, with a gradient."""
+    def said(self, call: Call, rows: Tensor | None = None) -> Tensor:
+        """The logarithm `[BH, R, Tk]` of the share that each key block has by what was learned, float64, with a gradient; `rows`: of some
+        query blocks."""
 
     @abstractmethod
-    def goal(self, call: Call) -> Tensor:
+    def goal(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """What these shares should be, by the original's attention."""
 
     def loss(self, call: Call) -> Tensor:
-        """The divergence of what is said from the goal, in nats, its mean over rows and heads: KL(goal ‖ said)."""
-        goal = self.goal(call).double()
-        return (torch.xlogy(goal, goal) - goal * self.said(call)).sum(-1).mean()
+        """The divergence of what is said from the goal, in nats, its mean over heads and over `ROWS` query blocks, evenly spread: KL(goal ‖
+        said). The goal of all would take several times what dense attention does."""
+        count = len(call.q_blocks.count)
+        rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long().to(call.q.device)
+        goal = self.goal(call, rows).double()
+        return (torch.xlogy(goal, goal) - goal * self.said(call, rows)).sum(-1).mean()
 
 
 @torch.no_grad()
-def worth(call: Call, target: Target) -> Tensor:
-    """What each key block is worth to a query block `[BH, Tq, Tk]`, of the softmax over the image's keys: rows that add up to 1.
+def worth(call: Call, target: Target, some: Tensor | None = None) -> Tensor:
+    """What each key block is worth to a query block `[BH, Tq, Tk]`, of the softmax over the image's keys: rows that add up to 1; `some`:
+    the numbers of the query blocks, all unless given.
 
     "mass": the largest weight of a pair of the two blocks' tokens. "error": the root of the squared error that a pooled key in the
     block's place makes in the output, its mean over the query block.
@@ -43,7 +49,9 @@ def worth(call: Call, target: Target) -> Tensor:
     blocks, pooled = call.k_blocks, moments_of(call, 1, slope=False).pooled(log_count=True, cap=2.0)
     keys, values = blocks.gather(call.k), blocks.gather(call.v)
     rows = []
-    for query, valid in zip(call.q_blocks.gather(call.q).unbind(1), call.q_blocks.valid, strict=True):
+    queries, held = call.q_blocks.gather(call.q), call.q_blocks.valid
+    queries, held = (queries, held) if some is None else (queries[:, some], held[some])
+    for query, valid in zip(queries.unbind(1), held, strict=True):
         logits = call.scale * torch.einsum("bqd,btkd->bqtk", query, keys).masked_fill(~blocks.valid, -torch.inf)
         lse = logits.flatten(-2).logsumexp(-1)[..., None]
         weights = (logits - lse[..., None]).exp()  # [BH, width, Tk, width]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import is_int, require
 from dit_accel.method.parts.base import Extra, Rest, check_part
-from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
 
 
 def raster_tables(ground: Ground) -> dict[str, Tensor]:
@@ -66,6 +66,7 @@ class DepthwiseConv(Extra):
     input; V is its one image here that is not rotated. Also named LePE (arXiv 2107.00652).
     """
 
+    frame = Frame("V", "a learned kernel by channel", "out += the tokens around q, convolved")
     fit = "least_squares_by_channel"
     kernel: int = 5
     frames: int = 1
@@ -97,6 +98,7 @@ class DynamicConv(Extra):
     there of the layer's input.
     """
 
+    frame = Frame("V and its mean v̄", "kernels made of v̄", "out += the tokens around q, convolved")
     fit = "descent"
     kernel: int = 3
 
@@ -134,6 +136,7 @@ class Concentration(Extra):
     layer's output and with a batch norm, which a sampler can't calibrate.
     """
 
+    frame = Frame("V", "learned kernels by channel, gelu, rms", "out += the tokens around q, convolved twice")
     fit = "descent"
     kernel: int = 7
 
@@ -178,6 +181,12 @@ class PreConv(Rest):
         super().__post_init__()
         check_part(self.rest, Rest, "rest")
         check_kernel(self.kernel)
+
+    @property
+    def frame(self) -> Frame:  # type: ignore[override]
+        """The other rest's."""
+        state, gate, readout = self.rest.frame
+        return Frame(f"{state}, k convolved", gate, f"{readout}, q convolved")
 
     @property
     def whole_blocks(self) -> bool:

@@ -17,7 +17,7 @@ from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
 from dit_accel.method.parts.content import PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
@@ -56,6 +56,14 @@ class Pooled(Rest):
         )
         grouped = self.opened is None or (is_int(self.opened) and self.opened >= 1)
         require(grouped, "opened must be a number of groups >= 1, or None for no groups", self.opened)
+
+    @property
+    def frame(self) -> Frame:  # type: ignore[override]
+        """By the numbers of keys and the order."""
+        keys = "a mean key and value" if self.parts == 1 else f"{self.parts} mean keys and values"
+        held = f"{keys} of each block" + (" and Cov(v, k)" if self.order else "") + (", of far ones by group" if self.opened else "")
+        reads = "in one softmax with the kept keys" + (", and s·Cov q" if self.order else "")
+        return Frame(held, "blocks not kept: n · exp(σ²/2)", reads)
 
     @property
     def whole_blocks(self) -> bool:
@@ -150,6 +158,7 @@ class Downsampled(Rest):
     """CLEAR's learned pooled keys: each factor × factor patch of K and V summed with learned weights (1/factor² at start), seen by every
     image query as one ordinary key (arXiv 2412.16112)."""
 
+    frame = Frame("one key and value for each few places", "learned weights of these places", "in one softmax with the kept keys")
     fit = "descent"
     factor: int
 

@@ -45,13 +45,14 @@ class Gate(Chooser, Score):
         features = torch.cat([call.key_means(call.k), keys.amax(-2), keys.amin(-2)], -1)
         return pool_blocks(call.q, call.q_blocks)[0], features @ call.per_head("gate.weight")
 
-    def said(self, call: Call) -> Tensor:
+    def said(self, call: Call, rows: Tensor | None = None) -> Tensor:
         query, key = self._sides(call)
+        query = query if rows is None else query[:, rows]
         return (call.scale * query.double() @ key.double().mT).log_softmax(-1)
 
-    def goal(self, call: Call) -> Tensor:
+    def goal(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """What blocks are worth, by `target`."""
-        return worth(call, self.target)
+        return worth(call, self.target, rows)
 
     def cost(self, sizes: Sizes) -> Cost:
         """The features times W, and the products; queries and keys are read once more."""

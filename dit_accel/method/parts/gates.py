@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_accel.method.checks import require
 from dit_accel.method.parts.base import Extra
-from dit_accel.method.parts.call import Call, Cost, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Sizes
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class OutputGate(Extra):
     input; q and v are its images here, q after norm and rotary embedding.
     """
 
+    frame = Frame("", "out times 2σ(w·q), or 1 + W v", "")
     fit = "descent"
     per: Literal["head", "channel"] = "head"
 

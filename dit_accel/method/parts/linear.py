@@ -12,7 +12,7 @@ from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.kernels.reference import FEATURE_MAPS, Partial
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Features, KeyWeight, Readout, Rest, check_part
-from dit_accel.method.parts.call import Call, Cost, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Sizes
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:
@@ -66,6 +66,15 @@ class Linear(Rest):
     def over_tokens(self) -> bool:
         """Whether the features are divided by their sums, so that there is no mass."""
         return isinstance(self.feature_map, Features) and self.feature_map.over_tokens
+
+    @property
+    def frame(self) -> Frame:  # type: ignore[override]
+        """With those of its fields."""
+        scopes = {"all": "all blocks, kept ones too", "marginal": "blocks not kept, but for the least"}
+        of_blocks = scopes.get(self.scope, "blocks not kept")
+        weighs = f"{of_blocks}: 1" if self.weights is None else f"{of_blocks}: {self.weights.frame.gate}"
+        reads = "φ(q)·Σ / φ(q)·Σ" if self.readout is None else f"φ(q)·Σ / φ(q)·Σ, {self.readout.frame.readout}"
+        return Frame(f"Σ φ(k) vᵀ and Σ φ(k) of each block, φ = {self.feature_map}", weighs, reads)
 
     def check(self, spec: "AttentionSpec") -> None:
         super().check(spec)

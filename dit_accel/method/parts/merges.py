@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_accel.kernels.reference import Partial, merge_partials
 from dit_accel.method.checks import require
 from dit_accel.method.parts.base import Merge
-from dit_accel.method.parts.call import Call
+from dit_accel.method.parts.call import Call, Frame
 
 EPS = 1e-6  # of the mean square
 
@@ -18,6 +18,7 @@ EPS = 1e-6  # of the mean square
 class Residual(Merge):
     """out = exact + rest · Wᵀ + b with W, b learned, zero at start and shared by the heads (SLA). The lse is that of the exact part."""
 
+    frame = Frame("", "W, b", "exact + rest · Wᵀ + b")
     fit = "least_squares"
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -41,6 +42,11 @@ class Mass(Merge):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(isinstance(self.offset, bool) or self.offset == "query", "offset must be True, False or 'query'", self.offset)
+
+    @property
+    def frame(self) -> Frame:  # type: ignore[override]
+        """With the offset, where it has one."""
+        return Frame("", "the softmax mass of both" + (", the rest's times exp(c)" if self.offset else ""), "their weighted mean")
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         of_query = {"offset_query": torch.zeros(heads, head_dim)} if self.offset == "query" else {}
@@ -67,6 +73,7 @@ class Norm(Merge):
     sqrt(mean x² + 1e-6) of that output, so that an empty rest adds nothing. The lse is that of the exact part.
     """
 
+    frame = Frame("", "g", "exact + g · rest / its size")
     fit = "descent"
     kind: Literal["rms", "simple", "l2"] = "rms"
 

@@ -162,15 +162,16 @@ class Columns(Chooser, Selection):
             index = best.index.expand(-1, len(call.q_blocks.count), -1)
             return BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True)
 
-    def said(self, call: Call) -> Tensor:
+    def said(self, call: Call, rows: Tensor | None = None) -> Tensor:
+        """One row, of all query blocks together."""
         with torch.no_grad():
             share = _logits(self.score, call).log_softmax(-1).logsumexp(-2, keepdim=True)  # of so many query blocks, which matters not
         learned = call.per_head("columns.weight")[:, None].double() @ call.key_means(call.k).double().mT
         return (share + learned).log_softmax(-1)
 
-    def goal(self, call: Call) -> Tensor:
+    def goal(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """What blocks are worth to a query block, by `target`, the mean over query blocks."""
-        return worth(call, self.target).mean(-2, keepdim=True)
+        return worth(call, self.target, rows).mean(-2, keepdim=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         return self.score.cost(sizes) + Cost(sizes.k_blocks * sizes.head_dim)

@@ -13,7 +13,7 @@ from dit_accel.kernels.blocks import Blocks
 from dit_accel.kernels.reference import FEATURE_MAPS, Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
 from dit_accel.method.parts.merges import Mass
 from dit_accel.method.parts.searches import Clusters
 
@@ -35,6 +35,7 @@ class Decayed(Rest):
     is `Linear`, or at "alibi", 2^(-8(h + 1)/H); the released slopes also fall with the layer's depth, which a part does not know.
     """
 
+    frame = Frame("Σ φ(k) vᵀ and Σ φ(k) of each block", "exp(-a · distance) of blocks not kept", "φ(q)·Σ / φ(q)·Σ")
     fit, own_tokens = "descent", True  # the plan has the places of its own queries
     feature_map: Map = "softmax"
     slopes: Literal["zero", "alibi"] = "zero"
@@ -79,6 +80,11 @@ class Routed(Rest):
     the first keys as rows of E, unit vectors by k-means as `Clusters` has them.
     """
 
+    frame = Frame(
+        "Σ φ(k) vᵀ and Σ φ(k) of each block, for all tokens and for each route",
+        "softmax(E k) of the route",
+        "φ(q)·Σ, its own route's times softmax(E q)",
+    )
     fit, starts = "descent", True
     states: int = 4
     feature_map: Map = "softmax"
@@ -135,6 +141,7 @@ class Ridge(_Memory):
     In float64. The log mass is 0.
     """
 
+    frame = Frame("Σ k kᵀ and Σ k vᵀ of all tokens", "1", "q (Σ k kᵀ + r)⁻¹ Σ k vᵀ")
     ridge: float = 0.1
 
     def __post_init__(self) -> None:
@@ -167,6 +174,7 @@ class DeltaScan(_Memory):
     part of a rest: where the papers' scans begin with a prompt, this one begins empty. The queries must be the keys' own tokens.
     """
 
+    frame = Frame("a D × D matrix S, token after token, both ways", "β = σ(b + w·k) writes v - Sᵀk", "s·Sᵀq")
     fit, own_tokens = "descent", True
     decay: bool = False
 

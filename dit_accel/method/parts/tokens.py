@@ -11,7 +11,7 @@ from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
 
 CAP = 4.0  # what half the variance of a block's logits adds to its estimated log mass at most
 LANDMARKS = 256  # at most
@@ -28,6 +28,9 @@ class Token(Rest):
     is the sum of exp(e_IJ) over the blocks not kept (SEA, 2310.01777: the column means of its estimated map times v).
     """
 
+    frame = Frame(
+        "a weighted mean of v of each block", "weights of the whole image, of blocks not kept", "the same for all queries of a block"
+    )
     own_tokens = True  # the weights are means over all queries
     kind: Literal["energy", "estimated"] = "energy"
 
@@ -88,6 +91,7 @@ class Landmarks(Rest):
     the sum over all blocks, and a query whose W 1 comes out negative has no rest.
     """
 
+    frame = Frame("values and masses at landmarks, the blocks' mean keys", "1 for blocks not kept", "a Gaussian kernel of q and landmarks")
     ridge: float = 0.01
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import is_real, require
 from dit_accel.method.parts.base import KeyWeight, Readout
-from dit_accel.method.parts.call import Call, Cost, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Sizes
 
 MOST = 20.0  # of the logarithm of a gate: exp(20) is 5e8
 
@@ -22,6 +22,7 @@ class RankAugmented(KeyWeight):
     tokens, those kept among them, and the mean over all queries.
     """
 
+    frame = Frame("", "N · softmax(τ s mean φ(q) · φ(k))", "")
     fit, own_tokens = "descent", True  # of a part of the queries the mean is another
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -44,6 +45,7 @@ class KVGate(KeyWeight):
     that any number of tokens will do. Exponents are cut off at 20 on both sides.
     """
 
+    frame = Frame("", "exp(w·k) of a key, exp(u·k) of a value", "")
     fit = "descent"
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -71,6 +73,7 @@ class Centred(Readout):
     arXiv 2507.00698). The log mass is that of the weights phi(q)·phi(k).
     """
 
+    frame = Frame("", "", "v̄ + g (read - v̄)")
     fit = "descent"
     gain: Literal["learned", "inline", "mala"] = "learned"
 
@@ -109,6 +112,7 @@ class Floored(Readout):
     head, zero at start; the paper cuts off at 100 whatever the number of tokens, and starts its factor at 1/sqrt(D).
     """
 
+    frame = Frame("", "", "divided by a floor at least, times exp(t)")
     fit = "descent"
     floor: float = 0.0
 
