@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
     from dit_accel.planner.planning import plan
+    from dit_accel.planner.view import view_attention
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _HOMES = {
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
     "save_video": "pipelines.video",
+    "view_attention": "planner.view",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "save_video",
     "set_float32_attention_precision",
     "summary",
+    "view_attention",
 ]
 
 

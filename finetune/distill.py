@@ -24,7 +24,7 @@ from dit_accel.finetune import checkpoints
 from dit_accel.finetune.capture import Outputs, capture, compared
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.data.collect import Forward, Samples
-from dit_accel.finetune.fit import fit
+from dit_accel.finetune.fit import fit, set_start_values
 from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import cosine_factor, relative_error
 from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
@@ -97,6 +97,7 @@ def _distill(run: Distillation, progress: bool) -> DistillResult:
         run.error_before = _first_error(run)
         run.write_log("log.jsonl", [], anew=True)
         run.add_row({"step": 0, "held_out_error": run.error_before})
+        set_start_values(run)
     if checkpoint is None and run.parameter_steps:
         fit(run, progress)
         run.error_fitted = run.held_out_error()

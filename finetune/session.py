@@ -115,6 +115,10 @@ class Distillation:
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in mine), moments))
         return float(sum(errors) / len(errors))
 
+    def held_out_moment(self, position: int) -> Moment | None:
+        """The same as `moment`, of a held-out forward."""
+        return self._held_out_moments[position] if self.patch.context.assignment.of_moments else None
+
     @functools.cached_property
     def _held_out_moments(self) -> Moments:
         return Moments(self.held_out, self.pipe, self.patch.context.family)
@@ -274,7 +278,8 @@ def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:
-    """Steps of the first stage; unless they are asked for, none but where there is a projection that was never trained."""
+    """Steps of the first stage; unless they are asked for, none but where there is something, never trained, that it alone finds
+    or finds best: what chooses blocks, or a projection."""
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
@@ -287,8 +292,8 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = any(operator.solved for operator in operators)
-    return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
+    asks = any(operator.solved or "choice" in operator.fit.values() for operator in operators)
+    return PARAMETER_STEPS if asks and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 
 def _only_chooses(operator: AcceleratedAttention) -> bool:
@@ -298,11 +303,15 @@ def _only_chooses(operator: AcceleratedAttention) -> bool:
     return all(name in choosing for name, _ in operator.params.named_parameters())
 
 
+def fresh_tensors(operator: AcceleratedAttention) -> set[str]:
+    """The names of a layer's tensors that have the values of an untrained method."""
+    start = dict(joint_parameters(operator.specs, operator.layer).named_parameters())
+    return {name for name, now in operator.params.named_parameters() if torch.equal(start[name].to(now.dtype), now.cpu())}
+
+
 def _fresh(operator: AcceleratedAttention) -> bool:
-    """Whether a layer's parameters have their start values."""
-    start = joint_parameters(operator.specs, operator.layer)
-    pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
-    return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
+    """Whether all of them have."""
+    return len(fresh_tensors(operator)) == len(list(operator.params.parameters()))
 
 
 @contextlib.contextmanager
