@@ -26,6 +26,7 @@ from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch.heads import Layer
 from dit_accel.patch.state import operators_of, patches_of
 from dit_accel.planner.kept import Place, looked_at
+from dit_accel.planner.names import short_name
 from dit_accel.planner.text_tokens import labels_of_text
 from dit_accel.planner.view_page import about_bytes, rounded, view_page
 
@@ -95,7 +96,7 @@ def test_what_is_kept_and_its_share_are_the_oracles(name: str, inputs: dict[tupl
         error = (out[0, head, layout.image_slice] - exact[head]).norm(dim=-1) / exact[head].norm(dim=-1)
         assert np.allclose(page.shares(view, "error"), error.clamp(max=1).numpy(), atol=1e-3)
         assert view["rest"] == (spec.rest is not None)
-        assert view["method"] == str(spec)
+        assert view["method"] == short_name(spec)
 
 
 def test_what_the_method_gives_to_the_estimated_is_its_own_softmax(inputs: dict[tuple[str, int], list[Any]], tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_heads_show_what_they_run_at_each_step(tmp_path: Path) -> None:
     page = viewed(assignment, tmp_path, layers="*", heads=[0, 1], steps=[0, 2])
     assert page.names == [(layer, head, step) for step in (0, 2) for layer in (DOUBLE, SINGLE) for head in (0, 1)]
     methods = [view["method"] for view in page.views]
-    assert methods == ["original"] * 4 + [str(fovea), str(clear), "original", str(clear)]
+    assert methods == ["original"] * 4 + ["fovea:0.3,tile=4x4", "clear:2.5,tile=4x4", "original", "clear:2.5,tile=4x4"]
     for view in page.views:
         if view["method"] == "original":
             assert view["pairs"] is None

@@ -58,13 +58,9 @@ class Page:
         (q_block, q_place), (k_block, k_place) = (self._places(pairs[side]) for side in ("queries", "keys"))
         visits = self.array(pairs["visits"]).reshape(q_block.max() + 1, k_block.max() + 1)
         masks = self.array(pairs["masks"]).reshape(-1, max(1, pairs["mask_row"]), max(1, pairs["mask_bytes"]))
-        kept = np.zeros((image, image), bool)
-        for query in range(image):
-            for key in range(image):
-                found = int(visits[q_block[query], k_block[key]])
-                bit = int(k_place[key])
-                kept[query, key] = found if found < 2 else masks[found - 2, q_place[query], bit // 8] >> bit % 8 & 1
-        return kept
+        found = visits[q_block][:, k_block].astype(int)
+        masked = masks[np.maximum(found - 2, 0), q_place[:, None], k_place // 8] >> k_place % 8 & 1 if len(masks) else found
+        return np.where(found < 2, found, masked).astype(bool)
 
     def _places(self, side: list[str]) -> tuple[np.ndarray, np.ndarray]:
         order, counts = map(self.array, side)

@@ -3,6 +3,7 @@
 
 const KINDS = { i16: Int16Array, u16: Uint16Array, u32: Uint32Array, u8: Uint8Array, f32: Float32Array };
 const MAGMA = [[0, 0, 4], [28, 16, 68], [79, 18, 123], [129, 37, 129], [181, 54, 122], [229, 80, 100], [251, 135, 97], [254, 194, 135], [252, 253, 191]];
+const SIDE = 1024; // pixels of a canvas, about
 const WHOLE = 1; // of `visits`: all of a pair of blocks is kept; above it, a mask says what
 
 /** The array that a text of base64 contains, kept once it was read. */
@@ -87,7 +88,7 @@ function colourOf(value) {
 
 function percent(share) {
   const value = 100 * share;
-  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value > 0 && value < 0.01 ? "<0.01" : value.toFixed(2)) + " %";
+  return (value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value > 0 && value < 0.01 ? "<0.01" : value.toFixed(2)) + "\u00a0%";
 }
 
 /** A view of the page's data with its arrays read, in the form that the functions above take. */
@@ -112,6 +113,7 @@ function readView(data, read, number) {
 function start() {
   const data = JSON.parse(document.getElementById("data").textContent), read = makeReader(data.arrays);
   const byId = (id) => document.getElementById(id), unit = 65535; // of shares and errors kept as u16
+  const grounds = new Map();
   const state = { view: null, grid: 0, frame: 0, row: 0, column: 0, weights: null, kept: null };
   const pictures = data.pictures.map((source) => {
     const picture = new Image();
@@ -158,19 +160,29 @@ function start() {
     tell();
   }
 
+  /** The picture of the frame that is shown in this size, drawn once; of references there is none. */
+  function ground(width, height, grey) {
+    const picture = state.grid === 0 ? pictures[state.frame] : undefined, ready = picture && picture.complete && picture.naturalWidth > 0;
+    const name = [ready ? state.frame : "none", width, height, grey].join();
+    if (!grounds.has(name)) {
+      const made = document.createElement("canvas"), context = made.getContext("2d");
+      made.width = width;
+      made.height = height;
+      context.fillStyle = "#777";
+      context.fillRect(0, 0, width, height);
+      context.filter = grey ? "grayscale(1)" : "none";
+      if (ready) context.drawImage(picture, 0, 0, width, height);
+      grounds.set(name, made);
+    }
+    return grounds.get(name);
+  }
+
   /** Fill a canvas: the picture, what `paint` gives each token ([red, green, blue, alpha]), and the token that is chosen. */
   function board(canvas, paint, edges, grey) {
-    const [, h, w] = size(), cell = Math.max(1, Math.round(1024 / Math.max(h, w))), context = canvas.getContext("2d");
+    const [, h, w] = size(), cell = Math.max(1, Math.round(SIDE / Math.max(h, w))), context = canvas.getContext("2d");
     canvas.width = w * cell;
     canvas.height = h * cell;
-    const picture = state.grid === 0 ? pictures[state.frame] : undefined; // of references there is none
-    context.fillStyle = "#777";
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    if (picture && picture.complete && picture.naturalWidth) {
-      context.filter = grey ? "grayscale(1)" : "none";
-      context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-      context.filter = "none";
-    }
+    context.drawImage(ground(canvas.width, canvas.height, grey), 0, 0);
     const layer = document.createElement("canvas"), pixels = new ImageData(w, h), from = frameStart();
     layer.width = w;
     layer.height = h;
@@ -217,7 +229,7 @@ function start() {
     if (!view || !weights) return;
     const shown = byId("shown").value, all = { mass: view.keptShare, error: view.error }[shown];
     if (all) {
-      const top = Math.max(...all) || 1, low = shown === "mass" ? Math.min(...all) : 0;
+      const top = all.reduce((a, b) => Math.max(a, b), 0) || 1, low = shown === "mass" ? all.reduce((a, b) => Math.min(a, b), unit) : 0;
       board(byId("left"), (i) => [...colourOf((all[i] - low) / (top - low || 1)), 215], null, true);
       legend("left-legend", percent(low / unit), percent(top / unit));
     } else {

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dit_accel import __version__
 from dit_accel.measure.pages import table
-from dit_accel.method.assignment import ORIGINAL
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.planner.kept import Head, KeptPairs
+from dit_accel.planner.names import short_name
 
 SIDE, FRAME_SIDE = 1024, 512  # pixels of the picture, and of a video's frames, at most
 UNIT = 65535  # of shares and errors
@@ -84,7 +84,7 @@ def _view(head: Head, layout: int, labels: Sequence[str] | None, arrays: Arrays)
     bias = None if captured.text_bias is None else captured.text_bias[0].float().clamp_min(-1e30).numpy()
     return {
         "layer": head.layer, "head": head.head, "step": head.step, "noise": round(head.noise, 4), "layout": layout,
-        "method": _runs(head), "rest": head.spec is None or head.spec.rest is not None,
+        "method": short_name(head.spec), "rest": head.spec is None or head.spec.rest is not None,
         "q": arrays.add(query), "q_scale": arrays.add(query_unit), "k": arrays.add(key), "k_scale": arrays.add(key_unit),
         "width": captured.query.shape[-1], "scale": captured.query.shape[-1] ** -0.5 if captured.scale is None else captured.scale,
         "bias": arrays.add(bias), "pairs": _pairs(head.pairs, arrays), "kept": arrays.add(_shares(head.kept)),
@@ -137,13 +137,9 @@ def _summary(heads: Sequence[Head]) -> str:
         given = "–" if head.estimated is None else f"{head.estimated.mean():.1%}"
         cells = [f"{head.noise:.2f}", *(f"{share:.1%}" for share in (1 - left, estimated, lost)), given, f"{head.error.mean():.1%}"]
         name = f"{head.layer}, head {head.head}, step {head.step}"
-        rows.append([f"{name}: {_runs(head)}" if several else name, *cells])
+        rows.append([f"{name}: {short_name(head.spec)}" if several else name, *cells])
     head_row = ["", "noise level", "kept", "estimated", "lost", "given to the estimated", "error of the output"]
     return f'<div class="scroll">{table(head_row, rows)}</div>'
-
-
-def _runs(head: Head) -> str:
-    return ORIGINAL if head.spec is None else str(head.spec)
 
 
 def view_page(heads: Sequence[Head], pictures: Tensor, labels: Sequence[str] | None, facts: dict[str, Any]) -> str:
