@@ -1,4 +1,4 @@
-"""`plan` as a whole on tiny pipelines of three families: the promise holds, what is chosen is near the best, and nothing is changed."""
+"""`plan` and `dit-accel plan` on tiny pipelines of three families: the promise holds, choices are near the best, nothing is changed."""
 
 import itertools
 from pathlib import Path
@@ -9,9 +9,12 @@ import torch
 from distill_fixtures import CALL, prompt_pipe
 from peft import LoraConfig
 from test_distill_guidance import CALLS, pipeline
+from typer.testing import CliRunner, Result
 
 import dit_accel
 from dit_accel import CLEAR, SLA, Assignment, Fovea
+from dit_accel.cli import models
+from dit_accel.cli.app import app
 from dit_accel.errors import AlreadyAcceleratedError, PlanError
 from dit_accel.patch.anatomy import attention_layers
 from dit_accel.planner import aim, curves, measuring, planning, verified
@@ -203,3 +206,46 @@ def test_predictions_are_corrected_until_the_promise_holds(budget: float) -> Non
 
 def test_the_public_name_is_the_function() -> None:
     assert dit_accel.plan is planning.plan
+
+
+# The command
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def test_the_command_writes_a_plan_and_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: prompt_pipe())
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    out = tmp_path / "plan.json"
+    methods = [word for text in ("none", "fovea:0.05,tile=4x4", "fovea:0.6,tile=4x4") for word in ("--method", text)]
+    given = ["--prompts", tmp_path / "prompts.txt", "--size", "144x112", "--steps", 2, "--max-sequence-length", 8, "--out", out, *methods]
+    result = command(*given, "--speed", 1.2)
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(out)
+    assert plan.asked == Asked(None, 1.2)
+    assert [candidate.spec for candidate in plan.candidates] == [None, SPECS[1], SPECS[3]]
+    assert f"{plan.outcome.speed:.2f}× less attention in multiply-adds" in result.output
+    assert (tmp_path / "plan-work" / "settings.json").is_file()
+    assert (tmp_path / "plan.html").stat().st_size > 1000
+    refused = command(*given, "--speed", 100)
+    assert refused.exit_code == 2
+    assert "no candidate reaches the speed 100" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "0.1", "--speed", "2"], "give a budget or a speed, not both"),
+        (["--size", "100x100"], "multiples of 16 pixels"),
+        (["--method", "no-method"], "no-method"),
+        (["--out", "."], "--out must name a file"),
+    ],
+)
+def test_the_command_refuses_before_it_loads(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("the pipeline was loaded"))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    result = command("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "plan.json", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

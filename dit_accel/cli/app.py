@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dit_accel import files
-from dit_accel.cli import doctor, evaluate, generate, options, quality, recovery, view
+from dit_accel.cli import doctor, evaluate, generate, options, plan, quality, recovery, view
 from dit_accel.errors import ArgumentError, DitAccelError
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
@@ -17,6 +17,7 @@ HINTS = {
     "collect": "the same command continues with the prompts that are missing",
     "evaluate": "nothing was written; the same command starts over",
     "view": "nothing was written; the same command starts over",
+    "plan": "the same command continues with what was measured so far",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
 
@@ -241,6 +242,7 @@ def distill(
 
 
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=view.EPILOG)(view.view)
 bench.command(epilog=recovery.EPILOG)(recovery.recovery)
 bench.command(epilog=quality.QUALITY)(quality.quality)

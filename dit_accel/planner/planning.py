@@ -70,7 +70,7 @@ def plan(
     if budget is None and speed is None:
         budget = 0.05
     request = _request(pipe, prompts, held_out, specs, unit, ranges, seed, progress, call)
-    _check_asked(budget, speed)
+    check_asked(budget, speed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
         path = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-accel-plan-")))
@@ -79,7 +79,8 @@ def plan(
         return _planned(found, Asked(budget, speed))
 
 
-def _check_asked(budget: float | None, speed: float | None) -> None:
+def check_asked(budget: float | None, speed: float | None) -> None:
+    """Raise ArgumentError unless they are one number, a budget above 0 or a speed above 1, or neither."""
     if budget is not None and speed is not None:
         raise ArgumentError(f"give a budget or a speed, not both: {budget=}, {speed=}")
     for name, value, low in (("budget", budget, 0.0), ("speed", speed, 1.0)):

@@ -1,0 +1,72 @@
+"""`dit-accel plan`: its options, and the checks of them, all made before anything is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dit_accel.cli import options
+
+if TYPE_CHECKING:
+    from dit_accel.method.spec import AttentionSpec
+EPILOG = "Example: dit-accel plan --prompts prompts.txt --budget 0.05 --size 1024x1024 --out plan.json"
+
+
+def plan(
+    prompts: options.Prompts,
+    out: Annotated[Path, typer.Option(help="JSON file of the plan, a method for every command; its page is written next to it.")],
+    budget: Annotated[
+        float | None, typer.Option(help="The largest mean relative error of the prediction on held-out prompts.", show_default="0.05")
+    ] = None,
+    speed: Annotated[float | None, typer.Option(help="How many times less the attention shall cost, in place of a budget.")] = None,
+    unit: Annotated[
+        Literal["multiply-adds", "seconds"], typer.Option(help="Of costs: multiply-adds are counted, seconds timed on this machine.")
+    ] = "multiply-adds",
+    model: options.Model = "builtin",
+    method: Annotated[
+        list[str] | None, typer.Option(help="A candidate as in generate; may be repeated.", show_default="Fovea, CLEAR, GNA and none")
+    ] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Prompts to verify on, in place of the last ones of --prompts.")] = None,
+    ranges: Annotated[int, typer.Option(min=1, help="Ranges of noise levels that have a choice of their own, at most.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the work is kept, so that the same command continues.", show_default="OUT-work")
+    ] = None,
+    size: options.Size = "1024x1024",
+    frames: options.Frames = None,
+    steps: options.Steps = 8,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    max_sequence_length: options.TextLength = None,
+    dtype: options.Weights = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Find which method each layer and head should run at which noise levels, within a budget of error or for a speed."""
+    pixels = options.parse_size(size, model)
+    call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
+    texts = options.read_prompts(prompts)
+    held_out_texts = None if held_out is None else options.read_prompts(held_out)
+    specs = None if not method else [_candidate(text) for text in dict.fromkeys(method)]
+    options.check_file(out)
+    from dit_accel.cli.models import frames_call, load_pipeline
+    from dit_accel.planner.pages import write_plan_page
+    from dit_accel.planner.planning import check_asked
+    from dit_accel.planner.planning import plan as make_plan
+
+    check_asked(budget, speed)
+    pipe = load_pipeline(model, dtype, device, sizes=[pixels], video=frames is not None)
+    call |= frames_call(pipe, frames)
+    pipe.set_progress_bar_config(disable=True)
+    made = make_plan(
+        pipe, texts, budget=budget, speed=speed, specs=specs, held_out=held_out_texts, unit=unit, ranges=ranges,
+        seed=seed, folder=out.with_name(f"{out.stem}-work") if folder is None else folder, **call,
+    )  # fmt: skip
+    made.save(out)
+    page = write_plan_page(made, out.with_suffix(".html"))
+    got = made.outcome
+    typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; error on held-out prompts {got.verified.mean:.4f}")
+    typer.echo(f"wrote {out} and {page}")
+
+
+def _candidate(text: str) -> "AttentionSpec | None":
+    """The spec of a method's text, None for the original attention."""
+    return None if text.strip() == "none" else options.parse_spec(text, reason="plan requires specs")
