@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 METHODS = {  # a spec as the files name it -> its name in the step table
-    "TopK(density=0.05, correct_short=True) + Pooled() + Mass() + Tiles()": "Fovea 5 %",
+    "TopK(density=0.05, score=ErrorProduct()) + Pooled() + Mass() + Tiles()": "Fovea 5 %",
+    "TopK(density=0.05, correct_short=True) + Pooled() + Mass() + Tiles()": "Fovea 5 %",  # as it was chosen before
     "DiscBlocks(radius=8) + Pooled() + Mass() + Tiles()": "Fovea radius 8",
     "Disc(radius=8) + Tiles()": "CLEAR radius 8",
     "TopK(density=0.1) + Linear() + Residual() + Raster()": "SLA 10 %",
