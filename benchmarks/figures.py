@@ -5,7 +5,7 @@
     python benchmarks/figures.py --tables         (the tables alone, from the files that are here)
 
 Each figure is a few commands and the files that they leave; files are replaced when all of a figure's commands have ended well. The tables
-of README.md and docs/methods.md, each after a line `<!-- table: NAME -->`, are written from the JSON files next to this one (`tables.py`).
+of README.md and docs, each after a line `<!-- table: NAME -->`, are written from the JSON files next to this one (`tables.py`).
 """
 
 import argparse
@@ -26,7 +26,13 @@ from dit_accel.kernels.cpu import native
 from dit_accel.measure.timing import graphics_card
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": TABLES, "docs/methods.md": {"catalogue": catalogue}}
+PAGES = {  # page -> its tables
+    "README.md": {"short": TABLES["short"]},
+    "docs/measured.md": {name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery")},
+    "docs/gpu.md": {"gpu": TABLES["gpu"]},
+    "docs/video.md": {"video": TABLES["video"]},
+    "docs/methods.md": {"catalogue": catalogue},
+}
 CLIP = "a panda moving left on a blue background"
 GHOST = "a ghost on a green background"
 LEARN = (  # from clips of the model's own
@@ -121,7 +127,9 @@ FIGURES: dict[str, Figure] = {
         ),),
         {"step.json": "benchmarks/step.json"},
     ),
-    "kernels": Figure((words("bench kernels --repeats 3 --out kernels.json"),), {"kernels.json": "benchmarks/kernels.json"}),
+    "kernels": Figure(
+        (words("bench kernels --repeats 3 --out kernels.json"),), {"kernels.json": "benchmarks/kernels.json"}, target="avx512bf16"
+    ),
     "kernels-amx": Figure(
         (words("bench kernels --repeats 3 --largest 16448 --out kernels-amx.json"),), {"kernels-amx.json": "benchmarks/kernels-amx.json"},
         target="amx",
@@ -153,7 +161,7 @@ FIGURES: dict[str, Figure] = {
     "demo": Figure((words("demo --out demo"),), {"demo/sheet.jpg": "samples/demo.jpg"}),
     "hires": Figure(
         (
-            words(f"generate '{GHOST}' --hires --size 4096x4096 --base 256 --strength 0.2 --seed 2 --out ghost.png"),
+            words(f"generate '{GHOST}' --hires --size 4096x4096 --base 512 --strength 0.2 --seed 2 --out ghost.png"),
             shrink("ghost.png", 512),
             words("bench step --size 4096x4096 --method fovea:0.05 --repeats 1 --out step-4096.json"),
         ),

@@ -1,4 +1,4 @@
-"""The tables of README.md, from the JSON files in this folder; each function is given the folder and gives the table's lines."""
+"""The tables of README.md and docs, from the JSON files in this folder; each function is given the folder and gives the table's lines."""
 
 import functools
 import json
@@ -31,11 +31,19 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
-def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+def lines(head: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, Any] | None = None) -> str:
+    """A table in Markdown, and under it the machine of the file that it is from, where that says it."""
     made = [[f" {cell} " if cell else " " for cell in row] for row in [head, *rows]]
     made.insert(1, ["---"] * len(head))
-    return "\n".join(f"|{'|'.join(row)}|" for row in made)
+    machine = (record or {}).get("machine")
+    return "\n".join(f"|{'|'.join(row)}|" for row in made) + (f"\n\n*{_described(machine)}*" if machine else "")
+
+
+def _described(machine: dict[str, Any]) -> str:
+    """Processor or card, and version."""
+    kernels = f" ({machine['target']})" if "target" in machine else ""
+    place = machine.get("gpu") or f"{machine['processor']}{kernels}, {machine['threads']} threads"
+    return f"{place}, torch {machine['torch']}."
 
 
 def figures(value: float, digits: int = 3) -> str:
@@ -72,7 +80,7 @@ def step(folder: Path) -> str:
     made = [["original", *(original(first[size]) for size in sizes)]]
     for spec, name in METHODS.items():
         made.append([name, *(cell(next(r for r in rows if r["method"] == spec and tuple(r["size"]) == size)) for size in sizes)])
-    return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made)
+    return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made, read(folder / "step.json"))
 
 
 def kernels(folder: Path, file: str = "kernels.json", dtype: str | None = None) -> str:
@@ -84,7 +92,7 @@ def kernels(folder: Path, file: str = "kernels.json", dtype: str | None = None) 
         name = KERNELS.get(row["method"], row["method"]) + (f", {row['text']} text tokens" if row["text"] else "")
         ratios = [times(row[key], 1 if row["tokens"] <= 4096 else 0) for key in ("ratio", "ideal")]
         made.append([name, f"{row['tokens']:,}", row["pass"], seconds(row["sdpa_seconds"]), seconds(row["seconds"]), *ratios])
-    return lines(["operator", "tokens", "pass", "SDPA", "ours", "ratio", "ideal"], made)
+    return lines(["operator", "tokens", "pass", "SDPA", "ours", "ratio", "ideal"], made, read(folder / file))
 
 
 def recovery(folder: Path) -> str:
@@ -101,7 +109,11 @@ def recovery(folder: Path) -> str:
         last = next(r for r in many if r["method"] == method)
         cells = [cell(few, method, train) for train in ("parameters", "lora", "attention")] + [cell(many, method, "attention")]
         made.append([name, f"{last['error_untrained']:.3f}", *cells, f"{last['psnr']['untrained']:.1f} → {last['psnr']['after']:.1f}"])
-    return lines(["method", "untrained", "own parameters", "LoRA", "attention's weights", "weights, 400 prompts", "PSNR, dB"], made)
+    return lines(
+        ["method", "untrained", "own parameters", "LoRA", "attention's weights", "weights, 400 prompts", "PSNR, dB"],
+        made,
+        read(folder / "recovery.json"),
+    )
 
 
 def quality(folder: Path) -> str:
@@ -112,7 +124,11 @@ def quality(folder: Path) -> str:
         row = presets[preset]
         shares = [f"{row[key]:.1%}".replace("%", " %") for key in ("density_kept", "multiply_adds")]
         made.append([name, *(f"{row[key]:.3f}" for key in ("attention_error", "velocity_error")), f"{row['kept_mass']:.2f}", *shares])
-    return lines(["method", "attention error", "velocity error", "softmax mass kept", "density kept", "multiply-adds"], made)
+    return lines(
+        ["method", "attention error", "velocity error", "softmax mass kept", "density kept", "multiply-adds"],
+        made,
+        read(folder / "quality.json"),
+    )
 
 
 def video(folder: Path) -> str:
@@ -123,13 +139,17 @@ def video(folder: Path) -> str:
         error = f"{row['held_out_error']:.3f}" + (f" (untrained {row['untrained_error']:.3f})" if "untrained_error" in row else "")
         ratio = f"{row['original'] / row['accelerated']:.2f}×"
         made.append([row["name"], figures(row["accelerated"]), ratio, f"{row['psnr']:.1f}", f"{row['change']:.2f}", error])
-    return lines(["method", "seconds", "ratio", "PSNR, dB", "change", "held-out velocity error"], made)
+    return lines(["method", "seconds", "ratio", "PSNR, dB", "change", "held-out velocity error"], made, read(folder / "video.json"))
 
 
 def evaluate(folder: Path) -> str:
     """Errors of the prediction with their intervals."""
     rows = read(folder / "evaluate.json")["rows"]
-    return lines(["", "velocity error"], [[row["name"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for row in rows])
+    return lines(
+        ["", "velocity error"],
+        [[row["name"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for row in rows],
+        read(folder / "evaluate.json"),
+    )
 
 
 def milliseconds(value: float) -> str:
@@ -152,10 +172,28 @@ def gpu(folder: Path) -> str:
         return milliseconds(row["ms"]) + (f" ({times(row['ratio'], 2 if row['ratio'] < 2 else 1)})" if "ratio" in row else "")
 
     methods = dict.fromkeys(row["method"].removesuffix(backward) for row in rows)
-    return lines(["operator", *(shape + passes for shape, passes in columns)], [[m, *(cell(m, *at) for at in columns)] for m in methods])
+    return lines(
+        ["operator", *(shape + passes for shape, passes in columns)],
+        [[m, *(cell(m, *at) for at in columns)] for m in methods],
+        read(folder / "gpu-h100.json"),
+    )
+
+
+def short(folder: Path) -> str:
+    """A few rows of the tables of steps, quality and distillation, one method a row."""
+    steps, presets = read(folder / "step.json")["rows"], read(folder / "quality.json")["presets"]
+    sizes = list(dict.fromkeys(tuple(row["size"]) for row in steps))
+    made = []
+    for spec, name in METHODS.items():
+        ratios = {tuple(row["size"]): row["original"] / row["accelerated"] for row in steps if row["method"] == spec}
+        texts = [f"{figures(ratios[size]) if ratios[size] >= 1 else f'{ratios[size]:.2f}'}×" for size in sizes]
+        error = f"{presets[name]['velocity_error']:.3f}"
+        made.append([name, *(f"**{text}**" if ratios[size] < 1 else text for size, text in zip(sizes, texts, strict=True)), error])
+    return lines(["method", *(f"{width}×{height}" for height, width in sizes), "error, untrained"], made, read(folder / "step.json"))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "short": short,
     "step": step,
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
@@ -174,5 +212,5 @@ def fill(page: str, tables: dict[str, str]) -> str:
         if page.count(marker) != 1:
             raise ValueError(f"the page has {page.count(marker)} places for the table {name!r}: write {marker.strip()!r} above it, once")
         before, after = page.split(marker)
-        page = before + marker + table + "\n" + re.sub(r"\A(\|[^\n]*\n)*", "", after)
+        page = before + marker + table + "\n" + re.sub(r"\A(\|[^\n]*\n)*(\n\*[^\n]*\*\n)?", "", after)
     return page

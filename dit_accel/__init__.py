@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
+    from dit_accel.planner.view import view_attention
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _HOMES = {
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
     "save_video": "pipelines.video",
+    "view_attention": "planner.view",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "save_video",
     "set_float32_attention_precision",
     "summary",
+    "view_attention",
 ]
 
 

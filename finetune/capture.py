@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.finetune.processes import means_over_sequence
 from dit_accel.patch.state import patches_of
 
 Outputs = dict[str, list[Tensor]]  # by layer, one for each of its calls
@@ -61,9 +62,10 @@ class _RelativeError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, target: Tensor) -> Tensor:
         difference = value.float() - target.float()
-        size = target.float().square().mean().clamp_min(1e-12)
-        ctx.gradient = (difference * (2 / difference.numel() / size)).to(value.dtype)
-        return difference.square().mean() / size
+        (wrong, whole), count = means_over_sequence(difference.square(), target.float().square())
+        size = whole.clamp_min(1e-12)
+        ctx.gradient = (difference * (2 / count / size)).to(value.dtype)
+        return wrong / size
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

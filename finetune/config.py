@@ -24,7 +24,7 @@ class DistillConfig:
 
     steps: int = 1000
     parameter_steps: int | None = (
-        None  # before them, to fit the method's own parameters; None: 48 where some are found by least squares, else 0
+        None  # before them, to fit the method's own parameters; None: 48 where some are found by least squares or choose blocks, else 0
     )
     batch_size: int = 1  # recorded forwards per step, shared by all processes
     train: Trainable = "lora"

@@ -24,16 +24,17 @@ from dit_accel.finetune import checkpoints
 from dit_accel.finetune.capture import Outputs, capture, compared
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.data.collect import Forward, Samples
-from dit_accel.finetune.fit import fit
+from dit_accel.finetune.fit import fit, set_start_values
 from dit_accel.finetune.flow import repeated
 from dit_accel.finetune.losses import cosine_factor, relative_error
-from dit_accel.finetune.processes import is_main, share, sum_gradients, summed, wait_for_all
+from dit_accel.finetune.processes import is_main, share, sharing, sum_gradients, summed, wait_for_all
 from dit_accel.finetune.session import Distillation, prepare
 from dit_accel.finetune.surroundings import model_kept, process_kept
 from dit_accel.finetune.trainables import MasterWeights, load_optimizer_tensors, make_optimizers, optimizer_tensors, set_trainable
 from dit_accel.finetune.velocity import on_device, predict
 from dit_accel.method.assignment import Moment
 from dit_accel.patch.modes import always, without_dense_steps
+from dit_accel.patch.state import patches_of
 from dit_accel.patch.verbs import dense
 
 DRAWS = 1000  # of noise levels, until one is found at which a spec runs
@@ -84,7 +85,7 @@ def distill(
     the first step, where the samples come from other weights, or where the folder belongs to another run.
     """
     config = DistillConfig() if config is None else config
-    with process_kept():
+    with process_kept(), sharing(patches_of(pipe)[0][0]):
         run = prepare(pipe, prompts_or_dataset, held_out, config, call)
         with without_dense_steps(run.transformer), always(run.transformer), model_kept(run.transformer):
             return _distill(run, progress)
@@ -97,6 +98,7 @@ def _distill(run: Distillation, progress: bool) -> DistillResult:
         run.error_before = _first_error(run)
         run.write_log("log.jsonl", [], anew=True)
         run.add_row({"step": 0, "held_out_error": run.error_before})
+        set_start_values(run)
     if checkpoint is None and run.parameter_steps:
         fit(run, progress)
         run.error_fitted = run.held_out_error()

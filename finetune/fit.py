@@ -5,8 +5,9 @@
 
 No layer sees another's error, and what is learned of a layer reaches its own parameters alone, so no gradient passes the backbone. Each
 part says how its tensors are found (`Part.fit`): SLA's projection and the weights of a depthwise convolution by least squares, for the
-output is linear in them; the mass merge's offset and CLEAR's pooling weights by descent; those of a part that says neither keep their start
-values.
+output is linear in them; the mass merge's offset and CLEAR's pooling weights by descent; what chooses blocks, which has no gradient, by
+descent of a loss of its own (`choices.Chooser`); those of a part that says none of it keep their start values. A few parts start from the
+tokens of the first recorded forward (`Part.start`).
 
 The order of a step, after its forwards: first the tensors that descend take their step, with those that are solved for as they are; then
 each of these is solved for. Where one spec has both, each step changes what is left to solve for: there a step's sums count for less with
@@ -16,6 +17,7 @@ one layer are solved for in turn, each at every second step.
 
 import contextlib
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -27,11 +29,12 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import checkpoints
+from dit_accel.finetune.calls import calls_of
+from dit_accel.finetune.descent import ChoiceDescent, Descent, choice_losses, mean_of
 from dit_accel.finetune.least_squares import SOLVED, ChannelLeastSquares, Solver, solved
-from dit_accel.finetune.losses import cosine_factor, relative_error
-from dit_accel.finetune.processes import is_main, share, sum_gradients, summed
-from dit_accel.finetune.session import Distillation
-from dit_accel.finetune.trainables import load_optimizer_tensors, optimizer_tensors
+from dit_accel.finetune.losses import relative_error
+from dit_accel.finetune.processes import from_main, is_main, share, summed
+from dit_accel.finetune.session import Distillation, fresh_tensors
 from dit_accel.finetune.velocity import predict
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of
@@ -70,10 +73,14 @@ def fit(run: Distillation, progress: bool) -> None:
     steps, shown = range(start, run.parameter_steps), progress and is_main()
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
     for step in bar:
+        held_out = {} if step else {"held_out_choice_before": _held_out_choice(run)}
         with run.spec_drawn(checkpoints.PARAMETERS, step) as drawn, run.timed_step():
-            error = _step(run, fitter, step)
-        bar.set_postfix(attention=f"{error:.4f}")
-        row = {"step": step + 1, "attention": error, **drawn, "seconds": run.seconds}
+            means = _step(run, fitter, step)
+        bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+        if step + 1 == run.parameter_steps:
+            held_out |= {"held_out_choice": _held_out_choice(run)}
+        row = {"step": step + 1, **means, **drawn, "seconds": run.seconds}
+        row |= {name: loss for name, loss in held_out.items() if loss is not None}
         run.parameter_history.append(row)
         run.write_log("parameters.jsonl", [row])
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == run.parameter_steps:
@@ -83,25 +90,22 @@ def fit(run: Distillation, progress: bool) -> None:
 def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) -> Fitter:
     """What fits the layers' parameters, each tensor as its part says. Those that descend have gradients from now on, no others."""
     projected, convolved = ({name: op for name, op in operators.items() if way in op.fit.values()} for way in SOLVED)
-    descending: dict[str, nn.Parameter] = {}
-    for name, operator in operators.items():
-        ways = operator.fit
-        for tensor, parameter in operator.params.named_parameters():
-            if ways[tensor] == "descent":
-                parameter.requires_grad_(True)
-                descending[f"{name}.{tensor}"] = parameter
     found: dict[str, Fitter] = {}
     if projected:
         found["linear"] = LeastSquares(projected)
     if convolved:
         found["channels"] = ChannelLeastSquares(convolved)
-    if descending or not found:
-        found["others"] = Descent(descending, run)
+    others, choices = Descent(operators, run), ChoiceDescent(operators, run)
+    if others.parameters or not (found or choices.parameters):
+        found["others"] = others
+    if choices.parameters:
+        found["choices"] = choices
     return next(iter(found.values())) if len(found) == 1 else Combined(found)
 
 
-def _step(run: Distillation, fitter: Fitter, step: int) -> float:
-    """Fit to `batch_size` recorded forwards; returns the mean relative error of the layers' outputs before this step's update."""
+def _step(run: Distillation, fitter: Fitter, step: int) -> dict[str, float]:
+    """Fit to `batch_size` recorded forwards; returns the means before this step's update: "attention", the relative error of the layers'
+    outputs, and "choice", the loss of what chooses blocks, where something does."""
     size = run.config.batch_size
     errors: list[Tensor] = []
 
@@ -122,8 +126,60 @@ def _step(run: Distillation, fitter: Fitter, step: int) -> float:
     error = float(totals[0] / totals[1])
     if not totals[0].isfinite():
         raise DistillationError(f"the attention's error at step {step} of the parameters is {error}; lower parameter_learning_rate")
+    means, choices = {"attention": error}, _choices(fitter)
+    if choices is not None and (loss := mean_of(choices.losses)) is not None:
+        choices.losses.clear()
+        if not math.isfinite(loss):
+            raise DistillationError(f"the loss of the choice of blocks at step {step} is {loss}; lower parameter_learning_rate")
+        means["choice"] = loss
     fitter.update(step)
-    return error
+    return means
+
+
+def _choices(fitter: Fitter) -> ChoiceDescent | None:
+    """What fits the choices of blocks."""
+    way = fitter.ways.get("choices") if isinstance(fitter, Combined) else fitter
+    return way if isinstance(way, ChoiceDescent) else None
+
+
+def _held_out_choice(run: Distillation) -> float | None:
+    """The loss of what chooses blocks on the held-out forwards, of which each process evaluates its share; None where nothing does."""
+    if not any("choice" in operator.fit.values() for operator in operators_of(run.transformer).values()):
+        return None
+    losses: list[Tensor] = []
+
+    def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
+        losses.extend(choice_losses(operator, arguments))
+
+    with torch.no_grad():
+        for position in share(len(run.held_out)):
+            forward = run.held_out[position]
+            with run.replayed(run.held_out_moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+                predict(run.transformer, forward.arguments)
+    return mean_of(losses)
+
+
+def set_start_values(run: Distillation) -> None:
+    """Give what parts learn the values that they take from the first recorded forward, where it still has those of an untrained method."""
+    operators = operators_of(run.transformer)
+    found: list[tuple[str, str, tuple[int, ...], Tensor]] = []
+
+    def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
+        for part, heads, call in calls_of(operator, arguments):
+            found.extend((operator.name, name, heads, value.cpu()) for name, value in part.start(call).items())
+
+    if not any(part.starts for op in operators.values() for spec in op.specs for part in spec.parts()):
+        return
+    position = _position(run, 0)
+    forward = run.samples[position]
+    with torch.no_grad(), run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+        predict(run.transformer, forward.arguments)
+    fresh = {name: fresh_tensors(operator) for name, operator in operators.items()}
+    for layer, name, heads, value in from_main(found):
+        if name in fresh[layer]:
+            parameter = operators[layer].params.float().get_parameter(name)
+            with torch.no_grad():
+                parameter[list(heads)] = value.to(parameter)
 
 
 def _position(run: Distillation, number: int) -> int:
@@ -210,31 +266,6 @@ class LeastSquares(Solver):
         projection: Any = operator.params.proj
         projection.weight.copy_(solution[:-1].T)
         projection.bias.copy_(solution[-1])
-
-
-class Descent:
-    """AdamW on the relative error of each layer's output; the layers' parameters are apart, so one optimizer serves all."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], run: Distillation) -> None:
-        self.parameters, self.run = parameters, run
-        self.optimizer = torch.optim.AdamW(parameters.values(), run.parameter_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        self.optimizer.zero_grad()  # an interrupted run leaves its last gradients
-
-    def learn(self, operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
-        if out.requires_grad:  # else nothing of this layer descends
-            (relative_error(out, target) / self.run.config.batch_size).backward()
-
-    def update(self, step: int) -> None:
-        sum_gradients(self.parameters.values())
-        self.optimizer.param_groups[0]["lr"] = self.run.parameter_rate * cosine_factor(step, self.run.parameter_steps, warmup=0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.parameters, [self.optimizer])
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        load_optimizer_tensors(tensors, self.parameters, [self.optimizer])
 
 
 class Combined:

@@ -1,7 +1,13 @@
-"""Several processes of one run, as `accelerate launch` starts them: each takes its share of the work, and all learn what came of it."""
+"""Several processes of one run, as `accelerate launch` starts them: each takes its share of the work, and all learn what came of it.
 
+Under context parallelism (`sharing`) the work is one for all: every process runs every forward, on its part of the sequence, and knows the
+whole of what comes out. What it has of gradients is a part.
+"""
+
+import contextlib
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,12 +15,57 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
+from dit_accel.errors import DistillationError
+from dit_accel.parallel.ulysses import Ulysses
+
 MESSAGE = 64 * 2**20  # bytes, at most, of the gradients that are summed at once: a message is copied twice
 
 
 def processes(device: torch.device) -> PartialState:
     """The processes of this run; a program that was started alone is one."""
     return PartialState(cpu=device.type == "cpu")
+
+
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextlib.contextmanager
+def sharing(transformer: nn.Module) -> Iterator[None]:
+    """A `with` block in which the processes share each sequence, where the transformer is spread over them.
+
+    Raises DistillationError where it is spread over some of them alone.
+    """
+    ulysses = Ulysses.of(getattr(transformer, "_parallel_config", None))
+    count = processes(next(transformer.parameters()).device).num_processes
+    if ulysses is not None and ulysses.size != count:
+        raise DistillationError(
+            f"the model is spread over {ulysses.size} of {count} processes: start as many as ulysses_degree says, as the "
+            "others have no part in it"
+        )
+    token = _together.set(ulysses is not None)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def together() -> bool:
+    """Whether the processes share each sequence."""
+    return _together.get()
+
+
+def writes() -> bool:
+    """Whether this process writes what it has made: of what all have made together, the main one alone."""
+    return not together() or is_main()
+
+
+def means_over_sequence(*tensors: Tensor) -> tuple[list[Tensor], int]:
+    """The mean of each of some tensors of equal size, of which each process has its part of a sequence, and the size of the whole."""
+    count = tensors[0].numel()
+    if not together():
+        return [x.mean() for x in tensors], count
+    (sums,) = _added([torch.stack([*(x.sum().double() for x in tensors), tensors[0].new_tensor(count, dtype=torch.float64)])])
+    return list((sums[:-1] / sums[-1]).to(tensors[0].dtype)), int(sums[-1])
 
 
 def is_main() -> bool:
@@ -26,7 +77,7 @@ def shared_gpus(device: torch.device) -> list[str]:
     """The GPUs that hold the model in more than one process, as "host cuda:0"; known to all processes."""
     if device.type != "cuda":
         return []
-    places = gathered([f"{socket.gethostname()} cuda:{device.index or 0}"])
+    places = _gathered([f"{socket.gethostname()} cuda:{device.index or 0}"])
     return sorted({place for place in places if places.count(place) > 1})
 
 
@@ -36,13 +87,19 @@ def wait_for_all() -> None:
 
 
 def share(count: int) -> range:
-    """Which of so many pieces of work are this process's: every n-th."""
+    """Which of so many pieces of work are this process's: every n-th, or all of what the processes do together."""
+    if together():
+        return range(count)
     state = PartialState()
     return range(state.process_index, count, state.num_processes)
 
 
 def gathered(items: Sequence[Any]) -> list[Any]:
     """The items of all processes, those of `share` in their order. The processes may have numbers of items that differ by one."""
+    return list(from_main(list(items))) if together() else _gathered(items)
+
+
+def _gathered(items: Sequence[Any]) -> list[Any]:
     parts = gather_object([list(items)])  # one list per process
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
@@ -57,7 +114,11 @@ def from_main(value: Any) -> Any:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor summed over the processes, all in one message: for a few small ones."""
+    """Each tensor summed over the shares of the processes, all in one message: for a few small ones."""
+    return list(tensors) if together() else _added(tensors)
+
+
+def _added(tensors: Sequence[Tensor]) -> list[Tensor]:
     if PartialState().num_processes == 1:
         return list(tensors)
     flat = reduce(torch.cat([t.flatten() for t in tensors]), "sum")
@@ -69,7 +130,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if PartialState().num_processes == 1:
         return
     for bucket in _buckets(parameters):
-        sums = summed([(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in bucket])
+        sums = _added([(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in bucket])
         for parameter, total in zip(bucket, sums, strict=True):
             if parameter.grad is not None or bool(total.any()):  # the optimizer leaves alone what has no gradient
                 parameter.grad = total.to(parameter.dtype)

@@ -22,7 +22,7 @@ from dit_accel.finetune.curve import draw_curve
 from dit_accel.finetune.data.collect import Samples, collect_prompts
 from dit_accel.finetune.flow import Flow, recorded_flow
 from dit_accel.finetune.moments import Moments
-from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus
+from dit_accel.finetune.processes import gathered, is_main, processes, share, shared_gpus, together
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.method.assignment import Moment, groups
 from dit_accel.patch.anatomy import check_unfused, projection_names
@@ -115,6 +115,10 @@ class Distillation:
         errors = gathered(velocity_errors(self.transformer, (self.held_out[i] for i in mine), moments))
         return float(sum(errors) / len(errors))
 
+    def held_out_moment(self, position: int) -> Moment | None:
+        """The same as `moment`, of a held-out forward."""
+        return self._held_out_moments[position] if self.patch.context.assignment.of_moments else None
+
     @functools.cached_property
     def _held_out_moments(self) -> Moments:
         return Moments(self.held_out, self.pipe, self.patch.context.family)
@@ -190,7 +194,9 @@ def prepare(pipe: Any, source: Any, held_out: Any, config: DistillConfig, call: 
             f"several processes have their model on one GPU ({', '.join(shared)}): give each its own, with "
             'pipe.to(f"cuda:{os.environ[\'LOCAL_RANK\']}") in the place of pipe.to("cuda")'
         )
-    if config.batch_size % count:
+    if together():
+        _check_together(transformer, patch, config)
+    elif config.batch_size % count:
         raise DistillationError(f"batch_size must be a multiple of {count}, the number of processes that share it, not {config.batch_size}")
     folder = Path(config.output_dir)
     check_folder(folder)
@@ -242,6 +248,20 @@ def _check_launch() -> None:
         )
 
 
+def _check_together(transformer: Any, patch: Patch, config: DistillConfig) -> None:
+    """Raise DistillationError for what can't be trained while processes share each sequence."""
+    operators = operators_of(transformer).values()
+    starts = any(part.starts for operator in operators for spec in operator.specs for part in spec.parts())
+    if starts or (config.parameter_steps != 0 and any(list(operator.parameters()) for operator in operators)):
+        raise DistillationError(
+            "the first stage can't be run by processes that share a sequence: set parameter_steps=0, and fit the method's parameters in "
+            "one process before, on smaller samples"
+        )
+    hooks = (getattr(transformer.get_submodule(name), "_diffusers_hook", None) for name in patch.originals)
+    if config.attention_weight > 0 and any("cp_output" in name for hook in hooks for name in getattr(hook, "hooks", {})):
+        raise DistillationError("attention is compared in parts, but diffusers gathers it layer by layer here: set attention_weight=0")
+
+
 def _check_plain(transformer: Any, patch: Patch) -> None:
     """Raise DistillationError where the attention's weights are quantised."""
     holders = Holders(transformer)
@@ -274,7 +294,8 @@ def _check_specs(transformer: Any, patch: Patch, config: DistillConfig) -> None:
 
 
 def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> int:
-    """Steps of the first stage; unless they are asked for, none but where there is a projection that was never trained."""
+    """Steps of the first stage; unless they are asked for, none but where there is something, never trained, that it alone finds
+    or finds best: what chooses blocks, or a projection."""
     operators = operators_of(transformer).values()
     if not any(list(operator.params.parameters()) for operator in operators):
         if config.parameter_steps:
@@ -287,8 +308,8 @@ def _parameter_steps(transformer: Any, config: DistillConfig, folder: Path) -> i
     if config.parameter_steps is not None:
         return config.parameter_steps
     begun = any(folder.glob("parameters-*"))  # continued on the pipeline that was interrupted
-    projected = any(operator.solved for operator in operators)
-    return PARAMETER_STEPS if projected and (begun or all(_fresh(operator) for operator in operators)) else 0
+    asks = any(operator.solved or "choice" in operator.fit.values() for operator in operators)
+    return PARAMETER_STEPS if asks and (begun or all(_fresh(operator) for operator in operators)) else 0
 
 
 def _only_chooses(operator: AcceleratedAttention) -> bool:
@@ -298,11 +319,15 @@ def _only_chooses(operator: AcceleratedAttention) -> bool:
     return all(name in choosing for name, _ in operator.params.named_parameters())
 
 
+def fresh_tensors(operator: AcceleratedAttention) -> set[str]:
+    """The names of a layer's tensors that have the values of an untrained method."""
+    start = dict(joint_parameters(operator.specs, operator.layer).named_parameters())
+    return {name for name, now in operator.params.named_parameters() if torch.equal(start[name].to(now.dtype), now.cpu())}
+
+
 def _fresh(operator: AcceleratedAttention) -> bool:
-    """Whether a layer's parameters have their start values."""
-    start = joint_parameters(operator.specs, operator.layer)
-    pairs = zip(start.parameters(), operator.params.parameters(), strict=True)
-    return all(torch.equal(first.to(now.dtype), now.cpu()) for first, now in pairs)
+    """Whether all of them have."""
+    return len(fresh_tensors(operator)) == len(list(operator.params.parameters()))
 
 
 @contextlib.contextmanager

@@ -79,12 +79,12 @@ def side_of_patch_positions(transformer: Any) -> int | None:
 
 FLUX = Family(
     "flux", ("FluxTransformer2DModel",), BOTH, grids.of_image_ids, projections=JOINT, text=text_states, ids=("img_ids",), patch=2,
-    rotary="pos_embed", rotary_factor=10.0,  # CLEAR's factor at every size above 1024 (arXiv 2412.16112, released code)
+    rotary="pos_embed", sharded="streams", rotary_factor=10.0,  # CLEAR's factor at every size above 1024 (arXiv 2412.16112, released code)
 )  # fmt: skip
 FLUX2 = Family(
     "flux2", ("Flux2Transformer2DModel",), BOTH, grids.of_image_ids_uncached,
     projections=(*JOINT, "to_qkv_mlp_proj", "to_out"),  # of the parallel blocks, with their MLP's first and last layers in them
-    text=text_states, ids=("img_ids",), patch=2, rotary="pos_embed",
+    text=text_states, ids=("img_ids",), patch=2, rotary="pos_embed", sharded="streams",
 )  # fmt: skip
 CHROMA = Family(
     "chroma", ("ChromaTransformer2DModel",), BOTH, grids.of_image_ids, projections=JOINT, text=text_states, ids=("img_ids",),
@@ -104,7 +104,7 @@ KREA2 = Family(
 )  # fmt: skip
 QWEN_IMAGE = Family(
     "qwen-image", ("QwenImageTransformer2DModel",), r"transformer_blocks\.\d+\.attn", grids.of_image_shapes, projections=JOINT,
-    text=text_states, mask="keys",
+    text=text_states, mask="keys", sharded="streams",
 )  # fmt: skip
 Z_IMAGE = Family(
     "z-image", ("ZImageTransformer2DModel",), r"layers\.\d+\.attention", grids.of_image_list, projections=SELF, text_first=False,
@@ -144,7 +144,7 @@ WAN = Family(
     "wan",
     ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel", "ChronoEditTransformer3DModel",
      "SkyReelsV2Transformer3DModel"),
-    r"(vace_)?blocks\.\d+\.attn1", grids.of_latents, projections=SELF, text=no_text,
+    r"(vace_)?blocks\.\d+\.attn1", grids.of_latents, projections=SELF, text=no_text, sharded="sequence",
 )  # fmt: skip
 COGVIDEOX = Family(
     "cogvideox", ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"), FIRST, grids.of_frames_first, projections=SELF,
@@ -152,7 +152,7 @@ COGVIDEOX = Family(
 )  # fmt: skip
 LTX = Family(
     "ltx", ("LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"), FIRST, grids.of_numbers, projections=SELF, text=no_text,
-    rotary="rope",
+    rotary="rope", sharded="sequence",
 )  # fmt: skip
 MOCHI = Family("mochi", ("MochiTransformer3DModel",), FIRST, grids.of_latents, projections=JOINT, text_first=False)
 COSMOS = Family(
@@ -180,7 +180,7 @@ GLM_IMAGE = Family(
     "glm-image", ("GlmImageTransformer2DModel",), FIRST, grids.of_latents, projections=SELF, text=text_states, mask="pairs", rotary="rope"
 )
 # earlier frames, then the video
-HELIOS = Family("helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_latents, projections=SELF)
+HELIOS = Family("helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_latents, projections=SELF, sharded="sequence")
 ANYFLOW = Family("anyflow", ("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_frames_first, projections=SELF, text=no_text)
 LUMINA = Family(
     "lumina", ("LuminaNextDiT2DModel",), r"layers\.\d+\.attn1", grids.of_latents, projections=QKV, text=no_text, timestep_rises=True,

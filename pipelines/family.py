@@ -51,6 +51,9 @@ class Family:
     history: Callable[[Arguments, Any], int] | None = None
     # whether the text, or the history where there is one, has keys and values but no queries
     keys_only: bool = False
+    # how the class's context parallelism splits it: text and image each by itself, as "streams", or as one "sequence"; without it, an
+    # accelerated model can't be shared by several processes
+    sharded: Literal["streams", "sequence"] | None = None
 
     # -- arguments of the transformer's forward
     # the one that the scheduler changes

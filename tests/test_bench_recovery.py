@@ -169,6 +169,18 @@ def test_the_pipeline_is_left_as_it_was(tmp_path: Path) -> None:
         patches_of(pipe)
 
 
+def test_steps_in_place_of_minutes_are_the_same_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is timed: a busy machine trains no less."""
+    record = bench(tmp_path, trains=["attention"], train_steps=2)
+    assert [(row["parameter_steps"], row["steps"]) for row in record["rows"]] == [(0, 2), (runs.PARAMETER_STEPS, 2)]
+    assert (record["settings"]["minutes"], record["settings"]["train_steps"]) == (None, 2)
+    assert not list((tmp_path / "runs").glob("*/steps.json"))
+    bench_recovery.show(record)
+    assert "recovery in 2 steps, 144×112 px" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="contains a measurement with minutes None, not"):
+        bench(tmp_path)
+
+
 # Continuing
 
 
@@ -248,6 +260,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "minutes": (lambda _: ["--minutes", 0], "minutes must be a number > 0, not 0.0"),
+    "both": (lambda _: ["--minutes", 1, "--train-steps", 10], "--minutes and --train-steps both say how long to train: give one"),
     "train": (lambda _: ["--train", "all"], "train must be one of parameters, lora, attention, not 'all'"),
     "model": (lambda _: ["--model", "somewhere"], "model 'somewhere' requires --prompts"),
     "one-prompt": (lambda path: ["--prompts", path], "at least two different prompts"),

@@ -333,7 +333,7 @@ def test_columns_are_the_same_for_all_queries(score: Score, shape: Shape) -> Non
     means = torch.stack([k[:, j].mean(1) for j in blocks], 1)
     learned = (means * weight.detach().repeat(shape.batch, 1)[:, None]).sum(-1)
     for values, added in ((params, learned), (None, torch.zeros_like(learned))):
-        column = plain.softmax(-1).mean(1, keepdim=True) + added[:, None]
+        column = plain.softmax(-1).mean(1, keepdim=True).log() + added[:, None]
         kept = mask_of(top_blocks(column, 0.3).expand(-1, len(blocks), -1), shape)
         with torch.no_grad():
             found = attention(*shape.inputs(torch.float64), spec, shape.layout, params=values)

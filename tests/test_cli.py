@@ -20,7 +20,7 @@ from dit_accel.cli import models, options
 from dit_accel.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["info"], ["doctor"]]
+COMMANDS = [["demo"], ["generate"], ["collect"], ["distill"], ["evaluate"], ["view"], ["info"], ["doctor"]]
 COMMANDS += [["bench", name] for name in ("quality", "logits", "step", "draw", "kernels")]
 LAYERS = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 # 128 image tokens: two tiles

@@ -25,7 +25,7 @@ def figures() -> Any:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/methods.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in ("gpu", "measured", "methods", "video"))])
 def test_the_pages_tables_are_the_files(figures: Any, name: str) -> None:
     page = (ROOT / name).read_text()
     made = {name: table(ROOT / "benchmarks") for name, table in figures.PAGES[name].items()}
@@ -38,7 +38,7 @@ def test_a_table_that_is_older_than_its_file_is_replaced(figures: Any, tmp_path:
     record = json.loads((tmp_path / "quality.json").read_text())
     record["presets"]["Fovea 5 %"]["attention_error"] = 0.987
     (tmp_path / "quality.json").write_text(json.dumps(record))
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "measured.md").read_text()
     changed = figures.fill(page, {"quality": figures.TABLES["quality"](tmp_path)})
     before, after = page.splitlines(), changed.splitlines()
     assert len(before) == len(after)

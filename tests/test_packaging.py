@@ -20,19 +20,21 @@ MAX_LINES = 450
 
 GROUND = {"errors", "clock", "console", "files", "muon"}  # what every package may use
 BELOW_PATCH = {"kernels", "method", "operator"}
-BELOW_ADAPTERS = BELOW_PATCH | {"patch", "pipelines"}
+BELOW_ADAPTERS = BELOW_PATCH | {"parallel", "patch", "pipelines"}
 # package -> the other packages that it may import
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "method": {"kernels"},
     "operator": {"kernels", "method"},
+    "parallel": BELOW_PATCH,
     "pipelines": set(),  # families are declarations
-    "patch": BELOW_PATCH | {"pipelines"},
+    "patch": BELOW_PATCH | {"parallel", "pipelines"},
     "pipelines.hires": BELOW_ADAPTERS,  # a recipe, placed above the patch though its folder is next to the families that the patch uses
     "adapters": BELOW_ADAPTERS,
     "finetune": BELOW_ADAPTERS | {"adapters"},
     "measure": BELOW_ADAPTERS | {"adapters", "finetune"},
-    "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
+    "planner": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
+    "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure", "planner"},
 }
 # what needs the standard library and torch alone
 TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks"}

@@ -25,6 +25,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import AttentionSpec, TokenLayout, attention
 from dit_accel.method import (
+    Blockwise,
     Call,
     Clusters,
     Columns,
@@ -79,6 +80,7 @@ TRIED: dict[Any, tuple[Any, ...]] = {
     int: (2,),
     bool: (False,),
     Rest: (Linear(),),
+    Blockwise: (DiscBlocks(5.0),),
 }  # values of fields that have no default
 BLOCKS = (Tiles((4, 4)), Raster())
 IN_LINEAR: dict[type[Part], str] = {Features: "feature_map", KeyWeight: "weights", Readout: "readout"}  # slots that are its fields

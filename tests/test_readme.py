@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import typer
 from test_cli import ROOT
@@ -94,11 +95,52 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_piece_of_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each on a pipeline as it comes, with small pictures and few steps."""
+@pytest.fixture
+def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in models in place of those on the hub, and an adapter for the one for video in the folder that is worked in."""
     monkeypatch.chdir(tmp_path)
+    for kind, builtin in ((diffusers.FluxPipeline, dit_accel.builtin_pipeline), (diffusers.WanPipeline, dit_accel.builtin_video_pipeline)):
+
+        def opened(name: str | Path, *, load: Any = kind.from_pretrained, builtin: Any = builtin, **options: Any) -> Any:
+            return load(name, **options) if Path(name).is_dir() else builtin()
+
+        monkeypatch.setattr(kind, "from_pretrained", opened)
+    pipe = dit_accel.accelerate(dit_accel.builtin_video_pipeline(), dit_accel.SLA(0.1))
+    dit_accel.save_adapter(pipe, "sla-adapter")
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_piece_of_python_runs(page: Path) -> None:
+    """Each on a pipeline as it comes, with small pictures and few steps."""
     for text in blocks(page):
-        small = re.sub(r"\b(height|width)=\d+", r"\1=128", text)
+        small = re.sub(r"\b(height|width)=\d+", r"\1=128", text).replace('.to("cuda")', "")
+        small = re.sub(r"\bnum_frames=\d+", "num_frames=5", re.sub(r"\b(num_inference_)?steps=\d+", r"\1steps=1", small))
         names = {"dit_accel": dit_accel, "pipe": dit_accel.builtin_pipeline(), "prompts": ["a cat", "a dog"]}
-        exec(re.sub(r"\b(num_inference_)?steps=\d+", r"\1steps=1", small), names)
+        exec(small, names)
+
+
+def headings(page: Path) -> set[str]:
+    """Where links may lead within a page, as GitHub names them."""
+    found = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, place = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if "://" not in link and (not target.exists() or (place and place not in headings(target))):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_page_can_be_found_from_the_readme() -> None:
+    named = set(re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text()))
+    assert {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")} == named

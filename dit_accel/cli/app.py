@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dit_accel import files
-from dit_accel.cli import doctor, evaluate, generate, options, quality, recovery
+from dit_accel.cli import doctor, evaluate, generate, options, quality, recovery, view
 from dit_accel.errors import ArgumentError, DitAccelError
 from dit_accel.finetune.config import DistillConfig, OptimizerName, Trainable
 
@@ -16,6 +16,7 @@ HINTS = {
     "generate": "nothing was written; with --hires the same command continues after the last finished stage",
     "collect": "the same command continues with the prompts that are missing",
     "evaluate": "nothing was written; the same command starts over",
+    "view": "nothing was written; the same command starts over",
     "distill": "the same command continues from the newest checkpoint, or with the samples recorded so far",
 }
 
@@ -238,6 +239,7 @@ def distill(
 
 
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=view.EPILOG)(view.view)
 bench.command(epilog=recovery.EPILOG)(recovery.recovery)
 bench.command(epilog=quality.QUALITY)(quality.quality)
 bench.command(epilog=quality.LOGITS)(quality.logits)
@@ -350,9 +352,13 @@ def estimate(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = "4096",
     frames: Annotated[int, typer.Option(help="Frames of a video.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method as in generate; may be repeated.", show_default="fovea")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many of these GPUs share the sequence.")] = 1,
+    link: Annotated[str | None, typer.Option(help="With --devices: nvlink, pcie or ethernet.", show_default="nvlink")] = None,
     out: options.Result = None,
 ) -> None:
-    """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU. Nothing is measured."""
+    """Estimate arithmetic, memory traffic and the least time of a model's attention on a GPU, or on several. Nothing is measured."""
+    if link is not None and devices == 1:
+        raise ArgumentError("--link requires --devices 2 or more")
     pixels = options.parse_size(size if "x" in size else f"{size}x{size}")
     specs = [
         options.parse_accelerated(text, reason="estimate requires accelerated methods (the original is always listed)")
@@ -361,11 +367,19 @@ def estimate(
     if out:
         options.check_file(out)
     from dit_accel.measure import estimate as roofline
+    from dit_accel.measure import estimate_devices as several
 
+    link = link or "nvlink"
     rows = [roofline.estimate(gpu, model, pixels, spec, frames=frames) for spec in [None, *specs]]
+    shared: list[dict[str, Any]] = []
+    for spec in [None, *specs] if devices > 1 else []:
+        shared += several.estimate_devices(gpu, model, pixels, spec, devices=devices, link=link, frames=frames)
     if out:
-        files.write_json(out, {"gpu": gpu, "model": model, "size": size, "frames": frames, "rows": rows})
+        more = {"devices": devices, "link": link, "shared": shared} if shared else {}
+        files.write_json(out, {"gpu": gpu, "model": model, "size": size, "frames": frames, "rows": rows, **more})
     roofline.show(gpu, model, rows)
+    if shared:
+        several.show(gpu, devices, link, shared)
 
 
 @app.command(epilog="Example: dit-accel info --model builtin")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dit_accel import files
-from dit_accel.cli import options
+from dit_accel.cli import launched, options
 from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def generate(
     """Draw one picture or video with an accelerated pipeline, and show what ran in each layer.
 
     A video: dit-accel generate "a panda moving left" --video --size 512x512 --out panda.mp4
+
+    Several processes that torchrun starts, one for each GPU, share the sequence; their number must divide the heads of each layer.
     """
     if adapter is not None and (method is not None or dense_steps):
         raise ArgumentError("--adapter names method and dense steps itself: leave --method and --dense-steps out")
@@ -66,7 +68,8 @@ def generate(
     out = out or Path("video.mp4" if video else "image.png")
     (options.check_clip if video else options.check_picture)(out)
     stages = out.with_name(f"{out.stem}-stages")
-    if hires:
+    keeps = hires and launched.processes() == 1  # what one process finds finished, the others would wait for
+    if keeps:
         files.check_folder(stages)
     import torch
 
@@ -79,13 +82,18 @@ def generate(
         load_adapter(pipe, adapter, strict=strict)
     elif spec is not None:
         accelerate(pipe, spec, dense_steps=dense_steps, strict=strict)
+    writes = launched.spread(pipe)
     generator = torch.Generator("cpu").manual_seed(seed)
-    if video:
-        _write_video(pipe(prompt=prompt, generator=generator, output_type="pt", **call), out, fps or 8)
-    elif hires:
-        _write_picture(generate_hires(pipe, prompt, seed=seed, folder=stages, **recipe, **call), out)
+    if hires:
+        drawn: Any = generate_hires(pipe, prompt, seed=seed, folder=stages if keeps else None, **recipe, **call)
     else:
-        _write_picture(pipe(prompt=prompt, generator=generator, **call).images[0], out)
+        drawn = pipe(prompt=prompt, generator=generator, **({"output_type": "pt"} if video else {}), **call)
+    if not writes:
+        return
+    if video:
+        _write_video(drawn, out, fps or 8)
+    else:
+        _write_picture(drawn if hires else drawn.images[0], out)
     if adapter is not None or spec is not None:
         summary(pipe)
     else:

@@ -20,7 +20,12 @@ def recovery(
     train: Annotated[
         list[str] | None, typer.Option(help="parameters, lora or attention, as in distill; may be repeated.", show_default="all three")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Minutes of training for each method and each of what is trained.")] = 5.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training for each method and each of what is trained.", show_default="5")
+    ] = None,
+    train_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training in place of minutes: the same for all, however busy the machine is.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Text file with one prompt per line, of which the last are held out; unless given, 62 that builtin knows."),
@@ -47,6 +52,9 @@ def recovery(
     ] = Path("recovery.json"),
 ) -> None:
     """Measure how much of the original's quality a short training brings back, and in how many minutes."""
+    if minutes is not None and train_steps is not None:
+        raise ArgumentError("--minutes and --train-steps both say how long to train: give one of them")
+    minutes = 5.0 if minutes is None else minutes
     if not 0 < minutes < math.inf:
         raise ArgumentError(f"minutes must be a number > 0, not {minutes}")
     call = options.call_arguments(model, options.parse_size(size, model), steps, guidance, max_sequence_length)
@@ -74,7 +82,8 @@ def recovery(
     pipe = load_pipeline(model, dtype, device, sizes=options.sizes_of(call))
     pipe.set_progress_bar_config(disable=True)
     measurement = Recovery(
-        pipe, texts[:-count], texts[-count:], texts[-count:][:pictures], minutes, call, seed, optimizer, out.with_name(f"{out.stem}-runs")
-    )
+        pipe, texts[:-count], texts[-count:], texts[-count:][:pictures], minutes, call, seed, optimizer,
+        out.with_name(f"{out.stem}-runs"), train_steps,
+    )  # fmt: skip
     bench_recovery(measurement, specs, [name for name in known if not train or name in train], out=out)
     typer.echo(f"wrote {out}")

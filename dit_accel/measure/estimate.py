@@ -113,20 +113,24 @@ def gigaflops(pairs: float, layout: TokenLayout, model: Model) -> float:
     return 4 * with_text(pairs, layout) * model.heads * model.head_dim / 1e9
 
 
+def layout_of(model: str, size: tuple[int, int], frames: int) -> TokenLayout:
+    """The tokens of a picture or clip of a model. Raises ValueError at unknown names and sizes that don't fit."""
+    shape = find("model", model, MODELS)
+    if any(side < shape.pixels or side % shape.pixels for side in size):
+        raise ArgumentError(f"height and width must be multiples of {shape.pixels} pixels, not {size}")
+    if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
+        allowed = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1, as it makes images"
+        raise ArgumentError(f"frames of {model} must be {allowed}, not {frames}")
+    return TokenLayout(((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels), shape.text)
+
+
 def estimate(gpu: str, model: str, size: tuple[int, int], spec: AttentionSpec | Assignment | None, *, frames: int = 1) -> dict[str, Any]:
     """One row: GFLOP per layer as kept and as computed, megabytes per layer, the floor of the time of all layers' attention, in ms.
 
     `size`: height and width in pixels; `spec` None: the original attention. Under an assignment the figures of a layer are the mean of
     all. Raises ValueError at unknown names, sizes that don't fit, and assignments that depend on steps or noise levels.
     """
-    chip, shape = find("gpu", gpu, GPUS), find("model", model, MODELS)
-    if any(side < shape.pixels or side % shape.pixels for side in size):
-        raise ArgumentError(f"height and width must be multiples of {shape.pixels} pixels, not {size}")
-    if frames < 1 or (frames - 1) % shape.frames or (frames > 1 and shape.frames == 1):
-        allowed = f"1 plus a multiple of {shape.frames}" if shape.frames > 1 else "1, as it makes images"
-        raise ArgumentError(f"frames of {model} must be {allowed}, not {frames}")
-    grid = ((frames - 1) // shape.frames + 1, size[0] // shape.pixels, size[1] // shape.pixels)
-    layout = TokenLayout(grid, shape.text)
+    chip, shape, layout = find("gpu", gpu, GPUS), find("model", model, MODELS), layout_of(model, size, frames)
     shares = _shares(spec, layout, shape)
     kept = sum(share * gigaflops(kept_pairs(part, layout), layout, shape) for part, share in shares.items())
     computed = sum(share * gigaflops(image_pairs(part, layout, shape.head_dim), layout, shape) for part, share in shares.items())

@@ -79,7 +79,8 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments; FallbackError where no layer runs
     the method.
     """
-    _check(pipe, prompts, call)
+    check_call(pipe, prompts, call)
+    _check_json(call)
     check_folder(out)
     bootstrap = Bootstrap()
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as folder:
@@ -103,7 +104,8 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     return record
 
 
-def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
+def check_call(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
+    """Raise ValueError, or a class of dit_accel.errors, unless it is an accelerated pipeline that draws these prompts with this call."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ArgumentError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     patches_of(pipe)
@@ -116,6 +118,9 @@ def _check(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     missing = sorted({"prompt", "generator", "output_type", *call} - set(taken))
     if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         raise ArgumentError(f"{kind.__name__} takes no {', '.join(missing)}")
+
+
+def _check_json(call: dict[str, Any]) -> None:
     try:
         json.dumps(call)
     except TypeError as error:
@@ -150,7 +155,7 @@ def measure(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Pr
         moments = stack.enter_context(recorded_moments([model for model, _ in models]))
         recorders = [stack.enter_context(Recorder(model, forward_names(model))) for model, _ in models]
         pictures = {"original": draw(pipe, prompt, seed, call)}
-    names = _component_names(pipe)
+    names = component_names(pipe)
     nowhere = torch.empty(0)  # final latents, which nothing here asks for
     runs = [
         (name, model, patch.context.family, own, [Forward(a, p, nowhere, prompt, seed, i) for i, (a, p) in enumerate(recorder.forwards)])
@@ -193,7 +198,7 @@ def draw(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Tensor:
     return frames
 
 
-def _component_names(pipe: Any) -> list[str]:
+def component_names(pipe: Any) -> list[str]:
     """The prefix of a layer's name, for each accelerated transformer: empty where there is one."""
     models = [model for model, _ in patches_of(pipe)]
     if len(models) == 1:

@@ -1,7 +1,8 @@
-"""`dit-accel bench recovery`: how much of the original's quality a training of so many minutes brings back.
+"""`dit-accel bench recovery`: how much of the original's quality a training of so many minutes, or steps, brings back.
 
-Every combination of a method and of what is trained learns from the same self-generated samples, collected once. A few steps are timed
-first, and the training has as many as fit the minutes, so that its learning rate has fallen when they are over.
+Every combination of a method and of what is trained learns from the same self-generated samples, collected once. Minutes: a few steps are
+timed first, and the training has as many as fit, so that its learning rate has fallen when they are over. Steps: all have the same number,
+which says what each method can learn, whatever else the machine does.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ RATES: dict[Trainable, float] = {"parameters": 1e-3, "lora": 1e-3, "attention": 
 
 @dataclass
 class Recovery:
-    """The measurement: what is the same for all combinations. `call`: arguments of the pipeline's call."""
+    """The measurement: what is the same for all combinations. `train_steps`: how many, whatever the minutes; `call`: arguments of
+    the pipeline's call."""
 
     pipe: Any
     prompts: Sequence[str]
@@ -56,12 +58,15 @@ class Recovery:
     seed: int
     optimizer: OptimizerName
     folder: Path
+    train_steps: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """The settings that two runs must share for the one to continue the other, JSON-ready."""
+        minutes = self.minutes if self.train_steps is None else None
         return {
-            "pipeline": type(self.pipe).__name__, "minutes": self.minutes, "prompts": list(self.prompts), "held_out": list(self.held_out),
+            "pipeline": type(self.pipe).__name__, "minutes": minutes, "prompts": list(self.prompts), "held_out": list(self.held_out),
             "pictures": list(self.pictures), "call": dict(self.call), "seed": self.seed, "optimizer": self.optimizer,
+            "train_steps": self.train_steps,
         }  # fmt: skip
 
     def collect(self) -> tuple[Samples, Samples]:
@@ -182,8 +187,10 @@ def _slug(name: str) -> str:
 def _planned(
     recovery: Recovery, spec: AnyMethod, train: Trainable, samples: Samples, held_out: Samples, folder: Path, parameter_steps: int
 ) -> tuple[int, int]:
-    """The number of steps of both stages that fit the minutes, at most `parameter_steps` of the first. Kept, so that a continued run
-    has as many."""
+    """The number of steps of both stages: `train_steps` of the second, all `parameter_steps` of the first; or as many as fit the minutes,
+    at most `parameter_steps` of the first, kept, so that a continued run has as many."""
+    if recovery.train_steps is not None:
+        return recovery.train_steps, parameter_steps
     kept = folder / "steps.json"
     if kept.exists():
         plan = json.loads(kept.read_text())
@@ -221,7 +228,8 @@ def _results(result: DistillResult) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """Print a line per combination, and the noise floor."""
     settings = record["settings"]
-    title = f"recovery in {settings['minutes']:g} minutes, {settings['call']['width']}×{settings['call']['height']} px"
+    length = f"{settings['train_steps']} steps" if settings["minutes"] is None else f"{settings['minutes']:g} minutes"
+    title = f"recovery in {length}, {settings['call']['width']}×{settings['call']['height']} px"
     heads = ("untrained", "first stage", "after", "recovered", "minutes", "steps", "PSNR untrained, dB", "PSNR after, dB")
     view = Table("method", "trained", *heads, title=title)
     for row in record["rows"]:

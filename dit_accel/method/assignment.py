@@ -319,11 +319,12 @@ CONDITIONS = ("layers", "heads", "steps", "noise", "tokens")
 
 
 def read_method(path: str | Path) -> AttentionSpec | Assignment:
-    """The spec or the assignment that a JSON file contains. Raises ValueError that names the file."""
+    """The spec or the assignment that a JSON file contains, as it is or as that of a plan. Raises ValueError that names the file."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{path} can't be read as the JSON of a spec or an assignment: {error}") from None
+    data = data["assignment"] if isinstance(data, dict) and "assignment" in data else data
     try:
         return Assignment.from_dict(data) if isinstance(data, dict) and "rules" in data else AttentionSpec.from_dict(data)
     except ArgumentError as error:

@@ -13,6 +13,7 @@ parameters.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,14 @@ from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attend as attend  # `compiled` calls it by this name, too
 from dit_accel.operator.attention import autocast
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel import balance
 from dit_accel.patch import masks
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
 from dit_accel.patch.heads import Layer, by_groups, joint_fit, joint_parameters, of_heads, values_of
 from dit_accel.patch.interception import intercepted, register_like, through_modes
 from dit_accel.patch.rewriting import rewritten
+from dit_accel.patch.sharing import COMPILED, shared
 
 
 class AcceleratedAttention(nn.Module):
@@ -80,19 +83,24 @@ class AcceleratedAttention(nn.Module):
         """Whether a call is accelerated; one that should be and can't is recorded. `special`: why it can't, whatever its shapes."""
         return self.context.takes(self.context.forward(), self.layer, q_len, kv_len, mask, special)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-        """`[B, H, N, D]`, image tokens in the forward's order; `mask`: one that `takes` accepted."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None, held: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """`[B, H, N, D]`, image tokens in the forward's order; `mask`: one that `takes` accepted; `held`: the numbers of the heads, all
+        unless given."""
         forward = self.context.forward()
         if forward is None:
             raise RuntimeError("an accelerated attention module's operator was called outside its transformer's forward")
-        return arranged(query, key, value, scale, mask, forward, self.layer.image_only, self.attend)
+        method = self.attend if held is None else functools.partial(self.attend, held=held)
+        return arranged(query, key, value, scale, mask, forward, self.layer.image_only, method)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward,
+        held: tuple[int, ...] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The layer's specs, once every token of the layout has a query; `bias` `[B, text]` on the text's keys."""
         params = self.params(query.device)
-        return by_specs(query, key, value, layout, scale, bias, forward, self.layer, params, self.context.backend)
+        return by_specs(query, key, value, layout, scale, bias, forward, self.layer, params, self.context.backend, held)
 
 
 def arranged(
@@ -124,13 +132,20 @@ def arranged(
 
 def by_specs(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Forward,
-    layer: Layer, params: Values, backend: str,
+    layer: Layer, params: Values, backend: str, held: tuple[int, ...] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`AcceleratedAttention.attend` of a layer: its heads `[B, H, N, D]` by the specs that they have in a forward."""
+    """`AcceleratedAttention.attend` of a layer: its heads `[B, H, N, D]` by the specs that they have in a forward.
+
+    `held`: the numbers of the heads that are given, in ascending order, where they are not all.
+    """
+    groups = forward.groups(layer)
+    if held is not None:
+        groups = balance.of_heads(groups, held)
 
     def run(group: Group) -> Tensor:
         spec, heads = group
-        q, k, v = (x if len(heads) == layer.heads else of_heads(x, heads) for x in (query, key, value))
+        places = heads if held is None else tuple(map(held.index, heads))
+        q, k, v = (of_heads(x, places) for x in (query, key, value))
         if spec is None:
             mask = None if bias is None else masks.over_keys(bias, layout).to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -138,14 +153,12 @@ def by_specs(
         own = values_of(params, spec, layer, heads)
         return attend(q, k, v, spec, layout, plan, own, forward.scaled(scale, k.shape[2], q.shape[3]), backend, text_bias=bias)[0]
 
-    return by_groups(forward.groups(layer), run)
+    return by_groups(groups, run)
 
 
-def _special(dropout_p: float, is_causal: bool, parallel_config: object) -> str | None:
+def _special(dropout_p: float, is_causal: bool) -> str | None:
     """Why a call can't be accelerated, if so."""
-    if is_causal or dropout_p:
-        return "causal attention or dropout"
-    return "context parallelism" if parallel_config is not None else None
+    return "causal attention or dropout" if is_causal or dropout_p else None
 
 
 def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,14 +169,18 @@ def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
 
 def _answer(
     operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
-    primitive: str,
+    primitive: str, held: tuple[int, ...] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The operator's output for a call that it takes, `[B, H, N, D]`, or what an active function mode makes of the call."""
+    """The operator's output for a call that it takes, `[B, H, N, D]`, or what an active function mode makes of the call.
+
+    `held`: the numbers of the heads, where they are not all.
+    """
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _traced(operator, query, key, value, mask, scale, gqa, primitive)
-        return operator(*with_all_heads(query, key, value), scale, mask)
+        more = {} if held is None else {"held": held}
+        return operator(*with_all_heads(query, key, value), scale, mask, **more)
 
     if not intercepted(query):
         return ours(query, key, value)
@@ -179,6 +196,22 @@ def _answer(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     return through_modes(run, query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale, enable_gqa=gqa)
+
+
+def _over_ranks(
+    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
+    special: str | None, config: object,
+) -> Tensor | None:  # fmt: skip
+    """A call under context parallelism `[B, own tokens, H, D]`, or None for one that runs its original attention. All ranks decide alike.
+
+    The layer runs on the whole sequence of this rank's heads.
+    """
+    exchange, mask = shared(operator.context, operator.layer, query, key, mask, special, config)
+    if exchange is None:
+        return None
+    q, k, v = with_all_heads(*(x.transpose(1, 2) for x in autocast(query, key, value)))
+    q, k, v = exchange.to_heads(q, k, v)
+    return exchange.to_tokens(_answer(operator, q, k, v, mask, scale, False, "default", exchange.held)).transpose(1, 2)
 
 
 def _traced(
@@ -212,9 +245,13 @@ class AcceleratedProcessor:
         *, backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        special, compiling = _special(dropout_p, is_causal, parallel_config), torch.compiler.is_compiling()
-        if compiling and (special is not None or attention_kwargs):
-            query = _noted(operator, query, key, special)
+        special, compiling = _special(dropout_p, is_causal), torch.compiler.is_compiling()
+        if compiling and (special is not None or attention_kwargs or parallel_config is not None):
+            query = _noted(operator, query, key, special or (None if parallel_config is None else COMPILED))
+        elif parallel_config is not None:
+            out = _over_ranks(operator, query, key, value, attn_mask, scale, enable_gqa, special, parallel_config)
+            if out is not None:
+                return out
         elif compiling or operator.takes(query.shape[1], key.shape[1], attn_mask, special):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             primitive = str(getattr(backend, "value", backend or "default"))
@@ -229,7 +266,7 @@ class AcceleratedProcessor:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         operator: AcceleratedAttention = attn.dit_accel
-        special, compiling = _special(dropout_p, is_causal, None), torch.compiler.is_compiling()
+        special, compiling = _special(dropout_p, is_causal), torch.compiler.is_compiling()
         if compiling and special is not None:
             query = _noted(operator, query.transpose(1, 2), key.transpose(1, 2), special).transpose(1, 2)
         elif compiling or operator.takes(query.shape[2], key.shape[2], attn_mask, special):

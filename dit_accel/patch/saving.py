@@ -56,6 +56,17 @@ class SaveOriginal(_StandIn):
             handle.remove()
 
 
+class EnableParallelism(_StandIn):
+    """`enable_parallelism`, which does not know what an accelerated model requires. `action` is called with the model and the configuration
+    before that."""
+
+    name = "enable_parallelism"
+
+    def __call__(self, *, config: Any, **settings: Any) -> None:
+        self.action(self.model, config)
+        self.original(config=config, **settings)
+
+
 class UnloadLora(_StandIn):
     """`unload_lora`, which leaves a fused LoRA in the weights for good. `action` is called with the model before that."""
 

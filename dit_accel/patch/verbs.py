@@ -22,7 +22,8 @@ from dit_accel.patch.heads import Layer
 from dit_accel.patch.lora import ADAPTER, delete_lora, scale_own_lora, zero_own_lora
 from dit_accel.patch.modes import check_trained_tokens
 from dit_accel.patch.processor import AcceleratedAttention, AcceleratedProcessor, accelerated_copy
-from dit_accel.patch.saving import SaveOriginal, UnloadLora
+from dit_accel.patch.saving import EnableParallelism, SaveOriginal, UnloadLora
+from dit_accel.patch.sharing import check_sharing
 from dit_accel.patch.state import CONTEXT, Patch, patches_of
 from dit_accel.patch.steps import Steps
 from dit_accel.patch.weights import check_exchange, check_removal, hide, only_original, record_inseparable, rename, swap_weights, tolerate
@@ -112,6 +113,7 @@ def _prepare(
 ) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
     """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
     every = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    check_sharing(model, getattr(model, "_parallel_config", None), require_family(model), layers)
     if any(p.device.type == "meta" for module in every.values() for p in module.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
@@ -144,9 +146,16 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
         model.register_state_dict_post_hook(hide),
     ]
     setattr(model, CONTEXT, patch)
-    for stand_in in (SaveOriginal(model, only_original), UnloadLora(model, record_inseparable)):
+    stand_ins = (SaveOriginal(model, only_original), UnloadLora(model, record_inseparable), EnableParallelism(model, _check_sharing))
+    for stand_in in stand_ins:
         if hasattr(model, stand_in.name):
             setattr(model, stand_in.name, stand_in)
+
+
+def _check_sharing(model: Any, config: Any) -> None:
+    """Before an accelerated model is spread over processes: raise ValueError where it can't be."""
+    context: Context = getattr(model, CONTEXT).context
+    check_sharing(model, config, context.family, list(context.layers))
 
 
 def restore(pipe_or_transformer: P) -> P:
@@ -175,7 +184,7 @@ def restore(pipe_or_transformer: P) -> P:
             del module.dit_accel
         for hook in patch.hooks:
             hook.remove()
-        for stand_in in (SaveOriginal, UnloadLora):
+        for stand_in in (SaveOriginal, UnloadLora, EnableParallelism):
             vars(model).pop(stand_in.name, None)
         drop_carried(model)
         delattr(model, CONTEXT)

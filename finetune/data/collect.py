@@ -21,7 +21,7 @@ from dit_accel.errors import DistillationError
 from dit_accel.files import check_folder
 from dit_accel.finetune.data.record import Forward, Key, Size, check_arguments, damage
 from dit_accel.finetune.data.store import FORMAT, Samples, claim, damaged_runs, remove_leftovers, write_index, write_run
-from dit_accel.finetune.processes import from_main, gathered, processes, share
+from dit_accel.finetune.processes import from_main, gathered, processes, share, sharing, together, writes
 from dit_accel.finetune.surroundings import processes_kept
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.fingerprint import known_hash
@@ -144,7 +144,7 @@ def record_runs(
         stored = json.loads(json.dumps(call))
     except TypeError as error:
         raise DistillationError(f"call arguments must be numbers, strings, lists or None, which {sorted(call)} are not: {error}") from error
-    with processes_kept():
+    with processes_kept(), sharing(transformer):
         return _recorded(pipe, transformer, Path(folder), keys, make, stored, contents)
 
 
@@ -162,10 +162,12 @@ def _recorded(
         remove_leftovers(folder)
     todo = _todo(folder, keys, maker, shown, contents)
     with _without_progress_bar(pipe):
-        # in each round, every process makes one run
-        for first in tqdm(range(0, len(todo), state.num_processes), desc="collect", disable=shown):
-            for key in todo[first : first + state.num_processes][state.process_index :][:1]:
-                if damage(folder / key.file, maker, contents=contents) is not None:  # still: another process may have made it meanwhile
+        # in each round, every process makes one run, or all of them one together
+        count, number = (1, 0) if together() else (state.num_processes, state.process_index)
+        for first in tqdm(range(0, len(todo), count), desc="collect", disable=shown):
+            for key in todo[first : first + count][number:][:1]:
+                missing = damage(folder / key.file, maker, contents=contents) is not None  # still: another may have made it meanwhile
+                if from_main(missing) if together() else missing:
                     make(key)
             state.wait_for_everyone()
     if state.is_main_process:
@@ -204,4 +206,5 @@ def _collect_one(pipe: Any, folder: Path, key: Key, call: dict[str, Any]) -> Non
     with original(pipe), Recorder(transformer, forward_names(transformer), to_write=True) as recorder, torch.no_grad():
         # by name: edit models, FLUX.2 among them, take pictures first
         latents = pipe(prompt=key.prompt, generator=generator, output_type="latent", **call, **shape)[0]  # pictures or videos
-    write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)
+    if writes():
+        write_run(folder, key.prompt, key.seed, recorder.forwards, latents, size=key.size)

@@ -20,6 +20,7 @@ from dit_accel.errors import ArgumentError, UnsupportedModelError
 from dit_accel.finetune.data.collect import Key, Recorder, Samples, original, record_runs, write_run
 from dit_accel.finetune.data.store import readable_runs
 from dit_accel.finetune.flow import Flow, flow_of, in_place_of
+from dit_accel.finetune.processes import writes
 from dit_accel.patch.anatomy import forward_names
 from dit_accel.pipelines import family_of, token_pixels
 from dit_accel.pipelines.hires import latents as forms
@@ -173,7 +174,8 @@ def _record(pipe: Any, transformer: Any, picture: Picture, key: Key, folder: Pat
             pipe(prompt=picture.caption, generator=generator, output_type="latent", **call)
         finally:
             hook.remove()
-    write_run(folder, key.prompt, key.seed, recorder.forwards, x0.to(transformer.dtype), size=key.size, picture=key.picture)
+    if writes():
+        write_run(folder, key.prompt, key.seed, recorder.forwards, x0.to(transformer.dtype), size=key.size, picture=key.picture)
 
 
 class _Exchange:

@@ -18,6 +18,8 @@ import torch
 import torch.nn as nn
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  diffusers looks ModelMixin up in a component's own module
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
+from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -51,7 +53,16 @@ def place_features(img_ids: Tensor) -> Tensor:
 
 
 class BuiltinTransformer2DModel(FluxTransformer2DModel):
-    """`FluxTransformer2DModel` with `stretch_ids` applied to the image's position ids; see above for `predicts_clean`."""
+    """`FluxTransformer2DModel` with `stretch_ids` applied to the image's position ids; see above for `predicts_clean`.
+
+    What is added around the inherited forward requires the whole picture: under context parallelism the image's tokens are split within.
+    """
+
+    _cp_plan = {  # noqa: RUF012  as diffusers declares it
+        "": {name: FluxTransformer2DModel._cp_plan[""][name] for name in ("encoder_hidden_states", "txt_ids")},
+        "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "proj_out": FluxTransformer2DModel._cp_plan["proj_out"],
+    }
 
     @register_to_config
     def __init__(
@@ -76,10 +87,18 @@ class BuiltinTransformer2DModel(FluxTransformer2DModel):
         if clean := getattr(self.config, "predicts_clean", False):
             flat = ids if ids.ndim == 2 else ids[0]
             x = torch.cat([x, place_features(flat).to(x.dtype).expand(len(x), -1, -1)], -1)
-        out = super().forward(x, encoder_hidden_states, pooled_projections, timestep, stretch_ids(ids), *args, return_dict=False, **kwargs)[
-            0
-        ]
+        placed = self._own_part(stretch_ids(ids))
+        out = super().forward(x, encoder_hidden_states, pooled_projections, timestep, placed, *args, return_dict=False, **kwargs)[0]
         if clean:
             sigma = timestep.float().clamp_min(LEAST_SIGMA).view(-1, 1, 1)
             out = ((hidden_states.float() - out.float()) / sigma).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _own_part(self, ids: Tensor) -> Tensor:
+        """The ids `[N, 3]` or `[B, N, 3]` of the tokens that this process holds."""
+        config = getattr(getattr(self, "_parallel_config", None), "context_parallel_config", None)
+        if config is None:
+            return ids
+        plan = ContextParallelInput(split_dim=ids.ndim - 2)
+        part: Tensor = ContextParallelSplitHook({}, config)._prepare_cp_input(ids, plan)
+        return part

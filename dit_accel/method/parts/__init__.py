@@ -30,12 +30,13 @@ from dit_accel.method.parts.orders import Raster, Tiles
 from dit_accel.method.parts.patterns import Box, Disc, DiscBlocks, FirstFrames, Intervals, Window
 from dit_accel.method.parts.scores import ErrorProduct, Estimated, MeanProduct, SelfSaliency
 from dit_accel.method.parts.searches import Clusters, Pyramid
-from dit_accel.method.parts.selections import Columns, TopK, TopP
+from dit_accel.method.parts.selections import Among, Columns, TopK, TopP
 from dit_accel.method.parts.states import Decayed, DeltaScan, Ridge, Routed
 from dit_accel.method.parts.tokens import Landmarks, Token
 from dit_accel.method.parts.weights import Centred, Floored, KVGate, RankAugmented
 
 __all__ = [
+    "Among",
     "Blockwise",
     "Box",
     "Boxes",

@@ -23,7 +23,7 @@ from dit_accel.method.parts.call import Boxes, Call, Cost, Grid, Ground, Sizes
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
 
-Fit = Literal["least_squares", "least_squares_by_channel", "descent"]
+Fit = Literal["least_squares", "least_squares_by_channel", "descent", "choice"]
 
 _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too, by name
 
@@ -33,12 +33,14 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
 
     `fit`: how the first stage of a distillation finds its learned tensors: by gradient descent; by least squares, for a part that adds the
     rest times `proj.weight` `[D, D]`, plus `proj.bias` `[D]`, to the output; by least squares channel by channel, for a part in torch whose
-    tensors are all `[H, D, ...]` and of which each channel of the output is linear in its own numbers alone; None: they keep their start
-    values until the second stage.
-    `own_tokens`: whether it requires that the queries are the keys' tokens, as where it moves values to the queries' places.
+    tensors are all `[H, D, ...]` and of which each channel of the output is linear in its own numbers alone; "choice": by descent of a loss
+    of its own, for a part that chooses blocks (`choices.Chooser`); None: they keep their start values until the second stage.
+    `starts`: whether a distillation begins by giving it other start values, by `start`. `own_tokens`: whether it requires that the queries
+    are the keys' tokens, as where it moves values to the queries' places.
     """
 
     fit: ClassVar[Fit | None] = None
+    starts: ClassVar[bool] = False
     own_tokens: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -54,6 +56,16 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         """The learned tensors of a layer, float32, at the values from which training starts. A name may have dots."""
+        return {}
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        """How far a step of descent in the first stage moves a tensor's numbers, in terms of how far it moves a number that is added to
+        logits; 1 for the tensors that are not named. One that is summed over D channels has 1/D."""
+        return {}
+
+    def start(self, call: Call) -> dict[str, Tensor]:
+        """Of learned tensors `[H, ...]` the values from which a distillation starts, by the first call that it sees of a layer; those of
+        `parameters` where a tensor is not named."""
         return {}
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:

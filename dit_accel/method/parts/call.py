@@ -94,6 +94,10 @@ class Call:
         own = self.own(name)
         return own.repeat(len(self.q) // self.heads, *[1] * (own.ndim - 1))
 
+    def of_heads(self, x: Tensor) -> Tensor:
+        """Tokens `[BH, N, D]` of all samples by head, `[H, B·N, D]`, float64, without a gradient."""
+        return x.detach().double().unflatten(0, (-1, self.heads)).transpose(0, 1).flatten(1, 2)
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -111,6 +111,9 @@ class DynamicConv(Extra):
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         return raster_tables(ground)
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"dynamic.first": 1 / head_dim, "dynamic.second": 1 / head_dim}
+
     def __call__(self, out: Tensor, call: Call) -> Tensor:
         hidden = F.gelu(call.per_head("dynamic.first") @ call.v.mean(1)[..., None])  # [BH, D, 1]
         kernels = call.per_head("dynamic.second").flatten(1, 3) @ hidden
@@ -144,6 +147,9 @@ class Concentration(Extra):
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         return raster_tables(ground)
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"concentration.first": 0.1, "concentration.second": 0.1}
 
     def __call__(self, out: Tensor, call: Call) -> Tensor:
         hidden = F.gelu(convolved(call.v, call.per_head("concentration.first"), call))
@@ -182,6 +188,9 @@ class PreConv(Rest):
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         return raster_tables(ground)
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {f"pre_conv.{side}": 0.1 for side in ("q", "k")}
 
     def __call__(self, call: Call) -> Partial:
         q, k = (convolved(x, call.per_head(f"pre_conv.{side}"), call) for x, side in ((call.q, "q"), (call.k, "k")))

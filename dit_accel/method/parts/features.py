@@ -15,6 +15,13 @@ from dit_accel.method.parts.call import Call, Cost, Sizes
 LEAST = 1e-6  # of a feature that is a softmax: in float32 it rounds to 0 far from the largest, and then has no gradient
 
 
+def _half(x: Tensor) -> Tensor:
+    """The lower triangular half of the second moments of tokens `[H, N, D]`, kept from being singular."""
+    moments = x.mT @ x / x.shape[1]
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
+    return torch.linalg.cholesky(moments + 1e-6 * mean * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
 def _both_signs(x: Tensor) -> Tensor:
     """[softmax(x) | softmax(-x)] over the channels."""
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1).clamp_min(LEAST)
@@ -42,6 +49,9 @@ class Hedgehog(Features):
         found = {f"hedgehog.{side}": torch.eye(head_dim).repeat(heads, 1, 1) for side in "qk"}
         return found | ({f"hedgehog.bias_{side}": torch.zeros(heads, head_dim) for side in "qk"} if self.joint else {})
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {f"hedgehog.{side}": 1 / head_dim for side in "qk"}
+
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
         y = x @ call.per_head(f"hedgehog.{side}").mT
         if not self.joint:
@@ -58,12 +68,13 @@ class Hedgehog(Features):
 class NormPower(Features):
     """phi(q) = [max(q, 0)/‖q‖ | max(-q, 0)/‖q‖]^p, phi(k) = [max(k, 0)³ | max(-k, 0)³], F = 2D (NaLaFormer, arXiv 2506.21137).
 
-    p = `power` · (1 + a·tanh(r·(‖q‖ - m))): the longer the query, the sharper. a, r, m are learned for each head, at start 0, 1 and √D, the
-    length of a query after a norm without gain. The paper's p, 3 · (1/2 + tanh ‖q‖), is power 1.5, a = 2, r = 1, m = 0. Bases of q are
+    p = `power` · (1 + a·tanh(r·(‖q‖ - m))): the longer the query, the sharper. a, r, m are learned for each head, untrained 0, 1 and √D,
+    the length of a query after a norm without gain; a distillation starts at the first queries' mean length m and 1/r, its deviation. The
+    paper's p, 3 · (1/2 + tanh ‖q‖), is power 1.5, a = 2, r = 1, m = 0. Bases of q are
     at least 1e-4.
     """
 
-    fit = "descent"
+    fit, starts = "descent", True
     power: float = 3.0
 
     def __post_init__(self) -> None:
@@ -76,6 +87,10 @@ class NormPower(Features):
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         start = {"gain": 0.0, "rate": 1.0, "middle": head_dim**0.5}
         return {f"norm_power.{name}": torch.full((heads,), value) for name, value in start.items()}
+
+    def start(self, call: Call) -> dict[str, Tensor]:
+        length = torch.linalg.vector_norm(call.of_heads(call.q), dim=-1)
+        return {"norm_power.middle": length.mean(-1), "norm_power.rate": 1 / length.std(-1, correction=0).clamp_min(0.01)}
 
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
         both = torch.relu(torch.cat([x, -x], -1))
@@ -107,6 +122,9 @@ class NormPreserving(Features):
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {f"norm_preserving.{side}": torch.eye(head_dim).repeat(heads, 1, 1) for side in "qk"}
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {f"norm_preserving.{side}": 1 / head_dim for side in "qk"}
+
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
         head, channel = (torch.arange(1, n + 1, device=x.device, dtype=x.dtype) for n in (call.heads, x.shape[-1]))
         axis = F.normalize(torch.sin(head[:, None] * channel), dim=-1).repeat(len(x) // call.heads, 1)[..., None]
@@ -124,11 +142,12 @@ class Taylor(Features):
     """phi(x) = [1 | x' | x'_a²/√2 | x'_a x'_b, a < b] with x' = Px `[rank]`: phi(q)·phi(k) = 1 + t + t²/2, t = q'·k' (BASED).
 
     The exponential's Taylor series to second order in few channels (arXiv 2402.18668), F = 1 + rank · (rank + 3) / 2: 153 of 16. P of
-    queries and of keys is learned for each head. At start it takes `rank` channels at even distances, and t is their logit scaled up to all
-    channels: t = s · D/rank · Σ q_d k_d. Principal directions of recorded q and k would be a better start, but nothing collects them here.
+    queries and of keys is learned for each head. Untrained it takes `rank` channels at even distances, and t is their logit scaled up to
+    all channels: t = s · D/rank · Σ q_d k_d. A distillation starts where t is nearest to the logits of the first queries and keys, in the
+    mean square over all pairs.
     """
 
-    fit = "descent"
+    fit, starts = "descent", True
     rank: int = 16
 
     def __post_init__(self) -> None:
@@ -143,6 +162,18 @@ class Taylor(Features):
         rank = min(self.rank, head_dim)
         taken = torch.eye(head_dim)[torch.arange(rank) * head_dim // rank] * math.sqrt(head_dim / rank)
         return {f"taylor.{side}": taken.repeat(heads, 1, 1) for side in "qk"}
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {f"taylor.{side}": 1 / head_dim for side in "qk"}
+
+    def start(self, call: Call) -> dict[str, Tensor]:
+        """E[q qᵀ] = A Aᵀ and E[k kᵀ] = B Bᵀ; of Aᵀ B = U Σ Vᵀ the largest: P_q = √Σ Uᵀ A⁻¹, P_k = √Σ Vᵀ B⁻¹."""
+        halves = [_half(call.of_heads(x)) for x in (call.q, call.k)]
+        left, size, right = torch.linalg.svd(halves[0].mT @ halves[1])
+        rank = min(self.rank, left.shape[-1])
+        chosen = [side[..., :rank] * size[:, None, :rank].sqrt() for side in (left, right.mT)]
+        solved = [torch.linalg.solve_triangular(half.mT, x, upper=True) for half, x in zip(halves, chosen, strict=True)]
+        return {f"taylor.{side}": x.mT for side, x in zip("qk", solved, strict=True)}
 
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
         x = call.scale**0.5 * x @ call.per_head(f"taylor.{side}").mT

@@ -33,6 +33,9 @@ class OutputGate(Extra):
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"output_gate.weight": torch.zeros(heads, head_dim, *(head_dim,) * (self.per == "channel"))}
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"output_gate.weight": 1 / head_dim}
+
     def __call__(self, out: Tensor, call: Call) -> Tensor:
         weight = call.per_head("output_gate.weight")
         return out * (2 * (call.q @ weight[..., None]).sigmoid() if self.per == "head" else 1 + call.v @ weight.mT)

@@ -46,6 +46,9 @@ class Mass(Merge):
         of_query = {"offset_query": torch.zeros(heads, head_dim)} if self.offset == "query" else {}
         return {"offset": torch.zeros(heads)} | of_query if self.offset else {}
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"offset_query": 1 / head_dim}
+
     def __call__(self, exact: Partial, rest: Partial, call: Call) -> Partial:
         out, mass = rest
         if self.offset == "query":
@@ -73,6 +76,9 @@ class Norm(Merge):
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"norm.gain": torch.zeros(heads, 1 if self.kind == "simple" else head_dim)}
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"norm.gain": 0.3}
 
     def __call__(self, exact: Partial, rest: Partial, call: Call) -> Partial:
         normed = rest[0] * (rest[0].square().mean(-1, keepdim=True) + EPS).rsqrt()

@@ -87,8 +87,8 @@ class PowerTiles(_Offsets):
 @dataclass(frozen=True)
 class Stripes(_Offsets):
     """The tiles ⌈i^(1/power)⌉ = 1, 4, 9, ... away along an axis or a diagonal, i = 0, 1, ..., and all tiles at most `span` from one of
-    these: the anchors of Superlinear (arXiv 2601.18401, stripes of power p = 1/2) on a grid, in both directions. The paper searches among
-    the anchors and keeps the spans at the best; here all are kept."""
+    these: the anchors of Superlinear (arXiv 2601.18401, stripes of power p = 1/2) on a grid, in both directions. Here all are kept;
+    the paper searches among the anchors and keeps the spans at the best, which is `Among`."""
 
     power: float = 0.5
     span: int = 1

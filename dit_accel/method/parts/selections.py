@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.blocks import BlockMap, best_blocks, mean_product
+from dit_accel.kernels.blocks import BlockMap, best_blocks
 from dit_accel.method.checks import flag, is_real, require
-from dit_accel.method.parts.base import Score, Selection, check_part
+from dit_accel.method.parts.base import Blockwise, Score, Selection, check_part
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
+from dit_accel.method.parts.choices import TARGETS, Chooser, Target, worth
 from dit_accel.method.parts.scores import Estimated, MeanProduct
 
 
@@ -49,6 +50,49 @@ class TopK(Selection):
 
 
 @dataclass(frozen=True)
+class Among(Selection):
+    """The n = max(1, floor(density · key blocks)) best of the key blocks that a pattern of places keeps, fewer where it keeps fewer.
+
+    Superlinear's search (arXiv 2601.18401) with `Stripes`: candidates are anchors ever farther apart, with the tiles next to them, so that
+    what is scored grows with N^1.5 and not N²; this part scores all, and leaves out what is no candidate. The paper keeps whole spans at
+    the best anchors; here each tile of a span is chosen by its own score. Without a pattern that leaves something out it is `TopK`.
+    """
+
+    own_tokens = True  # the plan has the places of its own queries
+    density: float
+    among: Blockwise
+    score: Score = MeanProduct()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
+        check_part(self.among, Blockwise, "among")
+        check_part(self.score, Score, "score")
+
+    @property
+    def share(self) -> float:
+        return self.density
+
+    def prepare(self, ground: Ground) -> dict[str, Tensor]:
+        """`candidates` `[Tq, Tk]`: which key blocks the pattern keeps of each query block."""
+        corners = [ground.coords[blocks.index] for blocks in (ground.q_blocks, ground.k_blocks)]  # short blocks repeat their last token
+        (q_low, q_high), (k_low, k_high) = ((x.amin(1), x.amax(1)) for x in corners)
+        found = torch.zeros(len(q_low), len(k_low), dtype=torch.bool)
+        for number, grid in enumerate(ground.grids):
+            rows = q_low[:, 3] == number
+            found[rows] = self.among.visits(grid, (q_low[rows, :3], q_high[rows, :3], k_low[:, :3], k_high[:, :3]))[0]
+        return {"candidates": found}
+
+    def choose(self, call: Call) -> BlockMap:
+        with torch.no_grad():
+            score = self.score(call).masked_fill(~call.prepared["candidates"], -torch.inf)
+            best = score.topk(self.count(len(call.k_blocks.count)), dim=-1)
+            held = best.values > -torch.inf
+            held[..., 0] = True  # a query block without a candidate keeps one all the same
+            return BlockMap(best.indices, held)
+
+
+@dataclass(frozen=True)
 class TopP(Selection):
     """For each query block the fewest key blocks, best first, whose share of its pooled softmax reaches `mass`; at least one, and no more
     than the share `at_most` of all.
@@ -82,22 +126,25 @@ class TopP(Selection):
 
 
 @dataclass(frozen=True)
-class Columns(Selection):
-    """The same n = max(1, floor(density · key blocks)) key blocks for all queries of a head: those with the largest mean share + w·k̄.
+class Columns(Chooser, Selection):
+    """The same n = max(1, floor(density · key blocks)) key blocks for all queries of a head: those with the largest log share + w·k̄.
 
-    The mean, over query blocks, of the softmax of scale · score (+ log n, as in `TopP`); w `[D]` is one for each head, zero at start (a
-    choice has no gradient: `distill` leaves it as it is). NAtS-L (arXiv 2602.03681) decides so which chunks of keys go to softmax, by a
-    learned product with the layer's input, which an operator has not; STILL (arXiv 2602.02180) by the score `SelfSaliency`.
+    The share is the mean, over query blocks, of the softmax of scale · score (+ log n, as in `TopP`); w `[D]` is one for each head, zero at
+    start. The first stage of `distill` fits it: the softmax of log share + w·k̄ to what blocks are worth to the original's attention, see
+    `choices.worth`, `target` of it, the mean over query blocks. NAtS-L (arXiv 2602.03681) decides so which chunks of keys go to softmax, by
+    a learned product with the layer's input, which an operator has not; STILL (arXiv 2602.02180) by the score `SelfSaliency`.
     """
 
     own_tokens = True  # the choice is one of all queries
     density: float
     score: Score = Estimated()
+    target: Target = "error"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
         check_part(self.score, Score, "score")
+        require(self.target in TARGETS, f"target must be one of {TARGETS}", self.target)
 
     @property
     def share(self) -> float:
@@ -106,18 +153,35 @@ class Columns(Selection):
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"columns.weight": torch.zeros(heads, head_dim)}
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"columns.weight": 1 / head_dim}
+
     def choose(self, call: Call) -> BlockMap:
         with torch.no_grad():
-            learned = mean_product(call.per_head("columns.weight")[:, None], call.key_means(call.k))
-            best = best_blocks(_shares(self.score, call).mean(-2, keepdim=True) + learned, self.count(len(call.k_blocks.count)))
+            best = best_blocks(self.said(call), self.count(len(call.k_blocks.count)))
             index = best.index.expand(-1, len(call.q_blocks.count), -1)
             return BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True)
+
+    def said(self, call: Call) -> Tensor:
+        with torch.no_grad():
+            share = _logits(self.score, call).log_softmax(-1).logsumexp(-2, keepdim=True)  # of so many query blocks, which matters not
+        learned = call.per_head("columns.weight")[:, None].double() @ call.key_means(call.k).double().mT
+        return (share + learned).log_softmax(-1)
+
+    def goal(self, call: Call) -> Tensor:
+        """What blocks are worth to a query block, by `target`, the mean over query blocks."""
+        return worth(call, self.target).mean(-2, keepdim=True)
 
     def cost(self, sizes: Sizes) -> Cost:
         return self.score.cost(sizes) + Cost(sizes.k_blocks * sizes.head_dim)
 
 
-def _shares(score: Score, call: Call) -> Tensor:
-    """The softmax `[BH, Tq, Tk]` of a score over key blocks, float64: of a score of mass, each block's share of the attention."""
+def _logits(score: Score, call: Call) -> Tensor:
+    """What a score's softmax over key blocks is of, `[BH, Tq, Tk]`, float64."""
     logits = call.scale * score(call).double()
-    return (logits + call.k_blocks.count.log() if score.mass and not score.counts else logits).softmax(-1)
+    return logits + call.k_blocks.count.log() if score.mass and not score.counts else logits
+
+
+def _shares(score: Score, call: Call) -> Tensor:
+    """That softmax: of a score of mass, each block's share of the attention."""
+    return _logits(score, call).softmax(-1)

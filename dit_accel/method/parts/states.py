@@ -15,6 +15,7 @@ from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Rest
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
 from dit_accel.method.parts.merges import Mass
+from dit_accel.method.parts.searches import Clusters
 
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
@@ -74,10 +75,11 @@ class Routed(Rest):
     e = softmax(E_h x) of a token, x = k to write and q to read; p is the place of its largest entry, e_p. A pair's weight is
     phi(q_i)·phi(k_j) (1 + [p_i = p_j] e_ip e_jp) over the blocks not kept, divided by 1 + 1/states², so that E = 0, the start, is `Linear`
     (SSE, arXiv 2507.16577, the form without a recurrence; the paper's gates are of the layer's input, which the operator doesn't see, and
-    are shared by the heads). At E = 0 all extra states but the first are alike, and part slowly: nothing sets E to centroids of keys.
+    are shared by the heads). At E = 0 all extra states but the first are alike, and part slowly: a distillation starts with the centres of
+    the first keys as rows of E, unit vectors by k-means as `Clusters` has them.
     """
 
-    fit = "descent"
+    fit, starts = "descent", True
     states: int = 4
     feature_map: Map = "softmax"
 
@@ -92,6 +94,12 @@ class Routed(Rest):
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {"routes": torch.zeros(heads, self.states, head_dim)}
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"routes": 1 / head_dim}
+
+    def start(self, call: Call) -> dict[str, Tensor]:
+        return {"routes": Clusters(self.states).centres(F.normalize(call.of_heads(call.k), dim=-1))}
 
     def __call__(self, call: Call) -> Partial:
         q, k = (self._routed(x, call.per_head("routes")) for x in (call.q, call.k))
@@ -172,6 +180,9 @@ class DeltaScan(_Memory):
             return found
         shape = heads, head_dim
         return found | {"delta.fade_bias": torch.full(shape, -4.0), "delta.fade_weight": torch.zeros(shape)}
+
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {"delta.weight": 1 / head_dim, "delta.fade_weight": 0.1}
 
     def __call__(self, call: Call) -> Partial:
         blocks, k = call.k_blocks, _unit(call.k)

@@ -49,6 +49,9 @@ class KVGate(KeyWeight):
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {f"kv_gate.{name}": torch.zeros(heads, head_dim) for name in ("key", "value")}
 
+    def rates(self, head_dim: int) -> dict[str, float]:
+        return {f"kv_gate.{name}": 1 / head_dim for name in ("key", "value")}
+
     def __call__(self, phi_q: Tensor, phi_k: Tensor, call: Call) -> Partial:
         of_key, of_value = ((call.k @ call.per_head(f"kv_gate.{name}")[..., None]).clamp(-MOST, MOST).exp() for name in ("key", "value"))
         return phi_k * of_key, call.v * of_value

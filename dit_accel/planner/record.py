@@ -1,0 +1,254 @@
+"""A plan: an assignment together with the record of how it was found: what was measured, predicted and verified. JSON.
+
+    {"format": ..., "assignment": {"order", "specs", "rules"}, "plan": {...}}
+
+`Assignment.load` and `--method` read the assignment of a plan's file; `Plan.load` reads all of it.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dit_accel.errors import ArgumentError
+from dit_accel.files import write_text
+from dit_accel.method.assignment import Assignment
+from dit_accel.method.spec import AttentionSpec
+
+FORMAT = "dit_accel plan 1"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was planned for: classes of the pipeline and its transformer, the SHA-256 of the weights, and of each active LoRA by name."""
+
+    pipeline: str
+    transformer: str
+    weights: str
+    loras: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for, one of the two: the largest relative error of the velocity, or how many times less attention."""
+
+    budget: float | None
+    speed: float | None
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that was measured: `call`'s arguments of the size (height and width in pixels, num_frames), the grid (frames, height, width)
+    in tokens, and the number of text tokens in the same sequence."""
+
+    call: dict[str, int]
+    grid: tuple[int, int, int]
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens."""
+        frames, height, width = self.grid
+        return frames * height * width
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How many prompts were measured and how many held out, the SHA-256 of all of them, and the seed of the first."""
+
+    measured: int
+    held_out: int
+    sha256: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """low < noise level <= high, and the noise levels of the forwards that were measured in it."""
+
+    low: float
+    high: float
+    levels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """An attention module and its number of heads."""
+
+    name: str
+    heads: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a head may get, the original attention where `spec` is None; `cost` of one head as a share of the original attention's."""
+
+    spec: AttentionSpec | None
+    cost: float
+
+    @property
+    def name(self) -> str:
+        return "original" if self.spec is None else str(self.spec)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over held-out prompts with the ends of its 95 % interval, None where there is one prompt."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting on the curve of error against cost: "planned", or "uniform", one spec everywhere.
+
+    `cost`: as a share of the original attention's; `predicted`: relative error of the velocity; `verified`: on held-out prompts.
+    """
+
+    kind: str
+    name: str
+    cost: float
+    predicted: float
+    verified: Interval | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verification: the predicted error that was aimed at, its cost, and what was measured on the held-out prompts."""
+
+    predicted: float
+    cost: float
+    verified: Interval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the plan itself. `cost`: share of the original attention's; `speed`: its inverse. `predicted`: relative error of the velocity by
+    the measurements alone; `factor`: by which verification found it to differ; `verified`: on held-out prompts, also range by range."""
+
+    cost: float
+    speed: float
+    predicted: float
+    factor: float
+    verified: Interval
+    by_range: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """The density of a selection at other sizes: (alpha + beta · N) / N for N image tokens: beta alone is a fixed share, alpha a fixed
+    number of tokens. `candidate`: whose; `range`: of which noise levels, by its place in `ranges`."""
+
+    candidate: int
+    range: int
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the plan is used at other sizes: by `rules`, where none is given with the shares as they are. `measured`: image tokens of the
+    sizes that were measured; beyond the smallest and the largest of them the plan is extrapolated."""
+
+    measured: tuple[int, ...]
+    rules: tuple[SizeRule, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan(Assignment):
+    """An assignment that `plan` has found. Compares and hashes as the assignment.
+
+    `unit` of costs: "multiply-adds" or "seconds". `chosen[range][layer][head]`: its candidate's place in `candidates`. `errors`, of the
+    same shape: what it is predicted to add to the squared relative error of the velocity in that range, by the measurements alone.
+    """
+
+    version: str
+    model: Model
+    asked: Asked
+    unit: str
+    steps: int
+    sizes: tuple[Size, ...]
+    prompts: Prompts
+    ranges: tuple[NoiseRange, ...]
+    layers: tuple[LayerHeads, ...]
+    candidates: tuple[Candidate, ...]
+    chosen: tuple[tuple[tuple[int, ...], ...], ...]
+    errors: tuple[tuple[tuple[float, ...], ...], ...]
+    curve: tuple[Point, ...]
+    rounds: tuple[Round, ...]
+    outcome: Outcome
+    scaling: Scaling
+
+    def save(self, path: str | Path) -> Path:
+        """Write it to a JSON file. Raises WriteError."""
+        path = Path(path)
+        own = {field.name: _plain(getattr(self, field.name)) for field in _own_fields()}
+        write_text(path, json.dumps({"format": FORMAT, "assignment": self.to_dict(), "plan": own}, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read what `save` wrote. Raises ValueError that names the file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"{path} can't be read as the JSON of a plan: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT or set(data) != {"format", "assignment", "plan"}:
+            raise ArgumentError(f"{path} must have the format {FORMAT!r} and the keys assignment and plan: make it with dit-accel plan")
+        try:
+            assignment = Assignment.from_dict(data["assignment"])
+            given, names = data["plan"], {field.name for field in _own_fields()}
+            if not isinstance(given, dict) or set(given) != names:
+                raise ArgumentError(f"a plan must have exactly the keys {sorted(names)}")
+            kinds = typing.get_type_hints(cls)
+            return cls(assignment.rules, assignment.order, **{name: _typed(given[name], kinds[name], name) for name in names})
+        except ArgumentError as error:
+            raise ArgumentError(f"{path} contains no plan: {error}") from None
+
+
+def _own_fields() -> list[Any]:
+    inherited = {field.name for field in dataclasses.fields(Assignment)}
+    return [field for field in dataclasses.fields(Plan) if field.name not in inherited]
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready."""
+    if isinstance(value, AttentionSpec):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A value read from JSON as a type of this module's dataclasses. Raises ArgumentError at another, and at unknown or missing keys."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _typed(value, arguments[0], name)
+    if origin is tuple and isinstance(value, list):
+        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
+        if repeated or len(value) == len(arguments):
+            return tuple(_typed(item, arguments[0 if repeated else n], name) for n, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {str(key): _typed(item, arguments[1], name) for key, item in value.items()}
+    elif kind is AttentionSpec:
+        return AttentionSpec.from_dict(value)
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        fields, hints = {field.name for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+        if set(value) == fields:
+            return kind(**{key: _typed(item, hints[key], f"{name}.{key}") for key, item in value.items()})  # type: ignore[operator]
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str) and type(value) is kind:
+        return value
+    raise ArgumentError(f"{name} must be {kind.__name__ if isinstance(kind, type) else kind}, not {str(value)[:80]!r}")

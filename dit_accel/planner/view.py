@@ -1,0 +1,203 @@
+"""`view_attention`: what an accelerated pipeline keeps of its attention while it draws, as one HTML page to click through."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import ArgumentError, FallbackError
+from dit_accel.files import write_text
+from dit_accel.finetune.moments import recorded_moments
+from dit_accel.measure.capture import Captured
+from dit_accel.measure.evaluation import check_call, component_names, draw
+from dit_accel.method.assignment import Moment
+from dit_accel.method.checks import is_int, is_real
+from dit_accel.method.parts import TopK
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch.modes import always, running
+from dit_accel.patch.processor import AcceleratedAttention
+from dit_accel.patch.state import Patch, patches_of
+from dit_accel.planner.kept import Head, Place, looked_at
+from dit_accel.planner.text_tokens import labels_of_text
+from dit_accel.planner.view_page import about_bytes, view_page
+
+MEGABYTES = 8.0  # of a page, at most, unless more are asked for
+EVERYWHERE = AttentionSpec((TopK(1.0),))  # brings every layer's call to its operator, whatever the layer runs
+STEPS = "num_inference_steps"
+
+
+@dataclass
+class Watched:
+    """What is asked for, and what of it was seen. `layers`: the names that users are shown; `limit`: bytes of the page."""
+
+    layers: tuple[str, ...]
+    heads: tuple[int, ...]
+    steps: tuple[int, ...]
+    limit: float
+    found: list[Head] = field(default_factory=list)
+    last_step: int = -1
+    checked: bool = False
+
+    def check_size(self, layout: TokenLayout, head_dim: int) -> None:
+        """Raise ArgumentError at the first call where the page would be too large."""
+        count = len(self.layers) * len(self.heads) * len(self.steps)
+        about = count * about_bytes(layout, head_dim)
+        if not self.checked and about > self.limit:
+            raise ArgumentError(
+                f"the page would have about {about / 1e6:.0f} MB with {count} views of {layout.image} tokens, and {self.limit / 1e6:g} MB "
+                "is the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit (megabytes=, --megabytes)"
+            )
+        self.checked = True
+
+
+def view_attention(
+    pipe: Any, prompt: str, out: str | Path = "view.html", *, layers: int | str | Sequence[int | str] | None = None,
+    heads: int | Sequence[int] = 0, steps: int | Sequence[int] | None = None, seed: int = 0, megabytes: float = MEGABYTES, **call: Any,
+) -> Path:  # fmt: skip
+    """Draw a prompt with an accelerated pipeline and write a page that shows, for each token clicked, what the method keeps.
+
+    Args:
+        pipe: after `accelerate` or `load_adapter`; its method runs in every step that its assignment says, even where it is slower.
+        layers: numbers of accelerated attention modules, their names, or patterns of names; the middle one unless given.
+        heads: their numbers in these layers. steps: numbers of denoising steps, from 0; the middle one unless given.
+        megabytes: the largest page that is written.
+        call: arguments of the pipeline's call: height, width, num_inference_steps and the like, the `image` of a model that edits one.
+
+    Shown are queries and keys as the layer has them in that step of this very run. Guidance makes two passes or a batch of two: the pass
+    with the prompt is shown. The page is one file, which loads nothing. Returns its path.
+    Raises ValueError, or a class of dit_accel.errors, where there is no such layer, head or step or the page would be too large, and
+    FallbackError where a layer's calls can't be accelerated. Nothing is written then, and the pipeline is as it was.
+    """
+    check_call(pipe, [prompt], call)
+    out = Path(out)
+    if out.is_dir():
+        raise ArgumentError(f"out must name a file, not the folder {out}")
+    if not is_real(megabytes) or megabytes <= 0:
+        raise ArgumentError(f"megabytes must be a number > 0, not {megabytes!r}")
+    operators = _operators(pipe)
+    names = _chosen_layers(layers, list(operators))
+    wanted = Watched(names, _numbers("heads", heads), _chosen_steps(pipe, steps, call), megabytes * 1e6)
+    _check_heads(wanted, operators)
+    with always(pipe), _watching(pipe, wanted), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
+        pictures = draw(pipe, prompt, seed, call)
+    _check_found(pipe, wanted)
+    text = wanted.found[0].captured.layout.text
+    facts = {"pipeline": type(pipe).__name__, "prompt": prompt, "seed": seed, "call": _plain(call)}
+    page = view_page(wanted.found, pictures, labels_of_text(pipe, prompt, text, call), facts)
+    if len(page) > wanted.limit:
+        raise ArgumentError(f"the page has {len(page) / 1e6:.1f} MB, and {megabytes:g} is the most: ask for fewer layers, heads or steps")
+    write_text(out, page)
+    return out
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """What of a call a page can say: no pictures."""
+    return {name: value for name, value in call.items() if isinstance(value, str | int | float)}
+
+
+def _operators(pipe: Any) -> dict[str, AcceleratedAttention]:
+    """Those of all transformers by the names that users are shown."""
+    found: dict[str, AcceleratedAttention] = {}
+    for prefix, (model, patch) in zip(component_names(pipe), patches_of(pipe), strict=True):
+        found |= {prefix + name: model.get_submodule(name).dit_accel for name in patch.originals}
+    return found
+
+
+def _numbers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """One number or several, each once, ascending. Raises ArgumentError for anything else."""
+    given = (value,) if isinstance(value, int) else tuple(value)
+    if not given or not all(is_int(number) and number >= 0 for number in given):
+        raise ArgumentError(f"{name} must be one or more numbers >= 0, not {value!r}")
+    return tuple(sorted(set(given)))
+
+
+def _chosen_layers(layers: int | str | Sequence[int | str] | None, names: list[str]) -> tuple[str, ...]:
+    given = [len(names) // 2] if layers is None else [layers] if isinstance(layers, int | str) else list(layers)
+    found: set[str] = set()
+    for one in given:
+        own = [name for number, name in enumerate(names) if (one == number if is_int(one) else fnmatchcase(name, str(one)))]
+        if not own:
+            known = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+            raise ArgumentError(f"no accelerated layer is {one!r}: name some of {known}")
+        found.update(own)
+    if not found:
+        raise ArgumentError("layers must be one or more numbers or names, not an empty list")
+    return tuple(name for name in names if name in found)
+
+
+def _chosen_steps(pipe: Any, steps: int | Sequence[int] | None, call: dict[str, Any]) -> tuple[int, ...]:
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(STEPS)
+    given = call.get(STEPS, None if parameter is None else parameter.default)
+    count = given if isinstance(given, int) else None
+    if steps is None:
+        return (0 if count is None else count // 2,)
+    found = _numbers("steps", steps)
+    if count is not None and found[-1] >= count:
+        raise ArgumentError(f"the run has {count} steps, numbered from 0, and no step {found[-1]}")
+    return found
+
+
+def _check_heads(wanted: Watched, operators: dict[str, AcceleratedAttention]) -> None:
+    for name in wanted.layers:
+        if wanted.heads[-1] >= operators[name].heads:
+            raise ArgumentError(f"{name} has {operators[name].heads} heads, numbered from 0, and no head {wanted.heads[-1]}")
+
+
+def _check_found(pipe: Any, wanted: Watched) -> None:
+    """Raise unless every layer and step that was asked for was seen."""
+    seen = {head.layer for head in wanted.found}, {head.step for head in wanted.found}
+    if missing := [name for name in wanted.layers if name not in seen[0]]:
+        reasons = [reason for _, patch in patches_of(pipe) for reason in patch.context.fallbacks]
+        why = f"its calls have {', '.join(reasons)}" if reasons else "it does not run in the steps that were asked for"
+        raise FallbackError(f"nothing was seen of {missing[0]}: {why}")
+    if missing_steps := [step for step in wanted.steps if step not in seen[1]]:
+        raise ArgumentError(f"the run has {wanted.last_step + 1} steps, numbered from 0, and no step {missing_steps[0]}")
+
+
+@contextlib.contextmanager
+def _watching(pipe: Any, wanted: Watched) -> Iterator[None]:
+    """Every layer's calls pass by `wanted` for the length of a `with` block, those of the original attention as well."""
+    models, changed = patches_of(pipe), []
+    with recorded_moments([model for model, _ in models]) as moments:
+        try:
+            for prefix, (model, patch), own in zip(component_names(pipe), models, moments, strict=True):
+                for name in patch.originals:
+                    operator = model.get_submodule(name).dit_accel
+                    operator.attend = _seeing(prefix + name, operator, patch, own, wanted)
+                    changed.append(operator)
+            with running(pipe, EVERYWHERE):
+                yield
+        finally:
+            for operator in changed:
+                vars(operator).pop("attend", None)
+
+
+def _seeing(name: str, operator: AcceleratedAttention, patch: Patch, moments: list[Moment], wanted: Watched) -> Callable[..., Tensor]:
+    """The layer's own `attend`, by the assignment that it has now, which looks at the calls that were asked for."""
+    assignment, attend = patch.context.assignment, type(operator).attend
+
+    def seeing(
+        query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Any
+    ) -> Tensor:
+        moment = moments[-1]
+        wanted.last_step = max(wanted.last_step, moment.step)
+        wanted.check_size(layout, query.shape[-1])
+        forward = dataclasses.replace(forward, rules=assignment.at(moment, forward.image))
+        known = any((head.layer, head.step) == (name, moment.step) for head in wanted.found)  # guidance passes again
+        if name in wanted.layers and moment.step in wanted.steps and not known:
+            scaled = forward.scaled(scale, key.shape[2], query.shape[3])
+            last = None if bias is None else bias[-1:]  # of a batch for guidance, the one with the prompt
+            captured = Captured(query[-1:], key[-1:], value[-1:], layout, name, scaled, last)
+            place, values = Place(name, operator.layer, moment.step, moment.noise), operator.params(query.device)
+            wanted.found += looked_at(place, captured, forward.groups(operator.layer), values, wanted.heads, patch.context.backend)
+        return attend(operator, query, key, value, layout, scale, bias, forward)
+
+    return seeing

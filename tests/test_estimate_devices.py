@@ -1,0 +1,105 @@
+"""What several devices send each other, against counts by hand."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import disc_pairs
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
+from dit_accel.errors import ArgumentError
+from dit_accel.measure.estimate import estimate
+from dit_accel.measure.estimate_devices import LINKS, estimate_devices
+from dit_accel.method.assignment import Assignment, Rule
+from dit_accel.method.presets import CLEAR, SLA, Fovea
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel import traffic
+
+
+def test_heads_are_exchanged_four_times() -> None:
+    """Of N/n tokens all heads but one's own, of q, k, v and the output."""
+    assert traffic.ulysses(4096, 24, 128, 8) == 4 * (4096 / 8) * (24 * 7 / 8) * 128 * 2
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_halo_by_brute_force(ranks: int) -> None:
+    """Tiles of 4 × 4 on 16 × 12 tokens: bands of whole rows of tiles, and of each tile that a disc touches all keys."""
+    spec, grid = CLEAR(3, tile=(4, 4)), (1, 16, 12)
+    tile = torch.tensor([(y // 4) * 3 + x // 4 for y in range(16) for x in range(12)])
+    band = tile // 3 * ranks // 4
+    kept = disc_pairs((grid,), 3)
+    needed = []
+    for rank in range(ranks):
+        tiles = tile[kept[band == rank].any(0)].unique()
+        needed.append(int((torch.isin(tile, tiles) & (band != rank)).sum()))
+    assert traffic.halo_tokens(spec, TokenLayout(grid), ranks) == max(needed) == 4 * 12 * (1 if ranks == 2 else 2)
+
+
+def test_a_halo_does_not_grow_with_the_number_of_devices() -> None:
+    """CLEAR's border is of rows of tiles; of text and pooled rows what is summed or gathered nears a limit."""
+    layout = TokenLayout((1, 128, 128), 0)
+    assert {traffic.halo(CLEAR(8), layout, 24, 128, ranks) for ranks in (4, 8, 16)} == {2 * 24 * 128 * 2 * 2.0 * 8 * 128}
+    pooled = [traffic.halo(Fovea(radius=8), layout, 24, 128, ranks) for ranks in (4, 16)]
+    gathered = 3 * 24 * 128 * 2 * 128 * 128 / 64
+    assert pooled[1] - pooled[0] == pytest.approx(gathered * (15 / 16 - 3 / 4))  # type: ignore[operator]
+
+
+def test_chosen_blocks_have_no_halo() -> None:
+    assert traffic.halo(Fovea(0.05), TokenLayout((1, 16, 16)), 2, 64, 2) is None
+
+
+def test_states_and_text_are_summed() -> None:
+    layout = TokenLayout((1, 16, 16), 10)
+    linear = replace(SLA(0.1, tile=(4, 4)), keep=Fovea(radius=3).keep)
+    states, text = 2 * 64 * 65 * 4, 10 * 2 * 65 * 4
+    border = traffic.halo(CLEAR(3), TokenLayout((1, 16, 16)), 2, 64, 2)
+    assert traffic.halo(CLEAR(3), layout, 2, 64, 2) == border + text  # type: ignore[operator]
+    of_blocks = 2 * 2 * 64 * 2 * traffic.halo_tokens(linear, layout, 2)
+    assert traffic.halo(linear, layout, 2, 64, 2) == pytest.approx(of_blocks + states + text)
+    assert of_blocks > 0
+
+
+def test_a_row_by_hand() -> None:
+    """4,096 pixels: 256² image and 512 text tokens, 24 heads of 128."""
+    ours, halo = estimate_devices("h100", "flux", (4096, 4096), CLEAR(16), devices=8, link="nvlink")
+    tokens = 256**2 + 512
+    assert ours["tokens"] == tokens
+    assert ours["megabytes_sent"] == pytest.approx(4 * tokens * 3072 * 2 * 7 / 64 / 1e6)
+    assert ours["exchange_ms"] == pytest.approx(ours["megabytes_sent"] / LINKS["nvlink"][0])
+    whole = estimate("h100", "flux", (4096, 4096), CLEAR(16))["floor_ms"] / 57
+    assert ours["one_device_ms"] == pytest.approx(whole)
+    assert ours["total_ms"] == pytest.approx(whole / 8 + ours["exchange_ms"])
+    assert halo["megabytes_sent"] * 1e6 == pytest.approx(2 * 2 * 16 * 256 * 3072 * 2 + 2 * 7 / 8 * 512 * 24 * 129 * 4)
+
+
+def test_what_can_not_be_shared_says_why() -> None:
+    ours, halo = estimate_devices("h100", "flux", (1024, 1024), Fovea(0.05), devices=64, link="pcie")
+    assert (ours["total_ms"], ours["why"]) == (None, "24 heads are not divisible by 64")
+    assert (halo["total_ms"], halo["why"]) == (None, "blocks are chosen by what they contain")
+    mixed = Assignment((Rule(CLEAR(8)), Rule(CLEAR(16), heads=(0,))))
+    assert estimate_devices("h100", "flux", (1024, 1024), mixed, devices=2, link="pcie")[1]["why"].startswith("its layers and heads have")
+    assert len(estimate_devices("h100", "flux", (1024, 1024), None, devices=2, link="pcie")) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"link": "pigeon"}, "link must be one of .*not 'pigeon'"), ({"devices": 1}, "devices must be from 2 to 4096, not 1")],
+)
+def test_what_does_not_fit(change: dict[str, object], reason: str) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        estimate_devices("h100", "flux", (1024, 1024), None, **({"devices": 2, "link": "pcie"} | change))  # type: ignore[arg-type]
+
+
+def test_the_command_writes_both_tables(tmp_path: Path) -> None:
+    several = ["--devices", "8", "--link", "ethernet", "--out", str(tmp_path / "e.json")]
+    done = CliRunner().invoke(app, ["estimate", "--size", "1024", "--method", "clear:8", *several])
+    assert done.exit_code == 0, done.output
+    assert "12.5 GB/s from each" in " ".join(done.output.split())
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert (found["devices"], found["link"], [row["how"] for row in found["shared"]]) == (8, "ethernet", ["ulysses", "ulysses", "halo"])
+    assert all(math.isfinite(row["total_ms"]) for row in found["shared"])
+    assert CliRunner().invoke(app, ["estimate", "--link", "pcie"]).exit_code != 0
