@@ -79,6 +79,8 @@ def step(folder: Path) -> str:
 
     made = [["original", *(original(first[size]) for size in sizes)]]
     for spec, name in METHODS.items():
+        if not any(row["method"] == spec for row in rows):
+            continue
         made.append([name, *(cell(next(r for r in rows if r["method"] == spec and tuple(r["size"]) == size)) for size in sizes)])
     return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made, read(folder / "step.json"))
 
@@ -186,6 +188,8 @@ def short(folder: Path) -> str:
     made = []
     for spec, name in METHODS.items():
         ratios = {tuple(row["size"]): row["original"] / row["accelerated"] for row in steps if row["method"] == spec}
+        if not ratios:  # Fovea 5 % has two names: the file has one of them
+            continue
         texts = [f"{figures(ratios[size]) if ratios[size] >= 1 else f'{ratios[size]:.2f}'}×" for size in sizes]
         error = f"{presets[name]['velocity_error']:.3f}"
         made.append([name, *(f"**{text}**" if ratios[size] < 1 else text for size, text in zip(sizes, texts, strict=True)), error])
