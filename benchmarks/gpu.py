@@ -180,7 +180,7 @@ def flex_rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterato
             yield row | {"missing": reason}
             continue
         with torch.no_grad():
-            call = functools.partial(rivals.flex(qkv[0], qkv[1], SPECS[name], layout), *qkv)
+            call = functools.partial(rivals.flex(*qkv, SPECS[name], layout), *qkv)
             call()
             yield row | {"ms": milliseconds(call)}
 

@@ -2,8 +2,8 @@
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
-blocks, `dit_accel::mix_slopes` the slopes of query blocks from it, and `dit_accel::split_units` splits groups of blocks;
-`dit_accel::group_units` makes all that query blocks see of groups. Their arguments are those of `arguments` and `grouping`, packed, after
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it; `dit_accel::group_units` makes all that query blocks see of groups on a
+CPU, `dit_accel::split_units` splits groups on a GPU. Their arguments are those of `arguments` and `grouping`, packed, after
 `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
 """
 
@@ -68,7 +68,7 @@ def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
 
 
 def split_units(a: SplitArguments, implementation: str) -> Tensor:
-    """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it. Not differentiated."""
+    """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it, by the GPU's kernels alone. Not differentiated."""
     part: Tensor = split_units_op(implementation, *SPLIT.pack(a))
     return part
 

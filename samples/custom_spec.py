@@ -9,10 +9,10 @@ pooled key for each block that is left, and one softmax over both. The near tile
 import torch
 
 from dit_accel import AttentionSpec, accelerate, builtin_pipeline, dense, summary
-from dit_accel.method import DiscBlocks, Mass, Pooled, Tiles, TopK
+from dit_accel.method import DiscBlocks, ErrorProduct, Mass, Pooled, Tiles, TopK
 
 spec = AttentionSpec(
-    keep=(TopK(density=0.02, correct_short=True), DiscBlocks(radius=4)),
+    keep=(TopK(density=0.02, score=ErrorProduct()), DiscBlocks(radius=4)),
     rest=Pooled(variance=True),
     merge=Mass(offset=True),  # one learnable number per head, zero before any training
     order=Tiles((8, 8)),

@@ -22,6 +22,7 @@ from dit_accel.method import (
     Disc,
     DiscBlocks,
     Downsampled,
+    ErrorProduct,
     FirstFrames,
     Linear,
     Mass,
@@ -209,11 +210,20 @@ def window_pairs(grids: Grids, window: Window) -> Tensor:
     return kept
 
 
-def top_pairs(q: Tensor, k: Tensor, top: TopK, q_number: Tensor, k_number: Tensor, block: int) -> Tensor:
-    """`[B, H, N, N]`: the n = max(1, ⌊density · T⌋) key blocks with the largest product of block means."""
+def top_pairs(
+    q: Tensor, k: Tensor, v: Tensor | None, top: TopK, q_number: Tensor, k_number: Tensor, block: int, scale: float
+) -> Tensor:  # fmt: skip
+    """`[B, H, N, N]`: the n = max(1, ⌊density · T⌋) key blocks with the largest product of block means, or error."""
     q_in, k_in = membership(q_number), membership(k_number)
     q_mean, k_mean = (m.T @ x.double() / m.sum(0)[:, None] for m, x in ((q_in, q), (k_in, k)))
     score = q_mean @ k_mean.mT
+    if isinstance(top.score, ErrorProduct):
+        assert v is not None
+        n = k_in.sum(0)
+        k_var, v_var = (k_in.T @ (x.double() - k_in @ (k_in.T @ x.double() / n[:, None])).square() / n[:, None] for x in (k, v))
+        spread = scale**2 * (q.double().square().mean(-2, keepdim=True) @ k_var.mT)
+        value = v_var.sum(-1)[..., None, :]
+        score = scale * score + n.log() + (spread / 2).clamp(max=top.score.cap) + spread.log() + value.log() / 2
     if top.correct_short:
         score = score * (k_in.sum(0) / block).sqrt()
     n = max(1, math.floor(top.density * k_in.shape[1] + 1e-9))
@@ -232,16 +242,19 @@ def mass_pairs(q: Tensor, k: Tensor, top: TopP, q_number: Tensor, k_number: Tens
     return chosen[..., q_number, :][..., k_number]
 
 
-def kept_pairs(q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids, scale: float | None = None) -> Tensor:
-    """`[B, H, N, N]`: the union of the patterns over image tokens `[B, H, N, D]`, decided in float64."""
+def kept_pairs(
+    q: Tensor, k: Tensor, spec: AttentionSpec, grids: Grids, scale: float | None = None, v: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`[B, H, N, N]`: the union of the patterns over image tokens `[B, H, N, D]`, decided in float64. `v`: for a score by the error."""
+    size = q.shape[-1] ** -0.5 if scale is None else scale
     q_number, k_number = (block_of(grids, spec.order, b) for b in spec.block)
     kept = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.bool)
     for pattern in spec.keep:
         match pattern:
             case TopK():
-                kept = kept | top_pairs(q.detach(), k.detach(), pattern, q_number, k_number, spec.block[1])
+                values = None if v is None else v.detach()
+                kept = kept | top_pairs(q.detach(), k.detach(), values, pattern, q_number, k_number, spec.block[1], size)
             case TopP():
-                size = q.shape[-1] ** -0.5 if scale is None else scale
                 kept = kept | mass_pairs(q.detach(), k.detach(), pattern, q_number, k_number, size)
             case Disc(radius):
                 kept = kept | disc_pairs(grids, radius)
@@ -308,7 +321,7 @@ def oracle(
     """Output and lse of `[B, H, N, D]` in raster order, computed densely and naively in `dtype`; what is kept is decided in float64."""
     text = torch.arange(layout.text) + (0 if layout.text_first else layout.image)
     image = torch.arange(layout.image) + (layout.text if layout.text_first else 0)
-    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grids, scale)
+    kept = kept_pairs(q[:, :, image], k[:, :, image], spec, layout.grids, scale, v[:, :, image])
     params = spec.make_parameters(heads=q.shape[1], head_dim=q.shape[3]) if params is None else params
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(dtype) for x in (q, k, v))

@@ -26,7 +26,7 @@ from dit_accel.operator.lists import PADDING, Lists
 SHAPE = Shape(1, 2, 16, (1, 11, 14), 5)
 TINY = Shape(1, 2, 24, (1, 6, 9), 3)  # for the interpreter
 SPECS = {
-    "fovea": Fovea(0.2, tile=(4, 4)),
+    "fovea": replace(Fovea(0.2, tile=(4, 4)), keep=(TopK(0.2, correct_short=True),)),  # the error's score is of all queries of a head
     "fovea-radius": Fovea(radius=4, tile=(4, 4)),
     "clear": CLEAR(3, tile=(4, 4)),
     "clear-downsample": CLEAR(3, downsample=4, tile=(4, 4)),

@@ -72,7 +72,7 @@ def test_spread_takes_levels_of_every_run_without_the_first_step(samples: Sample
     ("spec", "share"),
     [
         (AttentionSpec((TopK(1.0),)), 1.0 + 1 / 2 / 64**2),
-        (Fovea(0.05), 3 / 64 + 1.5 / 64 + 1 / 2 / 64**2),
+        (Fovea(0.05), 3 / 64 + 1.5 / 64 + 65 / 64 / 2 / 64**2),
         (SLA(0.05, scope="all"), 3 / 64 + 64 / 4096 + 1 / 2 / 64**2),
         (CLEAR(8, downsample=4), 484 / 64**2 + 1 / 16),
     ],

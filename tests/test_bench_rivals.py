@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dit_accel.measure import rivals as bench_rivals
-from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Pooled, Raster, Tiles, TopK, Window
+from dit_accel.method import AttentionSpec, Disc, DiscBlocks, ErrorProduct, Linear, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
@@ -69,7 +69,7 @@ def test_flex_attention_computes_the_operators_pairs(name: str, text: int, text_
     shape = Shape(2, 2, 16, (1, 16, 12), text, text_first)
     layout = dataclasses.replace(shape.layout, order=spec.order)
     q, k, v = shape.inputs()
-    mask = bench_rivals.block_mask(q, k, spec, layout)
+    mask = bench_rivals.block_mask(q, k, v, spec, layout)
     got = eager_flex(q, k, v, mask)
     own, exact = (attention(*(x.to(d) for x in (q, k, v)), spec, layout, backend="reference") for d in (torch.float32, torch.float64))
     assert_close_as_eager(got, exact, own)
@@ -81,7 +81,7 @@ def test_flex_attention_computes_the_operators_pairs(name: str, text: int, text_
     ("spec", "kept"),
     [
         (SLA(0.2, block=(16, 16)), AttentionSpec((TopK(0.2),), order=Raster(), block=(16, 16))),
-        (Fovea(0.2, tile=(4, 4)), AttentionSpec((TopK(0.2, True),), order=Tiles((4, 4)), block=(16, 16))),
+        (Fovea(0.2, tile=(4, 4)), AttentionSpec((TopK(0.2, score=ErrorProduct()),), order=Tiles((4, 4)), block=(16, 16))),
         (Fovea(radius=4, tile=(4, 4)), AttentionSpec((DiscBlocks(4),), order=Tiles((4, 4)), block=(16, 16))),
     ],
     ids=str,
@@ -91,7 +91,7 @@ def test_flex_attention_leaves_the_rest_out(spec: AttentionSpec, kept: Attention
     shape = Shape(1, 2, 16, (1, 16, 12))
     layout = dataclasses.replace(shape.layout, order=spec.order)
     q, k, v = shape.inputs()
-    got = eager_flex(q, k, v, bench_rivals.block_mask(q, k, spec, layout))
+    got = eager_flex(q, k, v, bench_rivals.block_mask(q, k, v, spec, layout))
     own, exact = (attention(*(x.to(d) for x in (q, k, v)), kept, layout, backend="reference") for d in (torch.float32, torch.float64))
     assert_close_as_eager(got, exact, own)
 
@@ -113,7 +113,7 @@ def test_flex_attention_is_compiled_for_kinds_of_cases_not_for_each(monkeypatch:
     for spec, side in cases:
         layout = TokenLayout((1, side, 12), 16, order=spec.order)
         q, k, v = (torch.randn(1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(side)) for _ in range(3))
-        made.append(bench_rivals.flex(q, k, spec, layout)(q, k, v).shape == q.shape)
+        made.append(bench_rivals.flex(q, k, v, spec, layout)(q, k, v).shape == q.shape)
         if len(made) == 6:
             fresh = len(graphs)
     assert all(made)
@@ -130,7 +130,7 @@ def test_flex_attention_wants_even_blocks_in_the_methods_order() -> None:
         layout = TokenLayout(grid, text, order=order)
         q = torch.zeros(1, 1, layout.tokens, 8)
         with pytest.raises(ValueError, match=says):
-            bench_rivals.block_mask(q, q, spec, layout)
+            bench_rivals.block_mask(q, q, q, spec, layout)
 
 
 class Natten(types.ModuleType):

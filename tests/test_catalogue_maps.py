@@ -56,7 +56,7 @@ def exact_and_left(shape: Shape, spec: AttentionSpec) -> tuple[Tensor, Tensor, T
     text = torch.ones(layout.tokens, dtype=torch.bool)
     text[at] = False
     image = [x[:, :, at] for x in (q, k, v)]
-    kept = kept_pairs(image[0], image[1], spec, layout.grids)
+    kept = kept_pairs(image[0], image[1], spec, layout.grids, v=image[2])
     logits = shape.head_dim**-0.5 * torch.cat([image[0] @ k[:, :, text].mT, (image[0] @ image[1].mT).masked_fill(~kept, -torch.inf)], -1)
     return logits.softmax(-1) @ torch.cat([v[:, :, text], image[2]], 2), logits.logsumexp(-1), ~kept, image
 

@@ -50,7 +50,7 @@ class Scene:
         layout = shape.layout
         self.q, self.k, self.v = (x[:, :, layout.image_slice] for x in self.qkv)
         self.scale = shape.head_dim**-0.5
-        self.kept = kept_pairs(self.q, self.k, spec, layout.grids)
+        self.kept = kept_pairs(self.q, self.k, spec, layout.grids, v=self.v)
         self.q_number, self.k_number = (block_of(layout.grids, spec.order, b) for b in spec.block)
         logits = torch.cat(
             [

@@ -115,7 +115,7 @@ def test_gradients_of_bfloat16(spec: AttentionSpec, shape: Shape) -> None:
 
 
 SUMMARISED = {
-    "order-1": Fovea(0.2, order=1),
+    "order-1": Fovea(0.2, order=1, parts=2),
     "parts": Fovea(0.2, parts=4),
     "groups": AttentionSpec((TopK(0.2, score=ErrorProduct()),), Pooled(opened=2), Mass(), Tiles((4, 4)), (16, 16)),
     "groups-order-1": AttentionSpec(

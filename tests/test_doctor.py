@@ -17,7 +17,6 @@ from dit_accel import files
 from dit_accel.cli.app import app
 from dit_accel.errors import WriteError
 from dit_accel.kernels import dispatch, ops
-from dit_accel.kernels.blocks import pool_blocks
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.triton import driver, tuned
 from dit_accel.measure import doctor, doctor_report, doctor_smoke
@@ -25,6 +24,7 @@ from dit_accel.measure.doctor_report import RIGHT, UNCHECKED, WRONG, Check, Repo
 from dit_accel.method import TopK
 from dit_accel.operator import bfloat16
 from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.composition import image_call
 
 CPU = torch.device("cpu")
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,17 +113,17 @@ def test_rounding_decides_no_choice_of_blocks() -> None:
     """Where two blocks are as good as each other, kernels may take the other one: no error, but it would be taken for one."""
     for shape in (*ORIGINAL["SMALL"], *ORIGINAL["INTERPRETED"], *ORIGINAL["ON_CARD"]):
         for dtype in HALVES:
-            q, k, _ = (x.double()[:, :, shape.text :].flatten(0, 1) for x in shape.inputs(dtype))
+            qkv = [x.double() for x in shape.inputs(dtype)]
             for spec in ORIGINAL["METHODS"].values():
                 if any(isinstance(pattern, TopK) for pattern in spec.keep):
-                    assert gap(q, k, spec, shape) > 1e-5
+                    assert gap(qkv, spec, shape) > 1e-5
 
 
-def gap(q: torch.Tensor, k: torch.Tensor, spec: Any, shape: Any) -> float:
+def gap(qkv: list[torch.Tensor], spec: Any, shape: Any) -> float:
     """The smallest difference between the last chosen and the first other block's score, as a share of the scores' size."""
     plan = make_plan(spec, shape.layout, CPU)
-    means = [pool_blocks(x, side)[0] for x, side in ((q, plan.q_blocks), (k, plan.k_blocks))]
-    scores = means[0] @ means[1].mT * plan.prepared.get("short_weight", torch.ones(())).double()
+    scores = spec.selection.score(image_call(*qkv, shape.layout, plan, {}, qkv[0].shape[-1] ** -0.5))
+    scores = scores * plan.prepared.get("short_weight", torch.ones(())).double()
     ordered = scores.sort(-1, descending=True).values
     if plan.top == ordered.shape[-1]:
         return 1.0

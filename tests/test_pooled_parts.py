@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel import AttentionSpec, Fovea, TokenLayout, attention
-from dit_accel.method import Mass, Sizes, TopK, TopP
+from dit_accel.method import Mass, Pooled, Sizes, Tiles, TopK, TopP
 from dit_accel.method.text import parse_method
 
 TEXTS = {
-    "first-order": "fovea:0.3,tile=4x4,order=1",
+    "first-order": "fovea:0.3,tile=4x4,order=1,parts=2",
     "one-part": "fovea:0.3,tile=4x4,order=1,parts=1",
     "four-parts": "fovea:0.3,tile=4x4,order=1,parts=4",
     "parts-alone": "fovea:0.3,tile=4x4,parts=2",
-    "radius": "fovea:radius=2,tile=4x4,order=1",
+    "radius": "fovea:radius=2,tile=4x4,order=1,parts=2",
 }
 SHAPES = {
     "9x11-text-5": Shape(1, 2, 16, (1, 9, 11), 5),
@@ -178,12 +178,20 @@ def test_equal_keys_are_one_part() -> None:
 
 def test_the_zeroth_order_in_one_part_is_the_default() -> None:
     assert Fovea(order=0, parts=1) == Fovea() == parse_method("fovea:order=0,parts=1")
-    assert Fovea(order=1) == Fovea(order=1, parts=2) == parse_method("fovea:0.05,order=1")
+    assert Fovea(order=1) == parse_method("fovea:0.05,order=1")
+    assert Fovea(radius=8, order=1).rest == Fovea(order=1).rest == Pooled(parts=4, order=1, opened=8)
+    assert Fovea(order=1, parts=2).rest == Pooled(parts=2, order=1)
     shape = SHAPES["9x11-text-5"]
     before = {"type": "Pooled", "log_count": True, "variance": True, "cap": 2.0}  # as adapters have it that know nothing of parts
     data = json.loads(json.dumps(Fovea(0.3, tile=(4, 4)).to_dict())) | {"rest": before}
     assert AttentionSpec.from_dict(data) == Fovea(0.3, tile=(4, 4))
     assert AttentionSpec.from_dict(json.loads(json.dumps(Fovea(order=1).to_dict()))) == Fovea(order=1)
+    chosen = data["keep"][0] | {"correct_short": True, "score": {"type": "MeanProduct"}}
+    older = AttentionSpec((TopK(0.3, correct_short=True),), Pooled(), Mass(), Tiles((4, 4)), (16, 16))
+    assert AttentionSpec.from_dict(data | {"keep": [chosen]}) == older
+    del chosen["score"]  # as adapters have it that know nothing of scores
+    assert AttentionSpec.from_dict(data | {"keep": [chosen]}) == older
+    assert not torch.equal(*(attention(*shape.inputs(), spec, shape.layout) for spec in (older, Fovea(0.3, tile=(4, 4)))))
     assert not torch.equal(*(attention(*shape.inputs(), Fovea(0.3, tile=(4, 4), order=n), shape.layout) for n in (0, 1)))
 
 
@@ -237,7 +245,7 @@ def test_the_states_take_no_more_memory_than_the_keys(grad: bool, backend: str) 
     tokens, d = 4096, 64
     q, k, v = (torch.randn(1, 1, tokens, d, generator=torch.Generator().manual_seed(n)).requires_grad_(grad) for n in range(3))
     with Largest() as largest:
-        out = attention(q, k, v, Fovea(0.05, order=1), TokenLayout((1, 64, 64)), backend=backend)
+        out = attention(q, k, v, Fovea(0.05, order=1, parts=2), TokenLayout((1, 64, 64)), backend=backend)
         if grad:
             out.sum().backward()
     chunk = 1 << 20  # of the reference's exact part and of its pooled logits

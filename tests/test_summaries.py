@@ -19,13 +19,13 @@ from torch import Tensor
 from dit_accel.kernels import ops, splitting
 from dit_accel.kernels.arguments import (
     MIXTURE,
-    SPLIT,
     SUMMARY,
     MixtureArguments,
     SelectionArguments,
     SplitArguments,
     Summaries,
     SummaryArguments,
+    check_split,
 )
 from dit_accel.kernels.cpu import native
 from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Pooled, Tiles, TopK
@@ -195,32 +195,6 @@ def test_the_mixture_and_its_gradients_are_the_formula(name: str, parts: int) ->
 
 
 @every_target
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("sizes", [(3, 5, 16, 8), (2, 4, 16, 64), (1, 3, 7, 72)], ids=str)
-def test_elements_of_units_are_split_as_the_formula_has_it(sizes: tuple[int, ...], parts: int) -> None:
-    """Of different weights, some of none, amid numbers that are no numbers where there is no weight."""
-    seed = torch.Generator().manual_seed(4)
-    key, weight = torch.randn(sizes, generator=seed), torch.randint(0, 5, sizes[:3], generator=seed).float()
-    weight[0, 0] = 0  # a unit of nothing
-    q = torch.randn(sizes[0], 50, sizes[3], generator=seed)
-    a = SplitArguments(key, weight, content.metric_of(q), parts)
-    got = ops.split_units(a, "cpu").long()
-    metric, level, seen = a.metric.double(), 1, 0
-    while level < parts:
-        for number in range(level):
-            mine = torch.where(got % level == number, weight, 0)[..., None].double()
-            along = splitting.projected(key.double(), mine, metric)
-            clear = (mine[..., 0] > 0) & (along.abs() > 1e-4 * along.abs().amax(-1, keepdim=True).clamp_min(1))
-            assert torch.equal((got // level % 2 == 1)[clear], (along > 0)[clear])
-            seen += int(clear.sum())
-        level *= 2
-    assert seen > 0.8 * int((weight > 0).sum())
-    assert not got[weight == 0].any()
-    if parts == 2:
-        assert torch.equal(got, splitting.split(key, weight, a.metric, 2))
-
-
-@every_target
 def test_blocks_of_one_token_and_equal_keys() -> None:
     """No direction to cut along and nothing that spreads: one part, no slope, nothing but numbers."""
     seed = torch.Generator().manual_seed(0)
@@ -287,15 +261,13 @@ def test_they_obey_the_rules_of_operators() -> None:
     leaves = [x.detach().requires_grad_() for x in a]
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(MixtureArguments(*leaves))), test_utils=quick)
-    split = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
-    torch.library.opcheck(ops.split_units_op, ("cpu", *SPLIT.pack(split)), test_utils=quick)
 
 
 GUARDED = """
 import ctypes, mmap, os, sys
 import torch
-from dit_accel.kernels import ops, splitting
-from dit_accel.kernels.arguments import MixtureArguments, SplitArguments, SummaryArguments
+from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
 
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 libc.mmap.restype = ctypes.c_void_p
@@ -323,8 +295,8 @@ for target in sys.argv[1:]:
             with_gradients([made.q_mean, *made[3:8], made.spread], qkv)
             leaves = [at_the_end(x.detach()).requires_grad_() for x in (torch.randn(1, 2, 5, 6), made.slope)]
             with_gradients([ops.mix_slopes(MixtureArguments(*leaves), "cpu")], leaves)
-            elements = [at_the_end(x) for x in (torch.randn(2, 3, 7, d), torch.rand(2, 3, 7), torch.randn(2, d, d))]
-            ops.split_units(SplitArguments(*elements, 4), "cpu")
+            q, k, v = (x.detach() for x in qkv)
+            ops.select_blocks(SelectionArguments(q, k, starts, starts, 8, 8, 3, v=v), "cpu")
     print(target)
 """
 
@@ -399,7 +371,7 @@ def test_all_of_a_call_runs_in_the_kernels(dtype: torch.dtype, monkeypatch: pyte
     made: list[Summaries] = []
     real = ops.summarize_blocks
     monkeypatch.setattr(ops, "summarize_blocks", lambda a, name: (made.append(real(a, name)), made[-1])[1])
-    shape, spec = SHAPES["ragged"], Fovea(0.3, tile=(4, 4), order=1)
+    shape, spec = SHAPES["ragged"], Fovea(0.3, tile=(4, 4), order=1, parts=2)
     qkv = shape.inputs(dtype)
     expected = attention(*shape.inputs(torch.float64), spec, shape.layout, backend="reference")
     monkeypatch.setattr(composition, "Call", None)
@@ -480,4 +452,4 @@ def test_mixtures_that_do_not_fit_are_refused(change: dict[str, Any], message: s
 def test_splits_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     a = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
     with pytest.raises(ValueError, match=message):
-        ops.split_units(a._replace(**change), "cpu")
+        check_split(a._replace(**change))

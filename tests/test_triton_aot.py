@@ -71,7 +71,7 @@ from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 MORE = {"summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}
 height, width, text = map(int, sys.argv[1:])
-for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1)):
+for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1, parts=2)):
     layout = TokenLayout((1, height, width), text)
     q, k, v = (torch.zeros(2, 3, layout.tokens, 64, requires_grad=True) for _ in range(3))
     with calls.recorded(Machine("sm_90", 132)) as launches:

@@ -184,7 +184,7 @@ def test_compiled_flex_attention_computes_the_operators_pairs() -> None:
     layout = TokenLayout((1, 32, 24), 64, order=spec.order)
     seed = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, layout.tokens, 64, generator=seed).to(CUDA, dtype) for _ in range(3))
-    got = bench_rivals.flex(q, k, spec, layout)(q, k, v)
+    got = bench_rivals.flex(q, k, v, spec, layout)(q, k, v)
     exact = attention(q.double(), k.double(), v.double(), spec, layout, backend="reference")
     assert_close_as_eager(got, exact, attention(q, k, v, spec, layout, backend="triton"))
 

@@ -18,7 +18,8 @@ from dit_accel.operator.attention import attention
 
 SHAPE = Shape(1, 1, 16, (1, 6, 8), 3)
 SPECS: dict[str, AttentionSpec] = {
-    "fovea": Fovea(0.3, tile=(4, 4)), "fovea-1": Fovea(0.3, tile=(4, 4), order=1), "sla": SLA(0.3, block=(16, 16)), "clear": CLEAR(2),
+    "fovea": Fovea(0.3, tile=(4, 4)), "fovea-1": Fovea(0.3, tile=(4, 4), order=1, parts=2), "sla": SLA(0.3, block=(16, 16)),
+    "clear": CLEAR(2),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from dit_accel.operator.layout import TokenLayout
 
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),
-    "fovea, order 1": Fovea(0.05, order=1),
+    "fovea, order 1": Fovea(0.05, order=1, parts=2),
     "fovea, groups": dataclasses.replace(Fovea(0.05, order=1), rest=Pooled(parts=4, order=1, opened=1)),
     "clear": CLEAR(8),
     "clear + pooled keys": CLEAR(8, downsample=4),

@@ -139,8 +139,8 @@ def rivals(case: Case) -> dict[str, Callable[[], None] | str]:
 def _rival(name: str, case: Case) -> Callable[[], None]:
     if name == "natten" and (window := case.spec.find(Window)) is not None:
         return runner(case, bench_rivals.natten(window, case.layout))
-    q, k, _ = inputs(case)
-    return runner(case, bench_rivals.flex(q, k, case.spec, case.layout))
+    q, k, v = inputs(case)
+    return runner(case, bench_rivals.flex(q, k, v, case.spec, case.layout))
 
 
 def _warmed(function: Callable[[], None]) -> Callable[[], None]:

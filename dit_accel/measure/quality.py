@@ -19,7 +19,7 @@ from dit_accel.finetune.data.collect import Forward, Samples, collect
 from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.measure.capture import attention_errors, capture_qkv
 from dit_accel.measure.timing import machine
-from dit_accel.method import AttentionSpec, Mass, Pooled, Raster, TopK
+from dit_accel.method import AttentionSpec, ErrorProduct, Mass, Pooled, Raster, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator.cost import kept_density, multiply_adds
 from dit_accel.operator.layout import TokenLayout
@@ -27,6 +27,7 @@ from dit_accel.patch.anatomy import find_transformers
 from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore
 
+BY_ERROR = TopK(0.05, score=ErrorProduct())
 PRESETS: dict[str, AttentionSpec] = {
     "top-k 5 %, tiles": AttentionSpec((TopK(0.05),)),
     "top-k 10 %, tiles": AttentionSpec((TopK(0.1),)),
@@ -41,9 +42,9 @@ PRESETS: dict[str, AttentionSpec] = {
     "Fovea 10 %": Fovea(0.1),
     "Fovea radius 8": Fovea(radius=8),
     "Fovea radius 16": Fovea(radius=16),
-    "Fovea 5 % without variance": AttentionSpec((TopK(0.05, True),), Pooled(variance=False), Mass()),
-    "Fovea 5 % without log n": AttentionSpec((TopK(0.05, True),), Pooled(log_count=False), Mass()),
-    "Fovea 5 %, raster order": AttentionSpec((TopK(0.05, True),), Pooled(), Mass(), Raster()),
+    "Fovea 5 % without variance": AttentionSpec((BY_ERROR,), Pooled(variance=False), Mass()),
+    "Fovea 5 % without log n": AttentionSpec((BY_ERROR,), Pooled(log_count=False), Mass()),
+    "Fovea 5 %, raster order": AttentionSpec((BY_ERROR,), Pooled(), Mass(), Raster()),
 }
 
 

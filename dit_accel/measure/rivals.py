@@ -45,17 +45,17 @@ def _no_block_mask(spec: AttentionSpec, layout: TokenLayout, plan: Plan) -> str 
     return None
 
 
-def block_mask(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> BlockMask:
+def block_mask(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout) -> BlockMask:
     """The pairs that a method computes exactly, as FlexAttention's blocks: the operator's own lists, and its text.
 
-    q, k `[B, H, N, D]` in the method's own order of tokens (`layout.order` = `spec.order`). Raises ValueError where blocks differ in size.
+    q, k, v `[B, H, N, D]` in the method's order of tokens (`layout.order` = `spec.order`). Raises ValueError where blocks differ in size.
     """
     if layout.order != spec.order:
         raise ArgumentError(f"the tokens must be in the method's order {spec.order}, not {layout.order}")
     plan = make_plan(spec, layout, q.device)
     if refusal := _no_block_mask(spec, layout, plan):
         raise ArgumentError(refusal)
-    blocks = visited_blocks(image_call(q, k, k, layout, plan, start_values(spec, q)(), q.shape[-1] ** -0.5), spec, plan)
+    blocks = visited_blocks(image_call(q, k, v, layout, plan, start_values(spec, q)(), q.shape[-1] ** -0.5), spec, plan)
     partial = torch.zeros_like(blocks.valid) if blocks.partial is None else blocks.valid & blocks.partial
     keys = len(plan.k_blocks.count)
     some = BlockMap(blocks.index, partial).kept(keys)
@@ -121,9 +121,9 @@ def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=backend)
 
 
-def flex(q: Tensor, k: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Attention:
-    """Compiled FlexAttention over the blocks that q and k `[B, H, N, D]` choose. Raises ValueError as `block_mask` does."""
-    mask = block_mask(q, k, spec, layout)
+def flex(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout) -> Attention:
+    """Compiled FlexAttention over the blocks that q, k and v `[B, H, N, D]` choose. Raises ValueError as `block_mask` does."""
+    mask = block_mask(q, k, v, spec, layout)
     rows, columns = mask.BLOCK_SIZE
     tiles: dict[str, Any] = {"fwd_BLOCK_M": min(rows, 128), "fwd_BLOCK_N": min(columns, 64)}  # its own may not divide the blocks
     return functools.partial(compiled(), block_mask=mask, kernel_options=tiles)

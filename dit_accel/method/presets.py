@@ -45,19 +45,18 @@ def Fovea(  # noqa: N802
 ) -> AttentionSpec:  # fmt: skip
     """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
 
-    `density` (default 0.05) keeps the best share of tiles per query tile; `radius` keeps every tile that a disc of that radius touches
-    (a ball in a video), without any selection. `tile`: (height, width) or (frames, height, width) in tokens, 16 to 128 of them in all.
-    `first_frames` of a video are always kept. `order`: 1 lets the value of what is not kept change with the query, to first order, and
-    keeps the tiles that are badly summarised; `parts`: pooled keys for a tile, 1, 2 or 4, by default 1 to order 0 and 2 to order 1.
-    `conv` adds a learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames
-    where the tile has frames; it is nothing until it is distilled.
-    Ancestors and relatives: docs/methods.md.
+    `density` (default 0.05) keeps for each query tile the share of tiles that would leave the largest error (`ErrorProduct`); `radius`
+    keeps every tile that a disc of that radius touches (a ball in a video), without any selection. `tile`: (height, width) or (frames,
+    height, width) in tokens, 16 to 128 of them in all. `first_frames` of a video are always kept. `order`: 1 lets the value of what is not
+    kept change with the query, to first order, with four pooled keys for each tile and, far from a query, for each group of tiles
+    (`Pooled(opened=8)`). `parts`: in their place so many pooled keys for each tile by itself, 1, 2 or 4; to order 0 it is 1. `conv` adds a
+    learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames where the tile has
+    frames; it is nothing until it is distilled. Ancestors, relatives, and Fovea with tiles kept by the product of means: docs/methods.md.
     """
     if density is not None and radius is not None:
         raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
-    rest = Pooled(parts=(2 if order else 1) if parts is None else parts, order=order)
-    share = 0.05 if density is None else density
-    chosen = TopK(share, correct_short=True) if rest.plain else TopK(share, score=ErrorProduct())
+    rest = Pooled(parts=4, order=order, opened=8) if order and parts is None else Pooled(parts=1 if parts is None else parts, order=order)
+    chosen = TopK(0.05 if density is None else density, score=ErrorProduct())
     kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
     order_of, block = _tiles(tile)
     extras = () if conv is None else (DepthwiseConv(conv, frames=3 if len(tile) == 3 else 1),)

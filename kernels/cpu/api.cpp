@@ -23,7 +23,6 @@
     void summarize_backward(const Summary&); \
     void mix_slopes(const Mixture&);     \
     void mix_slopes_backward(const Mixture&); \
-    void split_units(const Split&);      \
     void group_units(const Grouping&);   \
     void group_units_backward(const Grouping&); \
     }
@@ -129,13 +128,6 @@ static const Field MIXTURE[] = {
 };
 #undef STRUCT
 
-#define STRUCT Split
-static const Field SPLIT[] = {
-    FIELD(heads), FIELD(units), FIELD(elements), FIELD(channels), FIELD(key), FIELD(weight), FIELD(metric), FIELD(parts), FIELD(part),
-    FIELD(threads), END,
-};
-#undef STRUCT
-
 #define STRUCT Grouping
 static const Field GROUPING[] = {
     FIELD(batch), FIELD(heads), FIELD(channels), FIELD(q_blocks), FIELD(k_blocks), FIELD(slots), FIELD(list_width), FIELD(lists_per_head),
@@ -155,7 +147,6 @@ const Field* dit_accel_problem_fields() { return PROBLEM; }
 const Field* dit_accel_selection_fields() { return SELECTION; }
 const Field* dit_accel_summary_fields() { return SUMMARY; }
 const Field* dit_accel_mixture_fields() { return MIXTURE; }
-const Field* dit_accel_split_fields() { return SPLIT; }
 const Field* dit_accel_grouping_fields() { return GROUPING; }
 // The best target that this CPU runs.
 int dit_accel_best_target() {
@@ -177,7 +168,6 @@ int dit_accel_summarize(const Summary* summary, int target) { return run(CHOOSE(
 int dit_accel_summarize_backward(const Summary* summary, int target) { return run(CHOOSE(summarize_backward), summary); }
 int dit_accel_mix_slopes(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes), mixture); }
 int dit_accel_mix_slopes_backward(const Mixture* mixture, int target) { return run(CHOOSE(mix_slopes_backward), mixture); }
-int dit_accel_split_units(const Split* split, int target) { return run(CHOOSE(split_units), split); }
 int dit_accel_group_units(const Grouping* grouping, int target) { return run(CHOOSE(group_units), grouping); }
 int dit_accel_group_units_backward(const Grouping* grouping, int target) { return run(CHOOSE(group_units_backward), grouping); }
 }

@@ -11,13 +11,11 @@ from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
     SelectionArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
     check_selection,
-    check_split,
     check_summary,
     dense,
     in_order,
@@ -163,16 +161,6 @@ def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
     mixture = _mixture(a, dout=dout.data_ptr(), dweight=found[0].data_ptr(), dslope=found[1].data_ptr())
     native.call("mix_slopes_backward", mixture)
     return found
-
-
-def split_units(a: SplitArguments) -> Tensor:
-    """The part of each element."""
-    check_split(a)
-    heads, units, elements, channels = a.key.shape
-    part = a.weight.new_empty(a.weight.shape, dtype=torch.uint8)
-    sizes = {"heads": heads, "units": units, "elements": elements, "channels": channels}
-    native.call("split_units", native.Split(**sizes, part=part.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
-    return part
 
 
 def _grouping(a: GroupingArguments, results: Mapping[str, Tensor]) -> native.Grouping:

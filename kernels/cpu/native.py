@@ -20,7 +20,6 @@ from dit_accel.kernels.arguments import (
     Declared,
     MixtureArguments,
     SelectionArguments,
-    SplitArguments,
     SummaryArguments,
     declared,
 )
@@ -99,17 +98,6 @@ class Mixture(Structure):
     ]
 
 
-class Split(Structure):
-    """The elements of units, split by content (problem.h)."""
-
-    _fields_ = [
-        *_fields(c_int64, "heads units elements channels"),
-        *declared_fields(SplitArguments),
-        ("part", c_void_p),
-        ("threads", c_int64),
-    ]
-
-
 class Grouping(Structure):
     """Groups of key blocks (problem.h), and for the backward pass the gradients."""
 
@@ -138,7 +126,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-AnyArguments = Arguments | SelectionArguments | SummaryArguments | MixtureArguments | SplitArguments | GroupingArguments
+AnyArguments = Arguments | SelectionArguments | SummaryArguments | MixtureArguments | GroupingArguments
 
 
 def fields_of(a: AnyArguments) -> dict[str, Any]:
@@ -168,7 +156,6 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "summarize_backward": Summary,
     "mix_slopes": Mixture,
     "mix_slopes_backward": Mixture,
-    "split_units": Split,
     "group_units": Grouping,
     "group_units_backward": Grouping,
 }  # of the library, and what they are called with
@@ -208,7 +195,7 @@ def refusal() -> str | None:
 def _loaded(path: Path) -> ctypes.CDLL:
     """The library, once its structs are found to be laid out as these classes are."""
     lib = ctypes.CDLL(str(path))
-    kinds = {"rows": Rows, "problem": Problem, "selection": Selection, "summary": Summary, "mixture": Mixture, "split": Split}
+    kinds = {"rows": Rows, "problem": Problem, "selection": Selection, "summary": Summary, "mixture": Mixture}
     kinds["grouping"] = Grouping
     for name, kind in kinds.items():
         table = getattr(lib, f"dit_accel_{name}_fields")

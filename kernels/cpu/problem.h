@@ -114,16 +114,6 @@ struct Mixture {
     float *dweight, *dslope;
 };
 
-struct Split {
-    int64_t heads, units, elements, channels;  // heads: of the whole batch
-    // the arguments
-    const float *key, *weight, *metric;  // [heads, units, elements, D], [heads, units, elements], [heads, D, D]
-    int64_t parts;
-    // the result
-    uint8_t* part;  // [heads, units, elements]
-    int64_t threads;
-};
-
 struct Grouping {
     int64_t batch, heads, channels, q_blocks, k_blocks, slots, list_width, lists_per_head;  // lists as in a problem
     int64_t width;                                    // of the lists that are made

@@ -360,25 +360,3 @@ void summarize(const Summary& s) {
         }
     });
 }
-
-// The elements of units as `cut` splits them.
-void split_units(const Split& s) {
-    const int64_t d = s.channels, padded = round_up(d, LANES), width = round_up(s.elements, std::max(ROWS, LANES)) + ROWS;
-    Array<float> metric(s.heads * d * padded);
-    for (int64_t r = 0; r < s.heads * d; r++) __builtin_memcpy(metric + r * padded, s.metric + r * d, d * 4);
-    Team team(s.threads);
-    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
-    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(width, padded, false));
-    team.run([&](int thread) {
-        SummaryWorkspace& work = *workspaces[size_t(thread)];
-        team.share(s.heads * s.units, [&](int64_t unit) {
-            const float *from = s.key + unit * s.elements * d, *weight = s.weight + unit * s.elements;
-            for (int64_t i = 0; i < s.elements; i++) __builtin_memcpy(work.keys + i * padded, from + i * d, d * 4);
-            __builtin_memset(work.part, 0, s.elements);
-            for (int64_t level = 1; level < s.parts; level *= 2)
-                for (int64_t number = 0; number < level; number++)
-                    cut(work, {work.keys, padded}, s.elements, number, level, metric + unit / s.units * d * padded, weight, d, padded);
-            __builtin_memcpy(s.part + unit * s.elements, work.part, s.elements);
-        });
-    });
-}
