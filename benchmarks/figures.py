@@ -39,6 +39,7 @@ PAGES = {  # page -> its tables
     "docs/methods.md": {"catalogue": catalogue},
 }
 CLIP = "a panda moving left on a blue background"
+PANDA = "a panda on a blue background"
 GHOST = "a ghost on a green background"
 LEARN = (  # from clips of the model's own
     "distill --prompts clips.txt --held-out held-out.txt --frames 17 --size 512x512 --sampling-steps 4 --guidance 3 "
@@ -202,9 +203,8 @@ FIGURES: dict[str, Figure] = {
         (
             words(f"generate '{GHOST}' --hires --size 4096x4096 --base 512 --strength 0.2 --seed 2 --out ghost.png"),
             shrink("ghost.png", 512),
-            words("bench step --size 4096x4096 --method fovea:0.05 --repeats 1 --out step-4096.json"),
         ),
-        {"picture.jpg": "samples/high-resolution.jpg", "step-4096.json": "benchmarks/step-4096.json"},
+        {"picture.jpg": "samples/high-resolution.jpg"},
     ),
     "video": Figure(
         (
@@ -219,6 +219,13 @@ FIGURES: dict[str, Figure] = {
         {"video/video.gif": "samples/video.gif", "video.json": "benchmarks/video.json"},
         clips,
         add_errors,
+    ),
+    "viewer": Figure(
+        (
+            words(f"view --prompt '{PANDA}' --size 1024x1024 --method fovea:0.05 --layer 3 --head 0 --head 1 --step 4 --out view.html"),
+            (str(ROOT / "benchmarks" / "viewer_picture.py"), "view.html", "picture.jpg", "0.4", "0.42"),
+        ),
+        {"picture.jpg": "samples/viewer.jpg"},
     ),
     "sheets": Figure(
         (

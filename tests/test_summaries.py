@@ -22,10 +22,8 @@ from dit_accel.kernels.arguments import (
     SUMMARY,
     MixtureArguments,
     SelectionArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
-    check_split,
 )
 from dit_accel.kernels.cpu import native
 from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Pooled, Tiles, TopK
@@ -401,21 +399,6 @@ def test_the_score_of_the_error_with_another_rest(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"v": torch.ones(1, 2, 95, 8)}, r"v must have k's shape \(1, 2, 96, 8\), not \(1, 2, 95, 8\)"),
-        ({"v": torch.ones(1, 2, 96, 8), "bias": torch.ones(1, 2, 6)}, "values or a bias, not both: leave v or bias out"),
-    ],
-    ids=str,
-)
-def test_values_that_do_not_fit_a_choice_are_refused(change: dict[str, Tensor], message: str) -> None:
-    starts, x = torch.arange(0, 97, 16, dtype=torch.int32), torch.ones(1, 2, 96, 8)
-    a = SelectionArguments(q=x, k=x, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
-    with pytest.raises(ValueError, match=message):
-        ops.select_blocks(a._replace(**change), "cpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
         ({"parts": 3}, "parts must be 1, 2 or 4"),
         ({"v": torch.zeros(1, 2, 3, 16)}, r"k and v \[B, H, Nk, D\]"),
         ({"text": 1000}, "the text must be a part of the tokens"),
@@ -439,17 +422,3 @@ def test_mixtures_that_do_not_fit_are_refused(change: dict[str, Any], message: s
     a = mixture(SHAPES["ragged"], 2)
     with pytest.raises(ValueError, match=message):
         ops.mix_slopes(a._replace(**change), "cpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"parts": 3}, "parts must be 2 or 4, not 3"),
-        ({"weight": torch.ones(2, 3, 7)}, "weight must be float32"),
-        ({"metric": torch.eye(8)}, "metric must be float32"),
-    ],
-)
-def test_splits_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    a = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
-    with pytest.raises(ValueError, match=message):
-        check_split(a._replace(**change))

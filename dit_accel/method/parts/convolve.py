@@ -114,7 +114,7 @@ class DynamicConv(Extra):
         return raster_tables(ground)
 
     def rates(self, head_dim: int) -> dict[str, float]:
-        return {"dynamic.first": 1 / head_dim, "dynamic.second": 1 / head_dim}
+        return {"dynamic.first": 1 / head_dim, "dynamic.second": 1 / (head_dim * self.kernel**2)}  # a token sums so many
 
     def __call__(self, out: Tensor, call: Call) -> Tensor:
         hidden = F.gelu(call.per_head("dynamic.first") @ call.v.mean(1)[..., None])  # [BH, D, 1]
