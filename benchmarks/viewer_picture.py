@@ -3,7 +3,8 @@
     dit-accel view --prompt "a panda on a blue background" --size 1024x1024 --layer 3 --head 0 --head 1 --step 4 --out view.html
     python benchmarks/viewer_picture.py view.html picture.jpg 0.4 0.42
 
-The numbers say where the token is, as shares of the picture's width and height. Requires playwright, and Chromium (Debian: apt-get install chromium).
+The numbers say where the token is, as shares of the picture's width and height. Requires playwright, and
+Chromium (Debian: apt-get install chromium).
 """
 
 import argparse
