@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # what needs the standard library and torch alone
 TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks"}
-DIFFUSERS = {"adapters", "cli", "finetune", "measure", "patch", "pipelines"}
+DIFFUSERS = {"adapters", "cli", "finetune", "measure", "patch", "pipelines", "planner"}
 
 
 def package_files() -> dict[str, Path]:
