@@ -35,6 +35,7 @@ PAGES = {  # page -> its tables
         name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
     },
     "docs/gpu.md": {"gpu": TABLES["gpu"]},
+    "docs/plans.md": {"plans": TABLES["plans"]},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
 }
@@ -167,6 +168,10 @@ FIGURES: dict[str, Figure] = {
     "catalogue": Figure(
         tuple((str(ROOT / "benchmarks" / "catalogue.py"), "catalogue.jsonl", model, "--fit") for model in ("image-1024", "video-512")),
         {"catalogue.jsonl": "benchmarks/catalogue.jsonl"},
+    ),
+    "plans": Figure(
+        ((str(ROOT / "benchmarks" / "plan.py"), "--size", "1024", "--steps", "4", "--work", "work", "--out", "plan.json"),),
+        {"plan.json": "benchmarks/plan.json"},
     ),
     "recovery": Figure(
         (

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, 
 def _described(machine: dict[str, Any]) -> str:
     """Processor or card, and version."""
     kernels = f" ({machine['target']})" if "target" in machine else ""
-    place = machine.get("gpu") or f"{machine['processor']}{kernels}, {machine['threads']} threads"
+    place = machine.get("gpu") or f"{machine['processor']}{kernels}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return f"{place}, torch {machine['torch']}."
 
 
@@ -216,8 +217,23 @@ def short(folder: Path) -> str:
     return lines(["method", *(f"{width}×{height}" for height, width in sizes), "error, untrained"], made, read(folder / "step.json"))
 
 
+def plans(folder: Path) -> str:
+    """Plans against uniform settings, paired."""
+    record = read(folder / "plan.json")
+    made = []
+    for pair in sorted(record["pairs"], key=lambda pair: pair["density"]):
+        uniform, same, less = (pair[name] for name in ("uniform", "same_cost", "same_error"))
+        ratios = [f"{x['error_ratio']['mean']:.2f} [{x['error_ratio']['low']:.2f}, {x['error_ratio']['high']:.2f}]" for x in (same, less)]
+        costs = [f"{uniform['cost']:.3f}", f"{less['cost']:.3f}", f"{less['cost'] / uniform['cost']:.2f}"]
+        errors = [f"{statistics.fmean(x['by_prompt']):.3f}" for x in (uniform, same)]
+        made.append([f"Fovea {pair['density']:.0%}".replace("%", " %"), costs[0], *errors, ratios[0], *costs[1:], ratios[1]])
+    head = ["uniform", "cost", "error", "planned at its cost: error", "ratio", "planned for its error: cost", "its share", "error, ratio"]
+    return lines(head, made, record)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "short": short,
+    "plans": plans,
     "step": step,
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
