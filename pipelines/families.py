@@ -108,7 +108,7 @@ QWEN_IMAGE = Family(
 )  # fmt: skip
 Z_IMAGE = Family(
     "z-image", ("ZImageTransformer2DModel",), r"layers\.\d+\.attention", grids.of_image_list, projections=SELF, text_first=False,
-    latents="x", timestep="t", timestep_rises=True, mask="keys",
+    latents="x", timestep="t", timestep_rises=True, prompt_first=True, mask="keys",
 )  # fmt: skip
 SD3 = Family(
     "sd3", ("SD3Transformer2DModel",), r"transformer_blocks\.\d+\.attn2?", grids.of_latents, projections=JOINT, text_first=False,
@@ -184,7 +184,7 @@ HELIOS = Family("helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", 
 ANYFLOW = Family("anyflow", ("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn1", grids.of_frames_first, projections=SELF, text=no_text)
 LUMINA = Family(
     "lumina", ("LuminaNextDiT2DModel",), r"layers\.\d+\.attn1", grids.of_latents, projections=QKV, text=no_text, timestep_rises=True,
-    mask="ones",
+    prompt_first=True, mask="ones",
 )  # fmt: skip
 JOY_IMAGE = Family(
     "joy-image", ("JoyImageEditTransformer3DModel",), r"double_blocks\.\d+\.attn", grids.of_items, projections=JOY,

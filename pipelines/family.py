@@ -61,6 +61,8 @@ class Family:
     # the one with the timestep, which falls from step to step unless `timestep_rises`
     timestep: str = "timestep"
     timestep_rises: bool = False
+    # where guidance makes a batch of two, whether the pipelines place the sample with the prompt before the other one
+    prompt_first: bool = False
     # those on the device from which the grid is read: the same tensors are read once, in a compiled graph with no other arguments than
     # the latents and words
     ids: tuple[str, ...] = ()

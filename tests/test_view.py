@@ -77,7 +77,7 @@ def test_what_is_kept_and_its_share_are_the_oracles(name: str, inputs: dict[tupl
     q, k, v, layout = inputs[SINGLE, 1]
     assert page.names == [(SINGLE, 0, 1), (SINGLE, 1, 1)]
     q_image, k_image = q[:, :, layout.image_slice], k[:, :, layout.image_slice]
-    expected = kept_pairs(q_image, k_image, spec, layout.grids)
+    expected = kept_pairs(q_image, k_image, spec, layout.grids, v=v[:, :, layout.image_slice])
     alone = AttentionSpec(spec.keep, order=spec.order, block=spec.block)
     with torch.no_grad():
         out, _ = oracle(q, k, v, spec, layout)
@@ -177,7 +177,7 @@ def test_reference_images_are_among_the_keys(name: str, tmp_path: Path) -> None:
     path.write_text(view_page(heads, torch.rand(1, 3, 40, 48), None, {"pipeline": "", "prompt": "", "seed": 0, "call": {}}))
     (view,) = (page := Page.read(path)).views
     assert page.layout(view) == {"grids": [[1, 5, 6], [1, 4, 7]], "image": 58, "image_start": 0, "text_start": 58}
-    expected = kept_pairs(q[:, :, :58], k[:, :, :58], spec, shape.layout.grids)
+    expected = kept_pairs(q[:, :, :58], k[:, :, :58], spec, shape.layout.grids, v=v[:, :, :58])
     assert np.array_equal(page.kept(view), expected.expand(1, 2, -1, -1)[0, 1].numpy())
 
 
@@ -240,10 +240,11 @@ def test_an_edit_models_picture_is_among_the_keys(inputs: dict[tuple[str, int], 
     accelerate(pipe, METHODS["fovea"])
     path = view_attention(pipe, "make it red", tmp_path / "view.html", layers=1, heads=1, steps=1, **call)
     (view,) = (page := Page.read(path)).views
-    q, k, _, layout = inputs[SINGLE, 1]
+    q, k, v, layout = inputs[SINGLE, 1]
     assert [tuple(grid) for grid in page.layout(view)["grids"]] == list(layout.grids)
     assert len(layout.grids) == 2
-    expected = kept_pairs(q[:, :, layout.image_slice], k[:, :, layout.image_slice], METHODS["fovea"], layout.grids)
+    q, k, v = (x[:, :, layout.image_slice] for x in (q, k, v))
+    expected = kept_pairs(q, k, METHODS["fovea"], layout.grids, v=v)
     assert np.array_equal(page.kept(view), expected[0, 1].numpy())
     assert "image tensor" not in path.read_text()
 

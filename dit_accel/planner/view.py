@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from dit_accel.method.checks import is_int, is_real
 from dit_accel.method.parts import TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.patch.anatomy import forward_names
 from dit_accel.patch.modes import always, running
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import Patch, patches_of
@@ -56,6 +58,31 @@ class Watched:
                 "is the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit (megabytes=, --megabytes)"
             )
         self.checked = True
+
+
+@dataclass
+class Batch:
+    """The samples of the forward that runs: one, or with guidance in a batch the one with the prompt and others.
+
+    `prompt_first`: see `Family`. `perturbed`: the last sample repeats the one with the prompt, and some layers perturb it. `packed`: items
+    of one sequence, perhaps. `rows`: how many each layer has had in its calls so far.
+    """
+
+    prompt_first: bool
+    samples: int = 1
+    perturbed: bool = False
+    packed: bool = False
+    rows: Counter[str] = field(default_factory=Counter)
+
+    def place(self, layer: str, rows: int) -> slice | None:
+        """Of the sample with the prompt in a layer's call with so many rows, or None where it has other samples, as where each is computed
+        by itself. Where the rows are frames, the middle one's, whose picture is shown."""
+        before, samples = self.rows[layer], 1 if self.packed and rows == 1 else self.samples
+        self.rows[layer] += rows
+        each = max(1, rows // samples)
+        sample = 0 if self.prompt_first else samples - (2 if self.perturbed else 1)
+        row = sample * each + each // 2 - before
+        return slice(row, row + 1) if 0 <= row < rows else None
 
 
 def view_attention(
@@ -166,12 +193,12 @@ def _check_found(pipe: Any, wanted: Watched) -> None:
 def _watching(pipe: Any, wanted: Watched) -> Iterator[None]:
     """Every layer's calls pass by `wanted` for the length of a `with` block, those of the original attention as well."""
     models, changed = patches_of(pipe), []
-    with recorded_moments([model for model, _ in models]) as moments:
+    with recorded_moments([model for model, _ in models]) as moments, _counted(pipe, models) as batches:
         try:
-            for prefix, (model, patch), own in zip(component_names(pipe), models, moments, strict=True):
+            for prefix, (model, patch), own, batch in zip(component_names(pipe), models, moments, batches, strict=True):
                 for name in patch.originals:
                     operator = model.get_submodule(name).dit_accel
-                    operator.attend = _seeing(prefix + name, operator, patch, own, wanted)
+                    operator.attend = _seeing(prefix + name, operator, patch, own, batch, wanted)
                     changed.append(operator)
             with running(pipe, EVERYWHERE):
                 yield
@@ -180,7 +207,35 @@ def _watching(pipe: Any, wanted: Watched) -> Iterator[None]:
                 vars(operator).pop("attend", None)
 
 
-def _seeing(name: str, operator: AcceleratedAttention, patch: Patch, moments: list[Moment], wanted: Watched) -> Callable[..., Tensor]:
+@contextlib.contextmanager
+def _counted(pipe: Any, models: Sequence[tuple[Any, Patch]]) -> Iterator[list[Batch]]:
+    """The batch of each model's forward that runs, for the length of a `with` block."""
+    perturbed, hooks, found = bool(getattr(type(pipe), "do_perturbed_attention_guidance", False)), [], []
+
+    def counting(batch: Batch, names: list[str], latents: str) -> Callable[..., None]:
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = (dict(zip(names, args, strict=False)) | kwargs)[latents]
+            batch.samples, batch.packed = len(given), isinstance(given, list | tuple)
+            batch.perturbed = perturbed and pipe.do_perturbed_attention_guidance
+            batch.rows.clear()
+
+        return before
+
+    try:
+        for model, patch in models:
+            family = patch.context.family
+            found.append(Batch(family.prompt_first))
+            hook = counting(found[-1], forward_names(model), family.latents)
+            hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _seeing(
+    name: str, operator: AcceleratedAttention, patch: Patch, moments: list[Moment], batch: Batch, wanted: Watched
+) -> Callable[..., Tensor]:
     """The layer's own `attend`, by the assignment that it has now, which looks at the calls that were asked for."""
     assignment, attend = patch.context.assignment, type(operator).attend
 
@@ -192,10 +247,10 @@ def _seeing(name: str, operator: AcceleratedAttention, patch: Patch, moments: li
         wanted.check_size(layout, query.shape[-1])
         forward = dataclasses.replace(forward, rules=assignment.at(moment, forward.image))
         known = any((head.layer, head.step) == (name, moment.step) for head in wanted.found)  # guidance passes again
-        if name in wanted.layers and moment.step in wanted.steps and not known:
+        own = batch.place(name, len(query))
+        if name in wanted.layers and moment.step in wanted.steps and not known and own is not None:
             scaled = forward.scaled(scale, key.shape[2], query.shape[3])
-            last = None if bias is None else bias[-1:]  # of a batch for guidance, the one with the prompt
-            captured = Captured(query[-1:], key[-1:], value[-1:], layout, name, scaled, last)
+            captured = Captured(query[own], key[own], value[own], layout, name, scaled, None if bias is None else bias[own])
             place, values = Place(name, operator.layer, moment.step, moment.noise), operator.params(query.device)
             wanted.found += looked_at(place, captured, forward.groups(operator.layer), values, wanted.heads, patch.context.backend)
         return attend(operator, query, key, value, layout, scale, bias, forward)
