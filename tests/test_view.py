@@ -319,7 +319,7 @@ def test_the_forecast_of_the_size_is_right(tmp_path: Path) -> None:
 
 def test_too_large_a_page_is_refused_at_the_first_call(inputs: dict[tuple[str, int], list[Any]], tmp_path: Path) -> None:
     pipe = accelerate(picture_pipe(), METHODS["fovea"])
-    with pytest.raises(ArgumentError, match=r"about 0 MB with 2 views of 63 tokens, and 0.01 MB is the most: ask for fewer layers"):
+    with pytest.raises(ArgumentError, match=r"about 0.013 MB with 2 views of 63 tokens, and 0.01 MB is the most: ask for fewer layers"):
         view_attention(pipe, PROMPT, tmp_path / "view.html", layers=[0, 1], megabytes=0.01, **CALL)
     assert inputs == {}
     assert list(tmp_path.iterdir()) == []
@@ -335,6 +335,18 @@ def test_too_large_a_page_is_refused_at_the_first_call(inputs: dict[tuple[str, i
         ({"heads": 2}, "has 2 heads, numbered from 0, and no head 2"),
         ({"heads": []}, "heads must be one or more numbers >= 0"),
         ({"heads": "0"}, "heads must be one or more numbers >= 0"),
+        ({"heads": None}, "heads must be one or more numbers >= 0, not None"),
+        ({"heads": 1.5}, "heads must be one or more numbers >= 0, not 1.5"),
+        ({"steps": 1.5}, "steps must be one or more numbers >= 0, not 1.5"),
+        ({"layers": 1.5}, "layers must be one or more numbers or names, not 1.5"),
+        ({"layers": [1.5]}, "no accelerated layer is 1.5"),
+        ({"seed": "a"}, "seed must be an int from 0 to .*, not 'a'"),
+        ({"seed": 1.5}, "seed must be an int from 0 to .*, not 1.5"),
+        ({"seed": -1}, "seed must be an int from 0 to .*, not -1"),
+        ({"seed": 2**64}, "seed must be an int from 0 to"),
+        ({"seed": None}, "seed must be an int from 0 to .*, not None"),
+        ({"num_images_per_prompt": 3}, "num_images_per_prompt must be 1, not 3: the page shows one"),
+        ({"num_images_per_prompt": None}, "num_images_per_prompt must be 1, not None"),
         ({"steps": 3}, "the run has 3 steps, numbered from 0, and no step 3"),
         ({"steps": [-1]}, "steps must be one or more numbers >= 0"),
         ({"megabytes": 0}, "megabytes must be a number > 0"),
@@ -367,6 +379,39 @@ def test_other_refusals(tmp_path: Path) -> None:
     ):
         view_attention(pipe, "a panda", tmp_path / "view.html", layers="*blocks.0.*", steps=0, **call)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_video_is_shown(tmp_path: Path) -> None:
+    pipe, call = video_pipe("wan")
+    accelerate(pipe, CLEAR(1.5, tile=(2, 4, 4)))
+    with pytest.raises(ArgumentError, match="num_videos_per_prompt must be 1, not 2"):
+        view_attention(pipe, "a panda", tmp_path / "view.html", num_videos_per_prompt=2, **call)
+
+
+def test_where_no_page_can_be_written_nothing_runs(tmp_path: Path, sparse_calls: list[tuple[int, ...]]) -> None:
+    pipe = accelerate(picture_pipe(), METHODS["fovea"])
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path / "file" / "view.html", "the folder .*file can't be written to"), (3, "out must be the name of a file")):
+        with pytest.raises(ArgumentError, match=message):
+            view_attention(pipe, PROMPT, out, **CALL)  # type: ignore[arg-type]
+    assert sparse_calls == []
+    view_attention(pipe, PROMPT, str(tmp_path / "new" / "view.html"), num_images_per_prompt=1, **CALL)
+    assert (tmp_path / "new" / "view.html").exists()
+
+
+@pytest.mark.parametrize("name", ["error", "kept", "estimated", "query", "key"])
+def test_numbers_that_are_none_are_refused(name: str) -> None:
+    """As integers they would be zeros."""
+    shape = Shape(1, 2, 16, (1, 5, 6), 3, False)
+    q, k, v = shape.inputs()
+    place, captured = Place("blocks.4", Layer("blocks.4", 2, 16, False), 7, 1.0), Captured(q, k, v, shape.layout, "blocks.4")
+    spec = METHODS["fovea"]
+    with torch.no_grad():
+        (head,) = looked_at(place, captured, [(spec, (0, 1))], spec.make_parameters(heads=2, head_dim=16)(), [1], "auto")
+    number = getattr(head.captured, name) if name in ("query", "key") else getattr(head, name)
+    number[..., -1] = torch.nan
+    with pytest.raises(ArgumentError, match=r"of blocks.4, head 1, step 7: NaN or infinity"):
+        view_page([head], torch.rand(1, 3, 40, 48), None, {"pipeline": "", "prompt": "", "seed": 0, "call": {}})
 
 
 # The command

@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import ArgumentError, FallbackError
-from dit_accel.files import write_text
+from dit_accel.files import check_folder, write_text
 from dit_accel.finetune.moments import recorded_moments
 from dit_accel.measure.capture import Captured
 from dit_accel.measure.evaluation import check_call, component_names, draw
 from dit_accel.method.assignment import Moment
-from dit_accel.method.checks import is_int, is_real
+from dit_accel.method.checks import is_int, is_real, require
 from dit_accel.method.parts import TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.layout import TokenLayout
@@ -33,7 +33,13 @@ from dit_accel.planner.view_page import about_bytes, view_page
 
 MEGABYTES = 8.0  # of a page, at most, unless more are asked for
 EVERYWHERE = AttentionSpec((TopK(1.0),))  # brings every layer's call to its operator, whatever the layer runs
+SEEDS = 2**64  # of torch's generators
 STEPS = "num_inference_steps"
+
+
+def _megabytes(count: float) -> str:
+    """Bytes as millions, small ones to two digits."""
+    return f"{count / 1e6:.2g}" if count < 1e7 else f"{count / 1e6:.0f}"
 
 
 @dataclass
@@ -54,8 +60,9 @@ class Watched:
         about = count * about_bytes(layout, head_dim)
         if not self.checked and about > self.limit:
             raise ArgumentError(
-                f"the page would have about {about / 1e6:.0f} MB with {count} views of {layout.image} tokens, and {self.limit / 1e6:g} MB "
-                "is the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit (megabytes=, --megabytes)"
+                f"the page would have about {_megabytes(about)} MB with {count} views of {layout.image} tokens, and "
+                f"{self.limit / 1e6:g} MB is the most: ask for fewer layers, heads or steps, a smaller size, or raise the limit "
+                "(megabytes=, --megabytes)"
             )
         self.checked = True
 
@@ -104,15 +111,12 @@ def view_attention(
     FallbackError where a layer's calls can't be accelerated. Nothing is written then, and the pipeline is as it was.
     """
     check_call(pipe, [prompt], call)
-    out = Path(out)
-    if out.is_dir():
-        raise ArgumentError(f"out must name a file, not the folder {out}")
-    if not is_real(megabytes) or megabytes <= 0:
-        raise ArgumentError(f"megabytes must be a number > 0, not {megabytes!r}")
+    _check_values(seed, megabytes, call)
     operators = _operators(pipe)
     names = _chosen_layers(layers, list(operators))
     wanted = Watched(names, _numbers("heads", heads), _chosen_steps(pipe, steps, call), megabytes * 1e6)
     _check_heads(wanted, operators)
+    out = _checked_path(out)
     with always(pipe), _watching(pipe, wanted), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
         pictures = draw(pipe, prompt, seed, call)
     _check_found(pipe, wanted)
@@ -120,9 +124,27 @@ def view_attention(
     facts = {"pipeline": type(pipe).__name__, "prompt": prompt, "seed": seed, "call": _plain(call)}
     page = view_page(wanted.found, pictures, labels_of_text(pipe, prompt, text, call), facts)
     if len(page) > wanted.limit:
-        raise ArgumentError(f"the page has {len(page) / 1e6:.1f} MB, and {megabytes:g} is the most: ask for fewer layers, heads or steps")
+        raise ArgumentError(f"the page has {_megabytes(len(page))} MB, and {megabytes:g} is the most: ask for fewer layers, heads or steps")
     write_text(out, page)
     return out
+
+
+def _check_values(seed: int, megabytes: float, call: dict[str, Any]) -> None:
+    """Raise ArgumentError unless they are what `view_attention` takes."""
+    require(is_int(seed) and 0 <= seed < SEEDS, "seed must be an int from 0 to 2**64 - 1", seed)
+    require(is_real(megabytes) and megabytes > 0, "megabytes must be a number > 0", megabytes)
+    for name in fnmatch.filter(call, "num_*_per_prompt"):
+        require(call[name] == 1, f"{name} must be 1", call[name], "the page shows one picture or video, and its attention")
+
+
+def _checked_path(out: str | Path) -> Path:
+    """Raise ArgumentError unless a file can be written there. Its folder is made if need be."""
+    require(isinstance(out, str | Path), "out must be the name of a file", out)
+    path = Path(out)
+    if path.is_dir():
+        raise ArgumentError(f"out must name a file, not the folder {path}")
+    check_folder(path.parent)
+    return path
 
 
 def _plain(call: dict[str, Any]) -> dict[str, Any]:
@@ -140,17 +162,18 @@ def _operators(pipe: Any) -> dict[str, AcceleratedAttention]:
 
 def _numbers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     """One number or several, each once, ascending. Raises ArgumentError for anything else."""
-    given = (value,) if isinstance(value, int) else tuple(value)
+    given = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Iterable) else ()
     if not given or not all(is_int(number) and number >= 0 for number in given):
         raise ArgumentError(f"{name} must be one or more numbers >= 0, not {value!r}")
     return tuple(sorted(set(given)))
 
 
 def _chosen_layers(layers: int | str | Sequence[int | str] | None, names: list[str]) -> tuple[str, ...]:
+    require(layers is None or isinstance(layers, int | str | Iterable), "layers must be one or more numbers or names", layers)
     given = [len(names) // 2] if layers is None else [layers] if isinstance(layers, int | str) else list(layers)
     found: set[str] = set()
     for one in given:
-        own = [name for number, name in enumerate(names) if (one == number if is_int(one) else fnmatchcase(name, str(one)))]
+        own = [name for number, name in enumerate(names) if (one == number if is_int(one) else fnmatch.fnmatchcase(name, str(one)))]
         if not own:
             known = ", ".join(f"{number} {name}" for number, name in enumerate(names))
             raise ArgumentError(f"no accelerated layer is {one!r}: name some of {known}")

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_accel import __version__
+from dit_accel.errors import ArgumentError
 from dit_accel.measure.pages import table
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.planner.kept import Head, KeptPairs
@@ -77,9 +78,23 @@ def _pairs(pairs: KeptPairs | None, arrays: Arrays) -> dict[str, Any] | None:
     return {"queries": cut[0], "keys": cut[1], "visits": visits, "masks": masks, "mask_row": rows, "mask_bytes": row_bytes}
 
 
+def _check_finite(head: Head) -> None:
+    """Raise ArgumentError where a number is NaN or infinite, as which no integer of the page could be read."""
+    captured = head.captured
+    query = captured.query[:, :, captured.layout.image_slice]
+    numbers = {"queries": query, "keys": captured.key, "kept": head.kept, "estimated": head.estimated, "error": head.error}
+    for name, x in numbers.items():
+        if x is not None and not bool(x.isfinite().all()):
+            raise ArgumentError(
+                f"{name} of {head.layer}, head {head.head}, step {head.step}: NaN or infinity, which can't be shown. Look at another step, "
+                "layer or head, or use a wider dtype"
+            )
+
+
 def _view(head: Head, layout: int, labels: Sequence[str] | None, arrays: Arrays) -> dict[str, Any]:
     """One head for the page."""
     captured = head.captured
+    _check_finite(head)
     (query, query_unit), (key, key_unit) = rounded(captured.query[0, 0, captured.layout.image_slice]), rounded(captured.key[0, 0])
     bias = None if captured.text_bias is None else captured.text_bias[0].float().clamp_min(-1e30).numpy()
     return {
