@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -108,6 +110,20 @@ def test_settings_come_back(tmp_path: Path, spec: AttentionSpec, whole: bool) ->
     assert loaded.transformer._dit_accel.context.assignment.dense_steps == 1
     assert list(operators_of(loaded)) == list(operators_of(pipe))
     assert len(operators_of(loaded)) == (2 if whole else 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_global_random_states_stay(trained: dict[str, tuple[Path, Tensor]], mode: str, tmp_path: Path) -> None:
+    def states() -> list[Any]:
+        return [random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()]
+
+    pipe, before = prompt_pipe(), states()
+    load_adapter(pipe, trained[mode][0])
+    assert states() == before
+    save_adapter(pipe, tmp_path / "adapter")
+    restore(pipe)
+    accelerate(pipe, SPARSE)
+    assert states() == before
 
 
 def test_a_bare_transformer_has_adapters_too(trained: dict[str, tuple[Path, Tensor]]) -> None:

@@ -406,7 +406,9 @@ def _load_lora(model: Any, lora: dict[str, Tensor]) -> None:
     rank = next(v.shape[0] for k, v in plain.items() if ".lora_A." in k)
     targets = sorted({k.rsplit(".lora_", 1)[0] for k in plain})
     flags = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
+    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=gpus):  # it draws first values, which are replaced below
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in plain.items():
