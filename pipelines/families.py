@@ -118,6 +118,7 @@ AURAFLOW = Family(
     "auraflow", ("AuraFlowTransformer2DModel",), r"(joint|single)_transformer_blocks\.\d+\.attn", grids.of_latents, projections=JOINT,
     longest_side=side_of_learned_positions,
 )  # fmt: skip
+# DiT's pipeline, which takes classes and no prompt, places them first
 PIXART = Family("pixart", ("PixArtTransformer2DModel", "DiTTransformer2DModel"), FIRST, grids.of_latents, projections=SELF, text=no_text)
 HUNYUAN_DIT = Family("hunyuan-dit", ("HunyuanDiT2DModel",), r"blocks\.\d+\.attn1", grids.of_latents, projections=SELF, text=no_text)
 LUMINA2 = Family("lumina2", ("Lumina2Transformer2DModel",), r"layers\.\d+\.attn", grids.of_latents, projections=SELF, timestep_rises=True)
