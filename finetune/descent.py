@@ -82,8 +82,8 @@ def choice_losses(operator: AcceleratedAttention, arguments: tuple[Any, ...]) ->
     return [part.loss(call) for part, _, call in calls_of(operator, arguments) if isinstance(part, Chooser)]
 
 
-def mean_of(losses: Sequence[Tensor]) -> float | None:
-    """Of all processes' losses; None where there are none."""
-    total = torch.stack(list(losses)).double().sum() if losses else torch.zeros((), dtype=torch.float64)
-    total, count = summed([total.cpu(), torch.tensor(float(len(losses)), dtype=torch.float64)])
-    return float(total / count) if count else None
+def mean_of(losses: Sequence[Tensor], device: torch.device) -> float | None:
+    """Of all processes' losses; None where there are none. Sent from the model's device: not all backends send from elsewhere."""
+    total = torch.stack(list(losses)).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=device)
+    (found,) = summed([torch.stack([total, total.new_tensor(float(len(losses)))])])
+    return float(found[0] / found[1]) if found[1] else None

@@ -7,7 +7,7 @@ No layer sees another's error, and what is learned of a layer reaches its own pa
 part says how its tensors are found (`Part.fit`): SLA's projection and the weights of a depthwise convolution by least squares, for the
 output is linear in them; the mass merge's offset and CLEAR's pooling weights by descent; what chooses blocks, which has no gradient, by
 descent of a loss of its own (`choices.Chooser`); those of a part that says none of it keep their start values. A few parts start from the
-tokens of the first recorded forward (`Part.start`).
+tokens of the first recorded forward that runs them (`Part.start`).
 
 The order of a step, after its forwards: first the tensors that descend take their step, with those that are solved for as they are; then
 each of these is solved for. Where one spec has both, each step changes what is left to solve for: there a step's sums count for less with
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -36,10 +37,12 @@ from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.processes import from_main, is_main, share, summed
 from dit_accel.finetune.session import Distillation, fresh_tensors
 from dit_accel.finetune.velocity import predict
+from dit_accel.method.parts.base import Part
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of
 from dit_accel.patch.verbs import dense
 
+START_FORWARDS = 64  # as many are looked at for the start values; parts of one noise range may be absent from the first
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
 RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
@@ -127,7 +130,7 @@ def _step(run: Distillation, fitter: Fitter, step: int) -> dict[str, float]:
     if not totals[0].isfinite():
         raise DistillationError(f"the attention's error at step {step} of the parameters is {error}; lower parameter_learning_rate")
     means, choices = {"attention": error}, _choices(fitter)
-    if choices is not None and (loss := mean_of(choices.losses)) is not None:
+    if choices is not None and (loss := mean_of(choices.losses, run.device)) is not None:
         choices.losses.clear()
         if not math.isfinite(loss):
             raise DistillationError(f"the loss of the choice of blocks at step {step} is {loss}; lower parameter_learning_rate")
@@ -156,26 +159,36 @@ def _held_out_choice(run: Distillation) -> float | None:
             forward = run.held_out[position]
             with run.replayed(run.held_out_moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
                 predict(run.transformer, forward.arguments)
-    return mean_of(losses)
+    return mean_of(losses, run.device)
 
 
 def set_start_values(run: Distillation) -> None:
-    """Give what parts learn the values that they take from the first recorded forward, where it still has those of an untrained method."""
+    """Give what parts learn the values that they take from the first recorded forward that runs them, where it still has those of an
+    untrained method. Warns of parts that none of the first START_FORWARDS runs.
+    """
     operators = operators_of(run.transformer)
-    found: list[tuple[str, str, tuple[int, ...], Tensor]] = []
+    missing = {(layer, part) for layer, op in operators.items() for spec in op.specs for part in spec.parts() if part.starts}
+    found: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+    seen: set[tuple[str, Part]] = set()
 
     def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         for part, heads, call in calls_of(operator, arguments):
-            found.extend((operator.name, name, heads, value.cpu()) for name, value in part.start(call).items())
+            if part.starts:
+                seen.add((operator.name, part))
+                for name, value in part.start(call).items():
+                    found.setdefault((operator.name, name, heads), value.cpu())
 
-    if not any(part.starts for op in operators.values() for spec in op.specs for part in spec.parts()):
-        return
-    position = _position(run, 0)
-    forward = run.samples[position]
-    with torch.no_grad(), run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
-        predict(run.transformer, forward.arguments)
+    for number in range(min(len(run.positions), START_FORWARDS)):
+        if missing <= seen:
+            break
+        position = _position(run, number)
+        forward = run.samples[position]
+        with torch.no_grad(), run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+            predict(run.transformer, forward.arguments)
+    if left := sorted({str(part) for _, part in missing - seen}):
+        warnings.warn(f"no recorded forward runs {', '.join(left)}, which starts as an untrained method does", stacklevel=2)
     fresh = {name: fresh_tensors(operator) for name, operator in operators.items()}
-    for layer, name, heads, value in from_main(found):
+    for (layer, name, heads), value in from_main(found).items():
         if name in fresh[layer]:
             parameter = operators[layer].params.float().get_parameter(name)
             with torch.no_grad():

@@ -123,11 +123,16 @@ class Distillation:
     def _held_out_moments(self) -> Moments:
         return Moments(self.held_out, self.pipe, self.patch.context.family)
 
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return next(self.transformer.parameters()).device
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of the training passes, for a `with` block."""
         if self.config.mixed_precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast(next(self.transformer.parameters()).device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextlib.contextmanager
     def timed_step(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from test_parts import instances
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dit_accel import AttentionSpec, accelerate, attention
+from dit_accel import Assignment, AttentionSpec, Rule, accelerate, attention
 from dit_accel.cli import app as cli
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
@@ -185,6 +185,20 @@ def test_a_distillation_starts_from_the_first_forward(name: str, tmp_path: Path,
     before = learned(pipe)
     learn(pipe, tmp_path / "b", parameter_steps=0)  # what was learned stays
     assert same(learned(pipe), before)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_a_part_of_one_noise_range_starts_too(low: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever forward is drawn first, the start values are those of one that runs the part."""
+    monkeypatch.setattr(distillation, "_train", lambda run, checkpoint, progress: 0)
+    fovea = AttentionSpec((TopK(0.3),), Pooled(), Mass(), TILE, (16, 16))
+    ranges = [(0.0, 0.7), (0.7, 1.0)]
+    rules = tuple(Rule(spec, noise=noise) for spec, noise in zip((starting("routed"), fovea), ranges if low else ranges[::-1], strict=True))
+    pipe = accelerate(prompt_pipe(), Assignment(rules))
+    learn(pipe, tmp_path, parameter_steps=0)
+    routes = [x for name, x in learned(pipe).items() if name.endswith("routes")]
+    assert len(routes) == 2
+    assert all(bool(x.any()) for x in routes)
 
 
 # A killed run
