@@ -139,6 +139,15 @@ class Measurements:
         point = self._knapsack.best(cost * self._whole * (1 + 1e-9))
         return None if point is None else self._choice(point)
 
+    def saves(self, choice: Choice) -> bool:
+        """Whether it accelerates anything and costs less than the original attention."""
+        return choice.cost < 1 - 1e-9 and self.accelerates(choice.chosen)
+
+    def gentlest(self) -> Choice | None:
+        """The choice of least predicted error that saves anything; None where none does."""
+        points = (self._choice(point) for point in reversed(range(len(self._knapsack.costs))))
+        return next((choice for choice in points if self.saves(choice)), None)
+
     @property
     def least_cost(self) -> float:
         return float(self._knapsack.costs[0] / self._whole)
