@@ -2,7 +2,7 @@
 
     {"format": ..., "assignment": {"order", "specs", "rules"}, "plan": {...}}
 
-`Assignment.load` and `--method` read the assignment of a plan's file; `Plan.load` reads all of it.
+`Assignment.load` reads the assignment of a plan's file; `Plan.load` and `--method` read all of it.
 """
 
 import dataclasses
