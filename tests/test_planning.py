@@ -120,10 +120,11 @@ def test_a_stopped_plan_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(PlanError, match="contains the work on a plan with other held-out prompts, prompts: name another folder"):
         dit_accel.plan(pipe, PROMPTS[1:], folder=tmp_path, **arguments)
     next(tmp_path.glob("curves-*.safetensors")).write_bytes(b"no")
-    with pytest.raises(PlanError, match=r"curves-.* is damaged: .*; delete it, and it is made again"):
+    with pytest.raises(PlanError, match=r"curves-.* is damaged: delete it and run again"):
         dit_accel.plan(pipe, PROMPTS[:3], folder=tmp_path, **arguments)
 
 
+NOT_FINITE = float("inf"), float("nan")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"budget": 0.1, "speed": 2.0}, "give a budget or a speed, not both"),
     "budget": ({"budget": 0.0}, "budget must be a number above 0"),
@@ -135,15 +136,35 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"specs": [None]}, "specs must contain AttentionSpecs, at least one"),
     "unit": ({"unit": "flops"}, "unit must be 'multiply-adds' or 'seconds'"),
     "ranges": ({"ranges": 0}, "ranges must be a number of ranges"),
+    "budget-infinite": ({"budget": NOT_FINITE[0]}, "budget must be a number above 0, and finite, not inf"),
+    "speed-infinite": ({"speed": NOT_FINITE[0]}, "speed must be a number above 1, and finite, not inf"),
+    "speed-nan": ({"speed": NOT_FINITE[1]}, "speed must be a number above 1, and finite, not nan"),
+    "sizes": ({"sizes": [(112, 144)]}, "made at one size: give height and width in the place of sizes"),
+    "unknown": ({"hight": 112}, "FluxPipeline takes no hight"),
+    "generator": ({"generator": None}, "set for every run: leave generator out"),
+    "no-json": ({"sigmas": {1.0}}, "call arguments must be numbers, strings, lists or None"),
+    "prompts-none": ({"prompts": None}, "prompts must be a non-empty list of non-empty strings, not None"),
+    "prompts-number": ({"prompts": 5}, "prompts must be a non-empty list of non-empty strings, not 5"),
+    "held-out-number": ({"held_out": 5}, "held_out must be a non-empty list of non-empty strings, not 5"),
+    "no-list": ({"specs": Fovea(0.1)}, r"pass a list, as in specs=\[None, Fovea\(0.1\)\]"),
+    "no-specs": ({"specs": [["a"]]}, "specs must contain AttentionSpecs, at least one"),
+    "seed-text": ({"seed": "a"}, "seed must be an int from 0 to .*, not 'a'"),
+    "seed-fraction": ({"seed": 1.5}, "seed must be an int from 0 to .*, not 1.5"),
+    "seed-negative": ({"seed": -1}, "seed must be an int from 0 to .*, not -1"),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be an int >= 1, not 0"),
+    "height": ({"height": 250}, "height must be a multiple of 16 pixels, the side of one token: not 250, but 256, for example"),
+    "width": ({"width": "144"}, "width must be an int >= 1, not '144'"),
+    "folder": ({"folder": 5}, "folder must be a path, not 5"),
+    "progress": ({"progress": "no"}, "progress must be True, False or None"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_planned_is_refused(case: str) -> None:
+def test_what_can_not_be_planned_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, message = REFUSED[case]
-    prompts = given.get("prompts", PROMPTS)
+    monkeypatch.setattr(planning, "measured", lambda *_: pytest.fail("something was drawn"))
     with pytest.raises(ValueError, match=message):
-        dit_accel.plan(prompt_pipe(), prompts, **{k: v for k, v in given.items() if k != "prompts"}, **CALL)
+        dit_accel.plan(prompt_pipe(), **{"prompts": PROMPTS, **CALL, **given})
 
 
 def test_an_accelerated_pipeline_is_refused() -> None:
@@ -156,45 +177,49 @@ def test_what_is_out_of_reach_says_what_is_not(tmp_path: Path) -> None:
     pipe, arguments = prompt_pipe(), {"specs": SPECS[1:], "folder": tmp_path, "progress": False, **CALL}
     with pytest.raises(PlanError, match=r"no candidate reaches the speed 100: the fastest choice has \d"):
         dit_accel.plan(pipe, PROMPTS, speed=100, **arguments)
-    with pytest.raises(PlanError, match="predicted within the budget 1e-06: give a larger budget"):
+    with pytest.raises(
+        PlanError, match="no choice of the candidates is within the budget 1e-06; the smallest that was reached is"
+    ) as refused:
         dit_accel.plan(pipe, PROMPTS, budget=1e-6, **arguments)
+    enough = float(str(refused.value).split("reached is ")[1].split(":")[0])
+    assert aim.upper(dit_accel.plan(pipe, PROMPTS, budget=enough, **arguments).outcome.verified) <= enough
     least = dit_accel.plan(pipe, PROMPTS, speed=1.001, **arguments)
     assert all(n > 0 for rows in least.chosen for row in rows for n in row)  # the original attention may not be chosen
     assert isinstance(least, Plan)
+    whole = {**arguments, "specs": [Fovea(1.0, tile=(4, 4))], "folder": None}
+    for asked in ({"budget": 0.1}, {"speed": 1.1}):
+        with pytest.raises(PlanError, match="at this size no candidate costs less than the original attention: plan at a larger size"):
+            dit_accel.plan(pipe, PROMPTS[:2], **asked, **whole)
 
 
 class Fake:
-    """Measurements whose predictions are wrong by a factor that grows with the error."""
+    """Measurements with a choice of every predicted error from `least` on, which are wrong by a factor that grows with the error."""
 
-    def __init__(self, least: float = 0.0) -> None:
-        self.least, self.verified = least, 0
+    def __init__(self, least: float, factor: float) -> None:
+        self.least, self.factor, self.verified = least, factor, 0
         self.held_out = self
 
     def within(self, error: float) -> measuring.Choice | None:
-        return None if error < self.least else measuring.Choice((), 1 - error, error)
+        return None if error < self.least else measuring.Choice(((), error), 1 - error, error)  # type: ignore[arg-type]
 
-    def accelerates(self, chosen: Any) -> bool:
+    def gentlest(self) -> measuring.Choice | None:
+        return self.within(self.least)
+
+    def saves(self, choice: Any) -> bool:
         return True
 
     def verify(self, chosen: Any) -> list[float]:
         self.verified += 1
-        return []
+        return [chosen[1]]
 
     def interval(self, errors: Any) -> Interval:
-        mean = self.last * (1.2 + 3 * self.last)
+        mean = errors[0] * (self.factor + 3 * errors[0])
         return Interval(mean, 0.9 * mean, 1.1 * mean)
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.1, 0.3])
 def test_predictions_are_corrected_until_the_promise_holds(budget: float) -> None:
-    fake: Any = Fake()
-    plain = fake.within
-
-    def within(error: float) -> Any:
-        fake.last = error
-        return plain(error)
-
-    fake.within = within
+    fake: Any = Fake(1e-4, 1.2)
     got = aim.aim(fake, Asked(budget, None))
     promised = aim.upper(got.verified)
     assert aim.NEAR * budget <= promised <= budget
@@ -202,6 +227,21 @@ def test_predictions_are_corrected_until_the_promise_holds(budget: float) -> Non
     fake.least = 0.9 * budget
     with pytest.raises(PlanError, match=rf"no choice of the candidates is within the budget {budget:g}; the smallest that was reached is"):
         aim.aim(fake, Asked(budget, None))
+
+
+@pytest.mark.parametrize("least", [0.11, 0.125])
+def test_a_budget_that_only_verification_reaches_holds(least: float) -> None:
+    """Every prediction is above the budget, and twice too high."""
+    fake: Any = Fake(least, 0.2)
+    got = aim.aim(fake, Asked(0.1, None))
+    assert least <= got.choice.predicted
+    assert aim.upper(got.verified) <= 0.1
+    assert len(got.rounds) == fake.verified <= aim.ROUNDS
+    fake.factor = 0.9
+    with pytest.raises(PlanError, match="the smallest that was reached is") as refused:
+        aim.aim(fake, Asked(0.1, None))
+    enough = float(str(refused.value).split("reached is ")[1].split(":")[0])
+    assert aim.upper(aim.aim(fake, Asked(enough, None)).verified) <= enough
 
 
 def test_the_public_name_is_the_function() -> None:
@@ -240,12 +280,26 @@ def test_the_command_writes_a_plan_and_its_page(tmp_path: Path, monkeypatch: pyt
         (["--budget", "0.1", "--speed", "2"], "give a budget or a speed, not both"),
         (["--size", "100x100"], "multiples of 16 pixels"),
         (["--method", "no-method"], "no-method"),
-        (["--out", "."], "--out must name a file"),
+        (["--out", "folder.json"], "--out must name a file"),
+        (["--out", "x.html"], "--out must name a JSON file, as in plan.json"),
+        (["--out", "."], "--out must name a JSON file, as in plan.json"),
+        (["--budget", "inf"], "budget must be a number above 0, and finite"),
     ],
 )
 def test_the_command_refuses_before_it_loads(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("the pipeline was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     result = command("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "plan.json", *words)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json", "prompts.txt"]
+
+
+def test_the_command_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "plan.json")
+    assert result.exit_code == 2
+    assert "a plan is made by one process: start dit-accel plan by itself" in " ".join(result.output.split())

@@ -62,9 +62,7 @@ def generate(
     pixels = options.parse_size(size or ("512x512" if video else "1024x1024"), model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     recipe = options.hires_arguments(hires, base, strength, ntk, proportional)
-    from dit_accel.method.text import parse_method
-
-    spec = parse_method(method or "fovea")
+    spec = options.parse_any(method or "fovea")
     out = out or Path("video.mp4" if video else "image.png")
     (options.check_clip if video else options.check_picture)(out)
     stages = out.with_name(f"{out.stem}-stages")

@@ -105,11 +105,22 @@ def check_size(size: tuple[int, int], unit: int) -> None:
 
 def parse_accelerated(text: str, *, reason: str) -> "AttentionSpec | Assignment":
     """The spec or assignment of a method's text where the original attention makes no sense, for that reason."""
-    from dit_accel.method.text import parse_method
-
-    method = parse_method(text)
+    method = parse_any(text)
     if method is None:
         raise ArgumentError(f"{reason}, not {text!r}")
+    return method
+
+
+def parse_any(text: str) -> "AttentionSpec | Assignment | None":
+    """What `parse_method` says; of a plan's file the whole plan, which knows the model that it was made for."""
+    from dit_accel.method.assignment import Assignment
+    from dit_accel.method.text import FILE, parse_method
+
+    method = parse_method(text)
+    if isinstance(method, Assignment) and text.strip().lower().endswith(FILE):
+        from dit_accel.planner.record import Plan, is_plan
+
+        return Plan.load(text.strip()) if is_plan(text.strip()) else method
     return method
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli import launched, options
+from dit_accel.errors import ArgumentError
 
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
@@ -41,6 +42,10 @@ def plan(
     device: options.Device = "auto",
 ) -> None:
     """Find which method each layer and head should run at which noise levels, within a budget of error or for a speed."""
+    if launched.processes() > 1:
+        raise ArgumentError("a plan is made by one process: start dit-accel plan by itself, without torchrun or accelerate launch")
+    if out.suffix.lower() != ".json":
+        raise ArgumentError(f"--out must name a JSON file, as in plan.json, next to which the page plan.html is written, not {out}")
     pixels = options.parse_size(size, model)
     call = options.call_arguments(model, pixels, steps, guidance, max_sequence_length)
     texts = options.read_prompts(prompts)
@@ -48,8 +53,8 @@ def plan(
     specs = None if not method else [_candidate(text) for text in dict.fromkeys(method)]
     options.check_file(out)
     from dit_accel.cli.models import frames_call, load_pipeline
+    from dit_accel.planner.checks import check_asked
     from dit_accel.planner.pages import write_plan_page
-    from dit_accel.planner.planning import check_asked
     from dit_accel.planner.planning import plan as make_plan
 
     check_asked(budget, speed)

@@ -80,7 +80,7 @@ def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, ada
     the method.
     """
     check_call(pipe, prompts, call)
-    _check_json(call)
+    check_json(call)
     check_folder(out)
     bootstrap = Bootstrap()
     with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as folder:
@@ -109,6 +109,11 @@ def check_call(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ArgumentError(f"prompts must be a non-empty list of non-empty strings, not {prompts!r}")
     patches_of(pipe)
+    check_arguments(pipe, call)
+
+
+def check_arguments(pipe: Any, call: dict[str, Any]) -> None:
+    """Raise ArgumentError unless it is a pipeline whose call takes these arguments, and those that are set for every run."""
     kind = type(pipe)
     if not isinstance(getattr(pipe, "components", None), dict):
         raise ArgumentError(f"{kind.__name__} draws no pictures: pass a pipeline")
@@ -120,7 +125,8 @@ def check_call(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
         raise ArgumentError(f"{kind.__name__} takes no {', '.join(missing)}")
 
 
-def _check_json(call: dict[str, Any]) -> None:
+def check_json(call: dict[str, Any]) -> None:
+    """Raise ArgumentError unless the arguments of a call can be written down as JSON."""
     try:
         json.dumps(call)
     except TypeError as error:

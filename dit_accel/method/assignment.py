@@ -8,7 +8,7 @@ The last rule that fits wins; where no rule fits, the original attention runs. O
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -270,6 +270,18 @@ class Assignment:
             if short is not None:
                 raise ArgumentError(f"{short[0]} has {short[1]} heads, numbered from 0, which the rule does not fit: {rule}")
 
+    @property
+    def of_model(self) -> bool:
+        """Whether it was made for one model, see `unlike`."""
+        return False
+
+    def unlike(self, transformer: str, heads: Mapping[str, int], weights: Callable[[], str]) -> str | None:
+        """How a model differs from the one that it was made for, in words; None where it does not, or where it was made for none.
+
+        `transformer`: its class; `heads`: by layer; `weights`: their hash, computed only where it is needed.
+        """
+        return None
+
     def __str__(self) -> str:
         if self.spec is None:
             return "; ".join(map(str, self.rules))
@@ -316,6 +328,7 @@ class Assignment:
 
 AnyMethod = AttentionSpec | Assignment
 CONDITIONS = ("layers", "heads", "steps", "noise", "tokens")
+PLAN_FORMAT = "dit_accel plan 1"  # of a file that contains an assignment with the record of how it was found
 
 
 def read_method(path: str | Path) -> AttentionSpec | Assignment:
@@ -324,11 +337,21 @@ def read_method(path: str | Path) -> AttentionSpec | Assignment:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{path} can't be read as the JSON of a spec or an assignment: {error}") from None
-    data = data["assignment"] if isinstance(data, dict) and "assignment" in data else data
+    if isinstance(data, dict) and "assignment" in data:
+        data = assignment_of_plan(path, data)
     try:
         return Assignment.from_dict(data) if isinstance(data, dict) and "rules" in data else AttentionSpec.from_dict(data)
     except ArgumentError as error:
         raise ArgumentError(f"{path} contains neither a spec nor an assignment: {error}") from None
+
+
+def assignment_of_plan(path: str | Path, data: Any) -> Any:
+    """The JSON of the assignment in that of a plan's file. Raises ArgumentError that names the file."""
+    if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT or set(data) != {"format", "assignment", "plan"}:
+        raise ArgumentError(
+            f"{path} must have the format {PLAN_FORMAT!r} and the keys format, assignment and plan alone: make it with dit-accel plan"
+        )
+    return data["assignment"]
 
 
 def _rule(data: Any, specs: Sequence[AttentionSpec]) -> Rule:

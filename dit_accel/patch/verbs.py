@@ -1,15 +1,17 @@
 """The verbs, the only code that changes a user's model: `accelerate`, `restore`, `dense`."""
 
 import contextlib
+import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch.nn as nn
 
 import dit_accel.patch.compiled  # noqa: F401  its operators are found by name
-from dit_accel.errors import AlreadyAcceleratedError, UnsupportedModelError
+from dit_accel.errors import AlreadyAcceleratedError, ArgumentError, DitAccelError, UnsupportedModelError
 from dit_accel.kernels import dispatch
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.presets import Fovea
@@ -18,6 +20,7 @@ from dit_accel.operator import decisions, lowering
 from dit_accel.patch.anatomy import attention_layers, check_not_parallel, find_transformers, forward_names, heads_of, require_family
 from dit_accel.patch.checkpointing import drop_carried
 from dit_accel.patch.context import Context
+from dit_accel.patch.fingerprint import known_hash
 from dit_accel.patch.heads import Layer
 from dit_accel.patch.lora import ADAPTER, delete_lora, scale_own_lora, zero_own_lora
 from dit_accel.patch.modes import check_trained_tokens
@@ -52,7 +55,8 @@ def accelerate(
             loop without a scheduler by its timesteps.
         backend: which implementation; "auto" chooses, and `summary` tells.
         strict: raise FallbackError where a call would have to run its original attention, and run the method where that is slower. The
-            original attention that an assignment names raises nothing.
+            original attention that an assignment names raises nothing. A plan that was made for another model, of which a warning tells
+            else, raises ArgumentError.
         trained_tokens: how many tokens, text and image, the sequences had that the model was trained on (4608 for FLUX.1). Given, the
             logits of a sequence of N tokens are scaled by sqrt(log N / log trained_tokens), CLEAR's proportional attention for high
             resolution, and the method runs even where it is slower.
@@ -91,10 +95,28 @@ def accelerate(
     settings: dict[str, Any] = {"steps": Steps(), "backend": backend, "strict": strict, "trained_tokens": trained_tokens}
     # whatever can fail fails here; a transformer without any layer that has a spec is left alone
     prepared = [(model, *_prepare(model, assignment, found, settings)) for model, found in zip(models, used, strict=True) if found]
+    _check_planned_for(spec, models, strict=strict)
     for model, context, modules in prepared:
         _install(model, context, modules)
     dispatch.warn_of_reference(backend, next(models[0].parameters()).device)
     return pipe_or_transformer
+
+
+def _check_planned_for(method: AttentionSpec | Assignment, models: list[Any], *, strict: bool) -> None:
+    """Warn where a plan was made for another model; raise ArgumentError under `strict`. Weights are read for a plan alone."""
+    if not isinstance(method, Assignment) or not method.of_model:
+        return
+    for model in models:
+        heads = {name: heads_of(model, name, module)[0] for name, module in attention_layers(model).items()}
+        try:
+            difference = method.unlike(type(model).__name__, heads, functools.partial(known_hash, model))
+        except DitAccelError as error:
+            difference = f"its model's weights can't be compared with these ({error})"
+        if difference is not None:
+            message = f"the promised error of this plan is not valid here: {difference}; make a plan with this model"
+            if strict:
+                raise ArgumentError(f"{message}, or leave strict out")
+            warnings.warn(f"dit_accel: {message}", stacklevel=3)
 
 
 def _layers(model: Any, layers: Callable[[str, nn.Module], bool] | None) -> list[Layer]:

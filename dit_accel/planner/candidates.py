@@ -79,13 +79,14 @@ def seconds(specs: Candidates, inputs: Captured) -> Costs:
     clock = clock_of(inputs.query.device)
     heads = inputs.query.shape[1]
     few = max(1, heads // 2)
+    mask = None if inputs.key_bias is None else inputs.key_bias[:, None, None].to(inputs.query.dtype)
 
     def measured(spec: AttentionSpec | None, count: int) -> float:
         q, k, v = (x[:, :count].contiguous() for x in (inputs.query, inputs.key, inputs.value))
 
         def run() -> None:
             if spec is None:
-                torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=inputs.scale)
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=inputs.scale)
             else:
                 attention(q, k, v, spec, inputs.layout, scale=inputs.scale, text_bias=inputs.text_bias)
 

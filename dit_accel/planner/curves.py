@@ -102,6 +102,24 @@ def measure(transformer: Any, forward: Forward, specs: Sequence[AttentionSpec | 
     return Measured(found, shapes)
 
 
+def check_finite(found: Measured, specs: Sequence[AttentionSpec | None], noise: float) -> None:
+    """Raise PlanError, naming layer, candidate and noise level, where an error is no finite number; `specs`: those of `curves`."""
+    for layer, errors in found.curves.items():
+        broken = (~errors.isfinite()).any(0).nonzero().flatten().tolist()
+        if not broken:
+            continue
+        spec = specs[broken[0]]
+        if spec is None:
+            raise PlanError(
+                f"the original model's prediction is not finite at noise level {noise:g}: load the pipeline in a dtype with a larger "
+                "range, bfloat16 or float32"
+            )
+        raise PlanError(
+            f"the error of {spec} in {layer} at noise level {noise:g} is not a finite number: leave this candidate out of specs, or "
+            "load the pipeline in a dtype with a larger range, bfloat16 or float32"
+        )
+
+
 def _differentiated(transformer: Any, forward: Forward, probes: int, seed: int) -> tuple[float, list[Call], list[list[Tensor]]]:
     """The squared size of a prediction with exact attention, every call of its layers, and of each call its output's gradients from the
     probes, on the CPU."""

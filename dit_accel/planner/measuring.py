@@ -1,26 +1,30 @@
 """All that a choice is made from: recorded forwards, error curves and costs, on one pipeline at one size."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.utils.logging import tqdm
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from dit_accel.finetune.data.collect import Samples, collect
+from dit_accel.errors import PlanError
+from dit_accel.finetune.data.collect import Forward, Samples, collect
 from dit_accel.finetune.moments import Moments
+from dit_accel.measure.timing import machine
 from dit_accel.method.assignment import Assignment, Rule
 from dit_accel.patch.anatomy import find_transformers, require_family
 from dit_accel.patch.fingerprint import known_hash
 from dit_accel.planner import levels
 from dit_accel.planner.candidates import Candidates, Costs, CostUnit, default_candidates, multiply_adds
 from dit_accel.planner.choose import Array, Knapsack, Unit
-from dit_accel.planner.curves import Measured, first_grid, measure, measured_seconds, prepared
+from dit_accel.planner.curves import Measured, check_finite, first_grid, measure, measured_seconds, prepared
 from dit_accel.planner.record import Model, NoiseRange, Size
 from dit_accel.planner.verified import HeldOut
-from dit_accel.planner.work import Work, digest
+from dit_accel.planner.work import Work, is_errors, is_times
 
 PROBES = 2  # of each forward
 VERIFIED = 2  # forwards of each held-out prompt and range, at most
@@ -139,6 +143,15 @@ class Measurements:
         point = self._knapsack.best(cost * self._whole * (1 + 1e-9))
         return None if point is None else self._choice(point)
 
+    def saves(self, choice: Choice) -> bool:
+        """Whether it accelerates anything and costs less than the original attention."""
+        return choice.cost < 1 - 1e-9 and self.accelerates(choice.chosen)
+
+    def gentlest(self) -> Choice | None:
+        """The choice of least predicted error that saves anything; None where none does."""
+        points = (self._choice(point) for point in reversed(range(len(self._knapsack.costs))))
+        return next((choice for choice in points if self.saves(choice)), None)
+
     @property
     def least_cost(self) -> float:
         return float(self._knapsack.costs[0] / self._whole)
@@ -180,8 +193,18 @@ class Measurements:
     def verify(self, chosen: Chosen) -> list[float]:
         """The error on every held-out forward, measured once."""
         assignment = self.assignment(chosen)
-        name = f"errors-{digest(assignment.to_dict())[:24]}.json"
-        return list(self.work.json(name, lambda: self.held_out.errors(self.request.transformer, assignment)))
+
+        def make() -> list[float]:
+            errors = self.held_out.errors(self.request.transformer, assignment)
+            if not all(map(math.isfinite, errors)):
+                raise PlanError(
+                    f"the prediction on held-out prompts is not finite with {assignment}: leave candidates out of specs, or load the "
+                    "pipeline in a dtype with a larger range, bfloat16 or float32"
+                )
+            return errors
+
+        count = len(self.held_out.forwards)
+        return list(self.work.json("errors", assignment.to_dict(), make, lambda found: is_errors(found, count)))
 
 
 def measured(request: Request, work: Work) -> Measurements:
@@ -194,7 +217,7 @@ def measured(request: Request, work: Work) -> Measurements:
     run = [moments[position] for position in samples.runs()[0]]
     bounds = levels.ranges_of(run, request.ranges)
     chosen = levels.spread(samples, moments, bounds, 1)
-    specs, found, costs = _measure(request, work, samples, chosen)
+    specs, found, costs = _measure(request, work, samples, moments, chosen)
     curves = {
         name: np.stack([np.mean([m.curves[name].double().numpy() for (k, _), m in zip(chosen, found, strict=True) if k == n], 0)
                         for n in range(len(bounds))])
@@ -212,7 +235,7 @@ def measured(request: Request, work: Work) -> Measurements:
 
 
 def _measure(
-    request: Request, work: Work, samples: Samples, chosen: Sequence[tuple[int, int]]
+    request: Request, work: Work, samples: Samples, moments: Moments, chosen: Sequence[tuple[int, int]]
 ) -> tuple[Candidates, list[Measured], dict[str, Costs]]:
     """Candidates, the original attention first; the curves of each forward; the costs of each layer."""
     transformer, specs = request.transformer, request.specs
@@ -226,11 +249,23 @@ def _measure(
             seed = request.seed + number
 
             def make(position: int = position, seed: int = seed) -> Measured:
-                return measure(transformer, samples[position], specs, probes=PROBES, seed=seed)
+                made = measure(transformer, samples[position], specs, probes=PROBES, seed=seed)
+                check_finite(made, specs, moments[position].noise)
+                return made
 
             found.append(work.curves(key, make))
         shapes = found[0].shapes
         if request.unit == "seconds":
-            times = work.json("times.json", lambda: measured_seconds(transformer, samples[chosen[0][1]], specs))
+            times = _times(work, transformer, samples[chosen[0][1]], specs, list(shapes))
             return specs, found, {name: Costs.read(times[name]) for name in shapes}
     return specs, found, {name: multiply_adds(specs, shape.layout, shape.head_dim, shape.calls) for name, shape in shapes.items()}
+
+
+def _times(work: Work, transformer: Any, forward: Forward, specs: Candidates, layers: Sequence[str]) -> dict[str, list[Any]]:
+    """Measured costs by layer: those of this machine, device, number of threads and dtype, and of these candidates in this order."""
+    weights = next(transformer.parameters())
+    device = torch.cuda.get_device_name(weights.device) if weights.device.type == "cuda" else weights.device.type
+    key = [machine(), device, str(weights.dtype), [spec and spec.to_dict() for spec in specs]]
+    make = lambda: measured_seconds(transformer, forward, specs)  # noqa: E731
+    found: dict[str, list[Any]] = work.json("times", key, make, lambda times: is_times(times, layers, len(specs)))
+    return found

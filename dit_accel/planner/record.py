@@ -2,24 +2,25 @@
 
     {"format": ..., "assignment": {"order", "specs", "rules"}, "plan": {...}}
 
-`Assignment.load` and `--method` read the assignment of a plan's file; `Plan.load` reads all of it.
+`Assignment.load` reads the assignment of a plan's file; `Plan.load` and `--method` read all of it.
 """
 
 import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dit_accel.errors import ArgumentError
 from dit_accel.files import write_text
-from dit_accel.method.assignment import Assignment
+from dit_accel.method.assignment import PLAN_FORMAT, Assignment, assignment_of_plan
+from dit_accel.method.checks import is_real, require
 from dit_accel.method.spec import AttentionSpec
 
-FORMAT = "dit_accel plan 1"
-T = TypeVar("T")
+UNITS = ("multiply-adds", "seconds")
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class Scaling:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan(Assignment):
-    """An assignment that `plan` has found. Compares and hashes as the assignment.
+    """An assignment that `plan` has found. Plans of the same rules are equal, whatever their records say; a plan does not equal an
+    `Assignment` that is none: compare `Assignment(plan.rules)` with that.
 
     `unit` of costs: "multiply-adds" or "seconds". `chosen[range][layer][head]`: its candidate's place in `candidates`. `errors`, of the
     same shape: what it is predicted to add to the squared relative error of the velocity in that range, by the measurements alone.
@@ -185,11 +187,29 @@ class Plan(Assignment):
     outcome: Outcome
     scaling: Scaling
 
+    @property
+    def of_model(self) -> bool:
+        """Whether it was made for one model: yes."""
+        return True
+
+    def unlike(self, transformer: str, heads: Mapping[str, int], weights: Callable[[], str]) -> str | None:
+        """How a model differs from the one that was planned for, see `Assignment.unlike`."""
+        if transformer != self.model.transformer:
+            return f"it was made for {self.model.transformer}, not {transformer}"
+        for layer in self.layers:
+            if (count := heads.get(layer.name)) is None:
+                return f"it was made for a model with a layer {layer.name}, which this one lacks"
+            if count != layer.heads:
+                return f"it was made for a model whose {layer.name} has {layer.heads} heads, not {count}"
+        if weights() != self.model.weights:
+            return f"it was made for a {transformer} with other weights, or with the same in another dtype"
+        return None
+
     def save(self, path: str | Path) -> Path:
         """Write it to a JSON file. Raises WriteError."""
         path = Path(path)
         own = {field.name: _plain(getattr(self, field.name)) for field in _own_fields()}
-        write_text(path, json.dumps({"format": FORMAT, "assignment": self.to_dict(), "plan": own}, indent=1) + "\n")
+        write_text(path, json.dumps({"format": PLAN_FORMAT, "assignment": self.to_dict(), "plan": own}, indent=1) + "\n")
         return path
 
     @classmethod
@@ -199,17 +219,58 @@ class Plan(Assignment):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArgumentError(f"{path} can't be read as the JSON of a plan: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT or set(data) != {"format", "assignment", "plan"}:
-            raise ArgumentError(f"{path} must have the format {FORMAT!r} and the keys assignment and plan: make it with dit-accel plan")
+        rules = assignment_of_plan(path, data)
         try:
-            assignment = Assignment.from_dict(data["assignment"])
+            assignment = Assignment.from_dict(rules)
             given, names = data["plan"], {field.name for field in _own_fields()}
             if not isinstance(given, dict) or set(given) != names:
                 raise ArgumentError(f"a plan must have exactly the keys {sorted(names)}")
             kinds = typing.get_type_hints(cls)
-            return cls(assignment.rules, assignment.order, **{name: _typed(given[name], kinds[name], name) for name in names})
+            found = cls(assignment.rules, assignment.order, **{name: _typed(given[name], kinds[name], name) for name in names})
+            _check_ranges(found)
+            return found
         except ArgumentError as error:
             raise ArgumentError(f"{path} contains no plan: {error}") from None
+
+
+def is_plan(path: str | Path) -> bool:
+    """Whether a method's JSON file, which can be read, is that of a plan."""
+    return "assignment" in json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _check_ranges(plan: Plan) -> None:
+    """Raise ArgumentError unless lengths fit each other and numbers are in their ranges."""
+    require(plan.unit in UNITS, f"unit must be one of {', '.join(UNITS)}", plan.unit)
+    asked = [value for value in (plan.asked.budget, plan.asked.speed) if value is not None]
+    require(len(asked) == 1 and asked[0] > 0, "asked must be a budget or a speed, above 0", plan.asked)
+    require(plan.steps >= 1, "steps must be >= 1", plan.steps)
+    for name in ("sizes", "ranges", "layers", "candidates"):
+        require(len(getattr(plan, name)) > 0, f"{name} must not be empty", getattr(plan, name))
+    for own in plan.ranges:
+        require(0 <= own.low < own.high <= 1, "a range must have 0 <= low < high <= 1", own)
+    for size in plan.sizes:
+        require(min(size.grid) >= 1 and size.text >= 0, "a size must have a grid of ints >= 1 and text >= 0", size)
+    require(len({layer.name for layer in plan.layers}) == len(plan.layers), "layers must have different names", plan.layers)
+    heads = [layer.heads for layer in plan.layers]
+    for name in ("chosen", "errors"):
+        lengths = [[len(row) for row in rows] for rows in getattr(plan, name)]
+        if lengths != [heads] * len(plan.ranges):
+            raise ArgumentError(
+                f"{name} must have a list for each of {len(plan.ranges)} ranges, in it one for each of {len(heads)} layers, in it an entry "
+                "for each head"
+            )
+    count = len(plan.candidates)
+    for n in (n for rows in plan.chosen for row in rows for n in row):
+        require(0 <= n < count, f"chosen must contain places in the {count} candidates, from 0", n)
+    for error in (error for rows in plan.errors for row in rows for error in row):
+        require(error >= 0, "errors must be >= 0", error)
+    lengths_by_range = len(plan.outcome.by_range)
+    require(
+        lengths_by_range == len(plan.ranges), f"outcome.by_range must have {len(plan.ranges)} entries, one for each range", lengths_by_range
+    )
+    for rule in plan.scaling.rules:
+        legal = 0 <= rule.candidate < count and 0 <= rule.range < len(plan.ranges)
+        require(legal, "a rule of scaling must name one of the candidates and ranges, by their places from 0", rule)
 
 
 def _own_fields() -> list[Any]:
@@ -247,7 +308,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         fields, hints = {field.name for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
         if set(value) == fields:
             return kind(**{key: _typed(item, hints[key], f"{name}.{key}") for key, item in value.items()})  # type: ignore[operator]
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif kind is float and is_real(value):
         return float(value)
     elif kind in (int, str) and type(value) is kind:
         return value
