@@ -374,18 +374,13 @@ def test_other_refusals(tmp_path: Path) -> None:
         view_attention(pipe, " ", tmp_path / "view.html", **CALL)
     pipe, call = video_pipe("wan22_two_experts")
     accelerate(pipe, CLEAR(1.5, tile=(2, 4, 4)))
+    with pytest.raises(ArgumentError, match="num_videos_per_prompt must be 1, not 2"):
+        view_attention(pipe, "a panda", tmp_path / "view.html", num_videos_per_prompt=2, **call)
     with pytest.raises(
         dit_accel.errors.FallbackError, match=r"nothing was seen of transformer_2.blocks.0.attn1: it does not run in the steps"
     ):
         view_attention(pipe, "a panda", tmp_path / "view.html", layers="*blocks.0.*", steps=0, **call)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_one_video_is_shown(tmp_path: Path) -> None:
-    pipe, call = video_pipe("wan")
-    accelerate(pipe, CLEAR(1.5, tile=(2, 4, 4)))
-    with pytest.raises(ArgumentError, match="num_videos_per_prompt must be 1, not 2"):
-        view_attention(pipe, "a panda", tmp_path / "view.html", num_videos_per_prompt=2, **call)
 
 
 def test_where_no_page_can_be_written_nothing_runs(tmp_path: Path, sparse_calls: list[tuple[int, ...]]) -> None:
