@@ -1,6 +1,7 @@
 """`plan` and `dit-accel plan` on tiny pipelines of three families: the promise holds, choices are near the best, nothing is changed."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_accel import CLEAR, SLA, Assignment, Fovea
 from dit_accel.cli import models
 from dit_accel.cli.app import app
 from dit_accel.errors import AlreadyAcceleratedError, PlanError
+from dit_accel.method import TopK
 from dit_accel.patch.anatomy import attention_layers
 from dit_accel.planner import aim, curves, measuring, planning, verified
 from dit_accel.planner.record import Asked, Interval, Plan
@@ -73,7 +75,8 @@ def test_a_budget_holds_and_nothing_is_changed(name: str, tmp_path: Path) -> Non
 def test_a_plan_is_near_the_best_of_all_choices(tmp_path: Path) -> None:
     """Two layers of two heads with three candidates: all 81 choices, verified, against the plan of each budget."""
     pipe = prompt_pipe()
-    specs = (None, *SPECS[2:])
+    # by the product of means, whose errors nearly add; by the error, in a model of random weights, two of four budgets cost 6 and 10 % more
+    specs = (None, *(replace(spec, keep=(TopK(spec.keep[0].density, correct_short=True),)) for spec in SPECS[2:] if spec is not None))
     request = measuring.Request(pipe, tuple(PROMPTS[:3]), tuple(PROMPTS[3:]), specs, "multiply-adds", 1, 0, False, CALL)
     found = measuring.measured(request, Work.begin(tmp_path, request.settings()))
     every = []
