@@ -261,7 +261,7 @@ def test_every_part_of_a_method_says_what_it_holds_weighs_or_reads(monkeypatch: 
     monkeypatch.setenv("COLUMNS", "250")
     result = CliRunner().invoke(cli.app, ["info", "--method", "fovea:order=1", "--method", "sla:0.1"])
     assert result.exit_code == 0, result.output
-    for text in ("2 mean keys and values of each block and Cov(v, k)", "Σ φ(k) vᵀ and Σ φ(k) of each block, φ = softmax", "4,160"):
+    for text in ("4 mean keys and values of each block and Cov(v, k)", "Σ φ(k) vᵀ and Σ φ(k) of each block, φ = softmax", "4,160"):
         assert text in result.output
     for slot in (Pattern, Rest, Merge, KeyWeight, Readout, Extra):
         for name, kind in part_types(slot).items():

@@ -50,6 +50,7 @@ from dit_accel.method import (
     Window,
 )
 from dit_accel.method.parts import (
+    Among,
     Box,
     Clusters,
     Columns,
@@ -95,6 +96,7 @@ CATALOGUE: tuple[tuple[Pattern, ...], ...] = (
     (PowerTiles(near=0),), (Stripes(span=0),), (PowerTiles(),), (TopK(0.3, score=Estimated()),), (TopK(0.3, score=Gate()),),
     (TopK(0.3, score=Pyramid((2, 3), keep=0.4)),), (TopK(0.3, score=Clusters(3)),), (TopK(0.3, score=Clusters(4)),),
     (Columns(0.3),), (Columns(0.3, SelfSaliency()),), (TopK(0.3, score=SelfSaliency()), PowerTiles(near=0)),
+    (Among(0.3, Stripes()),),
 )  # fmt: skip
 CHAINS: dict[str, Sequence[AttentionSpec]] = {
     "pooled": [replace(FOVEA, rest=rest) for rest in POOLED],

@@ -126,7 +126,7 @@ def test_gradients_are_summed_in_messages_of_a_size(monkeypatch: pytest.MonkeyPa
 
 def test_two_processes_on_one_gpu_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = iter([["a cuda:0", "a cuda:0", "b cuda:0"], ["a cuda:0", "a cuda:1", "b cuda:0"]])
-    monkeypatch.setattr(processes, "gathered", lambda mine: next(places))
+    monkeypatch.setattr(processes, "_gathered", lambda mine: next(places))
     assert processes.shared_gpus(torch.device("cuda")) == ["a cuda:0"]
     assert processes.shared_gpus(torch.device("cuda")) == []
     assert processes.shared_gpus(torch.device("cpu")) == []

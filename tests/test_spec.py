@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 
-from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Downsampled, Linear, Mass, Pooled, Raster, Residual, Tiles, TopK, Window
+from dit_accel.method import (
+    AttentionSpec,
+    Disc,
+    DiscBlocks,
+    Downsampled,
+    ErrorProduct,
+    Linear,
+    Mass,
+    Pooled,
+    Raster,
+    Residual,
+    Tiles,
+    TopK,
+    Window,
+)
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 
 PRESETS = {
@@ -155,7 +169,11 @@ def test_from_dict_refuses(data: Any, shown: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        pytest.param(Fovea(), AttentionSpec((TopK(0.05, True),), Pooled(True, True, 2.0), Mass(True), Tiles((8, 8)), (64, 64)), id="fovea"),
+        pytest.param(
+            Fovea(),
+            AttentionSpec((TopK(0.05, score=ErrorProduct()),), Pooled(True, True, 2.0), Mass(True), Tiles((8, 8)), (64, 64)),
+            id="fovea",
+        ),
         pytest.param(Fovea(radius=8), AttentionSpec((DiscBlocks(8),), Pooled(), Mass(), Tiles()), id="fovea-radius"),
         pytest.param(CLEAR(16), AttentionSpec((Disc(16),), None, None, Tiles()), id="clear"),
         pytest.param(CLEAR(8, downsample=4), AttentionSpec((Disc(8),), Downsampled(4), Mass(offset=False)), id="clear-downsample"),

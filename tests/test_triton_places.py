@@ -1,5 +1,7 @@
 """The Triton kernels find the tokens of a block by their places: the same bits as where the tokens lie in the order of the blocks."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import Shape, random_parameters
@@ -9,6 +11,7 @@ from torch import Tensor
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments
 from dit_accel.kernels.triton import calls
+from dit_accel.method import TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 
@@ -16,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(1, 2, 16, (1, 7, 9), 3)
 SPECS = {
-    "fovea": Fovea(0.3, tile=(4, 4)),
+    "fovea": dataclasses.replace(Fovea(0.3, tile=(4, 4)), keep=(TopK(0.3, correct_short=True),)),
     "clear": CLEAR(3, tile=(4, 4)),
     "gna": GNA((3, 5), stride=(1, 2)),
     "sla": SLA(0.3, block=(16, 16)),
