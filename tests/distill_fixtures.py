@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import fill_randomly
 from tiny_parts import kl
 from torch import Tensor
 
 from dit_accel import CLEAR, SLA, AttentionSpec, DistillConfig, accelerate, distill
+from dit_accel.finetune import fit as fitting
 from dit_accel.finetune.distill import DistillResult
 from dit_accel.patch.state import operators_of
 
@@ -77,6 +79,21 @@ def stop_training(pipe: Any, count: int) -> None:
             raise KeyboardInterrupt
 
     pipe.transformer.register_forward_pre_hook(stop)
+
+
+@contextlib.contextmanager
+def fit_stops(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[None]:
+    """The first stage is interrupted before its step number `count` (from 0), for the length of a `with` block."""
+    real = fitting._step
+
+    def interrupted(run: Any, fitter: Any, step: int) -> Any:
+        if step == count:
+            raise KeyboardInterrupt
+        return real(run, fitter, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "_step", interrupted)
+        yield
 
 
 def half_pipe() -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_fixtures import learn, prompt_pipe, same, state, stop_training
+from distill_fixtures import fit_stops, learn, prompt_pipe, same, state, stop_training
 from helpers import Shape
 from test_catalogue_patterns import under_mask
 from test_catalogue_scores import SHAPES, TILE, call_of, every_shape, image_tokens, mask_of, random_weight, scored, tiles_of
@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from dit_accel import Assignment, AttentionSpec, Rule, accelerate, attention
 from dit_accel.cli import app as cli
 from dit_accel.finetune import distill as distillation
-from dit_accel.finetune import fit as fitting
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.method import (
     Among,
@@ -210,17 +209,8 @@ def test_an_interrupted_run_resumes_to_the_bit(name: str, tmp_path: Path, monkey
     settings = STAGE | {"parameter_steps": 4, "checkpoint_every": 2, "steps": 3}
     whole, stopped, again, resumed = (accelerate(prompt_pipe(), spec) for _ in range(4))
     learn(whole, tmp_path / "whole", **settings)
-    real = fitting._step
-
-    def interrupted(run: Any, fitter: Any, step: int) -> Any:
-        if step == 3:
-            raise KeyboardInterrupt
-        return real(run, fitter, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            learn(stopped, tmp_path / "stopped", **settings)
+    with fit_stops(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        learn(stopped, tmp_path / "stopped", **settings)
     stop_training(again, 2)
     with pytest.raises(KeyboardInterrupt):
         learn(again, tmp_path / "stopped", **settings)

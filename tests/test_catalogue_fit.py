@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_fixtures import PROMPTS, learn, prompt_pipe, same, state
+from distill_fixtures import PROMPTS, fit_stops, learn, prompt_pipe, same, state
 from helpers import Shape, random_parameters
 from torch import Tensor
 
@@ -124,17 +124,8 @@ def test_an_interrupted_fit_resumes_to_the_bit(tmp_path: Path, monkeypatch: pyte
     settings = STAGE | {"parameter_steps": 5, "checkpoint_every": 1, "steps": 1}
     whole, stopped, resumed = (accelerate(prompt_pipe(), SPECS[name]) for _ in range(3))
     learn(whole, tmp_path / "whole", **settings)
-    real = fitting._step
-
-    def interrupted(run: Any, fitter: Any, step: int) -> float:
-        if step == 2:
-            raise KeyboardInterrupt
-        return real(run, fitter, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            learn(stopped, tmp_path / "stopped", **settings)
+    with fit_stops(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
+        learn(stopped, tmp_path / "stopped", **settings)
     learn(resumed, tmp_path / "stopped", **settings)
     assert same(state(resumed.transformer), state(whole.transformer))
 

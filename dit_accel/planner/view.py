@@ -114,16 +114,16 @@ def view_attention(
     _check_values(seed, megabytes, call)
     operators = _operators(pipe)
     names = _chosen_layers(layers, list(operators))
-    wanted = Watched(names, _numbers("heads", heads), _chosen_steps(pipe, steps, call), megabytes * 1e6)
-    _check_heads(wanted, operators)
+    watched = Watched(names, _numbers("heads", heads), _chosen_steps(pipe, steps, call), megabytes * 1e6)
+    _check_heads(watched, operators)
     out = _checked_path(out)
-    with always(pipe), _watching(pipe, wanted), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
+    with always(pipe), _watching(pipe, watched), torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
         pictures = draw(pipe, prompt, seed, call)
-    _check_found(pipe, wanted)
-    text = wanted.found[0].captured.layout.text
+    _check_found(pipe, watched)
+    text = watched.found[0].captured.layout.text
     facts = {"pipeline": type(pipe).__name__, "prompt": prompt, "seed": seed, "call": _plain(call)}
-    page = view_page(wanted.found, pictures, labels_of_text(pipe, prompt, text, call), facts)
-    if len(page) > wanted.limit:
+    page = view_page(watched.found, pictures, labels_of_text(pipe, prompt, text, call), facts)
+    if len(page) > watched.limit:
         raise ArgumentError(f"the page has {_megabytes(len(page))} MB, and {megabytes:g} is the most: ask for fewer layers, heads or steps")
     write_text(out, page)
     return out
@@ -195,33 +195,33 @@ def _chosen_steps(pipe: Any, steps: int | Sequence[int] | None, call: dict[str, 
     return found
 
 
-def _check_heads(wanted: Watched, operators: dict[str, AcceleratedAttention]) -> None:
-    for name in wanted.layers:
-        if wanted.heads[-1] >= operators[name].heads:
-            raise ArgumentError(f"{name} has {operators[name].heads} heads, numbered from 0, and no head {wanted.heads[-1]}")
+def _check_heads(watched: Watched, operators: dict[str, AcceleratedAttention]) -> None:
+    for name in watched.layers:
+        if watched.heads[-1] >= operators[name].heads:
+            raise ArgumentError(f"{name} has {operators[name].heads} heads, numbered from 0, and no head {watched.heads[-1]}")
 
 
-def _check_found(pipe: Any, wanted: Watched) -> None:
+def _check_found(pipe: Any, watched: Watched) -> None:
     """Raise unless every layer and step that was asked for was seen."""
-    seen = {head.layer for head in wanted.found}, {head.step for head in wanted.found}
-    if missing := [name for name in wanted.layers if name not in seen[0]]:
+    seen = {head.layer for head in watched.found}, {head.step for head in watched.found}
+    if missing := [name for name in watched.layers if name not in seen[0]]:
         reasons = [reason for _, patch in patches_of(pipe) for reason in patch.context.fallbacks]
         why = f"its calls have {', '.join(reasons)}" if reasons else "it does not run in the steps that were asked for"
         raise FallbackError(f"nothing was seen of {missing[0]}: {why}")
-    if missing_steps := [step for step in wanted.steps if step not in seen[1]]:
-        raise ArgumentError(f"the run has {wanted.last_step + 1} steps, numbered from 0, and no step {missing_steps[0]}")
+    if missing_steps := [step for step in watched.steps if step not in seen[1]]:
+        raise ArgumentError(f"the run has {watched.last_step + 1} steps, numbered from 0, and no step {missing_steps[0]}")
 
 
 @contextlib.contextmanager
-def _watching(pipe: Any, wanted: Watched) -> Iterator[None]:
-    """Every layer's calls pass by `wanted` for the length of a `with` block, those of the original attention as well."""
+def _watching(pipe: Any, watched: Watched) -> Iterator[None]:
+    """Every layer's calls pass by `watched` for the length of a `with` block, those of the original attention as well."""
     models, changed = patches_of(pipe), []
     with recorded_moments([model for model, _ in models]) as moments, _counted(pipe, models) as batches:
         try:
             for prefix, (model, patch), own, batch in zip(component_names(pipe), models, moments, batches, strict=True):
                 for name in patch.originals:
                     operator = model.get_submodule(name).dit_accel
-                    operator.attend = _seeing(prefix + name, operator, patch, own, batch, wanted)
+                    operator.attend = _seeing(prefix + name, operator, patch, own, batch, watched)
                     changed.append(operator)
             with running(pipe, EVERYWHERE):
                 yield
@@ -257,7 +257,7 @@ def _counted(pipe: Any, models: Sequence[tuple[Any, Patch]]) -> Iterator[list[Ba
 
 
 def _seeing(
-    name: str, operator: AcceleratedAttention, patch: Patch, moments: list[Moment], batch: Batch, wanted: Watched
+    name: str, operator: AcceleratedAttention, patch: Patch, moments: list[Moment], batch: Batch, watched: Watched
 ) -> Callable[..., Tensor]:
     """The layer's own `attend`, by the assignment that it has now, which looks at the calls that were asked for."""
     assignment, attend = patch.context.assignment, type(operator).attend
@@ -266,16 +266,16 @@ def _seeing(
         query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None, bias: Tensor | None, forward: Any
     ) -> Tensor:
         moment = moments[-1]
-        wanted.last_step = max(wanted.last_step, moment.step)
-        wanted.check_size(layout, query.shape[-1])
+        watched.last_step = max(watched.last_step, moment.step)
+        watched.check_size(layout, query.shape[-1])
         forward = dataclasses.replace(forward, rules=assignment.at(moment, forward.image))
-        known = any((head.layer, head.step) == (name, moment.step) for head in wanted.found)  # guidance passes again
+        known = any((head.layer, head.step) == (name, moment.step) for head in watched.found)  # guidance passes again
         own = batch.place(name, len(query))
-        if name in wanted.layers and moment.step in wanted.steps and not known and own is not None:
+        if name in watched.layers and moment.step in watched.steps and not known and own is not None:
             scaled = forward.scaled(scale, key.shape[2], query.shape[3])
             captured = Captured(query[own], key[own], value[own], layout, name, scaled, None if bias is None else bias[own])
             place, values = Place(name, operator.layer, moment.step, moment.noise), operator.params(query.device)
-            wanted.found += looked_at(place, captured, forward.groups(operator.layer), values, wanted.heads, patch.context.backend)
+            watched.found += looked_at(place, captured, forward.groups(operator.layer), values, watched.heads, patch.context.backend)
         return attend(operator, query, key, value, layout, scale, bias, forward)
 
     return seeing

@@ -42,7 +42,8 @@ class Work:
         written."""
         check_folder(folder)
         path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-        create_json(path, settings) if not path.exists() else None
+        if not path.exists():
+            create_json(path, settings)
         found = _read(path, lambda data: isinstance(data, dict))
         different = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
         if different:
