@@ -20,7 +20,7 @@ PAGES = (
     "pipelines/*/TRAINING.md",
     "pipelines/*/weights/*.md",
 )
-PICTURES = ("samples/*.gif", "samples/*.jpg", "samples/*.png", "pipelines/*/weights/*.jpg", "pipelines/*/weights/*.gif")
+SHOWN = ("docs/site.css", "samples/*.gif", "samples/*.jpg", "samples/*.png", "pipelines/*/weights/*.jpg", "pipelines/*/weights/*.gif")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+\.py)(?=[)#])")
 
 
@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
     for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
     pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
-    for path in [*pages, *(path for pattern in PICTURES for path in sorted(ROOT.glob(pattern)))]:
+    for path in [*pages, *(path for pattern in SHOWN for path in sorted(ROOT.glob(pattern)))]:
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for path in sorted(set().union(*map(_sources, pages))):
         name = path.relative_to(ROOT).as_posix()
@@ -47,6 +47,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Links to source files lead to the pages that show them; a comment that marks a table ends before the table begins."""
+    """Links to source files lead to the pages that show them; a comment that marks a table ends before the table begins.
+
+    A search for a name finds the reference first, and the changelog last.
+    """
+    if weight := {"docs/api.md": 4, "docs/api-parts.md": 4, "CHANGELOG.md": 0.2}.get(page.file.src_uri):
+        page.meta["search"] = {"boost": weight}
     linked = LINK.sub(r"\1.md", markdown)
     return re.sub(r"^(<!-- .* -->)\n(?=\|)", r"\1\n\n", linked, flags=re.M)

@@ -200,10 +200,14 @@ def test_the_reference_is_reached_and_shows_a_signature(page: Any, address: str)
 @pytest.mark.browser
 def test_the_search_finds_a_function(page: Any, address: str) -> None:
     page.goto(address)
-    page.fill("input.md-search__input", "generate_hires")
-    page.wait_for_selector(".md-search-result__item a[href*='generate_hires']", timeout=20_000)
-    page.click(".md-search-result__item a[href*='generate_hires'] >> nth=0")
-    page.wait_for_url("**/docs/**generate_hires**")
+    page.click("input.md-search__input")
+    page.locator("input.md-search__input").press_sequentially("generate_hires")
+    first = page.locator(".md-search-result__item").first
+    first.wait_for(timeout=30_000)
+    assert first.locator("a[href*='docs/api.html'][href*='#dit_accel.generate_hires']").count() == 1
+    first.locator("a").first.click()
+    page.wait_for_url("**/docs/api.html*")
+    assert "generate_hires(" in page.inner_text("article")
 
 
 @pytest.mark.browser
