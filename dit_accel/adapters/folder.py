@@ -151,7 +151,8 @@ def _lora(model: Any, holders: Holders) -> tuple[dict[str, Tensor], dict[str, st
     values = {name: holders.value(name) for name, _ in model.named_parameters() if f".{ADAPTER}." in name and OWN not in name}
     lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, values, adapter_name=ADAPTER).items()}
     settings = model.peft_config[ADAPTER].to_dict()
-    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
+    patterns = ("rank_pattern", "alpha_pattern")  # empty ones, which diffusers 0.36 reads
+    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules", *patterns)}
     meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
     return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
 
