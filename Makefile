@@ -18,7 +18,7 @@ test: .venv/test.stamp
 
 # the site, into site/; a warning is an error
 docs: .venv/test.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # every table and picture that README and docs show: hours on two cores; FIGURES="step quality" makes some
 figures: .venv/test.stamp
