@@ -81,7 +81,7 @@ def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate
     return dq
 
 
-@kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE STAGES PRECISION")
+@kernel("D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, tilt, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
     image_start_k, text, text_start, extra_keys, width, length_q, length_k, mask_size, units, pool_width, C: tl.constexpr,
@@ -139,7 +139,7 @@ def gradient_rows(
             mine = tl.load(tilt.delta + at_row, mask=q_valid, other=0.0)
         at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
-        for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
+        for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, mean, half, term = pooled_logits(
                 queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
@@ -334,7 +334,7 @@ def gradient_pooled(
     """Gradients of a tile of pooled keys, values and half variances or biases, and of the offset.
 
     `transposed`: where query blocks see units of lists, the spans of them that see some unit of a tile (`launch_backward.spans_by_tile`).
-    Grid: (tiles of pooled keys, batch · heads).
+    `grads` have a first axis of parts, of the query blocks. Grid: (tiles of pooled keys, batch · heads, parts).
     """
     bh = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * C.BK + tl.arange(0, C.BK)
@@ -367,6 +367,9 @@ def gradient_pooled(
         spans = transposed.entries + bh * entries
         indptr = transposed.indptr + bh * (2 * tl.num_programs(0) + 1) + 2 * tl.program_id(0)
         begin, end = tl.load(indptr) * C.SPAN, tl.load(indptr + 2) * C.SPAN
+    chunk = tl.cdiv(end - begin, tl.num_programs(2))
+    begin += tl.program_id(2) * chunk
+    end = tl.minimum(begin + chunk, end)
     for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
         i = n // C.SUB_Q
         stop = i + 1
@@ -394,11 +397,13 @@ def gradient_pooled(
         grad_o += tl.sum(ds, 1)
         if C.VARIANCE:
             grad_h = tl.dot(tl.where(term <= logits.cap, ds, 0.0).to(squares.dtype), squares, grad_h, input_precision=C.PRECISION)
-    put(grads.k_mean + at_head, j, C.D, inside, grad_k * logits.scale, C)
-    put(grads.v_mean + at_head, j, C.D, inside, grad_v, C)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + bh
+    first = row * units * C.PARTS
+    put(grads.k_mean + first * C.D, j, C.D, inside, grad_k * logits.scale, C)
+    put(grads.v_mean + first * C.D, j, C.D, inside, grad_v, C)
     if C.VARIANCE:
-        put(grads.k_half + at_head, j, C.D, inside, grad_h, C)
+        put(grads.k_half + first * C.D, j, C.D, inside, grad_h, C)
     if grads.bias is not None:
         tl.store(grads.bias + first + j, grad_o, mask=inside)
     if learned.offset is not None:
-        tl.store(grads.offset + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(grad_o, 0))
+        tl.store(grads.offset + row * tl.num_programs(0) + tl.program_id(0), tl.sum(grad_o, 0))

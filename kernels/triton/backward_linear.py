@@ -3,12 +3,12 @@
 Apart from the exact keys' kernels, because both together would not fit the registers.
 
 A pull is a gradient divided by a mass: at a loss scale of 2¹⁶ it exceeds float16. So each row is stored with a largest entry of 1 and its
-`size` next to it, and where rows are summed the features carry the sizes, relative to the largest of the head: no operand of a product in
-float16 is larger than its features or values make it, and every product is accumulated in float32.
+`size` next to it, and where rows are summed the products of features carry the sizes, relative to the largest of the head: no operand of a
+product in float16 is larger than its features or values make it, and every product is accumulated in float32.
 """
 
 import triton.language as tl
-from dit_accel.kernels.triton.forward import linear_visit, rest_of
+from dit_accel.kernels.triton.forward import linear_visit, mapped_keys, rest_of
 from dit_accel.kernels.triton.primitives import (
     LOG2E,
     TINY,
@@ -32,8 +32,8 @@ def linear_gradient(
     q, k, v, pull, rest_pull, more, mean, doffset, lists, states, learned, heads, tokens_q, image_q, image_k, image_start_q, image_start_k,
     k_blocks, width, C: tl.constexpr,
 ):  # fmt: skip
-    """`rest_pull`: gradients of the rest's numerator and mass, times the number of keys, over their row's size (0: no gradient); `more`
-    `[BH, image_q, D]` float32: what they add to dq.
+    """`rest_pull`: gradients of the rest's numerator and mass, times the number of keys, over their row's size (0: no gradient), and
+    phi(q); `more` `[BH, image_q, D]` float32: what they add to dq.
 
     Under the residual merge also the rest's `mean` `[BH, image_q, D]`, and delta without the residual's share; else doffset
     `[BH, programs]`.
@@ -48,6 +48,7 @@ def linear_gradient(
     place = placed(lists.q_places, token, valid)
     q_base = head(q, bh, heads)
     phi_low = feature(tile(q_base, place + image_start_q, q.n, valid, C), C).to(q.base.dtype.element_ty)
+    put(rest_pull.mapped + bh * image_q * C.D, place, C.D, valid, phi_low, C)
     taken = tl.zeros([C.BQ, C.DP], tl.float32)
     taken_mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
@@ -55,8 +56,11 @@ def linear_gradient(
     listed = tl.load(lists.counts + at_list)
     first = listed if C.LEFT else listed * 0
     last = k_blocks if C.LEFT else listed
+    of_keys = states.mapped
+    if states.mapped is not None:
+        of_keys += bh * image_k * C.D
     if not C.ALL:
-        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, image_keys, row, first, last, lists, C)
+        taken, taken_mass = linear_visit(taken, taken_mass, phi_low, image_keys, of_keys, row, first, last, lists, C)
     num, den = rest_of(phi_low, taken, taken_mass, states, bh, listed, k_blocks, image_k, C)
     real = den > 0
     safe = tl.where(real, den, 1.0)
@@ -94,7 +98,7 @@ def linear_gradient(
             _, k_valid, k_place = listed_keys(row, n, lists, C)
             value = tile(image_keys.v, k_place, v.n, k_valid, C).to(low.dtype)
             change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=C.PRECISION) + mass[:, None], 0.0)
-            mapped = feature(tile(image_keys.k, k_place, k.n, k_valid, C), C).to(low.dtype)
+            mapped = mapped_keys(image_keys, of_keys, k_place, k_valid, low.dtype, C)
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=C.PRECISION)
     if C.LEFT:
         dphi *= 1.0 / keys
@@ -109,8 +113,7 @@ def linear_gradient(
 
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT STAGES PRECISION")
 def linear_columns(
-    q, k, v, rest_pull, more, transposed, lists, states, unit, heads, image_q, image_k, image_start_q, image_start_k, entries,
-    C: tl.constexpr,
+    k, v, rest_pull, more, transposed, lists, states, unit, heads, image_q, image_k, image_start_k, entries, C: tl.constexpr
 ):  # fmt: skip
     """What the linear rest adds to dk and dv: `more`, a pair of `[BH, image_k, D]` float32. Sums over all queries, less those that visit
     the block; LEFT: the entries are the query blocks that do not visit it, and the sums are those over them, without `states`.
@@ -124,7 +127,7 @@ def linear_columns(
     token = tl.load(lists.k_starts + block) + sub * C.BK + tl.arange(0, C.BK)
     valid = token < tl.load(lists.k_starts + block + 1)
     place = placed(lists.k_places, token, valid)
-    k_base, q_base = head(k, bh, heads), head(q, bh, heads) + image_start_q.to(tl.int64) * q.n
+    k_base = head(k, bh, heads)
     key = tile(k_base, place + image_start_k, k.n, valid, C)
     value = tile(head(v, bh, heads), place + image_start_k, v.n, valid, C)
     dphi = tl.zeros([C.BK, C.DP], tl.float32)
@@ -145,10 +148,10 @@ def linear_columns(
             num = tile(rest_pull.num + bh * image_q * C.D, row, C.D, inside, C)
             den = tl.load(rest_pull.den + bh * image_q + row, mask=inside, other=0.0)
             weight = tl.load(rest_pull.size + bh * image_q + row, mask=inside, other=0.0)
-            mapped = (feature(tile(q_base, row, q.n, inside, C), C) * weight[:, None]).to(kind)
-            product = tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION)
+            mapped = tile(rest_pull.mapped + bh * image_q * C.D, row, C.D, inside, C)
+            product = tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION) * weight[None, :]
             taken = tl.dot(product.to(kind), num, taken, input_precision=C.PRECISION)
-            change = tl.dot(wide, tl.trans(num), input_precision=C.PRECISION) + den[None, :]
+            change = (tl.dot(wide, tl.trans(num), input_precision=C.PRECISION) + den[None, :]) * weight[None, :]
             dphi = tl.dot(change.to(kind), mapped, dphi, input_precision=C.PRECISION)
     share = 1.0 / image_k.to(tl.float32)  # dnum and dden carry it
     largest = tl.load(unit.total + bh)

@@ -9,7 +9,8 @@ from dit_accel.kernels.triton.tuples import SIZES, kernel
 @kernel("D DP BK SUB_K VALUES VARIANCE STATES MAP PRECISION")
 def summarise(k, v, pooled, states, starts, places, heads, image, image_start, blocks, group, C: tl.constexpr):
     """`group` of the `blocks` of one head: means of keys (and values) `[BH, T, D]` and half the (biased) variance (`pooled`), and
-    phi(K)ᵀV and the sum of phi(K) over the group, divided by the number of the image's keys (`states`, with a first axis of groups).
+    phi(K)ᵀV and the sum of phi(K) over the group, divided by the number of the image's keys, and phi(K) (`states`; the sums have a first
+    axis of groups).
     Grid: (groups, batch · heads).
     """
     bh = tl.program_id(1).to(tl.int64)
@@ -38,6 +39,8 @@ def summarise(k, v, pooled, states, starts, places, heads, image, image_start, b
                 v_sum += tl.sum(value.to(tl.float32), 0)
             if C.STATES:
                 phi = tl.where(valid[:, None], feature(key, C), 0.0).to(value.dtype)
+                if states.mapped is not None:
+                    put(states.mapped + bh * image * C.D, place, C.D, valid, phi, C)
                 total += tl.sum(phi.to(tl.float32), 0)  # rounded, as the state's are and those of the visited blocks
                 state = tl.dot(tl.trans(phi), value, state, input_precision=C.PRECISION)
         mean = k_sum / count

@@ -45,9 +45,8 @@ def sweep(acc, top, mass, q, keys, bias, begin, end, factor, C):
 
 
 @triton.jit
-def visit(acc, top, mass, taken, taken_mass, queries, phi, keys, row, begin, end, lists, predicate, factor, MASKED: tl.constexpr,
-          TAKE: tl.constexpr, C):  # fmt: skip
-    """The listed key blocks from `begin` to `end` join the softmax and, where TAKE, the sums of the linear attention over them."""
+def visit(acc, top, mass, queries, keys, row, begin, end, lists, predicate, factor, MASKED: tl.constexpr, C):
+    """The listed key blocks from `begin` to `end` join the softmax."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         token, valid, place = listed_keys(row, n, lists, C)
         key = tile(keys.k, place, keys.k_n, valid, C)
@@ -57,29 +56,34 @@ def visit(acc, top, mass, taken, taken_mass, queries, phi, keys, row, begin, end
         if MASKED:
             kept &= kept_in_part(predicate, row, n, token, valid, True, C)
         acc, top, mass = absorb(acc, top, mass, tl.where(kept, logits, float("-inf")), value, C)
-        if TAKE:
-            product = tl.dot(phi, tl.trans(feature(key, C).to(key.dtype)), input_precision=C.PRECISION)
-            product = tl.where(valid[None, :], product, 0.0)
-            taken_mass += tl.sum(product, 1)
-            taken = tl.dot(product.to(value.dtype), value, taken, input_precision=C.PRECISION)
-    return acc, top, mass, taken, taken_mass
+    return acc, top, mass
 
 
 @triton.jit
-def linear_visit(sums, mass, phi, keys, row, begin, end, lists, C):
-    """The linear attention's sums `[R, DP]` and mass `[R]` over the listed key blocks from `begin` to `end`."""
+def linear_visit(sums, mass, phi, keys, mapped, row, begin, end, lists, C):
+    """The linear attention's sums `[R, DP]` and mass `[R]` over the listed key blocks from `begin` to `end`.
+
+    `mapped`: phi of all the keys, or None, and it is computed here.
+    """
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         _, valid, place = listed_keys(row, n, lists, C)
-        mapped = feature(tile(keys.k, place, keys.k_n, valid, C), C).to(phi.dtype)
+        features = mapped_keys(keys, mapped, place, valid, phi.dtype, C)
         value = tile(keys.v, place, keys.v_n, valid, C)
-        product = tl.where(valid[None, :], tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION), 0.0)
+        product = tl.where(valid[None, :], tl.dot(phi, tl.trans(features), input_precision=C.PRECISION), 0.0)
         mass += tl.sum(product, 1)
         sums = tl.dot(product.to(value.dtype), value, sums, input_precision=C.PRECISION)
     return sums, mass
 
 
+@triton.jit
+def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
+    """phi of the keys at some places, read from `mapped` or, where that is None, computed."""
+    return feature(tile(keys.k, place, keys.k_n, valid, C), C).to(kind) if mapped is None else tile(mapped, place, C.D, valid, C)
+
+
 @kernel(
-    "D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES PRECISION"
+    "D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES "
+    "PRECISION"
 )
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
@@ -111,19 +115,11 @@ def attend_rows(
         mask_of += at_list * width
         masks += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
     row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k)
-    taken = tl.zeros([C.BQ, C.DP], tl.float32)  # what the visited blocks contribute to the linear attention over all
-    taken_mass = tl.zeros([C.BQ], tl.float32)
-    phi = queries
-    if C.LINEAR and not C.ALL and not C.LEFT:
-        phi = feature(queries, C).to(queries.dtype)
-    acc, top, mass, taken, taken_mass = visit(
-        acc, top, mass, taken, taken_mass, queries, phi, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor,
-        False, C.LINEAR and not C.ALL and not C.LEFT, C,
+    acc, top, mass = visit(
+        acc, top, mass, queries, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor, False, C
     )  # fmt: skip
     if C.PARTIAL:
-        acc, top, mass, taken, taken_mass = visit(
-            acc, top, mass, taken, taken_mass, queries, phi, image_keys, row, whole, listed, lists, predicate, factor, True, False, C
-        )  # fmt: skip
+        acc, top, mass = visit(acc, top, mass, queries, image_keys, row, whole, listed, lists, predicate, factor, True, C)
     acc, top, mass = sweep(
         acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
         text_start + text, factor, C,
@@ -140,7 +136,7 @@ def attend_rows(
         exact_mass = mass
         at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
-        for at in tl.range(0, pools, C.BK, num_stages=C.STAGES):
+        for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, _, _, _ = pooled_logits(
                 queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
@@ -149,8 +145,16 @@ def attend_rows(
     if C.LINEAR:
         # read again, and said to be another read: held through the loops, the features would cost registers
         mapped = feature(tile(head(q, bh, heads), q_row, q.n, q_valid, C, True), C).to(queries.dtype)
-        if C.LEFT:
-            taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_keys, row, listed, k_blocks, lists, C)
+        of_keys = states.mapped
+        if states.mapped is not None:
+            of_keys += bh * image_k * C.D
+        taken = tl.zeros([C.BQ, C.DP], tl.float32)  # what the visited blocks (LEFT: the others) contribute to the linear attention
+        taken_mass = tl.zeros([C.BQ], tl.float32)
+        if not C.ALL:  # a second visit: both softmax and linear attention in one would not fit the registers
+            first, last = listed * 0, whole if C.PARTIAL else listed
+            if C.LEFT:
+                first, last = listed, k_blocks
+            taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_keys, of_keys, row, first, last, lists, C)
         rest, rest_mass = rest_of(mapped, taken, taken_mass, states, bh, listed, k_blocks, image_k, C)
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not C.RESIDUAL:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, SelectionArguments, text_queries
 from dit_accel.kernels.triton import block_means, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
-from dit_accel.kernels.triton.tables import Machine, Tile
+from dit_accel.kernels.triton.tables import POOLS, Machine, Tile
 from dit_accel.kernels.triton.tuples import (
     Learned,
     Lists,
@@ -29,6 +29,7 @@ from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
+MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
 SCORES = 1 << 28  # block scores held at once, 1 GiB: those of all heads would be 78 GB for 80 heads of a million tokens
 
 
@@ -125,6 +126,15 @@ class Rests(NamedTuple):
     states: States = States()
 
 
+def full_rounds(programs: int, slots: int) -> int:
+    """Into how many parts each of `programs` equal programs is cut, so that they end soonest where `slots` run at once."""
+
+    def cost(parts: int) -> float:  # 1 where every round is full; and parts are written and summed
+        return cdiv(programs * parts, slots) * slots / (programs * parts) + 0.02 * parts
+
+    return min(range(1, max(MOST_PARTS, cdiv(slots, programs)) + 1), key=cost)
+
+
 def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead
     of 8 or 11."""
@@ -203,7 +213,8 @@ class Call:
         """Launch with the tile's constants, further flags and the call's sizes, of which kernels take what they know."""
         tile = self.tile(name)
         constants = {
-            "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "STAGES": tile.stages,
+            "D": self.channels, "DP": self.padded, "BQ": tile.queries, "BK": tile.keys, "BP": self._pools(name, tile),
+            "STAGES": tile.stages,
             "SUB_Q": cdiv(self.q_width, tile.queries), "SUB_K": cdiv(self.k_width, tile.keys), "PRECISION": self.precision,
             **self.flags, **(flags or {}),
         }  # fmt: skip
@@ -211,14 +222,19 @@ class Call:
         given = {**sizes, **arguments, "C": constants_of(kernel, constants)}
         tiled(self.run, Launch(kernel, grid, given, tile.warps), self.place(name))
 
+    def _pools(self, kernel: str, tile: Tile) -> int:
+        """The pooled keys of one step."""
+        return min(tile.keys, POOLS.get(kernel, tile.keys)) if self.flags["VARIANCE"] and self.padded >= 128 else tile.keys
+
     def rows(self) -> dict[str, Any]:
         """q, k and v with their strides."""
         return {name: rows_of(getattr(self.a, name)) for name in "qkv"}
 
     def splits(self, tiles: int, length: int, step: int) -> tuple[int, int]:
-        """How many chunks of how many rows a reduction over `length` rows is cut into, so that `tiles` programs become a full device."""
-        most = cdiv(2 * self.machine.units, tiles * self.bh)
-        chunk = cdiv(cdiv(length, max(1, most)), step) * step
+        """How many chunks of how many rows a reduction over `length` rows is cut into, so that `tiles` programs fill the device, its last
+        round too."""
+        count = full_rounds(tiles * self.bh, 2 * self.machine.units)
+        chunk = cdiv(cdiv(length, count), step) * step
         return cdiv(length, chunk), chunk
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -251,15 +267,16 @@ class Call:
         return bits
 
     def linear_rest(self) -> Rests:
-        """The mean over the image's keys of phi(k)·vᵀ and of phi(k); nothing where the rest is summed block by block."""
+        """The mean over the image's keys of phi(k)·vᵀ and of phi(k), and phi(k) itself; nothing where the rest is summed block by block."""
         if self.flags["LEFT"]:
             return Rests()
         group = cdiv(self.k_blocks, STATE_GROUPS)
         groups = cdiv(self.k_blocks, group)
         states = self.empty(groups, self.bh, self.channels, self.channels)
         totals = self.empty(groups, self.bh, self.channels)
-        self._summarise(group, Pooled(), States(states, totals), {"VALUES": False, "VARIANCE": False, "STATES": True})
-        return Rests(states=States(states.sum(0), totals.sum(0)))
+        mapped = None if self.a.linear_all else self.empty(self.bh, self.image_k, self.channels, dtype=self.a.q.dtype)
+        self._summarise(group, Pooled(), States(states, totals, mapped), {"VALUES": False, "VARIANCE": False, "STATES": True})
+        return Rests(states=States(states.sum(0), totals.sum(0), mapped))
 
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
@@ -284,7 +301,7 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * cdiv(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
         extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=call.lists, predicate=call.predicate, pooled=pooled,
-        states=States(halves(states.state, a.q.dtype), states.total), learned=call.learned, logits=call.logits,
+        states=states._replace(state=halves(states.state, a.q.dtype)), learned=call.learned, logits=call.logits,
     )  # fmt: skip
     if call.text_q:
         _dense_rows(call, out, lse)

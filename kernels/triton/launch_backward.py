@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, halves, mask_words
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, full_rounds, halves, mask_words
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -86,14 +86,14 @@ class Linear(NamedTuple):
 def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Linear:
     """`transposed`: the lists by key block."""
     a = call.a
-    dnum, mean = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(2))
-    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image_q) for _ in range(2)))
+    dnum, mean, mapped = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(3))
+    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image_q) for _ in range(2)), mapped)
     more_q, more_k, more_v = (call.empty(call.bh, rows, call.channels) for rows in (call.image_q, call.image_k, call.image_k))
     programs = call.q_blocks * cdiv(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
         backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more_q,
-        mean=mean, doffset=doffset, lists=call.lists, states=States(halves(rests.states.state, a.q.dtype), rests.states.total),
+        mean=mean, doffset=doffset, lists=call.lists, states=rests.states._replace(state=halves(rests.states.state, a.q.dtype)),
         learned=call.learned,
     )  # fmt: skip
     unit = rest_pull.size.amax(1).clamp_min(TINY)
@@ -108,8 +108,8 @@ def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Lin
         states = States(halves(state / largest[:, None, None], a.q.dtype), total)
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * cdiv(call.k_width, call.tile("linear_columns").keys), call.bh),
-        **call.rows(), rest_pull=rest_pull, more=Pair(more_k, more_v), transposed=transposed, lists=call.lists, states=states,
-        unit=States(largest, unit), entries=transposed.entries.shape[-1],
+        k=rows_of(a.k), v=rows_of(a.v), rest_pull=rest_pull, more=Pair(more_k, more_v), transposed=transposed, lists=call.lists,
+        states=states, unit=States(largest, unit), entries=transposed.entries.shape[-1],
     )  # fmt: skip
     dweight = dbias = None
     if call.residual:
@@ -167,19 +167,23 @@ def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGra
     """The gradients by block, and that of the offset `[H]`."""
     a, pools = call.a, call.units * call.parts
     tiles = cdiv(pools, call.tile("pooled").keys)
-    parts = None if a.offset is None else call.empty(call.bh, tiles)
-    k_mean, v_mean, k_half = (call.empty(call.bh, pools, call.channels) for _ in range(3))
-    grads = PooledGradients(k_mean, v_mean, k_half, parts, None if a.pooled_bias is None else call.empty(call.bh, pools))
+    parts = full_rounds(tiles * call.bh, call.machine.units)
+    sums = call.empty(3 if call.flags["VARIANCE"] else 2, parts, call.bh, pools, call.channels)
+    offsets = None if a.offset is None else call.empty(parts, call.batch, call.heads, tiles)
+    biases = None if a.pooled_bias is None else call.empty(parts, call.bh, pools)
+    grads = PooledGradients(sums[0], sums[1], sums[2] if len(sums) == 3 else None, offsets, biases)
     of_pooled = pull if tilt.delta is None else pull._replace(delta=tilt.delta)
     transposed, entries = None, 0
     if a.pool_lists is not None and a.pool_counts is not None:
         transposed = spans_by_tile(a.pool_lists, a.pool_counts, call.tile("pooled").keys // call.parts, tiles)
         entries = transposed.entries.shape[-1]
     call.start(
-        backward.gradient_pooled, "pooled", (tiles, call.bh), q=rows_of(a.q), pull=of_pooled, pooled=rests.pooled, grads=grads,
+        backward.gradient_pooled, "pooled", (tiles, call.bh, parts), q=rows_of(a.q), pull=of_pooled, pooled=rests.pooled, grads=grads,
         transposed=transposed, entries=entries, lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
-    return grads, None if parts is None else parts.view(call.batch, call.heads, -1).sum((0, 2))
+    # each a tensor of its own: an operator's outputs share no memory
+    whole = PooledGradients(*(x.sum(0) for x in sums), bias=None if biases is None else biases.sum(0))
+    return whole, None if offsets is None else offsets.sum((0, 1, 3))
 
 
 def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: Tensor) -> None:

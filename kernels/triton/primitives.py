@@ -264,7 +264,7 @@ def pools_seen(pooled, block, bh, q_blocks, units, pool_width, C):
 @triton.jit
 def pools_of_step(pooled, at_list, at, end, C):
     """The numbers of the pooled keys from place `at` of a list of units on, and which of them there are."""
-    j = at + tl.arange(0, C.BK)
+    j = at + tl.arange(0, C.BP)
     valid = j < end
     if pooled.lists is not None:
         j = tl.load(pooled.lists + at_list + j // C.PARTS, mask=valid, other=0) * C.PARTS + j % C.PARTS

@@ -51,7 +51,7 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("rows", 128): ((32, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
     ("rows", 256): ((32, 16, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
     ("rows_variance", 64): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2)),
-    ("rows_variance", 128): ((32, 32, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+    ("rows_variance", 128): ((32, 32, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
     ("rows_variance", 256): ((32, 16, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 2), (32, 32, 4, 2)),
     ("rows_linear", 64): ((32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 4, 3)),
     ("rows_linear", 128): ((32, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
@@ -110,6 +110,9 @@ _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("linear_columns", 128, "gfx942"): (32, 16, 4, 2),
 }
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
+# pooled keys with variances that one step takes at most, at head dimensions from 128 on: their further products take the registers of two
+# accumulators, and a third matrix in shared memory would leave room for one program on a multiprocessor instead of two
+POOLS = {"rows": 32, "gradient_rows": 16}
 _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  # their rows are no blocks of the plan
 _MASKED = (
     "rows",

@@ -160,10 +160,12 @@ class Tilt(NamedTuple):
 
 
 class States(NamedTuple):
-    """Sums of the linear rest: `[BH, D, D]` (in two parts, see `primitives.split_dot`) and `[BH, D]`."""
+    """Sums of the linear rest: `[BH, D, D]` (in two parts, see `primitives.split_dot`) and `[BH, D]`; phi of the image's keys
+    `[BH, image_k, D]` in their type, where the visited blocks are no part of the rest."""
 
     state: Tensor | None = None
     total: Tensor | None = None
+    mapped: Tensor | None = None
 
 
 class Learned(NamedTuple):
@@ -191,11 +193,13 @@ class Pull(NamedTuple):
 
 
 class LinearPull(NamedTuple):
-    """What comes back to the linear rest's numerator `[BH, image, D]` and mass `[BH, image]`, over their rows' sizes `[BH, image]`."""
+    """What comes back to the linear rest's numerator `[BH, image, D]` and mass `[BH, image]`, over their rows' sizes `[BH, image]`; phi(q)
+    `[BH, image, D]`."""
 
     num: Tensor
     den: Tensor
     size: Tensor
+    mapped: Tensor
 
 
 # of a call and of a launch: Triton compiles nothing anew for them
