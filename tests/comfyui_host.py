@@ -57,23 +57,29 @@ class Kind:
     extra: tuple[tuple[str, Any], ...] = ()
 
 
+def embedder(width: int) -> dict[str, Any]:
+    """Stable Diffusion 3's configuration of what brings text to so many channels."""
+    return {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": width}}
+
+
 FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 32, "hidden_size": 48, "mlp_ratio": 2.0,
-    "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-    "guidance_embed": True, "txt_ids_dims": [],
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 32, "hidden_size": 48,
+    "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
 }  # fmt: skip
-FLUX2 = {**FLUX, "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None,
-         "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "axes_dim": [4, 4, 8, 8],
-         "txt_ids_dims": [3]}  # fmt: skip
+FLUX2 = {
+    **FLUX, "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "txt_ids_dims": [3],
+    "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "axes_dim": [4, 4, 8, 8],
+}  # fmt: skip
 CHROMA = {
-    "image_model": "chroma", "in_channels": 64, "out_channels": 64, "context_in_dim": 32, "hidden_size": 48, "mlp_ratio": 2.0, "num_heads": 2,
-    "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2, "qkv_bias": True, "in_dim": 64,
-    "out_dim": 48, "hidden_dim": 32, "n_layers": 1, "txt_ids_dims": [], "vec_in_dim": 24,
+    "image_model": "chroma", "in_channels": 64, "out_channels": 64, "vec_in_dim": 24, "context_in_dim": 32, "hidden_size": 48,
+    "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "txt_ids_dims": [], "in_dim": 64, "out_dim": 48, "hidden_dim": 32, "n_layers": 1,
 }  # fmt: skip
 SD3 = {
-    "in_channels": 16, "pos_embed_scaling_factor": None, "patch_size": 2, "depth": 2, "input_size": None,
-    "adm_in_channels": 24, "pos_embed_max_size": 64, "num_patches": 4096, "qk_norm": "rms", "x_block_self_attn_layers": [0],
-    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}},
+    "in_channels": 16, "pos_embed_scaling_factor": None, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": 24,
+    "pos_embed_max_size": 64, "num_patches": 4096, "qk_norm": "rms", "x_block_self_attn_layers": [0],
+    "context_embedder_config": embedder(128),
 }  # fmt: skip
 QWEN = {
     "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 24, "num_attention_heads": 2,
@@ -126,11 +132,39 @@ def conditioning(name: str, text: int = TEXT, seed: int = 5, **extra: Any) -> li
 
 def sampled(
     model: Any, name: str, *, latents: tuple[int, ...] | None = None, steps: int = STEPS, cfg: float = 1.0, text: int = TEXT,
-    sampler: str = "euler", **extra: Any,
+    sampler: str = "euler", noise: Tensor | None = None, **extra: Any,
 ) -> Tensor:  # fmt: skip
     """What ComfyUI's own sampling draws from fixed noise."""
     comfy, shape = comfyui(), latents or KINDS[name].latents
     positive, negative = conditioning(name, text, **extra), conditioning(name, text, 50, **extra)
+    noise = normal(*shape, seed=1) if noise is None else noise
     return comfy.sample.sample(
-        model, normal(*shape, seed=1), steps, cfg, sampler, "simple", positive, negative, torch.zeros(shape), disable_pbar=True, seed=SEED
+        model, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros(shape), disable_pbar=True, seed=SEED
     )
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents `[B, C, H, W]` as FLUX's tokens `[B, N, 4C]`."""
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def with_weights_of(name: str) -> tuple[Any, Any]:
+    """ComfyUI's FLUX with the weights of a random one of diffusers, and that."""
+    from diffusers import FluxTransformer2DModel
+
+    comfy = comfyui()
+    torch.manual_seed(SEED)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=24, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(8, 8, 8),
+    ).eval()  # fmt: skip
+    fill_randomly(transformer, SEED, scale=0.2)
+    patcher = tiny_model(name, mlp_ratio=4.0)
+    own, theirs = patcher.model.diffusion_model.state_dict(), transformer.state_dict()
+    places = comfy.utils.flux_to_diffusers({**KINDS[name].config, "mlp_ratio": 4.0})
+    assert theirs.keys() <= places.keys()
+    for source, target in ((name, places[name]) for name in theirs):
+        key, part, change = (*target, None, None)[:3] if isinstance(target, tuple) else (target, None, None)
+        value = theirs[source] if change is None else change(theirs[source])
+        (own[key] if part is None else own[key].narrow(*part)).copy_(value)
+    return patcher, transformer

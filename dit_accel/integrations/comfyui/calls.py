@@ -1,7 +1,7 @@
 """ComfyUI's attention calls as tensors `[B, H, N, D]`, and an output in the form that a call asks for.
 
 An override is called as `override(function, query, key, value, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **options)`,
-any of them by name; query, key and value are `[B, N, H·D]`, or with `skip_reshape` `[B, H, N, D]`.
+any of them by name; query, key and value are `[B, N, H·D]` (some models' values `[B, N, H, D]`), or with `skip_reshape` `[B, H, N, D]`.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def read(
     """A call by its arguments; `attn_precision` is never more than the float32 of the accumulators."""
     if not skip_reshape:
         width = query.shape[-1] // heads
-        query, key, value = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (query, key, value))
     special = None
     if unknown := sorted(options.keys() - KNOWN):
         special = f"the argument {unknown[0]}"
