@@ -1,7 +1,9 @@
 """The nodes for ComfyUI, against a stand-in for its interface (`comfyui_stub`); `test_comfyui_host` is about ComfyUI itself."""
 
 import importlib.util
+import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -14,16 +16,19 @@ import pytest
 import torch
 from conftest import normal, relative_error
 from helpers import disc_pairs
+from safetensors.torch import load_file
 from torch import Tensor
 
 import dit_accel
-from dit_accel.errors import ArgumentError, FallbackError, UnsupportedModelError
+from dit_accel.errors import AdapterError, ArgumentError, FallbackError, UnsupportedModelError
 from dit_accel.integrations.comfyui import accelerator, calls, nodes
 from dit_accel.integrations.comfyui.install import OVERRIDE, accelerated, removed, sigma_range
 from dit_accel.method.assignment import Assignment, Moment, Rule
 
 WHOLE, SPARSE = dit_accel.Fovea(1.0), dit_accel.CLEAR(3)
-FOLDER = Path(nodes.__file__).parent
+STREAMS = [f"{kind}transformer_blocks.{n}.attn" for kind in ("", "single_") for n in range(2)]
+FOLDER = Path(nodes.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def on(patcher: Any, method: Any = SPARSE, **options: Any) -> Any:
@@ -251,7 +256,8 @@ def test_a_size_at_which_the_original_is_faster_is_left_to_it(caplog: pytest.Log
     lines = [record.message for record in caplog.records]
     assert len(lines) == 1
     assert "the original attention runs at 1×17×24 tokens, because it is faster there" in lines[0]
-    assert not torch.equal(host.run(on(patcher, strict=True)), host.run(patcher))
+    for options in ({"strict": True}, {"parameters": {}}):  # as asked for, and with an adapter's weights
+        assert not torch.equal(host.run(on(patcher, **options)), host.run(patcher))
 
 
 class UNetModel(torch.nn.Module):
@@ -278,6 +284,17 @@ def test_a_compiled_model_keeps_its_original(what: str, caplog: pytest.LogCaptur
         patcher.model.diffusion_model._orig_mod = None
     assert torch.equal(host.run(fast), original)
     assert "calls with torch.compile" in caplog.text
+
+
+def test_a_compiled_block_keeps_its_original(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As other nodes compile them, one by one."""
+    patcher = host.flux()
+    blocks = patcher.model.diffusion_model.double_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    assert set(runs(on(patcher), monkeypatch, steps=2)) == set(STREAMS[1:])
+    assert [record.message for record in caplog.records if "as in blocks that are compiled" in record.message] != []
+    with pytest.raises(FallbackError, match="as in blocks that are compiled"):
+        host.run(on(patcher, strict=True))
 
 
 def test_another_signature_leaves_it_to_the_original(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,10 +346,76 @@ def test_the_nodes_do_it(tmp_path: Path) -> None:
         nodes.Plan().read(str(tmp_path / "none.json"))
 
 
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Made in diffusers, for a FLUX with layers of the stand-in's size; its method's parameters are random."""
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=host.WIDTH, num_attention_heads=host.HEADS,
+        joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(8, 8, 8),
+    )  # fmt: skip
+    dit_accel.accelerate(transformer, dit_accel.SLA(0.2))
+    own = [parameter for name, parameter in transformer.named_parameters() if ".dit_accel." in name]
+    for n, parameter in enumerate(own):
+        parameter.data.copy_(0.3 * normal(*parameter.shape, seed=n))
+    assert len(own) >= 4
+    return dit_accel.save_adapter(transformer, tmp_path / "adapter")
+
+
+def test_an_adapter_brings_its_method_and_parameters(adapter: Path) -> None:
+    patcher = host.flux()
+    (patched,) = nodes.LoadAdapter().apply(patcher, str(adapter), 1.0, True)
+    got, start = host.run(patched), host.run(on(patcher, dit_accel.SLA(0.2), strict=True))
+    assert relative_error(got, start) > 1e-3
+    tensors = load_file(adapter / "diffusion_pytorch_model.safetensors")
+    parameters = {name: dit_accel.SLA(0.2).make_parameters(heads=host.HEADS, head_dim=host.WIDTH) for name in STREAMS}
+    for name, own in parameters.items():
+        own.load_state_dict({key: tensors[f"layers.{name.replace('.', '__')}.{key}"] for key in own.state_dict()})
+    assert torch.equal(host.run(on(patcher, dit_accel.SLA(0.2), parameters=parameters)), got)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("", "neither a folder made by save_adapter nor a hub id"),
+        ("heads", "is for .*transformer_blocks.0.attn with 2 heads of 24, but this Flux has 4 of 12"),
+        ("layers", "is for transformer_blocks.1.attn with 2 heads of 24, but this Flux has no such layer"),
+        ("damaged", "is damaged or altered"),
+        ("full", "weights of the model itself .*not supported in ComfyUI"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, change: str, message: str) -> None:
+    patcher = host.flux()
+    transformer, config = patcher.model.diffusion_model, adapter / "dit_accel_config.json"
+    if change == "heads":
+        transformer.num_heads = 4
+    elif change == "layers":
+        del transformer.double_blocks[1]
+    elif change == "damaged":
+        file = adapter / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    elif change == "full":
+        data = json.loads(config.read_text())
+        config.write_text(json.dumps({**data, "files": {**data["files"], "attention_weights.safetensors": "0"}}))
+    with pytest.raises(AdapterError, match=message):
+        nodes.LoadAdapter().apply(patcher, str(adapter) if change else str(adapter / "none"), 1.0, False)
+    assert not patcher.wrappers
+
+
+def test_an_adapter_without_a_place_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="adapter must be a folder or owner/name on the hub"):
+        nodes.LoadAdapter().apply(host.flux(), " ", 1.0, False)
+
+
 def test_a_link_to_the_folder_is_all_that_comfyui_requires(tmp_path: Path) -> None:
     """It runs `__init__.py` from a path, under a name that is no package's; nothing heavy and nothing of its own is imported then."""
-    (tmp_path / "custom_nodes").mkdir()
-    (link := tmp_path / "custom_nodes" / "dit_accel").symlink_to(FOLDER)
+    (command,) = re.findall(r"^ln -s .*$", (ROOT / "docs" / "servers.md").read_text(), re.M)
+    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    place = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=place, check=True)
+    link = tmp_path / "ComfyUI" / "custom_nodes" / "dit_accel"
+    assert link.resolve() == FOLDER
     code = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("{link}", "{link}/__init__.py")

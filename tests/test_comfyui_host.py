@@ -123,6 +123,33 @@ def test_a_reference_is_seen_at_its_place(name: str, method: Any) -> None:
         assert float(changes[near].min()) > 1e-4 * float(changes[near].max())
 
 
+MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[tuple[int, int, int], ...]]] = {
+    # name -> model, its changes, what its conditioning has, tokens before the image, grids
+    "a picture before the video": ("wan", {"in_dim_ref_conv": 16}, {"reference_latents": [normal(1, 16, 1, 18, 22)]}, 99, ((3, 9, 11),)),
+    "frames behind the video": ("wan", {}, {"time_dim_concat": normal(1, 16, 2, 18, 21)}, 0, ((5, 9, 11),)),
+    "videos behind it": ("wan", {}, {"context_latents": [normal(1, 16, 2, 10, 13)]}, 0, ((3, 9, 11), (2, 5, 7))),
+    "a frame in front": ("hunyuan-video", {}, {"ref_latent": normal(1, 16, 1, 18, 22)}, TEXT + 99, ((3, 9, 11),)),
+    "a picture": ("hunyuan-video", {"patch_size": [2, 2], "axes_dim": [12, 12]}, {}, TEXT, ((1, 17, 23),)),
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_whatever_else_is_in_the_sequence(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changes, extra, text, grids = MORE[what]
+    latents = {"a picture": (1, 16, 34, 46), "a picture before the video": (1, 16, 3, 18, 22)}.get(what)
+    found: set[tuple[Any, Any]] = set()
+    own = accelerator.Accelerator._method
+
+    def noted(self: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, layout: Any, *args: Any) -> Tensor:
+        found.add((layout.text, layout.grids))
+        return own(self, layer, query, key, value, layout, *args)
+
+    monkeypatch.setattr(accelerator.Accelerator, "_method", noted)
+    model = tiny_model(name, **changes)
+    assert relative_error(sampled(on(model), name, latents=latents, **extra), sampled(model, name, latents=latents, **extra)) < TOLERANCE
+    assert found == {(text, grids)}
+
+
 @pytest.mark.parametrize("name", ["qwen-image", "hunyuan-video"])
 def test_padded_text_is_hidden(name: str) -> None:
     """Masks that these models make themselves."""

@@ -18,9 +18,10 @@ from torch import Tensor
 from dit_accel.errors import FallbackError, UnsupportedModelError
 from dit_accel.integrations.comfyui import calls
 from dit_accel.integrations.comfyui.hosts import HOSTS, Host, arguments_of, host_of
+from dit_accel.kernels import dispatch
 from dit_accel.method.assignment import Assignment, Moment, Rules, specs_in, without
 from dit_accel.method.parameters import AttentionParameters
-from dit_accel.operator import guard
+from dit_accel.operator import guard, lowering
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
 from dit_accel.patch.forward import Forward
@@ -37,12 +38,13 @@ FAMILY = Family("comfyui", (), "", lambda arguments, transformer: "", mask="keys
 @dataclass
 class Running:
     """One forward of a model. `options`: ComfyUI's transformer_options; `forward`: None until the transformer begins and where it can't be
-    accelerated; `module`: the one that is running, of those that call the image's attention."""
+    accelerated; `module`: the one that is running, of those that call the image's attention; `asked`: whether it has called it."""
 
     owner: "Accelerator"
     options: Mapping[str, Any]
     forward: Forward | None = None
     module: str | None = None
+    asked: bool = False
 
 
 _running: ContextVar[Running | None] = ContextVar("running", default=None)
@@ -61,10 +63,10 @@ class Accelerator:
         sigmas: tuple[float, float] | None = None, strict: bool = False, backend: str = "auto",
     ) -> None:  # fmt: skip
         self.host, self.assignment, self.sigmas, self.strict, self.backend = _require(transformer), assignment, sigmas, strict, backend
-        self.layers = layers_of(transformer, self.host)
+        self.layers, (_, self.head_dim) = layers_of(transformer, self.host), self.host.heads(transformer)
         named = {name: layer for pair in self.layers.values() for name, layer in ((layer.name, layer) for layer in pair)}
         assignment.check([{name: layer.heads for name, layer in named.items()}])
-        given = parameters or {}
+        self.trained, given = parameters is not None, parameters or {}
         self.parameters = {
             name: given[name] if name in given else joint_parameters(specs, layer).requires_grad_(False)
             for name, layer in named.items()
@@ -135,34 +137,40 @@ class Accelerator:
 
     def _enter(self, name: str, module: Any, args: Any) -> None:
         if (running := self._mine()) is not None:
-            running.module = name
+            running.module, running.asked = name, False
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
-        if (running := self._mine()) is not None:
-            running.module = None
+        if (running := self._mine()) is None:
+            return
+        name, running.module = running.module, None
+        if output is None or running.asked or running.forward is None or name is None:  # no output: an error is on its way
+            return
+        if any(running.forward.runs(layer) for layer in self.layers[name]):
+            self.leave("an attention that asks for no override, as in blocks that are compiled")
 
     def _mine(self) -> Running | None:
         running = _running.get()
         return running if running is not None and running.owner is self else None
 
     def _faster(self, rules: Rules, forward: Forward, latents: Tensor) -> Rules:
-        """The rules with the original attention in the place of specs that are measured to be slower at this size."""
-        if self.strict or self.backend != "auto":
+        """The rules with the original attention in the place of specs that are measured to be slower at this size.
+
+        An adapter's weights belong to its method, which runs at every size.
+        """
+        linear = any(lowering.has_states(spec) for spec in specs_in(rules))
+        if slow := dispatch.slow_on_gpu(latents.device, latents.dtype, self.head_dim, linear=linear):
+            self.say(logging.WARNING, slow)
+        if self.strict or self.trained or self.backend != "auto":
             return rules
-        layout, (_, head_dim) = forward.layout(False, forward.image + (forward.text or 0)), next(iter(self.sizes))
+        layout = forward.layout(False, forward.image + (forward.text or 0))
         slower = set()
         for spec in specs_in(rules):
-            found = guard.measured(spec, layout, head_dim, latents.dtype, latents.device)
+            found = guard.measured(spec, layout, self.head_dim, latents.dtype, latents.device)
             if found is not None and found.loses:
                 slower.add(spec)
                 sizes = " and ".join("×".join(map(str, grid)) for grid in forward.grids)
                 self.say(logging.WARNING, f"the original attention runs at {sizes} tokens, because it is faster there than {spec}: {found}")
         return without(rules, frozenset(slower))
-
-    @property
-    def sizes(self) -> set[tuple[int, int]]:
-        """(heads, channels per head) of the layers."""
-        return {(layer.heads, layer.head_dim) for pair in self.layers.values() for layer in pair}
 
     # -- within it
 
@@ -171,6 +179,7 @@ class Accelerator:
         running = self._mine()
         if running is None or running.forward is None or running.module is None:
             return None  # of a text encoder or a control net, or cross-attention
+        running.asked = True
         call, forward, pair = calls.read(*args, **kwargs), running.forward, self.layers[running.module]
         image_only = len(pair) > 1 and call.query.shape[2] == forward.images(True, 0)[1] and bool(forward.text)
         layer = pair[1] if image_only else pair[0]

@@ -35,7 +35,7 @@ class Host:
 
     def layers(self, transformer: Any) -> dict[str, tuple[str, ...]]:
         """Name of a module -> the names of its layers."""
-        found = {}
+        found: dict[str, tuple[str, ...]] = {}
         for name, module in transformer.named_modules():
             for pattern, layer in self.modules:
                 if match := re.fullmatch(pattern, name):
@@ -111,8 +111,8 @@ def of_reference_in_front(arguments: Arguments, transformer: Any) -> int:
     reference = arguments.get("reference_latent")
     if reference is None or getattr(transformer, "ref_conv", None) is None:
         return 0
-    _, height, width = _grid(reference, _sides(transformer))
-    return height * width
+    side_y, side_x = _sides(transformer)[-2:]
+    return int(reference.shape[-2]) // side_y * (int(reference.shape[-1]) // side_x)  # its convolution does not pad
 
 
 def of_hunyuan(arguments: Arguments, transformer: Any) -> int:
