@@ -115,9 +115,10 @@ def tiny_model(name: str, **changes: Any) -> Any:
     model = config.get_model({}, "", device="cpu")
     with torch.no_grad():
         for parameter in model.diffusion_model.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.ndim < 2 else 0.2 * torch.randn_like(parameter))
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
+            parameter.copy_(0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else torch.ones_like(parameter))
+        for own, buffer in model.diffusion_model.named_buffers():
+            if own == "pos_embed":  # made without values, for a checkpoint to fill
+                buffer.copy_(normal(*buffer.shape, seed=SEED))
     fill_randomly(model.diffusion_model, SEED, scale=0.1)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -138,9 +139,11 @@ def sampled(
     comfy, shape = comfyui(), latents or KINDS[name].latents
     positive, negative = conditioning(name, text, **extra), conditioning(name, text, 50, **extra)
     noise = normal(*shape, seed=1) if noise is None else noise
-    return comfy.sample.sample(
+    out = comfy.sample.sample(
         model, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros(shape), disable_pbar=True, seed=SEED
     )
+    assert bool(out.isfinite().all()), "the model drew NaN or infinity"
+    return out
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ class Accelerator:
         sigmas: tuple[float, float] | None = None, strict: bool = False, backend: str = "auto",
     ) -> None:  # fmt: skip
         self.host, self.assignment, self.sigmas, self.strict, self.backend = _require(transformer), assignment, sigmas, strict, backend
-        self.layers, (_, self.head_dim) = layers_of(transformer, self.host), self.host.heads(transformer)
-        named = {name: layer for pair in self.layers.values() for name, layer in ((layer.name, layer) for layer in pair)}
+        self.layers = layers_of(transformer, self.host)
+        self.head_dim = self.host.heads(transformer)[1]
+        named = {layer.name: layer for pair in self.layers.values() for layer in pair}
         assignment.check([{name: layer.heads for name, layer in named.items()}])
         self.trained, given = parameters is not None, parameters or {}
         self.parameters = {
