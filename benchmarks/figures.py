@@ -34,7 +34,7 @@ PAGES = {  # page -> its tables
     "docs/measured.md": {
         name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
     },
-    "docs/gpu.md": {"gpu": TABLES["gpu"]},
+    "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu")},
     "docs/plans.md": {"plans": TABLES["plans"]},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
@@ -164,6 +164,10 @@ FIGURES: dict[str, Figure] = {
         target="amx",
     ),
     "gpu": Figure(((str(ROOT / "benchmarks" / "gpu.py"), "--out", "gpu.json"),), {"gpu.json": "benchmarks/gpu-h100.json"}, card="H100"),
+    "gpu-step": Figure(
+        ((str(ROOT / "benchmarks" / "gpu_step.py"), "--out", "gpu-step.json"),), {"gpu-step.json": "benchmarks/gpu-step-h100.json"},
+        card="H100",
+    ),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "catalogue": Figure(
         tuple((str(ROOT / "benchmarks" / "catalogue.py"), "catalogue.jsonl", model, "--fit") for model in ("image-1024", "video-512")),

@@ -202,6 +202,21 @@ def gpu(folder: Path) -> str:
     )
 
 
+def gpu_step(folder: Path) -> str:
+    """Seconds of a whole step of large models on a GPU, and the ratio to the original's."""
+    record = read(folder / "gpu-step-h100.json")
+    by_place = {(row["case"], row["method"]): row for row in record["rows"]}
+    cases, methods = (list(dict.fromkeys(row[name] for row in record["rows"])) for name in ("case", "method"))
+
+    def cell(case: str, method: str) -> str:
+        row = by_place.get((case, method))
+        if row is None:
+            return ""
+        return f"{figures(row['seconds'])} s" + (f" ({times(row['ratio'], 2 if row['ratio'] < 2 else 1)})" if "ratio" in row else "")
+
+    return lines(["one step", *cases], [[m, *(cell(case, m) for case in cases)] for m in methods], record)
+
+
 def short(folder: Path) -> str:
     """A few rows of the tables of steps, quality and distillation, one method a row."""
     steps, presets = read(folder / "step.json")["rows"], read(folder / "quality.json")["presets"]
@@ -238,6 +253,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
     "gpu": gpu,
+    "gpu-step": gpu_step,
     "recovery": recovery,
     "combinations": combinations,
     "quality": quality,

@@ -113,7 +113,8 @@ def card_product(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     highs = rounded(a), rounded(b)
     lows = truncated(a - highs[0]), truncated(b - highs[1])
-    return added(added(added(torch.zeros(()), lows[0], highs[1]), highs[0], lows[1]), *highs)
+    none = torch.zeros((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))  # also of no channels at all
+    return added(added(added(none, lows[0], highs[1]), highs[0], lows[1]), *highs)
 
 
 class Product(torch.autograd.Function):

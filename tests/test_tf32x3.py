@@ -116,3 +116,14 @@ def test_the_references_gradients_are_of_the_cards_products(monkeypatch: pytest.
         found += gradients(attention_by("reference", spec, shape.layout), spec, shape, torch.float32).values()
     assert not any(torch.equal(a, b) for a, b in zip(plain[:3], own[:3], strict=True))
     torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_products_over_no_channels_are_zero() -> None:
+    a, b = (torch.randn(2, 3, *shape, requires_grad=True) for shape in ((0, 5), (5, 4)))
+    out = Product.apply(a, b, card_product)
+    out.sum().backward()
+    assert out.shape == (2, 3, 0, 4)
+    assert a.grad is not None
+    assert a.grad.shape == a.shape
+    assert b.grad is not None
+    assert torch.equal(b.grad, torch.zeros_like(b))
