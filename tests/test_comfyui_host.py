@@ -13,6 +13,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel.errors import AdapterError, FallbackError
 from dit_accel.integrations.comfyui import accelerator, install, nodes
+from dit_accel.integrations.comfyui.adapter import AdapterForHost
 from dit_accel.integrations.comfyui.install import OVERRIDE, accelerated
 from dit_accel.method.assignment import Assignment, Rule
 
@@ -279,3 +280,22 @@ def test_an_adapter_from_diffusers_computes_the_same(tmp_path: Path) -> None:
         nodes.LoadAdapter().apply(tiny_model("flux", num_heads=4, axes_dim=[4, 4, 4]), str(tmp_path / "adapter"), 1.0, False)
     with pytest.raises(AdapterError, match="but this WanModel has no such layer"):
         nodes.LoadAdapter().apply(tiny_model("wan"), str(tmp_path / "adapter"), 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "layer"), [("sd3", 128, "transformer_blocks.0.attn"), ("qwen-image", 48, "transformer_blocks.1.attn")]
+)
+def test_a_lora_is_found_by_its_names_in_diffusers(name: str, width: int, layer: str) -> None:
+    leaves = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "to_add_out")
+    lora = {f"transformer.{layer}.{leaf}.lora_{side}.weight": 0.3 * normal(*((2, width) if side == "A" else (width, 2)), seed=n)
+            for n, leaf in enumerate(leaves) for side in "AB"}  # fmt: skip
+    model = tiny_model(name)
+    patched = AdapterForHost(Assignment.of(WHOLE), {}, lora).with_lora(model, 1.0)
+    assert relative_error(sampled(patched, name), sampled(model, name)) > 1e-3
+
+
+def test_a_lora_that_is_not_found_is_refused() -> None:
+    lora = {f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    model = tiny_model("wan")
+    with pytest.raises(AdapterError, match="finds places for 0 of the 1 layers of the adapter's LoRA in this WanModel"):
+        AdapterForHost(Assignment.of(WHOLE), {}, lora).with_lora(model, 1.0)
