@@ -148,7 +148,6 @@ def run(
     with torch.inference_mode():
         for step in range(steps):
             sigma = sigmas[step : step + 1]
-            patcher.call("on_prepare_state", sigma, options)
             now = {**options["transformer_options"], "sigmas": sigma, "sample_sigmas": sigmas, "wrappers": patcher.wrappers}
             wrappers = [wrapper for held in patcher.wrappers.get("apply_model", {}).values() for wrapper in held]
             more = {} if mask is None else {"attention_mask": mask}

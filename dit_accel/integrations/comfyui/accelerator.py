@@ -6,6 +6,7 @@ lengths of a call. They are there for the duration of one forward and change not
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ from dit_accel.patch.routing import route
 from dit_accel.pipelines.family import Family
 
 log = logging.getLogger("dit_accel")
+OVERRIDE = "optimized_attention_override"  # ComfyUI's name of what it calls in the place of its attention
 FAMILY = Family("comfyui", (), "", lambda arguments, transformer: "", mask="keys")  # text first, padded text under masks over keys
 
 
@@ -79,18 +81,23 @@ class Accelerator:
     # -- around a forward
 
     def around(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of a model's `apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)`."""
-        options = kwargs.get("transformer_options", args[5] if len(args) > 5 else {})
+        """Wrapper of a model's `apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)`.
+
+        The override is put into the options of each forward, before any that is there, so that none of another node can replace it.
+        """
+        call = inspect.signature(executor.original).bind(*args, **kwargs)
+        options = call.arguments.get("transformer_options", {})
         transformer = executor.class_obj.diffusion_model
         if "torch.compile" in options.get("wrappers", {}).get("apply_model", {}) or hasattr(transformer, "_orig_mod"):
             self.leave("torch.compile: a graph of the whole model contains its original attention")
             return executor(*args, **kwargs)
         if not self._within(options):
             return executor(*args, **kwargs)
+        call.arguments["transformer_options"] = {**options, OVERRIDE: Override(self, options.get(OVERRIDE))}
         token = _running.set(Running(self, options))
         try:
             with self._watched(transformer):
-                return executor(*args, **kwargs)
+                return executor(*call.args, **call.kwargs)
         finally:
             _running.reset(token)
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.errors import ArgumentError, UnsupportedModelError
-from dit_accel.integrations.comfyui.accelerator import Accelerator, Override, log
+from dit_accel.integrations.comfyui.accelerator import Accelerator, log
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.parameters import AttentionParameters
 
-KEY, OVERRIDE = "dit_accel", "optimized_attention_override"
-# ComfyUI's names of when it calls: WrappersMP.APPLY_MODEL, CallbacksMP.ON_PREPARE_STATE (before each step) and ON_CLEANUP (after a run)
-APPLY_MODEL, PREPARE_STATE, CLEANUP = "apply_model", "on_prepare_state", "on_cleanup"
+KEY = "dit_accel"
+# ComfyUI's names of when it calls: WrappersMP.APPLY_MODEL (around each forward) and CallbacksMP.ON_CLEANUP (after a run)
+APPLY_MODEL, CLEANUP = "apply_model", "on_cleanup"
 
 
 def sigma_range(model: Any, start: float, end: float) -> tuple[float, float] | None:
@@ -29,9 +29,8 @@ def accelerated(
 ) -> Any:  # fmt: skip
     """A clone of a model (ComfyUI's ModelPatcher) with an assignment, in the place of one that an earlier node gave it.
 
-    A model of an unknown class is left as it was, which is logged; under `strict` that is an error. An override that is there already is
-    kept and asked for every call that is not accelerated. One that a later node puts in its place is found before each step, and is asked
-    in the same way.
+    A model of an unknown class is left as it was, which is logged; under `strict` that is an error. An override of the attention that
+    another node gives the model, before or after, is asked for every call that is not accelerated.
     """
     clone = removed(model)
     try:
@@ -41,13 +40,7 @@ def accelerated(
             raise
         log.warning("dit_accel: the original attention runs: %s", error)
         return clone
-    _install(clone.model_options, accelerator)
-
-    def before_step(patcher: Any, timestep: Any, model_options: dict[str, Any]) -> None:
-        _install(model_options, accelerator)
-
     clone.add_wrapper_with_key(APPLY_MODEL, KEY, accelerator.around)
-    clone.add_callback_with_key(PREPARE_STATE, KEY, before_step)
     clone.add_callback_with_key(CLEANUP, KEY, accelerator.forget)
     return clone
 
@@ -55,20 +48,6 @@ def accelerated(
 def removed(model: Any) -> Any:
     """A clone of a model without what an earlier node of ours gave it."""
     clone = model.clone()
-    options = clone.model_options["transformer_options"] = dict(clone.model_options.get("transformer_options", {}))
-    if isinstance(override := options.get(OVERRIDE), Override):
-        options.pop(OVERRIDE)
-        if override.previous is not None:
-            options[OVERRIDE] = override.previous
     clone.remove_wrappers_with_key(APPLY_MODEL, KEY)
-    clone.remove_callbacks_with_key(PREPARE_STATE, KEY)
     clone.remove_callbacks_with_key(CLEANUP, KEY)
     return clone
-
-
-def _install(model_options: dict[str, Any], accelerator: Accelerator) -> None:
-    """Put the accelerator's override into a model's options, before the one that is there; nothing where it is there already."""
-    options = model_options.setdefault("transformer_options", {})
-    previous = options.get(OVERRIDE)
-    if not (isinstance(previous, Override) and previous.accelerator is accelerator):
-        options[OVERRIDE] = Override(accelerator, previous)
