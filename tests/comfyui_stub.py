@@ -39,16 +39,17 @@ def attention(*args: Any, transformer_options: dict[str, Any], **kwargs: Any) ->
 
 
 class Block(nn.Module):
-    """Joint attention of text and image, `text` first; `form`: how the attention is called."""
+    """Joint attention of text and image, text first; `slice`: what it says of where the image is."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.form: dict[str, Any] = {}
+        self.slice: list[int] | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None, transformer_options: dict[str, Any]) -> Tensor:
         q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in self.qkv(F.layer_norm(x, x.shape[-1:])).chunk(3, -1))
-        out = attention(q, k, v, HEADS, mask=mask, skip_reshape=True, transformer_options=transformer_options, **self.form)
+        options = transformer_options if self.slice is None else {**transformer_options, "img_slice": self.slice}
+        out = attention(q, k, v, HEADS, mask=mask, skip_reshape=True, transformer_options=options)
         return x + self.out(out)
 
 

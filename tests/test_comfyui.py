@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfyui_stub as host
@@ -304,6 +305,18 @@ def test_another_signature_leaves_it_to_the_original(caplog: pytest.LogCaptureFi
     monkeypatch.delattr(patcher.model.diffusion_model, "patch_size")
     assert torch.equal(host.run(fast), host.run(patcher))
     assert "arguments of Flux that this version does not know" in caplog.text
+
+
+def test_another_place_of_the_image_leaves_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:
+    """Versions of ComfyUI had a video before its text."""
+    patcher, fast = (found := host.flux()), on(found)
+    blocks = patcher.model.diffusion_model.single_blocks
+    blocks[1].slice = [0, 408]
+    host.run(fast)
+    assert "calls with an image at tokens 0 to 408 of 421" in caplog.text
+    hosts = accelerator.host_of(type("HunyuanVideo", (), {})())
+    transformer = SimpleNamespace(double_blocks=[SimpleNamespace(flipped_img_txt=True)])
+    assert "text behind the video" in str(hosts.grids({"x": torch.zeros(1, 16, 3, 8, 8)}, transformer))
 
 
 def test_more_tokens_than_the_grid_and_the_text_leave_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:

@@ -195,6 +195,10 @@ class Accelerator:
             return None
         tokens = call.key.shape[2]
         special = call.special
+        # where single blocks say that the image is; what is in front of a video, counted as text here, is a part of it there
+        first, end = kwargs.get("transformer_options", {}).get("img_slice", (forward.text, tokens))
+        if special is None and not image_only and (first > forward.text or end != tokens):
+            special = f"an image at tokens {first} to {end} of {tokens}"
         if special is None and (call.query.shape[1], call.query.shape[3]) != (layer.heads, layer.head_dim):
             special = f"{call.query.shape[1]} heads of {call.query.shape[3]} where {layer.heads} of {layer.head_dim} were expected"
         taken, reason = route(forward, image_only, call.query.shape[2], tokens, call.mask, special)

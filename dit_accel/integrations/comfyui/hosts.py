@@ -77,8 +77,10 @@ def of_embedded(arguments: Arguments, transformer: Any) -> Grids:
     return (_grid(arguments["x"], tuple(transformer.x_embedder.patch_size)),)
 
 
-def of_video(arguments: Arguments, transformer: Any) -> Grids:
-    """Of the drawn video."""
+def of_video(arguments: Arguments, transformer: Any) -> Grids | str:
+    """Of the drawn video, where the text is before it."""
+    if getattr(transformer.double_blocks[0], "flipped_img_txt", False):
+        return "text behind the video, as in versions of ComfyUI before 2026: use a newer one"
     return (_grid(arguments["x"], _sides(transformer)),)
 
 
