@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 KERNELS := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test figures gpu-compile
+.PHONY: demo test docs figures gpu-compile
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp
@@ -15,6 +15,10 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest tests -n auto --dist worksteal --matrix docs/models.md
+
+# the site, into site/; a warning is an error
+docs: .venv/test.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # every table and picture that README and docs show: hours on two cores; FIGURES="step quality" makes some
 figures: .venv/test.stamp

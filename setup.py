@@ -4,11 +4,17 @@ Plain C functions behind ctypes: no torch headers. Where they do not compile, th
 """
 
 import runpy
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-CPU = Path("kernels", "cpu")
+CPU = Path("dit_accel", "kernels", "cpu")  # in a checkout by the link, in a source distribution a folder
+if not CPU.is_dir():
+    sys.exit(
+        "this checkout of dit_accel has text files in the place of its symbolic links (dit_accel/kernels and others): "
+        "run `git config core.symlinks true` and `git checkout -- dit_accel`"
+    )
 fingerprint = runpy.run_path(str(CPU / "sources.py"))["fingerprint"](CPU)
 
 setup(

@@ -15,38 +15,60 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of a distillation. Every field is checked; a run resumes only under the same settings (but for
-    output_dir, checkpoint_every and evaluate_every).
+    """Settings of a distillation. Every field is checked, and ArgumentError raised where one can't be used.
 
-    `train`: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the
-    projections' full weights). The losses are relative: an error of the teacher's own size counts 1.
+    A run resumes only under the same settings, but for `output_dir`, `checkpoint_every` and `evaluate_every`. The losses are relative: an
+    error of the teacher's own size counts 1.
+
+    Args:
+        steps: training steps, after those of the first stage.
+        parameter_steps: steps of the first stage, which fits the method's own parameters layer by layer. None: 48 where some are found by
+            least squares or choose blocks, else 0.
+        batch_size: recorded forwards per step, shared by all processes.
+        train: "parameters" (the method's own), "lora" (those and a LoRA on the attention's projections) or "attention" (those and the
+            projections' full weights).
+        lora_rank: rank of that LoRA.
+        specs: one is drawn for each step, so that one adapter serves all; none: the pipeline's own.
+        optimizer: "adamw", or "muon": orthogonalised momentum for the matrices that train="attention" opens, AdamW for the rest.
+        learning_rate: of LoRA or weights.
+        parameter_learning_rate: of the method's own parameters. None: 1e-2, and 1e-3 after least squares found them.
+        warmup_steps: steps in which the rates rise from zero; then they fall along a cosine.
+        weight_decay: of the optimizer.
+        max_grad_norm: longer gradients are shortened to this norm.
+        prediction_weight: of the loss of the model's prediction.
+        attention_weight: of the loss of the attention outputs. Relative errors of single layers are far larger than the prediction's: at
+            weight 1 they drown it. Above 0, one output of every layer is held at once, in its own dtype: image tokens × channels × layers
+            (FLUX at 1024 px in bfloat16: 1.4 GB).
+        flow_weight: above 0: train on the stored final latents at drawn noise levels in place of the recorded steps.
+        mixed_precision: "no", or "bf16": autocast to bfloat16.
+        gradient_checkpointing: compute forwards again in the backward pass, which takes less memory and more time.
+        evaluate_every: steps between evaluations of the held-out prompts; 0: at start and end only.
+        checkpoint_every: steps between checkpoints; the curve is drawn then, too.
+        seed: of all that is drawn.
+        output_dir: the folder of samples, checkpoints, log and curve.
     """
 
     steps: int = 1000
-    parameter_steps: int | None = (
-        None  # before them, to fit the method's own parameters; None: 48 where some are found by least squares or choose blocks, else 0
-    )
-    batch_size: int = 1  # recorded forwards per step, shared by all processes
+    parameter_steps: int | None = None
+    batch_size: int = 1
     train: Trainable = "lora"
     lora_rank: int = 16
-    specs: "tuple[AttentionSpec, ...]" = ()  # one is drawn for each step, so that one adapter serves all; none: the pipeline's own
-    optimizer: OptimizerName = "adamw"  # "muon": orthogonalised momentum for the matrices that train="attention" opens, else AdamW
-    learning_rate: float = 1e-3  # of LoRA or weights
-    parameter_learning_rate: float | None = None  # of the method's own parameters; None: 1e-2, and 1e-3 after least squares found them
+    specs: "tuple[AttentionSpec, ...]" = ()
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-3
+    parameter_learning_rate: float | None = None
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     prediction_weight: float = 1.0
-    # relative errors of single layers are far larger than the prediction's: at weight 1 they drown it. Above 0, one output of every layer
-    # is held at once, in its own type: image tokens x channels x layers (FLUX at 1024 px in bfloat16: 1.4 GB)
     attention_weight: float = 0.03
-    flow_weight: float = 0.0  # > 0: train on the stored final latents at drawn noise levels instead of the recorded steps
+    flow_weight: float = 0.0
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    evaluate_every: int = 0  # steps; 0: at start and end only
-    checkpoint_every: int = 100  # steps; the curve is drawn then, too
+    evaluate_every: int = 0
+    checkpoint_every: int = 100
     seed: int = 0
-    output_dir: str = "dit-accel-distill"  # samples, checkpoints, log, curve
+    output_dir: str = "dit-accel-distill"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lora_rank", "checkpoint_every"):

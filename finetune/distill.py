@@ -44,9 +44,15 @@ DRAWS = 1000  # of noise levels, until one is found at which a spec runs
 class DistillResult:
     """Held-out relative velocity error before and after, every logged row, and the step it resumed from (0: none).
 
-    `history`: the rows of log.jsonl, one for each step, before them one of step 0 with the first error and, after a first stage, another
-    with the error at its end. `seconds`: what the steps of both stages took until then, without evaluation, sampling and checkpoints.
-    `parameter_history`, `error_fitted`: the rows of the first stage and the held-out error at its end, None where there was no first stage.
+    Attributes:
+        error_before: ‖student − teacher‖ / ‖teacher‖ of the prediction on the held-out samples, before training.
+        error_after: the same at the end.
+        history: the rows of log.jsonl, one for each step, before them one of step 0 with the first error and, after a first stage, another
+            with the error at its end. `seconds` in a row: what the steps of both stages took until then, without evaluation, sampling and
+            checkpoints.
+        resumed_from: the step that it continued from, 0 where it began anew.
+        parameter_history: the rows of the first stage.
+        error_fitted: the held-out error at the end of the first stage, None where there was none.
     """
 
     error_before: float

@@ -36,8 +36,8 @@ def check_ending(path: Path) -> None:
 def save_video(frames: Tensor, path: str | Path, fps: int = 8) -> Path:
     """Write frames `[F, 3, H, W]` in [0, 1] as GIF (at most 256 colours a frame) or MP4, by the name's ending; the file appears when whole.
 
-    Sides of an MP4 are rounded up to multiples of 16 pixels by scaling. Raises ValueError where the ending is another, the frames have
-    another shape, or MP4 requires a library that is not installed.
+    `fps` is in frames per second. Sides of an MP4 are rounded up to multiples of 16 pixels by scaling. Raises ValueError where the ending
+    is another, the frames have another shape, or MP4 requires a library that is not installed.
     """
     path = Path(path)
     check_ending(path)

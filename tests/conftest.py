@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,9 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_trito
 
 TEXT, WIDTH, POOLED, CHANNELS = 12, 32, 24, 16
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")  # a PNG
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# no sandbox: it does not work for root, and the pages are our own
+SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LAYERS = 4  # attention modules of a tiny transformer
 
 
@@ -118,6 +122,19 @@ def _tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         import on_device  # it imports dit_accel, which reads the environment that is set above
 
         monkeypatch.setattr(on_device, "tensor_cores", True)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A running browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="requires playwright: pip install playwright")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("requires Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=SWITCHES)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

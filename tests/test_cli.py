@@ -256,6 +256,14 @@ def test_info(model: str) -> None:
     assert all(layer in text for layer in LAYERS)
 
 
+def test_info_as_json_has_no_names(model: str) -> None:
+    told = json.loads(succeed("info", "--model", model, "--json"))
+    assert told["dit_accel"] == dit_accel.__version__
+    assert told["2 layers"] == LAYERS
+    assert str(Path(model).parent) not in json.dumps(told)
+    assert "leave --method out" in fail("info", "--json", "--method", "fovea")
+
+
 def test_info_of_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel.cli import info as cli_info
 

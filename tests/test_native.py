@@ -154,7 +154,31 @@ def test_the_build_tells_the_fingerprint(tmp_path: Path) -> None:
     """setup.py and the loading compute it alike, from any folder."""
     done = subprocess.run([sys.executable, CPU / "sources.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == sources.fingerprint(CPU)
-    assert "kernels/cpu" in (ROOT / "MANIFEST.in").read_text()
+
+
+def run_setup(folder: Path) -> subprocess.CompletedProcess[str]:
+    """setup.py in a folder, told to print what it would build."""
+    (folder / "setup.py").write_text((ROOT / "setup.py").read_text())
+    code = "import runpy, setuptools as s; s.setup = lambda ext_modules: print(vars(ext_modules[0])); runpy.run_path('setup.py')"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_build_requires_nothing_but_the_package(tmp_path: Path) -> None:
+    """A source distribution has real folders in the package and none of those that a checkout links to."""
+    place = tmp_path / "dit_accel" / "kernels" / "cpu"
+    shutil.copytree(CPU, place, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = run_setup(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sources.fingerprint(CPU) in done.stdout
+    assert "dit_accel/kernels/cpu/api.cpp" in done.stdout
+
+
+def test_a_checkout_without_symbolic_links_is_not_built(tmp_path: Path) -> None:
+    (tmp_path / "dit_accel").mkdir()
+    (tmp_path / "dit_accel" / "kernels").write_text("../kernels")
+    done = run_setup(tmp_path)
+    assert done.returncode != 0
+    assert "git config core.symlinks true" in done.stderr
 
 
 REFUSED = """

@@ -137,6 +137,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_each_complaint_has_a_command_that_shows_it() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| **")]
+    assert len(rows) >= 15
+    assert [row[0] for row in rows if len(row) != 3 or not re.search(r"`(dit-accel [^`]+|dit_accel\.\w+\(pipe\))`", row[1])] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

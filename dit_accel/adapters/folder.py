@@ -80,11 +80,14 @@ class DitAccelAdapter(ModelMixin, ConfigMixin):
 def save_adapter(pipe_or_transformer: object, folder: str | Path, *, training: dict[str, Any] | None = None) -> Path:
     """Write the adapter of an accelerated pipeline to a folder (created if it does not exist), with a model card made from its config.
 
-    `training` is a record kept in the config and shown on the card, as are the pictures in the folder.
+    Args:
+        pipe_or_transformer: after `accelerate`, `distill` or `load_adapter`; one transformer is accelerated.
+        folder: for `dit_accel_config.json`, the weights as safetensors, and `README.md`, the card.
+        training: a record kept in the config and shown on the card, as are the pictures in the folder.
 
-    Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't be written or what
-    was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError where the original
-    can't be distinguished from it.
+    Returns the folder. Offloaded weights are read from where they are kept. Raises NotAcceleratedError, AdapterError where the folder can't
+    be written or what was trained is not in the model as it was (its LoRA was unloaded, or its weights were quantised), or DitAccelError
+    where the original can't be distinguished from it.
     """
     patches = patches_of(pipe_or_transformer)
     if len(patches) != 1:
@@ -148,7 +151,8 @@ def _lora(model: Any, holders: Holders) -> tuple[dict[str, Tensor], dict[str, st
     values = {name: holders.value(name) for name, _ in model.named_parameters() if f".{ADAPTER}." in name and OWN not in name}
     lora = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(model, values, adapter_name=ADAPTER).items()}
     settings = model.peft_config[ADAPTER].to_dict()
-    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules")}
+    patterns = ("rank_pattern", "alpha_pattern")  # empty ones, which diffusers 0.36 reads
+    kept = {k: settings[k] for k in ("r", "lora_alpha", "target_modules", *patterns)}
     meta = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
     return lora, {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
 
@@ -177,7 +181,8 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
             `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
             projection (`importers`). Their weights replace the transformer's own until `restore`; `dense` runs its own.
         spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
-        backend, strict: as in `accelerate`.
+        backend: as in `accelerate`.
+        strict: as in `accelerate`.
 
     A pipeline with two transformers takes one adapter for each: pass them by themselves. Raises AdapterError where files are missing,
     damaged or unknown, or where they belong to another architecture; the pipeline is unchanged then. Base weights other than those that

@@ -391,10 +391,13 @@ def info(
     model: Annotated[str | None, typer.Option(help="Also show which layers of this model would be accelerated.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Also show what this adapter is (a folder, a hub id or a published file).")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Show what this method holds, weighs and reads; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for a bug report: no paths, user or machine names.")] = False,
 ) -> None:
     """Show versions, the machine, and which model families, methods and backends there are here."""
     if method and (model is not None or adapter is not None):
         raise ArgumentError("--method shows a method alone: leave --model and --adapter out")
+    if method and as_json:
+        raise ArgumentError("--json prints versions, the machine, a model and an adapter: leave --method out")
     specs = [options.parse_spec(text, reason="info --method requires accelerated methods") for text in method or []]
     from dit_accel.cli import info as cli_info
 
@@ -407,7 +410,7 @@ def info(
         rows |= cli_info.model_rows(model)
     if adapter is not None:
         rows |= cli_info.adapter_rows(adapter)
-    cli_info.show(rows)
+    cli_info.show_json(rows) if as_json else cli_info.show(rows)
 
 
 app.command(epilog=doctor.EPILOG)(doctor.doctor)

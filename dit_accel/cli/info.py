@@ -1,5 +1,6 @@
 """The rows of `dit-accel info`: this machine, what the package can do here, a model, an adapter."""
 
+import json
 import os
 import platform
 from collections import Counter
@@ -25,6 +26,14 @@ def show(rows: Mapping[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
     console().print(table)
+
+
+def show_json(rows: Mapping[str, str]) -> None:
+    """Print the same as JSON, several lines as a list, without paths or the names of user and machine."""
+    from dit_accel.measure.doctor_report import publishable
+
+    content = {name: value.split("\n") if "\n" in value else value for name, value in rows.items()}
+    print(json.dumps(publishable(content), indent=1))
 
 
 def show_frame(spec: "AttentionSpec") -> None:

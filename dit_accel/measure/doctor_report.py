@@ -51,9 +51,7 @@ class Report:
             "versions": self.versions,
             "checks": [asdict(check) for check in self.checks],
         }
-        private = list(_private())
-        cleaned: dict[str, Any] = _cleaned(content, private)
-        return cleaned
+        return publishable(content)
 
     def write(self, path: Path) -> None:
         """Write to a temporary name next to `path`, then rename. Raises WriteError."""
@@ -73,6 +71,12 @@ class Report:
         shown.print("all that can be checked here is right" if not count else f"{count} fault{'s' if count > 1 else ''}:")
         for check in self.faults:
             shown.print(Text(f"{check.name}: {check.says}"))
+
+
+def publishable(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON-ready content for a bug report: paths are cut to their last part, the user's and the machine's name left out."""
+    cleaned: dict[str, Any] = _cleaned(content, list(_private()))
+    return cleaned
 
 
 def _private() -> Iterator[tuple[re.Pattern[str], str]]:

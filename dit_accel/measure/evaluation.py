@@ -73,11 +73,18 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
 def evaluate(pipe: Any, prompts: Sequence[str], out: Path, *, seed: int = 0, adapter: str | None = None, **call: Any) -> dict[str, Any]:
     """Compare an accelerated pipeline with its own original, into the folder `out`; returns what `results.json` contains there.
 
-    Prompt i is drawn with seed + i; `call` goes to the pipeline. `adapter`: what was loaded, for the record. Writes `results.json`,
-    `report.html`, the plots, and the pictures (of a video the middle frame), all of them at the end. The method runs even where the
-    original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn where prompts are missing,
-    the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments; FallbackError where no layer runs
-    the method.
+    Args:
+        pipe: after `accelerate` or `load_adapter`.
+        prompts: what to draw.
+        out: a folder, made if need be: `results.json`, `report.html`, the plots, and the pictures (of a video the middle frame) are
+            written there, all of them at the end.
+        seed: of the first prompt's noise; prompt i is drawn with seed + i.
+        adapter: what was loaded, for the record.
+        call: arguments of the pipeline's call.
+
+    The method runs even where the original attention is faster. Raises ValueError, or a class of dit_accel.errors, before anything is drawn
+    where prompts are missing, the folder can't be written to, the pipeline is not accelerated, or it doesn't take these arguments;
+    FallbackError where no layer runs the method.
     """
     check_call(pipe, prompts, call)
     check_json(call)

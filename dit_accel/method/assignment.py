@@ -50,10 +50,16 @@ Steps = tuple[int, int | None]
 class Rule:
     """A spec, or None for the original attention, and where it applies; what is None applies to all.
 
-    `layers`: patterns of attention modules' names in the transformer as the shell has them (`*`, `?`, `[0-3]`), any of which fits; one may
-    be given as a text. `heads`: their numbers. `steps`: (first, end) of denoising steps, the end not among them, None for no end; `tokens`:
-    the same of the number of image tokens in the sequence, of all images. `noise`: (low, high) of noise levels, low < σ <= high. See
-    `Moment` for what a step and a noise level are. Raises ValueError for anything else.
+    Args:
+        spec: the method, or None.
+        layers: patterns of attention modules' names in the transformer as the shell has them (`*`, `?`, `[0-3]`), any of which fits; one
+            may be given as a text.
+        heads: their numbers, from 0.
+        steps: (first, end) of denoising steps, the end not among them, None for no end. See `Moment` for what a step is.
+        noise: (low, high) of noise levels, low < σ <= high.
+        tokens: (fewest, end) of the number of image tokens in the sequence, of all images, the end not among them.
+
+    Raises ValueError for anything else.
     """
 
     spec: AttentionSpec | None
@@ -180,7 +186,10 @@ def groups(rules: Rules, layer: str, heads: int) -> tuple[Group, ...]:
 class Assignment:
     """Rules, of which the last that fits wins; where none fits, the original attention runs. Frozen; JSON by `save` and `load`.
 
-    All specs share one `order`, that of the tokens' partition into blocks, taken from them unless given; blocks may differ in raster order.
+    Args:
+        rules: the last one that fits wins.
+        order: how tokens are cut into blocks, which all specs share; taken from them unless given. Blocks may differ in raster order.
+
     Raises ValueError for rules without any spec or of different orders.
     """
 

@@ -45,13 +45,20 @@ def Fovea(  # noqa: N802
 ) -> AttentionSpec:  # fmt: skip
     """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
 
-    `density` (default 0.05) keeps for each query tile the share of tiles that would leave the largest error (`ErrorProduct`); `radius`
-    keeps every tile that a disc of that radius touches (a ball in a video), without any selection. `tile`: (height, width) or (frames,
-    height, width) in tokens, 16 to 128 of them in all. `first_frames` of a video are always kept. `order`: 1 lets the value of what is not
-    kept change with the query, to first order, with four pooled keys for each tile and, far from a query, for each group of tiles
-    (`Pooled(opened=8)`). `parts`: in their place so many pooled keys for each tile by itself, 1, 2 or 4; to order 0 it is 1. `conv` adds a
-    learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames where the tile has
-    frames; it is nothing until it is distilled. Ancestors, relatives, and Fovea with tiles kept by the product of means: docs/methods.md.
+    Args:
+        density: the share of tiles that each query tile keeps, those that would leave the largest error (`ErrorProduct`); 0.05 unless
+            density or radius is given.
+        radius: in tokens; keeps every tile that a disc of this radius touches (a ball in a video), without any selection.
+        tile: (height, width) or (frames, height, width) in tokens, a power of two from 16 to 128 of them in all.
+        first_frames: so many frames of a video are always kept.
+        order: 1 lets the value of what is not kept change with the query, to first order, with four pooled keys for each tile and, far
+            from a query, for each group of tiles (`Pooled(opened=8)`).
+        parts: in their place so many pooled keys for each tile by itself, 1, 2 or 4; to order 0 it is 1.
+        conv: adds a learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames
+            where the tile has frames; it is nothing until it is distilled.
+
+    Raises ValueError for values out of these ranges, and where both density and radius are given. Ancestors, relatives, and Fovea with
+    tiles kept by the product of means: docs/methods.md.
     """
     if density is not None and radius is not None:
         raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
@@ -66,10 +73,16 @@ def Fovea(  # noqa: N802
 def CLEAR(  # noqa: N802
     radius: float | tuple[int, ...], *, downsample: int | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0
 ) -> AttentionSpec:
-    """CLEAR (arXiv 2412.16112): each image query sees a disc around itself and the text; `downsample` adds its learned pooled keys.
+    """CLEAR (arXiv 2412.16112): each image query sees a disc around itself and the text; needs distillation.
 
-    In a video the disc is a ball over frames, rows and columns; `radius` as a tuple, (height, width) or (frames, height, width), is a
-    box. `tile` and `first_frames` as in `Fovea`.
+    Args:
+        radius: in tokens; in a video of a ball over frames, rows and columns. A tuple, (height, width) or (frames, height, width), is
+            a box.
+        downsample: adds learned pooled keys, one for each square of so many rows and columns of tokens.
+        tile: as in `Fovea`: what kernels compute together, which changes the time and not the result.
+        first_frames: so many frames of a video are always kept.
+
+    Raises ValueError for values that can't be used.
     """
     kept: Pattern = Box(radius) if isinstance(radius, tuple | list) else Disc(radius)
     rest, merge = (None, None) if downsample is None else (Downsampled(downsample), Mass(offset=False))
@@ -85,10 +98,20 @@ def SLA(  # noqa: N802
     tile: tuple[int, ...] | None = None,
     first_frames: int = 0,
 ) -> AttentionSpec:
-    """Sparse-linear attention (arXiv 2509.24006) as released: raster order, the top share of key blocks, linear attention of the rest
-    through a projection that starts at zero. `scope` is "complement" (the paper), "all" (the released weights) or "none".
+    """Sparse-linear attention (SLA, arXiv 2509.24006): the best key blocks exactly, linear attention of the rest; needs distillation.
 
-    `tile` puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
+    The linear attention is added through a projection that starts at zero.
+
+    Args:
+        topk: the share of key blocks that each query block keeps, in (0, 1], those with the largest product of means.
+        feature_map: of the linear attention.
+        scope: what it covers: "complement", the blocks not kept (the paper); "all" blocks (the released weights); "none": no linear
+            attention.
+        block: (query, key) tokens of a block in raster order.
+        tile: puts the blocks in tile order instead, as boxes of (height, width) or (frames, height, width) tokens.
+        first_frames: so many frames of a video are always kept.
+
+    Raises ValueError for values that can't be used.
     """
     require(scope in ("complement", "all", "none"), "scope must be 'complement', 'all' or 'none'", scope)
     topk = plain(topk)
@@ -112,7 +135,15 @@ def GNA(  # noqa: N802
     tile: tuple[int, ...] = (8, 8),
     first_frames: int = 0,
 ) -> AttentionSpec:
-    """Generalized neighborhood attention (arXiv 2504.16922): `window` full width per axis, `stride` > 1 shares a window among neighbours,
-    `dilation` spreads it. A stride of the tile's size is sliding tile attention (arXiv 2502.04507). `tile` and `first_frames` as in
-    `Fovea`."""
+    """Generalized neighborhood attention (NATTEN, arXiv 2504.16922): each image query sees a window around itself and the text.
+
+    Args:
+        window: its full width in tokens, of all axes, or (height, width) or (frames, height, width).
+        stride: above 1, so many neighbours share one window. A stride of the tile's size is sliding tile attention (arXiv 2502.04507).
+        dilation: the step between a window's keys.
+        tile: as in `Fovea`: what kernels compute together, which changes the time and not the result.
+        first_frames: so many frames of a video are always kept.
+
+    Raises ValueError for values that can't be used.
+    """
     return AttentionSpec((Window(window, stride, dilation), *_frames(first_frames)), None, None, *_tiles(tile))

@@ -37,10 +37,17 @@ P = TypeVar("P", bound=Part)
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """keep × rest × merge × order × extras. Use a preset (`Fovea`, `CLEAR`, `SLA`, `GNA`) or fill the slots.
+    """A method: keep × rest × merge × order × extras. Use a preset (`Fovea`, `CLEAR`, `SLA`, `GNA`) or fill the slots.
 
-    `keep` is a union of patterns; `rest` and `merge` are both given or both None; `block` is (query, key) tokens per block, each a power
-    of two from 16 to 128; in tile order both are the tile's number of tokens. `extras` change the image's output one after the other.
+    Args:
+        keep: patterns, of which each key that one of them keeps is attended to exactly; one at most chooses by each call (`TopK`, ...).
+        rest: what estimates the other keys; None drops them.
+        merge: how the exact part and the rest become one; given with `rest`, else None.
+        order: how tokens are cut into blocks.
+        block: (query, key) tokens per block, each a power of two from 16 to 128; in tile order both are the tile's number of tokens.
+        extras: change the image's output one after the other.
+
+    Frozen and hashable. Raises ValueError where parts don't go together.
     """
 
     keep: tuple[Pattern, ...]

@@ -50,9 +50,12 @@ def attention(
     """The attention that `spec` describes, over the tokens that `layout` describes.
 
     Args:
-        query, key, value: `[B, H, N, D]`, one floating dtype and device, after q/k norm and rotary embedding; N = layout.tokens. Under
-            autocast they are cast to its dtype first, as `scaled_dot_product_attention` casts them, and may differ in dtype.
-        spec, layout: the method; the text's length and place, the grid, the order in memory.
+        query: `[B, H, N, D]`, floating, after q/k norm and rotary embedding; N = layout.tokens.
+        key: of the query's shape, dtype and device. Under autocast all three are cast to its dtype first, as
+            `scaled_dot_product_attention` casts them, and may differ in dtype.
+        value: the same.
+        spec: the method.
+        layout: the grid of the image's tokens, their order in memory, the text's length and place.
         params: the method's learned part from `spec.make_parameters`; None means its start values.
         scale: of the logits; 1/sqrt(D) unless given.
         text_bias: `[B, layout.text]`, any floating dtype, natural-log units: added to the scaled logits of the text's keys, for every

@@ -23,10 +23,15 @@ def _grid(name: str, value: Any) -> Grid:
 class TokenLayout:
     """A sequence of `text` text tokens and T·H·W image tokens; `grid` is (T, H, W) in tokens.
 
-    `text_first`: whether the text comes first. `order` is the order of the image tokens in memory: raster unless the caller has
-    permuted them already. `references`: the grids of further images that follow the first in the sequence, as edit models have them; their
-    coordinates begin at the same corner, so that what is near in one is near in the others. Raises ValueError where a length is negative or
-    a grid axis is below 1.
+    Args:
+        grid: (T, H, W) in tokens; T = 1 for a picture.
+        text: number of text tokens.
+        text_first: whether the text comes first.
+        order: the order of the image tokens in memory: raster unless the caller has permuted them already.
+        references: the grids of further images that follow the first in the sequence, as edit models have them; their coordinates begin at
+            the same corner, so that what is near in one is near in the others.
+
+    Raises ValueError where a length is negative or a grid axis is below 1.
     """
 
     grid: Grid

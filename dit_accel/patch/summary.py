@@ -24,9 +24,18 @@ from dit_accel.patch.state import Patch, patches_of
 class LayerSummary:
     """One spec of one accelerated layer, and what it did in the last forward (None before the first).
 
-    `where`: the heads, steps, noise levels and sizes that it applies to, in words, empty where that is all; later rows of a layer come
-    first. `backend`: "original" where the layer runs its original attention, "none" where the named backend can't run it; `why` says the
-    reason. `parameters`: of the layer, which its specs share.
+    Later rows of a layer come first.
+
+    Attributes:
+        layer: the attention module's name.
+        where: the heads, steps, noise levels and sizes that it applies to, in words, empty where that is all.
+        method: the spec in short.
+        tokens: of the last forward's sequence, text and image.
+        density_asked: the share of key blocks that the spec names, where it names one.
+        density_kept: the share of pairs of image tokens that were attended to exactly.
+        parameters: how many learned numbers the layer has, which its specs share.
+        backend: "original" where the layer runs its original attention, "none" where the named backend can't run it.
+        why: the reason.
     """
 
     layer: str

@@ -47,6 +47,7 @@ def accelerate(
     """Replace the image self-attention of a stock pipeline (all its transformers) or of a bare transformer; returns the same object.
 
     Args:
+        pipe_or_transformer: a diffusers pipeline, or one of its transformers.
         spec: the method, or an `Assignment` of several to layers, heads, steps, noise levels and sizes; `Fovea()` unless given, which needs
             no training.
         layers: which attention modules, as a predicate on (name, module); all unless given.

@@ -100,8 +100,12 @@ def view_attention(
 
     Args:
         pipe: after `accelerate` or `load_adapter`; its method runs in every step that its assignment says, even where it is slower.
+        prompt: what to draw.
+        out: the page's file.
         layers: numbers of accelerated attention modules, their names, or patterns of names; the middle one unless given.
-        heads: their numbers in these layers. steps: numbers of denoising steps, from 0; the middle one unless given.
+        heads: their numbers in these layers, from 0.
+        steps: numbers of denoising steps, from 0; the middle one unless given.
+        seed: of the noise.
         megabytes: the largest page that is written.
         call: arguments of the pipeline's call: height, width, num_inference_steps and the like, the `image` of a model that edits one.
 

@@ -56,9 +56,11 @@ def generate_hires(
     Args:
         pipe: a flow-matching image pipeline, accelerated or not; it is left as it was.
         prompt: None where `call` has embeddings.
-        height, width: pixels, multiples of one token's side.
+        height: in pixels, a multiple of one token's side.
+        width: the same.
         base: the first stage has no side above it, in pixels, to within one token.
         strength: share of the steps that each later stage draws again, in (0, 1].
+        num_inference_steps: steps of the base picture; each later stage takes the last `strength` of as many.
         seed: of the base picture's noise, which is that of `torch.Generator().manual_seed(seed)`; later stages count up from it.
         ntk: factor of the rotary base above the base size; unless given 10 for FLUX, as in CLEAR's release, and 1 for the built-in
             model and other families.
