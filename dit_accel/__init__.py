@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dit_accel.adapters.folder import load_adapter, push_adapter, save_adapter
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
+    from dit_accel.integrations.function import as_attention_function
     from dit_accel.kernels.precision import get_float32_attention_precision, set_float32_attention_precision
     from dit_accel.method.assignment import Assignment, Rule
     from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -46,6 +47,7 @@ _HOMES = {
     "Rule": "method.assignment",
     "TokenLayout": "operator.layout",
     "attention": "operator.attention",
+    "as_attention_function": "integrations.function",
     "get_float32_attention_precision": "kernels.precision",
     "set_float32_attention_precision": "kernels.precision",
     "builtin_pipeline": "pipelines.builtin",
@@ -66,6 +68,7 @@ __all__ = [
     "Rule",
     "TokenLayout",
     "accelerate",
+    "as_attention_function",
     "attention",
     "builtin_pipeline",
     "builtin_video_pipeline",

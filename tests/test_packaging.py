@@ -31,13 +31,15 @@ ARROWS: dict[str, set[str]] = {
     "patch": BELOW_PATCH | {"parallel", "pipelines"},
     "pipelines.hires": BELOW_ADAPTERS,  # a recipe, placed above the patch though its folder is next to the families that the patch uses
     "adapters": BELOW_ADAPTERS,
+    "integrations": BELOW_ADAPTERS | {"adapters"},
     "finetune": BELOW_ADAPTERS | {"adapters"},
     "measure": BELOW_ADAPTERS | {"adapters", "finetune"},
     "planner": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},
     "cli": BELOW_ADAPTERS | {"adapters", "finetune", "measure", "planner"},
 }
 # what needs the standard library and torch alone
-TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks"}
+TORCH_ONLY = {"errors", "clock", "kernels", "method", "operator", "patch.masks", "integrations.function", "integrations.vllm_omni",
+              "integrations.comfyui.nodes"}  # fmt: skip
 DIFFUSERS = {"adapters", "cli", "finetune", "measure", "patch", "pipelines", "planner"}
 
 
@@ -136,6 +138,8 @@ def test_every_module_is_in_a_package() -> None:
         ("operator.blocks_of_grid", "dit_accel.Fovea"),
         ("patch.processor", ".masks"),
         ("patch.verbs", "dit_accel.finetune.distill"),
+        ("adapters.folder", "dit_accel.integrations.function"),
+        ("integrations.vllm_omni", "vllm_omni.diffusion"),
         ("adapters.folder", "dit_accel.finetune.distill"),
         ("measure.step", "dit_accel.cli.app"),
         ("pipelines.families", "dit_accel.patch.verbs"),

@@ -223,8 +223,8 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
     config = read_config(folder)
     if spec is not None:
         raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")
-    tensors = {name: _read_tensors(folder / name, digest) for name, digest in config["files"].items()}
-    assignment = _parse(folder, config)
+    tensors = {name: read_tensors(folder / name, digest) for name, digest in config["files"].items()}
+    assignment = parse_assignment(folder, config)
     _check_architecture(model, config, assignment, tensors)
     prefixes = {f"layers.{layer.replace('.', '__')}.": f"{layer}{OWN}" for layer in config["layers"]}
     parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
@@ -250,7 +250,7 @@ def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, 
 
     folder = Path(folder)
     for name, digest in read_config(folder)["files"].items():
-        _read_tensors(folder / name, digest)
+        read_tensors(folder / name, digest)
     api, shown = HfApi(token=token), [f"*{ending}" for ending in PICTURES]
     try:
         address = str(api.create_repo(repo, private=private, exist_ok=True))
@@ -260,8 +260,8 @@ def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, 
     return address
 
 
-def _parse(folder: Path, config: dict[str, Any]) -> Assignment:
-    """The config's assignment, its other values checked on the way."""
+def parse_assignment(folder: Path, config: dict[str, Any]) -> Assignment:
+    """The config's assignment, its other values checked on the way. Raises AdapterError."""
     layers = config["layers"]
     sizes = (
         isinstance(layers, dict)
@@ -337,7 +337,8 @@ def _assignment_of_first(folder: Path, spec: Any, dense_steps: Any) -> dict[str,
         raise AdapterError(f"{folder / CONFIG} contains no spec: {error}") from error
 
 
-def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a file of an adapter. Raises AdapterError where it is damaged or altered."""
     try:
         found = _sha256(path)
         if found != digest:

@@ -1,0 +1,53 @@
+"""Putting a method on a model of ComfyUI, a `ModelPatcher`, and taking it off: always on a clone of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.errors import ArgumentError, UnsupportedModelError
+from dit_accel.integrations.comfyui.accelerator import Accelerator, log
+from dit_accel.method.assignment import Assignment
+from dit_accel.method.parameters import AttentionParameters
+
+KEY = "dit_accel"
+# ComfyUI's names of when it calls: WrappersMP.APPLY_MODEL (around each forward) and CallbacksMP.ON_CLEANUP (after a run)
+APPLY_MODEL, CLEANUP = "apply_model", "on_cleanup"
+
+
+def sigma_range(model: Any, start: float, end: float) -> tuple[float, float] | None:
+    """Noise levels from parts of the sampling; None for all. Raises ArgumentError unless 0 <= start < end <= 1."""
+    if not 0 <= start < end <= 1:
+        raise ArgumentError(f"start_percent must be below end_percent, both from 0 to 1, not {start} and {end}")
+    if (start, end) == (0, 1):
+        return None
+    sampling = model.get_model_object("model_sampling")
+    return float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+
+
+def accelerated(
+    model: Any, assignment: Assignment, *, parameters: Mapping[str, AttentionParameters] | None = None,
+    sigmas: tuple[float, float] | None = None, strict: bool = False,
+) -> Any:  # fmt: skip
+    """A clone of a model (ComfyUI's ModelPatcher) with an assignment, in the place of one that an earlier node gave it.
+
+    A model of an unknown class is left as it was, which is logged; under `strict` that is an error. An override of the attention that
+    another node gives the model, before or after, is asked for every call that is not accelerated.
+    """
+    clone = removed(model)
+    try:
+        accelerator = Accelerator(model.model.diffusion_model, assignment, parameters=parameters, sigmas=sigmas, strict=strict)
+    except UnsupportedModelError as error:
+        if strict:
+            raise
+        log.warning("dit_accel: the original attention runs: %s", error)
+        return clone
+    clone.add_wrapper_with_key(APPLY_MODEL, KEY, accelerator.around)
+    clone.add_callback_with_key(CLEANUP, KEY, accelerator.forget)
+    return clone
+
+
+def removed(model: Any) -> Any:
+    """A clone of a model without what an earlier node of ours gave it."""
+    clone = model.clone()
+    clone.remove_wrappers_with_key(APPLY_MODEL, KEY)
+    clone.remove_callbacks_with_key(CLEANUP, KEY)
+    return clone

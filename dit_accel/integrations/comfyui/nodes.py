@@ -1,0 +1,112 @@
+"""The nodes: "Accelerate attention (dit_accel)", "Load dit_accel adapter" and "Plan".
+
+ComfyUI imports this at its start: nothing of diffusers is imported before a node runs. A node changes a clone of the model that it is
+given. Names of nodes and of their inputs are saved in users' workflows, so they stay.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dit_accel.method.assignment import Assignment, read_method
+from dit_accel.method.checks import require
+from dit_accel.method.text import parse_method
+
+METHOD = "DIT_ACCEL_METHOD"  # type of a connection
+CATEGORY = "model/patch"
+PERCENT = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}
+STRICT = {"default": False, "tooltip": "Stop with an error where a layer would run its original attention, and never leave a size to it."}
+START = "The part of the sampling at which the method begins; the original attention runs before."
+END = "The part of the sampling at which it ends."
+
+Inputs = dict[str, dict[str, tuple[Any, ...]]]
+
+
+class Accelerate:
+    """A method on a model, or the one that a plan says."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "apply", CATEGORY
+    DESCRIPTION = "Faster self-attention for FLUX, Stable Diffusion 3, Qwen-Image, HunyuanVideo and Wan, by sparse attention of dit_accel."
+    SEARCH_ALIASES = ("sparse attention", "fovea", "speed up")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        text = "fovea:0.05 keeps 5 % and needs no training. clear:16, sla:0.1 and gna:80 require an adapter. Or a JSON file with a method."
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "method": ("STRING", {"default": "fovea:0.05", "tooltip": text}),
+                "start_percent": ("FLOAT", {**PERCENT, "tooltip": START}),
+                "end_percent": ("FLOAT", {**PERCENT, "default": 1.0, "tooltip": END}),
+                "strict": ("BOOLEAN", STRICT),
+            },
+            "optional": {"plan": (METHOD, {"tooltip": "From the node Plan; in the place of the method."})},
+        }
+
+    def apply(
+        self, model: Any, method: str, start_percent: float, end_percent: float, strict: bool, plan: Assignment | None = None
+    ) -> tuple[Any]:
+        """Returns a clone of the model with the method."""
+        from dit_accel.integrations.comfyui.install import accelerated, removed, sigma_range
+
+        found = parse_method(method) if plan is None else plan
+        if found is None:  # "none"
+            return (removed(model),)
+        return (accelerated(model, Assignment.of(found), sigmas=sigma_range(model, start_percent, end_percent), strict=strict),)
+
+
+class LoadAdapter:
+    """A model with the method and the weights of an adapter."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "apply", CATEGORY
+    DESCRIPTION = "A method that was distilled for this model by dit_accel in diffusers: its own parameters and its LoRA."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        place = "A folder made by dit_accel.save_adapter, or owner/name on the hub."
+        weight = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05, "tooltip": "Of the adapter's LoRA; it was trained at 1."}
+        return {
+            "required": {
+                "model": ("MODEL",), "adapter": ("STRING", {"default": "", "tooltip": place}), "lora_strength": ("FLOAT", weight),
+                "strict": ("BOOLEAN", STRICT),
+            }
+        }  # fmt: skip
+
+    def apply(self, model: Any, adapter: str, lora_strength: float, strict: bool) -> tuple[Any]:
+        """Returns a clone of the model with the adapter. Raises AdapterError where it does not fit."""
+        from dit_accel.integrations.comfyui.adapter import read_adapter
+        from dit_accel.integrations.comfyui.install import accelerated
+
+        require(bool(adapter.strip()), "adapter must be a folder or owner/name on the hub", adapter)
+        found = read_adapter(adapter.strip(), model.model.diffusion_model)
+        patched = found.with_lora(model, lora_strength)
+        return (accelerated(patched, found.assignment, parameters=found.parameters, strict=strict),)
+
+
+class Plan:
+    """A method for layers, heads and steps from a file."""
+
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = (METHOD, "STRING"), ("plan", "text"), "read", CATEGORY
+    DESCRIPTION = "The JSON file of dit-accel plan, of an assignment or of one method."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        return {"required": {"file": ("STRING", {"default": "plan.json", "tooltip": "Where the file is."})}}
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> float:  # noqa: N802
+        """The file's time, so that a file that was written anew is read anew."""
+        path = Path(file)
+        return path.stat().st_mtime if path.is_file() else 0.0
+
+    def read(self, file: str) -> tuple[Assignment, str]:
+        """Returns the assignment, and what it says. Raises ArgumentError that names the file."""
+        found = Assignment.of(read_method(file))
+        return found, str(found)
+
+
+NODE_CLASS_MAPPINGS = {"DitAccelAccelerate": Accelerate, "DitAccelLoadAdapter": LoadAdapter, "DitAccelPlan": Plan}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "DitAccelAccelerate": "Accelerate attention (dit_accel)",
+    "DitAccelLoadAdapter": "Load dit_accel adapter",
+    "DitAccelPlan": "Plan",
+}
