@@ -143,3 +143,17 @@ def test_the_extrapolation_counts_all_rows(monkeypatch: pytest.MonkeyPatch) -> N
     found = guard.measured(CLEAR(3), TokenLayout((1, 64, 80)), 8, torch.float32, CPU)  # 5,120 tokens, of which 819 rows are timed
     assert found is not None
     assert (found.accelerated, found.original) == (1.0, 0.25 * 5120 / 819)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(256, 24), (4608, 24), (16384, 24), (30000, 13), (76000, 8), (10**6, 8)])
+def test_long_sequences_are_timed_on_a_gpu_with_fewer_heads(tokens: int, heads: int) -> None:
+    assert guard.heads_on_gpu(tokens) == heads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+def test_a_card_is_measured_without_the_processors_share() -> None:
+    found = guard.measured(CLEAR(8), TokenLayout((1, 64, 64), 512), 128, torch.bfloat16, torch.device("cuda"))
+    assert found is not None
+    assert 0 < found.accelerated < 0.01  # seconds; a call from an idle card would hold what the processor takes too
+    assert 0 < found.original < 0.01

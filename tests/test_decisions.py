@@ -293,8 +293,10 @@ class Event:
 def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "log", [], raising=False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert guard._seconds_on_gpu(lambda: Event.log.append("run")) == 0.25
-    assert Event.log == ["record", "run", "record", "synchronize"]
+    monkeypatch.setattr(torch, "mm", lambda *_: Event.log.append("busy"))
+    monkeypatch.setattr(guard, "AHEAD", 4)
+    assert guard._seconds_on_gpu(CPU, lambda: Event.log.append("run")) == 0.25
+    assert Event.log == ["busy", "busy", "record", "run", "record", "synchronize"]
 
 
 def test_a_gpu_has_its_own_answer_and_none_while_a_graph_is_captured(timed: list[TokenLayout], monkeypatch: pytest.MonkeyPatch) -> None:

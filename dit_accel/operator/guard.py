@@ -4,6 +4,7 @@ The decision is kept in the user's cache folder (`decisions`): the same seed dra
 no part of it, so that both passes of guidance decide alike.
 """
 
+import functools
 import importlib.metadata
 import json
 import threading
@@ -28,7 +29,9 @@ from dit_accel.operator.layout import TokenLayout
 
 MARGIN = 1.25  # a size is left to the original where the method takes more than so many times its time: what is close may turn over
 ROUNDS = 3
-HEADS_ON_GPU = 8  # one head leaves most of a GPU idle
+HEADS_ON_GPU = (8, 24)  # at least, at most: few heads of few tokens leave most of a GPU idle, and those of many fill its memory
+FULL = 24 << 14  # tokens of all heads that fill a GPU many times over
+AHEAD = 8192  # the side of a product that keeps a GPU busy for a millisecond or more, in which the processor launches what is timed
 PAIRS = {"cpu": 1 << 22, "cuda": 1 << 30}  # query-key pairs of the original that are timed; its time is proportional to them
 FEWEST_ROWS = 256  # fewer query rows than that run at another speed per row
 
@@ -116,11 +119,11 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> decisions.Seconds:
-    seed, heads = torch.Generator().manual_seed(0), HEADS_ON_GPU if device.type == "cuda" else 1
-    q, k, v = (torch.randn(1, heads, layout.tokens, head_dim, generator=seed).to(device, dtype) for _ in range(3))
+    seed, heads = torch.Generator(device).manual_seed(0), heads_on_gpu(layout.tokens) if device.type == "cuda" else 1
+    q, k, v = (torch.randn(1, heads, layout.tokens, head_dim, generator=seed, device=device).to(dtype) for _ in range(3))
     plan, params = make_plan(spec, layout, device), start_values(spec, q)()
     rows = min(layout.tokens, max(FEWEST_ROWS, PAIRS[device.type] // layout.tokens))
-    clock = _seconds if device.type == "cpu" else _seconds_on_gpu
+    clock = _seconds if device.type == "cpu" else functools.partial(_seconds_on_gpu, device)
 
     def accelerated() -> None:
         attend(q, k, v, spec, layout, plan, params, None, "auto")
@@ -135,15 +138,28 @@ def _measure(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
     return min(a for a, _ in rounds), min(b for _, b in rounds) * layout.tokens / rows
 
 
+def heads_on_gpu(tokens: int) -> int:
+    """Heads that are timed on a GPU."""
+    least, most = HEADS_ON_GPU
+    return max(least, min(most, FULL // tokens))
+
+
 def _seconds(function: Callable[[], None]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def _seconds_on_gpu(function: Callable[[], None]) -> float:
-    """By events on the current stream; only what was recorded there is waited for."""
+def _seconds_on_gpu(device: torch.device, function: Callable[[], None]) -> float:
+    """By events on the current stream; only what was recorded there is waited for.
+
+    The GPU is given something to do before: a model's other layers keep it busy while the processor launches ahead, so that the gaps
+    between the kernels of a call by itself are no part of what it costs there.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    side = torch.ones(AHEAD, AHEAD, dtype=torch.float16, device=device)
+    for _ in range(2):
+        torch.mm(side, side)
     start.record()
     function()
     end.record()
