@@ -19,12 +19,10 @@ from dit_accel.kernels.arguments import (
     ATTENTION,
     DIFFERENTIABLE,
     MIXTURE,
-    SELECTION,
     SPLIT,
     SUMMARY,
     Arguments,
     MixtureArguments,
-    SelectionArguments,
     SplitArguments,
     Summaries,
     SummaryArguments,
@@ -33,6 +31,7 @@ from dit_accel.kernels.arguments import (
     gradient_like,
     new_summaries,
 )
+from dit_accel.kernels.choosing import SELECTION, Chosen, SelectionArguments, new_chosen
 from dit_accel.kernels.grouping import (
     DIFFERENTIABLE_GROUPING,
     GRADIENTS_OF_UNITS,
@@ -50,10 +49,9 @@ def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def select_blocks(a: SelectionArguments, implementation: str) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Not differentiated."""
-    lists: Tensor = select_blocks_op(implementation, *SELECTION.pack(a))
-    return lists
+def select_blocks(a: SelectionArguments, implementation: str) -> Chosen:
+    """The `top` best key blocks of each query block, ascending. Not differentiated."""
+    return Chosen(*select_blocks_op(implementation, *SELECTION.pack(a)))
 
 
 def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
@@ -139,16 +137,16 @@ def _by_place(transport: Transport, grads: Mapping[str, Tensor | None]) -> tuple
 attention_op.register_autograd(_gradients, setup_context=_save)
 
 
-@torch.library.custom_op("dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema("Tensor"))
-def select_blocks_op(implementation: str, *given: Any) -> Tensor:
-    lists: Tensor = _implementation(implementation).select_blocks(SELECTION.unpack(*given))
-    return lists
+@torch.library.custom_op(
+    "dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema(f"({', '.join(['Tensor'] * len(Chosen._fields))})")
+)
+def select_blocks_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(_implementation(implementation).select_blocks(SELECTION.unpack(*given)))
 
 
 @select_blocks_op.register_fake
-def _(implementation: str, *given: Any) -> Tensor:
-    a = SELECTION.unpack(*given)
-    return a.q.new_empty((a.q.shape[0] * a.q.shape[1], len(a.q_starts) - 1, a.top), dtype=torch.int32)
+def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(new_chosen(SELECTION.unpack(*given), gpu=implementation == "triton"))
 
 
 @torch.library.custom_op(

@@ -14,12 +14,12 @@ from dit_accel.kernels.arguments import (
     Learned,
     MixtureArguments,
     Rows,
-    SelectionArguments,
     SplitArguments,
     SummaryArguments,
     Transport,
     check_split,
 )
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.grouping import GroupingArguments
 
@@ -120,6 +120,7 @@ def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     [
         ({"v": torch.ones(1, 2, 95, 8)}, r"v must have k's shape \(1, 2, 96, 8\), not \(1, 2, 95, 8\)"),
         ({"v": torch.ones(1, 2, 96, 8), "bias": torch.ones(1, 2, 6)}, "values or a bias, not both: leave v or bias out"),
+        ({"pooled": True}, "made of k and v: give v, or leave pooled out"),
     ],
     ids=str,
 )

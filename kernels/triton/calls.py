@@ -15,7 +15,6 @@ from dit_accel.kernels import capture
 from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
-    SelectionArguments,
     SplitArguments,
     Summaries,
     SummaryArguments,
@@ -26,8 +25,9 @@ from dit_accel.kernels.arguments import (
     dense,
     in_order,
 )
+from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection
 from dit_accel.kernels.splitting import split
-from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, replay, tuned
+from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_choice, launch_parts, replay, tuned
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
@@ -187,21 +187,26 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
         return _run("gradients", a.q, (dout, dlse, out, lse, *a), signature, function)
 
 
-def select_blocks(a: SelectionArguments) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+def select_blocks(a: SelectionArguments) -> Chosen:
+    """The `top` best key blocks of each query block, ascending."""
 
     def signature() -> Hashable:
         blocks = len(a.q_starts), len(a.k_starts)
-        sizes = [(x.shape, x.stride()) for x in (a.q, a.k)]
-        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.top
+        sizes = [None if x is None else (x.shape, x.stride()) for x in (a.q, a.k, a.v)]
+        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.bias is None, a.top, a.pooled
 
-    def function(machine: Machine, run: Run) -> Tensor:
-        return launch.select_blocks(a._replace(q=dense(a.q), k=dense(a.k)), machine, run)
+    def function(machine: Machine, run: Run) -> Chosen:
+        check_selection(a)
+        given = a._replace(q=dense(a.q), k=dense(a.k), v=None if a.v is None else dense(a.v))
+        return launch_choice.select_blocks(given, machine, run)
 
     with torch.cuda.device_of(a.q):
         chosen = _run("select_blocks", a.q, a, signature, function)
     elsewhere = _redirected.get()
-    return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
+    if elsewhere is not None and not elsewhere.runs:  # lists must name blocks that there are
+        chosen.lists.zero_()
+        chosen.counts.fill_(a.top)
+    return chosen
 
 
 def summarize_blocks(a: SummaryArguments) -> Summaries:

@@ -11,7 +11,8 @@ from torch import Tensor
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
 from dit_accel.kernels.triton import backward_linear, block_parts
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, cdiv, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch_choice import query_moments
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
 
@@ -20,9 +21,8 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     """What `arguments.Summaries` names, of key blocks of at most 128 tokens: a program holds all of one."""
     found, d = new_summaries(a), a.k.shape[3]
     q, k_start = image_of(a.q, a.text_q, a)[0], image_of(a.k, a.text, a)[1]
-    q_mean = block_means_of(q, a.q_starts, a.places_q, a.q_width, machine, run)
-    metric = _metric(a, q, machine, run)
-    second = metric.diagonal(dim1=1, dim2=2).contiguous()
+    q_mean, second = query_moments(q, a.q_starts, a.places_q, a.q_width, machine, run)
+    metric = _metric(a, q, machine, run) if a.parts > 1 else None
     padded, width = max(16, 1 << (d - 1).bit_length()), max(16, 1 << (a.k_width - 1).bit_length())
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
@@ -40,7 +40,7 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
     numbers = width * padded  # of a tile, of which a program holds several
     run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
-    of_queries = {"q_mean": q_mean, "second": second} | ({"metric": metric} if a.parts > 1 else {})
+    of_queries = {"q_mean": q_mean, "second": second} | ({} if metric is None else {"metric": metric})
     return found._replace(**{name: x.view(getattr(found, name).shape) for name, x in of_queries.items()})
 
 
