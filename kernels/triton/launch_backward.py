@@ -87,7 +87,7 @@ def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Lin
     """`transposed`: the lists by key block."""
     a, of_all = call.a, call.summed(rests.states)
     dnum, mean, mapped = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(3))
-    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image_q) for _ in range(2)), mapped)
+    rest_pull = LinearPull(dnum, call.empty(call.bh, call.image_q), call.empty(call.bh, call.image_q), mapped)
     more_q, more_k, more_v = (call.empty(call.bh, rows, call.channels) for rows in (call.image_q, call.image_k, call.image_k))
     programs = call.q_blocks * cdiv(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
@@ -181,7 +181,8 @@ def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGra
         transposed=transposed, entries=entries, lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
     # each a tensor of its own: an operator's outputs share no memory
-    whole = PooledGradients(*(x.sum(0) for x in sums), bias=None if biases is None else biases.sum(0))
+    k_mean, v_mean, *k_half = (x.sum(0) for x in sums)
+    whole = PooledGradients(k_mean, v_mean, *k_half)._replace(bias=None if biases is None else biases.sum(0))
     return whole, None if offsets is None else offsets.sum((0, 1, 3))
 
 
