@@ -183,19 +183,6 @@ class MixtureArguments(NamedTuple):
     slope: Tensor
 
 
-class SplitArguments(NamedTuple):
-    """The arguments of `dit_accel::split_units`, but for the implementation's name. Float32 and contiguous.
-
-    `key` `[BH, T, n, D]`, `weight` `[BH, T, n]`: elements of units, those of weight 0 left out; `metric` `[BH, D, D]`: the mean of q qᵀ;
-    `parts`: 2 or 4.
-    """
-
-    key: Tensor
-    weight: Tensor
-    metric: Tensor
-    parts: int
-
-
 class Declared(NamedTuple):
     """One argument as it is declared."""
 
@@ -271,7 +258,7 @@ def _number(d: Declared, value: Any) -> Any:
 
 
 ATTENTION = Transport(Arguments)
-SUMMARY, MIXTURE, SPLIT = Transport(SummaryArguments), Transport(MixtureArguments), Transport(SplitArguments)
+SUMMARY, MIXTURE = Transport(SummaryArguments), Transport(MixtureArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -353,14 +340,6 @@ def check_mixture(a: MixtureArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
     (*heads, mixtures, units), d = a.weight.shape, a.slope.shape[-1]
     _check_floats({"weight": (a.weight, (*heads, mixtures, units)), "slope": (a.slope, (*heads, d, units, d))})
-
-
-def check_split(a: SplitArguments) -> None:
-    """Raise ValueError at arguments that do not fit each other."""
-    heads, units, elements, d = a.key.shape
-    _check_floats({"key": (a.key, a.key.shape), "weight": (a.weight, (heads, units, elements)), "metric": (a.metric, (heads, d, d))})
-    if a.parts not in (2, 4):
-        raise ValueError(f"parts must be 2 or 4, not {a.parts}")
 
 
 def _check_floats(given: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:

@@ -2,9 +2,9 @@
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
-blocks, `dit_accel::mix_slopes` the slopes of query blocks from it; `dit_accel::group_units` makes all that query blocks see of groups on a
-CPU, `dit_accel::split_units` splits groups on a GPU. Their arguments are those of `arguments` and `grouping`, packed, after
-`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it; `dit_accel::group_units` makes all that query blocks see of groups.
+Their arguments are those of `arguments` and `grouping`, packed, after `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton,
+also on CPU tensors under Triton's interpreter).
 """
 
 import functools
@@ -19,11 +19,9 @@ from dit_accel.kernels.arguments import (
     ATTENTION,
     DIFFERENTIABLE,
     MIXTURE,
-    SPLIT,
     SUMMARY,
     Arguments,
     MixtureArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
     Transport,
@@ -65,14 +63,8 @@ def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
     return slopes
 
 
-def split_units(a: SplitArguments, implementation: str) -> Tensor:
-    """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it, by the GPU's kernels alone. Not differentiated."""
-    part: Tensor = split_units_op(implementation, *SPLIT.pack(a))
-    return part
-
-
 def group_units(a: GroupingArguments, implementation: str) -> Units:
-    """Pooled keys of groups, what query blocks see of them, and slopes, by the CPU's kernels alone.
+    """Pooled keys of groups, what query blocks see of them, and slopes.
 
     Differentiable in q_mean, pooled_k, pooled_v, slope, second and spread, but not through the choices of parts and of what is opened.
     """
@@ -246,18 +238,6 @@ def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)
-
-
-@torch.library.custom_op("dit_accel::split_units", mutates_args=(), schema=SPLIT.schema("Tensor"))
-def split_units_op(implementation: str, *given: Any) -> Tensor:
-    part: Tensor = _implementation(implementation).split_units(SPLIT.unpack(*given))
-    return part
-
-
-@split_units_op.register_fake
-def _(implementation: str, *given: Any) -> Tensor:
-    a = SPLIT.unpack(*given)
-    return a.weight.new_empty(a.weight.shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op(

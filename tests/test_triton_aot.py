@@ -17,6 +17,7 @@ from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
 OTHERS = {
     "block_moments", "choose_by_means", "sum_states", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes",
+    "group_level", "span_logits", "see_units", "weigh_units", "mix_units",
 }  # fmt: skip
 
 
@@ -71,7 +72,9 @@ from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.method.presets import CLEAR, Fovea, SLA
 
-MORE = {"block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}
+MORE = {
+    "block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes", "mix_units",
+}  # fmt: skip
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1, parts=2)):
     layout = TokenLayout((1, height, width), text)

@@ -12,13 +12,14 @@ from helpers import Shape, random_parameters
 from torch import Tensor
 
 from dit_accel.kernels.triton import calls, replay
-from dit_accel.method import AttentionSpec
+from dit_accel.method import AttentionSpec, Pooled
 from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.operator.attention import attention
 
 SHAPE = Shape(1, 1, 16, (1, 6, 8), 3)
 SPECS: dict[str, AttentionSpec] = {
-    "fovea": Fovea(0.3, tile=(4, 4)), "fovea-1": Fovea(0.3, tile=(4, 4), order=1, parts=2), "sla": SLA(0.3, block=(16, 16)),
+    "fovea": Fovea(0.3, tile=(4, 4)), "fovea-1": Fovea(0.3, tile=(4, 4), order=1, parts=2),
+    "fovea-groups": replace(Fovea(0.1, tile=(4, 4), order=1), rest=Pooled(parts=4, order=1, opened=1)), "sla": SLA(0.3, block=(16, 16)),
     "clear": CLEAR(2),
 }  # fmt: skip
 
@@ -36,7 +37,7 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def compute(name: str, seed: int) -> list[Tensor]:
     """Output, lse and all gradients."""
-    spec, shape = SPECS[name], SHAPE
+    spec, shape = SPECS[name], replace(SHAPE, grid=(1, 12, 16)) if name == "fovea-groups" else SHAPE
     torch.manual_seed(seed)
     qkv = [torch.randn(shape.batch, shape.heads, shape.layout.tokens, shape.head_dim).requires_grad_() for _ in range(3)]
     params = random_parameters(spec, shape).requires_grad_()

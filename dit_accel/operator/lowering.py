@@ -3,14 +3,13 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, MixtureArguments, SplitArguments, Summaries, SummaryArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, Summaries, SummaryArguments
 from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.grouping import GroupingArguments
 from dit_accel.kernels.reference import MASKED
@@ -27,9 +26,8 @@ from dit_accel.method.parts import (
     Residual,
     Score,
     TopK,
-    groups,
 )
-from dit_accel.method.parts.content import Moments, weights_of
+from dit_accel.method.parts.content import weights_of
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts, TokenLayout
@@ -192,32 +190,6 @@ def _grouped(
     made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
 ) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
-    if implementation == "cpu":
-        return _units(made, rest, opened, plan, lists, scale)
-    heads, parts = made.q_mean.shape[:2], rest.parts
-    flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
-    queries = groups.Queries(flat["second"], flat.get("metric"), scale)
-    key, value, tokens, spread, v_spread = (
-        flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
-    )
-    lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
-    divide = functools.partial(_divide, implementation)
-    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
-    means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
-    kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
-    seen = groups.listed(kept, groups.scores_of(means, by_level[1:], rest.cap, queries), plan.prepared, opened)
-    index, counts = groups.unit_lists(seen)
-    pooled = groups.joined([level.pooled(log_count=rest.log_count, cap=rest.most) for level in by_level])
-    given = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias, "pool_lists": index, "pool_counts": counts}
-    found: dict[str, Any] = {name: x.unflatten(0, heads).contiguous() for name, x in given.items()}
-    if rest.order:
-        own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
-        found["slopes"] = _mixed(own, by_level, heads, implementation)
-    return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
-
-
-def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
-    """The same by one operator of the CPU's kernels."""
     place = plan.prepared["far_slot"].int()
     found = ops.group_units(
         GroupingArguments(
@@ -227,27 +199,13 @@ def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists,
             parts=rest.parts, roots=len(plan.prepared["far_roots"]), opened=opened, scale=scale, cap=rest.most, score_cap=rest.cap,
             log_count=rest.log_count,
         ),
-        "cpu",
+        implementation,
     )  # fmt: skip
     slopes = {"slopes": found.slopes} if rest.order else {}
     return slopes | {
         "rest": "pooled", "pooled_k": found.joined_k, "pooled_v": found.joined_v, "pooled_bias": found.joined_bias,
         "pool_lists": found.pool_lists, "pool_counts": found.pool_counts, "pool_slots": place, "pool_parts": rest.parts,
     }  # fmt: skip
-
-
-def _divide(implementation: str, elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
-    """`splitting.split` by the kernels."""
-    if metric is None:
-        return torch.zeros_like(weight, dtype=torch.uint8)
-    return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
-
-
-def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
-    """`groups.slopes_of_spans` by the kernels, of what each level's slopes are multiplied by."""
-    slopes = [level.slope.transpose(1, 2) for level in by_level if level.slope is not None]
-    given = (MixtureArguments(*(x.unflatten(0, heads).contiguous() for x in pair)) for pair in zip(own, slopes, strict=True))
-    return functools.reduce(torch.add, (ops.mix_slopes(mixture, implementation) for mixture in given))
 
 
 def _image_of(x: Tensor, layout: TokenLayout) -> Tensor:

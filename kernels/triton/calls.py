@@ -15,19 +15,28 @@ from dit_accel.kernels import capture
 from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
-    check_split,
     check_summary,
     dense,
     in_order,
 )
 from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection
-from dit_accel.kernels.splitting import split
-from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_choice, launch_parts, replay, tuned
+from dit_accel.kernels.grouping import GroupingArguments, Units, check_grouping
+from dit_accel.kernels.triton import (
+    driver,
+    fallback,
+    launch,
+    launch_backward,
+    launch_choice,
+    launch_parts,
+    launch_units,
+    replay,
+    tuned,
+    units_gradients,
+)
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
@@ -232,8 +241,16 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
 
 def mix_slopes(a: MixtureArguments) -> Tensor:
     """The mixtures `[B, H, n, D, D]`."""
-    check_mixture(a)
-    return launch_parts.mix_slopes(a)
+
+    def function(machine: Machine, run: Run) -> Tensor:
+        check_mixture(a)
+        return launch_parts.mix_slopes(a, machine, run)
+
+    def signature() -> Hashable:
+        return "mix_slopes", a.weight.shape, a.slope.shape
+
+    with torch.cuda.device_of(a.slope):
+        return _run("mix_slopes", a.slope, a, signature, function)
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
@@ -241,10 +258,29 @@ def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
     return launch_parts.gradients_of_mixture(dout, a)
 
 
-def split_units(a: SplitArguments) -> Tensor:
-    """The part of each element. Groups are few: in torch."""
-    check_split(a)
-    return split(a.key, a.weight, a.metric, a.parts).to(torch.uint8)
+def group_units(a: GroupingArguments) -> Units:
+    """Pooled keys of groups, what query blocks see of them, and slopes."""
+
+    def function(machine: Machine, run: Run) -> Units:
+        check_grouping(a)
+        return launch_units.group_units(a, machine, run)
+
+    def signature() -> Hashable:
+        settings = tuple(x.shape if isinstance(x, Tensor) else x for x in a if not isinstance(x, float))
+        return "group_units", *settings
+
+    with torch.cuda.device_of(a.q_mean):
+        found = _run("group_units", a.q_mean, a, signature, function)
+    elsewhere = _redirected.get()
+    if elsewhere is not None and not elsewhere.runs:  # lists must name units that there are
+        found.pool_lists.zero_()
+        found.pool_counts.zero_()
+    return found
+
+
+def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
+    """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
+    return units_gradients.gradients_of_units(grads, results, a)
 
 
 def _dense(a: Arguments) -> Arguments:

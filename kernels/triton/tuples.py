@@ -167,6 +167,40 @@ class Parts(NamedTuple):
     part: Tensor
 
 
+class Elements(NamedTuple):
+    """Pooled keys and values `[BH, P, D]` of units, and of each its number of tokens, the variance of their logits and the trace of that of
+    their values `[BH, P]`."""
+
+    key: Tensor
+    value: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
+
+
+class Joined(NamedTuple):
+    """`Elements` of the units of all levels, and their biases `[BH, P]`."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
+
+
+class Groups(NamedTuple):
+    """What there is of units as wholes: the numbers of all levels' tokens `[BH, units]`, and of the groups the parts of their members'
+    parts, mean keys `[BH, above, D]`, what joins their scores `[BH, above]`, and the slopes of what lies between their members' parts
+    `[BH, D, above, D]`."""
+
+    total: Tensor
+    part: Tensor
+    middle: Tensor
+    score_bias: Tensor
+    slope: Tensor
+
+
 class PooledGradients(NamedTuple):
     """Gradients `[BH, Tk · PARTS, D]` float32 of the pooled keys, values and half variances, `[BH, tiles]` of the offset, and
     `[BH, Tk · PARTS]` of the biases that are given."""
@@ -233,7 +267,7 @@ SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
     "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "groups", "words", "top", "k_width", "units",
-    "pool_width",
+    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened",
 ]  # fmt: skip
 
 
