@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalogue_table import catalogue
+from choose_table import choose
 from tables import TABLES, fill, read
 
 from dit_accel import AttentionSpec, TokenLayout
@@ -34,6 +35,7 @@ PAGES = {  # page -> its tables
     "docs/measured.md": {
         name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
     },
+    "docs/choose.md": {"choose": choose},
     "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu")},
     "docs/plans.md": {"plans": TABLES["plans"]},
     "docs/video.md": {"video": TABLES["video"]},

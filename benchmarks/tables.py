@@ -43,10 +43,10 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, 
     made = [[f" {cell} " if cell else " " for cell in row] for row in [head, *rows]]
     made.insert(1, ["---"] * len(head))
     machine = (record or {}).get("machine")
-    return "\n".join(f"|{'|'.join(row)}|" for row in made) + (f"\n\n*{_described(machine)}*" if machine else "")
+    return "\n".join(f"|{'|'.join(row)}|" for row in made) + (f"\n\n*{described(machine)}*" if machine else "")
 
 
-def _described(machine: dict[str, Any]) -> str:
+def described(machine: dict[str, Any]) -> str:
     """Processor or card, and version."""
     kernels = f" ({machine['target']})" if "target" in machine else ""
     place = machine.get("gpu") or f"{machine['processor']}{kernels}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"

@@ -1,12 +1,17 @@
-"""Curves as pictures: a training's loss, and how much of the quality is back, of one training or of several next to each other."""
+"""Curves as pictures: a training's loss, and how much of the quality is back, of one training or of several next to each other.
+
+matplotlib is imported where something is drawn: `distill` imports this module, and matplotlib takes half a second.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMOOTHED = 40  # windows' worth of rows over the whole training: the loss of one step is mostly of which forward it drew
 
@@ -19,6 +24,8 @@ def recovered(history: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
 
 def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
     """The rows of log.jsonl as PNG: loss over steps next to the share recovered over minutes."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_loss(left, [row for row in history if "loss" in row])
@@ -33,6 +40,8 @@ def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
 def draw_recovery(record: Mapping[str, Any]) -> bytes:
     """A record of `bench recovery` as PNG: a panel per method with the share recovered over minutes, a line for each of what is trained,
     and the share that the original in bfloat16 has. Methods that nothing was trained for are left out."""
+    from matplotlib.figure import Figure
+
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         if "impossible" not in row:
@@ -55,7 +64,7 @@ def draw_recovery(record: Mapping[str, Any]) -> bytes:
     return as_png(figure)
 
 
-def _draw_loss(axes: Axes, rows: Sequence[dict[str, float]]) -> None:
+def _draw_loss(axes: "Axes", rows: Sequence[dict[str, float]]) -> None:
     steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
     axes.plot(steps, losses, alpha=0.3, linewidth=0.8)
     width = max(1, len(rows) // SMOOTHED)
@@ -67,7 +76,7 @@ def _draw_loss(axes: Axes, rows: Sequence[dict[str, float]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def as_png(figure: Figure) -> bytes:
+def as_png(figure: "Figure") -> bytes:
     """A figure's picture."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)

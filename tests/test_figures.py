@@ -25,7 +25,7 @@ def figures() -> Any:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in ("gpu", "measured", "methods", "plans", "video"))])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in ("choose", "gpu", "measured", "methods", "plans", "video"))])
 def test_the_pages_tables_are_the_files(figures: Any, name: str) -> None:
     page = (ROOT / name).read_text()
     made = {name: table(ROOT / "benchmarks") for name, table in figures.PAGES[name].items()}
@@ -48,6 +48,22 @@ def test_a_table_that_is_older_than_its_file_is_replaced(figures: Any, tmp_path:
 def test_a_page_without_a_place_for_a_table_is_refused(figures: Any) -> None:
     with pytest.raises(ValueError, match=r"has 0 places for the table 'step': write '<!-- table: step -->' above it, once"):
         figures.fill("nothing", {"step": "| a |"})
+
+
+@pytest.mark.parametrize(
+    ("fovea", "radius", "clear", "taken"),
+    [
+        ((None, 2.6), (None, 3.5), (None, 4.7), "Fovea radius 8; trained: CLEAR radius 8"),
+        ((1.3, 2.6), (None, 3.5), (1.2, 4.7), "Fovea radius 8; trained: CLEAR radius 8"),  # by attention, where a step is missing
+        ((1.3, 2.6), (1.2, 3.5), (1.4, 4.7), "Fovea 5 %"),  # by steps, and 1.4 is not worth a training
+        ((None, 0.6), (None, 0.9), (None, 1.2), "nothing; trained: CLEAR radius 8"),
+        ((None, 0.6), (None, 0.9), (None, 1.05), "nothing"),
+    ],
+)
+def test_what_is_taken_is_the_fastest_and_worth_its_training(figures: Any, fovea: Any, radius: Any, clear: Any, taken: str) -> None:
+    table = sys.modules["choose_table"]
+    speeds = {name: table.Speed(*speed) for name, speed in zip(table.NAMES, (fovea, radius, clear), strict=False)}
+    assert table.advice(speeds) == taken
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,10 +231,39 @@ def test_kernels_shadows_no_other_package() -> None:
     assert importlib.import_module("dit_accel.kernels.reference")
 
 
-def test_import_is_light() -> None:
-    code = "import sys, dit_accel; print(sorted({'torch', 'triton', 'diffusers', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+# the Triton kernels, and libraries that neither torch nor diffusers imports by itself
+LATE = {"dit_accel.kernels.triton.calls", "imageio", "matplotlib", "rich", "torchmetrics", "typer"}
+HEAVY = LATE | {"diffusers", "jinja2", "numpy", "peft", "torch", "transformers", "triton"}
+STAGES = f"""
+import json, sys
+def imported():
+    return sorted({HEAVY} & sys.modules.keys())
+import dit_accel
+stages = [imported()]
+dit_accel.Fovea(0.05)
+stages.append(imported())
+sys.path.append("tests")
+from tiny_image import flux
+pipe, call = flux()
+dit_accel.accelerate(pipe, dit_accel.Fovea(0.05))
+pipe(**call)
+stages.append(imported())
+dit_accel.summary(pipe, show=False)
+for name in dit_accel.__all__:
+    getattr(dit_accel, name)
+stages.append(imported())
+print(json.dumps(stages))
+"""
+
+
+def test_what_is_not_used_is_not_imported() -> None:
+    """By `import dit_accel`, a preset, an accelerated pipeline on a CPU, and all public names."""
+    done = subprocess.run([sys.executable, "-c", STAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    package, preset, accelerated, names = (set(stage) for stage in json.loads(done.stdout.splitlines()[-1]))
+    assert package == set()
+    assert preset <= {"torch", "numpy"}
+    assert "diffusers" in accelerated
+    assert LATE & (accelerated | names) == set()
 
 
 @pytest.mark.parametrize("name", dit_accel.__all__)

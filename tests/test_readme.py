@@ -14,7 +14,7 @@ from test_cli import ROOT
 import dit_accel
 from dit_accel.cli.app import app
 
-PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md", "pipelines/*/weights/README.md")
+PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md", "pipelines/*/weights/README.md", ".github/ISSUE_TEMPLATE/*.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 ROOT_COMMAND = typer.main.get_command(app)
 

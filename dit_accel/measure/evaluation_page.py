@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from rich.table import Table
 
 from dit_accel.console import console
 from dit_accel.files import write_bytes, write_text
@@ -64,6 +62,8 @@ def interval_words(record: dict[str, Any]) -> str:
 
 def plot_noise_levels(record: dict[str, Any]) -> bytes:
     """The velocity error of every side by the timestep that the denoiser is called with, as PNG."""
+    from matplotlib.figure import Figure  # here, as in finetune/curve.py
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     levels = record["noise_levels"]
@@ -86,6 +86,8 @@ def plot_noise_levels(record: dict[str, Any]) -> bytes:
 
 def plot_heads(record: dict[str, Any]) -> bytes:
     """Attention error and kept mass of every layer (rows) and head (columns), as PNG; layers with fewer heads end early."""
+    from matplotlib.figure import Figure
+
     layers = record["heads"]
     width = max(len(layer["error"]) for layer in layers)
     figure = Figure(figsize=(4 + 0.4 * width, 2 + 0.22 * len(layers)), layout="constrained")
@@ -138,6 +140,8 @@ can't be distinguished from rounding. “Original again” must be equal.</p>{ta
 
 def show(record: dict[str, Any]) -> None:
     """Print the measures as a table, and the notes."""
+    from rich.table import Table
+
     head, rows = measure_rows(record)
     view = Table(*head, title=f"{record['method']} against the original, {len(record['prompts'])} prompts")
     for row in rows:

@@ -6,11 +6,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from dit_accel.files import write_bytes
 
@@ -23,12 +18,14 @@ def compare(pictures: Tensor, originals: Tensor) -> dict[str, float]:
     `psnr` (dB, infinite between equal pictures); `ssim`; `distance`, 1 − multi-scale SSIM as a perceptual distance, left out where a side
     is below `DISTANCE_SIDE` pixels; `difference`, the root mean square of the difference.
     """
+    from torchmetrics.functional import image  # which imports matplotlib; here, because `plan` imports this module
+
     pairs = pictures.float(), originals.float()
-    psnr = peak_signal_noise_ratio(*pairs, data_range=1.0, dim=(1, 2, 3))
-    similarity = structural_similarity_index_measure(*pairs, data_range=1.0)
+    psnr = image.peak_signal_noise_ratio(*pairs, data_range=1.0, dim=(1, 2, 3))
+    similarity = image.structural_similarity_index_measure(*pairs, data_range=1.0)
     found = {"psnr": float(psnr), "ssim": float(torch.as_tensor(similarity))}
     if min(pictures.shape[-2:]) >= DISTANCE_SIDE:
-        scales = multiscale_structural_similarity_index_measure(*pairs, data_range=1.0)
+        scales = image.multiscale_structural_similarity_index_measure(*pairs, data_range=1.0)
         found["distance"] = 1 - float(torch.as_tensor(scales))
     return found | {"difference": float((pairs[0] - pairs[1]).square().mean((1, 2, 3)).sqrt().mean())}
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from dit_accel.console import console
 from dit_accel.errors import BackendError
@@ -129,6 +128,8 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
 
 
 def _print(rows: list[LayerSummary], notes: list[str]) -> None:
+    from rich.table import Table  # here, as in console.py
+
     out = console()
     shown = any(row.where for row in rows)
     for method, backend, why in dict.fromkeys((row.method, row.backend, row.why) for row in rows):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from rich.table import Table
 from torch import Tensor
 
 from dit_accel.clock import timed
@@ -126,6 +125,8 @@ def show(
     pipe: Any, transformer: Any, shape: Shape, timed: Timed, base: Size, stages: Sequence[Stage], tile: int | None, batch: int
 ) -> None:
     """Print the forecast of the stages to come."""
+    from rich.table import Table  # here, as in console.py
+
     view = Table(
         "stage", "attention", "tokens", "forwards", "seconds", "denoising GB", "autoencoder GB", title="Forecast, not a measurement"
     )
