@@ -91,6 +91,7 @@ def test_every_form_of_a_call_is_read(form: dict[str, Any], packed: bool, keys: 
         ({"key": torch.zeros(1, 3, 5, 8), "value": torch.zeros(1, 3, 5, 8)}, r"shapes \[1, 2, 5, 8\], \[1, 3, 5, 8\]"),
         ({"value": torch.zeros(1, 2, 5, 4)}, "shapes"),
         ({"mask": torch.zeros(1, 2, 5, 5)}, r"a.* mask of shape \[1, 2, 5, 5\]"),
+        ({"mask": torch.ones(1, 1, 1, 5, dtype=torch.int64)}, "an attention mask of int64"),
     ],
 )
 def test_a_call_that_is_not_known_says_so(change: dict[str, Any], reason: str) -> None:
@@ -129,7 +130,10 @@ def test_masks_over_the_image_and_over_pairs_leave_it_to_the_original(caplog: py
     hidden, pairs = torch.zeros(1, 1, tokens), torch.zeros(tokens, tokens)
     hidden[..., -7:] = -1e4
     pairs[:50, 60:] = -1e4
-    for mask, reason in ((hidden, "an attention mask over image tokens"), (pairs, "an attention mask of shape")):
+    whole = (torch.arange(tokens) < 13)[None, None]  # hides all of it
+    over_image = "an attention mask over image tokens"
+    numbers = torch.zeros(whole.shape).masked_fill(~whole, -torch.inf)
+    for mask, reason in ((hidden, over_image), (whole, over_image), (numbers, over_image), (pairs, "an attention mask of shape")):
         caplog.clear()
         assert torch.equal(host.run(on(patcher), mask=mask, steps=2), host.run(patcher, mask=mask, steps=2))
         assert [reason in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]  # once
