@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +310,22 @@ def test_another_signature_leaves_it_to_the_original(caplog: pytest.LogCaptureFi
     monkeypatch.delattr(patcher.model.diffusion_model, "patch_size")
     assert torch.equal(host.run(fast), host.run(patcher))
     assert "arguments of Flux that this version does not know" in caplog.text
+
+
+def test_a_second_call_of_the_transformer_has_no_grid_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nodes make that draw a picture in parts within one evaluation."""
+    patcher = host.flux()
+    transformer, grids = patcher.model.diffusion_model, iter([((1, 17, 24),), "no grid"])
+    hosts = replace(accelerator.host_of(transformer), grids=lambda arguments, transformer: next(grids))
+    monkeypatch.setattr(accelerator, "host_of", lambda transformer: hosts)
+    fast = on(patcher)
+
+    def twice(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    fast.add_wrapper_with_key("apply_model", "another", twice)
+    assert torch.equal(host.run(fast), host.run(patcher))
 
 
 def test_another_place_of_the_image_leaves_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:

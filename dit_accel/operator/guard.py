@@ -151,7 +151,7 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def _seconds_on_gpu(device: torch.device, function: Callable[[], None]) -> float:
-    """By events on the current stream; only what was recorded there is waited for.
+    """By events on the device's current stream; only what was recorded there is waited for.
 
     The GPU is given something to do before: a model's other layers keep it busy while the processor launches ahead, so that the gaps
     between the kernels of a call by itself are no part of what it costs there.
@@ -160,9 +160,10 @@ def _seconds_on_gpu(device: torch.device, function: Callable[[], None]) -> float
     side = torch.ones(AHEAD, AHEAD, dtype=torch.float16, device=device)
     for _ in range(2):
         torch.mm(side, side)
-    start.record()
-    function()
-    end.record()
+    with torch.cuda.device(device):  # events are recorded on the current device's stream, and a model may be on another
+        start.record()
+        function()
+        end.record()
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3
