@@ -19,16 +19,19 @@ FEATURES = ("softmax", "elu", "relu")
 
 
 class Mark(NamedTuple):
-    """What a type alone does not say: a tensor has a gradient; it is `[B, H, N, D]` by strides; a string is one of these."""
+    """What a type alone does not say: a tensor has a gradient; it is `[B, H, N, D]` by strides; a string is one of these; only the GPU's
+    kernels read it."""
 
     differentiable: bool = False
     strided: bool = False
     choices: tuple[str, ...] = ()
+    gpu: bool = False
 
 
 Rows = Annotated[Tensor, Mark(differentiable=True, strided=True)]  # `[B, H, N, D]`: a gradient has its dtype
 ChosenFrom = Annotated[Tensor, Mark(strided=True)]
 Learned = Annotated[Tensor | None, Mark(differentiable=True)]  # contiguous: a gradient is float32
+OnGpu = Annotated[Tensor | None, Mark(gpu=True)]
 Rest = Annotated[str, Mark(choices=RESTS)]
 Feature = Annotated[str, Mark(choices=FEATURES)]
 
@@ -62,6 +65,8 @@ class Arguments(NamedTuple):
     all are seen.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
+    `bits` int32 `[.., q blocks, words]`: the lists as bits; `means` `[3, B·H, k blocks, D]` in q's dtype: means of the key blocks' keys and
+    values, half the variances of their keys (of no meaning without `variance`). Both as `Chosen` has them, or None: they are made.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
     """
 
@@ -100,6 +105,8 @@ class Arguments(NamedTuple):
     weight: Learned = None
     bias: Learned = None
     text_bias: Tensor | None = None
+    bits: OnGpu = None
+    means: OnGpu = None
     rest: Rest = "none"
     feature_map: Feature = "softmax"
     log_count: bool = False
@@ -108,31 +115,6 @@ class Arguments(NamedTuple):
     residual: bool = False
     pool_parts: int = 1
     cap: float = 0.0
-
-
-class SelectionArguments(NamedTuple):
-    """The arguments of `dit_accel::select_blocks`, but for the implementation's name.
-
-    `q`, `k` `[B, H, N, D]`: image tokens; starts, widths and places as in `Arguments`. `top`: key blocks per query block. `weight`
-    `[k blocks]` float32: a factor of each block's score, or None; `bias` `[B, H, k blocks]` float32: joins it, or None. `v` as `k`, in the
-    place of a bias: then the score is that of the error which a block's pooled key would leave, of logits of this `scale`; `score_cap` as
-    in `SummaryArguments`.
-    """
-
-    q: ChosenFrom
-    k: ChosenFrom
-    q_starts: Tensor
-    k_starts: Tensor
-    q_width: int
-    k_width: int
-    top: int
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    places_q: Tensor | None = None
-    places_k: Tensor | None = None
-    v: Annotated[Tensor | None, Mark(strided=True)] = None
-    scale: float = 1.0
-    score_cap: float = 0.0
 
 
 class SummaryArguments(NamedTuple):
@@ -199,19 +181,6 @@ class MixtureArguments(NamedTuple):
 
     weight: Tensor
     slope: Tensor
-
-
-class SplitArguments(NamedTuple):
-    """The arguments of `dit_accel::split_units`, but for the implementation's name. Float32 and contiguous.
-
-    `key` `[BH, T, n, D]`, `weight` `[BH, T, n]`: elements of units, those of weight 0 left out; `metric` `[BH, D, D]`: the mean of q qᵀ;
-    `parts`: 2 or 4.
-    """
-
-    key: Tensor
-    weight: Tensor
-    metric: Tensor
-    parts: int
 
 
 class Declared(NamedTuple):
@@ -288,8 +257,8 @@ def _number(d: Declared, value: Any) -> Any:
     return -1 if value is None else int(value) if d.kind is bool else value
 
 
-ATTENTION, SELECTION = Transport(Arguments), Transport(SelectionArguments)
-SUMMARY, MIXTURE, SPLIT = Transport(SummaryArguments), Transport(MixtureArguments), Transport(SplitArguments)
+ATTENTION = Transport(Arguments)
+SUMMARY, MIXTURE = Transport(SummaryArguments), Transport(MixtureArguments)
 DIFFERENTIABLE = {d.name: d for d in declared(Arguments) if d.mark.differentiable}
 
 
@@ -311,6 +280,7 @@ def check(a: Arguments) -> None:
     """Raise ValueError at arguments that do not fit each other: a kernel would read what is not there."""
     _check_numbers(a)
     _check_pooled(a)
+    _check_made(a)
     if a.masks is None and a.masks_t is None and a.mask_of is None:
         return
     if a.masks is None or a.masks_t is None or a.mask_of is None:
@@ -366,28 +336,10 @@ def check_summary(a: SummaryArguments) -> None:
         raise ValueError(f"the text must be a part of the tokens, not {numbers}")
 
 
-def check_selection(a: SelectionArguments) -> None:
-    """Raise ValueError at values that do not fit the keys."""
-    if a.v is None:
-        return
-    if a.v.shape != a.k.shape:
-        raise ValueError(f"v must have k's shape {tuple(a.k.shape)}, not {tuple(a.v.shape)}")
-    if a.bias is not None:
-        raise ValueError("a choice takes values or a bias, not both: leave v or bias out")
-
-
 def check_mixture(a: MixtureArguments) -> None:
     """Raise ValueError at arguments that do not fit each other."""
     (*heads, mixtures, units), d = a.weight.shape, a.slope.shape[-1]
     _check_floats({"weight": (a.weight, (*heads, mixtures, units)), "slope": (a.slope, (*heads, d, units, d))})
-
-
-def check_split(a: SplitArguments) -> None:
-    """Raise ValueError at arguments that do not fit each other."""
-    heads, units, elements, d = a.key.shape
-    _check_floats({"key": (a.key, a.key.shape), "weight": (a.weight, (heads, units, elements)), "metric": (a.metric, (heads, d, d))})
-    if a.parts not in (2, 4):
-        raise ValueError(f"parts must be 2 or 4, not {a.parts}")
 
 
 def _check_floats(given: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
@@ -415,6 +367,17 @@ def _check_pooled(a: Arguments) -> None:
         if x is not None and (x.shape != (batch, heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous()):
             expected = f"float32 {(batch, heads, *shape)} and contiguous"
             raise ValueError(f"{name} must be {expected}, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
+
+
+def _check_made(a: Arguments) -> None:
+    (batch, heads, _, channels), blocks = a.q.shape, len(a.k_starts) - 1
+    given = {
+        "bits": (a.bits, torch.int32, (*a.counts.shape, -(-blocks // 32))),
+        "means": (a.means, a.q.dtype, (3, batch * heads, blocks, channels)),
+    }
+    for name, (x, dtype, shape) in given.items():
+        if x is not None and (x.dtype != dtype or x.shape != shape or not x.is_contiguous()):
+            raise ValueError(f"{name} must be {dtype} {shape} and contiguous, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
 
 
 def _check_units(a: Arguments, pools: int, spans: int) -> None:

@@ -50,9 +50,9 @@ class Units(NamedTuple):
     Differentiable: joined_k, joined_v, joined_bias, slopes. `joined_k`, `joined_v` `[B, H, units · parts, D]`, `joined_bias`,
     `joined_tokens`, `joined_spread` `[B, H, units · parts]`: pooled keys and values, their biases, numbers of tokens, variances of logits.
     `slopes` `[B, H, spans, D of k, D of v]`, `pool_lists` `[B, H, spans, n]`, `pool_counts` `[B, H, spans]`: as in `Arguments`. For the
-    backward pass: `above` `[B, H, D of k, units - slots, D of v]`: the slopes of groups; `shares` `[B, H, spans, n, parts]`: of each pooled
-    key on a list in the softmax of the span's mean query; `part` `[B, H, units - slots, 4 · parts]` uint8: of each part of its members. No
-    elements where there are no slopes: slopes, above and shares.
+    backward pass: `above` `[B, H, D of k, units - slots, D of v]`: the slopes of groups, on a GPU without those of their members; `shares`
+    `[B, H, spans, n, parts]`: of each pooled key on a list in the softmax of the span's mean query; `part`
+    `[B, H, units - slots, 4 · parts]` uint8: of each part of its members. No elements where there are no slopes: slopes, above and shares.
     """
 
     joined_k: Tensor

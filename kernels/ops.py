@@ -2,9 +2,9 @@
 
 `dit_accel::attention` is a whole accelerated layer's operator; `dit_accel::attention_backward` gives its gradients;
 `dit_accel::select_blocks` chooses key blocks; `dit_accel::summarize_blocks` makes what a rest of pooled keys and a choice take from whole
-blocks, `dit_accel::mix_slopes` the slopes of query blocks from it; `dit_accel::group_units` makes all that query blocks see of groups on a
-CPU, `dit_accel::split_units` splits groups on a GPU. Their arguments are those of `arguments` and `grouping`, packed, after
-`implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton, also on CPU tensors under Triton's interpreter).
+blocks, `dit_accel::mix_slopes` the slopes of query blocks from it; `dit_accel::group_units` makes all that query blocks see of groups.
+Their arguments are those of `arguments` and `grouping`, packed, after `implementation`: "cpu" (kernels/cpu) or "triton" (kernels/triton,
+also on CPU tensors under Triton's interpreter).
 """
 
 import functools
@@ -19,13 +19,9 @@ from dit_accel.kernels.arguments import (
     ATTENTION,
     DIFFERENTIABLE,
     MIXTURE,
-    SELECTION,
-    SPLIT,
     SUMMARY,
     Arguments,
     MixtureArguments,
-    SelectionArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
     Transport,
@@ -33,6 +29,7 @@ from dit_accel.kernels.arguments import (
     gradient_like,
     new_summaries,
 )
+from dit_accel.kernels.choosing import SELECTION, Chosen, SelectionArguments, new_chosen
 from dit_accel.kernels.grouping import (
     DIFFERENTIABLE_GROUPING,
     GRADIENTS_OF_UNITS,
@@ -50,10 +47,9 @@ def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def select_blocks(a: SelectionArguments, implementation: str) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`. Not differentiated."""
-    lists: Tensor = select_blocks_op(implementation, *SELECTION.pack(a))
-    return lists
+def select_blocks(a: SelectionArguments, implementation: str) -> Chosen:
+    """The `top` best key blocks of each query block, ascending. Not differentiated."""
+    return Chosen(*select_blocks_op(implementation, *SELECTION.pack(a)))
 
 
 def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
@@ -67,14 +63,8 @@ def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
     return slopes
 
 
-def split_units(a: SplitArguments, implementation: str) -> Tensor:
-    """The part `[BH, T, n]` of each element, uint8, as `splitting.split` has it, by the GPU's kernels alone. Not differentiated."""
-    part: Tensor = split_units_op(implementation, *SPLIT.pack(a))
-    return part
-
-
 def group_units(a: GroupingArguments, implementation: str) -> Units:
-    """Pooled keys of groups, what query blocks see of them, and slopes, by the CPU's kernels alone.
+    """Pooled keys of groups, what query blocks see of them, and slopes.
 
     Differentiable in q_mean, pooled_k, pooled_v, slope, second and spread, but not through the choices of parts and of what is opened.
     """
@@ -139,16 +129,16 @@ def _by_place(transport: Transport, grads: Mapping[str, Tensor | None]) -> tuple
 attention_op.register_autograd(_gradients, setup_context=_save)
 
 
-@torch.library.custom_op("dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema("Tensor"))
-def select_blocks_op(implementation: str, *given: Any) -> Tensor:
-    lists: Tensor = _implementation(implementation).select_blocks(SELECTION.unpack(*given))
-    return lists
+@torch.library.custom_op(
+    "dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema(f"({', '.join(['Tensor'] * len(Chosen._fields))})")
+)
+def select_blocks_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(_implementation(implementation).select_blocks(SELECTION.unpack(*given)))
 
 
 @select_blocks_op.register_fake
-def _(implementation: str, *given: Any) -> Tensor:
-    a = SELECTION.unpack(*given)
-    return a.q.new_empty((a.q.shape[0] * a.q.shape[1], len(a.q_starts) - 1, a.top), dtype=torch.int32)
+def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(new_chosen(SELECTION.unpack(*given), gpu=implementation == "triton"))
 
 
 @torch.library.custom_op(
@@ -248,18 +238,6 @@ def _gradients_of_mixture(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 mix_slopes_op.register_autograd(_gradients_of_mixture, setup_context=_save_mixture)
-
-
-@torch.library.custom_op("dit_accel::split_units", mutates_args=(), schema=SPLIT.schema("Tensor"))
-def split_units_op(implementation: str, *given: Any) -> Tensor:
-    part: Tensor = _implementation(implementation).split_units(SPLIT.unpack(*given))
-    return part
-
-
-@split_units_op.register_fake
-def _(implementation: str, *given: Any) -> Tensor:
-    a = SPLIT.unpack(*given)
-    return a.weight.new_empty(a.weight.shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op(

@@ -14,12 +14,10 @@ from dit_accel.kernels.arguments import (
     Learned,
     MixtureArguments,
     Rows,
-    SelectionArguments,
-    SplitArguments,
     SummaryArguments,
     Transport,
-    check_split,
 )
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.grouping import GroupingArguments
 
@@ -70,7 +68,6 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         (ops.summarize_blocks_op, SummaryArguments, []),
         (ops.mix_slopes_op, MixtureArguments, []),
         (ops.mix_slopes_backward_op, MixtureArguments, ["dout"]),
-        (ops.split_units_op, SplitArguments, []),
         (ops.group_units_op, GroupingArguments, []),
     ],
     ids=[
@@ -80,7 +77,6 @@ def test_the_structs_fields_are_what_is_declared() -> None:
         "summarize_blocks",
         "mix_slopes",
         "mix_slopes_backward",
-        "split_units",
         "group_units",
     ],
 )
@@ -120,6 +116,7 @@ def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     [
         ({"v": torch.ones(1, 2, 95, 8)}, r"v must have k's shape \(1, 2, 96, 8\), not \(1, 2, 95, 8\)"),
         ({"v": torch.ones(1, 2, 96, 8), "bias": torch.ones(1, 2, 6)}, "values or a bias, not both: leave v or bias out"),
+        ({"pooled": True}, "made of k and v: give v, or leave pooled out"),
     ],
     ids=str,
 )
@@ -128,17 +125,3 @@ def test_values_that_do_not_fit_a_choice_are_refused(change: dict[str, Tensor], 
     a = SelectionArguments(q=x, k=x, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
     with pytest.raises(ValueError, match=message):
         ops.select_blocks(a._replace(**change), "cpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"parts": 3}, "parts must be 2 or 4, not 3"),
-        ({"weight": torch.ones(2, 3, 7)}, "weight must be float32"),
-        ({"metric": torch.eye(8)}, "metric must be float32"),
-    ],
-)
-def test_splits_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    a = SplitArguments(torch.randn(2, 3, 8, 8), torch.ones(2, 3, 8), torch.eye(8).repeat(2, 1, 1), 4)
-    with pytest.raises(ValueError, match=message):
-        check_split(a._replace(**change))

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dit_accel import accelerate
 from dit_accel.errors import BackendError
 from dit_accel.kernels import blocks, dispatch, ops
-from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
+from dit_accel.kernels.arguments import ATTENTION, Arguments
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.method import AttentionSpec, Disc, DiscBlocks, ErrorProduct, Linear, Mass, Pooled, Raster, Tiles, TopK, Window
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -244,7 +245,7 @@ def test_scores_that_tie_keep_the_first_blocks() -> None:
     q = torch.ones(1, 2, 96, 8)
     starts = torch.arange(0, 97, 16, dtype=torch.int32)
     a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=3)
-    assert ops.select_blocks(a, "cpu").tolist() == [[[0, 1, 2]] * 6] * 2
+    assert ops.select_blocks(a, "cpu").lists.tolist() == [[[0, 1, 2]] * 6] * 2
 
 
 def test_selection_equals_the_reference() -> None:
@@ -255,8 +256,10 @@ def test_selection_equals_the_reference() -> None:
     means = [blocks.pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
     expected = blocks.select_blocks(*means, 4, key_weight=weight).index.sort(-1).values
     a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=4, weight=weight)
-    got = ops.select_blocks(a, "cpu")
+    got, counts, *others = ops.select_blocks(a, "cpu")
     assert got.dtype == torch.int32
+    assert counts.tolist() == [[4] * 10] * 4
+    assert [x.numel() for x in others] == [0, 0]
     assert got.tolist() == expected.tolist()
 
 

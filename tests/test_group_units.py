@@ -57,14 +57,13 @@ every_target = pytest.mark.usefixtures("target")
 
 
 @functools.cache
-def arguments(name: str, rest: Pooled, keep: Any, dim: int) -> GroupingArguments:
-    """What the operator is called with for two heads of a layout."""
+def arguments(which: str | TokenLayout, rest: Pooled, keep: Any, dim: int) -> GroupingArguments:
+    """What the operator is called with for two heads of a layout, or of that of a name."""
+    layout = LAYOUTS[which] if isinstance(which, str) else which
     found, real = [], ops.group_units
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "group_units", lambda a, which: (found.append(a), real(a, which))[1])
-        attention(
-            *inputs(LAYOUTS[name], torch.float32, dim), grouped(rest, keep), LAYOUTS[name], scale=SCALE * (8 / dim) ** 0.5, backend="cpu"
-        )
+        attention(*inputs(layout, torch.float32, dim), grouped(rest, keep), layout, scale=SCALE * (8 / dim) ** 0.5, backend="cpu")
     return found[0]
 
 

@@ -17,14 +17,8 @@ from on_device import CPU, device_of, moved
 from torch import Tensor
 
 from dit_accel.kernels import ops, splitting
-from dit_accel.kernels.arguments import (
-    MIXTURE,
-    SUMMARY,
-    MixtureArguments,
-    SelectionArguments,
-    Summaries,
-    SummaryArguments,
-)
+from dit_accel.kernels.arguments import MIXTURE, SUMMARY, MixtureArguments, Summaries, SummaryArguments
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import native
 from dit_accel.method import ErrorProduct, Fovea, Linear, Mass, Pooled, Tiles, TopK
 from dit_accel.method.parts import Call, content
@@ -265,7 +259,8 @@ GUARDED = """
 import ctypes, mmap, os, sys
 import torch
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
+from dit_accel.kernels.arguments import MixtureArguments, SummaryArguments
+from dit_accel.kernels.choosing import SelectionArguments
 
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 libc.mmap.restype = ctypes.c_void_p
@@ -323,11 +318,12 @@ def test_the_kernels_choose_by_the_error(shape: Shape, spec: AttentionSpec) -> N
         qkv = shape.inputs(dtype)
         made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
         assert (made is None) == spec.rest.plain  # type: ignore[union-attr]  # then it is one operator
-        got = lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", made)
+        got, means = lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", made)
+        assert means is None  # which the CPU's kernels make where they are read
         expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
         assert torch.equal(got.index.long(), expected)
         by_mean = dataclasses.replace(spec, keep=(TopK(0.3),))
-        assert not torch.equal(got.index, lowering.lists(*qkv, by_mean, layouts, plan, 0.3, "cpu", None).index)
+        assert not torch.equal(got.index, lowering.lists(*qkv, by_mean, layouts, plan, 0.3, "cpu", None)[0].index)
 
 
 def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +332,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", None).index)
+        found.append(lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", None)[0].index)
     assert torch.equal(*found)
 
 
@@ -345,7 +341,7 @@ def test_keys_far_from_the_origin_are_chosen_by_their_spread() -> None:
     shape, spec = Shape(1, 2, 24, (1, 16, 16)), by_error()
     plan, (q, k, v) = plan_of(shape, spec), shape.inputs()
     q, k, v = q / 100, k / 100 + 30, v / 100 - 30
-    got = lowering.lists(q, k, v, spec, Layouts(shape.layout, shape.layout), plan, 0.3, "cpu", None)
+    got, _ = lowering.lists(q, k, v, spec, Layouts(shape.layout, shape.layout), plan, 0.3, "cpu", None)
     expected = visited_blocks(image_call(*(x.double() for x in (q, k, v)), shape.layout, plan, {}, 0.3), spec, plan)
     assert torch.equal(got.index.long(), expected.index.sort(-1).values)
 
@@ -357,8 +353,8 @@ def test_a_bias_joins_the_score() -> None:
     a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, bias=bias)
     means = [x.unflatten(2, (6, 16)).mean(3).flatten(0, 1) for x in (q, k)]
     score = means[0].double() @ means[1].double().mT + bias.flatten(0, 1)[:, None]
-    assert torch.equal(ops.select_blocks(a, "cpu").long(), score.topk(2).indices.sort(-1).values)
-    assert not torch.equal(ops.select_blocks(a, "cpu"), ops.select_blocks(a._replace(bias=None), "cpu"))
+    assert torch.equal(ops.select_blocks(a, "cpu").lists.long(), score.topk(2).indices.sort(-1).values)
+    assert not torch.equal(ops.select_blocks(a, "cpu").lists, ops.select_blocks(a._replace(bias=None), "cpu").lists)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,7 +15,10 @@ from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
 from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
-OTHERS = {"choose_blocks", "list_bits", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes"}
+OTHERS = {
+    "block_moments", "choose_by_means", "sum_states", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes",
+    "group_level", "span_logits", "see_units", "weigh_units", "mix_units",
+}  # fmt: skip
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -69,7 +72,9 @@ from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.method.presets import CLEAR, Fovea, SLA
 
-MORE = {"summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes"}
+MORE = {
+    "block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes", "mix_units",
+}  # fmt: skip
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1, parts=2)):
     layout = TokenLayout((1, height, width), text)
@@ -95,6 +100,32 @@ def test_another_size_compiles_nothing_anew() -> None:
     assert len(found[0].splitlines()) > 20
     assert found[1] == found[0]
     assert found[2] == found[0]
+
+
+CHOICES = """
+import sys, torch
+from dit_accel.kernels.choosing import SelectionArguments
+from dit_accel.kernels.triton import aot, launch_choice
+from dit_accel.kernels.triton.tables import Machine
+
+for blocks in (launch_choice.TOGETHER // 2, launch_choice.TOGETHER, launch_choice.TOGETHER + 1):
+    x = torch.empty(1, 2, 64 * blocks, 128, dtype=torch.bfloat16, device="meta")
+    starts = torch.empty(blocks + 1, dtype=torch.int32, device="meta")
+    a = SelectionArguments(x, x, starts, starts, 64, 64, blocks // 20, v=x, scale=0.1, score_cap=2.0, pooled=True)
+    launches = []
+    launch_choice.select_blocks(a, Machine(sys.argv[1], 132), launches.append)
+    for one in launches:
+        compiled = aot.compile_launch(one, sys.argv[1])
+        print(compiled.kernel, *compiled.faults(), sep=": ")
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120", "gfx942"])
+def test_a_choice_among_any_number_of_blocks_spills_nothing(arch: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", CHOICES, arch], env=environment, capture_output=True, text=True, check=False)
+    at_once = ["block_moments", "choose_by_means"]
+    assert done.stdout.split() == [*at_once, *at_once, "block_moments", "score_biases", "multiply", "choose_blocks"], done.stderr
 
 
 PTX = """

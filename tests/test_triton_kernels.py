@@ -13,9 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, ops
-from dit_accel.kernels.arguments import ATTENTION, Arguments, SelectionArguments
-from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
-from dit_accel.kernels.triton import backward, backward_linear, block_means, calls, forward, launch, launch_backward, primitives
+from dit_accel.kernels.arguments import ATTENTION, Arguments
+from dit_accel.kernels.choosing import SelectionArguments
+from dit_accel.kernels.triton import (
+    backward,
+    backward_linear,
+    block_choice,
+    block_means,
+    calls,
+    forward,
+    launch,
+    launch_backward,
+    launch_choice,
+    primitives,
+)
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -224,59 +235,7 @@ def test_offsets_past_32_bits() -> None:
     torch.testing.assert_close(run(views, CLEAR(2), shape.layout), run(plain, CLEAR(2), shape.layout), rtol=0, atol=0)
 
 
-# Selection
-
-
-def test_scores_that_tie_keep_the_first_blocks() -> None:
-    q, starts = torch.ones(1, 2, 96, 8, device=DEVICE), torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
-    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=3)
-    assert calls.select_blocks(a).tolist() == [[[0, 1, 2]] * 6] * 2
-
-
-@pytest.mark.parametrize("top", [1, 4, 10])
-@every_dtype
-def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
-    q, k, _ = moved(Shape(2, 2, 24, (1, 10, 30)).inputs(dtype))
-    starts = moved(torch.cat([torch.arange(0, 300, 32), torch.tensor([300])]))
-    cut = Blocks.from_starts(starts)
-    weight = cut.count.sqrt()
-    means = [pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
-    wanted = select_blocks(*means, top, key_weight=weight).index.sort(-1).values
-    a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=top, weight=weight)
-    got = calls.select_blocks(a)
-    assert got.dtype == torch.int32
-    assert got.tolist() == wanted.tolist()
-
-
-def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = moved(Shape(2, 3, 8, (1, 8, 12)).inputs()[0])
-    starts = torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
-    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
-    wanted = calls.select_blocks(a)
-    monkeypatch.setattr(launch, "SCORES", 4 * 36 + 35)  # heads in fours, and two that are left
-    calls._records.clear()  # on a card the call would follow the record of the one before
-    torch.testing.assert_close(calls.select_blocks(a), wanted, rtol=0, atol=0)
-
-
-def test_scores_of_a_long_video_fit() -> None:
-    """80 heads of a million tokens: the scores of all pairs of blocks would be 78 GB."""
-    q, starts = torch.empty(2, 40, 10**6, 128, dtype=torch.bfloat16, device="meta"), torch.empty(15626, dtype=torch.int32, device="meta")
-    found: list[launch.Launch] = []
-    a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=64, k_width=64, top=781)
-    chosen = launch.select_blocks(a, Machine("sm_90", 132), found.append)
-    choices = [one for one in found if one.kernel is launch.block_means.choose_blocks]
-    assert chosen.shape == (80, 15625, 781)
-    assert sum(one.grid[0] for one in choices) == 80 * 15625
-    assert max(one.arguments["scores"].numel() for one in choices) <= 2**28
-
-
-def test_choice_among_extremes() -> None:
-    scores = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 1e-45, -3.0, 5.0]], device=DEVICE)
-    for top in range(1, 8):
-        chosen = torch.empty(1, top, dtype=torch.int32, device=DEVICE)
-        arguments = {"scores": scores, "weight": None, "bias": None, "chosen": chosen, "rows": 1, "blocks": 7, "top": top, "W": 16}
-        launch.execute(launch.Launch(launch.block_means.choose_blocks, (1,), arguments, 1))
-        assert chosen.tolist() == [sorted([2, 6, 4, 0, 1, 5, 3][:top])]
+# The launches
 
 
 def test_columns_are_the_lists_transposed() -> None:
@@ -289,12 +248,9 @@ def test_columns_are_the_lists_transposed() -> None:
     assert numbers[0, :6].tolist() == [0, 2, 6, 3, 1, 7]  # of the same entries, where they were
 
 
-# The launches
-
-
 def test_no_constant_has_a_string_for_a_default() -> None:
     """Before Triton 3.7 such a default is no constant, and no kernel that uses it compiles."""
-    modules = (backward, backward_linear, forward, primitives, block_means)
+    modules = (backward, backward_linear, forward, primitives, block_choice, block_means)
     functions = {f.__name__: f for module in modules for f in vars(module).values() if hasattr(f, "arg_names") and hasattr(f, "fn")}
     assert {"tile", "attend_rows", "linear_columns", "choose_blocks"} <= functions.keys()
     wrong = [
@@ -336,7 +292,7 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, exchange)
-    for module, name in ((launch, "attend"), (launch_backward, "gradients"), (launch, "select_blocks")):
+    for module, name in ((launch, "attend"), (launch_backward, "gradients"), (launch_choice, "select_blocks")):
         nothing = launch_backward.Gradients(*[None] * len(launch_backward.Gradients._fields))  # type: ignore[arg-type]
         monkeypatch.setattr(module, name, lambda *_, nothing=nothing: seen.append(current[0]) or nothing)
     with FakeTensorMode(), calls.redirected(Machine("sm_90", 132), seen.append):

@@ -11,9 +11,9 @@ from on_device import CPU, DEVICE, attention_by, moved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.kernels.arguments import SelectionArguments
 from dit_accel.kernels.blocks import Blocks, pool_blocks, select_blocks
-from dit_accel.kernels.triton import calls, launch
+from dit_accel.kernels.choosing import SelectionArguments
+from dit_accel.kernels.triton import calls, launch, launch_choice
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
@@ -107,7 +107,7 @@ def test_the_choice_of_blocks_is_that_of_float64() -> None:
     wanted = score.topk(4, -1).indices.sort(-1).values
     with Products() as products:
         a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=4)
-        own = launch.select_blocks(a, calls.machine_of(DEVICE)).long()
+        own = launch_choice.select_blocks(a, calls.machine_of(DEVICE)).lists.long()
         eager = select_blocks(*(pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)), 4).index.sort(-1).values
     for found in (own, eager):
         torch.testing.assert_close(found[:, clear], wanted[:, clear], rtol=0, atol=0)
@@ -134,6 +134,6 @@ def test_the_projection_of_a_state_follows_no_setting(arch: str) -> None:
     with calls.recorded(Machine(arch, 132)) as seen, torch.no_grad():
         attention_by("triton", spec, shape.layout)(shape.inputs(), random_parameters(spec, shape))
     products = [one for one in seen if one.kernel is launch.block_means.multiply]
-    assert len(products) == 2  # the scores of the blocks, the state's projection
+    assert len(products) == 1  # the state's projection
     assert {one.constants["PRECISION"] for one in products} == {"ieee" if arch == "gfx942" else "tf32x3"}
-    assert math.prod(products[1].arguments["out"].shape) == 16 * 16
+    assert math.prod(products[0].arguments["out"].shape) == 16 * 16

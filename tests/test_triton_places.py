@@ -9,7 +9,8 @@ from on_device import attention_by, moved
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, SelectionArguments
+from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.triton import calls
 from dit_accel.method import TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(1, 2, 16, (1, 7, 9), 3)
 SPECS = {
-    "fovea": dataclasses.replace(Fovea(0.3, tile=(4, 4)), keep=(TopK(0.3, correct_short=True),)),
+    "fovea": Fovea(0.3, tile=(4, 4)),
+    "fovea-weighted": dataclasses.replace(Fovea(0.3, tile=(4, 4)), keep=(TopK(0.3, correct_short=True),)),
     "clear": CLEAR(3, tile=(4, 4)),
     "gna": GNA((3, 5), stride=(1, 2)),
     "sla": SLA(0.3, block=(16, 16)),
@@ -74,6 +76,7 @@ def test_places_are_read_as_if_the_tokens_were_reordered(spec: AttentionSpec, mo
         else:
             assert_same(found, shuffled(here[name], first, places), rows)
     if choice is not None:
-        inputs = {name: shuffled(getattr(choice, name), 0, places) for name in ("q", "k")}
+        inputs = {name: shuffled(getattr(choice, name), 0, places) for name in ("q", "k", "v") if getattr(choice, name) is not None}
         chosen = calls.select_blocks(choice._replace(**inputs, places_q=row, places_k=row))
-        assert torch.equal(chosen, calls.select_blocks(choice))
+        for found, exact in zip(chosen, calls.select_blocks(choice), strict=True):
+            assert torch.equal(found, exact)

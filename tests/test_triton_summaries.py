@@ -10,7 +10,8 @@ from test_summaries import GIVEN, REAL, arguments, assert_parts, call_of, formul
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import MixtureArguments, SelectionArguments, SummaryArguments
+from dit_accel.kernels.arguments import MixtureArguments, SummaryArguments
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.method.parts import content
 
 pytestmark = pytest.mark.gpu
@@ -91,7 +92,7 @@ def test_a_bias_joins_the_scores() -> None:
     a = SelectionArguments(q=q, k=k, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, bias=bias)
     means = [x.double().unflatten(2, (4, 16)).mean(3) for x in (q, k)]
     expected = (means[0] @ means[1].mT + bias[:, :, None]).topk(2).indices.sort(-1).values.flatten(0, 1)
-    assert torch.equal(moved(ops.select_blocks(moved(a), "triton"), CPU).long(), expected)
+    assert torch.equal(moved(ops.select_blocks(moved(a), "triton"), CPU).lists.long(), expected)
 
 
 def test_a_block_of_nothing_has_no_part_in_anything() -> None:

@@ -60,7 +60,7 @@ def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
         tried = gpu_tune.candidates(work, Machine(arch, 132))
         assert tried[0] == tile_for(work.kernel, Machine(arch, 132), work.head_dim, torch.float16, 64, 64)
         assert len(set(tried)) == len(tried)
-        assert 8 <= len(tried) <= 17
+        assert (8 if KERNELS[work.kernel].pipeline else 4) <= len(tried) <= 17
 
 
 def test_unknown_work_is_refused() -> None:
@@ -369,7 +369,7 @@ def test_a_tuned_tile_changes_nothing_beyond_rounding(spec: Any) -> None:
 
     def compute(name: str, machine: Machine) -> tuple[Tensor, Tensor]:
         def execute(one: launch.Launch) -> None:
-            if one.kernel is not launch.block_means.multiply:  # has one tile
+            if one.kernel.__name__ not in ("multiply", "choose_by_means", "sum_states"):  # have one tile
                 seen[name].add(one.warps)
             launch.execute(one)
 

@@ -21,11 +21,13 @@ NARROW = ((64, 32), (32, 32), (32, 16), (16, 16))  # at 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """A row of the tile table: the functions that have its tile, methods with all their variants, and what a program holds."""
+    """A row of the tile table: the functions that have its tile, methods with all their variants, what a program holds, and whether its
+    loops have a pipeline, so that stages are of any use."""
 
     functions: tuple[str, ...]
     methods: tuple[str, ...]
     holds_keys: bool = False
+    pipeline: bool = True
 
 
 KERNELS = {
@@ -33,8 +35,9 @@ KERNELS = {
     "rows_variance": Kernel(("attend_rows",), ("fovea",)),
     "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
     "dense": Kernel(("dense_rows",), ("fovea",)),
-    "merge": Kernel(("merge_rows", "deltas"), ("fovea",)),
+    "merge": Kernel(("merge_rows", "deltas"), ("fovea",), pipeline=False),
     "summarise": Kernel(("summarise",), ("fovea", "sla"), True),
+    "moments": Kernel(("block_moments",), ("fovea",), True, pipeline=False),
     "gradient_rows": Kernel(("gradient_rows",), ("fovea", "clear", "gna", "sla")),
     "gradient_columns": Kernel(("gradient_columns",), ("fovea", "clear", "gna", "sla"), True),
     "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",)),
@@ -74,7 +77,8 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
         queries, keys = (streamed, held) if KERNELS[work.kernel].holds_keys else (held, streamed)
         for warps, stages in STEPS:
             own = Machine(machine.arch, machine.units, {work.key: Tile(queries, keys, warps, stages)})
-            found.append(table_tile(work, own))
+            if KERNELS[work.kernel].pipeline or stages == found[0].stages:
+                found.append(table_tile(work, own))
     return list(dict.fromkeys(found))
 
 

@@ -56,12 +56,12 @@ def _compiled(
     given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
     made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
     if lowering.selects(spec):
-        lists = lowering.lists(query, key, value, spec, layouts, plan, scale, backend, made)
+        lists, means = lowering.lists(query, key, value, spec, layouts, plan, scale, backend, made)
     else:
-        lists = Lists.from_map(visited_blocks(given(), spec, plan))
+        lists, means = Lists.from_map(visited_blocks(given(), spec, plan)), None
     fused = lowering.fuses(spec)
     if fused:
-        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, backend)
+        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, means, backend)
         out, lse = lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
         if not spec.extras:
             return out, lse

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, TokenTables
+from dit_accel.kernels.choosing import Chosen
 from dit_accel.operator.bit_masks import BitMasks
 
 PADDING = 16  # entries past the last token, because kernels load whole vectors
@@ -16,13 +17,15 @@ FARTHEST = 2**31 - 1
 class Lists:
     """Visited key blocks of each query block, `[..., Tq, n]` int32: of each list the first `counts` `[..., Tq]`, of these first the `full`.
 
-    `mask_of` `[..., Tq, n]` int32: the number of each entry's bit mask, read from `full` to `counts`, or None.
+    `mask_of` `[..., Tq, n]` int32: the number of each entry's bit mask, read from `full` to `counts`, or None. `bits`: as in `Chosen`, or
+    None.
     """
 
     index: Tensor
     counts: Tensor
     full: Tensor
     mask_of: Tensor | None = None
+    bits: Tensor | None = None
 
     @classmethod
     def from_map(cls, blocks: BlockMap) -> "Lists":
@@ -44,10 +47,9 @@ class Lists:
         return self.index.long(), torch.arange(self.index.shape[-1], device=self.index.device) < self.counts[..., None]
 
     @classmethod
-    def of_chosen(cls, index: Tensor) -> "Lists":
+    def of_chosen(cls, chosen: Chosen) -> "Lists":
         """Lists all of whose entries are whole blocks."""
-        counts = torch.full(index.shape[:-1], index.shape[-1], dtype=torch.int32, device=index.device)
-        return cls(index, counts, counts)
+        return cls(chosen.lists, chosen.counts, chosen.counts, bits=chosen.bits if chosen.bits.numel() else None)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import Arguments, MixtureArguments, SelectionArguments, SplitArguments, Summaries, SummaryArguments
+from dit_accel.kernels.arguments import Arguments, MixtureArguments, Summaries, SummaryArguments
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.grouping import GroupingArguments
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
@@ -26,12 +26,11 @@ from dit_accel.method.parts import (
     Residual,
     Score,
     TopK,
-    groups,
 )
-from dit_accel.method.parts.content import Moments, weights_of
+from dit_accel.method.parts.content import weights_of
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
-from dit_accel.operator.layout import Layouts
+from dit_accel.operator.layout import Layouts, TokenLayout
 from dit_accel.operator.lists import Lists
 
 COMPILED = ("cpu", "triton")
@@ -111,7 +110,7 @@ def attend(
     arguments = Arguments(
         q=q, k=k, v=v, lists=lists.index, counts=lists.counts, full=lists.full, q_starts=g.starts_q, k_starts=g.starts_k, coords=g.coords,
         text=layouts.k.text, text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, places_q=g.places_q, places_k=g.places_k,
-        text_bias=text_bias, **_widths(plan), **tables, **rest,
+        text_bias=text_bias, bits=lists.bits if rest.get("rest") == "pooled" else None, **_widths(plan), **tables, **rest,
     )  # fmt: skip
     out, lse = ops.attention(arguments, implementation)
     return out.to(query.dtype), lse
@@ -119,11 +118,11 @@ def attend(
 
 def rest_of(
     key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float, lists: Lists,
-    made: Summaries | None, implementation: str,
+    made: Summaries | None, means: Tensor | None, implementation: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
 
-    `made`: the blocks' `summaries`, where its pooled keys are of them.
+    `made`: the blocks' `summaries`, where its pooled keys are of them; `means`: those that the choice made, see `lists`.
     """
     found: dict[str, Any] = {}
     finer = _finer(spec)
@@ -135,7 +134,7 @@ def rest_of(
             given = (made, finer, lists, scale, implementation)
             found = _given(*given) if opened is None else _grouped(made, finer, opened, plan, lists, scale, implementation)
         case Pooled(log_count, variance, cap):
-            found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap}
+            found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap, "means": means}
         case Linear(feature_map, scope):
             found = {"rest": "linear", "feature_map": feature_map, "linear_all": scope == "all"}
         case Downsampled():
@@ -156,22 +155,20 @@ def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:
 def summaries(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str
 ) -> Summaries | None:
-    """What the kernels make of whole blocks once for a call, for the choice of blocks and the rest; None where neither takes it.
+    """What the kernels make of whole blocks for a finer rest, and the choice of blocks then takes too; None for any other rest.
 
     Of the key blocks; of a rest in groups, of the slots of level 0 (`groups.group_blocks`).
     """
     rest, score = _finer(spec) if fuses(spec) else None, _score(spec)
-    by_error = isinstance(score, ErrorProduct) and selects(spec) and implementation != "cpu"  # which makes it as it chooses
-    if not (rest or by_error):
+    if rest is None:
         return None
-    q, k, v = (_widened(x if rest else x.detach(), implementation) for x in (query, key, value))
+    q, k, v = (_widened(x, implementation) for x in (query, key, value))
     g = plan.geometry
-    cap = score.cap if isinstance(score, ErrorProduct) else rest.cap if rest else 0.0
+    cap = score.cap if isinstance(score, ErrorProduct) else rest.cap
     arguments = SummaryArguments(
-        q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts if rest else 1, text=layouts.k.text,
-        text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, cap=rest.cap if rest and rest.variance else 0.0,
-        score_cap=cap, log_count=bool(rest and rest.log_count), first_order=bool(rest and rest.order), places_q=g.places_q,
-        places_k=g.places_k, **_widths(plan),
+        q=q, k=k, v=v, q_starts=g.starts_q, k_starts=g.starts_k, parts=rest.parts, text=layouts.k.text, text_q=layouts.q.text,
+        text_first=layouts.text_first, scale=scale, cap=rest.cap if rest.variance else 0.0, score_cap=cap, log_count=rest.log_count,
+        first_order=bool(rest.order), places_q=g.places_q, places_k=g.places_k, **_widths(plan),
     )  # fmt: skip
     if _grouped_rest(spec):
         arguments = arguments._replace(k_starts=plan.prepared["far_starts"].int(), places_k=plan.prepared["far_order"].int())
@@ -193,32 +190,6 @@ def _grouped(
     made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
 ) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
-    if implementation == "cpu":
-        return _units(made, rest, opened, plan, lists, scale)
-    heads, parts = made.q_mean.shape[:2], rest.parts
-    flat = {name: x.flatten(0, 1) for name, x in made._asdict().items() if x.numel()}
-    queries = groups.Queries(flat["second"], flat.get("metric"), scale)
-    key, value, tokens, spread, v_spread = (
-        flat[name].unflatten(1, (-1, parts)) for name in ("pooled_k", "pooled_v", "tokens", "spread", "v_spread")
-    )
-    lowest = Moments(key, value, tokens, spread, v_spread, flat["slope"].transpose(1, 2) if rest.order else None)
-    divide = functools.partial(_divide, implementation)
-    by_level = groups.moments_by_level(lowest, len(plan.prepared["far_roots"]), parts, queries, divide)
-    means = groups.span_means(flat["q_mean"], plan.q_blocks)  # [BH, spans, D]
-    kept = lists.kept(len(plan.k_blocks.count)).expand(len(means), -1, -1)
-    seen = groups.listed(kept, groups.scores_of(means, by_level[1:], rest.cap, queries), plan.prepared, opened)
-    index, counts = groups.unit_lists(seen)
-    pooled = groups.joined([level.pooled(log_count=rest.log_count, cap=rest.most) for level in by_level])
-    given = {"pooled_k": pooled.key, "pooled_v": pooled.value, "pooled_bias": pooled.bias, "pool_lists": index, "pool_counts": counts}
-    found: dict[str, Any] = {name: x.unflatten(0, heads).contiguous() for name, x in given.items()}
-    if rest.order:
-        own = groups.handed_down(groups.weights_of_spans(means, pooled, seen, parts, scale), by_level)
-        found["slopes"] = _mixed(own, by_level, heads, implementation)
-    return found | {"rest": "pooled", "pool_parts": parts, "pool_slots": plan.prepared["far_slot"].int()}
-
-
-def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float) -> dict[str, Any]:
-    """The same by one operator of the CPU's kernels."""
     place = plan.prepared["far_slot"].int()
     found = ops.group_units(
         GroupingArguments(
@@ -228,7 +199,7 @@ def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists,
             parts=rest.parts, roots=len(plan.prepared["far_roots"]), opened=opened, scale=scale, cap=rest.most, score_cap=rest.cap,
             log_count=rest.log_count,
         ),
-        "cpu",
+        implementation,
     )  # fmt: skip
     slopes = {"slopes": found.slopes} if rest.order else {}
     return slopes | {
@@ -237,18 +208,11 @@ def _units(made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists,
     }  # fmt: skip
 
 
-def _divide(implementation: str, elements: Tensor, weight: Tensor, metric: Tensor | None, parts: int) -> Tensor:
-    """`splitting.split` by the kernels."""
-    if metric is None:
-        return torch.zeros_like(weight, dtype=torch.uint8)
-    return ops.split_units(SplitArguments(elements.contiguous(), weight.contiguous(), metric, parts), implementation)
-
-
-def _mixed(own: list[Tensor], by_level: list[Moments], heads: torch.Size, implementation: str) -> Tensor:
-    """`groups.slopes_of_spans` by the kernels, of what each level's slopes are multiplied by."""
-    slopes = [level.slope.transpose(1, 2) for level in by_level if level.slope is not None]
-    given = (MixtureArguments(*(x.unflatten(0, heads).contiguous() for x in pair)) for pair in zip(own, slopes, strict=True))
-    return functools.reduce(torch.add, (ops.mix_slopes(mixture, implementation) for mixture in given))
+def _image_of(x: Tensor, layout: TokenLayout) -> Tensor:
+    """The image's tokens without a gradient, in no more steps than that takes: each is some microseconds of every call."""
+    if x.requires_grad:
+        x = x.detach()
+    return x[:, :, layout.image_slice] if layout.text else x
 
 
 def _widened(x: Tensor, implementation: str) -> Tensor:
@@ -263,21 +227,22 @@ def _widths(plan: Plan) -> dict[str, Any]:
 def lists(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str,
     made: Summaries | None,
-) -> Lists:  # fmt: skip
-    """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose.
+) -> tuple[Lists, Tensor | None]:  # fmt: skip
+    """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose; and
+    the `Chosen.means` for a rest of pooled keys, where choosing makes them as well.
 
     `made`: the blocks' `summaries`, where there are some.
     """
     g = plan.geometry
     if spec.selection is None:
-        return g.lists  # type: ignore[return-value]
+        return g.lists, None  # type: ignore[return-value]
     weight, score = plan.prepared.get("short_weight"), _score(spec)
     if made is None:
-        q, k = (_widened(x[:, :, layout.image_slice].detach(), implementation) for x, layout in zip((query, key), layouts, strict=True))
+        q, k = (_widened(_image_of(x, layout), implementation) for x, layout in zip((query, key), layouts, strict=True))
         by_error: dict[str, Any] = {}
         if isinstance(score, ErrorProduct):
-            v = _widened(value[:, :, layouts.k.image_slice].detach(), implementation)
-            by_error = {"v": v, "scale": scale, "score_cap": score.cap}
+            v = _widened(_image_of(value, layouts.k), implementation)
+            by_error = {"v": v, "scale": scale, "score_cap": score.cap, "pooled": fuses(spec) and type(spec.rest) is Pooled}
         arguments = SelectionArguments(
             q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
             **by_error, **_widths(plan),
@@ -292,4 +257,5 @@ def lists(
             weight=weight, bias=bias if isinstance(score, ErrorProduct) else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
-    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.long()))
+    means = chosen.means if chosen.means.numel() else None
+    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.lists.long())), means

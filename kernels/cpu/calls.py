@@ -10,18 +10,17 @@ from dit_accel.kernels.arguments import (
     DIFFERENTIABLE,
     Arguments,
     MixtureArguments,
-    SelectionArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
-    check_selection,
     check_summary,
     dense,
     in_order,
     new_summaries,
     text_queries,
 )
+from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection, new_chosen
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GroupingArguments, Units, check_grouping, new_units
 from dit_accel.kernels.precision import get_float32_attention_precision
@@ -94,15 +93,16 @@ def _space(name: str, a: Arguments) -> Tensor:
     return (torch.empty if name in WRITTEN else torch.zeros)(shape, dtype=torch.float32)
 
 
-def select_blocks(a: SelectionArguments) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+def select_blocks(a: SelectionArguments) -> Chosen:
+    """The `top` best key blocks of each query block, ascending."""
     check_selection(a)
     a = a._replace(q=dense(a.q), k=dense(a.k), v=None if a.v is None else dense(a.v))
     batch, heads, _, channels = a.q.shape
-    chosen = torch.empty(batch * heads, len(a.q_starts) - 1, a.top, dtype=torch.int32)
+    found = new_chosen(a, gpu=False)
+    found.counts.fill_(a.top)
     sizes = {"batch": batch, "heads": heads, "channels": channels, "q_blocks": len(a.q_starts) - 1, "k_blocks": len(a.k_starts) - 1}
-    native.call("select", native.Selection(**sizes, chosen=chosen.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
-    return chosen
+    native.call("select", native.Selection(**sizes, chosen=found.lists.data_ptr(), threads=torch.get_num_threads(), **native.fields_of(a)))
+    return found
 
 
 def _summary(a: SummaryArguments, results: Mapping[str, Tensor]) -> native.Summary:

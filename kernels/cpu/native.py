@@ -14,15 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import (
-    DIFFERENTIABLE,
-    Arguments,
-    Declared,
-    MixtureArguments,
-    SelectionArguments,
-    SummaryArguments,
-    declared,
-)
+from dit_accel.kernels.arguments import DIFFERENTIABLE, Arguments, Declared, MixtureArguments, SummaryArguments, declared
+from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import sources
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GRADIENTS_OF_UNITS, GroupingArguments, Units
 
@@ -47,7 +40,7 @@ def _fields(kind: Any, names: str) -> list[Any]:
 
 def declared_fields(kind: type) -> list[Any]:
     """A field for each declared argument: tensors by address or by strides, strings by their number among the choices."""
-    return [(d.name, Rows if d.mark.strided else C_TYPES[d.kind]) for d in declared(kind)]
+    return [(d.name, Rows if d.mark.strided else C_TYPES[d.kind]) for d in declared(kind) if not d.mark.gpu]
 
 
 class Problem(Structure):
@@ -132,14 +125,14 @@ AnyArguments = Arguments | SelectionArguments | SummaryArguments | MixtureArgume
 def fields_of(a: AnyArguments) -> dict[str, Any]:
     """The arguments as the fields of a struct, without those that are None; the caller keeps the tensors alive."""
     kind: type = type(a)
-    given = zip(_fields_made(kind), a, strict=True)
-    return {name: value if made is None else made(value) for (name, made), value in given if value is not None}
+    given = ((name, made, a[place]) for place, name, made in _fields_made(kind))
+    return {name: value if made is None else made(value) for name, made, value in given if value is not None}
 
 
 @functools.cache
-def _fields_made(kind: type) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
-    """The name of each argument and how its field is made of it; None: the field is the argument."""
-    return tuple((d.name, _made(d)) for d in declared(kind))
+def _fields_made(kind: type) -> tuple[tuple[int, str, Callable[[Any], Any] | None], ...]:
+    """The place and name of each argument that has a field, and how that is made of it; None: the field is the argument."""
+    return tuple((place, d.name, _made(d)) for place, d in enumerate(declared(kind)) if not d.mark.gpu)
 
 
 def _made(d: Declared) -> Callable[[Any], Any] | None:

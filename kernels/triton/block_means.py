@@ -1,4 +1,4 @@
-"""Keys that represent many others: block means, variances and linear-attention states in one pass, selection, and lists as bits."""
+"""Keys that represent many others: block means, variances and linear-attention states in one pass; products of means; lists as bits."""
 
 import triton
 import triton.language as tl
@@ -65,6 +65,46 @@ def summarise(k, v, pooled, states, starts, places, heads, image, image_start, b
         tl.store(states.total + at * C.D + channel, total * share, mask=real)
 
 
+@triton.jit
+def put_parts(base, number, place, x, inside, size):
+    """Store some entries of a float32 matrix of `size` entries, the `number`th of `base`: as they are or, in a narrower type, as the sums
+    of two of them, for the tensor cores: 16 bits of them instead of 8 or 11."""
+    if base.dtype.element_ty == tl.float32:
+        tl.store(base + number * size + place, x, mask=inside)
+    else:
+        high = x.to(base.dtype.element_ty)
+        tl.store(base + 2 * number * size + place, high, mask=inside)
+        tl.store(base + (2 * number + 1) * size + place, (x - high.to(tl.float32)).to(base.dtype.element_ty), mask=inside)
+
+
+@kernel("D E N")
+def sum_states(parts, weight, found, of_weight, groups, heads, C: tl.constexpr):
+    """Sums over the first axis of `parts` (`tuples.States` `[groups, BH, ..]`, `heads` = BH), matrices as `put_parts` stores them, and
+    `weight` `[D, D]` stored so, after all heads. What is None is left out. Grid: (tiles of E entries, batch · heads, one more of a weight).
+    """
+    number = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * C.E + tl.arange(0, C.E)
+    size: tl.constexpr = C.D * C.D
+    inside = place < size
+    if number < heads:
+        if parts.state is not None:
+            acc = tl.zeros([C.E], tl.float32)
+            few = tl.zeros([C.E], tl.float32)
+            for first in range(0, groups, C.N):  # some at once, so that many loads are on the way
+                group = first + tl.arange(0, C.N)
+                at = ((group.to(tl.int64) * heads + number) * size)[:, None] + place[None, :]
+                acc += tl.sum(tl.load(parts.state + at, mask=(group < groups)[:, None] & inside[None, :], other=0.0), 0)
+                if parts.total is not None:
+                    at = ((group.to(tl.int64) * heads + number) * C.D)[:, None] + place[None, :]
+                    few += tl.sum(tl.load(parts.total + at, mask=(group < groups)[:, None] & (place < C.D)[None, :], other=0.0), 0)
+            put_parts(found.state, number, place, acc, inside, size)
+            if parts.total is not None:
+                tl.store(found.total + number * C.D + place, few, mask=place < C.D)
+    else:
+        if weight is not None:
+            put_parts(of_weight, 0, place, tl.load(weight + place, mask=inside, other=0.0), inside, size)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def multiply(
     a, b, out, a_batch, b_batch, rows, columns, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -91,42 +131,6 @@ def multiply(
         acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
     place = out + (batch * rows + row)[:, None] * columns + column[None, :]
     tl.store(place, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
-
-
-@triton.jit
-def ordered(x):
-    """float32 as int32 that compare alike."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def choose_blocks(scores, weight, bias, chosen, rows, blocks, top, W: tl.constexpr):
-    """The `top` largest of each row of scores `[heads · rows, blocks]`, ties to the first, as ascending indices `[heads · rows, top]`.
-
-    Scores are multiplied by `weight` `[blocks]` and joined by `bias` `[heads, blocks]`, where there are any. Grid: (heads · rows,).
-
-    Bisection on the bits of the threshold: 32 counts over a row in registers, exact and the same every time.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, W)
-    x = tl.load(scores + row * blocks + j, mask=j < blocks, other=float("-inf"))
-    if weight is not None:
-        x *= tl.load(weight + j, mask=j < blocks, other=1.0)
-    if bias is not None:
-        x += tl.load(bias + row // rows * blocks + j, mask=j < blocks, other=0.0)
-    key = tl.where(j < blocks, ordered(x + 0.0), -2147483648)  # + 0.0: -0 ties with 0
-    # the largest threshold that at least `top` keys reach: sign first, then bit by bit
-    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= top, 0, -2147483648)
-    for bit in tl.static_range(31):
-        trial = threshold | (1 << (30 - bit))
-        threshold = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= top, trial, threshold)
-    above = (key > threshold).to(tl.int32)
-    tied = ((key == threshold) & (j < blocks)).to(tl.int32)
-    spare = top - tl.sum(above, 0)
-    taken = above + tl.where(tl.cumsum(tied, 0) <= spare, tied, 0)
-    place = tl.cumsum(taken, 0) - 1
-    tl.store(chosen + row * top + place, j, mask=taken > 0)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""What a rest of pooled keys and a choice by the error take from whole key blocks, in one pass over keys and values: the formulas of
-method/parts/content.py and scores.py."""
+"""Units cut by content, and the moments of their parts: key blocks from their tokens, groups from the parts of their members. The formulas
+of method/parts/content.py and groups.py."""
 
 import triton
 import triton.language as tl
@@ -8,25 +8,170 @@ from dit_accel.kernels.triton.tuples import kernel
 
 
 @triton.jit
-def halved(part, mine, key, mapped, level):
-    """Parts `[K]` of tokens with those that are `mine` (1, else 0) cut in two: the ones with a positive projection move on by `level`.
+def bounded(x, KIND: tl.constexpr):
+    """x in the type KIND; float16, which ends early, over its largest entry."""
+    if KIND == tl.float16:  # noqa: SIM300
+        x *= 1.0 / tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), TINY)
+    return x.to(KIND)
 
-    With X the centred keys and M the metric, four steps of power iteration on M Xᵀ X from (1, ..., 1) leave u; of it only X u is ever made,
-    from X (`key`) and X M (`mapped`), both still to be centred.
+
+@triton.jit
+def positive(gram, sums, weight, half, FIRST: tl.constexpr):
+    """Whether each element's projection onto the principal direction of its `half` is positive, all `[R]`; FIRST: all are one half.
+
+    `gram` `[R, R]`: X M Xᵀ over some number, X the elements less their mean and M the metric; `sums`: Σ_d X; `weight`: 0 leaves one out.
+    The direction is what four steps of power iteration on M Xᵀ w X, X now less the half's mean, leave of (1, ..., 1). Only projections are
+    made. Those of a half have the mean 0, so that of the Gram matrix only the means of its columns have to be taken, and there is nothing
+    between the halves, which are cut at once. Sums are over rows alone: in a product's result a row is in one warp.
     """
-    share = mine / tl.maximum(tl.sum(mine, 0), 1.0)
-    centre = tl.sum(key.to(tl.float32) * share[:, None], 0)
-    centre_mapped = tl.sum(mapped * share[:, None], 0)
-    along = tl.sum(key.to(tl.float32) - centre[None, :], 1) * mine
+    if FIRST:
+        steps = gram * weight[None, :]
+        along = sums
+    else:
+        mine = tl.where(half[:, None] == half[None, :], weight[None, :], 0.0)
+        inverse = 1.0 / tl.maximum(tl.sum(mine, 1), 1.0)
+        means = tl.sum(gram * mine, 1) * inverse
+        along = sums - tl.sum(mine * sums[None, :], 1) * inverse
+        steps = (gram - means[None, :]) * mine
     for _ in range(4):
-        along *= 1.0 / tl.maximum(tl.max(tl.abs(along), 0), TINY)
-        pull = tl.sum((key.to(tl.float32) - centre[None, :]) * along[:, None], 0)
-        pull *= 1.0 / tl.maximum(tl.max(tl.abs(pull), 0), TINY)
-        along = tl.sum((mapped - centre_mapped[None, :]) * pull[None, :], 1) * mine
-    return part + tl.where(along > 0, level, 0)
+        along = tl.sum(steps * along[None, :], 1)
+    return (along > 0) & (weight > 0)
 
 
-@kernel("D DP BK PARTS COUNT SLOPES PRECISION")
+@triton.jit
+def mapped_by(metric, base, rows, stride, valid, share, C):
+    """Rows of a matrix, less their mean by their `share`, times the metric, in its own type; 0 where not `valid`."""
+    mapped = tl.zeros([rows.shape[0], C.DP], tl.float32)
+    mapped = wide_dot(mapped, base, rows, stride, valid, None, metric, False, 1, C)
+    mapped = tl.where(valid[:, None], mapped - tl.sum(mapped * share[:, None], 0)[None, :], 0.0)
+    return bounded(mapped, base.dtype.element_ty)
+
+
+@triton.jit
+def parts_of(gap, mapped, size, weight, KIND: tl.constexpr, C):
+    """The part `[R]` of each element, int32: all are cut in two and, of four parts, each half again.
+
+    `gap`: X, 0 for what has no `weight`; `mapped`: X M; `size`: about the trace of X M Xᵀ, by which it is divided so that no step leaves
+    the numbers.
+    """
+    gram = tl.dot(bounded(gap, KIND), tl.trans(mapped), input_precision=C.PRECISION)
+    if KIND == tl.float16:  # noqa: SIM300
+        size = tl.max(tl.max(tl.abs(gram), 1), 0)
+    gram *= 1.0 / tl.maximum(size, TINY)
+    sums = tl.sum(gap, 1)
+    part = tl.where(positive(gram, sums, weight, weight, True), 1, 0)
+    if C.PARTS > 2:
+        part += tl.where(positive(gram, sums, weight, part, False), 2, 0)
+    return part
+
+
+@triton.jit
+def members_of(part, filled):
+    """Which part (row) each element is in: 1, else 0; `[16, R]`. Rows 0 to 3 are the parts, rows 4 to 7 they again (see `within`)."""
+    number = tl.arange(0, 16)
+    return tl.where((part[None, :] == (number % 4)[:, None]) & (number < 8)[:, None] & filled[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def means_of(member, weight, size, x, to, KIND: tl.constexpr, C):
+    """The means of the weighted elements x `[R, DP]` by part `[16, DP]`, which are stored from `to` on; 0 where there is none."""
+    total = tl.dot((member * weight[None, :]).to(KIND), x.to(KIND), input_precision=C.PRECISION)
+    means = total / tl.maximum(size, 1.0)[:, None]
+    number = tl.arange(0, 16)
+    put(to, number, C.D, number < C.PARTS, means, C)
+    return means
+
+
+@triton.jit
+def within(gap, member, size, means, mean, KIND: tl.constexpr, C):
+    """`gap`, elements less the mean of all, less how far their part's mean is from that: in the type KIND, and what that leaves of it."""
+    number = tl.arange(0, 16)
+    shifts = tl.where((size > 0)[:, None], mean[None, :] - means, 0.0)
+    high = shifts.to(KIND)
+    low = (shifts - high.to(tl.float32)).to(KIND)
+    return tl.dot(tl.trans(member).to(KIND), tl.where((number < 4)[:, None], high, low), gap, input_precision=C.PRECISION)
+
+
+@triton.jit
+def put_parts(found, at, member, weight, size, spreads, v_spreads, cap, C):
+    """Store the numbers of parts from those of their elements `[R]`; how much each element's covariance is damped."""
+    share = member * weight[None, :] / tl.maximum(size, 1.0)[:, None]
+    spread = tl.sum(share * spreads[None, :], 1)
+    number = tl.arange(0, 16)
+    put_numbers(found, at + number, number < C.PARTS, size, spread, tl.sum(share * v_spreads[None, :], 1), cap, C)
+    return tl.sum(member * tl.where(number < 4, 1.0 / (1.0 + spread), 0.0)[:, None], 0)
+
+
+@triton.jit
+def put_numbers(found, at, used, tokens, spreads, v_spreads, cap, C):
+    """Store numbers of tokens, variances and biases of parts, at `at` `[R]`."""
+    bias = tl.minimum(spreads * 0.5, cap)
+    if C.COUNT:
+        bias += tl.log(tl.maximum(tokens, 1.0))
+    tl.store(found.bias + at, tl.where(tokens > 0, bias, float("-inf")), mask=used)
+    tl.store(found.tokens + at, tokens, mask=used)
+    tl.store(found.spread + at, spreads, mask=used)
+    tl.store(found.v_spread + at, v_spreads, mask=used)
+
+
+@triton.jit
+def error_of(size, spread, v_spread, cap):
+    """What joins a unit's score: log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v)."""
+    error = tl.log(tl.maximum(spread, TINY)) + tl.log(tl.maximum(v_spread, TINY)) * 0.5
+    return tl.where(size > 0, tl.log(tl.maximum(size, 1.0)) + tl.minimum(spread * 0.5, cap) + error, float("-inf"))
+
+
+@triton.jit
+def once_more(base, rows, stride, valid, C):
+    """`tile`, a third read of the same: as another of the second's kind it would be taken for that, and held in between."""
+    channel = tl.arange(0, C.DP)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (channel < C.D)[None, :], other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def halves_of(x):
+    """The first and the second half of the columns."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).trans(0, 2, 1))
+
+
+@triton.jit
+def put_rows(to, units, off, low, first, factor, C):
+    """Some rows of a unit's matrix, from `first` on: of these channels `off`."""
+    row = first + tl.arange(0, off.shape[1])
+    product = tl.dot(tl.trans(off), low, input_precision=C.PRECISION) * factor
+    put(to, row, units.to(tl.int64) * C.D, row < C.D, product, C)
+
+
+@triton.jit
+def put_slope(to, units, off, low, factor, C):
+    """Store Σ off ⊗ low over elements, times `factor`, at `to`: row c of a unit's matrix is `units` · D from row c - 1.
+
+    ROWS at once, or a quarter: all of a large matrix are more than the registers hold.
+    """
+    if C.DP <= C.ROWS:
+        put_rows(to, units, off, low, 0, factor, C)
+    else:
+        SIZE: tl.constexpr = C.DP // 2
+        first, second = halves_of(off)
+        if C.DP <= 2 * C.ROWS:
+            put_rows(to, units, first, low, 0, factor, C)
+            put_rows(to, units, second, low, SIZE, factor, C)
+        else:
+            put_halves(to, units, first, low, 0, factor, C)
+            put_halves(to, units, second, low, SIZE, factor, C)
+
+
+@triton.jit
+def put_halves(to, units, off, low, first, factor, C):
+    """`put_rows` of more rows than it can hold."""
+    SIZE: tl.constexpr = off.shape[1] // 2
+    one, two = halves_of(off)
+    put_rows(to, units, one, low, first, factor, C)
+    put_rows(to, units, two, low, first + SIZE, factor, C)
+
+
+@kernel("D DP BK PARTS COUNT SLOPES ROWS PRECISION")
 def summarise_parts(
     k, v, metric, second, found, starts, places, scale, cap, score_cap, heads, image_start_k, k_blocks, k_width, C: tl.constexpr
 ):  # fmt: skip
@@ -42,73 +187,104 @@ def summarise_parts(
     offset = tl.arange(0, C.BK)
     valid = begin + offset < end
     place = placed(places, begin + offset, valid)
+    tokens = (end - begin).to(tl.float32)
+    inverse = 1.0 / tl.maximum(tokens, 1.0)
+    one = tl.where(valid, 1.0, 0.0)
+    at_block = bh * k_blocks + block
+    channel = tl.arange(0, C.DP)
+    moments = vector(second + bh * C.D, C) * (scale * scale)
+
     key = tile(k_base, place, k.n, valid, C)
+    KIND: tl.constexpr = key.dtype
+    mean = tl.sum(key.to(tl.float32), 0) * inverse
+    tl.store(found.k_mean + at_block * C.D + channel, mean, mask=channel < C.D)
     part = tl.zeros([C.BK], tl.int32)
     if C.PARTS > 1:
-        mapped = tl.zeros([C.BK, C.DP], tl.float32)
-        mapped = wide_dot(mapped, k_base, place, k.n, valid, None, metric + bh * C.D * C.D, False, 1, C)
-        for step in range(C.PARTS - 1):  # the whole, then each half
-            mine = tl.where(valid & (part == tl.maximum(step - 1, 0)), 1.0, 0.0)
-            part = halved(part, mine, key, mapped, tl.minimum(step + 1, 2))
-    at_block = bh * k_blocks + block
+        mapped = mapped_by(metric + bh * C.D * C.D, k_base, place, k.n, valid, one * inverse, C)
+        key = tile(k_base, place, k.n, valid, C, True)  # not held meanwhile: there would be no registers for both
+    gap = (key.to(tl.float32) - mean[None, :]) * one[:, None]
+    whole = tl.sum(tl.sum(gap * gap * moments[None, :], 1), 0)
+    if C.PARTS > 1:
+        part = parts_of(gap, mapped, whole / (scale * scale), one, KIND, C)
+        key = once_more(k_base, place, k.n, valid, C)
+        gap = (key.to(tl.float32) - mean[None, :]) * one[:, None]
     tl.store(found.part + at_block * k_width + offset, part.to(tl.uint8), mask=offset < k_width)
+    member = members_of(part, valid)
+    size = tl.sum(member, 1)
+    means = means_of(member, one, size, key, found.pooled_k + at_block * C.PARTS * C.D, KIND, C)
+    off = within(gap, member, size, means, mean, KIND, C)
+    of_key = tl.sum(off * off * moments[None, :], 1)
+    left = off.to(KIND)
+
     value = tile(v_base, place, v.n, valid, C)
-    moments = vector(second + bh * C.D, C)
-    channel = tl.arange(0, C.DP)
-    of_score(key, value, valid, moments, found, at_block, scale, score_cap, C)
-    weight = tl.zeros([C.BK], tl.float32)  # of each token's covariance
-    off = value.to(tl.float32)
-    for number in range(C.PARTS):
-        mine = tl.where(valid & (part == number), 1.0, 0.0)
-        size = tl.sum(mine, 0)
-        share = mine / tl.maximum(size, 1.0)
-        mean = tl.sum(key.to(tl.float32) * share[:, None], 0)
-        gap = key.to(tl.float32) - mean[None, :]
-        spread = scale * scale * tl.sum(tl.sum(gap * gap * share[:, None], 0) * moments, 0)
-        bias = tl.minimum(spread * 0.5, cap)
-        if C.COUNT:
-            bias += tl.log(tl.maximum(size, 1.0))
-        at = at_block * C.PARTS + number
-        v_mean = tl.sum(value.to(tl.float32) * share[:, None], 0)
-        tl.store(found.pooled_k + at * C.D + channel, mean, mask=channel < C.D)
-        tl.store(found.pooled_v + at * C.D + channel, v_mean, mask=channel < C.D)
-        tl.store(found.bias + at, tl.where(size > 0, bias, float("-inf")))
-        v_gap = value.to(tl.float32) - v_mean[None, :]
-        tl.store(found.tokens + at, size)
-        tl.store(found.spread + at, spread)
-        tl.store(found.v_spread + at, tl.sum(tl.sum(v_gap * v_gap * share[:, None], 0), 0))
-        weight += mine / (1.0 + spread)
-        off -= mine[:, None] * v_mean[None, :]
+    means = means_of(member, one, size, value, found.pooled_v + at_block * C.PARTS * C.D, KIND, C)
+    mean = tl.sum(value.to(tl.float32), 0) * inverse
+    v_gap = (value.to(tl.float32) - mean[None, :]) * one[:, None]
+    of_all = tl.sum(tl.sum(v_gap * v_gap, 1), 0) * inverse
+    tl.store(found.score_bias + at_block, error_of(tokens, whole * inverse, of_all, score_cap))
+    v_off = within(v_gap, member, size, means, mean, KIND, C)
+    damped = put_parts(found, at_block * C.PARTS, member, one, size, of_key, tl.sum(v_off * v_off, 1), cap, C)
     if C.SLOPES:
-        low = (off * weight[:, None]).to(key.dtype)
-        inverse = 1.0 / tl.maximum(end - begin, 1).to(tl.float32)
-        slope = found.slope + (bh * C.D * k_blocks + block) * C.D
-        STEP: tl.constexpr = 64 if C.DP > 64 else C.DP
-        for first in tl.range(0, C.DP, STEP, num_stages=1):
-            inner = first + tl.arange(0, STEP)
-            some = tl.load(
-                k_base + place.to(tl.int64)[:, None] * k.n + inner[None, :], mask=valid[:, None] & (inner < C.D)[None, :], other=0.0
-            )
-            away = some.to(tl.float32)
-            for number in range(C.PARTS):
-                member = tl.where(valid & (part == number), 1.0, 0.0)
-                middle = tl.sum(some.to(tl.float32) * (member / tl.maximum(tl.sum(member, 0), 1.0))[:, None], 0)
-                away -= member[:, None] * middle[None, :]
-            product = tl.dot(tl.trans(away.to(key.dtype)), low, input_precision=C.PRECISION) * inverse
-            put(slope, inner, k_blocks.to(tl.int64) * C.D, inner < C.D, product, C)
+        to = found.slope + (bh * C.D * k_blocks + block) * C.D
+        put_slope(to, k_blocks, left, (v_off * damped[:, None]).to(KIND), inverse, C)
 
 
-@triton.jit
-def of_score(key, value, valid, moments, found, at, scale, cap, C):
-    """The block's mean key, and what joins its score: log n + min(σ²/2, cap) + log σ² + ½ log tr Var(v)."""
-    size = tl.sum(tl.where(valid, 1.0, 0.0), 0)
-    share = tl.where(valid, 1.0 / tl.maximum(size, 1.0), 0.0)
-    mean = tl.sum(key.to(tl.float32) * share[:, None], 0)
+@kernel("D DP PARTS MEMBERS COUNT SLOPES ROWS LOWEST PRECISION")
+def group_level(
+    below, of_below, found, groups, metric, second, scale, cap, score_cap, first_below, slots, members, units, C: tl.constexpr
+):  # fmt: skip
+    """One group: the moments of its parts, whose elements are the parts of its MEMBERS members. Grid: (groups of the level, batch · heads).
+
+    `below` (`tuples.Elements`): where the `of_below` units' parts of the members' level are, from unit `first_below` on; LOWEST: they are
+    the key blocks', and are written to `found` (`tuples.Joined`) too, which has those of all levels' `units`. `groups` (`tuples.Groups`).
+    """
+    group, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    element = tl.arange(0, 16)
+    used = element < C.MEMBERS * C.PARTS
+    unit = first_below + members + group
+    above = units - slots
+    at_group = bh * above + unit - slots
+    from_ = (bh * of_below + first_below + C.MEMBERS * group) * C.PARTS
+    tokens = tl.load(below.tokens + from_ + element, mask=used, other=0.0)
+    spreads = tl.load(below.spread + from_ + element, mask=used, other=0.0)
+    v_spreads = tl.load(below.v_spread + from_ + element, mask=used, other=0.0)
+    total = tl.sum(tokens, 0)
+    share = tokens / tl.maximum(total, 1.0)
+    filled = tokens > 0
+    real = tl.where(filled, 1.0, 0.0)
+    to = bh * units + unit
+    tl.store(groups.total + to, total)
+
+    k_base = below.key + from_ * C.D
+    key, value = tile(k_base, element, C.D, used, C), tile(below.value + from_ * C.D, element, C.D, used, C)
+    if C.LOWEST:
+        same = bh * units + C.MEMBERS * group
+        copied = same * C.PARTS
+        put(found.key + copied * C.D, element, C.D, used, key, C)
+        put(found.value + copied * C.D, element, C.D, used, value, C)
+        put_numbers(found, copied + element, used, tokens, spreads, v_spreads, cap, C)
+        for member in tl.static_range(C.MEMBERS):
+            tl.store(groups.total + same + member, tl.sum(tl.where(element // C.PARTS == member, tokens, 0.0), 0))
+    moments = vector(second + bh * C.D, C) * (scale * scale)
     channel = tl.arange(0, C.DP)
-    tl.store(found.k_mean + at * C.D + channel, mean, mask=channel < C.D)
-    gap = key.to(tl.float32) - mean[None, :]
-    spread = scale * scale * tl.sum(tl.sum(gap * gap * share[:, None], 0) * moments, 0)
-    gap = value.to(tl.float32) - tl.sum(value.to(tl.float32) * share[:, None], 0)[None, :]
-    of_values = tl.sum(tl.sum(gap * gap * share[:, None], 0), 0)
-    error = tl.log(tl.maximum(spread, TINY)) + tl.log(tl.maximum(of_values, TINY)) * 0.5
-    tl.store(found.score_bias + at, tl.log(size) + tl.minimum(spread * 0.5, cap) + error)
+    mean, v_mean = tl.sum(key * share[:, None], 0), tl.sum(value * share[:, None], 0)
+    tl.store(groups.middle + at_group * C.D + channel, mean, mask=channel < C.D)
+    gap, v_gap = (key - mean[None, :]) * real[:, None], (value - v_mean[None, :]) * real[:, None]
+    of_key = tl.sum(gap * gap * moments[None, :], 1)
+    whole, of_all = tl.sum(share * (spreads + of_key), 0), tl.sum(share * (v_spreads + tl.sum(v_gap * v_gap, 1)), 0)
+    tl.store(groups.score_bias + at_group, error_of(total, whole, of_all, score_cap))
+    part = tl.zeros([16], tl.int32)
+    if C.PARTS > 1:
+        mapped = mapped_by(metric + bh * C.D * C.D, k_base, element, C.D, filled, share, C)
+        part = parts_of(gap, mapped, tl.sum(tokens * of_key, 0) / (scale * scale), tokens, tl.float32, C)
+    tl.store(groups.part + at_group * C.MEMBERS * C.PARTS + element, part.to(tl.uint8), mask=used)
+    member = members_of(part, filled)
+    size = tl.sum(member * tokens[None, :], 1)
+    means = means_of(member, tokens, size, key, found.key + to * C.PARTS * C.D, tl.float32, C)
+    off = within(gap, member, size, means, mean, tl.float32, C)
+    means = means_of(member, tokens, size, value, found.value + to * C.PARTS * C.D, tl.float32, C)
+    v_off = within(v_gap, member, size, means, v_mean, tl.float32, C)
+    spreads += tl.sum(off * off * moments[None, :], 1)
+    damped = put_parts(found, to * C.PARTS, member, tokens, size, spreads, v_spreads + tl.sum(v_off * v_off, 1), cap, C)
+    if C.SLOPES:
+        put_slope(groups.slope + (bh * C.D * above + unit - slots) * C.D, above, off, v_off * (damped * share)[:, None], 1.0, C)

@@ -15,19 +15,28 @@ from dit_accel.kernels import capture
 from dit_accel.kernels.arguments import (
     Arguments,
     MixtureArguments,
-    SelectionArguments,
-    SplitArguments,
     Summaries,
     SummaryArguments,
     check,
     check_mixture,
-    check_split,
     check_summary,
     dense,
     in_order,
 )
-from dit_accel.kernels.splitting import split
-from dit_accel.kernels.triton import driver, fallback, launch, launch_backward, launch_parts, replay, tuned
+from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection
+from dit_accel.kernels.grouping import GroupingArguments, Units, check_grouping
+from dit_accel.kernels.triton import (
+    driver,
+    fallback,
+    launch,
+    launch_backward,
+    launch_choice,
+    launch_parts,
+    launch_units,
+    replay,
+    tuned,
+    units_gradients,
+)
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
 
@@ -187,21 +196,26 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
         return _run("gradients", a.q, (dout, dlse, out, lse, *a), signature, function)
 
 
-def select_blocks(a: SelectionArguments) -> Tensor:
-    """The `top` best key blocks of each query block, ascending: int32 `[B·H, q blocks, top]`."""
+def select_blocks(a: SelectionArguments) -> Chosen:
+    """The `top` best key blocks of each query block, ascending."""
 
     def signature() -> Hashable:
         blocks = len(a.q_starts), len(a.k_starts)
-        sizes = [(x.shape, x.stride()) for x in (a.q, a.k)]
-        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.top
+        sizes = [None if x is None else (x.shape, x.stride()) for x in (a.q, a.k, a.v)]
+        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.bias is None, a.top, a.pooled
 
-    def function(machine: Machine, run: Run) -> Tensor:
-        return launch.select_blocks(a._replace(q=dense(a.q), k=dense(a.k)), machine, run)
+    def function(machine: Machine, run: Run) -> Chosen:
+        check_selection(a)
+        given = a._replace(q=dense(a.q), k=dense(a.k), v=None if a.v is None else dense(a.v))
+        return launch_choice.select_blocks(given, machine, run)
 
     with torch.cuda.device_of(a.q):
         chosen = _run("select_blocks", a.q, a, signature, function)
     elsewhere = _redirected.get()
-    return chosen if elsewhere is None or elsewhere.runs else chosen.zero_()  # lists must name blocks that there are
+    if elsewhere is not None and not elsewhere.runs:  # lists must name blocks that there are
+        chosen.lists.zero_()
+        chosen.counts.fill_(a.top)
+    return chosen
 
 
 def summarize_blocks(a: SummaryArguments) -> Summaries:
@@ -227,8 +241,16 @@ def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[
 
 def mix_slopes(a: MixtureArguments) -> Tensor:
     """The mixtures `[B, H, n, D, D]`."""
-    check_mixture(a)
-    return launch_parts.mix_slopes(a)
+
+    def function(machine: Machine, run: Run) -> Tensor:
+        check_mixture(a)
+        return launch_parts.mix_slopes(a, machine, run)
+
+    def signature() -> Hashable:
+        return "mix_slopes", a.weight.shape, a.slope.shape
+
+    with torch.cuda.device_of(a.slope):
+        return _run("mix_slopes", a.slope, a, signature, function)
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
@@ -236,10 +258,29 @@ def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
     return launch_parts.gradients_of_mixture(dout, a)
 
 
-def split_units(a: SplitArguments) -> Tensor:
-    """The part of each element. Groups are few: in torch."""
-    check_split(a)
-    return split(a.key, a.weight, a.metric, a.parts).to(torch.uint8)
+def group_units(a: GroupingArguments) -> Units:
+    """Pooled keys of groups, what query blocks see of them, and slopes."""
+
+    def function(machine: Machine, run: Run) -> Units:
+        check_grouping(a)
+        return launch_units.group_units(a, machine, run)
+
+    def signature() -> Hashable:
+        settings = tuple(x.shape if isinstance(x, Tensor) else x for x in a if not isinstance(x, float))
+        return "group_units", *settings
+
+    with torch.cuda.device_of(a.q_mean):
+        found = _run("group_units", a.q_mean, a, signature, function)
+    elsewhere = _redirected.get()
+    if elsewhere is not None and not elsewhere.runs:  # lists must name units that there are
+        found.pool_lists.zero_()
+        found.pool_counts.zero_()
+    return found
+
+
+def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
+    """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
+    return units_gradients.gradients_of_units(grads, results, a)
 
 
 def _dense(a: Arguments) -> Arguments:

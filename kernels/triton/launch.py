@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, SelectionArguments, text_queries
+from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, text_queries
 from dit_accel.kernels.triton import block_means, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.tables import POOLS, Machine, Tile
@@ -30,7 +30,6 @@ from triton.runtime.errors import OutOfResources
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
 MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
-SCORES = 1 << 28  # block scores held at once, 1 GiB: those of all heads would be 78 GB for 80 heads of a million tokens
 
 
 class Launch(NamedTuple):
@@ -135,15 +134,6 @@ def full_rounds(programs: int, slots: int) -> int:
     return min(range(1, max(MOST_PARTS, cdiv(slots, programs)) + 1), key=cost)
 
 
-def halves(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Float32 matrices `[.., D, D]` as the sums of two of a narrower type, `[.., 2, D, D]`, for the tensor cores: 16 bits of them instead
-    of 8 or 11."""
-    if x is None or dtype == torch.float32:
-        return x
-    high = x.to(dtype)
-    return torch.stack([high, (x - high).to(dtype)], -3)
-
-
 class Call:
     """One call's sizes, and the arguments that its kernels share."""
 
@@ -172,7 +162,7 @@ class Call:
         index = complement(a.lists, a.counts, self.k_blocks) if left else a.lists
         self.lists = Lists(index, a.counts, a.full, a.q_starts, a.k_starts, a.places_q, a.places_k)
         self.predicate = Predicate(a.coords, a.windows, a.residues, a.masks, a.mask_of)
-        self.learned = Learned(a.offset, halves(a.weight, a.q.dtype), a.bias)
+        self.learned = Learned(a.offset, a.weight, a.bias)  # the weight: see `summed`
         self.logits = Logits(a.scale, self._key_bias(), a.cap)
         self.unbiased = self.logits._replace(bias=None)  # for kernels that read no text's key: they are not compiled twice
         self.sizes = self._sizes()
@@ -243,7 +233,9 @@ class Call:
     def pooled_rest(self) -> Rests:
         """Means and half variances of the key blocks, or the pooled keys that are given, in the input's type, and the lists as bits."""
         a, kind = self.a, self.a.q.dtype
-        if a.pooled_k is not None and a.pooled_v is not None:
+        if a.means is not None:
+            pooled = Pooled(*a.means.unbind())
+        elif a.pooled_k is not None and a.pooled_v is not None:
             pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), None, None, a.pooled_bias, a.slopes, a.pool_lists, a.pool_counts)
         else:
             pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
@@ -253,6 +245,8 @@ class Call:
     def _hidden_bits(self) -> Tensor:
         """The units that a query block does not see, as bits `[BH or 1, Tq, words]`."""
         a, words = self.a, cdiv(self.units, 32)
+        if a.bits is not None and a.pool_lists is None:
+            return a.bits
         tile = min(32, max(1, 1 << (words - 1).bit_length()))
         arguments = {"lists": a.lists, "counts": a.counts, "width": a.lists.shape[-1], "words": words, "W": tile, "N": 32}
         kernel, shape = block_means.list_bits, a.counts.shape
@@ -276,7 +270,31 @@ class Call:
         totals = self.empty(groups, self.bh, self.channels)
         mapped = None if self.a.linear_all else self.empty(self.bh, self.image_k, self.channels, dtype=self.a.q.dtype)
         self._summarise(group, Pooled(), States(states, totals, mapped), {"VALUES": False, "VARIANCE": False, "STATES": True})
-        return Rests(states=States(states.sum(0), totals.sum(0), mapped))
+        return Rests(states=States(states, totals, mapped))
+
+    def summed(self, parts: States, kind: torch.dtype | None = None) -> States:
+        """Sums over a first axis of matrices `[groups, BH, D, D]` and vectors `[groups, BH, D]`; in a type narrower than float32 (`kind`,
+        the input's unless given) matrices are the sums of two, `[BH, 2, D, D]`, and from then on so is the learned weight."""
+        kind, d = kind or self.a.q.dtype, self.channels
+        weight = self.learned.weight if kind != torch.float32 and self.learned.weight is self.a.weight else None
+        if parts.state is None and weight is None:
+            return parts
+        two = () if kind == torch.float32 else (2,)
+        found = States()
+        if parts.state is not None:
+            total = None if parts.total is None else self.empty(self.bh, d)
+            found = States(self.empty(self.bh, *two, d, d, dtype=kind), total)
+        of_weight = None if weight is None else self.empty(*two, d, d, dtype=kind)
+        heads = 0 if parts.state is None else self.bh
+        groups = 0 if parts.state is None else len(parts.state)
+        arguments = {
+            "parts": States(parts.state, parts.total), "weight": weight, "found": found, "of_weight": of_weight, "groups": groups,
+            "heads": heads, "C": constants_of(block_means.sum_states, {"D": d, "E": 512, "N": 8}),
+        }  # fmt: skip
+        self.run(Launch(block_means.sum_states, (cdiv(d * d, 512), heads + (weight is not None)), arguments, 4))
+        if weight is not None:
+            self.learned = self.learned._replace(weight=of_weight)
+        return found._replace(mapped=parts.mapped)
 
     def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
         self.start(
@@ -296,12 +314,16 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     out, lse = torch.empty_like(a.q), call.empty(*a.q.shape[:3])
     pooled, states = call.rest()
     if states.state is not None and a.weight is not None and call.residual and call.flags["ALL"]:
-        state = multiply(states.state, a.weight[None], machine, run)  # the projection, once per head instead of once per query
-        states = states._replace(state=state)
+        whole = call.summed(states, torch.float32)
+        if whole.state is not None:  # the projection, once per head instead of once per query
+            state = multiply(whole.state, a.weight[None], machine, run)[None]
+            states = whole._replace(state=call.summed(States(state)).state)
+    else:
+        states = call.summed(states)
     call.start(
         forward.attend_rows, "rows", (call.q_blocks * cdiv(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
         extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=call.lists, predicate=call.predicate, pooled=pooled,
-        states=states._replace(state=halves(states.state, a.q.dtype)), learned=call.learned, logits=call.logits,
+        states=states, learned=call.learned, logits=call.logits,
     )  # fmt: skip
     if call.text_q:
         _dense_rows(call, out, lse)
@@ -318,43 +340,3 @@ def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), **shared, logits=call.logits, chunk=chunk)
     grid = (cdiv(rows, call.tile("merge").queries), call.bh)
     call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)
-
-
-def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -> Tensor:
-    """The `top` best key blocks of each query block by the product of block means, ascending: int32 `[B·H, q blocks, top]`."""
-    means = [
-        block_means_of(a.q, a.q_starts, a.places_q, a.q_width, machine, run),
-        block_means_of(a.k, a.k_starts, a.places_k, a.k_width, machine, run),
-    ]
-    (bh, rows, _), blocks = means[0].shape, means[1].shape[1]
-    chosen = torch.empty(bh, rows, a.top, dtype=torch.int32, device=a.q.device)
-    wide = max(16, 1 << (blocks - 1).bit_length())
-    step = max(1, SCORES // (rows * blocks))
-    for number, (q_mean, k_mean, some) in enumerate(zip(*(x.split(step) for x in (*means, chosen)), strict=True)):
-        scores = multiply(q_mean, k_mean, machine, run)
-        bias = None if a.bias is None else a.bias.flatten(0, 1)[number * step : (number + 1) * step]
-        arguments = {
-            "scores": scores, "weight": a.weight, "bias": bias, "chosen": some, "rows": rows, "blocks": blocks, "top": a.top, "W": wide,
-        }  # fmt: skip
-        run(Launch(block_means.choose_blocks, (len(scores) * rows,), arguments, min(16, max(1, wide // 512))))
-    return chosen
-
-
-def block_means_of(x: Tensor, starts: Tensor, places: Tensor | None, width: int, machine: Machine, run: Run) -> Tensor:
-    """Means `[BH, T, D]` of blocks of tokens, float32."""
-    batch, heads, tokens, channels = x.shape
-    blocks, padded = len(starts) - 1, max(16, 1 << (channels - 1).bit_length())
-    means = x.new_empty((batch * heads, blocks, channels), dtype=torch.float32)
-    place = Place("summarise", padded, x.dtype, width, width)
-    tile = place.tile(machine)
-    constants = {
-        "D": channels, "DP": padded, "BK": tile.keys, "SUB_K": cdiv(width, tile.keys), "VALUES": False, "VARIANCE": False, "STATES": False,
-        "MAP": 0, "PRECISION": "ieee",
-    }  # fmt: skip
-    arguments = {
-        "k": rows_of(x), "v": rows_of(x), "pooled": Pooled(k_mean=means), "states": States(), "starts": starts, "places": places,
-        "heads": heads, "image": tokens, "image_start": 0, "blocks": blocks, "group": 1,
-        "C": constants_of(block_means.summarise, constants),
-    }  # fmt: skip
-    tiled(run, Launch(block_means.summarise, (blocks, batch * heads), arguments, tile.warps), place)
-    return means

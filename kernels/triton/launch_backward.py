@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, full_rounds, halves, mask_words
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, full_rounds, mask_words
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -85,16 +85,15 @@ class Linear(NamedTuple):
 
 def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Linear:
     """`transposed`: the lists by key block."""
-    a = call.a
+    a, of_all = call.a, call.summed(rests.states)
     dnum, mean, mapped = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(3))
-    rest_pull = LinearPull(dnum, *(call.empty(call.bh, call.image_q) for _ in range(2)), mapped)
+    rest_pull = LinearPull(dnum, call.empty(call.bh, call.image_q), call.empty(call.bh, call.image_q), mapped)
     more_q, more_k, more_v = (call.empty(call.bh, rows, call.channels) for rows in (call.image_q, call.image_k, call.image_k))
     programs = call.q_blocks * cdiv(call.q_width, call.tile("linear").queries)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
         backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more_q,
-        mean=mean, doffset=doffset, lists=call.lists, states=rests.states._replace(state=halves(rests.states.state, a.q.dtype)),
-        learned=call.learned,
+        mean=mean, doffset=doffset, lists=call.lists, states=of_all, learned=call.learned,
     )  # fmt: skip
     unit = rest_pull.size.amax(1).clamp_min(TINY)
     rest_pull = rest_pull._replace(size=rest_pull.size / unit[:, None])
@@ -105,7 +104,7 @@ def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Lin
     else:
         state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image_k)
         largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
-        states = States(halves(state / largest[:, None, None], a.q.dtype), total)
+        states = call.summed(States((state / largest[:, None, None])[None]))._replace(total=total)
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * cdiv(call.k_width, call.tile("linear_columns").keys), call.bh),
         k=rows_of(a.k), v=rows_of(a.v), rest_pull=rest_pull, more=Pair(more_k, more_v), transposed=transposed, lists=call.lists,
@@ -182,7 +181,8 @@ def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGra
         transposed=transposed, entries=entries, lists=call.lists, learned=call.learned, logits=call.unbiased,
     )  # fmt: skip
     # each a tensor of its own: an operator's outputs share no memory
-    whole = PooledGradients(*(x.sum(0) for x in sums), bias=None if biases is None else biases.sum(0))
+    k_mean, v_mean, *k_half = (x.sum(0) for x in sums)
+    whole = PooledGradients(k_mean, v_mean, *k_half)._replace(bias=None if biases is None else biases.sum(0))
     return whole, None if offsets is None else offsets.sum((0, 1, 3))
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, block_parts
+from dit_accel.kernels.triton import backward_linear, block_parts, launch_units
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, block_means_of, cdiv, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch_choice import query_moments
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
 
@@ -20,12 +21,12 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     """What `arguments.Summaries` names, of key blocks of at most 128 tokens: a program holds all of one."""
     found, d = new_summaries(a), a.k.shape[3]
     q, k_start = image_of(a.q, a.text_q, a)[0], image_of(a.k, a.text, a)[1]
-    q_mean = block_means_of(q, a.q_starts, a.places_q, a.q_width, machine, run)
-    metric = _metric(a, q, machine, run)
-    second = metric.diagonal(dim1=1, dim2=2).contiguous()
+    q_mean, second = query_moments(q, a.q_starts, a.places_q, a.q_width, machine, run)
+    metric = _metric(a, q, machine, run) if a.parts > 1 else None
     padded, width = max(16, 1 << (d - 1).bit_length()), max(16, 1 << (a.k_width - 1).bit_length())
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
+        "ROWS": launch_units.rows_at_once(padded, machine.arch, wide=a.k.dtype == torch.float32),
         "PRECISION": _precision(a, machine),
     }  # fmt: skip
     arguments = {
@@ -38,10 +39,18 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
         "k_blocks": len(a.k_starts) - 1, "k_width": a.k_width, "C": constants_of(block_parts.summarise_parts, constants),
     }  # fmt: skip
     grid = (len(a.k_starts) - 1, a.k.shape[0] * a.k.shape[1])
-    numbers = width * padded  # of a tile, of which a program holds several
-    run(Launch(block_parts.summarise_parts, grid, arguments, 4 if numbers <= 2048 else 8 if numbers <= 8192 else 16))
-    of_queries = {"q_mean": q_mean, "second": second} | ({"metric": metric} if a.parts > 1 else {})
+    run(Launch(block_parts.summarise_parts, grid, arguments, _warps(width * padded, a.k.dtype, machine.arch)))
+    of_queries = {"q_mean": q_mean, "second": second} | ({} if metric is None else {"metric": metric})
     return found._replace(**{name: x.view(getattr(found, name).shape) for name, x in of_queries.items()})
+
+
+def _warps(numbers: int, dtype: torch.dtype, arch: str) -> int:
+    """Of a program that holds some tiles of so many numbers: the fewest that spill no register, as sums across warps are slow.
+
+    Of more numbers 8 spill less than 16.
+    """
+    most = 8192 if arch not in ("sm_100", "sm_120") else 2048
+    return 4 if numbers <= (min(most, 4096) if dtype == torch.float32 else most) else 8
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
@@ -131,10 +140,13 @@ def _places(starts: Tensor, width: int, places: Tensor | None) -> tuple[Tensor, 
     return (token if places is None else places.long()[token]), end - first
 
 
-def mix_slopes(a: MixtureArguments) -> Tensor:
+def mix_slopes(a: MixtureArguments, machine: Machine, run: Run = execute) -> Tensor:
     """The mixtures `[B, H, n, D, D]`."""
-    mixed = a.weight.flatten(0, 1)[:, None] @ a.slope.flatten(0, 1)  # [BH, D of k, n, D of v]
-    return mixed.transpose(1, 2).contiguous().view(*a.weight.shape[:3], *mixed.shape[1::2])
+    d = a.slope.shape[-1]
+    out = a.weight.new_empty(*a.weight.shape[:3], d, d)
+    constants = {"D": d, "DP": max(16, 1 << (d - 1).bit_length()), "PRECISION": precision_of(machine.arch, tf32=tf32_allowed())}
+    launch_units.mix(a.weight, a.slope, None, out, constants, machine.arch, run)
+    return out
 
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:

@@ -66,7 +66,7 @@ def vector(base, C):
 @triton.jit
 def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
     """a `[R, DP]` times a matrix `[D, D]`, the `place`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
-    `launch.halves`), or, for a float32, as they are.
+    `block_means.put_parts`), or, for a float32, as they are.
 
     A loop, so that only one part of the matrix is in registers at once: one of the two, or half of a large float32 one.
     """

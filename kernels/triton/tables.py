@@ -64,6 +64,9 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
     ("summarise", 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
     ("summarise", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
     ("summarise", 256): ((64, 32, 8, 2),) * 5,  # means alone: the linear rest ends at head dimension 128
+    ("moments", 64): ((64, 64, 4, 3),) * 5,
+    ("moments", 128): ((64, 64, 8, 2),) * 5,
+    ("moments", 256): ((64, 32, 8, 2),) * 5,
     ("gradient_rows", 64): ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
     ("gradient_rows", 128): ((64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2)),
     ("gradient_rows", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
@@ -92,9 +95,10 @@ _TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
 # float32 up to head dimension 128, on every architecture: operands of three products of TF32 parts take four times the registers of 16 bits
 _TILES_32: dict[str, tuple[int, int, int, int]] = {
     "rows": (16, 32, 4, 2), "rows_variance": (16, 32, 4, 2), "rows_linear": (16, 32, 8, 2), "dense": (32, 32, 8, 2),
-    "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2), "gradient_rows": (16, 32, 8, 2), "gradient_columns": (32, 16, 8, 2),
-    "gradient_dense": (16, 64, 8, 2), "gradient_shared": (64, 16, 8, 2), "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2),
-    "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2), "outer": (32, 32, 8, 2),
+    "merge": (32, 32, 4, 3), "summarise": (32, 32, 8, 2), "moments": (32, 32, 8, 2), "gradient_rows": (16, 32, 8, 2),
+    "gradient_columns": (32, 16, 8, 2), "gradient_dense": (16, 64, 8, 2), "gradient_shared": (64, 16, 8, 2),
+    "pooled": (16, 16, 8, 2), "slopes": (16, 16, 8, 2), "linear": (16, 32, 8, 2), "linear_columns": (32, 16, 8, 2),
+    "outer": (32, 32, 8, 2),
 }  # fmt: skip
 # where those spill or don't fit: by kernel, head dimension and architecture. On CDNA few warps have twice the registers each
 _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {

@@ -126,6 +126,32 @@ class Pooled(NamedTuple):
     counts: Tensor | None = None
 
 
+class Moments(NamedTuple):
+    """What `block_choice.block_moments` makes of blocks, in float32, each None where it is not asked for.
+
+    `q_mean` `[BH, Tq, D]`, `k_mean` and `k_var` `[BH, Tk, D]`: means and the keys' (biased) variances. `q_square` `[BH, groups, D]`: the
+    mean of q² over all queries in as many summands. `error` `[BH, Tk]`: log n + ½ log tr Var(v). In the type of keys and values, as
+    `Pooled` has them: `pooled_k`, `pooled_v`, `k_half` `[BH, Tk, D]`.
+    """
+
+    q_mean: Tensor | None = None
+    q_square: Tensor | None = None
+    k_mean: Tensor | None = None
+    k_var: Tensor | None = None
+    error: Tensor | None = None
+    pooled_k: Tensor | None = None
+    pooled_v: Tensor | None = None
+    k_half: Tensor | None = None
+
+
+class Taken(NamedTuple):
+    """Where `block_choice.take_best` writes what `arguments.Chosen` names so."""
+
+    lists: Tensor
+    counts: Tensor
+    bits: Tensor
+
+
 class Parts(NamedTuple):
     """Where `block_parts.summarise_parts` writes what `arguments.Summaries` names so."""
 
@@ -139,6 +165,40 @@ class Parts(NamedTuple):
     spread: Tensor
     v_spread: Tensor
     part: Tensor
+
+
+class Elements(NamedTuple):
+    """Pooled keys and values `[BH, P, D]` of units, and of each its number of tokens, the variance of their logits and the trace of that of
+    their values `[BH, P]`."""
+
+    key: Tensor
+    value: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
+
+
+class Joined(NamedTuple):
+    """`Elements` of the units of all levels, and their biases `[BH, P]`."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    tokens: Tensor
+    spread: Tensor
+    v_spread: Tensor
+
+
+class Groups(NamedTuple):
+    """What there is of units as wholes: the numbers of all levels' tokens `[BH, units]`, and of the groups the parts of their members'
+    parts, mean keys `[BH, above, D]`, what joins their scores `[BH, above]`, and the slopes of what lies between their members' parts
+    `[BH, D, above, D]`."""
+
+    total: Tensor
+    part: Tensor
+    middle: Tensor
+    score_bias: Tensor
+    slope: Tensor
 
 
 class PooledGradients(NamedTuple):
@@ -206,7 +266,8 @@ class LinearPull(NamedTuple):
 SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
-    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "words", "top", "k_width", "units", "pool_width",
+    "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "groups", "words", "top", "k_width", "units",
+    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened",
 ]  # fmt: skip
 
 
@@ -215,7 +276,8 @@ def kernel(constants: str) -> Callable[[Any], Any]:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
     of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; PARTS: pooled keys of a
-    block (unit); SPAN: query blocks that see the same units; the rest says what a method has.
+    block (unit); SPAN: query blocks that see the same units; W: padded key blocks; GROUPS: padded summands; the rest says what a method
+    has.
     """
 
     def make(function: Any) -> Any:

@@ -1,0 +1,138 @@
+"""From one call of `group_units` to kernel launches; its gradients, in torch. Nothing here waits for the device.
+
+`Units.above` holds here what lies between the members of each group alone: a group's weight is its members' too, by their shares of its
+tokens (`seen_units.weigh_units`), so that no matrix of theirs is read for it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.arguments import SPAN
+from dit_accel.kernels.grouping import MEMBERS, GroupingArguments, Units, levels_of, new_units
+from dit_accel.kernels.triton import block_parts, seen_units
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, precision_of, tf32_allowed
+from dit_accel.kernels.triton.tables import Machine
+from dit_accel.kernels.triton.tuples import Elements, Groups, Joined, constants_of
+
+LANES = 256  # entries of a list, or units, that a warp holds
+
+
+def power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (n - 1).bit_length()
+
+
+def rows_at_once(padded: int, arch: str, *, wide: bool = False) -> int:
+    """Of a unit's matrix: 64, which the widest instructions of matrix units require, unless 32 are what spills fewer registers. `wide`:
+    the tokens of a block are float32."""
+    return 32 if padded == 64 and (wide or arch in ("sm_80", "sm_120")) else 64
+
+
+class Grouped:
+    """One call's sizes, results, and what is between the launches."""
+
+    def __init__(self, a: GroupingArguments, machine: Machine, run: Run) -> None:
+        self.a, self.run, self.arch = a, run, machine.arch
+        self.found = new_units(a)
+        (batch, heads, self.q_blocks, d), pools = a.q_mean.shape, a.tokens.shape[-1]
+        self.bh, self.spans = batch * heads, cdiv(self.q_blocks, SPAN)
+        self.levels = levels_of(pools // a.parts, a.roots)
+        self.slots, self.units = self.levels[0], sum(self.levels)
+        self.above, self.pools = self.units - self.slots, self.units * a.parts
+        self.constants: dict[str, Any] = {
+            "D": d, "DP": max(16, power(d)), "PARTS": a.parts, "MEMBERS": MEMBERS, "COUNT": a.log_count, "SLOPES": a.slope is not None,
+            "SPAN": SPAN, "LEVELS": len(self.levels), "ROWS": rows_at_once(power(d), machine.arch),
+            "PRECISION": precision_of(machine.arch, tf32=tf32_allowed()),
+        }  # fmt: skip
+        f = self.found
+        self.joined = Joined(f.joined_k, f.joined_v, f.joined_bias, f.joined_tokens, f.joined_spread, self.empty(self.pools))
+        self.groups = Groups(self.empty(self.units), f.part, self.empty(self.above, d), self.empty(self.above), f.above)
+        self.logits = self.empty(self.spans, self.pools + self.above)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.a.q_mean.new_empty((self.bh, *shape), dtype=dtype)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], warps: int, constants: dict[str, Any], **arguments: Any) -> None:
+        """Launch with these constants and the call's, and the call's sizes, of which kernels take what they know."""
+        sizes = {
+            name: getattr(self, name) for name in ("q_blocks", "spans", "slots", "units", "above", "pools") if name in kernel.arg_names
+        }
+        self.run(Launch(kernel, grid, {**sizes, **arguments, "C": constants_of(kernel, self.constants | constants)}, warps))
+
+    def moments(self) -> None:
+        """The units of each level from those of the one below."""
+        a, first = self.a, 0
+        below, of_below = Elements(a.pooled_k, a.pooled_v, a.tokens, a.spread, a.v_spread), self.slots
+        for number, count in enumerate(self.levels[1:]):
+            members = self.levels[number]
+            self.launch(
+                block_parts.group_level, (count, self.bh), 8 if self.constants["DP"] > 128 else 4, {"LOWEST": number == 0}, below=below,
+                of_below=of_below, found=self.joined, groups=self.groups, metric=a.metric, second=a.second, scale=a.scale, cap=a.cap,
+                score_cap=a.score_cap, first_below=first, members=members,
+            )  # fmt: skip
+            j = self.joined
+            below, of_below, first = Elements(j.key, j.value, j.tokens, j.spread, j.v_spread), self.units, first + members
+        if self.above == 0:
+            self._alone()
+
+    def _alone(self) -> None:
+        """The key blocks, where there are no groups."""
+        a, f = self.a, self.found
+        for to, x in ((f.joined_k, a.pooled_k), (f.joined_v, a.pooled_v), (f.joined_tokens, a.tokens), (f.joined_spread, a.spread)):
+            to.copy_(x)
+        bias = (a.spread / 2).clamp(max=a.cap)
+        f.joined_bias.copy_(bias + a.tokens.log() if a.log_count else bias.masked_fill(a.tokens == 0, -torch.inf))
+        torch.sum(a.tokens.view(self.bh, self.slots, a.parts), -1, out=self.groups.total)
+
+    def seen(self) -> Tensor:
+        """What the spans see, as codes `[BH, spans, units]` (`seen_units`)."""
+        a, f, padded = self.a, self.found, self.constants["DP"]
+        columns, rows = 32 if padded > 128 else 64, 32
+        tiles = cdiv(self.pools, columns) + cdiv(self.above, columns)
+        self.launch(
+            seen_units.span_logits, (cdiv(self.spans, rows), tiles, self.bh), 4, {"BQ": rows, "BK": columns, "BD": min(32, padded)},
+            q_mean=a.q_mean, q_starts=a.q_starts, joined=self.joined, middle=self.groups.middle, score_bias=self.groups.score_bias,
+            logits=self.logits, scale=a.scale,
+        )  # fmt: skip
+        codes, roots = self.empty(self.spans, self.units, dtype=torch.int32), power(a.roots)
+        wide, entries = roots * MEMBERS ** (len(self.levels) - 1), power(f.pool_lists.shape[-1])
+        constants = {"OWN": a.lists.ndim == 3, "ROOTS": roots, "N": 4, "LIST": entries}
+        self.launch(
+            seen_units.see_units, (self.spans, self.bh), min(16, max(1, max(wide, entries) // LANES)), constants, logits=self.logits,
+            total=self.groups.total, lists=a.lists, counts=a.counts, place=a.place, codes=codes, pool_lists=f.pool_lists,
+            pool_counts=f.pool_counts, shares=f.shares if f.shares.numel() else None, width=a.lists.shape[-1], opened=a.opened,
+            pool_width=f.pool_lists.shape[-1],
+        )  # fmt: skip
+        return codes
+
+    def slopes(self, codes: Tensor) -> None:
+        """The spans' matrices."""
+        f, own = self.found, self.empty(self.spans, self.units)
+        self.launch(
+            seen_units.weigh_units, (self.spans, self.bh), 4, {"W": min(LANES, max(16, power(self.units)))}, logits=self.logits,
+            total=self.groups.total, codes=codes, shares=f.shares, own=own, pool_width=f.pool_lists.shape[-1],
+        )  # fmt: skip
+        mix(own, self.a.slope, f.above if self.above else None, f.slopes, self.constants, self.arch, self.run)
+
+
+def mix(weight: Tensor, slope: Any, above: Tensor | None, out: Tensor, constants: dict[str, Any], arch: str, run: Run) -> None:
+    """out `[B, H, n, D, D]` = Σ weight · slope (`seen_units.mix_units`)."""
+    (batch, heads, spans, d), padded = out.shape[:4], constants["DP"]
+    rows = 32 if arch in ("sm_80", "sm_120") else 64  # more spill there
+    tile = constants | {"BQ": rows, "BK": 16 if padded > 128 else 32, "STAGES": 2}
+    numbers = {"spans": spans, "slots": slope.shape[3], "above": 0 if above is None else above.shape[3]}
+    given = {"weight": weight, "slope": slope, "slope_above": above, "out": out, "C": constants_of(seen_units.mix_units, tile)}
+    warps = 8 if rows * padded > 4096 else 4
+    run(Launch(seen_units.mix_units, (cdiv(spans, rows), d, batch * heads), given | numbers, warps))
+
+
+def group_units(a: GroupingArguments, machine: Machine, run: Run = execute) -> Units:
+    """What `grouping.Units` names."""
+    call = Grouped(a, machine, run)
+    call.moments()
+    codes = call.seen()
+    if a.slope is not None:
+        call.slopes(codes)
+    return call.found
