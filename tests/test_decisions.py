@@ -327,6 +327,21 @@ def test_a_gpu_has_its_own_answer_and_none_while_a_graph_is_captured(timed: list
     assert len(timed) == 1
 
 
+def test_a_device_without_memory_for_it_runs_the_method(timed: list[TokenLayout], monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def full(*_: Any) -> tuple[float, float]:
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(guard, "_measure", full)
+    shape = (CLEAR(2.0), TokenLayout((1, 16, 16)), 64, torch.float32, CPU)
+    with pytest.warns(UserWarning, match="was not measured, and it runs: CUDA out of memory"):
+        assert guard.measured(*shape) is None
+    assert guard.measured(*shape) is None
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize("kind", ["mps", "meta", "xpu"])
 def test_other_devices_are_not_measured(kind: str, timed: list[TokenLayout]) -> None:
     assert guard.measured(*SHAPE[:4], torch.device(kind)) is None

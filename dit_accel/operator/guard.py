@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Crossover:
         return f"{times}, decided {f'once, kept in {self.file}' if self.file else 'for this process alone'}"
 
 
-_known: dict[str, Crossover] = {}
+_known: dict[str, Crossover | None] = {}
 _lock = threading.Lock()
 
 
@@ -64,7 +65,7 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
     """The crossover of a grid on this machine's CPU or GPU; the second call costs nothing.
 
     None where nothing can be measured, and the method runs: on other devices, where the environment has it off, while a CUDA graph is
-    captured. Raises ValueError as `decisions.enabled`.
+    captured, and in a process whose device had no memory left for it, which is warned of. Raises ValueError as `decisions.enabled`.
     """
     if not decisions.enabled() or device.type not in PAIRS:
         return None
@@ -75,8 +76,13 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
             image = TokenLayout(layout.grid, order=layout.order, references=layout.references)
-            times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
-            _known[name] = Crossover(times[0], times[1], file)
+            try:
+                times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
+            except torch.OutOfMemoryError as error:  # a run that fits must not end by what is measured in addition to it
+                warnings.warn(f"dit_accel: whether {spec} is faster at {layout.grids} was not measured, and it runs: {error}", stacklevel=2)
+                _known[name] = None
+            else:
+                _known[name] = Crossover(times[0], times[1], file)
         return _known[name]
 
 
