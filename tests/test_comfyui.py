@@ -23,7 +23,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel.errors import AdapterError, ArgumentError, FallbackError, UnsupportedModelError
-from dit_accel.integrations.comfyui import accelerator, calls, nodes
+from dit_accel.integrations.comfyui import accelerator, calls, hosts, nodes
 from dit_accel.integrations.comfyui.accelerator import OVERRIDE
 from dit_accel.integrations.comfyui.install import accelerated, removed, sigma_range
 from dit_accel.method.assignment import Assignment, Moment, Rule
@@ -316,8 +316,8 @@ def test_a_second_call_of_the_transformer_has_no_grid_of_the_first(monkeypatch: 
     """As nodes make that draw a picture in parts within one evaluation."""
     patcher = host.flux()
     transformer, grids = patcher.model.diffusion_model, iter([((1, 17, 24),), "no grid"])
-    hosts = replace(accelerator.host_of(transformer), grids=lambda arguments, transformer: next(grids))
-    monkeypatch.setattr(accelerator, "host_of", lambda transformer: hosts)
+    changed = replace(accelerator.host_of(transformer), grids=lambda arguments, transformer: next(grids))
+    monkeypatch.setattr(accelerator, "host_of", lambda transformer: changed)
     fast = on(patcher)
 
     def twice(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -335,9 +335,9 @@ def test_another_place_of_the_image_leaves_it_to_the_original(caplog: pytest.Log
     blocks[1].slice = [0, 408]
     host.run(fast)
     assert "calls with an image at tokens 0 to 408 of 421" in caplog.text
-    hosts = accelerator.host_of(type("HunyuanVideo", (), {})())
+    found = accelerator.host_of(type("HunyuanVideo", (), {})())
     transformer = SimpleNamespace(double_blocks=[SimpleNamespace(flipped_img_txt=True)])
-    assert "text behind the video" in str(hosts.grids({"x": torch.zeros(1, 16, 3, 8, 8)}, transformer))
+    assert "text behind the video" in str(found.grids({"x": torch.zeros(1, 16, 3, 8, 8)}, transformer))
 
 
 def test_more_tokens_than_the_grid_and_the_text_leave_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:
@@ -414,6 +414,7 @@ def test_an_adapter_brings_its_method_and_parameters(adapter: Path) -> None:
     ("change", "message"),
     [
         ("", "neither a folder made by save_adapter nor a hub id"),
+        ("class", "is for a ChromaTransformer2DModel, but a Flux of ComfyUI is a FluxTransformer2DModel or a Flux2Transformer2DModel"),
         ("heads", "is for .*transformer_blocks.0.attn with 2 heads of 24, but this Flux has 4 of 12"),
         ("layers", "is for transformer_blocks.1.attn with 2 heads of 24, but this Flux has no such layer"),
         ("damaged", "is damaged or altered"),
@@ -427,6 +428,8 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, change: str, mes
         transformer.num_heads = 4
     elif change == "layers":
         del transformer.double_blocks[1]
+    elif change == "class":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_class": "ChromaTransformer2DModel"}))
     elif change == "damaged":
         file = adapter / "diffusion_pytorch_model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -436,6 +439,13 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, change: str, mes
     with pytest.raises(AdapterError, match=message):
         nodes.LoadAdapter().apply(patcher, str(adapter) if change else str(adapter / "none"), 1.0, False)
     assert not patcher.wrappers
+
+
+def test_each_class_has_those_of_diffusers_that_adapters_are_made_for() -> None:
+    import diffusers
+
+    assert {name for known in hosts.HOSTS for name in known.classes} == hosts.SOURCES.keys()
+    assert [name for names in hosts.SOURCES.values() for name in names if not hasattr(diffusers, name)] == []
 
 
 def test_an_adapter_without_a_place_is_refused() -> None:
