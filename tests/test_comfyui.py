@@ -381,6 +381,25 @@ def test_the_nodes_do_it(tmp_path: Path) -> None:
         nodes.Plan().read(str(tmp_path / "none.json"))
 
 
+def test_a_plan_that_was_made_for_another_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    patcher, example = host.flux(), ROOT / "tests" / "plan_example.json"
+    transformer = patcher.model.diffusion_model
+    transformer.num_heads = 4
+    transformer.single_blocks.extend(host.Block(transformer.hidden_size) for _ in range(3))
+    plan, _ = nodes.Plan().read(str(example))
+    nodes.Accelerate().apply(patcher, "", 0.0, 1.0, True, plan=plan)
+    nodes.Accelerate().apply(patcher, f" {example}", 0.0, 1.0, True)
+    assert not caplog.records
+    other = tmp_path / "plan.json"
+    other.write_text(example.read_text().replace("FluxTransformer2DModel", "ChromaTransformer2DModel"))
+    message = "not valid here: it was made for ChromaTransformer2DModel, not FluxTransformer2DModel"
+    nodes.Accelerate().apply(patcher, str(other), 0.0, 1.0, False)
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(ArgumentError, match=message):
+        nodes.Accelerate().apply(patcher, "", 0.0, 1.0, True, plan=nodes.Plan().read(str(other))[0])
+    assert not patcher.wrappers
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """Made in diffusers, for a FLUX with layers of the stand-in's size; its method's parameters are random."""
