@@ -147,6 +147,14 @@ def test_a_kernel_that_fits_with_no_tile_says_what_to_do(card: Callable[..., Sma
     assert calls._warned == set()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
+def test_a_kernel_that_has_no_other_tile_says_what_to_do(card: Callable[..., SmallCard]) -> None:
+    card({"summarise_parts"}, 0)
+    with pytest.raises(BackendError, match=r"needs more of the GPU than there is: .* 300000.* use backend='reference'"):
+        attention(*SHAPE.inputs(), Fovea(0.3, order=1, tile=(4, 4)), SHAPE.layout, backend="triton")
+
+
 def steps_down(place: Place, machine: Machine) -> list[Tile]:
     """The tiles that are taken one after the other, as long as each is refused."""
     error = TooLargeError(place, OutOfResources(300_000, 232_448, "shared memory"))

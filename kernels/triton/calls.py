@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import triton
+from dit_accel.errors import BackendError
 from dit_accel.kernels import capture
 from dit_accel.kernels.arguments import (
     Arguments,
@@ -39,9 +40,11 @@ from dit_accel.kernels.triton import (
 )
 from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import Machine
+from triton.runtime.errors import OutOfResources
 
 T = TypeVar("T")
 
+NOT_FITTING = "a GPU kernel that holds whole blocks needs more of the GPU than there is"
 INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
 
 
@@ -150,6 +153,8 @@ def _fitted(device: torch.device, function: Callable[[Machine], T]) -> T:
         except fallback.TooLargeError as error:
             refusals.setdefault(error.place.key, error)
             _fitting[device] = fallback.lowered(machine, error)
+        except OutOfResources as error:  # of a kernel that holds whole blocks and has no smaller tile
+            raise BackendError(f"{NOT_FITTING}: {error}; use backend='reference' for this head dimension and dtype") from error
         else:
             break
     for key, refused in refusals.items():

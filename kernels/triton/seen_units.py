@@ -67,7 +67,7 @@ def span_means(q_mean, q_starts, span, channel, q_blocks, C):
 def largest(x, j, n, top):
     """Whether an entry of `x` `[W]`, of which the first `n` count, is among the `top` largest; ties to the first.
 
-    Bisection on the bits of the threshold, as in `block_means.choose_blocks`.
+    Bisection on the bits of the threshold, as in `block_choice.take_best`.
     """
     key = tl.where(j < n, ordered(x + 0.0), -2147483648)  # + 0.0: -0 ties with 0
     threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= top, 0, -2147483648)
