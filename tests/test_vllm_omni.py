@@ -142,6 +142,7 @@ def test_a_sequence_without_an_image_is_computed_exactly() -> None:
         ({}, {"latent_shape": GEOMETRY["latent_shape"]}, {}, "the grid of the image is unknown"),
         ({}, {**GEOMETRY, "latent_shape": torch.tensor([[3, 12, 14], [3, 14, 12]])}, {}, "latent_shape must be three ints.*same for all"),
         ({}, {**GEOMETRY, "patch_size": [0, 2, 2]}, {}, "patch_size must be three ints >= 1"),
+        ({}, {**GEOMETRY, "latent_shape": [3, 13, 14]}, {}, r"latent_shape must be whole patches of \(1, 2, 2\), not \(3, 13, 14\)"),
         ({"grid": [6, 7]}, {}, {}, r"grid must be \(frames, height, width\)"),
         ({"method": "fast"}, GEOMETRY, {}, "method must be one of"),
         ({"method": "none"}, GEOMETRY, {}, "method must be one method for all layers"),

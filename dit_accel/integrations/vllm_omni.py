@@ -72,6 +72,9 @@ def grid_of(params: dict[str, Any]) -> Grid:
     sizes, sides = params.get("latent_shape"), params.get("patch_size")
     if sizes is not None and sides is not None:
         latents, patches = _of_one_sample("latent_shape", sizes), _of_one_sample("patch_size", sides)
+        # what is left over may be cut off or padded, and text would take up the difference
+        whole = all(size % side == 0 for size, side in zip(latents, patches, strict=True))
+        require(whole, f"latent_shape must be whole patches of {patches}", latents, "give the grid in tokens as grid")
         frames, height, width = (size // side for size, side in zip(latents, patches, strict=True))
         return TokenLayout((frames, height, width)).grid
     raise ArgumentError(
