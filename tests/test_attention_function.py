@@ -82,6 +82,16 @@ def test_what_a_mask_adds_to_all_logits_alike_changes_nothing() -> None:
     assert relative_error(function(q, k, v, mask=mask), dense(q, k, v, attn_mask=mask[:, None, None])) < 1e-6
 
 
+@pytest.mark.parametrize("method", [dit_accel.Fovea(0.3), dit_accel.SLA(0.3), dit_accel.CLEAR(3)])
+def test_a_compiled_function_is_the_same(method: dit_accel.AttentionSpec) -> None:
+    layout = LAYOUTS["text first"]
+    q, k, v = inputs(layout)
+    function, mask = dit_accel.as_attention_function(method, layout), torch.ones(2, layout.tokens, dtype=torch.bool)
+    mask[0, 3:6] = False
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, backend="aot_eager")(q, k, v, mask=mask), function(q, k, v, mask=mask))
+
+
 def test_gradients_pass() -> None:
     layout = LAYOUTS["one word"]
     q, k, v = (x.requires_grad_() for x in inputs(layout))
