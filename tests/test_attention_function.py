@@ -72,6 +72,26 @@ def test_padded_text_is_masked(axes: int, kind: torch.dtype, layout: dit_accel.T
     assert relative_error(got, dense(q, k, v, attn_mask=attended[:, None, None])) < 1e-6
 
 
+def test_what_a_mask_adds_to_all_logits_alike_changes_nothing() -> None:
+    layout = LAYOUTS["text first"]
+    q, k, v = inputs(layout)
+    function, mask = dit_accel.as_attention_function(dit_accel.Fovea(1.0), layout), torch.full((1, layout.tokens), -3.0)
+    mask[:, 2] = 1.5
+    assert relative_error(function(q, k, v, mask=mask), dense(q, k, v, attn_mask=mask[:, None, None])) < 1e-6
+    mask[:, 2] = torch.finfo(mask.dtype).min
+    assert relative_error(function(q, k, v, mask=mask), dense(q, k, v, attn_mask=mask[:, None, None])) < 1e-6
+
+
+@pytest.mark.parametrize("method", [dit_accel.Fovea(0.3), dit_accel.SLA(0.3), dit_accel.CLEAR(3)])
+def test_a_compiled_function_is_the_same(method: dit_accel.AttentionSpec) -> None:
+    layout = LAYOUTS["text first"]
+    q, k, v = inputs(layout)
+    function, mask = dit_accel.as_attention_function(method, layout), torch.ones(2, layout.tokens, dtype=torch.bool)
+    mask[0, 3:6] = False
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, backend="aot_eager")(q, k, v, mask=mask), function(q, k, v, mask=mask))
+
+
 def test_gradients_pass() -> None:
     layout = LAYOUTS["one word"]
     q, k, v = (x.requires_grad_() for x in inputs(layout))
@@ -114,6 +134,10 @@ N = LAYOUTS["text first"].tokens
         (torch.ones(2, N, dtype=torch.int64), "mask must be bool or floating, not torch.int64"),
         (torch.arange(2 * N).reshape(2, N) != N - 1, "mask must be the same for all image tokens"),
         (torch.zeros(2, N, dtype=torch.bool), "mask must be the same for all image tokens"),
+        (torch.full((2, N), -torch.inf), "mask must be the same for all image tokens, but hides some of them"),
+        (torch.full((2, N), -torch.inf).index_fill(1, torch.arange(7), 0), "mask must be the same for all image tokens"),
+        (torch.full((2, N), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16), "mask must be the same for all image tokens"),
+        (torch.full((1, N), torch.nan), "mask must be the same for all image tokens"),
         ([True] * N, "mask must be over keys.*not 'list'"),
     ],
 )

@@ -1,13 +1,13 @@
 """The nodes for ComfyUI, against a stand-in for its interface (`comfyui_stub`); `test_comfyui_host` is about ComfyUI itself."""
 
 import importlib.util
-import json
 import logging
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,10 @@ import pytest
 import torch
 from conftest import normal, relative_error
 from helpers import disc_pairs
-from safetensors.torch import load_file
 from torch import Tensor
 
 import dit_accel
-from dit_accel.errors import AdapterError, ArgumentError, FallbackError, UnsupportedModelError
+from dit_accel.errors import ArgumentError, FallbackError, UnsupportedModelError
 from dit_accel.integrations.comfyui import accelerator, calls, nodes
 from dit_accel.integrations.comfyui.accelerator import OVERRIDE
 from dit_accel.integrations.comfyui.install import accelerated, removed, sigma_range
@@ -91,6 +90,7 @@ def test_every_form_of_a_call_is_read(form: dict[str, Any], packed: bool, keys: 
         ({"key": torch.zeros(1, 3, 5, 8), "value": torch.zeros(1, 3, 5, 8)}, r"shapes \[1, 2, 5, 8\], \[1, 3, 5, 8\]"),
         ({"value": torch.zeros(1, 2, 5, 4)}, "shapes"),
         ({"mask": torch.zeros(1, 2, 5, 5)}, r"a.* mask of shape \[1, 2, 5, 5\]"),
+        ({"mask": torch.ones(1, 1, 1, 5, dtype=torch.int64)}, "an attention mask of int64"),
     ],
 )
 def test_a_call_that_is_not_known_says_so(change: dict[str, Any], reason: str) -> None:
@@ -129,7 +129,10 @@ def test_masks_over_the_image_and_over_pairs_leave_it_to_the_original(caplog: py
     hidden, pairs = torch.zeros(1, 1, tokens), torch.zeros(tokens, tokens)
     hidden[..., -7:] = -1e4
     pairs[:50, 60:] = -1e4
-    for mask, reason in ((hidden, "an attention mask over image tokens"), (pairs, "an attention mask of shape")):
+    whole = (torch.arange(tokens) < 13)[None, None]  # hides all of it
+    over_image = "an attention mask over image tokens"
+    numbers = torch.zeros(whole.shape).masked_fill(~whole, -torch.inf)
+    for mask, reason in ((hidden, over_image), (whole, over_image), (numbers, over_image), (pairs, "an attention mask of shape")):
         caplog.clear()
         assert torch.equal(host.run(on(patcher), mask=mask, steps=2), host.run(patcher, mask=mask, steps=2))
         assert [reason in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]  # once
@@ -307,6 +310,22 @@ def test_another_signature_leaves_it_to_the_original(caplog: pytest.LogCaptureFi
     assert "arguments of Flux that this version does not know" in caplog.text
 
 
+def test_a_second_call_of_the_transformer_has_no_grid_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nodes make that draw a picture in parts within one evaluation."""
+    patcher = host.flux()
+    transformer, grids = patcher.model.diffusion_model, iter([((1, 17, 24),), "no grid"])
+    changed = replace(accelerator.host_of(transformer), grids=lambda arguments, transformer: next(grids))
+    monkeypatch.setattr(accelerator, "host_of", lambda transformer: changed)
+    fast = on(patcher)
+
+    def twice(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    fast.add_wrapper_with_key("apply_model", "another", twice)
+    assert torch.equal(host.run(fast), host.run(patcher))
+
+
 def test_another_place_of_the_image_leaves_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:
     """Versions of ComfyUI had a video before its text."""
     patcher, fast = (found := host.flux()), on(found)
@@ -314,9 +333,9 @@ def test_another_place_of_the_image_leaves_it_to_the_original(caplog: pytest.Log
     blocks[1].slice = [0, 408]
     host.run(fast)
     assert "calls with an image at tokens 0 to 408 of 421" in caplog.text
-    hosts = accelerator.host_of(type("HunyuanVideo", (), {})())
+    found = accelerator.host_of(type("HunyuanVideo", (), {})())
     transformer = SimpleNamespace(double_blocks=[SimpleNamespace(flipped_img_txt=True)])
-    assert "text behind the video" in str(hosts.grids({"x": torch.zeros(1, 16, 3, 8, 8)}, transformer))
+    assert "text behind the video" in str(found.grids({"x": torch.zeros(1, 16, 3, 8, 8)}, transformer))
 
 
 def test_more_tokens_than_the_grid_and_the_text_leave_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:
@@ -358,68 +377,6 @@ def test_the_nodes_do_it(tmp_path: Path) -> None:
     assert nodes.Plan.IS_CHANGED(str(tmp_path / "plan.json")) > nodes.Plan.IS_CHANGED(str(tmp_path / "none.json")) == 0
     with pytest.raises(ArgumentError, match=r"none\.json can't be read"):
         nodes.Plan().read(str(tmp_path / "none.json"))
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """Made in diffusers, for a FLUX with layers of the stand-in's size; its method's parameters are random."""
-    from diffusers import FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=host.WIDTH, num_attention_heads=host.HEADS,
-        joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(8, 8, 8),
-    )  # fmt: skip
-    dit_accel.accelerate(transformer, dit_accel.SLA(0.2))
-    own = [parameter for name, parameter in transformer.named_parameters() if ".dit_accel." in name]
-    for n, parameter in enumerate(own):
-        parameter.data.copy_(0.3 * normal(*parameter.shape, seed=n))
-    assert len(own) >= 4
-    return dit_accel.save_adapter(transformer, tmp_path / "adapter")
-
-
-def test_an_adapter_brings_its_method_and_parameters(adapter: Path) -> None:
-    patcher = host.flux()
-    (patched,) = nodes.LoadAdapter().apply(patcher, str(adapter), 1.0, True)
-    got, start = host.run(patched), host.run(on(patcher, dit_accel.SLA(0.2), strict=True))
-    assert relative_error(got, start) > 1e-3
-    tensors = load_file(adapter / "diffusion_pytorch_model.safetensors")
-    parameters = {name: dit_accel.SLA(0.2).make_parameters(heads=host.HEADS, head_dim=host.WIDTH) for name in STREAMS}
-    for name, own in parameters.items():
-        own.load_state_dict({key: tensors[f"layers.{name.replace('.', '__')}.{key}"] for key in own.state_dict()})
-    assert torch.equal(host.run(on(patcher, dit_accel.SLA(0.2), parameters=parameters)), got)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("", "neither a folder made by save_adapter nor a hub id"),
-        ("heads", "is for .*transformer_blocks.0.attn with 2 heads of 24, but this Flux has 4 of 12"),
-        ("layers", "is for transformer_blocks.1.attn with 2 heads of 24, but this Flux has no such layer"),
-        ("damaged", "is damaged or altered"),
-        ("full", "weights of the model itself .*not supported in ComfyUI"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, change: str, message: str) -> None:
-    patcher = host.flux()
-    transformer, config = patcher.model.diffusion_model, adapter / "dit_accel_config.json"
-    if change == "heads":
-        transformer.num_heads = 4
-    elif change == "layers":
-        del transformer.double_blocks[1]
-    elif change == "damaged":
-        file = adapter / "diffusion_pytorch_model.safetensors"
-        file.write_bytes(file.read_bytes()[:-1] + b"x")
-    elif change == "full":
-        data = json.loads(config.read_text())
-        config.write_text(json.dumps({**data, "files": {**data["files"], "attention_weights.safetensors": "0"}}))
-    with pytest.raises(AdapterError, match=message):
-        nodes.LoadAdapter().apply(patcher, str(adapter) if change else str(adapter / "none"), 1.0, False)
-    assert not patcher.wrappers
-
-
-def test_an_adapter_without_a_place_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="adapter must be a folder or owner/name on the hub"):
-        nodes.LoadAdapter().apply(host.flux(), " ", 1.0, False)
 
 
 def test_a_link_to_the_folder_is_all_that_comfyui_requires(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_an_adapter_from_diffusers_computes_the_same(tmp_path: Path) -> None:
     assert relative_error(in_comfyui(model), original) < 1e-5
     with pytest.raises(AdapterError, match="with 2 heads of 24, but this Flux has 4 of 12"):
         nodes.LoadAdapter().apply(tiny_model("flux", num_heads=4, axes_dim=[4, 4, 4]), str(tmp_path / "adapter"), 1.0, False)
-    with pytest.raises(AdapterError, match="but this WanModel has no such layer"):
+    with pytest.raises(AdapterError, match="for a FluxTransformer2DModel, but a WanModel of ComfyUI is a WanTransformer3DModel"):
         nodes.LoadAdapter().apply(tiny_model("wan"), str(tmp_path / "adapter"), 1.0, False)
 
 

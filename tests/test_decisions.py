@@ -1,5 +1,6 @@
 """Timing decides no picture: one decision for all processes, kept in the cache folder, and the same for prompts of any length."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -295,8 +296,16 @@ def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "mm", lambda *_: Event.log.append("busy"))
     monkeypatch.setattr(guard, "AHEAD", 4)
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:  # events are recorded on the current device, which may not be the model's
+        Event.log.append(f"on {device}")
+        yield
+        Event.log.append("off")
+
+    monkeypatch.setattr(torch.cuda, "device", on)
     assert guard._seconds_on_gpu(CPU, lambda: Event.log.append("run")) == 0.25
-    assert Event.log == ["busy", "busy", "record", "run", "record", "synchronize"]
+    assert Event.log == ["busy", "busy", "on cpu", "record", "run", "record", "off", "synchronize"]
 
 
 def test_a_gpu_has_its_own_answer_and_none_while_a_graph_is_captured(timed: list[TokenLayout], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +325,21 @@ def test_a_gpu_has_its_own_answer_and_none_while_a_graph_is_captured(timed: list
     capturing = True
     assert guard.measured(*shape) is found  # known: nothing is to be measured
     assert len(timed) == 1
+
+
+def test_a_device_without_memory_for_it_runs_the_method(timed: list[TokenLayout], monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def full(*_: Any) -> tuple[float, float]:
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(guard, "_measure", full)
+    shape = (CLEAR(2.0), TokenLayout((1, 16, 16)), 64, torch.float32, CPU)
+    with pytest.warns(UserWarning, match="was not measured, and it runs: CUDA out of memory"):
+        assert guard.measured(*shape) is None
+    assert guard.measured(*shape) is None
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize("kind", ["mps", "meta", "xpu"])

@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "patch": BELOW_PATCH | {"parallel", "pipelines"},
     "pipelines.hires": BELOW_ADAPTERS,  # a recipe, placed above the patch though its folder is next to the families that the patch uses
     "adapters": BELOW_ADAPTERS,
-    "integrations": BELOW_ADAPTERS | {"adapters"},
+    "integrations": BELOW_ADAPTERS | {"adapters", "planner.record"},  # of the planner, what a plan's file contains
     "finetune": BELOW_ADAPTERS | {"adapters"},
     "measure": BELOW_ADAPTERS | {"adapters", "finetune"},
     "planner": BELOW_ADAPTERS | {"adapters", "finetune", "measure"},

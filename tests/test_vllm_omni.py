@@ -118,6 +118,16 @@ def test_text_in_the_sequence(place: str, masked: bool) -> None:
     assert relative_error(got, dense(q, k, v, pairs & mask[:, None, None])) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [TOKENS + 9, 20])
+def test_a_mask_of_samples_and_keys_is_not_0_for_what_is_attended(kind: torch.dtype, tokens: int) -> None:
+    """Qwen-Image's are ones and zeros of int64, which vLLM-Omni's backends read as bool."""
+    given, mask = tensors(tokens), torch.ones(2, tokens, dtype=torch.bool)
+    mask[1, 4:9] = False
+    got = called(given, {"method": "fovea:1", "text": "first"}, GEOMETRY, mask=mask.to(kind))
+    assert relative_error(got, dense(*given, mask[:, None, None])) < 1e-6
+
+
 def test_a_sequence_without_an_image_is_computed_exactly() -> None:
     """As that of a text refiner, whose layers have the same role."""
     given, mask = tensors(20), torch.arange(20) < torch.tensor([[20], [13]])
@@ -132,10 +142,12 @@ def test_a_sequence_without_an_image_is_computed_exactly() -> None:
         ({}, {"latent_shape": GEOMETRY["latent_shape"]}, {}, "the grid of the image is unknown"),
         ({}, {**GEOMETRY, "latent_shape": torch.tensor([[3, 12, 14], [3, 14, 12]])}, {}, "latent_shape must be three ints.*same for all"),
         ({}, {**GEOMETRY, "patch_size": [0, 2, 2]}, {}, "patch_size must be three ints >= 1"),
+        ({}, {**GEOMETRY, "latent_shape": [3, 13, 14]}, {}, r"latent_shape must be whole patches of \(1, 2, 2\), not \(3, 13, 14\)"),
         ({"grid": [6, 7]}, {}, {}, r"grid must be \(frames, height, width\)"),
         ({"method": "fast"}, GEOMETRY, {}, "method must be one of"),
         ({"method": "none"}, GEOMETRY, {}, "method must be one method for all layers"),
         ({"method": 3}, GEOMETRY, {}, "method must be one method for all layers"),
+        ({"method": {"keep": "fovea"}}, GEOMETRY, {}, "method must be one method for all layers"),
         ({}, GEOMETRY, {"causal": True}, "does not compute causal attention"),
         ({}, GEOMETRY, {"mask": torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)}, "mask must be over keys"),
         ({}, GEOMETRY, {"mask": torch.arange(TOKENS).expand(2, -1) > 3}, "mask must be the same for all image tokens"),

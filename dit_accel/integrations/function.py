@@ -14,6 +14,7 @@ from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import masks
+from dit_accel.patch.mask_check import hides_image
 
 Order = Literal["BHND", "BNHD"]
 ORDERS: dict[str, tuple[int, int]] = {"BHND": (1, 2), "BNHD": (2, 1)}  # which axes are heads and tokens
@@ -42,8 +43,8 @@ def as_attention_function(
 
     Query, key and value have one shape, floating dtype and device; keys of fewer heads than queries (GQA) are repeated. `mask` hides
     padded text: `[B, N]`, `[B, 1, N]` or `[B, 1, 1, N]`, True (or 0 where it is floating and added to the logits) for what is attended; it
-    must be the same for all image tokens. A mask over pairs of tokens and a causal one are not supported. Differentiable in query,
-    key, value and `params`.
+    must be the same for all image tokens and hide none of them. A mask over pairs of tokens and a causal one are not supported.
+    Differentiable in query, key, value and `params`.
 
     Raises ValueError for everything that does not fit, BackendError for a backend that can't run the call.
     """
@@ -74,7 +75,8 @@ def as_attention_function(
 def key_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor | None:
     """What a mask over keys adds to the logits of the text's keys, float32 `[B, text]`; None where there is no text.
 
-    Raises ValueError for a mask that is over pairs, of another length, or not the same for all image tokens; that reads device memory.
+    Raises ValueError for a mask that is over pairs, of another length, not the same for all image tokens, or that hides them; that reads
+    device memory.
     """
     tokens, rule = layout.tokens, "mask must be over keys: [B, N], [B, 1, N] or [B, 1, 1, N]"
     require(isinstance(mask, Tensor), rule, type(mask).__name__)
@@ -83,8 +85,7 @@ def key_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor | None:
     require(over_keys, rule, tuple(mask.shape), advice)
     require(mask.dtype == torch.bool or mask.is_floating_point(), "mask must be bool or floating", mask.dtype)
     keys = mask.reshape(len(mask), tokens)
-    image = keys[:, layout.image_slice]
-    if not torch.equal(image, image[:, :1].expand_as(image)) or (mask.dtype == torch.bool and not bool(image.all())):
+    if hides_image(keys, layout.image, layout.text_first):
         raise ArgumentError("mask must be the same for all image tokens, but hides some of them: run those calls without dit_accel")
     return masks.text_bias(keys, layout, batch) if layout.text else None
 

@@ -23,6 +23,8 @@ from dit_accel.method.text import parse_method
 from dit_accel.operator.layout import TokenLayout
 
 PLACES = ("first", "last")
+ONE_METHOD = "method must be one method for all layers"
+ADVICE = "write it as fovea:0.05, or name a file with one spec; rules for layers and steps are not supported here"
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, params: dict[str, Any], is_causal: bool, softmax_scale: float) -> Tensor:
@@ -31,7 +33,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, params: dict[str, Any],
     Read from `params`, all else in it is ignored: `method`, a method as text ("fovea:0.05" unless given) or a file with a spec; `grid`,
     (frames, height, width) in tokens, else from the framework's `latent_shape` and `patch_size` (`[samples, 3]` each); `text`, "first" or
     "last", where the tokens that are not the grid's are, required where there are any; `attn_mask`, over keys, the same for all image
-    tokens. A sequence that is shorter than the grid is none of the image (a text refiner's) and gets exact attention.
+    tokens: `[B, N]` of any dtype is not 0 for what is attended, as in vLLM-Omni's own backends; with more axes it is bool, or added to the
+    logits. A sequence that is shorter than the grid is none of the image (a text refiner's) and gets exact attention.
 
     Raises ArgumentError for a causal call, an unknown geometry, samples of several sizes and masks over pairs; it never computes another
     method in their place.
@@ -46,13 +49,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, params: dict[str, Any],
     grid = grid_of(params)
     image, tokens = grid[0] * grid[1] * grid[2], query.shape[1]
     mask = params.get("attn_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = mask.bool()
     if tokens < image:
         return _exact(query, key, value, mask, softmax_scale)
-    text = params.get("text")
+    text, method = params.get("text"), params.get("method", "fovea:0.05")
     if tokens > image:
         rule = f"text must be 'first' or 'last', because {tokens} tokens are more than the {image} of the grid {grid}"
         require(text in PLACES, rule, text, "add it to the backend's extra")
-    function = _function(_spec(params.get("method", "fovea:0.05")), grid, tokens - image, text != "last")
+    require(isinstance(method, str | Assignment | AttentionSpec), ONE_METHOD, method, ADVICE)
+    function = _function(_spec(method), grid, tokens - image, text != "last")
     return function(query, key, value, mask=mask, scale=softmax_scale)
 
 
@@ -66,6 +72,9 @@ def grid_of(params: dict[str, Any]) -> Grid:
     sizes, sides = params.get("latent_shape"), params.get("patch_size")
     if sizes is not None and sides is not None:
         latents, patches = _of_one_sample("latent_shape", sizes), _of_one_sample("patch_size", sides)
+        # what is left over may be cut off or padded, and text would take up the difference
+        whole = all(size % side == 0 for size, side in zip(latents, patches, strict=True))
+        require(whole, f"latent_shape must be whole patches of {patches}", latents, "give the grid in tokens as grid")
         frames, height, width = (size // side for size, side in zip(latents, patches, strict=True))
         return TokenLayout((frames, height, width)).grid
     raise ArgumentError(
@@ -90,8 +99,7 @@ def _spec(method: str | AttentionSpec) -> AttentionSpec:
     found = parse_method(method) if isinstance(method, str) else method
     if isinstance(found, Assignment):
         found = found.spec or found
-    advice = "write it as fovea:0.05, or name a file with one spec; rules for layers and steps are not supported here"
-    require(isinstance(found, AttentionSpec), "method must be one method for all layers", method, advice)
+    require(isinstance(found, AttentionSpec), ONE_METHOD, method, ADVICE)
     return found  # type: ignore[return-value]
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Crossover:
         return f"{times}, decided {f'once, kept in {self.file}' if self.file else 'for this process alone'}"
 
 
-_known: dict[str, Crossover] = {}
+_known: dict[str, Crossover | None] = {}
 _lock = threading.Lock()
 
 
@@ -64,7 +65,7 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
     """The crossover of a grid on this machine's CPU or GPU; the second call costs nothing.
 
     None where nothing can be measured, and the method runs: on other devices, where the environment has it off, while a CUDA graph is
-    captured. Raises ValueError as `decisions.enabled`.
+    captured, and in a process whose device had no memory left for it, which is warned of. Raises ValueError as `decisions.enabled`.
     """
     if not decisions.enabled() or device.type not in PAIRS:
         return None
@@ -75,8 +76,13 @@ def measured(spec: AttentionSpec, layout: TokenLayout, head_dim: int, dtype: tor
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
             image = TokenLayout(layout.grid, order=layout.order, references=layout.references)
-            times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
-            _known[name] = Crossover(times[0], times[1], file)
+            try:
+                times, file = decisions.decided(question, lambda: _measure(spec, image, head_dim, dtype, device))
+            except torch.OutOfMemoryError as error:  # a run that fits must not end by what is measured in addition to it
+                warnings.warn(f"dit_accel: whether {spec} is faster at {layout.grids} was not measured, and it runs: {error}", stacklevel=2)
+                _known[name] = None
+            else:
+                _known[name] = Crossover(times[0], times[1], file)
         return _known[name]
 
 
@@ -151,7 +157,7 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def _seconds_on_gpu(device: torch.device, function: Callable[[], None]) -> float:
-    """By events on the current stream; only what was recorded there is waited for.
+    """By events on the device's current stream; only what was recorded there is waited for.
 
     The GPU is given something to do before: a model's other layers keep it busy while the processor launches ahead, so that the gaps
     between the kernels of a call by itself are no part of what it costs there.
@@ -160,9 +166,10 @@ def _seconds_on_gpu(device: torch.device, function: Callable[[], None]) -> float
     side = torch.ones(AHEAD, AHEAD, dtype=torch.float16, device=device)
     for _ in range(2):
         torch.mm(side, side)
-    start.record()
-    function()
-    end.record()
+    with torch.cuda.device(device):  # events are recorded on the current device's stream, and a model may be on another
+        start.record()
+        function()
+        end.record()
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3

@@ -44,6 +44,16 @@ def given(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def hides_image(mask: Tensor, image: int, text_first: bool) -> bool:
-    """Whether a mask `[..., N]` differs from one image key to another."""
+    """Whether a mask `[..., N]` differs from one image key to another or, where it is over keys, hides all of them.
+
+    Rows of a mask over pairs that hide all are those of padding.
+    """
     keys = mask[..., -image:] if text_first else mask[..., :image]
-    return not torch.equal(keys, keys[..., :1].expand_as(keys))
+    if not torch.equal(keys, keys[..., :1].expand_as(keys)):
+        return True
+    first, over_keys = keys[..., 0], mask.ndim <= 2 or mask.shape[-2] == 1
+    if not over_keys or not (first.dtype == torch.bool or first.is_floating_point()):
+        return False
+    # the least number of a type stands for -inf: a part of the logits that is added to all alike would round them away
+    shown = first if first.dtype == torch.bool else first.abs() < torch.finfo(first.dtype).max / 2
+    return not bool(shown.all())

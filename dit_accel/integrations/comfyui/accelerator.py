@@ -126,6 +126,7 @@ class Accelerator:
         running = self._mine()
         if running is None:
             return
+        running.forward = running.module = None  # of an earlier call of the transformer, where another node calls it several times
         try:
             arguments = arguments_of(transformer, args, kwargs)
             grids, text = self.host.grids(arguments, transformer), self.host.text(arguments, transformer)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.adapters.folder import LORA, WEIGHTS, local_folder, parse_assignment, read_config, read_tensors
 from dit_accel.errors import AdapterError, UnsupportedModelError
 from dit_accel.integrations.comfyui.accelerator import layers_of
-from dit_accel.integrations.comfyui.hosts import host_of
+from dit_accel.integrations.comfyui.hosts import SOURCES, host_of
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.patch.heads import Layer, joint_parameters
@@ -46,8 +46,11 @@ def read_adapter(place: str, transformer: Any) -> AdapterForHost:
     host = host_of(transformer)
     if host is None:
         raise UnsupportedModelError(f"the model is a {type(transformer).__name__}, for which dit_accel has no adapters in ComfyUI")
-    folder = local_folder(place)
+    folder, kind = local_folder(place), type(transformer).__name__
     config = read_config(folder)
+    if config["base_model_class"] not in SOURCES[kind]:
+        expected = " or a ".join(SOURCES[kind])
+        raise AdapterError(f"the adapter is for a {config['base_model_class']}, but a {kind} of ComfyUI is a {expected} in diffusers")
     if full := sorted(set(config["files"]) - {WEIGHTS, LORA}):
         raise AdapterError(f"{folder} has weights of the model itself ({', '.join(full)}), not supported in ComfyUI: train a LoRA")
     assignment = parse_assignment(folder, config)
@@ -57,7 +60,7 @@ def read_adapter(place: str, transformer: Any) -> AdapterForHost:
         found = layers.get(name)
         if found is None or (found.heads, found.head_dim) != (heads, width):
             got = "no such layer" if found is None else f"{found.heads} of {found.head_dim}"
-            raise AdapterError(f"the adapter is for {name} with {heads} heads of {width}, but this {type(transformer).__name__} has {got}")
+            raise AdapterError(f"the adapter is for {name} with {heads} heads of {width}, but this {kind} has {got}")
     parameters = {name: _parameters(layers[name], assignment, tensors[WEIGHTS]) for name in config["layers"]}
     if extra := sorted(set(tensors[WEIGHTS]) - {"format"} - {_key(name, p) for name, own in parameters.items() for p in own.state_dict()}):
         raise AdapterError(f"{folder / WEIGHTS} has tensors that its method does not have: {', '.join(extra[:4])}")

@@ -54,4 +54,6 @@ def read(
         mask = mask[:, None] if mask.ndim == 3 else mask
         if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, len(query)):
             special = special or f"an attention mask of shape {list(mask.shape)}"
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            special = special or f"an attention mask of {str(mask.dtype).removeprefix('torch.')}"
     return Call(query, key, value, mask, options.get("scale"), skip_output_reshape, special)

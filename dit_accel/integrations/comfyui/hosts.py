@@ -170,6 +170,18 @@ HOSTS = (
     ),
 )  # fmt: skip
 
+# class of ComfyUI -> its classes in diffusers; by names and sizes alone, FLUX's layers are also layers of Chroma and HunyuanVideo
+SOURCES: dict[str, tuple[str, ...]] = {
+    "Flux": ("FluxTransformer2DModel", "Flux2Transformer2DModel"),
+    "Chroma": ("ChromaTransformer2DModel",),
+    "OpenAISignatureMMDITWrapper": ("SD3Transformer2DModel",),
+    "QwenImageTransformer2DModel": ("QwenImageTransformer2DModel",),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanImageTransformer2DModel"),
+    "WanModel": ("WanTransformer3DModel",),
+    "VaceWanModel": ("WanVACETransformer3DModel",),
+    "CameraWanModel": ("WanTransformer3DModel",),
+}
+
 
 def host_of(transformer: Any) -> Host | None:
     """The declaration of a transformer's class, or None."""

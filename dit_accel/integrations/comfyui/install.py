@@ -5,6 +5,7 @@ from typing import Any
 
 from dit_accel.errors import ArgumentError, UnsupportedModelError
 from dit_accel.integrations.comfyui.accelerator import Accelerator, log
+from dit_accel.integrations.comfyui.hosts import SOURCES
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.parameters import AttentionParameters
 
@@ -29,7 +30,8 @@ def accelerated(
 ) -> Any:  # fmt: skip
     """A clone of a model (ComfyUI's ModelPatcher) with an assignment, in the place of one that an earlier node gave it.
 
-    A model of an unknown class is left as it was, which is logged; under `strict` that is an error. An override of the attention that
+    A model of an unknown class is left as it was, which is logged, as is a plan that was made for another model; under `strict` these are
+    errors. An override of the attention that
     another node gives the model, before or after, is asked for every call that is not accelerated.
     """
     clone = removed(model)
@@ -40,9 +42,25 @@ def accelerated(
             raise
         log.warning("dit_accel: the original attention runs: %s", error)
         return clone
+    if (difference := _unlike(assignment, model.model.diffusion_model, accelerator)) is not None:
+        message = f"the promised error of this plan is not valid here: {difference}; make a plan with this model in diffusers"
+        if strict:
+            raise ArgumentError(f"{message}, or leave strict out")
+        log.warning("dit_accel: %s", message)
     clone.add_wrapper_with_key(APPLY_MODEL, KEY, accelerator.around)
     clone.add_callback_with_key(CLEANUP, KEY, accelerator.forget)
     return clone
+
+
+def _unlike(assignment: Assignment, transformer: Any, accelerator: Accelerator) -> str | None:
+    """How a model differs from the one that a plan was made for; weights, which have other names and shapes here, are not compared."""
+    from dit_accel.planner.record import Plan
+
+    if not isinstance(assignment, Plan):
+        return None
+    heads = {layer.name: layer.heads for pair in accelerator.layers.values() for layer in pair}
+    kinds, own = SOURCES[type(transformer).__name__], assignment.model
+    return assignment.unlike(own.transformer if own.transformer in kinds else kinds[0], heads, lambda: own.weights)
 
 
 def removed(model: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from dit_accel.method.assignment import Assignment, read_method
 from dit_accel.method.checks import require
-from dit_accel.method.text import parse_method
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.method.text import FILE, parse_method
 
 METHOD = "DIT_ACCEL_METHOD"  # type of a connection
 CATEGORY = "model/patch"
@@ -48,7 +49,7 @@ class Accelerate:
         """Returns a clone of the model with the method."""
         from dit_accel.integrations.comfyui.install import accelerated, removed, sigma_range
 
-        found = parse_method(method) if plan is None else plan
+        found = plan if plan is not None else _read(method.strip()) if method.strip().lower().endswith(FILE) else parse_method(method)
         if found is None:  # "none"
             return (removed(model),)
         return (accelerated(model, Assignment.of(found), sigmas=sigma_range(model, start_percent, end_percent), strict=strict),)
@@ -100,8 +101,16 @@ class Plan:
 
     def read(self, file: str) -> tuple[Assignment, str]:
         """Returns the assignment, and what it says. Raises ArgumentError that names the file."""
-        found = Assignment.of(read_method(file))
+        found = Assignment.of(_read(file))
         return found, str(found)
+
+
+def _read(file: str) -> AttentionSpec | Assignment:
+    """A file's method; of a plan's file the whole plan, which knows the model that it was made for."""
+    from dit_accel.planner import record
+
+    found = read_method(file)
+    return record.Plan.load(file) if isinstance(found, Assignment) and record.is_plan(file) else found
 
 
 NODE_CLASS_MAPPINGS = {"DitAccelAccelerate": Accelerate, "DitAccelLoadAdapter": LoadAdapter, "DitAccelPlan": Plan}
