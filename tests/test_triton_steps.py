@@ -39,6 +39,7 @@ def test_a_devices_last_round_is_filled(programs: int, slots: int, parts: int) -
 
 
 def test_no_more_parts_than_fill_the_device() -> None:
+    assert full_rounds(0, 264) >= 1  # an empty batch
     for programs in (1, 3, 24, 100, 131, 132, 133, 500, 4096):
         for slots in (1, 2, 8, 132, 264):
             parts = full_rounds(programs, slots)
