@@ -127,6 +127,7 @@ class Rests(NamedTuple):
 
 def full_rounds(programs: int, slots: int) -> int:
     """Into how many parts each of `programs` equal programs is cut, so that they end soonest where `slots` run at once."""
+    programs = max(1, programs)  # an empty batch has none
 
     def cost(parts: int) -> float:  # 1 where every round is full; and parts are written and summed
         return cdiv(programs * parts, slots) * slots / (programs * parts) + 0.02 * parts

@@ -26,6 +26,8 @@ class Found(NamedTuple):
 
 def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
     """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
+    if not a.q_mean.numel():  # an empty batch
+        return [_shaped(None, getattr(a, name), a.q_mean) for name in DIFFERENTIABLE_GROUPING]
     given = {name: x.flatten(0, 1) for name, x in grads.items() if x is not None and x.numel()}
     made = {name: x.flatten(0, 1) for name, x in results.items() if x.numel()}
     levels = levels_of(a.tokens.shape[-1] // a.parts, a.roots)
