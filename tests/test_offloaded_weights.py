@@ -36,7 +36,8 @@ def small() -> Any:
 
 def run(transformer: Any) -> Tensor:
     with torch.no_grad():
-        output: Tensor = transformer(**forward_arguments(5, 6)).sample
+        # of a batch of two: torch's product of a matrix and one row rounds otherwise on some CPUs where the matrix lies otherwise in memory
+        output: Tensor = transformer(**forward_arguments(5, 6, batch=2)).sample
     assert bool(output.isfinite().all())
     return output
 
@@ -142,7 +143,9 @@ def test_the_original_and_what_was_trained(adapters: dict[str, Path], way: str, 
 def test_samples_are_the_originals(adapters: dict[str, Path], way: str, tmp_path: Path) -> None:
     pipe, plain = prompt_pipe(), prompt_pipe()
     train(accelerate(pipe, SPEC).transformer, "attention")
-    OFFLOADS[way](pipe.transformer, tmp_path)
+    for p, name in ((pipe, "weights"), (plain, "plain weights")):  # both, because torch's products of one row depend on where a matrix lies
+        (tmp_path / name).mkdir()
+        OFFLOADS[way](p.transformer, tmp_path / name)
     samples = [collect(p, PROMPTS[:1], tmp_path / name, **CALL) for p, name in ((pipe, "ours"), (plain, "plain"))]
     assert torch.equal(samples[0][0].prediction, samples[1][0].prediction)
     assert samples[0].teacher == samples[1].teacher

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.arguments import SPAN, Arguments, check
+from dit_accel.kernels.choosing import Chosen
 from dit_accel.method import Mass, MeanProduct, Pooled, Tiles, TopK
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
@@ -38,7 +39,8 @@ def problem(
     q, k, v = (torch.randn(1, HEADS, tokens, dim, generator=seed).to(dtype) for _ in range(3))
     some = blocks if all_kept else max(1, blocks // 4)
     chosen = torch.rand(HEADS, blocks, blocks, generator=seed).argsort(-1)[..., :some].sort(-1).values.to(torch.int32)
-    lists, g = Lists.of_chosen(chosen), plan.geometry
+    none = chosen.new_empty(0)
+    lists, g = Lists.of_chosen(Chosen(chosen, torch.full(chosen.shape[:2], some, dtype=torch.int32), none, none)), plan.geometry
     size = {"pooled_k": (parts * blocks, dim), "pooled_v": (parts * blocks, dim), "pooled_bias": (parts * blocks,)}
     given = {name: torch.randn(1, HEADS, *shape, generator=seed) for name, shape in size.items()}
     given["slopes"] = torch.randn(1, HEADS, blocks, dim, dim, generator=seed) / dim**0.5
@@ -287,18 +289,18 @@ def test_slopes_past_the_end_of_float16() -> None:
 
 
 class Made(TorchDispatchMode):
-    """Counts the bytes of all float tensors with a matrix for each of `blocks` query blocks that any operation makes."""
+    """Counts the tensors that any operation makes with as many matrices of these sizes as `like` has, or more."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, like: Tensor) -> None:
         super().__init__()
-        self.least, self.found = elements, 0
+        self.matrix, self.least, self.found = like.shape[-2:], like.numel(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         made = func(*args, **(kwargs or {}))
         for x in made if isinstance(made, (list, tuple)) else [made]:
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given and x.numel() >= self.least:
-                self.found += 1
+                self.found += x.shape[-2:] == self.matrix
         return made
 
 
@@ -312,9 +314,9 @@ def test_the_slopes_are_in_memory_once(made: tuple[Plan, Arguments]) -> None:
 
     _, a = made
     assert a.slopes is not None
-    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes.numel()) as forward:
+    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes) as forward:
         out, lse = calls.attend(a)
-    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes.numel()) as backward:
+    with calls.recorded(Machine("sm_90", 132)), Made(a.slopes) as backward:
         calls.gradients(out, None, out, lse, a)
     assert (forward.found, backward.found) == (0, 1)
 
