@@ -89,7 +89,7 @@ class Grouped:
     def seen(self) -> Tensor:
         """What the spans see, as codes `[BH, spans, units]` (`seen_units`)."""
         a, f, padded = self.a, self.found, self.constants["DP"]
-        columns, rows = 32 if padded > 128 else 64, 32
+        columns, rows = 32 if padded > 128 else 64, 16
         tiles = cdiv(self.pools, columns) + cdiv(self.above, columns)
         self.launch(
             seen_units.span_logits, (cdiv(self.spans, rows), tiles, self.bh), 4, {"BQ": rows, "BK": columns, "BD": min(32, padded)},
