@@ -42,7 +42,9 @@ def test_a_table_that_is_older_than_its_file_is_replaced(figures: Any, tmp_path:
     changed = figures.fill(page, {"quality": figures.TABLES["quality"](tmp_path)})
     before, after = page.splitlines(), changed.splitlines()
     assert len(before) == len(after)
-    assert [line for line in after if line not in before] == ["| **Fovea 5 %** | 0.987 | 0.098 | 0.43 | 4.7 % | 7.0 % |"]
+    (old,) = [line for line in before if line.startswith("| **Fovea 5 %** | ")]
+    new = "| **Fovea 5 %** | 0.987 | " + old.split(" | ", 2)[2]
+    assert [line for line in after if line not in before] == [new]
 
 
 def test_a_page_without_a_place_for_a_table_is_refused(figures: Any) -> None:
