@@ -26,9 +26,9 @@ class Family:
         modules: regular expression that the full names of the image's self-attention modules match.
         grid: from a forward's arguments and the transformer: the grid (T, H, W) in tokens of each image in the sequence, the one that
             is drawn first, or the reason, as text, that there is none.
-        projections: names, within such a module, of the linear projections that a LoRA or full training changes; without any, a family
+        projections: names, within these modules, of the linear projections that a LoRA or full training changes; without any, a family
             trains the method's own parameters alone.
-        heads: from such a module: number of query heads and channels per head.
+        heads: from one of these modules: number of query heads and channels per head.
         image_only: regular expression of those modules whose sequence is the drawn image alone, without text.
         doubled: whether some modules have the image's tokens twice in their sequence, and no text.
         text_first: whether text precedes the image's tokens.

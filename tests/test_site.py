@@ -87,8 +87,8 @@ def test_what_is_public_has_a_purpose_in_one_line() -> None:
 @pytest.mark.parametrize("page", REFERENCE)
 def test_each_name_of_the_reference_has_its_text(site: Path, page: str) -> None:
     read = Read(site / page.replace(".md", ".html"))
-    wanted = re.findall(r"^::: (\S+)$", (ROOT / page).read_text(), re.M)
-    assert [name for name in wanted if name not in read.places] == []
+    named = re.findall(r"^::: (\S+)$", (ROOT / page).read_text(), re.M)
+    assert [name for name in named if name not in read.places] == []
     assert ":::" not in read.text
 
 

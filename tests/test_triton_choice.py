@@ -213,12 +213,12 @@ def test_selection_equals_the_reference(dtype: torch.dtype, top: int) -> None:
     cut = Blocks.from_starts(starts)
     weight = cut.count.sqrt()
     means = [pool_blocks(x.flatten(0, 1), cut)[0] for x in (q, k)]
-    wanted = select_blocks(*means, top, key_weight=weight).index.sort(-1).values
+    expected = select_blocks(*means, top, key_weight=weight).index.sort(-1).values
     a = SelectionArguments(q=q, k=k, q_starts=starts.int(), k_starts=starts.int(), q_width=32, k_width=32, top=top, weight=weight)
     with Poison():
         got = calls.select_blocks(a)
     assert got.lists.dtype == torch.int32
-    assert got.lists.tolist() == wanted.tolist()
+    assert got.lists.tolist() == expected.tolist()
     assert got.means.numel() == 0
 
 
@@ -243,11 +243,11 @@ def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatc
     for given in ({}, {"v": v, "scale": 0.3}):
         a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2, **given)
         monkeypatch.setattr(launch_choice, "TOGETHER", 512)
-        wanted = calls.select_blocks(a)
+        expected = calls.select_blocks(a)
         monkeypatch.setattr(launch_choice, "TOGETHER", 0)
         monkeypatch.setattr(launch_choice, "SCORES", 4 * 36 + 35)  # heads in fours, and two that are left
         calls._records.clear()
-        torch.testing.assert_close(calls.select_blocks(a), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(calls.select_blocks(a), expected, rtol=0, atol=0)
 
 
 def test_scores_of_a_long_video_fit() -> None:

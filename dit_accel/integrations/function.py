@@ -1,4 +1,4 @@
-"""`as_attention_function`: a method on one layout as a function of query, key and value, for any program that has such a place."""
+"""`as_attention_function`: a method on one layout as a function of query, key and value, for programs other than diffusers."""
 
 from typing import Literal, Protocol
 

@@ -22,7 +22,7 @@ class Host:
 
     `modules`: regular expressions of the modules whose forward calls the attention, each with the layer's name in diffusers. `grids`: from
     a forward's arguments and the transformer, the grids of the image and of the references, or why they are not known. `text`: from the
-    same, how many tokens come before the image. `heads`: number of heads and channels per head. `twin`: from such a module, whether it
+    same, how many tokens come before the image. `heads`: number of heads and channels per head. `twin`: whether one of these modules
     calls the attention a second time, for the image alone; that layer's name has a 2 at its end.
     """
 
