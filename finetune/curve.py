@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 SMOOTHED = 40  # windows' worth of rows over the whole training: the loss of one step is mostly of which forward it drew
 
 
-def recovered(history: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
-    """(minutes, share recovered) of every row with a held-out error: 1 − error / the first one, which is the untrained method's."""
+def recovered(history: Sequence[dict[str, float]]) -> list[tuple[float, float, float]]:
+    """(step, minutes, share recovered) of every row with a held-out error: 1 − error / the first one, which is the untrained method's."""
     rows = [row for row in history if "held_out_error" in row]
-    return [(row["seconds"] / 60, 1 - row["held_out_error"] / rows[0]["held_out_error"]) for row in rows]
+    return [(row["step"], row["seconds"] / 60, 1 - row["held_out_error"] / rows[0]["held_out_error"]) for row in rows]
 
 
 def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
@@ -29,7 +29,7 @@ def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_loss(left, [row for row in history if "loss" in row])
-    minutes, shares = zip(*recovered(history), strict=True)
+    _, minutes, shares = zip(*recovered(history), strict=True)
     right.plot(minutes, shares, marker="o", markersize=4)
     right.axhline(0, color="gray", linewidth=0.8)
     right.set(xlabel="minutes of training", ylabel="1 − held-out error / untrained", title=f"recovered: {shares[-1]:.1%}", ylim=(None, 1))
@@ -38,10 +38,12 @@ def draw_curve(history: Sequence[dict[str, float]]) -> bytes:
 
 
 def draw_recovery(record: Mapping[str, Any]) -> bytes:
-    """A record of `bench recovery` as PNG: a panel per method with the share recovered over minutes, a line for each of what is trained,
-    and the share that the original in bfloat16 has. Methods that nothing was trained for are left out."""
+    """A record of `bench recovery` as PNG: a panel per method with the share recovered over minutes, or over steps where all had the same
+    number, a line for each of what is trained, and the share that the original in bfloat16 has. Methods that nothing was trained for are
+    left out."""
     from matplotlib.figure import Figure
 
+    unit, label = ("minutes", "minutes of training") if record["settings"]["minutes"] is not None else ("step", "training steps")
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         if "impossible" not in row:
@@ -51,13 +53,13 @@ def draw_recovery(record: Mapping[str, Any]) -> bytes:
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes, (method, rows) in zip(panels, methods.items(), strict=False):
         for row in rows:
-            minutes, shares = ([point[key] for point in row["curve"]] for key in ("minutes", "recovered"))
+            lengths, shares = ([point[key] for point in row["curve"]] for key in (unit, "recovered"))
             colour = f"C{trained.index(row['train'])}"  # the same in every panel
-            axes.plot(minutes, shares, color=colour, marker="o", markersize=3, label=f"{row['train']}: {shares[-1]:.0%}")
+            axes.plot(lengths, shares, color=colour, marker="o", markersize=3, label=f"{row['train']}: {shares[-1]:.0%}")
         if record.get("floor") is not None:
             share = 1 - record["floor"]["error"] / rows[0]["error_untrained"]
             axes.axhline(share, color="gray", linestyle="--", linewidth=0.8, label="original in bfloat16")
-        axes.set(title=method, xlabel="minutes of training", ylim=(None, 1))
+        axes.set(title=method, xlabel=label, ylim=(None, 1))
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("1 − held-out error / untrained")

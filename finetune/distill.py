@@ -10,6 +10,7 @@ exactly, and several processes (`accelerate launch`) share a batch that is the s
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,20 @@ def _distill(run: Distillation, progress: bool) -> DistillResult:
         run.add_row({"step": 0, "held_out_error": run.error_fitted})
     start = _train(run, checkpoint, progress)
     wait_for_all()  # until the last checkpoint is written
+    _warn_if_worse(run)
     return DistillResult(run.error_before, run.history[-1]["held_out_error"], run.history, start, run.parameter_history, run.error_fitted)
+
+
+def _warn_if_worse(run: Distillation) -> None:
+    """Say so where the second stage left the held-out error larger than it began."""
+    before, after = run.error_before if run.error_fitted is None else run.error_fitted, run.history[-1]["held_out_error"]
+    if after > before and is_main():
+        warnings.warn(
+            f"dit_accel: the training made the held-out error larger, {before:.4g} before and {after:.4g} after {run.config.steps} steps. "
+            f"Begin anew with a learning_rate below {run.config.learning_rate:g}, or with more prompts; a method that is as close as this "
+            "may need no training",
+            stacklevel=3,
+        )
 
 
 def _train(run: Distillation, checkpoint: Path | None, progress: bool) -> int:

@@ -15,16 +15,14 @@ every later one (`KEPT`), so that the solution follows, and both come to rest as
 one layer are solved for in turn, each at every second step.
 """
 
-import contextlib
 import functools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils.logging import tqdm
 from torch import Tensor, nn
 
@@ -36,14 +34,14 @@ from dit_accel.finetune.least_squares import SOLVED, ChannelLeastSquares, Solver
 from dit_accel.finetune.losses import relative_error
 from dit_accel.finetune.processes import from_main, is_main, share, summed
 from dit_accel.finetune.session import Distillation, fresh_tensors
+from dit_accel.finetune.teacher import comparing_with_teacher, keep_better, values_of
 from dit_accel.finetune.velocity import predict
 from dit_accel.method.parts.base import Part
 from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of
-from dit_accel.patch.verbs import dense
 
+STARTED = "start/"  # how the names of the start values begin in a checkpoint
 START_FORWARDS = 64  # as many are looked at for the start values; parts of one noise range may be absent from the first
-Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
 RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
 # chosen layer by layer from 0.003 to 3 by what it left of held-out prompts' attention, six prompts: velocity error 0.335, not 0.295
@@ -62,16 +60,20 @@ class Fitter(Protocol):
 
 
 def fit(run: Distillation, progress: bool) -> None:
-    """Run the first stage, from its start or its newest checkpoint."""
+    """Run the first stage, from its start or its newest checkpoint; layers that are no better for it keep their start values."""
     operators = operators_of(run.transformer)
     run.transformer.requires_grad_(False)
     for operator in operators.values():
         operator.params.float()
     fitter = _fitter(run, operators)
     start, found = 0, checkpoints.newest(run, checkpoints.PARAMETERS)
+    tensors: dict[str, Tensor] = {}
     if found is not None:
-        fitter.load(checkpoints.load(run, found))
+        tensors = checkpoints.load(run, found)
+        fitter.load(tensors)
         start = len(run.parameter_history)
+    began = {name.removeprefix(STARTED): tensor for name, tensor in tensors.items() if name.startswith(STARTED)}
+    start_values = began or values_of(operators)
     run.write_log("parameters.jsonl", run.parameter_history, anew=True)
     steps, shown = range(start, run.parameter_steps), progress and is_main()
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
@@ -87,7 +89,9 @@ def fit(run: Distillation, progress: bool) -> None:
         run.parameter_history.append(row)
         run.write_log("parameters.jsonl", [row])
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == run.parameter_steps:
-            checkpoints.save(run, checkpoints.PARAMETERS, step + 1, fitter.tensors())
+            named = {STARTED + name: tensor for name, tensor in start_values.items()}
+            checkpoints.save(run, checkpoints.PARAMETERS, step + 1, fitter.tensors() | named)
+    keep_better(run, start_values)
 
 
 def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) -> Fitter:
@@ -119,7 +123,7 @@ def _step(run: Distillation, fitter: Fitter, step: int) -> dict[str, float]:
     for item in share(size):
         position = _position(run, step * size + item)
         forward = run.samples[position]
-        with run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+        with run.replayed(run.moment(position)), run.autocast(), comparing_with_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if not errors:
         raise DistillationError(
@@ -157,7 +161,7 @@ def _held_out_choice(run: Distillation) -> float | None:
     with torch.no_grad():
         for position in share(len(run.held_out)):
             forward = run.held_out[position]
-            with run.replayed(run.held_out_moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+            with run.replayed(run.held_out_moment(position)), run.autocast(), comparing_with_teacher(run, learn):
                 predict(run.transformer, forward.arguments)
     return mean_of(losses, run.device)
 
@@ -183,7 +187,7 @@ def set_start_values(run: Distillation) -> None:
             break
         position = _position(run, number)
         forward = run.samples[position]
-        with torch.no_grad(), run.replayed(run.moment(position)), run.autocast(), _comparing_with_teacher(run, learn):
+        with torch.no_grad(), run.replayed(run.moment(position)), run.autocast(), comparing_with_teacher(run, learn):
             predict(run.transformer, forward.arguments)
     if left := sorted({str(part) for _, part in missing - seen}):
         warnings.warn(f"no recorded forward runs {', '.join(left)}, which starts as an untrained method does", stacklevel=2)
@@ -205,38 +209,6 @@ def _position(run: Distillation, number: int) -> int:
 def _order(seed: str, count: int) -> list[int]:
     """Numbers below `count` in an order that the seed gives; kept, as millions of forwards take seconds to shuffle."""
     return random.Random(seed).sample(range(count), count)
-
-
-@contextlib.contextmanager
-def _comparing_with_teacher(run: Distillation, learn: Learn) -> Iterator[None]:
-    """The original model, whose accelerated layers also run their operators: `learn` gets each with its arguments, its output and the
-    original's, with which the forward goes on."""
-
-    def hook(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-        target = _original(*arguments)
-        learn(operator, arguments, out, target)
-        return target
-
-    context = run.patch.context
-    with dense(run.transformer):
-        hooks = [operator.register_forward_hook(hook) for operator in operators_of(run.transformer).values()]
-        context.enabled = True  # the operators are called; weights and LoRA stay the teacher's
-        try:
-            with torch.compiler.set_stance("force_eager"):  # graphs do not call the operators' modules
-                yield
-        finally:
-            context.enabled = False
-            for handle in hooks:
-                handle.remove()
-
-
-def _original(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    """What the original attention makes of an operator's arguments."""
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 class LeastSquares(Solver):

@@ -91,7 +91,8 @@ def test_errors_and_the_curve_are_the_trainings_own(whole: tuple[dict[str, Any],
         assert row["recovered"] == pytest.approx(1 - row["error_after"] / row["error_untrained"])
         assert (row["error_fitted"] is None) == (name != "sla:0.25")
         curve = row["curve"]
-        assert (curve[0], curve[-1]) == ({"minutes": 0, "recovered": 0}, {"minutes": row["minutes"], "recovered": row["recovered"]})
+        ends = {"step": row["steps"], "minutes": row["minutes"], "recovered": row["recovered"]}
+        assert (curve[0], curve[-1]) == ({"step": 0, "minutes": 0, "recovered": 0}, ends)
         assert len(curve) >= 7
         run = folder / "runs" / f"{name.replace(':', '-')}-{train}"
         assert {path.name for path in run.iterdir()} >= {"log.jsonl", "curve.png", "steps.json"}
@@ -153,6 +154,19 @@ def test_the_curves_are_drawn_by_method(whole: tuple[dict[str, Any], Path], monk
             assert line.get_label() == f"{row['train']}: {row['recovered']:.0%}"
             assert line.get_xydata().tolist() == [[point["minutes"], point["recovered"]] for point in row["curve"]]
         assert floor.get_ydata()[0] == pytest.approx(1 - record["floor"]["error"] / rows[0]["error_untrained"])
+
+
+def test_curves_of_as_many_steps_are_drawn_over_steps(whole: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes say nothing where the machine was busy with other things."""
+    figures: list[Any] = []
+    monkeypatch.setattr(curve, "as_png", lambda figure: figures.append(figure) or b"")
+    curve.draw_recovery(whole[0] | {"settings": whole[0]["settings"] | {"minutes": None, "train_steps": 12}})
+    row = rows_of(whole[0])["clear:2", "attention"]
+    panel = next(panel for panel in figures[0].axes if panel.get_title() == "clear:2")
+    line = next(line for line in panel.lines if line.get_label().startswith("attention"))
+    assert panel.get_xlabel() == "training steps"
+    assert line.get_xydata().tolist() == [[point["step"], point["recovered"]] for point in row["curve"]]
+    assert line.get_xdata()[-1] == row["steps"]
 
 
 def test_methods_without_a_curve_are_left_out(whole: tuple[dict[str, Any], Path]) -> None:

@@ -14,7 +14,7 @@ from dit_accel import CLEAR, SLA, Assignment, AttentionSpec, Fovea, Rule, accele
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
-from dit_accel.finetune import least_squares
+from dit_accel.finetune import least_squares, teacher
 from dit_accel.finetune.session import PARAMETER_STEPS
 from dit_accel.method import DepthwiseConv
 from dit_accel.patch.state import operators_of, patches_of
@@ -41,7 +41,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, pipe: Any, spec: AttentionSpec) -> An
     def original(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         return attention(q, k, v, spec, context.layout, params=planted).detach()
 
-    monkeypatch.setattr(fitting, "_original", original)
+    monkeypatch.setattr(teacher, "_original", original)
     return planted
 
 

@@ -83,7 +83,7 @@ ROWS = [
 
 
 def test_recovery_is_a_share_of_the_untrained_error() -> None:
-    assert recovered(ROWS) == [(0, 0), (0.5, pytest.approx(0.2)), (1.5, pytest.approx(0.8))]
+    assert recovered(ROWS) == [(0, 0, 0), (0, 0.5, pytest.approx(0.2)), (2, 1.5, pytest.approx(0.8))]
 
 
 @pytest.mark.parametrize("count", [1, 2, 400])

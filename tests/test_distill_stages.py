@@ -20,6 +20,7 @@ from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, accelerate
 from dit_accel.errors import DistillationError
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
+from dit_accel.finetune import teacher
 from dit_accel.finetune.config import DistillConfig
 from dit_accel.finetune.data.collect import Samples
 from dit_accel.finetune.losses import relative_error
@@ -40,6 +41,12 @@ TeacherCall = tuple[str, tuple[Any, ...], Any, Tensor]  # layer, q, k, v and so 
 @pytest.fixture
 def no_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "_train", lambda run, checkpoint, progress: 0)
+
+
+@pytest.fixture
+def no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned of two prompts is kept, whether it serves others or not."""
+    monkeypatch.setattr(fitting, "keep_better", lambda run, before: [])
 
 
 def teacher_calls(pipe: Any, samples: Samples) -> list[TeacherCall]:
@@ -69,7 +76,7 @@ def errors(pipe: Any, calls: list[TeacherCall]) -> list[tuple[str, Tensor]]:
     return found
 
 
-@pytest.mark.usefixtures("no_second_stage")
+@pytest.mark.usefixtures("no_second_stage", "no_comparison")
 @pytest.mark.parametrize("spec", METHODS.values(), ids=METHODS)
 def test_every_layer_comes_nearer_to_the_teacher(tmp_path: Path, spec: AttentionSpec) -> None:
     pipe, untrained = accelerate(prompt_pipe(), spec), accelerate(prompt_pipe(), spec)
@@ -88,7 +95,7 @@ def test_every_layer_comes_nearer_to_the_teacher(tmp_path: Path, spec: Attention
     assert result.error_fitted == result.error_after != result.error_before
 
 
-@pytest.mark.usefixtures("no_second_stage")
+@pytest.mark.usefixtures("no_second_stage", "no_comparison")
 @pytest.mark.parametrize("spec", [tiny.SPARSE, METHODS["sla-tiles"]], ids=["raster", "tiles"])
 @pytest.mark.parametrize("perturbed", [False, True], ids=["from-zero", "from-elsewhere"])
 def test_least_squares_is_where_descent_would_end(
@@ -161,7 +168,7 @@ def test_every_kind_of_mask_and_sequence_leaves_the_teacher_as_it_is(name: str) 
         seen.append(float(relative_error(out, original)))
         least.learn(operator, arguments, out, original)
 
-    with always(transformer), fitting._comparing_with_teacher(run, learn):
+    with always(transformer), teacher.comparing_with_teacher(run, learn):
         got = model.run()
     assert relative_norm(got, expected) < 2e-5
     assert len(seen) >= 2
@@ -334,7 +341,7 @@ def test_a_projection_and_what_it_multiplies_are_both_fitted(tmp_path: Path, mon
         def plant(q: Tensor, k: Tensor, v: Tensor, *_: Any, spec: Any = spec, planted: Any = planted, context: Any = context) -> Tensor:
             return attention(q, k, v, spec, context.layout, params=planted).detach()
 
-        monkeypatch.setattr(fitting, "_original", plant)
+        monkeypatch.setattr(teacher, "_original", plant)
         rows = learn(pipe, tmp_path / kind.__name__, **settings).parameter_history
         heats[kind] = torch.cat([operator.params.get_parameter("softened.heat") for operator in operators_of(pipe).values()])
         ends[kind] = sum(row["attention"] for row in rows[-4:]) / 4

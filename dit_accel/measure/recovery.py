@@ -221,7 +221,7 @@ def _results(result: DistillResult) -> dict[str, Any]:
     return {
         "error_untrained": result.error_before, "error_fitted": result.error_fitted, "error_after": result.error_after,
         "recovered": 1 - result.error_after / result.error_before, "minutes": result.history[-1]["seconds"] / 60,
-        "curve": [{"minutes": minutes, "recovered": share} for minutes, share in recovered(result.history)],
+        "curve": [{"step": step, "minutes": minutes, "recovered": share} for step, minutes, share in recovered(result.history)],
     }  # fmt: skip
 
 
