@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dit_accel.patch.verbs import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
+    from dit_accel.pipelines.decoding import shared_decoding
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
     from dit_accel.planner.planning import plan
@@ -54,6 +55,7 @@ _HOMES = {
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
     "save_video": "pipelines.video",
+    "shared_decoding": "pipelines.decoding",
     "view_attention": "planner.view",
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "save_adapter",
     "save_video",
     "set_float32_attention_precision",
+    "shared_decoding",
     "summary",
     "view_attention",
 ]

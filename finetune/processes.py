@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 from dit_accel.errors import DistillationError
-from dit_accel.parallel.ulysses import Ulysses
+from dit_accel.parallel.ranks import Ranks
 
 MESSAGE = 64 * 2**20  # bytes, at most, of the gradients that are summed at once: a message is copied twice
 
@@ -35,14 +35,14 @@ def sharing(transformer: nn.Module) -> Iterator[None]:
 
     Raises DistillationError where it is spread over some of them alone.
     """
-    ulysses = Ulysses.of(getattr(transformer, "_parallel_config", None))
+    ranks = Ranks.of(getattr(transformer, "_parallel_config", None))
     count = processes(next(transformer.parameters()).device).num_processes
-    if ulysses is not None and ulysses.size != count:
+    if ranks is not None and ranks.size != count:
         raise DistillationError(
-            f"the model is spread over {ulysses.size} of {count} processes: start as many as ulysses_degree says, as the "
+            f"the model is spread over {ranks.size} of {count} processes: start as many as the degree says, as the "
             "others have no part in it"
         )
-    token = _together.set(ulysses is not None)
+    token = _together.set(ranks is not None)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule, distill
 from dit_accel.cli.app import app
 from dit_accel.errors import DistillationError
 from dit_accel.operator import guard
-from dit_accel.parallel import traffic
+from dit_accel.parallel import halo, traffic
 from dit_accel.patch import processor
 
 TRAINING: dict[str, Any] = {"train": "lora", "attention_weight": 0.5, "flow_weight": 0.5, "gradient_checkpointing": True, "batch_size": 2}
@@ -37,6 +37,7 @@ TRAINING_CALL: dict[str, Any] = CALL | {"width": 128}  # 7 × 8 tokens and 8 of 
 FOLDER: list[Path] = []  # of this run
 CHECKS: dict[str, Callable[[int], Any]] = {}
 Answer = dict[str, float]
+Spread = Callable[..., None]
 
 
 def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -79,6 +80,11 @@ def gathered(tensor: Tensor, dim: int, group: Any) -> Tensor:
 def ulysses(model: Any, count: int, *, anything: bool = False, **settings: Any) -> None:
     """Spread a model over so many processes."""
     model.enable_parallelism(config=D.ContextParallelConfig(ulysses_degree=count, ulysses_anything=anything), **settings)
+
+
+def ring(model: Any, count: int, *, anything: bool = False, **settings: Any) -> None:
+    """The same, so that each has a band of the tokens."""
+    model.enable_parallelism(config=D.ContextParallelConfig(ring_degree=count, ring_anything=anything), **settings)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -124,20 +130,20 @@ def wan_call(frames: int, height: int, width: int, text: int = 12, *, batch: int
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
 
 
-def ready(model: Any, method: Any, count: int, *, first: str, anything: bool, lora: bool) -> None:
+def ready(model: Any, method: Any, count: int, *, first: str, anything: bool, lora: bool, spread: Spread = ulysses) -> None:
     """Accelerate a model, its operators away from their start values, and spread it over processes, in either order; 1: not at all."""
     if lora:
         torch.manual_seed(1)
         model.add_adapter(copy.deepcopy(LORA))
         model.double()
     if count > 1 and first == "parallel":
-        ulysses(model, count, anything=anything)
+        spread(model, count, anything=anything)
     dit_accel.accelerate(model, method, strict=True)
     for seed, module in enumerate(m.dit_accel for m in model.modules() if hasattr(m, "dit_accel")):
         fill_randomly(module.double(), seed, 0.3)
         module.requires_grad_(True)
     if count > 1 and first == "accelerate":
-        ulysses(model, count, anything=anything)
+        spread(model, count, anything=anything)
 
 
 def passed(model: Any, call: dict[str, Any], *, summed: bool) -> dict[str, Tensor]:
@@ -156,12 +162,12 @@ def passed(model: Any, call: dict[str, Any], *, summed: bool) -> dict[str, Tenso
 
 def compared(
     make_model: Callable[[], Any], calls: Sequence[dict[str, Any]], method: Any, count: int, *, first: str = "parallel",
-    anything: bool = False, lora: bool = False, checkpointing: bool = False,
+    anything: bool = False, lora: bool = False, checkpointing: bool = False, spread: Spread = ulysses,
 ) -> Answer:  # fmt: skip
     """How far the output and the gradients, each against the largest of its kind, are from those of one process, over some calls."""
     alone, together = make_model(), make_model()
     ready(alone, method, 1, first=first, anything=anything, lora=lora)
-    ready(together, method, count, first=first, anything=anything, lora=lora)
+    ready(together, method, count, first=first, anything=anything, lora=lora, spread=spread)
     if checkpointing:
         together.enable_gradient_checkpointing()
     errors: Answer = {"output": 0.0, "gradients": 0.0}
@@ -228,20 +234,22 @@ def counted(run: Callable[[], Any]) -> tuple[Any, set[int]]:
     """What it returns, and the numbers of heads that the operator was given meanwhile."""
     heads: set[int] = set()
     original = processor.attend
-    processor.attend = lambda query, *rest, **more: heads.add(query.shape[1]) or original(query, *rest, **more)
+    processor.attend = halo.attend = lambda query, *rest, **more: heads.add(query.shape[1]) or original(query, *rest, **more)
     try:
         return run(), heads
     finally:
-        processor.attend = original
+        processor.attend = halo.attend = original
 
 
-def sampled(build: Callable[[], Tiny], count: int, *, anything: bool = True, **settings: Any) -> dict[str, Any]:
+def sampled(
+    build: Callable[[], Tiny], count: int, *, anything: bool = True, spread: Spread = ulysses, method: str = "clear", **settings: Any
+) -> dict[str, Any]:  # fmt: skip
     """How far a picture or clip is from that of one process, and the heads of each operator."""
     expected, shared = build(), build()
     for tiny in (expected, shared):
-        dit_accel.accelerate(tiny.pipe, SPARSE["clear"], strict=True)
+        dit_accel.accelerate(tiny.pipe, SPARSE[method], strict=True)
     for transformer in shared.transformers:
-        ulysses(transformer, count, anything=anything, **settings)
+        spread(transformer, count, anything=anything, **settings)
     drawn, heads = counted(shared.run)
     return {"error": relative_error(drawn, expected.run()), "heads": sorted(heads)}
 
@@ -304,12 +312,8 @@ def pipelines(count: int) -> dict[str, Any]:
     return found
 
 
-@check
-def bytes_sent(count: int) -> dict[str, float]:
-    """What a process sends to others in one forward of FLUX's two layers, and what the formula says of float64."""
-    model = flux()
-    dit_accel.accelerate(model, Fovea(0.3, tile=(4, 4)), strict=True)
-    ulysses(model, count)
+def bytes_of(run: Callable[[], Any]) -> list[int]:
+    """What each message that this process sends to others has in it."""
     sent: list[int] = []
     original = dist.all_to_all_single
 
@@ -319,18 +323,35 @@ def bytes_sent(count: int) -> dict[str, float]:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(dist, "all_to_all_single", counting)
-        model(**flux_call(6, 10, 12), return_dict=False)
+        run()
+    return sent
+
+
+@check
+def bytes_sent(count: int) -> dict[str, float]:
+    """What a process sends to others in one forward of FLUX's two layers, and what the formula says of float64."""
+    model = flux()
+    dit_accel.accelerate(model, Fovea(0.3, tile=(4, 4)), strict=True)
+    ulysses(model, count)
+    sent = bytes_of(lambda: model(**flux_call(6, 10, 12), return_dict=False))
     return {"measured": sum(sent), "formula": 2 * traffic.ulysses(72, 4, 16, count, width=8), "messages": len(sent)}
+
+
+def trained(count: int, spread: Spread, name: str) -> list[dict[str, Any]]:
+    """The history of a LoRA trained by all on parts of each sequence, whose weights are left in a file; see the test."""
+    pipe = prompt_pipe()
+    dit_accel.accelerate(pipe, CLEAR(2.0))
+    spread(pipe.transformer, count)
+    result = distill(pipe, PROMPTS, quick(FOLDER[0] / name, **TRAINING), progress=False, **TRAINING_CALL)
+    weights = {k: v.contiguous() for k, v in pipe.transformer.state_dict().items()}
+    save_file(weights, FOLDER[0] / f"{name}-{dist.get_rank()}.safetensors")
+    return result.history
 
 
 @check
 def distilled(count: int) -> dict[str, Any]:
-    """A LoRA trained by all on parts of each sequence, of which the main process writes samples and checkpoints; see the test."""
-    pipe = prompt_pipe()
-    dit_accel.accelerate(pipe, CLEAR(2.0))
-    ulysses(pipe.transformer, count)
-    result = distill(pipe, PROMPTS, quick(FOLDER[0] / "run", **TRAINING), progress=False, **TRAINING_CALL)
-    save_file({k: v.contiguous() for k, v in pipe.transformer.state_dict().items()}, FOLDER[0] / f"trained-{dist.get_rank()}.safetensors")
+    """With samples and checkpoints, which the main process writes."""
+    history = trained(count, ulysses, "run")
     pipe = dit_accel.accelerate(prompt_pipe(), SLA(0.25, block=(16, 16)))
     ulysses(pipe.transformer, count)
     try:
@@ -338,7 +359,7 @@ def distilled(count: int) -> dict[str, Any]:
         refused = ""
     except DistillationError as error:
         refused = str(error)
-    return {"history": result.history, "refused": refused}
+    return {"history": history, "refused": refused}
 
 
 @check
@@ -359,27 +380,28 @@ def broken_in_diffusers(count: int) -> dict[str, str]:
     return {"mask": stock(lambda: Tiny("ltx"), count), "rope": stock(lambda: without_masks(interleaved_ltx2()), count)}
 
 
+def with_padded_text() -> Tiny:
+    """Qwen-Image under a mask of its text, which is split as the text is."""
+    tiny = Tiny("qwen_image")
+    tiny.call |= {"negative_prompt_embeds": normal(1, 12, 16, seed=3).float(), "negative_prompt_embeds_mask": kept(1, 12, 7).long()}
+    return tiny
+
+
 @check
 def padded_text(count: int) -> dict[str, Any]:
-    """Qwen-Image under a mask of its text, which is split as the text is."""
+    return sampled(with_padded_text, count)
 
-    def build() -> Tiny:
-        tiny = Tiny("qwen_image")
-        tiny.call |= {"negative_prompt_embeds": normal(1, 12, 16, seed=3).float(), "negative_prompt_embeds_mask": kept(1, 12, 7).long()}
-        return tiny
 
-    return sampled(build, count)
+def in_bfloat16() -> Tiny:
+    tiny = Tiny("flux")
+    tiny.pipe.to(torch.bfloat16)
+    tiny.call |= {name: x.bfloat16() for name, x in tiny.call.items() if isinstance(x, Tensor)}
+    return tiny
 
 
 @check
 def half(count: int) -> dict[str, Any]:
-    def build() -> Tiny:
-        tiny = Tiny("flux")
-        tiny.pipe.to(torch.bfloat16)
-        tiny.call |= {name: x.bfloat16() for name, x in tiny.call.items() if isinstance(x, Tensor)}
-        return tiny
-
-    return sampled(build, count)
+    return sampled(in_bfloat16, count)
 
 
 @check

@@ -14,11 +14,12 @@ from test_parts import SPECS as PARTS
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, Blocks
-from dit_accel.method import Linear, Mass, TopK
+from dit_accel.method import Disc, Linear, Mass, Raster, TopK
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
 from dit_accel.operator.attention import attention
+from dit_accel.operator.bands import Grounds
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.lists import PADDING, Lists
@@ -125,6 +126,66 @@ def test_a_band_by_parts() -> None:
 def test_the_rest_of_a_band_in_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "fuses", lambda spec, *_: spec.rest is None)
     compare("cpu", SPECS[name], SHAPE, 2, (1, 4))
+
+
+CUT = (37, 60, 57)  # tokens of bands that end within rows and within tiles
+CUTTABLE = {name: replace(SPECS[name], rest=None, merge=None) for name in ("fovea-radius", "clear", "gna")} | {
+    "blocks-of-two-sizes": AttentionSpec((Disc(3),), order=Raster(), block=(16, 32)),
+}
+
+
+def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[int, ...]) -> None:
+    """Output and gradients of all bands, each over the keys that it reads, with those of the whole."""
+    layout, bias = shape.layout, shape.text_bias()
+    grounds = Grounds(spec, layout, tokens)
+    rows = layout.image_slice.start
+
+    def in_bands(inputs: list[Tensor]) -> Tensor:
+        images = [x[:, :, layout.image_slice] for x in inputs]
+        words = [x[:, :, layout.text_slice] for x in inputs]
+        found = []
+        for number, (first, end) in enumerate(grounds.ranges):
+            band = grounds.band(number, CPU)
+            keys, values = (
+                torch.cat([w, x[:, :, band.keys]] if layout.text_first else [x[:, :, band.keys], w], 2)
+                for w, x in zip(words[1:], images[1:], strict=True)
+            )
+            of_keys = TokenLayout((1, 1, len(band.keys)), layout.text, layout.text_first)
+            given = (images[0][:, :, first:end], keys, values, spec, TokenLayout((1, 1, end - first)), band.plan)
+            found.append(attend_by(backend, *given, lambda device: {}, bias, of_keys)[0])
+        return torch.cat(found, 2)
+
+    def run(dtype: torch.dtype, *, cut: bool) -> list[Tensor]:
+        inputs = shape.inputs(dtype, grad=True)
+        if cut:
+            out = in_bands(inputs)
+        else:
+            out = attention_by("reference", spec, layout, scale=0.3, text_bias=bias)(inputs, random_parameters(spec, shape, dtype))[0]
+            out = out[:, :, rows : rows + layout.image]
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)).sum().backward()
+        return [out, flat({name: x.grad for name, x in zip("qkv", inputs, strict=True)})]
+
+    results = (run(torch.float32, cut=True), run(torch.float64, cut=False), run(torch.float32, cut=False))
+    for *three, name in zip(*results, ("output", "gradients"), strict=True):
+        assert_close_as_eager(*three, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("spec", CUTTABLE.values(), ids=CUTTABLE)
+def test_bands_that_cut_tiles_are_the_whole(spec: AttentionSpec, backend: str) -> None:
+    cut_in_bands(backend, spec, SHAPE, CUT)
+    assert len(Grounds(spec, SHAPE.layout, CUT).keys(0)) < SHAPE.layout.image
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_bands_of_a_clip(backend: str) -> None:
+    cut_in_bands(backend, CLEAR(2, tile=(2, 4, 4), first_frames=1), Shape(2, 1, 24, (4, 5, 9), 7, False), (50, 65, 65))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["clear", "gna"])
+def test_cut_bands_in_triton(name: str) -> None:
+    cut_in_bands("triton", CUTTABLE[name], TINY, (20, 34))
 
 
 def test_text_at_two_ends_is_refused() -> None:

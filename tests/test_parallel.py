@@ -134,7 +134,7 @@ def test_training_in_parts_is_training(two: list[dict[str, Any]], folder: Path, 
     assert close(histories[0], histories[1])
     assert histories[1] == histories[2]
     assert len({row["loss"] for row in histories[0][1:]}) == 3
-    first, second = (load_file(folder / f"trained-{rank}.safetensors") for rank in (0, 1))
+    first, second = (load_file(folder / f"run-{rank}.safetensors") for rank in (0, 1))
     assert same(first, second)
     start, moved = state(dit_accel.accelerate(prompt_pipe(), CLEAR(2.0)).transformer), 0
     for name, expected in pipe.transformer.state_dict().items():

@@ -17,7 +17,7 @@ from dit_accel.method import AttentionSpec, Tiles, TopK
 from dit_accel.method.parameters import AttentionParameters
 from dit_accel.operator.attention import attention
 from dit_accel.operator.layout import TokenLayout
-from dit_accel.parallel.ulysses import Ulysses
+from dit_accel.parallel.ranks import Ranks
 from dit_accel.patch.anatomy import find_transformers, forward_names
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
@@ -62,7 +62,7 @@ def attending(transformer: Any, attend: Callable[[Captured], Tensor]) -> Iterato
 
     Raises ArgumentError for a transformer that is spread over processes.
     """
-    if Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
+    if Ranks.of(getattr(transformer, "_parallel_config", None)) is not None:
         raise ArgumentError("attention inputs can't be captured while processes share a sequence: capture them in one process")
 
     def in_place_of(layer: str) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from dit_accel.measure.estimate import MODELS, estimate, find, layout_of
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.parallel import traffic
+from dit_accel.parallel.halo import refusal
 
 # GB/s in one direction of one device, and where it is from
 LINKS = {
@@ -25,8 +26,8 @@ def estimate_devices(
 ) -> list[dict[str, Any]]:
     """Rows of one method on so many devices, of one layer's forward: megabytes that a device sends, and the least times in ms.
 
-    By `how`: heads are exchanged ("ulysses"), or, of a method, border tokens ("halo", by its formula: this version does not run it). The
-    figures are None where it can't be done, and `why` says so. Raises ValueError as `estimate`.
+    By `how`: heads are exchanged ("ulysses"), or, of a method, border tokens ("halo", of the device that sends most). The figures are
+    None where it can't be done, and `why` says so. Raises ValueError as `estimate`.
     """
     bandwidth, _ = find("link", link, LINKS)
     if not 2 <= devices <= MOST:
@@ -41,8 +42,10 @@ def estimate_devices(
             sent = None if why else traffic.ulysses(layout.tokens, shape.heads, shape.head_dim, devices)
         else:
             only = spec if isinstance(spec, AttentionSpec) else None if spec is None else spec.spec
-            why = "its layers and heads have several methods" if only is None else "blocks are chosen by what they contain"
-            sent = None if only is None else traffic.halo(only, layout, shape.heads, shape.head_dim, devices)
+            reason = None if only is None else refusal(only)
+            why = "its layers and heads have several methods" if only is None else str(reason)
+            by_rank = None if only is None or reason else traffic.halo(only, layout, shape.heads, shape.head_dim, devices)
+            sent = None if by_rank is None else max(by_rank)
         exchange = None if sent is None else sent / bandwidth / 1e6
         found.append(
             {
@@ -75,6 +78,5 @@ def show(gpu: str, devices: int, link: str, rows: list[dict[str, Any]]) -> None:
     bandwidth, source = LINKS[link]
     shown.print(
         f"One layer's forward, {rows[0]['tokens']:,} tokens in bfloat16 on {devices} {gpu}, {bandwidth} GB/s from each ({source}), the "
-        "exchange not hidden behind arithmetic. ulysses: heads are exchanged, what this version runs. halo: border tokens are, by formula "
-        "alone."
+        "exchange not hidden behind arithmetic. ulysses: heads are exchanged (ulysses_degree). halo: border tokens are (ring_degree)."
     )

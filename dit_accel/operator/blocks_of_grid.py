@@ -127,13 +127,13 @@ def _new_plan(key: Key) -> Plan:
     prepared = {name: tensor for part in spec.parts() for name, tensor in part.prepare(ground).items()}
     return Plan(
         key=key,
-        q_blocks=_moved(blocks[0], device),
-        k_blocks=_moved(blocks[1], device),
+        q_blocks=moved(blocks[0], device),
+        k_blocks=moved(blocks[1], device),
         coords=ground.coords.to(device),
-        static=_moved(static, device) if static else None,
+        static=moved(static, device) if static else None,
         top=spec.selection.count(len(k_part.starts) - 1) if spec.selection else 0,
         prepared={name: tensor.to(device) for name, tensor in prepared.items()},
-        geometry=_moved(geometry, device),
+        geometry=moved(geometry, device),
     )
 
 
@@ -169,8 +169,8 @@ def with_chosen(static: BlockMap, chosen: Tensor, given: Tensor | None = None) -
     return BlockMap(index, valid, partial, mask_of=mask_of)
 
 
-def _moved(value: T, device: torch.device) -> T:
+def moved(value: T, device: torch.device) -> T:
     """The dataclass with its tensors, and those of dataclasses in it, on a device."""
-    moved: dict[str, Any] = {k: x.to(device) for k, x in vars(value).items() if isinstance(x, Tensor)}
-    moved |= {k: _moved(x, device) for k, x in vars(value).items() if isinstance(x, Lists)}
-    return replace(value, **moved)
+    there: dict[str, Any] = {k: x.to(device) for k, x in vars(value).items() if isinstance(x, Tensor)}
+    there |= {k: moved(x, device) for k, x in vars(value).items() if isinstance(x, Lists)}
+    return replace(value, **there)

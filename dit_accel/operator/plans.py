@@ -2,13 +2,14 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.blocks_of_grid import Key, Plan, make_plan, plan_key
+from dit_accel.operator.blocks_of_grid import Plan, make_plan, plan_key
 from dit_accel.operator.layout import TokenLayout
 
 LIMIT = 256 * 2**20  # bytes; a plan has about 10 MB at 65,536 tokens
@@ -22,7 +23,7 @@ class Plans:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._kept: dict[Key, Plan] = {}  # the most recently used last
+        self._kept: dict[Hashable, Any] = {}  # the most recently used last
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -30,13 +31,17 @@ class Plans:
 
     def get(self, spec: AttentionSpec, layout: TokenLayout, device: torch.device) -> Plan:
         """`make_plan`, kept from then on."""
-        key = plan_key(spec, layout, device)
+        plan: Plan = self.kept(plan_key(spec, layout, device), lambda: make_plan(spec, layout, device))
+        return plan
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key: a plan, or another dataclass of tensors that is made of one; made where there is none."""
         with self._lock:
             plan = self._kept.pop(key, None)
             if plan is not None:
                 self._kept[key] = plan
                 return plan
-            plan = self._kept[key] = make_plan(spec, layout, device)
+            plan = self._kept[key] = make()
             self._trim()
         return plan
 
@@ -57,11 +62,13 @@ class Plans:
 
 
 def plan_bytes(value: Any) -> int:
-    """Bytes of a plan's tensors, those of the dataclasses and dictionaries in it among them."""
+    """Bytes of a plan's tensors, those of the dataclasses, dictionaries and tuples in it among them."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, dict):
         return sum(map(plan_bytes, value.values()))
+    if isinstance(value, tuple):
+        return sum(map(plan_bytes, value))
     if not dataclasses.is_dataclass(value):
         return 0
     return sum(plan_bytes(getattr(value, field.name)) for field in dataclasses.fields(value))

@@ -47,24 +47,8 @@ class Exchange:
         found: tuple[Tensor] = _ToTokens.apply(self, tensor)
         return found[0]
 
-    def whole_mask(self, mask: Tensor) -> Tensor:
-        """A mask over this rank's keys `[..., own tokens]` as one over all keys `[..., N]`."""
-        own = mask.contiguous()
-        parts = [own.new_empty(*own.shape[:-1], sum(sizes)) for sizes in self.streams]
-        sent = own.flatten().view(torch.uint8)  # gloo does not gather all dtypes
-        received = sent.new_empty(sum(part.numel() * part.element_size() for part in parts))
-        sizes = [part.numel() * part.element_size() for part in parts]
-        dist.all_to_all_single(received, sent.repeat(len(parts)), sizes, [len(sent)] * len(parts), group=self.group)
-        parts = [piece.view(own.dtype).view(part.shape) for piece, part in zip(received.split(sizes), parts, strict=True)]
-        return self._joined(parts, -1)
-
-    def _joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The sequence of all ranks' tokens: stream by stream, each in the order of the ranks."""
-        pieces = [part.split(sizes, dim) for part, sizes in zip(parts, self.streams, strict=True)]
-        return torch.cat([of_rank[stream] for stream in range(len(self.streams[0])) for of_rank in pieces], dim)
-
     def _parted(self, whole: Tensor, dim: int) -> list[Tensor]:
-        """The inverse of `_joined`."""
+        """The inverse of `joined`."""
         ranks, count = range(len(self.streams)), len(self.streams[0])
         pieces = iter(whole.split([self.streams[rank][stream] for stream in range(count) for rank in ranks], dim))
         by_stream = [[next(pieces) for _ in ranks] for _ in range(count)]
@@ -80,7 +64,7 @@ class Exchange:
             for place, tensor in zip(part.view(count, batch, len(heads), own, dim), tensors, strict=True):
                 place.copy_(some_heads(tensor, heads))
         shapes = [(count, batch, mine, sum(sizes), dim) for sizes in self.streams]
-        return self._joined(self._exchanged(buffer, sent, shapes), 3).unbind()
+        return joined(self._exchanged(buffer, sent, shapes), self.streams, 3).unbind()
 
     def gather_heads(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`to_tokens` of several tensors without a gradient."""
@@ -103,6 +87,23 @@ class Exchange:
         received = buffer.new_empty(sum(sizes))
         dist.all_to_all_single(received, buffer, sizes, sent, group=self.group)
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def gathered_mask(mask: Tensor, tokens: Sequence[int], group: Any) -> list[Tensor]:
+    """The masks `[..., tokens]` of all ranks, which differ in their last dimension alone."""
+    own = mask.contiguous()
+    parts = [own.new_empty(*own.shape[:-1], count) for count in tokens]
+    sent = own.flatten().view(torch.uint8)  # gloo does not gather all dtypes
+    sizes = [part.numel() * part.element_size() for part in parts]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent.repeat(len(parts)), sizes, [len(sent)] * len(parts), group=group)
+    return [piece.view(own.dtype).view(part.shape) for piece, part in zip(received.split(sizes), parts, strict=True)]
+
+
+def joined(parts: Sequence[Tensor], streams: Sequence[Sequence[int]], dim: int) -> Tensor:
+    """The sequence of all ranks' tokens: stream by stream, each in the order of the ranks; `streams[r]` as in `Exchange`."""
+    pieces = [part.split(list(sizes), dim) for part, sizes in zip(parts, streams, strict=True)]
+    return torch.cat([of_rank[stream] for stream in range(len(streams[0])) for of_rank in pieces], dim)
 
 
 def some_heads(x: Tensor, heads: Sequence[int]) -> Tensor:

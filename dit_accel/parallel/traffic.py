@@ -1,16 +1,17 @@
 """What one layer's forward sends between processes, in bytes that one process sends, by formula; a backward pass sends as many again.
 
-N tokens of H heads of D channels, n processes. A process receives as many bytes as it sends.
+N tokens of H heads of D channels, n processes, one sample.
 """
 
 import torch
 
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator import lowering
-from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.bands import Grounds
 from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel.halo import refusal
+from dit_accel.parallel.ranks import shares
 
-ROWS_OF_A_BLOCK = 3  # that stand for the keys of a block: mean key, mean value, variance
+MOMENTS = 3  # rows that stand for a block: mean key, mean value, variance
 FLOAT32 = 4  # bytes
 
 
@@ -19,43 +20,31 @@ def ulysses(tokens: int, heads: int, head_dim: int, ranks: int, width: int = 2) 
     return 4 * tokens * heads * head_dim * width * (ranks - 1) / ranks**2
 
 
-def halo(spec: AttentionSpec, layout: TokenLayout, heads: int, head_dim: int, ranks: int, width: int = 2) -> float | None:
-    """Of a method under which each process keeps a band of consecutive blocks; None where blocks are chosen by what they contain.
+def halo(
+    spec: AttentionSpec, layout: TokenLayout, heads: int, head_dim: int, ranks: int, width: int = 2, wide: int = FLOAT32
+) -> list[int] | None:
+    """Of a method on bands, by rank; None where it can't run so (`halo.refusal`).
 
-    Keys and values of the tokens beyond its band that its queries keep, counted from the plan's block lists (the most of any process). Of
-    a rest that pools blocks, its own blocks' rows to all others; of a linear rest, the sum of its states over all. Of the text, which all
-    have, the output of its queries and their softmax mass, summed over all.
+    Keys and values of the border tokens that it sends to each other process, counted from the plan's block lists, `width` bytes each. Of a
+    rest of moments, `MOMENTS` rows of `wide` bytes of each block with tokens in its band, to all. Of text, queries, keys and values of its
+    part to all, and for the queries of all others its part of their output and its mass, of `wide` bytes.
     """
-    if spec.selection is not None:
+    if refusal(spec) is not None:
         return None
-    size = heads * head_dim
-    sent = 2.0 * size * width * halo_tokens(spec, layout, ranks)
-    if lowering.has_states(spec):
-        sent += _summed(size * (head_dim + 1), ranks)
-    elif spec.rest is not None:
-        sent += ROWS_OF_A_BLOCK * size * width * layout.image / spec.block[1] * (ranks - 1) / ranks
-    return sent + _summed(layout.text * heads * (head_dim + 1), ranks)
+    grounds, texts, size = Grounds(spec, layout, shares(layout.image, ranks)), shares(layout.text, ranks), heads * head_dim
+    found = [2 * size * width * count for count in sent_tokens(grounds)]
+    pieces = grounds.pieces_of_bands() if spec.rest is not None else [0] * ranks
+    for rank, (count, text) in enumerate(zip(pieces, texts, strict=True)):
+        found[rank] += (ranks - 1) * (MOMENTS * size * wide * count + 3 * size * width * text)
+        found[rank] += (layout.text - text) * heads * (head_dim + 1) * wide
+    return found
 
 
-def halo_tokens(spec: AttentionSpec, layout: TokenLayout, ranks: int) -> int:
-    """The key tokens of the image outside of its own band that a process requires for the static patterns, the most of any."""
-    plan = make_plan(spec, TokenLayout(layout.grid, order=spec.order, references=layout.references), torch.device("cpu"))
-    if plan.static is None:
-        return 0
-    q_rank, k_rank = (_ranks_of(blocks.count, ranks) for blocks in (plan.q_blocks, plan.k_blocks))
-    needed = torch.zeros(ranks, len(k_rank), dtype=torch.bool)
-    row, place = plan.static.valid.nonzero(as_tuple=True)
-    needed[q_rank[row], plan.static.index[row, place].long()] = True
-    needed[k_rank, torch.arange(len(k_rank))] = False
-    return int((needed * plan.k_blocks.count).sum(1).max())
-
-
-def _ranks_of(counts: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Whose band each block is in: that in which its first token is, where every process has as many tokens."""
-    first = counts.cumsum(0) - counts
-    return first * ranks // counts.sum()
-
-
-def _summed(numbers: int, ranks: int) -> float:
-    """Bytes that one process sends to add up so many float32 numbers over all, in a ring."""
-    return 2 * (ranks - 1) / ranks * numbers * FLOAT32
+def sent_tokens(grounds: Grounds) -> list[int]:
+    """How many tokens of the image each band sends to others, a token once for each of them."""
+    sent = torch.zeros(len(grounds.ranges), dtype=torch.int64)
+    ends = torch.tensor([end for _, end in grounds.ranges])
+    for band in range(len(sent)):
+        owners = torch.searchsorted(ends, grounds.keys(band), right=True)
+        sent += owners[owners != band].bincount(minlength=len(sent))
+    return [int(count) for count in sent]

@@ -18,7 +18,7 @@ from dit_accel.operator import guard, lowering
 from dit_accel.operator.guard import Crossover
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import Plans
-from dit_accel.parallel.ulysses import Ulysses
+from dit_accel.parallel.ranks import Ranks
 from dit_accel.patch.checkpointing import carry_forwards
 from dit_accel.patch.forward import Forward, current, enter, leave
 from dit_accel.patch.heads import Layer
@@ -175,13 +175,13 @@ class Context(Settings):
         """The forward with these arguments."""
         grids, (text, history) = self.grids(arguments, transformer), self.family.lengths(arguments, transformer)
         latents, timestep = _first(arguments[self.family.latents]), arguments.get(self.family.timestep)
-        ulysses = Ulysses.of(getattr(transformer, "_parallel_config", None))
+        ranks = Ranks.of(getattr(transformer, "_parallel_config", None))
         masks = list(given(arguments))
-        return self.begin(grids, text, history, timestep, latents, masks, gradient=torch.is_grad_enabled(), ulysses=ulysses)
+        return self.begin(grids, text, history, timestep, latents, masks, gradient=torch.is_grad_enabled(), ranks=ranks)
 
     def begin(
         self, grids: Grids | str, text: int | None, history: int, timestep: Tensor | None, latents: Tensor, given_masks: list[Tensor], *,
-        gradient: bool, ulysses: Ulysses | None = None,
+        gradient: bool, ranks: Ranks | None = None,
     ) -> Forward:  # fmt: skip
         """The forward with these grids, or with a reason why they are not known; to be called once per forward."""
         family, trained_tokens = self.family, self.trained_tokens
@@ -196,7 +196,7 @@ class Context(Settings):
             moment = self.steps.moment(timestep, latents, rising=family.timestep_rises)
         forward = Forward(family, Rules(), grids, text, history, trained_tokens, self.plans, active=True)
         rules = self.assignment.at(moment, forward.image)
-        measured = self._measured(forward, specs_in(rules), latents, gradient, ulysses)
+        measured = self._measured(forward, specs_in(rules), latents, gradient, ranks)
         rules = without(rules, frozenset(spec for spec, found in measured.items() if found.loses))
         forward = replace(forward, rules=rules)
         active = self.enabled and bool(specs_in(rules))
@@ -223,7 +223,7 @@ class Context(Settings):
         return grids
 
     def _measured(
-        self, forward: Forward, specs: tuple[AttentionSpec, ...], latents: Tensor, gradient: bool, ulysses: Ulysses | None
+        self, forward: Forward, specs: tuple[AttentionSpec, ...], latents: Tensor, gradient: bool, ranks: Ranks | None
     ) -> dict[AttentionSpec, Crossover]:
         """Whether each spec or the original attention is faster at this size, where that decides; a warning once where the original is.
 
@@ -236,11 +236,11 @@ class Context(Settings):
         def ask() -> list[Crossover | None]:
             return [guard.measured(spec, layout, self.head_dim, latents.dtype, latents.device) for spec in specs]
 
-        if ulysses is None or not specs:
+        if ranks is None or not specs:
             asked = ask()
         else:
-            question = (specs, layout.grids, latents.dtype, ulysses)
-            asked = self._agreed[question] = self._agreed[question] if question in self._agreed else ulysses.agreed(ask)
+            question = (specs, layout.grids, latents.dtype, ranks)
+            asked = self._agreed[question] = self._agreed[question] if question in self._agreed else ranks.agreed(ask)
         known = {spec: found for spec, found in zip(specs, asked, strict=True) if found is not None}
         for spec, found in known.items():
             if not found.loses or (forward.grids, spec) in self._reported:

@@ -32,7 +32,9 @@ from dit_accel.operator.attention import attend as attend  # `compiled` calls it
 from dit_accel.operator.attention import autocast
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.parallel import balance
+from dit_accel.parallel.halo import Spread
 from dit_accel.patch import masks
+from dit_accel.patch.bands import by_bands, original
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
 from dit_accel.patch.heads import Layer, by_groups, joint_fit, joint_parameters, of_heads, values_of
@@ -199,19 +201,23 @@ def _answer(
 
 
 def _over_ranks(
-    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool,
-    special: str | None, config: object,
+    operator: AcceleratedAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None,
+    special: str | None, config: object, primitive: Callable[..., Tensor],
 ) -> Tensor | None:  # fmt: skip
-    """A call under context parallelism `[B, own tokens, H, D]`, or None for one that runs its original attention. All ranks decide alike.
+    """A call under context parallelism `[B, own tokens, H, D]`, or None for one that diffusers' own runs. All ranks decide alike.
 
-    The layer runs on the whole sequence of this rank's heads.
+    The layer runs on the whole sequence of this rank's heads, or on this rank's part of the sequence. `primitive`: the original attention
+    of queries, keys, values and a mask.
     """
-    exchange, mask = shared(operator.context, operator.layer, query, key, mask, special, config)
-    if exchange is None:
-        return None
+    spread, whole = shared(operator.context, operator.layer, query, key, mask, special, config)
+    if spread is None:
+        return None if special else original(query, key, value, mask, config, primitive)
     q, k, v = with_all_heads(*(x.transpose(1, 2) for x in autocast(query, key, value)))
-    q, k, v = exchange.to_heads(q, k, v)
-    return exchange.to_tokens(_answer(operator, q, k, v, mask, scale, False, "default", exchange.held)).transpose(1, 2)
+    if isinstance(spread, Spread):
+        context, params = operator.context, operator.params(query.device)
+        return by_bands(q, k, v, scale, whole, spread, context, operator.layer, params).transpose(1, 2)
+    q, k, v = spread.to_heads(q, k, v)
+    return spread.to_tokens(_answer(operator, q, k, v, whole, scale, False, "default", spread.held)).transpose(1, 2)
 
 
 def _traced(
@@ -249,7 +255,13 @@ class AcceleratedProcessor:
         if compiling and (special is not None or attention_kwargs or parallel_config is not None):
             query = _noted(operator, query, key, special or (None if parallel_config is None else COMPILED))
         elif parallel_config is not None:
-            out = _over_ranks(operator, query, key, value, attn_mask, scale, enable_gqa, special, parallel_config)
+
+            def alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+                settings = (dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
+                found: Tensor = dispatch_attention_fn(query, key, value, mask, *settings, backend=backend)
+                return found
+
+            out = _over_ranks(operator, query, key, value, attn_mask, scale, special, parallel_config, alone)
             if out is not None:
                 return out
         elif compiling or operator.takes(query.shape[1], key.shape[1], attn_mask, special):

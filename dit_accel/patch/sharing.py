@@ -7,9 +7,13 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 
 from dit_accel.errors import ArgumentError, UnsupportedModelError
+from dit_accel.method.assignment import Assignment
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.parallel import halo
 from dit_accel.parallel.balance import heads_of_ranks
-from dit_accel.parallel.exchange import Exchange
-from dit_accel.parallel.ulysses import Ulysses, context_parallel, refusal
+from dit_accel.parallel.exchange import Exchange, gathered_mask, joined
+from dit_accel.parallel.halo import Spread
+from dit_accel.parallel.ranks import Ranks, context_parallel, refusal
 from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
 from dit_accel.patch.heads import Layer
@@ -17,7 +21,8 @@ from dit_accel.pipelines import class_of
 from dit_accel.pipelines.family import Family
 
 COMPILED = "context parallelism in a compiled graph"
-OTHER = "parallelism of another kind than diffusers' ContextParallelConfig(ulysses_degree=...)"
+OTHER = "parallelism of another kind than diffusers' ContextParallelConfig(ulysses_degree=...) or (ring_degree=...)"
+AS_ONE = "a sequence of text and image that is split as one, under a ring degree"
 
 # what diffusers' own plan of a class gets wrong, as of 0.42.1: the class, which of its models, and why
 BROKEN: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -30,9 +35,10 @@ BROKEN: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def check_sharing(model: Any, config: Any, family: Family, layers: list[Layer]) -> None:
-    """Raise ValueError where these layers of a model can't run under a parallel configuration, None for none."""
-    if context_parallel(config) is None:
+def check_sharing(model: Any, config: Any, family: Family, layers: list[Layer], assignment: Assignment) -> None:
+    """Raise ValueError where these layers of a model can't run their methods under a parallel configuration, None for none."""
+    context = context_parallel(config)
+    if context is None:
         return
     name = type(model).__name__
     if family.sharded is None:
@@ -45,6 +51,11 @@ def check_sharing(model: Any, config: Any, family: Family, layers: list[Layer]) 
             raise UnsupportedModelError(f"diffusers' context parallelism of {name} is wrong: {why}. Run it in one process")
     if reason := refusal(config, {layer.name: layer.heads for layer in layers}):
         raise ArgumentError(f"{name} can't be accelerated under context parallelism: {reason}")
+    for spec in assignment.specs if context.ring_degree > 1 else ():
+        if reason := halo.refusal(spec):
+            raise ArgumentError(
+                f"{name} can't be accelerated under context parallelism: a ring degree is not supported: {reason}. {halo.INSTEAD}"
+            )
     for layer in layers:
         processor = model.get_submodule(layer.name).processor
         if not hasattr(processor, "_parallel_config"):
@@ -70,9 +81,9 @@ def _check_backends(model: Any) -> None:
 
 def shared(
     context: Context, layer: Layer, query: Tensor, key: Tensor, mask: Any, special: str | None, config: object
-) -> tuple[Exchange | None, Any]:
-    """How the tokens and heads of a call `[B, own tokens, H, D]` are spread over ranks, and its mask over the whole sequence; no exchange
-    for a call that runs its original attention. All ranks decide alike."""
+) -> tuple[Exchange | Spread | None, Any]:
+    """How the tokens of a call `[B, own tokens, H, D]` are spread over ranks, and whose heads or whose tokens each rank computes; and the
+    call's mask over the whole sequence. None for a call that runs its original attention. All ranks decide alike."""
     q_len, kv_len = query.shape[1], key.shape[1]
     forward = context.forward()
     if forward is None:
@@ -80,32 +91,53 @@ def shared(
         return None, mask
     if not context.enabled or not forward.active or not forward.runs(layer) or q_len != kv_len:
         return None, mask
-    ulysses = Ulysses.of(config)
-    streams = None if ulysses is None else _streams(forward, ulysses, query)
-    if ulysses is None or streams is None:
-        context.fall_back(OTHER if ulysses is None else f"a part of {q_len} tokens, which is not this process's of the whole sequence")
+    ranks = Ranks.of(config)
+    streams = None if ranks is None else _streams(forward, ranks, query)
+    if ranks is None or streams is None:
+        context.fall_back(OTHER if ranks is None else f"a part of {q_len} tokens, which is not this process's of the whole sequence")
         return None, mask
     tokens = sum(map(sum, streams))
     layout = forward.layout(layer.image_only, tokens)
-    heads = heads_of_ranks(forward.groups(layer), layout, layer.head_dim, ulysses.size)
-    exchange = Exchange(ulysses.group, ulysses.rank, streams, heads)
+    found = _spread(ranks, streams, layout) if ranks.bands else _exchange(forward, layer, ranks, streams, layout)
+    if found is None:
+        context.fall_back(AS_ONE)
+        return None, mask
     whole = mask
-    if isinstance(mask, Tensor) and mask.shape[-1] == kv_len and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[2] == 1)):
-        whole = exchange.whole_mask(mask)
+    if gathers(mask, kv_len):
+        whole = joined(gathered_mask(mask, [sum(sizes) for sizes in streams], ranks.group), streams, -1)
     if not context.takes(forward, layer, tokens, tokens, whole, special):
         return None, mask
-    return exchange, whole
+    return found, whole
 
 
-def _streams(forward: Forward, ulysses: Ulysses, query: Tensor) -> tuple[tuple[int, ...], ...] | None:
+def gathers(mask: Any, tokens: int) -> bool:
+    """Whether a mask is one over this rank's keys alone, the same for all queries."""
+    return isinstance(mask, Tensor) and mask.shape[-1] == tokens and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[2] == 1))
+
+
+def _exchange(forward: Forward, layer: Layer, ranks: Ranks, streams: tuple[tuple[int, ...], ...], layout: TokenLayout) -> Exchange:
+    heads = heads_of_ranks(forward.groups(layer), layout, layer.head_dim, ranks.size)
+    return Exchange(ranks.group, ranks.rank, streams, heads)
+
+
+def _spread(ranks: Ranks, streams: tuple[tuple[int, ...], ...], layout: TokenLayout) -> Spread | None:
+    """None where text and image are one stream."""
+    columns = list(zip(*streams, strict=True))
+    if len(columns) == 1:
+        return None if layout.text else Spread(ranks.group, ranks.rank, (0,) * ranks.size, columns[0], layout)
+    texts, images = columns if layout.text_first else columns[::-1]
+    return Spread(ranks.group, ranks.rank, texts, images, layout)
+
+
+def _streams(forward: Forward, ranks: Ranks, query: Tensor) -> tuple[tuple[int, ...], ...] | None:
     """The tokens of each stream that each rank holds, this one those of the query; None where they can't be."""
     image, text, tokens = forward.image, forward.text, query.shape[1]
     if forward.family.sharded is None or (text is None and forward.family.sharded == "streams"):
         return None
     if text is None:
-        found = ulysses.shards(ulysses.total(tokens, query.device))
+        found = ranks.shards(ranks.total(tokens, query.device))
     elif forward.family.sharded == "sequence" or not text:
-        found = ulysses.shards(image + text)
+        found = ranks.shards(image + text)
     else:
-        found = ulysses.shards(text, image) if forward.family.text_first else ulysses.shards(image, text)
-    return found if sum(found[ulysses.rank]) == tokens else None
+        found = ranks.shards(text, image) if forward.family.text_first else ranks.shards(image, text)
+    return found if sum(found[ranks.rank]) == tokens else None

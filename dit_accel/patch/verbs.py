@@ -136,7 +136,7 @@ def _prepare(
 ) -> tuple[Context, list[tuple[str, Any, AcceleratedAttention, Any]]]:
     """Context, and (name, module, operator, processor) for each layer; the model is not changed."""
     every = {layer.name: model.get_submodule(layer.name) for layer in layers}
-    check_sharing(model, getattr(model, "_parallel_config", None), require_family(model), layers)
+    check_sharing(model, getattr(model, "_parallel_config", None), require_family(model), layers, assignment)
     if any(p.device.type == "meta" for module in every.values() for p in module.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is offloaded (its weights are on the meta device): accelerate it before offloading"
@@ -178,7 +178,7 @@ def _install(model: Any, context: Context, modules: list[tuple[str, Any, Acceler
 def _check_sharing(model: Any, config: Any) -> None:
     """Before an accelerated model is spread over processes: raise ValueError where it can't be."""
     context: Context = getattr(model, CONTEXT).context
-    check_sharing(model, config, context.family, list(context.layers))
+    check_sharing(model, config, context.family, list(context.layers), context.assignment)
 
 
 def restore(pipe_or_transformer: P) -> P:

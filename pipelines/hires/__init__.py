@@ -16,13 +16,14 @@ from torch import Tensor
 
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
-from dit_accel.parallel.ulysses import Ulysses
+from dit_accel.parallel.ranks import Ranks
 from dit_accel.patch.anatomy import forward_names
 from dit_accel.patch.modes import proportional
 from dit_accel.patch.state import CONTEXT
 from dit_accel.patch.verbs import dense
 from dit_accel.patch.weights import weights_hash
 from dit_accel.pipelines import family_of, token_pixels
+from dit_accel.pipelines.decoding import shared_decoding, shares_tiles
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
 from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_embedding, rotary_factor
@@ -74,7 +75,7 @@ def generate_hires(
     """
     recipe = Recipe(height, width, base, strength, num_inference_steps, seed, ntk, proportional)
     transformer = forms.check_pipeline(pipe)
-    if folder is not None and Ulysses.of(getattr(transformer, "_parallel_config", None)) is not None:
+    if folder is not None and Ranks.of(getattr(transformer, "_parallel_config", None)) is not None:
         raise ArgumentError("stages can't be kept by processes that share a picture, as each would write them: leave the folder out")
     _check_call(pipe, prompt, call)
     unit = token_pixels(pipe, transformer)
@@ -217,6 +218,7 @@ class _Drawing:
             else:
                 stack.enter_context(_rescaled(self.transformer, self.factor))
                 stack.enter_context(_tiled(pipe.vae))
+                stack.enter_context(shared_decoding(pipe) if shares_tiles(pipe.vae) else contextlib.nullcontext())
                 pipe.scheduler = forms.scheduler_for(scheduler, height * width // self.unit**2)
             if number and self.recipe.proportional:
                 first = self.sizes[0][0] * self.sizes[0][1] // self.unit**2

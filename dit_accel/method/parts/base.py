@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import plain, require
-from dit_accel.method.parts.call import Boxes, Call, Cost, Frame, Grid, Ground, Sizes
+from dit_accel.method.parts.call import Boxes, Call, Cost, Frame, Grid, Ground, Moments, Sizes
 
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
@@ -260,6 +260,18 @@ class Rest(Part):
     def whole_blocks(self) -> bool:
         """Whether it is of the key blocks that are not kept, so that patterns must keep whole ones."""
         return False
+
+    @property
+    def of_moments(self) -> bool:
+        """Whether it depends on keys and values through the moments of their blocks alone: then `over` computes it of these."""
+        return False
+
+    def over(self, call: Call, moments: Moments, kept: Tensor) -> Partial:
+        """`__call__` where blocks are known by their moments; `kept` `[..., Tq, Tk]`: which of them each query block keeps.
+
+        Raises ValueError where the rest is not `of_moments`.
+        """
+        raise ValueError(f"{self} is not of the moments of blocks alone: call it with their keys and values")
 
     @abstractmethod
     def __call__(self, call: Call) -> Partial:

@@ -39,6 +39,22 @@ class Ground:
     block: tuple[int, int]
 
 
+class Moments(NamedTuple):
+    """What some rests know of the keys and values: of each block its number of tokens `[T]`, the mean key and value `[BH, T, D]`, and the
+    variances of its keys `[BH, T, D]`."""
+
+    tokens: Tensor
+    key: Tensor
+    value: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, blocks: Blocks) -> "Moments":
+        """Of keys and values `[BH, N, D]`."""
+        key, variance = pool_blocks(k, blocks, variance=True)
+        return cls(blocks.count, key, pool_blocks(v, blocks)[0], variance)
+
+
 class Visited(Protocol):
     """Lists of the key blocks that each query block visits."""
 

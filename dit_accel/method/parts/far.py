@@ -17,7 +17,7 @@ from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Moments, Sizes
 from dit_accel.method.parts.content import PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
@@ -86,13 +86,23 @@ class Pooled(Rest):
             return self._grouped(call, self.opened)
         kept = call.kept
         if self.plain:
-            k_mean, k_var = pool_blocks(call.k, call.k_blocks, variance=self.variance)
-            log_n = call.k_blocks.count.to(call.q.dtype).log() if self.log_count else None
-            v_mean = call.key_means(call.v)
-            return reference.pooled_attention(call.q, k_mean, v_mean, k_var, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap)
+            return self.over(call, Moments.of(call.k, call.v, call.k_blocks), kept)
         pooled = self.pooled(call)
         rest = self._over(call, pooled, kept.repeat_interleave(self.parts, -1))
         return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
+
+    @property
+    def of_moments(self) -> bool:
+        return self.plain
+
+    def over(self, call: Call, moments: Moments, kept: Tensor) -> Partial:
+        if not self.plain:
+            return super().over(call, moments, kept)
+        log_n = moments.tokens.to(call.q.dtype).log() if self.log_count else None
+        variance = moments.variance if self.variance else None
+        return reference.pooled_attention(
+            call.q, moments.key, moments.value, variance, log_n, kept, call.q_blocks, scale=call.scale, cap=self.cap
+        )
 
     def _grouped(self, call: Call, opened: int) -> Partial:
         queries, roots = groups.Queries.of(call, self.parts), len(call.prepared["far_roots"])

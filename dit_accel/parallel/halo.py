@@ -1,0 +1,179 @@
+"""Attention where each process keeps a band of the image's tokens, and receives of the others what its queries read of them.
+
+For patterns that depend on places alone (`Static`) every process knows without a message what each of the others keeps, so each sends the
+key blocks at the border of its band to the neighbours whose queries keep them. A rest of the moments of blocks (`Rest.of_moments`) is of
+those of all, which are gathered; the text's keys are gathered too, and its queries, which see all keys, are spread: each process attends
+over its own part of the keys, and the owner of a query merges the parts by their softmax masses.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels import reference
+from dit_accel.method.parameters import Values
+from dit_accel.method.parts.call import Call, Moments
+from dit_accel.method.spec import AttentionSpec
+from dit_accel.operator.attention import attend
+from dit_accel.operator.bands import Band, Grounds, Pieces
+from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.plans import Plans
+from dit_accel.parallel.rows import Route, exchanged, to_all, to_owners
+
+INSTEAD = "Use ContextParallelConfig(ulysses_degree=...) alone, or a method of static patterns: CLEAR(...), GNA(...), Fovea(radius=...)"
+
+
+def refusal(spec: AttentionSpec) -> str | None:
+    """Why a method can't run on bands; None where it can."""
+    if spec.selection is not None:
+        return f"{spec.selection} chooses among all keys by what they contain, and each process knows those near its own tokens alone"
+    own = next((part for part in spec.parts() if part.own_tokens), spec.extras[0] if spec.extras else None)
+    if own is not None:
+        return f"{own} requires that each process has the tokens of all"
+    if spec.rest is not None and not spec.rest.of_moments:
+        return f"{spec.rest} is not of the means and variances of blocks alone, which is what processes send each other of far keys"
+    return None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a sequence is spread over the ranks of a group, of which this one is `rank`: so many tokens of the text and of the image each.
+
+    `layout`: of the whole sequence, the image's tokens in memory order, rank by rank.
+    """
+
+    group: Any
+    rank: int
+    texts: tuple[int, ...]
+    images: tuple[int, ...]
+    layout: TokenLayout
+
+    @property
+    def text_rows(self) -> slice:
+        """Where this rank's text is among its tokens."""
+        count, image = self.texts[self.rank], self.images[self.rank]
+        return slice(0, count) if self.layout.text_first else slice(image, image + count)
+
+    @property
+    def image_rows(self) -> slice:
+        """Where its part of the image is."""
+        count, image = self.texts[self.rank], self.images[self.rank]
+        return slice(count, count + image) if self.layout.text_first else slice(0, image)
+
+
+@dataclass(frozen=True)
+class Border:
+    """What one rank reads and sends of the image's keys, for one spec. `pieces`: of a rest of moments, the blocks cut by the bands."""
+
+    band: Band
+    keys: Route
+    pieces: Pieces | None
+
+
+def make_border(spec: AttentionSpec, spread: Spread, device: torch.device) -> Border:
+    """A pure function of the spec, the layout, the parts and the rank, without a message."""
+    grounds, rank = Grounds(spec, spread.layout, spread.images), spread.rank
+    ends = torch.tensor([0, *spread.images]).cumsum(0)
+    first, end = int(ends[rank]), int(ends[rank + 1])
+    sent = []
+    for other in range(len(spread.images)):
+        keys = grounds.keys(other)
+        sent.append((keys[(keys >= first) & (keys < end)] - first).to(device))
+    band = grounds.band(rank, device)
+    keys = band.keys.cpu()
+    received = tuple(int(((keys >= low) & (keys < high)).sum()) for low, high in itertools.pairwise(ends))
+    pieces = None if spec.rest is None else grounds.pieces(rank, device)
+    return Border(band, Route(tuple(sent), received), pieces)
+
+
+def attend_bands(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, spread: Spread, plans: Plans, params: Values, scale: float | None,
+    backend: str, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The output `[B, H, own tokens, D]` of a spec that is not refused; all ranks call it alike.
+
+    `bias` `[B, text]`: on the logits of the whole text's keys.
+    """
+    made = (spec, spread.layout.grids, spread.layout.order, spread.images, spread.rank, query.device)
+    border = plans.kept(made, lambda: make_border(spec, spread, query.device))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    texts, images = ([x[:, :, rows] for x in (query, key, value)] for rows in (spread.text_rows, spread.image_rows))
+    routes, given = [border.keys] * 2, images[1:]
+    if spread.layout.text:
+        routes, given = routes + [to_all(spread.texts, spread.rank, query.device)] * 3, given + texts
+    keys, values, *of_text = exchanged(spread.group, routes, given)
+    image = _image(images, (keys, values), of_text[1:], spec, spread, border, params, scale, backend, bias)
+    if not spread.layout.text:
+        return image
+    text = _text(of_text[0], texts, images, spread, scale, bias).to(image.dtype)
+    return torch.cat([text, image] if spread.layout.text_first else [image, text], 2)
+
+
+def _image(
+    own: list[Tensor], read: tuple[Tensor, Tensor], text: list[Tensor], spec: AttentionSpec, spread: Spread, border: Border, params: Values,
+    scale: float, backend: str, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The output of this rank's image queries; `own`: its q, k and v, `read`: keys and values that its queries keep, `text`: all of its."""
+    query, plan, rest = own[0], border.band.plan, spec.rest
+    keys, values = read
+    if text:
+        first = spread.layout.text_first
+        keys, values = (torch.cat([x, y] if first else [y, x], 2) for x, y in zip(text, read, strict=True))
+    layouts = [TokenLayout((1, 1, own[0].shape[2])), TokenLayout((1, 1, read[0].shape[2]), spread.layout.text, spread.layout.text_first)]
+    exact_part = replace(spec, rest=None, merge=None)
+    out, lse = attend(
+        query, keys, values, exact_part, layouts[0], plan, {}, scale, backend, text_bias=bias, key_layout=layouts[1]
+    )  # fmt: skip
+    if rest is None or spec.merge is None or border.pieces is None:
+        return out
+    with torch.autocast(query.device.type, enabled=False):
+        moments = _moments(own[1], own[2], spread, border.pieces)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(wide).flatten(0, 1) for x in (query, *read))
+        call = Call(
+            q, k, v, query.shape[1], scale, plan.coords, plan.q_blocks, plan.k_blocks, plan.prepared, params, grids=spread.layout.grids
+        )  # fmt: skip
+        exact = out.to(wide).flatten(0, 1), lse.to(wide).flatten(0, 1)
+        merged = spec.merge(exact, rest.over(call, moments, border.pieces.kept), call)[0]
+    return merged.to(out.dtype).unflatten(0, query.shape[:2])
+
+
+def _moments(key: Tensor, value: Tensor, spread: Spread, pieces: Pieces) -> Moments:
+    """Those of all blocks of the grid, from those of all ranks' pieces of them; float32 at least."""
+    heads, rows = key.shape[:2], to_all(pieces.counts, spread.rank, key.device)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    k, v = (x.to(wide).flatten(0, 1) for x in (key, value))
+    own = Moments.of(k, v, pieces.own)
+    gathered = exchanged(spread.group, [rows] * 3, [x.unflatten(0, heads) for x in own[1:]])
+    shape = pieces.index.shape
+    mean, mean_value, variance = (x.flatten(0, 1).index_select(1, pieces.index.flatten()).unflatten(1, shape) for x in gathered)
+    share = pieces.share.to(wide)[..., None]
+    k_mean, v_mean = ((x * share).sum(2) for x in (mean, mean_value))
+    spread_of = ((variance + (mean - k_mean[:, :, None]).square()) * share).sum(2)  # within the pieces, and between them
+    return Moments(pieces.tokens, k_mean, v_mean, spread_of)
+
+
+def _text(query: Tensor, text: list[Tensor], image: list[Tensor], spread: Spread, scale: float, bias: Tensor | None) -> Tensor:
+    """The output `[B, H, own text, D]` of this rank's text queries, of which `query` are those of all ranks."""
+    heads, wide = query.shape[:2], torch.promote_types(query.dtype, torch.float32)
+    keys, values = (torch.cat([a, b], 2).to(wide).flatten(0, 1) for a, b in zip(text[1:], image[1:], strict=True))
+    own_bias = None
+    if bias is not None:
+        before = sum(spread.texts[: spread.rank])
+        own = bias[:, before : before + spread.texts[spread.rank]].to(wide)
+        own_bias = torch.nn.functional.pad(own, (0, image[1].shape[2])).repeat_interleave(heads[1], 0)
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = reference.dense_attention(query.to(wide).flatten(0, 1), keys, values, own_bias, scale=scale)
+        part = torch.cat([out, lse[..., None]], -1).unflatten(0, heads)
+        (parts,) = exchanged(spread.group, [to_owners(spread.texts, spread.rank, query.device)], [part])
+        each = parts.unflatten(2, (len(spread.texts), -1)).unbind(2)
+        return reference.merge_partials([(x[..., :-1], x[..., -1]) for x in each])[0]
+
+
+def gathered(key: Tensor, value: Tensor, group: Any, rank: int, tokens: Sequence[int]) -> tuple[Tensor, ...]:
+    """Keys and values `[B, H, own tokens, D]` of all ranks, of which each has so many, in the order of the ranks. Differentiable."""
+    return exchanged(group, [to_all(tokens, rank, key.device)] * 2, [key, value])

@@ -1,0 +1,94 @@
+"""`shared_decoding`: the processes that share a picture share the tiles of its decoding, too."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_accel.errors import UnsupportedModelError
+from dit_accel.parallel.ranks import Ranks
+
+# whose `tiled_decode` calls the decoder once for each tile, with nothing but the tile, and blends what comes out
+CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2")
+
+
+@contextlib.contextmanager
+def shared_decoding(pipe: Any) -> Iterator[None]:
+    """A `with` block in which each process decodes its share of an autoencoder's tiles, where the pipeline's transformer is spread over
+    several; all get the whole picture.
+
+    The autoencoder must work in tiles (`pipe.vae.enable_tiling()`): what is not in tiles, or requires a gradient, is decoded
+    by each process as ever. Every process must call the pipeline alike. The pixels are those of one process. Raises UnsupportedModelError
+    for an autoencoder whose tiles depend on each other or are unknown.
+    """
+    ranks = Ranks.of(getattr(pipe.transformer, "_parallel_config", None))
+    if ranks is None:
+        yield
+        return
+    vae = pipe.vae
+    if not shares_tiles(vae):
+        raise UnsupportedModelError(
+            f"the tiles of {type(vae).__name__} can't be decoded by several processes: leave shared_decoding out, and each decodes all; "
+            f"it knows {' and '.join(CLASSES)}"
+        )
+    vae.tiled_decode = _Shared(vae, vae.tiled_decode, ranks)
+    try:
+        yield
+    finally:
+        del vae.tiled_decode
+
+
+def shares_tiles(vae: Any) -> bool:
+    """Whether the tiles of an autoencoder can be decoded by several processes."""
+    return type(vae).__name__ in CLASSES
+
+
+class _Shared:
+    """`tiled_decode` of an autoencoder in its place: the tiles are cut without being decoded, each is decoded by one process and sent to
+    all, and they are put together as ever."""
+
+    def __init__(self, vae: Any, original: Callable[..., Any], ranks: Ranks) -> None:
+        self.vae, self.original, self.ranks = vae, original, ranks
+
+    def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
+        if torch.is_grad_enabled() and z.requires_grad:
+            return self.original(z, return_dict=return_dict)
+        tiles: list[Tensor] = []
+
+        def cut(tile: Tensor) -> Tensor:
+            tiles.append(tile)
+            return self._empty(tile)
+
+        with self._decoding_by(cut):
+            self.original(z)
+        decoded = [self.vae.decoder(x) if self._owner(n) == self.ranks.rank else self._empty(x) for n, x in enumerate(tiles)]
+        for number, pixels in enumerate(decoded):
+            owner = dist.get_global_rank(self.ranks.group, self._owner(number))
+            decoded[number] = pixels = pixels.contiguous()
+            dist.broadcast(pixels, owner, group=self.ranks.group)
+        remaining = iter(decoded)
+        with self._decoding_by(lambda tile: next(remaining)):
+            return self.original(z, return_dict=return_dict)
+
+    def _owner(self, number: int) -> int:
+        return number % self.ranks.size
+
+    def _empty(self, tile: Tensor) -> Tensor:
+        """Room for a tile's pixels."""
+        config = self.vae.config
+        times = 2 ** (len(config.block_out_channels) - 1)
+        return tile.new_zeros(tile.shape[0], config.out_channels, tile.shape[2] * times, tile.shape[3] * times)
+
+    @contextlib.contextmanager
+    def _decoding_by(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        own = vars(self.vae.decoder)
+        before = own.get("forward")  # where it is not the class's, as that of offloaded models is not
+        own["forward"] = function
+        try:
+            yield
+        finally:
+            del own["forward"]
+            own.update({} if before is None else {"forward": before})
