@@ -92,8 +92,8 @@ def on_cpu(folder: Path) -> dict[str, dict[str, Speed]]:
 def _errors(folder: Path) -> list[list[str]]:
     """Rows of errors, untrained and distilled."""
     presets = read(folder / "quality.json")["presets"]
-    records = [read(folder / f"recovery-400{name}.json") for name in ("", "-fovea")]
-    trained = {row["method"]: row for record in records for row in record["rows"]}
+    record = read(folder / "recovery.json")
+    trained = {row["method"]: row for row in record["rows"] if row["train"] == "attention"}
     fovea, distilled, sla = (read(folder / "video.json")["rows"][index] for index in range(3))
     video = {"Fovea 5 %": f"{fovea['held_out_error']:.3f} → {distilled['held_out_error']:.3f} at 10 %"}
     video["SLA 5 %"] = f"{sla['untrained_error']:.3f} → {sla['held_out_error']:.3f}"
@@ -101,7 +101,7 @@ def _errors(folder: Path) -> list[list[str]]:
     def recovered(row: dict[str, Any] | None) -> str:
         return f"{row['error_untrained']:.3f} → {row['error_after']:.3f}" if row else ""
 
-    floor = f"the original in bfloat16: {records[0]['floor']['error']:.3f}"
+    floor = f"the original in bfloat16: {record['floor']['error']:.3f}"
     return [
         ["*error*, pictures of 1024×1024, untrained", "", *(f"{presets[UNTRAINED[name]]['velocity_error']:.3f}" for name in NAMES)],
         ["*error*, 512×512, untrained → distilled", floor, *(recovered(trained.get(TRAINED.get(name, ""))) for name in NAMES)],

@@ -9,6 +9,7 @@ of README.md and docs, each after a line `<!-- table: NAME -->`, are written fro
 """
 
 import argparse
+import contextlib
 import shlex
 import shutil
 import subprocess
@@ -20,13 +21,13 @@ from pathlib import Path
 
 from catalogue_table import catalogue
 from choose_table import choose
-from tables import TABLES, fill, read
+from tables import TABLES, TRAINED, fill, read
 
 from dit_accel import AttentionSpec, TokenLayout
 from dit_accel.files import write_bytes, write_json, write_text
 from dit_accel.kernels.cpu import native
 from dit_accel.measure.timing import graphics_card
-from dit_accel.method import Disc, DiscBlocks, DynamicConv, ErrorProduct, Mass, Pooled, Raster, Tiles, TopK
+from dit_accel.method import DiscBlocks, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.cost import multiply_adds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,33 +69,37 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def captions(folder: Path) -> None:
-    """400 captions as the demo makes them, its held-out ones last, and the four of the evaluation."""
+    """120 captions as the demo makes them, four held-out ones last, and the four of the evaluation."""
     from dit_accel.measure.demo import HELD_OUT, training_prompts
 
-    (folder / "400.txt").write_text("\n".join([*training_prompts(400, HELD_OUT), *HELD_OUT]) + "\n")
+    held_out = (*HELD_OUT, "a ghost", "a rocket above a cat on a white background")
+    (folder / "120.txt").write_text("\n".join([*training_prompts(120, held_out), *held_out]) + "\n")
     (folder / "4.txt").write_text("\n".join(training_prompts(4, HELD_OUT)) + "\n")
 
 
 def combinations(folder: Path) -> None:
-    """The methods without a name that are compared with plain SLA and CLEAR, as files of their specs."""
-    small, block = Tiles((4, 4)), (16, 16)
+    """The captions, and the methods without a name that are compared with plain SLA and CLEAR, as files of their specs."""
+    captions(folder)
     specs = {
-        "clear-pooled": AttentionSpec((DiscBlocks(5),), Pooled(), Mass(), small, block),
-        "error-product": AttentionSpec((TopK(0.19, score=ErrorProduct()),), Pooled(), Mass()),
+        "clear-pooled": AttentionSpec((DiscBlocks(5),), Pooled(), Mass(), Tiles((4, 4)), (16, 16)),
         "sla-pooled": AttentionSpec((TopK(0.19),), Pooled(), Mass(), Raster()),
-        "clear-convolved": AttentionSpec((Disc(6),), order=small, block=block, extras=(DynamicConv(),)),
     }
     for name, spec in specs.items():
         write_json(folder / f"{name}.json", spec.to_dict())
 
 
-def add_costs(folder: Path) -> None:
-    """Write each method's multiply-adds to the rows of recovery-steps.json."""
-    record = read(folder / "recovery-steps.json")
+def finish_recovery(folder: Path) -> None:
+    """Write each method's multiply-adds to the rows of recovery.json, and draw the curves of those that were trained in three ways."""
+    from dit_accel.finetune.curve import draw_recovery
+
+    record = read(folder / "recovery.json")
     height, width = (record["settings"]["call"][side] // 16 for side in ("height", "width"))
     for row in record["rows"]:
         row["multiply_adds"] = multiply_adds(AttentionSpec.from_dict(row["spec"]), TokenLayout((1, height, width)), head_dim=64)
-    write_json(folder / "recovery-steps.json", record)
+    write_json(folder / "recovery.json", record)
+    trained = {"parameters": "own parameters", "lora": "LoRA", "attention": "weights"}
+    rows = [row | {"method": name, "train": trained[row["train"]]} for row in record["rows"] if (name := TRAINED.get(row["method"]))]
+    write_bytes(folder / "recovery.png", draw_recovery(record | {"rows": rows}))
 
 
 def clips(folder: Path) -> None:
@@ -129,25 +134,14 @@ def gather_errors(folder: Path) -> None:
     write_json(folder / "evaluate.json", {"machine": found["fovea"]["machine"], "prompts": found["fovea"]["prompts"], "rows": rows})
 
 
-def draw_all(folder: Path) -> None:
-    """Write recovery.png, the curves of all four files."""
-    from dit_accel.finetune.curve import draw_recovery
-
-    names = {"parameters": "own parameters", "lora": "LoRA", "attention": "weights"}
-    record, rows = read(folder / "recovery.json"), []
-    for name, label in (("", ""), ("-400", ", 400 prompts"), ("-400-fovea", ", 400 prompts"), ("-30", ", 60 prompts")):
-        rows += [row | {"train": names[row["train"]] + label} for row in read(folder / f"recovery{name}.json")["rows"]]
-    write_bytes(folder / "recovery.png", draw_recovery(record | {"rows": rows}))
-
-
 def shrink(source: str, side: int) -> tuple[str, ...]:
     """Python that writes a picture to picture.jpg with no side above `side` pixels."""
     return ("-c", f"from PIL import Image; i = Image.open({source!r}).convert('RGB'); i.thumbnail(({side}, {side})); i.save('picture.jpg')")
 
 
-def recovery(name: str, options: str) -> tuple[str, ...]:
-    """`dit-accel bench recovery` to a file of its own."""
-    return words(f"bench recovery --optimizer muon --out {name}.json {options}")
+def recovery(options: str) -> tuple[str, ...]:
+    """`dit-accel bench recovery` with the same number of steps for all."""
+    return words(f"bench recovery --optimizer muon --train-steps 200 --prompts 120.txt --held-out 4 --out recovery.json {options}")
 
 
 FIGURES: dict[str, Figure] = {
@@ -181,27 +175,14 @@ FIGURES: dict[str, Figure] = {
     ),
     "recovery": Figure(
         (
-            recovery("recovery", "--minutes 4 --pictures 2"),
-            recovery("recovery-30", "--minutes 30 --train attention --method clear:8"),
-            recovery("recovery-400", "--minutes 20 --train attention --method clear:8 --method sla:0.05 --held-out 2 --prompts 400.txt"),
-            recovery("recovery-400-fovea", "--minutes 9.5 --train attention --method fovea:0.05 --held-out 2 --prompts 400.txt"),
-        ),
-        {f"{name}.json": f"benchmarks/{name}.json" for name in ("recovery", "recovery-30", "recovery-400", "recovery-400-fovea")}
-        | {"recovery.png": "samples/recovery.png"},
-        captions,
-        draw_all,
-    ),
-    "recovery-steps": Figure(
-        (
+            recovery("--method fovea:0.05 --method clear:8 --method sla:0.05"),
             recovery(
-                "recovery-steps",
-                "--train-steps 200 --train attention --method clear:6,tile=4x4 --method sla:0.125 --method clear-pooled.json "
-                "--method error-product.json --method fovea:0.19,conv=5 --method sla-pooled.json --method clear-convolved.json",
+                "--train attention --method clear:6,tile=4x4 --method sla:0.125 --method clear-pooled.json --method sla-pooled.json"
             ),
         ),
-        {"recovery-steps.json": "benchmarks/recovery-steps.json"},
+        {"recovery.json": "benchmarks/recovery.json", "recovery.png": "samples/recovery.png"},
         combinations,
-        add_costs,
+        finish_recovery,
     ),
     "evaluate": Figure(
         tuple(words(f"evaluate --prompts 4.txt --method {m} --size 512x512 --steps 8 --out {m[:5]}") for m in ("fovea:0.05", "clear:8")),
@@ -248,8 +229,9 @@ FIGURES: dict[str, Figure] = {
 }  # fmt: skip
 
 
-def make(name: str) -> None:
-    """Run a figure's commands in an empty folder, and keep their files. Raises RuntimeError where a command fails: nothing is replaced."""
+def make(name: str, work: Path | None = None) -> None:
+    """Run a figure's commands in an empty folder, or in one of its name in `work`, where commands that were stopped go on, and keep their
+    files. Raises RuntimeError where a command fails: nothing is replaced."""
     figure = FIGURES[name]
     if figure.target not in (None, native.TARGETS[native.target()]):
         print(f"{name}: stays as it is, it is about CPUs with {figure.target}", flush=True)
@@ -257,28 +239,31 @@ def make(name: str) -> None:
     if figure.card is not None and figure.card not in str(graphics_card().get("gpu")):
         print(f"{name}: stays as it is, it is about the {figure.card}", flush=True)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work / name
+        folder.mkdir(parents=True, exist_ok=True)
         if figure.prepare:
-            figure.prepare(Path(folder))
+            figure.prepare(folder)
         for command in figure.commands:
             print(f"{name}: {' '.join(command)}", flush=True)
             if status := subprocess.run([sys.executable, *command], cwd=folder).returncode:
                 raise RuntimeError(f"{name}: the command above ended with status {status}; its files are as they were")
         if figure.finish:
-            figure.finish(Path(folder))
+            figure.finish(folder)
         for made, kept in figure.files.items():
-            shutil.copyfile(Path(folder) / made, ROOT / kept)
+            shutil.copyfile(folder / made, ROOT / kept)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)}; all unless given")
+    parser.add_argument("--work", type=Path, help="keep what the commands write in this folder, and go on with what is there")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     args = parser.parse_args(arguments)
     if wrong := sorted(set(args.names) - set(FIGURES)):
         parser.error(f"no figure is called {wrong[0]!r}: {', '.join(FIGURES)}")
     for name in [] if args.tables else args.names or FIGURES:
-        make(name)
+        make(name, args.work and args.work.resolve())
     for name, tables in PAGES.items():
         page = ROOT / name
         write_text(page, fill(page.read_text(), {name: table(ROOT / "benchmarks") for name, table in tables.items()}))

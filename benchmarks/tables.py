@@ -23,11 +23,10 @@ PRESETS = {  # preset of the quality file -> its name in the table; bold ones ne
     "Fovea radius 8": "**Fovea radius 8**", "Fovea 5 % without log n": "Fovea 5 % without `log n`",
     "Fovea 5 %, raster order": "Fovea 5 % in raster order",
 }  # fmt: skip
-COMBINED = {  # a method of recovery-steps.json -> its name in the table
+COMBINED = {  # a method of recovery.json -> its name in the table of methods of like cost
     "sla:0.125": "SLA 12.5 %", "sla-pooled.json": "SLA's choice with pooled keys as the rest",
-    "clear:6,tile=4x4": "CLEAR radius 6, tiles of 4×4", "error-product.json": "Fovea with tiles by ErrorProduct",
-    "clear-pooled.json": "discs of radius 5, whole tiles of 4×4, pooled keys", "clear-convolved.json": "CLEAR radius 6 + DynamicConv",
-    "fovea:0.19,conv=5": "Fovea 19 % + DepthwiseConv",
+    "clear:6,tile=4x4": "CLEAR radius 6, tiles of 4×4",
+    "clear-pooled.json": "discs of radius 5, whole tiles of 4×4, pooled keys",
 }  # fmt: skip
 TRAINED = {"fovea:0.05": "Fovea 5 %", "clear:8": "CLEAR radius 8", "sla:0.05": "SLA 5 %"}
 
@@ -106,37 +105,33 @@ def kernels(folder: Path, file: str = "kernels.json", dtype: str | None = None) 
 
 def recovery(folder: Path) -> str:
     """Errors by method and by what is trained."""
-    few = read(folder / "recovery.json")["rows"]
-    many = [row for name in ("recovery-400", "recovery-400-fovea") for row in read(folder / f"{name}.json")["rows"]]
-
-    def cell(rows: list[dict[str, Any]], method: str, train: str) -> str:
-        row = next(r for r in rows if (r["method"], r["train"]) == (method, train))
-        return "none" if "impossible" in row else f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
-
+    record = read(folder / "recovery.json")
     made = []
     for method, name in TRAINED.items():
-        last = next(r for r in many if r["method"] == method)
-        cells = [cell(few, method, train) for train in ("parameters", "lora", "attention")] + [cell(many, method, "attention")]
-        made.append([name, f"{last['error_untrained']:.3f}", *cells, f"{last['psnr']['untrained']:.1f} → {last['psnr']['after']:.1f}"])
-    return lines(
-        ["method", "untrained", "own parameters", "LoRA", "attention's weights", "weights, 400 prompts", "PSNR, dB"],
-        made,
-        read(folder / "recovery.json"),
-    )
+        rows = {row["train"]: row for row in record["rows"] if row["method"] == method}
+        cells = [_after(rows[train]) for train in ("parameters", "lora", "attention")]
+        made.append([name, f"{rows['attention']['error_untrained']:.3f}", *cells, _psnr(rows["attention"])])
+    return lines(["method", "untrained", "own parameters", "LoRA", "attention's weights", "PSNR, dB"], made, record)
 
 
 def combinations(folder: Path) -> str:
     """Errors of methods of like cost before and after as many steps, the best first."""
-    record = read(folder / "recovery-steps.json")
-    rows = sorted(record["rows"], key=lambda row: float(row["error_after"]))
+    record = read(folder / "recovery.json")
+    rows = sorted((row for row in record["rows"] if row["method"] in COMBINED), key=lambda row: float(row["error_after"]))
     made = []
     for row in rows:
         cost = f"{row['multiply_adds']:.1%}".replace("%", " %")
-        gone = f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
-        psnr = f"{row['psnr']['untrained']:.1f} → {row['psnr']['after']:.1f}"
-        made.append([COMBINED[row["method"]], cost, f"{row['error_untrained']:.3f}", gone, psnr])
-    after = f"after {record['settings']['train_steps']} steps"
-    return lines(["method", "multiply-adds", "untrained", after, "PSNR, dB"], made, record)
+        made.append([COMBINED[row["method"]], cost, f"{row['error_untrained']:.3f}", _after(row), _psnr(row)])
+    return lines(["method", "multiply-adds", "untrained", f"after {record['settings']['train_steps']} steps", "PSNR, dB"], made, record)
+
+
+def _after(row: dict[str, Any]) -> str:
+    """The error after a training, and the share that is gone."""
+    return "none" if "impossible" in row else f"{row['error_after']:.3f} ({row['recovered']:.0%})".replace("%", " %")
+
+
+def _psnr(row: dict[str, Any]) -> str:
+    return f"{row['psnr']['untrained']:.1f} → {row['psnr']['after']:.1f}"
 
 
 def quality(folder: Path) -> str:

@@ -146,5 +146,37 @@ def test_captions_are_as_many_as_they_say(figures: Any, tmp_path: Path) -> None:
     figures.captions(tmp_path)
     figures.clips(tmp_path)
     assert {file.name: len(file.read_text().splitlines()) for file in tmp_path.iterdir()} == {
-        "400.txt": 402, "4.txt": 4, "clips.txt": 12, "held-out.txt": 2,
+        "120.txt": 124, "4.txt": 4, "clips.txt": 12, "held-out.txt": 2,
     }  # fmt: skip
+
+
+def test_rows_of_recovery_have_their_cost_and_the_curves_their_names(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel import CLEAR, Fovea
+    from dit_accel.finetune import curve
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(curve, "draw_recovery", lambda record: drawn.append(record) or b"PNG")
+    rows = [
+        {"method": name, "spec": spec.to_dict(), "train": "attention"} for name, spec in (("clear:8", CLEAR(8)), ("mine.json", Fovea()))
+    ]
+    settings = {"call": {"height": 512, "width": 512}, "train_steps": 5, "minutes": None}
+    (tmp_path / "recovery.json").write_text(json.dumps({"rows": rows, "settings": settings}))
+    figures.finish_recovery(tmp_path)
+    kept = json.loads((tmp_path / "recovery.json").read_text())["rows"]
+    assert [row["method"] for row in kept] == ["clear:8", "mine.json"]
+    assert all(0 < row["multiply_adds"] < 1 for row in kept)
+    assert [(row["method"], row["train"]) for row in drawn[0]["rows"]] == [("CLEAR radius 8", "weights")]
+    assert (tmp_path / "recovery.png").read_bytes() == b"PNG"
+
+
+def test_a_kept_folder_continues(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    count = "import pathlib; p = pathlib.Path('n'); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    fails = figures.Figure((("-c", count), ("-c", "raise SystemExit(3)")), {"n": "n"})
+    monkeypatch.setitem(figures.FIGURES, "long", fails)
+    with pytest.raises(RuntimeError, match="status 3"):
+        figures.make("long", tmp_path / "work")
+    assert not (tmp_path / "n").exists()
+    monkeypatch.setitem(figures.FIGURES, "long", dataclasses.replace(fails, commands=fails.commands[:1]))
+    figures.make("long", tmp_path / "work")
+    assert (tmp_path / "n").read_text() == "xx"
