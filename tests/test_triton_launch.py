@@ -125,13 +125,13 @@ def test_a_table_tile_that_does_not_fit_gives_way_to_a_smaller_one(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
 def test_a_tuned_tile_that_does_not_fit_gives_way_to_the_tables(card: Callable[..., SmallCard]) -> None:
     spec = CLEAR(4, tile=(8, 8))
-    key = ("rows", "float32", 16)
+    key = ("rows_static", "float32", 16)  # all heads have the same lists
     small = card({"attend_rows"}, 200, {key: Tile(256, 256, 8, 3), ("dense", "float32", 16): Tile(32, 32, 2, 2)})
     with torch.no_grad():
         attention(*SHAPE.inputs(), spec, SHAPE.layout, backend="triton")
     assert small.refused == []  # blocks of 64 tokens cut it
     small.most = 120
-    with pytest.warns(UserWarning, match="the GPU kernel 'rows'"), torch.no_grad():
+    with pytest.warns(UserWarning, match="the GPU kernel 'rows_static'"), torch.no_grad():
         found = attention(*SHAPE.inputs(), spec, SHAPE.layout, backend="triton")
     assert_close_as_eager(found, *(oracle(*SHAPE.inputs(), spec, SHAPE.layout, dtype=d)[0] for d in (torch.float64, torch.float32)))
     (kept,) = [machine.tuned for machine in calls._fitting.values()]
@@ -142,7 +142,7 @@ def test_a_tuned_tile_that_does_not_fit_gives_way_to_the_tables(card: Callable[.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
 def test_a_kernel_that_fits_with_no_tile_says_what_to_do(card: Callable[..., SmallCard]) -> None:
     card({"attend_rows"}, 0)
-    with pytest.raises(BackendError, match=r"'rows' needs 300000 .* even with its smallest tile: use backend='reference'"):
+    with pytest.raises(BackendError, match=r"'rows_static' needs 300000 .* even with its smallest tile: use backend='reference'"):
         attention(*SHAPE.inputs(), CLEAR(4), SHAPE.layout, backend="triton")
     assert calls._warned == set()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import Machine, Tile, tile_for
+from dit_accel.kernels.triton.tables import TOGETHER, Machine, Tile, tile_for, tile_of_two
 from dit_accel.measure.gpu_compile import DTYPES, METHODS
 from dit_accel.operator import composition, lowering
 from dit_accel.operator.attention import start_values
@@ -16,6 +16,7 @@ GRID, TEXT, HEADS = (1, 128, 128), 512, 24  # FLUX at 2048 pixels: of fewer toke
 HEAD_DIMS = (64, 128, 256)
 STEPS = ((4, 3), (4, 2), (8, 3), (8, 2))  # warps and stages
 WIDE = ((128, 64), (64, 64), (64, 32), (32, 32))  # rows held and rows of a step, of 16-bit numbers at head dimension 64 and 128
+TWO = ((128, 64), (128, 32))  # of two query blocks in a program
 NARROW = ((64, 32), (32, 32), (32, 16), (16, 16))  # at 256
 
 
@@ -31,8 +32,10 @@ class Kernel:
 
 
 KERNELS = {
-    "rows": Kernel(("attend_rows",), ("fovea, order 1", "clear", "gna")),
-    "rows_variance": Kernel(("attend_rows",), ("fovea",)),
+    "rows": Kernel(("attend_rows", "pair_lists"), ("fovea, order 1", "fovea, groups", "gna")),
+    "rows_static": Kernel(("attend_rows", "pair_lists"), ("clear",)),
+    "rows_variance": Kernel(("attend_rows", "pair_lists"), ("fovea",)),
+    "rows_variance_static": Kernel(("attend_rows", "pair_lists"), ("fovea, radius",)),
     "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
     "dense": Kernel(("dense_rows",), ("fovea",)),
     "merge": Kernel(("merge_rows", "deltas"), ("fovea",), pipeline=False),
@@ -71,7 +74,8 @@ def methods_of(kernel: str, head_dim: int) -> list[str]:
 
 def candidates(work: Work, machine: Machine) -> list[Tile]:
     """The tiles to try, the table's own first; widths past a block of 64 tokens are cut off, and what is then the same tried once."""
-    shapes = WIDE if work.head_dim <= 128 else NARROW
+    two = tile_of_two(work.kernel, machine.arch, work.head_dim) is not None
+    shapes = NARROW if work.head_dim > 128 else (*TWO, *WIDE[1:3]) if two else WIDE
     found = [table_tile(work, machine)]
     for held, streamed in shapes:
         queries, keys = (streamed, held) if KERNELS[work.kernel].holds_keys else (held, streamed)
@@ -84,7 +88,7 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
 
 def table_tile(work: Work, machine: Machine) -> Tile:
     """The tiles of a machine for blocks of 64 tokens."""
-    return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64)
+    return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64, pairs=work.kernel in TOGETHER)
 
 
 def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int] = GRID, text: int = TEXT,

@@ -16,7 +16,7 @@ from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
-from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, Machine
+from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, TOGETHER, Machine, Tile, tile_of_two
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
@@ -27,6 +27,7 @@ from dit_accel.operator.layout import TokenLayout
 
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),
+    "fovea, radius": Fovea(radius=8),
     "fovea, order 1": Fovea(0.05, order=1, parts=2),
     "fovea, groups": dataclasses.replace(Fovea(0.05, order=1), rest=Pooled(parts=4, order=1, opened=1)),
     "clear": CLEAR(8),
@@ -40,7 +41,9 @@ METHODS: dict[str, AttentionSpec] = {
 PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "sla")}
 # more blocks visited than left, so that the linear rest is summed block by block
 MOST = {"sla, most kept": SLA(0.6)}
-EVERY = METHODS | PADDED | MOST
+# two query blocks in a program, which no table says yet
+TWO = {f"{name}, two blocks": METHODS[name] for name in ("fovea", "fovea, radius", "clear")}
+EVERY = METHODS | PADDED | MOST | TWO
 # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
 STATES = tuple(name for name in EVERY if name.startswith(("sla", "linear")))
 HEAD_DIMS = (64, 128, 256)
@@ -66,6 +69,11 @@ class Job:
             return SPILLED[self.dtype]
         return None if (self.arch, self.head_dim) in TIMED else 0
 
+    def _tuned(self) -> dict[tuple[str, str, int], Tile]:
+        """Of a method of TWO the tiles of two blocks, where the architecture has any."""
+        found = {} if self.method not in TWO else {kernel: tile_of_two(kernel, self.arch, self.head_dim) for kernel in TOGETHER}
+        return {(kernel, self.dtype, self.head_dim): tile for kernel, tile in found.items() if tile is not None}
+
     def run(self) -> list[dict[str, Any]]:
         """A row per kernel."""
         torch.set_num_threads(1)  # as many jobs run as there are processors
@@ -76,7 +84,7 @@ class Job:
         bias = torch.zeros(1, layout.text) if self.method in PADDED else None
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
         params = start_values(spec, q).requires_grad_()
-        with calls.recorded(Machine(self.arch, UNITS)) as launches:
+        with calls.recorded(Machine(self.arch, UNITS, self._tuned())) as launches:
             plan = make_plan(spec, layout, q.device)
             composition.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
         rows = []

@@ -114,7 +114,7 @@ def gradient_rows(
     if predicate.masks is not None:
         mask_of += at_list * width
         masks += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
-    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k)
+    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k, None, None)
     grad = tl.zeros([C.BQ, C.DP], tl.float32)
     grad = visit_rows(
         grad, queries, dout, lse2, mine, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor, False, C
@@ -142,7 +142,7 @@ def gradient_rows(
         for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, mean, half, term = pooled_logits(
-                queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
+                queries, squares, pooled, first, at_head, bits, None, None, lists.k_starts, j, valid, factor, shift, logits.cap, C
             )
             value = tile(pooled.v_mean + at_head, j, C.D, valid, C)
             weights = tl.exp2(x - lse2[:, None])
@@ -276,7 +276,7 @@ def gradient_columns(
         entry += bh * entries
         indptr += bh * (2 * k_blocks + 1)
     whole, partial, stop = tl.load(indptr), tl.load(indptr + 1), tl.load(indptr + 2)
-    row = Row(entry, mask_of, masks, mask_size, token, valid, length_q, length_k)
+    row = Row(entry, mask_of, masks, mask_size, token, valid, length_q, length_k, None, None)
     grad_k, grad_v = visit_columns(
         grad_k, grad_v, key, value, image_queries, row, whole, partial, lists, predicate, factor, False, C
     )  # fmt: skip

@@ -52,7 +52,7 @@ def linear_gradient(
     taken = tl.zeros([C.BQ, C.DP], tl.float32)
     taken_mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    row = Row(lists.blocks + at_list * width, None, None, 0, token, valid, 0, 0)
+    row = Row(lists.blocks + at_list * width, None, None, 0, token, valid, 0, 0, None, None)
     listed = tl.load(lists.counts + at_list)
     first = listed if C.LEFT else listed * 0
     last = k_blocks if C.LEFT else listed
@@ -142,7 +142,7 @@ def linear_columns(
             entry += bh * entries
             indptr += bh * (2 * (tl.num_programs(0) // C.SUB_K) + 1)
         begin, end = tl.load(indptr), tl.load(indptr + 2)
-        column = Row(entry, None, None, 0, token, valid, 0, 0)
+        column = Row(entry, None, None, 0, token, valid, 0, 0, None, None)
         for n in tl.range(begin * C.SUB_Q, end * C.SUB_Q, num_stages=C.STAGES):
             _, inside, row = listed_queries(column, n, lists, C)
             num = tile(rest_pull.num + bh * image_q * C.D, row, C.D, inside, C)

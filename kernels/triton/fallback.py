@@ -24,6 +24,7 @@ class Place:
     k_width: int
     windows: bool = False
     lists: bool = False
+    pairs: bool = False
 
     @property
     def key(self) -> Key:
@@ -31,7 +32,10 @@ class Place:
 
     def tile(self, machine: Machine) -> Tile:
         """The tile that a launch takes."""
-        return tile_for(self.kernel, machine, self.head_dim, self.dtype, self.q_width, self.k_width, windows=self.windows, lists=self.lists)
+        return tile_for(
+            self.kernel, machine, self.head_dim, self.dtype, self.q_width, self.k_width, windows=self.windows, lists=self.lists,
+            pairs=self.pairs,
+        )  # fmt: skip
 
     def uncut(self, machine: Machine) -> Tile:
         """The machine's own, before blocks and windows cut it."""

@@ -8,6 +8,7 @@ from dit_accel.kernels.triton.primitives import (
     absorb,
     feature,
     head,
+    kept_by_halves,
     kept_in_part,
     listed_at,
     listed_keys,
@@ -20,8 +21,10 @@ from dit_accel.kernels.triton.primitives import (
     span_of,
     split_dot,
     tile,
+    tokens_together,
     vector,
     wide_dot,
+    words_of,
 )  # fmt: skip
 from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
@@ -54,7 +57,10 @@ def visit(acc, top, mass, queries, keys, row, begin, end, lists, predicate, fact
         logits = tl.dot(queries, tl.trans(key), input_precision=C.PRECISION) * factor
         kept = valid[None, :]
         if MASKED:
-            kept &= kept_in_part(predicate, row, n, token, valid, True, C)
+            if C.TOGETHER > 1:
+                kept = kept_by_halves(predicate, row, n, token, valid, C)
+            else:
+                kept &= kept_in_part(predicate, row, n, token, valid, True, C)
         acc, top, mass = absorb(acc, top, mass, tl.where(kept, logits, float("-inf")), value, C)
     return acc, top, mass
 
@@ -82,43 +88,54 @@ def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
 
 
 @kernel(
-    "D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL STAGES "
-    "PRECISION"
+    "D DP BQ BK BP SUB_Q SUB_K TOGETHER OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL "
+    "STAGES PRECISION"
 )
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
-    image_start_k, text, text_start, extra_keys, k_blocks, width, length_q, length_k, mask_size, units, pool_width, C: tl.constexpr,
+    image_start_k, text, text_start, extra_keys, q_blocks, k_blocks, width, length_q, length_k, mask_size, units, pool_width,
+    C: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
-    Grid: (query blocks · SUB_Q, batch · heads). `states`: means over the image's keys. LEFT: the lists go on with the key blocks that are
-    not visited, and the linear attention is summed over these, without a state; else it is that over all less that over the visited.
+    TOGETHER: query blocks that a program holds, 1, or 2 neighbours; these have one list (`block_pairs.pair_lists`), and SUB_Q is 1.
+    Grid: (query blocks · SUB_Q / TOGETHER, batch · heads). `states`: means over the image's keys. LEFT: the lists go on with the key blocks
+    that are not visited, and the linear attention is summed over these, without a state; else it is that over all less that over the
+    visited.
     """
-    block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
+    number, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
+    block = number * C.TOGETHER
     bh = tl.program_id(1).to(tl.int64)
     h = bh % heads
     keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
     start = image_start_k.to(tl.int64)
     image_keys = Keys(keys.k + start * k.n, keys.v + start * v.n, k.n, v.n)
-    q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
-    q_valid = q_token < tl.load(lists.q_starts + block + 1)
+    of_tile = tl.arange(0, C.BQ)
+    half = of_tile // (C.BQ // C.TOGETHER)  # which of the blocks each row is of
+    if C.TOGETHER > 1:
+        q_token, q_valid = tokens_together(lists.q_starts, block + half, of_tile % (C.BQ // C.TOGETHER), q_blocks)
+    else:
+        q_token = tl.load(lists.q_starts + block) + sub * C.BQ + of_tile
+        q_valid = q_token < tl.load(lists.q_starts + block + 1)
     q_row = placed(lists.q_places, q_token, q_valid) + image_start_q
     queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
     factor = logits.scale * LOG2E
     acc = tl.zeros([C.BQ, C.DP], tl.float32)
     top = tl.full([C.BQ], float("-inf"), tl.float32)
     mass = tl.zeros([C.BQ], tl.float32)
-    at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
+    at_list = listed_at(number, bh, tl.cdiv(q_blocks, C.TOGETHER), C)
     whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
     mask_of, masks = predicate.mask_of, predicate.masks
     if predicate.masks is not None:
-        mask_of += at_list * width
-        masks += (sub * C.BQ + tl.arange(0, C.BQ)) * C.WORDS
-    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k)
+        mask_of += at_list * width * C.TOGETHER
+        masks += (of_tile % (C.BQ // C.TOGETHER) if C.TOGETHER > 1 else sub * C.BQ + of_tile) * C.WORDS
+    codes = lists.codes if lists.codes is None else lists.codes + at_list * width
+    row = Row(lists.blocks + at_list * width, mask_of, masks, mask_size, q_token, q_valid, length_q, length_k, codes, half)
     acc, top, mass = visit(
-        acc, top, mass, queries, image_keys, row, 0, whole if C.PARTIAL else listed, lists, predicate, factor, False, C
+        acc, top, mass, queries, image_keys, row, 0, whole if C.PARTIAL or C.TOGETHER > 1 else listed, lists, predicate, factor,
+        False, C,
     )  # fmt: skip
-    if C.PARTIAL:
+    if C.PARTIAL or C.TOGETHER > 1:
         acc, top, mass = visit(acc, top, mass, queries, image_keys, row, whole, listed, lists, predicate, factor, True, C)
     acc, top, mass = sweep(
         acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
@@ -134,12 +151,13 @@ def attend_rows(
         at_head = first * C.D
         exact_top = top
         exact_mass = mass
-        at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
+        at_units, pools, bits = pools_seen(pooled, block, bh, q_blocks, units, pool_width, C)
+        further_bits = None if C.TOGETHER == 1 else bits + tl.where(block + 1 < q_blocks, words_of(units), 0)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, _, _, _ = pooled_logits(
-                queries, squares, pooled, first, at_head, bits, lists.k_starts, j, valid, factor, shift, logits.cap, C
+                queries, squares, pooled, first, at_head, bits, further_bits, half, lists.k_starts, j, valid, factor, shift, logits.cap, C
             )
             acc, top, mass = absorb(acc, top, mass, x, tile(pooled.v_mean + at_head, j, C.D, valid, C), C)
     if C.LINEAR:
@@ -167,7 +185,7 @@ def attend_rows(
     result = acc / mass[:, None]
     if C.POOLED and pooled.slopes is not None:
         share = 1.0 - exact_mass * tl.exp2(exact_top - top) / mass
-        slope = pooled.slopes + span_of(block, bh, tl.num_programs(0) // C.SUB_Q, C) * C.D * C.D
+        slope = pooled.slopes + span_of(block, bh, q_blocks, C) * C.D * C.D
         tilt = tl.zeros([C.BQ, C.DP], tl.float32)
         tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, 1, C)
         result += tilt * (share * logits.scale)[:, None]

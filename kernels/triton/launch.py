@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, text_queries
-from dit_accel.kernels.triton import block_means, forward
+from dit_accel.kernels.triton import block_means, block_pairs, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
-from dit_accel.kernels.triton.tables import POOLS, Machine, Tile
+from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, power
 from dit_accel.kernels.triton.tuples import (
     Learned,
     Lists,
     Logits,
     Pair,
+    Paired,
     Pooled,
     Predicate,
     States,
@@ -29,6 +30,7 @@ from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
+MOST_PAIRED = 1024  # key blocks on a list whose union with its neighbour's a program's registers make
 MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
 
 
@@ -167,6 +169,9 @@ class Call:
         self.logits = Logits(a.scale, self._key_bias(), a.cap)
         self.unbiased = self.logits._replace(bias=None)  # for kernels that read no text's key: they are not compiled twice
         self.sizes = self._sizes()
+        # whether two query blocks may share a program of `attend_rows`: there is no slope of their own, and no window's bounds of both
+        alone = self.linear or a.windows is not None or (a.slopes is not None and self.span == 1)
+        self.pairs = not alone and self.q_blocks > 1 and self.lists.blocks.shape[-1] <= MOST_PAIRED
         self.padded = max(16, 1 << (self.channels - 1).bit_length())
         self.precision = precision_of(machine.arch, tf32=tf32_allowed()) if a.q.dtype == torch.float32 else "ieee"
 
@@ -190,11 +195,14 @@ class Call:
 
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
+        pairs = kernel == "rows" and self.pairs
         if kernel == "rows":
             kernel = "rows_linear" if self.linear else "rows_variance" if self.flags["VARIANCE"] else kernel
+            kernel += "_static" if pairs and not self.flags["OWN"] else ""
         return Place(
-            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None
-        )
+            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None,
+            pairs,
+        )  # fmt: skip
 
     def tile(self, kernel: str) -> Tile:
         """The kernel's tile for this call."""
@@ -304,6 +312,21 @@ class Call:
             image_start=self.image_start_k, blocks=self.k_blocks, group=group, flags=flags,
         )  # fmt: skip
 
+    def paired(self) -> tuple[Lists, Predicate]:
+        """One list for each two neighbouring query blocks."""
+        a, (rows, width) = self.a, (self.bh if self.flags["OWN"] else 1, self.a.lists.shape[-1])
+        of_lists = (rows, cdiv(self.q_blocks, 2))
+        blocks, codes = (self.empty(*of_lists, 2 * width, dtype=torch.int32) for _ in range(2))
+        counts, full = (self.empty(*of_lists, dtype=torch.int32) for _ in range(2))
+        mask_of = None if a.mask_of is None else self.empty(*of_lists, 2 * width, 2, dtype=torch.int32)
+        constants = {"W": max(16, 1 << (width - 1).bit_length()), "N": 16, "PARTIAL": self.flags["PARTIAL"]}
+        arguments: dict[str, Any] = {
+            "lists": a.lists, "counts": a.counts, "full": a.full, "mask_of": a.mask_of, "q_blocks": self.q_blocks, "width": width,
+            "found": Paired(blocks, counts, full, codes, mask_of), "C": constants_of(block_pairs.pair_lists, constants),
+        }  # fmt: skip
+        self.run(Launch(block_pairs.pair_lists, of_lists[::-1], arguments, 1 if width <= 64 else 4))
+        return self.lists._replace(blocks=blocks, counts=counts, full=full, codes=codes), self.predicate._replace(mask_of=mask_of)
+
     def rest(self) -> Rests:
         """What the kernels read of the rest."""
         return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
@@ -321,10 +344,13 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
             states = whole._replace(state=call.summed(States(state)).state)
     else:
         states = call.summed(states)
+    rows = call.tile("rows").queries
+    together = 2 if rows > power(call.q_width) else 1
+    lists, predicate = call.paired() if together > 1 else (call.lists, call.predicate)
     call.start(
-        forward.attend_rows, "rows", (call.q_blocks * cdiv(call.q_width, call.tile("rows").queries), call.bh), **call.rows(),
-        extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=call.lists, predicate=call.predicate, pooled=pooled,
-        states=states, learned=call.learned, logits=call.logits,
+        forward.attend_rows, "rows", (cdiv(call.q_blocks, together) * cdiv(call.q_width, rows), call.bh), **call.rows(),
+        extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=lists, predicate=predicate, pooled=pooled,
+        states=states, learned=call.learned, logits=call.logits, width=lists.blocks.shape[-1], flags={"TOGETHER": together},
     )  # fmt: skip
     if call.text_q:
         _dense_rows(call, out, lse)

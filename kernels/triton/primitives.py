@@ -144,6 +144,26 @@ def listed_queries(row, n, lists, C):
 
 
 @triton.jit
+def tokens_together(starts, block, place, blocks):
+    """The tokens of neighbouring blocks, in the blocks' order, and which of them there are: of each row its `block` and its place in it."""
+    there = block < blocks
+    token = tl.load(starts + block, mask=there, other=0) + place
+    return token, token < tl.load(starts + block + 1, mask=there, other=0)
+
+
+@triton.jit
+def kept_by_halves(predicate, row, n, token, valid, C):
+    """`kept_in_part` of a list of two blocks, by its `codes` (`block_pairs.pair_lists`): of each half none, some or all keys are kept."""
+    code = (tl.load(row.codes + n // C.SUB_K) >> (2 * row.half)) & 3
+    kept = valid[None, :] & (code == 2)[:, None]
+    if C.PARTIAL:
+        mask = tl.load(row.mask_of + n // C.SUB_K * 2 + row.half).to(tl.int64) * row.mask_size
+        some = row.valid & (code == 1)
+        kept |= masked_pairs(row.masks + mask, some, (n % C.SUB_K) * C.BK, C.BK) & some[:, None] & valid[None, :]
+    return kept
+
+
+@triton.jit
 def kept_in_part(predicate, row, n, token, valid, BY_QUERY: tl.constexpr, C):
     """Which pairs of a program's tokens (rows) and those of the `n`th tile of its list (columns) are kept, where not all are.
 
@@ -272,10 +292,11 @@ def pools_of_step(pooled, at_list, at, end, C):
 
 
 @triton.jit
-def pooled_logits(q, squares, pooled, first, at, bits, starts, j, valid, factor, offset, cap, C):
+def pooled_logits(q, squares, pooled, first, at, bits, further_bits, side, starts, j, valid, factor, offset, cap, C):
     """Logits `[R, J]` of the pooled keys `j` of units that are not hidden (else -inf), the keys, and the uncapped variance terms.
 
-    `squares`: the scaled queries squared; `first`: the head's first pooled key, which begins at `at`. In units of log2, but for that term.
+    `squares`: the scaled queries squared; `first`: the head's first pooled key, which begins at `at`. `further_bits`: those of the rows
+    whose `side` is 1, or None. In units of log2, but for that term.
     """
     mean = tile(pooled.k_mean + at, j, C.D, valid, C)
     logits = tl.dot(q, tl.trans(mean), input_precision=C.PRECISION) * factor
@@ -291,8 +312,10 @@ def pooled_logits(q, squares, pooled, first, at, bits, starts, j, valid, factor,
         half = tile(pooled.k_half + at, j, C.D, valid, C)
         term = tl.dot(squares, tl.trans(half), input_precision=C.PRECISION)
         logits += tl.minimum(term, cap) * LOG2E
-    free = unkept(bits, j // C.PARTS, valid)
-    return tl.where(free[None, :], logits + offset, float("-inf")), mean, half, term
+    free = unkept(bits, j // C.PARTS, valid)[None, :]
+    if further_bits is not None:
+        free = tl.where((side > 0)[:, None], unkept(further_bits, j // C.PARTS, valid)[None, :], free)
+    return tl.where(free, logits + offset, float("-inf")), mean, half, term
 
 
 @triton.jit

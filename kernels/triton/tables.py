@@ -13,7 +13,7 @@ holds a larger part of the products' operands. The kernels of float32 spill up t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -113,7 +113,9 @@ _EXCEPTIONS_32: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("gradient_shared", 128, "gfx942"): (32, 32, 4, 2),
     ("linear_columns", 128, "gfx942"): (32, 16, 4, 2),
 }
-KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _TILES))
+# lists that all heads share have tiles of their own, because neighbours among them overlap more: the same until a clock chooses
+_SAME = {"rows_static": "rows", "rows_variance_static": "rows_variance"}
+KERNELS = tuple(dict.fromkeys(name for kernel, _ in _TILES for name in (kernel, *(x for x, same in _SAME.items() if same == kernel))))
 # pooled keys with variances that one step takes at most, at head dimensions from 128 on: their further products take the registers of two
 # accumulators, and a third matrix in shared memory would leave room for one program on a multiprocessor instead of two
 POOLS = {"rows": 32, "gradient_rows": 16}
@@ -121,6 +123,8 @@ _ANY_WIDTH = ("dense", "merge", "gradient_dense", "gradient_shared", "outer")  #
 _MASKED = (
     "rows",
     "rows_variance",
+    "rows_static",
+    "rows_variance_static",
     "gradient_rows",
     "gradient_columns",
 )  # a window's masks take registers: half the rows there, and no third stage
@@ -132,17 +136,41 @@ _LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("pooled", 128, "sm_100"): (32, 64, 8, 2),
 }
 _LAST = (16, 16, 8, 2)
+# of two query blocks of 64 in one program (`Call.pairs`), for each of ARCHITECTURES where one spills nothing. No launch takes them but
+# where `--tune` found them faster
+TOGETHER = ("rows", "rows_variance", *_SAME)
+_WIDE, _FLAT = (128, 64, 8, 2), (128, 32, 8, 2)
+_OF_TWO: dict[tuple[str, int], tuple[tuple[int, int, int, int] | None, ...]] = {
+    ("rows", 64): (None, _WIDE, _WIDE, None, None),
+    ("rows", 128): (None, _WIDE, _WIDE, None, None),
+    ("rows_static", 64): (_FLAT, _WIDE, _WIDE, _FLAT, _FLAT),
+    ("rows_static", 128): (None, _WIDE, _WIDE, _FLAT, _FLAT),
+    ("rows_variance", 64): (_FLAT, _WIDE, _WIDE, _FLAT, None),
+    ("rows_variance", 128): (None, _WIDE, _WIDE, None, None),
+    ("rows_variance_static", 64): (_FLAT, _WIDE, _WIDE, _FLAT, None),
+    ("rows_variance_static", 128): (None, _WIDE, _WIDE, None, None),
+}
+
+
+def power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (n - 1).bit_length()
 
 
 def tile_for(
     kernel: str, machine: Machine, head_dim: int, dtype: torch.dtype, q_width: int, k_width: int, *, windows: bool = False,
-    lists: bool = False,
+    lists: bool = False, pairs: bool = False,
 ) -> Tile:  # fmt: skip
     """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide.
 
-    `windows`, `lists`: whether the call has windows, and lists of pooled keys.
+    `windows`, `lists`: whether the call has windows, and lists of pooled keys. `pairs`: whether a program may hold two query blocks.
     """
-    tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or _listed(kernel, machine.arch, head_dim, dtype, lists)
+    own = _listed(kernel, machine.arch, head_dim, dtype, lists)
+    tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or own
+    if kernel in TOGETHER and tile.queries == 128 and power(q_width) < 128:  # a tile of two blocks, whose warps are too many for one
+        if pairs and power(q_width) == 64:
+            return replace(tile, keys=min(tile.keys, max(16, power(k_width))))
+        tile = own
     queries, keys, warps, stages = tile.queries, tile.keys, tile.warps, tile.stages
     if windows and kernel in _MASKED:
         queries, keys, stages = max(16, queries // 2), max(16, keys // 2), min(stages, 2)
@@ -154,9 +182,16 @@ def tile_for(
 def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, lists: bool) -> Tile:
     """The table's tile."""
     if dtype == torch.float32:
-        own = _EXCEPTIONS_32.get((kernel, max(64, head_dim), arch), _TILES_32[kernel])
+        own = _EXCEPTIONS_32.get((kernel, max(64, head_dim), arch), _TILES_32[_SAME.get(kernel, kernel)])
         return Tile(*(own if head_dim <= 128 else _LAST))
-    if lists and (kernel, max(64, head_dim), arch) in _LISTED:
-        return Tile(*_LISTED[kernel, max(64, head_dim), arch])
-    row = _TILES.get((kernel, max(64, head_dim)))
+    if lists and (place := (_SAME.get(kernel, kernel), max(64, head_dim), arch)) in _LISTED:
+        return Tile(*_LISTED[place])
+    row = _TILES.get((_SAME.get(kernel, kernel), max(64, head_dim)))
     return Tile(*(_LAST if row is None else row[ARCHITECTURES.index(arch)]))
+
+
+def tile_of_two(kernel: str, arch: str, head_dim: int) -> Tile | None:
+    """A tile of two query blocks of 64 for 16-bit numbers that spills nothing on an architecture; None where there is none."""
+    row = _OF_TWO.get((kernel, max(64, head_dim)))
+    found = None if row is None else row[ARCHITECTURES.index(arch)]
+    return None if found is None else Tile(*found)

@@ -40,7 +40,10 @@ class Pair(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The block lists, the first token of each block and the places of the tokens, as `arguments.Arguments` has them."""
+    """The block lists, the first token of each block and the places of the tokens, as `arguments.Arguments` has them.
+
+    `codes`: those of the entries where two blocks have one list (`block_pairs.pair_lists`), else None.
+    """
 
     blocks: Tensor
     counts: Tensor
@@ -49,6 +52,19 @@ class Lists(NamedTuple):
     k_starts: Tensor
     q_places: Tensor | None
     k_places: Tensor | None
+    codes: Tensor | None = None
+
+
+class Paired(NamedTuple):
+    """Where `block_pairs.pair_lists` writes the lists of pairs of query blocks `[1 or BH, pairs, 2n]`, how many entries they have and how
+    many of these both blocks keep whole `[1 or BH, pairs]`, the entries' codes, and their masks for both `[1 or BH, pairs, 2n, 2]` or None.
+    """
+
+    blocks: Tensor
+    counts: Tensor
+    full: Tensor
+    codes: Tensor
+    mask_of: Tensor | None
 
 
 class Transposed(NamedTuple):
@@ -95,7 +111,8 @@ class Row(NamedTuple):
     """Inside a kernel: one row (of query blocks) or column (of key blocks) of the lists, and the tokens of it that a program holds.
 
     `entries`: the other side's blocks; `mask_of`: the number of each entry's mask; `masks`: the program's rows of mask 0, `mask_size` words
-    before those of mask 1; `token`, `valid`: its tokens in the blocks' order; `length_q`, `length_k`: see `Predicate`.
+    before those of mask 1; `token`, `valid`: its tokens in the blocks' order; `length_q`, `length_k`: see `Predicate`. Of two blocks
+    with one list: the entries' `codes`, and of each token which `half` it is of (`mask_of` then has two numbers for an entry); else None.
     """
 
     entries: Any
@@ -106,6 +123,8 @@ class Row(NamedTuple):
     valid: Any
     length_q: Any
     length_k: Any
+    codes: Any
+    half: Any
 
 
 class Pooled(NamedTuple):
@@ -275,9 +294,9 @@ def kernel(constants: str) -> Callable[[Any], Any]:
     """A kernel whose last parameter `C` holds these constants. Those that a device function reads it finds in `C` by their names:
 
     D, DP: channels, and those padded to a power of two; BQ, BK: query rows and key rows of a tile; SUB_Q, SUB_K: tiles of a block; STAGES
-    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; WORDS: of a bit mask's row; PARTS: pooled keys of a
-    block (unit); SPAN: query blocks that see the same units; W: padded key blocks; GROUPS: padded summands; the rest says what a method
-    has.
+    of a loop's pipeline; PRECISION of products; OWN: the heads have lists of their own; TOGETHER: query blocks that a program holds; WORDS:
+    of a bit mask's row; PARTS: pooled keys of a block (unit); SPAN: query blocks that see the same units; W: padded key blocks; GROUPS:
+    padded summands; the rest says what a method has.
     """
 
     def make(function: Any) -> Any:
