@@ -1,6 +1,7 @@
 """How the time of Fovea's forward pass grows with the number of tokens, at a fixed number of tiles that each query tile keeps.
 
-    python benchmarks/growth.py [--sides 128 181 256 362 512] [--kept 13] [--heads 1] [--rounds 5] [--out benchmarks/growth.json]
+    python benchmarks/growth.py [--sides 128 181 256 362 512] [--kept 13] [--heads 1] [--rounds 5] [--forms "order 1, in groups"]
+        [--out benchmarks/growth.json]
 
 One head of 64 channels on a square grid, 8x8 tiles, float32 on one thread: processor time, so that what else runs on the machine disturbs
 it little; the sizes take turns. Queries and keys are a field that is smooth over some 16 tokens and noise, as neighbours in a picture are
@@ -41,7 +42,7 @@ def inputs(side: int, heads: int, smooth: bool) -> list[Tensor]:
         return noise
     coarse = torch.randn(heads, CHANNELS, side // SMOOTH + 2, side // SMOOTH + 2, generator=seed)
     field = F.interpolate(coarse, size=(side, side), mode="bilinear").flatten(2).mT[None]
-    return [field + x / 2 for x in noise]
+    return [(field + x / 2).contiguous() for x in noise]
 
 
 def seconds(rest: Pooled, side: int, kept: int, heads: int, smooth: bool = True) -> float:
@@ -64,17 +65,18 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=13)
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--limit", type=float, default=20.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    found: dict[str, dict[int, list[float]]] = {name: {side: [] for side in args.sides} for name in FORMS}
+    found: dict[str, dict[int, list[float]]] = {name: {side: [] for side in args.sides} for name in args.forms}
     for number in range(args.rounds + 1):
-        for name, rest in FORMS.items():
+        for name in args.forms:
             for side in args.sides:
-                took = seconds(rest, side, args.kept, args.heads, not args.random)
+                took = seconds(FORMS[name], side, args.kept, args.heads, not args.random)
                 if number:  # the first one makes the plan
                     found[name][side].append(took)
                 if took > args.limit:

@@ -321,8 +321,11 @@ def test_the_slopes_are_in_memory_once(made: tuple[Plan, Arguments]) -> None:
     assert (forward.found, backward.found) == (0, 1)
 
 
-def test_bfloat16_is_within_its_rounding() -> None:
-    plan, a = problem((1, 12, 10), 5, 64, 2, torch.bfloat16)
+@pytest.mark.parametrize(("dim", "parts", "lists"), [(64, 2, False), (64, 2, True), (72, 4, True), (64, 1, True)])
+def test_bfloat16_is_within_its_rounding(dim: int, parts: int, lists: bool) -> None:
+    """Pooled keys of units on lists are pairs of bfloat16 there, where the CPU multiplies these."""
+    plan, a = problem((1, 12, 10), 5, dim, parts, torch.bfloat16)
+    a = on_lists(plan, a, parts) if lists else a
     names = ["q", "k", "v", *GIVEN]
     kernel, _, exact = both(plan, a, names, None)
     low = {name: getattr(a, name).bfloat16() for name in names}

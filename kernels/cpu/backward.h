@@ -98,7 +98,7 @@ struct BackwardWorkspace {
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
           bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
           matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
-        if (g.listed()) seen = std::make_unique<Pool>(g, true, g.seen_pools());
+        if (g.listed()) seen = std::make_unique<Pool>(g, true, true, Pool::COLUMNS_TOO);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
 };

@@ -188,12 +188,26 @@ struct GroupGradient : Groups {
 
     float spread_gradient(int64_t row) const { return dspread[row] + (tokens[row] > 0 && spread[row] / 2 <= g.cap ? dbias[row] / 2 : 0.f); }
 
+    // The elements of a group by its parts, less these parts' means; 0 for those without tokens.
+    void distances(SummaryWorkspace& work, int64_t unit, int64_t from) const {
+        for (int64_t p = 0; p < parts; p++) {
+            const int64_t mean = (unit * parts + p) * padded;
+            for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++) {
+                const int64_t element = from + work.order[i], at = element * padded;
+                for (int64_t c = 0; c < padded; c += LANES) {
+                    store(work.keys + i * padded + c, tokens[element] > 0 ? load(keys + at + c) - load(keys + mean + c) : V{});
+                    store(work.values + i * padded + c, tokens[element] > 0 ? load(values + at + c) - load(values + mean + c) : V{});
+                }
+            }
+        }
+    }
+
     // From a group to its members.
-    void group(SummaryWorkspace& work, int64_t width, int64_t bh, int64_t level, int64_t number) {
+    void group(SummaryWorkspace& work, int64_t bh, int64_t level, int64_t number) {
         int64_t unit = first[level] + number, member = first[level - 1] + MEMBERS * number, from = member * parts, n = elements();
         float damp[MOST_PARTS], ddamp[MOST_PARTS] = {}, tokens_of = std::max(total[unit], 1.f), *second_of = dseconds + (unit - slots) * padded;
-        __builtin_memcpy(work.part, g.part + (bh * above + unit - slots) * n, n);
-        distances(work, width, unit, from);
+        work.by_part(g.part + (bh * above + unit - slots) * n, n, parts);
+        distances(work, unit, from);
         __builtin_memset(second_of, 0, padded * 4);
         for (int64_t p = 0; p < parts; p++) damp[p] = 1.f / (1.f + spread[unit * parts + p]);
         if (g.dslopes) {
@@ -201,21 +215,25 @@ struct GroupGradient : Groups {
             transpose(work.turned, padded, work.matrix, padded, d, d);
             product_rows(work.by_key, padded, work.values, padded, work.turned, padded, round_up(n, ROWS), d, padded, false);
             product_rows(work.by_value, padded, work.keys, padded, work.matrix, padded, round_up(n, ROWS), d, padded, false);
-            for (int64_t i = 0; i < n; i++) ddamp[work.part[i]] += tokens[from + i] / tokens_of * vector_dot(work.keys + i * padded, work.by_key + i * padded, padded);
+            for (int64_t p = 0; p < parts; p++)
+                for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++)
+                    ddamp[p] += tokens[from + work.order[i]] / tokens_of * vector_dot(work.keys + i * padded, work.by_key + i * padded, padded);
             hand_down(bh, level, unit, member);
         }
         for (int64_t p = 0; p < parts; p++) {
             float dsigma2 = spread_gradient(unit * parts + p) - damp[p] * damp[p] * ddamp[p];
-            const float *share = work.member + p * width, *dkey = dkeys + (unit * parts + p) * padded, *dvalue = dvalues + (unit * parts + p) * padded;
-            for (int64_t i = 0; i < n; i++) {
-                if (work.part[i] != p || share[i] == 0) continue;
-                float factor = g.scale * g.scale * dsigma2 * share[i], apart = g.dslopes ? damp[p] * tokens[from + i] / tokens_of : 0.f;
-                dspread[from + i] += share[i] * dsigma2;
+            const float *dkey = dkeys + (unit * parts + p) * padded, *dvalue = dvalues + (unit * parts + p) * padded;
+            for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++) {
+                const int64_t element = from + work.order[i];
+                const float share = tokens[element] / std::max(tokens[unit * parts + p], 1.f);
+                if (share == 0) continue;
+                float factor = g.scale * g.scale * dsigma2 * share, apart = g.dslopes ? damp[p] * tokens[element] / tokens_of : 0.f;
+                dspread[element] += share * dsigma2;
                 for (int64_t c = 0; c < padded; c += LANES) {
-                    int64_t at = i * padded + c, to = (from + i) * padded + c;
+                    int64_t at = i * padded + c, to = element * padded + c;
                     V off = load(work.keys + at);
                     store(second_of + c, load(second_of + c) + off * off * factor);
-                    V dk = load(dkeys + to) + load(dkey + c) * share[i] + off * load(second + c) * (2 * factor), dv = load(dvalues + to) + load(dvalue + c) * share[i];
+                    V dk = load(dkeys + to) + load(dkey + c) * share + off * load(second + c) * (2 * factor), dv = load(dvalues + to) + load(dvalue + c) * share;
                     if (g.dslopes) dk += load(work.by_key + at) * apart, dv += load(work.by_value + at) * apart;
                     store(dkeys + to, dk), store(dvalues + to, dv);
                 }
@@ -265,7 +283,7 @@ void group_units_backward(const Grouping& g) {
                 team.share(gradient.d, [&](int64_t c) { gradient.unmix(bh, c); });
             }
             for (int64_t level = gradient.levels - 1; level > 0; level--)
-                team.share(gradient.first[level + 1] - gradient.first[level], [&](int64_t number) { gradient.group(work, GROUP_WIDTH, bh, level, number); });
+                team.share(gradient.first[level + 1] - gradient.first[level], [&](int64_t number) { gradient.group(work, bh, level, number); });
             team.share(Groups::chunks(gradient.slots * gradient.parts), [&](int64_t chunk) { gradient.write(bh, chunk); });
             team.share(1, [&](int64_t) { gradient.write_second(bh); });
         }

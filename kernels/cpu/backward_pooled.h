@@ -16,7 +16,7 @@ static void pooled_query_gradient(const Geometry& g, const Pool& pool, const Que
     __builtin_memset(work.b, 0, g.rows() * g.padded * 4);
     float* share = queries.pooled_share + i * g.width;
     if (p.slopes) __builtin_memset(share, 0, g.width * 4);
-    square(work.squares, q, g.rows() * g.padded);
+    if (p.variance) square(work.squares, q, g.rows() * g.padded);
     pool.bias(work.bias, bh, i);
     V cap = all(p.cap * LOG2E);
     for (int64_t chunk = 0; chunk < pool.chunks; chunk++)

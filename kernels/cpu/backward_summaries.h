@@ -5,18 +5,21 @@ struct SummaryGradient : Summaries {
 
     void begin(int64_t bh) { __builtin_memcpy(second, s.second + bh * d, d * 4); }
 
-    // The means of the parts as they were, and the tokens less their part's mean.
-    void remember(SummaryWorkspace& work, int64_t bh, int64_t j, int64_t n, int64_t (&tokens)[MOST_PARTS], float (&sigma2)[MOST_PARTS]) const {
-        int64_t block = bh * s.k_blocks + j;
-        __builtin_memcpy(work.part, s.part + block * s.k_width, n);
-        count(work, n, tokens);
-        for (int64_t p = 0; p < s.parts; p++) {
-            __builtin_memcpy(work.k_mean + p * padded, s.pooled_k + (block * s.parts + p) * d, d * 4);
-            __builtin_memcpy(work.v_mean + p * padded, s.pooled_v + (block * s.parts + p) * d, d * 4);
-        }
-        centre(work, work.values, read(work.values, s.v, bh, key(j)), work.v_mean, n);
-        centre(work, work.keys, read(work.keys, s.k, bh, key(j)), work.k_mean, n);
-        for (int64_t p = 0; p < s.parts; p++) sigma2[p] = spread(work.squares + p * padded, tokens[p]);
+    // The tokens by their parts, as they were, less their part's mean.
+    void remember(SummaryWorkspace& work, int64_t bh, int64_t j, float (&sigma2)[MOST_PARTS]) const {
+        int64_t block = bh * s.k_blocks + j, pool = block * s.parts;
+        work.by_part(s.part + block * s.k_width, key(j).count, s.parts);
+        const Run run = work.ordered(key(j));
+        read_panel(work.keys, s.k, bh, run), read_panel(work.values, s.v, bh, run);
+        for (int64_t p = 0; p < s.parts; p++) less_mean(work, work.keys, p, s.pooled_k + (pool + p) * d), less_mean(work, work.values, p, s.pooled_v + (pool + p) * d);
+        square_parts(work, work.keys);
+        for (int64_t p = 0; p < s.parts; p++) sigma2[p] = spread(work.squares + p * padded, float(work.count[p]));
+    }
+    void less_mean(SummaryWorkspace& work, float* rows, int64_t p, const float* mean) const {
+        __builtin_memcpy(work.moved, mean, d * 4);
+        std::fill(work.moved + d, work.moved + padded, 0.f);
+        for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++)
+            for (int64_t c = 0; c < padded; c += LANES) store(rows + i * padded + c, load(rows + i * padded + c) - load(work.moved + c));
     }
 
     // by_key = what the matrix's gradient makes of the values, by_value = of the keys.
@@ -29,38 +32,38 @@ struct SummaryGradient : Summaries {
 
     void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) {
         Run run = key(j);
-        int64_t n = run.count, pool = (bh * s.k_blocks + j) * s.parts, tokens[MOST_PARTS];
+        int64_t n = run.count, pool = (bh * s.k_blocks + j) * s.parts;
         float sigma2[MOST_PARTS], weight[MOST_PARTS] = {}, dweight[MOST_PARTS] = {}, dsigma2[MOST_PARTS];
         float* to = dsecond + j * padded;
         __builtin_memset(to, 0, padded * 4);
         if (n == 0) return;
-        remember(work, bh, j, n, tokens, sigma2);
+        remember(work, bh, j, sigma2);
         if (s.dslope) {
             through_matrix(work, bh, j, n);
             for (int64_t p = 0; p < s.parts; p++) weight[p] = 1.f / (1.f + sigma2[p]) / float(n);
-            for (int64_t i = 0; i < n; i++) dweight[work.part[i]] += vector_dot(work.keys + i * padded, work.by_key + i * padded, padded);
+            for (int64_t p = 0; p < s.parts; p++) dweight[p] = vector_dot(work.keys + work.first[p] * padded, work.by_key + work.first[p] * padded, work.count[p] * padded);
         }
         for (int64_t p = 0; p < s.parts; p++) {
             dsigma2[p] = s.dpooled_bias && sigma2[p] / 2 <= s.cap ? s.dpooled_bias[pool + p] / 2 : 0.f;
             if (s.dspread) dsigma2[p] += s.dspread[pool + p];
             dsigma2[p] -= dweight[p] * weight[p] / (1.f + sigma2[p]);
-            float factor = s.scale * s.scale * dsigma2[p] / float(std::max<int64_t>(tokens[p], 1));
-            for (int64_t c = 0; c < padded && tokens[p]; c++) {
+            const float share = 1.f / float(std::max<int64_t>(work.count[p], 1)), factor = s.scale * s.scale * dsigma2[p] * share;
+            for (int64_t c = 0; c < padded && work.count[p]; c++) {
                 to[c] += factor * work.squares[p * padded + c];
                 work.squares[p * padded + c] = 2 * factor * second[c];  // from here on: what a key's distance from the mean is times
             }
             for (auto& [mean, from] : {std::tuple(&work.k_mean, s.dpooled_k), std::tuple(&work.v_mean, s.dpooled_v)})
-                for (int64_t c = 0; c < d; c++) (*mean)[p * padded + c] = from ? from[(pool + p) * d + c] / float(std::max<int64_t>(tokens[p], 1)) : 0.f;
+                for (int64_t c = 0; c < d; c++) (*mean)[p * padded + c] = from ? from[(pool + p) * d + c] * share : 0.f;
         }
-        for (int64_t i = 0; i < n; i++) {
-            int64_t p = work.part[i];
-            for (int64_t c = 0; c < padded; c += LANES) {
-                int64_t at = i * padded + c, mine = p * padded + c;
-                V dk = load(work.k_mean + mine) + load(work.keys + at) * load(work.squares + mine), dv = load(work.v_mean + mine);
-                if (s.dslope) dk += load(work.by_key + at) * weight[p], dv += load(work.by_value + at) * weight[p];
-                store(work.keys + at, dk), store(work.values + at, dv);
-            }
-        }
+        for (int64_t p = 0; p < s.parts; p++)
+            for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++)
+                for (int64_t c = 0; c < padded; c += LANES) {
+                    int64_t at = i * padded + c, mine = p * padded + c;
+                    V dk = load(work.k_mean + mine) + load(work.keys + at) * load(work.squares + mine), dv = load(work.v_mean + mine);
+                    if (s.dslope) dk += load(work.by_key + at) * weight[p], dv += load(work.by_value + at) * weight[p];
+                    store(work.keys + at, dk), store(work.values + at, dv);
+                }
+        run = work.ordered(run);
         write_rows(s.dk, bh / s.heads, bh % s.heads, run, d, work.keys, padded);
         write_rows(s.dv, bh / s.heads, bh % s.heads, run, d, work.values, padded);
     }

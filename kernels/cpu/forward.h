@@ -31,6 +31,9 @@ struct Keys {
 #if BF16_DOTS || AMX
     std::unique_ptr<Pairs> pairs;
 #endif
+#if BF16_DOTS
+    std::unique_ptr<PairedPool> paired_pool;  // in place of the pool's rows
+#endif
     std::unique_ptr<Pool> pool;
     std::unique_ptr<States> states;
 #if AMX
@@ -46,9 +49,15 @@ struct Keys {
 #if BF16_DOTS || AMX
         if (paired) pairs = std::make_unique<Pairs>(g);
 #endif
-        if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, g.pools());
+        Pool::Holds holds = Pool::COLUMNS_TOO;
+#if BF16_DOTS
+        if (paired && g.p.rest == REST_POOLED && PairedPool::serves(g)) paired_pool = std::make_unique<PairedPool>(g, false), holds = Pool::BIASES;
+#endif
 #if AMX
-        if (paired && pool && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true);
+        if (paired && g.p.rest == REST_POOLED && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true), holds = Pool::ROWS_TOO;
+#endif
+        if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, false, holds);
+#if AMX
         if (paired && g.p.rest == REST_LINEAR) tiled_states = std::make_unique<TiledStates>(g);
         if (tiled_states) return;
 #endif
@@ -104,6 +113,9 @@ struct Keys {
 
     void prepare(Team& team, int64_t bh, PackWorkspace& work) {
         if (pool && pool->given) team.share(g.units(), [&](int64_t unit) { pool->read(bh, unit); });
+#if BF16_DOTS
+        if (paired_pool) team.share(g.units(), [&](int64_t unit) { paired_pool->read(bh, unit); });
+#endif
         team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, work); });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
 #if AMX
@@ -161,6 +173,9 @@ struct ForwardWorkspace {
     Array<double> lse2;
     std::unique_ptr<LinearRows> linear;
     std::unique_ptr<Pool> seen;
+#if BF16_DOTS
+    std::unique_ptr<PairedPool> paired_seen;
+#endif
 #if AMX
     std::unique_ptr<TiledSoftmax> tiled;
     std::unique_ptr<TiledPool> tiled_seen;
@@ -171,7 +186,10 @@ struct ForwardWorkspace {
 
     ForwardWorkspace(const Geometry& g, const Keys& keys)
         : softmax(g, keys.paired && BF16_DOTS), pack(g), squares(g.rows() * g.padded), bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), lse2(g.rows()) {
-        if (g.listed()) seen = std::make_unique<Pool>(g, false, g.seen_pools());
+        if (g.listed()) seen = std::make_unique<Pool>(g, false, true, keys.pool->holds == Pool::COLUMNS_TOO ? Pool::COLUMNS_TOO : Pool::BIASES);
+#if BF16_DOTS
+        if (keys.paired_pool) paired_seen = std::make_unique<PairedPool>(g, true);
+#endif
 #if AMX
         if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
         if (keys.tiled_pool && g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false);
@@ -213,7 +231,7 @@ static inline void add_slopes(const Geometry& g, ForwardWorkspace& work, int64_t
 static void tiled_pool(const Geometry& g, const Keys& keys, ForwardWorkspace& work, int64_t bh, int64_t i) {
     int64_t rows = g.query(i).count, whole = round_up(rows, LANES);
     Softmax& s = work.softmax;
-    if (work.seen && work.seen->gather(*keys.pool, bh, i, true)) work.tiled_seen->gather(*keys.tiled_pool, bh, i);
+    if (work.seen && work.seen->gather(*keys.pool, bh, i)) work.tiled_seen->gather(*keys.tiled_pool, bh, i);
     (work.seen ? *work.seen : *keys.pool).bias(work.bias, bh, i);
     if (work.slopes) std::copy_n(static_cast<float*>(s.top), whole, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), whole, static_cast<float*>(work.exact_mass));
     const TiledPool& pool = work.tiled_seen ? *work.tiled_seen : *keys.tiled_pool;
@@ -303,12 +321,16 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
     exact_part(g, keys, work, bh, i);
     bool image = i < p.q_blocks;
     if (image && keys.pool && !by_tiles) {
-        square(work.squares, s.q, g.rows() * g.padded);
+        if (p.variance) square(work.squares, s.q, g.rows() * g.padded);
         if (work.seen) work.seen->gather(*keys.pool, bh, i);
         const Pool& pool = work.seen ? *work.seen : *keys.pool;
         pool.bias(work.bias, bh, i);
         if (p.slopes) std::copy_n(static_cast<float*>(s.top), run.count, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), run.count, static_cast<float*>(work.exact_mass));
-        pool.visit(s, run.count, work.squares, work.bias, work.terms);
+#if BF16_DOTS
+        if (work.paired_seen) work.paired_seen->gather(*keys.paired_pool, bh, i), work.paired_seen->visit(s, run.count, pool, work.bias);
+        else
+#endif
+            pool.visit(s, run.count, work.squares, work.bias, work.terms);
     }
     s.finish(run.count, work.lse2);
     if (image && p.slopes && !by_tiles) add_slopes(g, work, bh, i, run.count);

@@ -136,47 +136,50 @@ struct Groups {
         }
     }
 
-    // The shares of elements in their parts [parts, width], and the elements less the means of their parts; 0 for those without tokens.
-    void distances(SummaryWorkspace& work, int64_t width, int64_t unit, int64_t from) const {
-        for (int64_t p = 0; p < parts; p++)
-            for (int64_t i = 0; i < elements(); i++) work.member[p * width + i] = work.part[i] == p ? tokens[from + i] / std::max(tokens[unit * parts + p], 1.f) : 0.f;
-        for (int64_t i = 0; i < elements(); i++) {
-            int64_t mean = (unit * parts + work.part[i]) * padded, at = (from + i) * padded;
-            for (int64_t c = 0; c < padded; c += LANES) {
-                store(work.keys + i * padded + c, tokens[from + i] > 0 ? load(keys + at + c) - load(keys + mean + c) : V{});
-                store(work.values + i * padded + c, tokens[from + i] > 0 ? load(values + at + c) - load(values + mean + c) : V{});
+    // The moments of slot `number` of a level above the key blocks.
+    void group(SummaryWorkspace& work, int64_t bh, int64_t level, int64_t number) {
+        int64_t unit = first[level] + number, member = first[level - 1] + MEMBERS * number, from = member * parts, n = elements();
+        float* sum = tokens + unit * parts;
+        __builtin_memcpy(work.keys, keys + from * padded, n * padded * 4);
+        split(work, sum, n, parts, metric, tokens + from, d, padded);
+        work.write_parts(g.part + (bh * above + unit - slots) * n, parts);
+        total[unit] = 0;
+        for (int64_t p = 0; p < parts; p++) total[unit] += sum[p];
+        by_part(work, work.keys, keys, unit, from), by_part(work, work.values, values, unit, from);
+        for (int64_t p = 0; p < parts; p++) spread_part(work, unit * parts + p, p, from);
+        whole(work, unit);
+        if (g.slope) slope(work, bh, level, unit, member);
+    }
+
+    // A group's elements of `rows` in the order of its parts, less the means of these, which join `rows`: a mean of one is itself to the bit.
+    void by_part(SummaryWorkspace& work, float* panel, float* rows, int64_t unit, int64_t from) const {
+        for (int64_t p = 0; p < parts; p++) {
+            float *part = panel + work.first[p] * padded, *mean = rows + (unit * parts + p) * padded;
+            const int32_t* mine = work.order + work.first[p];
+            for (int64_t i = 0; i < work.count[p]; i++) {
+                __builtin_memcpy(part + i * padded, rows + (from + mine[i]) * padded, padded * 4);
+                work.along[i] = tokens[from + mine[i]] / std::max(tokens[unit * parts + p], 1.f);
             }
+            weighted_rows(mean, work.along, part, padded, work.count[p], padded);
+            for (int64_t i = 0; i < work.count[p]; i++)
+                for (int64_t c = 0; c < padded; c += LANES) store(part + i * padded + c, work.along[i] > 0 ? load(part + i * padded + c) - load(mean + c) : V{});
         }
     }
 
-    // The moments of slot `number` of a level above the key blocks.
-    void group(SummaryWorkspace& work, int64_t width, int64_t bh, int64_t level, int64_t number) {
-        int64_t unit = first[level] + number, member = first[level - 1] + MEMBERS * number, from = member * parts, n = elements();
-        __builtin_memset(work.part, 0, n);
-        for (int64_t half = 1; half < parts; half *= 2)
-            for (int64_t side = 0; side < half; side++) cut(work, {keys + from * padded, padded}, n, side, half, metric, tokens + from, d, padded);
-        __builtin_memcpy(g.part + (bh * above + unit - slots) * n, work.part, n);
-        total[unit] = 0;
-        for (int64_t row = unit * parts, p = 0; p < parts; p++, row++) {
-            tokens[row] = 0;
-            for (int64_t i = 0; i < n; i++) tokens[row] += work.part[i] == p ? tokens[from + i] : 0.f;
-            for (int64_t i = 0; i < n; i++) work.along[i] = work.part[i] == p ? tokens[from + i] / std::max(tokens[row], 1.f) : 0.f;
-            weighted_rows(keys + row * padded, work.along, keys + from * padded, padded, n, padded);
-            weighted_rows(values + row * padded, work.along, values + from * padded, padded, n, padded);
-            total[unit] += tokens[row];
+    // The variances of part p, of those of its elements and of what lies between them.
+    void spread_part(SummaryWorkspace& work, int64_t row, int64_t p, int64_t from) {
+        const int64_t at = work.first[p], n = work.count[p];
+        const int32_t* mine = work.order + at;
+        float within = 0, v_within = 0;
+        for (int64_t i = 0; i < n; i++) {
+            work.along[i] = tokens[from + mine[i]] / std::max(tokens[row], 1.f);
+            within += work.along[i] * spread[from + mine[i]], v_within += work.along[i] * v_spread[from + mine[i]];
         }
-        distances(work, width, unit, from);
-        for (int64_t row = unit * parts, p = 0; p < parts; p++, row++) {
-            const float* share = work.member + p * width;
-            weighted<true>(work.squares, share, work.keys, padded, n, padded);
-            spread[row] = g.scale * g.scale * vector_dot(work.squares, second, padded);
-            weighted<true>(work.squares, share, work.values, padded, n, padded);
-            v_spread[row] = vector_sum(work.squares, padded);
-            for (int64_t i = 0; i < n; i++) spread[row] += share[i] * spread[from + i], v_spread[row] += share[i] * v_spread[from + i];
-            bias[row] = bias_of(row);
-        }
-        whole(work, unit);
-        if (g.slope) slope(work, bh, level, unit, member);
+        weighted<true>(work.squares, work.along, work.keys + at * padded, padded, n, padded);
+        spread[row] = within + g.scale * g.scale * vector_dot(work.squares, second, padded);
+        weighted<true>(work.squares, work.along, work.values + at * padded, padded, n, padded);
+        v_spread[row] = v_within + vector_sum(work.squares, padded);
+        bias[row] = bias_of(row);
     }
 
     // Mean key and score of all parts together.
@@ -206,10 +209,11 @@ struct Groups {
             float* out = slope_of(bh, c, unit);
             for (int64_t x = 0; x < d; x++) out[x] = share[0] * own[x] + share[1] * own[d + x] + share[2] * own[2 * d + x] + share[3] * own[3 * d + x];
         }
-        for (int64_t i = 0; i < elements(); i++) {
-            float damped = tokens[member * parts + i] / tokens_of / (1.f + spread[unit * parts + work.part[i]]);
-            for (int64_t c = 0; c < padded; c += LANES) store(work.values + i * padded + c, load(work.values + i * padded + c) * damped);
-        }
+        for (int64_t p = 0; p < parts; p++)
+            for (int64_t i = work.first[p]; i < work.first[p] + work.count[p]; i++) {
+                float damped = tokens[member * parts + work.order[i]] / tokens_of / (1.f + spread[unit * parts + p]);
+                for (int64_t c = 0; c < padded; c += LANES) store(work.values + i * padded + c, load(work.values + i * padded + c) * damped);
+            }
         outer_rows(slope_of(bh, 0, unit), above * d, work.keys, padded, work.values, padded, d, elements(), d, true);
     }
 
@@ -339,7 +343,7 @@ struct Groups {
     }
 };
 
-static constexpr int64_t GROUP_WIDTH = (MOST_ELEMENTS + 15) / 16 * 16 + 2 * ROWS;  // of a workspace for a group's elements
+static constexpr int64_t GROUP_WIDTH = (MOST_ELEMENTS + 15) / 16 * 16 + 2 * std::max(ROWS, LANES);  // of a workspace for a group's elements
 
 void group_units(const Grouping& g) {
     Groups groups(g);
@@ -357,7 +361,7 @@ void group_units(const Grouping& g) {
             team.share(1, [&](int64_t) { groups.begin(bh); });
             team.share(Groups::chunks(groups.slots), [&](int64_t chunk) { groups.lowest(bh, chunk); });
             for (int64_t level = 1; level < groups.levels; level++)
-                team.share(groups.first[level + 1] - groups.first[level], [&](int64_t number) { groups.group(work, GROUP_WIDTH, bh, level, number); });
+                team.share(groups.first[level + 1] - groups.first[level], [&](int64_t number) { groups.group(work, bh, level, number); });
             team.share(Groups::chunks(groups.units * groups.parts), [&](int64_t chunk) { groups.write(bh, chunk); });
             team.share(groups.span_groups, [&](int64_t number) {
                 for (int64_t span = number * ROWS; span < std::min((number + 1) * ROWS, groups.spans); span++) {

@@ -2,8 +2,10 @@
 //   logit = s·q·k̄ + log n + c + min(s²/2 · Σ_d q_d² Var_d, cap), here times log2(e), with q scaled by s·log2(e)
 
 struct Pool {
+    enum Holds { BIASES, ROWS_TOO, COLUMNS_TOO };  // what the others need not is left out
     const Geometry& g;
-    const bool given;  // pooled keys come as arguments: `read` in place of `fill`
+    const bool given, seen;         // pooled keys come as arguments: `read` in place of `fill`; they are those that a query block sees
+    const Holds holds;
     const int64_t parts;
     int64_t pools, chunks;
     Array<float> mean_t, var_t;     // [chunks, channels, POOL]; the variance is scaled to the logit's units
@@ -11,22 +13,27 @@ struct Pool {
     Array<float> value_t;           // [chunks, channels, POOL], for the backward pass alone
     Array<float> log2_count;        // [chunks · POOL], -inf past the last pooled key; or the biases that are given
     Array<int32_t> position;        // [units], of those that are gathered: where a unit is among them, or -1
+    Array<float> unit_t, unit_v;    // [units, channels, parts], of all units where query blocks see some alone: what `gather` takes as columns
     int64_t gathered = -1;          // the list
 
-    Pool(const Geometry& g, bool backward, int64_t most)
-        : g(g), given(g.p.pools > 0), parts(g.parts()), pools(most), chunks((pools + POOL - 1) / POOL), mean_t(chunks * POOL * g.channels),
-          mean((pools + ROWS) * g.padded), value((pools + ROWS) * g.padded), log2_count(chunks * POOL) {
-        if (!given) var_t.allocate(chunks * POOL * g.channels), var.allocate((pools + ROWS) * g.padded);
-        if (backward) value_t.allocate(chunks * POOL * g.channels);
+    Pool(const Geometry& g, bool backward, bool seen, Holds holds)
+        : g(g), given(g.p.pools > 0), seen(seen), holds(holds), parts(g.parts()), pools(seen ? g.seen_pools() : g.pools()), chunks((pools + POOL - 1) / POOL),
+          log2_count(chunks * POOL) {
         for (int64_t j = 0; j < chunks * POOL; j++) {
             int64_t n = !given && j < g.p.k_blocks ? g.p.k_starts[j + 1] - g.p.k_starts[j] : 0;
             log2_count[j] = n == 0 ? -INFINITY : g.p.log_count ? std::log2(float(n)) : 0.f;
         }
+        if (holds == BIASES) return;
+        mean.allocate((pools + ROWS) * g.padded), value.allocate((pools + ROWS) * g.padded);
+        if (!given) var.allocate((pools + ROWS) * g.padded);
+        if (holds == ROWS_TOO) return;
+        const bool by_unit = g.listed() && !seen;
+        for (Array<float>* each : {by_unit ? &unit_t : &mean_t, backward ? by_unit ? &unit_v : &value_t : nullptr, given ? nullptr : &var_t})
+            if (each) each->allocate(chunks * POOL * g.channels);
     }
 
-    // The units on the list of query block i, from all of them.
-    // `biases`: nothing but what `bias` reads. False where they are held already.
-    bool gather(const Pool& all, int64_t bh, int64_t i, bool biases = false) {
+    // The units on the list of query block i, from all of them. False where they are held already.
+    bool gather(const Pool& all, int64_t bh, int64_t i) {
         int64_t list = bh * g.states() + g.state(i);
         if (list == gathered) return false;
         gathered = list;
@@ -39,42 +46,42 @@ struct Pool {
             int64_t from = units[n] * parts, to = n * parts;
             position[units[n]] = int32_t(n);
             __builtin_memcpy(log2_count + to, all.log2_count + from, parts * 4);
-            if (biases) continue;
-            put_columns(mean_t, to, all.mean + from * g.padded);
-            if (value_t) put_columns(value_t, to, all.value + from * g.padded), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
+            if (holds == BIASES) continue;
+            put_columns<float>(mean_t, to, all.unit_t + from * g.channels, parts, g.channels);
+            if (value_t) put_columns<float>(value_t, to, all.unit_v + from * g.channels, parts, g.channels), __builtin_memcpy(mean + to * g.padded, all.mean + from * g.padded, parts * g.padded * 4);
             __builtin_memcpy(value + to * g.padded, all.value + from * g.padded, parts * g.padded * 4);
         }
         std::fill(log2_count + pools, log2_count + chunks * POOL, -INFINITY);
         return true;
     }
 
-    // The rows of a unit as columns; those of one unit are in one chunk.
-    void put_columns(float* to, int64_t t, const float* rows) const {
-        to += t / POOL * g.channels * POOL + t % POOL;
-        if (parts == 4) {  // a loop of known length: one store for each channel
-            const float *a = rows, *b = a + g.padded, *c = b + g.padded, *d = c + g.padded;
-            for (int64_t i = 0; i < g.channels; i++, to += POOL) to[0] = a[i], to[1] = b[i], to[2] = c[i], to[3] = d[i];
-            return;
-        }
-        for (int64_t n = 0; n < parts; n++)
-            for (int64_t i = 0; i < g.channels; i++) to[i * POOL + n] = rows[n * g.padded + i];
+    // The columns of a unit [depth, parts] from column t of all chunks on; those of one unit are in one chunk.
+    template <class E>
+    static void put_columns(E* to, int64_t t, const E* columns, int64_t parts, int64_t depth) {
+        to += t / POOL * depth * POOL + t % POOL;
+        if (parts == 4)  // a copy of known size: one store for each row
+            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * 4, 16);
+        else
+            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * parts, parts * 4);
     }
 
     // The pooled keys of unit j, as they are given.
     void read(int64_t bh, int64_t j) {
         for (int64_t t = j * parts; t < (j + 1) * parts; t++) {
             int64_t at = bh * pools + t;
+            log2_count[t] = g.p.pooled_bias[at] * LOG2E;
+            if (holds == BIASES) continue;
             __builtin_memcpy(mean + t * g.padded, g.p.pooled_k + at * g.channels, g.channels * 4);
             __builtin_memcpy(value + t * g.padded, g.p.pooled_v + at * g.channels, g.channels * 4);
-            log2_count[t] = g.p.pooled_bias[at] * LOG2E;
-            if (g.listed()) continue;  // `gather` takes the rows
-            scatter(mean_t, mean, t);
-            if (value_t) scatter(value_t, value, t);
+            if (holds == ROWS_TOO) continue;
+            scatter(unit_t ? unit_t : mean_t, mean, t);
+            if (unit_v || value_t) scatter(unit_v ? unit_v : value_t, value, t);
         }
     }
 
     void scatter(float* columns, const float* rows, int64_t t) const {
-        for (int64_t c = 0; c < g.channels; c++) columns[(t / POOL * g.channels + c) * POOL + t % POOL] = rows[t * g.padded + c];
+        const int64_t wide = unit_t ? parts : POOL;
+        for (int64_t c = 0; c < g.channels; c++) columns[(t / wide * g.channels + c) * wide + t % wide] = rows[t * g.padded + c];
     }
 
     void fill(int64_t j, const float* keys, const float* vals, int64_t ldv) {
@@ -90,7 +97,7 @@ struct Pool {
             }
             store(m + c, centre), store(o + c, sum_v * (1.f / n)), store(s + c, square * (1.f / n));
         }
-        for (int64_t c = 0; c < g.channels; c++) {
+        for (int64_t c = 0; c < g.channels && holds == COLUMNS_TOO; c++) {
             mean_t[(chunk * g.channels + c) * POOL + at] = m[c];
             var_t[(chunk * g.channels + c) * POOL + at] = s[c] * (0.5f / LOG2E);
             if (value_t) value_t[(chunk * g.channels + c) * POOL + at] = o[c];
@@ -139,7 +146,7 @@ struct Pool {
     // ROWS rows of logits of a chunk, from column `at` of the scores on.
     void logits(Softmax& softmax, V (&best)[ROWS], int64_t r0, int64_t chunk, int64_t at, const float* bias, const float* terms) const {
         const Block<float> block{mean_t + chunk * POOL * g.channels, POOL, nullptr, 0};
-        for_strips(POOL, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+        for_widths(round_up(keys(chunk), LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
             V x[ROWS][strip.value];
             softmax.logits<strip.value>(x, r0, block, c);
             for (int r = 0; r < ROWS; r++)
@@ -164,6 +171,61 @@ struct Pool {
         });
     }
 };
+
+#if BF16_DOTS
+// Pooled keys and values that are given, as pairs of bfloat16: of all units, or of those that a query block sees.
+struct PairedPool {
+    const Geometry& g;
+    const int64_t parts, depth;
+    Array<int32_t> columns, rows;  // of all: [units, depth, parts]; of those that are seen: [chunks, depth, POOL]. [pools / 2, padded]
+    int64_t gathered = -1;         // the list
+
+    // Where query blocks see some of the units, and a pair of keys is of one unit.
+    static bool serves(const Geometry& g) { return g.listed() && g.p.pool_parts % 2 == 0; }
+
+    PairedPool(const Geometry& g, bool seen)
+        : g(g), parts(g.parts()), depth(g.channels / 2), columns((seen ? round_up(g.seen_pools(), POOL) : g.pools()) * depth),
+          rows((seen ? round_up(g.seen_pools(), POOL) : g.pools()) / 2 * g.padded) {}
+
+    void narrow_row(uint16_t* out, const float* in) const {
+        int64_t c = 0;
+        for (; c + LANES <= g.channels; c += LANES) store_narrow(out + c, load(in + c));
+        for (; c < g.channels; c++) out[c] = narrow(in[c]);
+    }
+
+    void read(int64_t bh, int64_t unit) {
+        alignas(64) uint16_t row[2][MAX_CHANNELS];
+        for (int64_t t = unit * parts; t < (unit + 1) * parts; t++) {
+            narrow_row(row[0], g.p.pooled_k + (bh * g.pools() + t) * g.channels);
+            for (int64_t c = 0; c < depth; c++) __builtin_memcpy(columns + (unit * depth + c) * parts + t % parts, row[0] + 2 * c, 4);
+        }
+        for (int64_t t = unit * parts; t < (unit + 1) * parts; t += 2) {
+            for (int64_t n = 0; n < 2; n++) narrow_row(row[n], g.p.pooled_v + (bh * g.pools() + t + n) * g.channels);
+            for (int64_t c = 0; c < g.channels; c++) rows[t / 2 * g.padded + c] = int32_t(row[0][c] | uint32_t(row[1][c]) << 16);
+        }
+    }
+
+    void gather(const PairedPool& all, int64_t bh, int64_t i) {
+        int64_t list = bh * g.states() + g.state(i);
+        if (list == gathered) return;
+        gathered = list;
+        const int32_t* units = g.p.pool_lists + list * g.p.pool_width;
+        for (int64_t n = 0; n < g.p.pool_counts[list]; n++) {
+            Pool::put_columns<int32_t>(columns, n * parts, all.columns + units[n] * depth * parts, parts, depth);
+            __builtin_memcpy(rows + n * parts / 2 * g.padded, all.rows + units[n] * parts / 2 * g.padded, parts / 2 * g.padded * 4);
+        }
+    }
+
+    // Add those of `pool`'s list to a softmax; `bias` as in Pool::visit.
+    void visit(Softmax& softmax, int64_t queries, const Pool& pool, const float* bias) const {
+        for (int64_t chunk = 0; chunk < pool.chunks; chunk++) {
+            const Block<int32_t> block{columns + chunk * depth * POOL, POOL, rows + chunk * POOL / 2 * g.padded, g.padded};
+            const float* mine = bias + chunk * POOL;
+            softmax.visit(queries, block, pool.keys(chunk), [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(mine + c); });
+        }
+    }
+};
+#endif
 
 // The first order of a pooled rest: one matrix for each query block, or for each span of them.
 struct Slopes {

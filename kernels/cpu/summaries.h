@@ -4,14 +4,15 @@
 static constexpr int STEPS = 4;          // of the power iteration that finds a block's principal direction
 static constexpr int64_t MOST_PARTS = 4;  // of a block
 
-// acc[r][c] += sum over n of A[n, r] · B[n, c], both row-major. A function of its own for the reason that `tile` is one.
-template <int N>
-static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+// acc[r][c] += sum over n of A[n, r] · B[n, c], both row-major; or rows [first, most) of that sum alone go to `out`. A function of its own for
+// the reason that `tile` is one.
+template <int N, bool TO_OUT>
+static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], float* out, int64_t ldo, int64_t first, int64_t most, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
     V sum[ROWS][N];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) sum[r][c] = acc[r][c];
+        for (int c = 0; c < N; c++) sum[r][c] = TO_OUT ? V{} : acc[r][c];
     for (int64_t n = 0; n < depth; n++) {
         V column[N];
 #pragma GCC unroll 4
@@ -26,20 +27,11 @@ static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], const float*
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) acc[r][c] = sum[r][c];
-}
-
-// Strips of columns as in `for_strips`, but the last one as wide as what is left.
-template <class Body>
-static inline __attribute__((always_inline)) void for_widths(int64_t columns, Body&& body) {
-    int64_t c = 0;
-    for (; c + STRIP * LANES <= columns; c += STRIP * LANES) body(c, std::integral_constant<int, STRIP>{});
-    int64_t left = (columns - c) / LANES;
-    if constexpr (STRIP > 3)
-        if (left == 3) body(c, std::integral_constant<int, 3>{});
-    if constexpr (STRIP > 2)
-        if (left == 2) body(c, std::integral_constant<int, 2>{});
-    if (left == 1) body(c, std::integral_constant<int, 1>{});
+        for (int c = 0; c < N; c++)
+            if (!TO_OUT)
+                acc[r][c] = sum[r][c];
+            else if (r >= first && r < most)
+                store(out + r * ldo + c * LANES, sum[r][c]);
 }
 
 // out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Where A
@@ -51,13 +43,14 @@ static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t l
         for_widths(round_up(columns, LANES) - from, [&](int64_t c0, auto strip) __attribute__((always_inline)) {
             V acc[ROWS][strip.value];
             int64_t c = from + c0;
+            if (!add && columns % LANES == 0) return outer_tile<strip.value, true>(acc, out + r0 * ldo + c, ldo, first, most, a + r0, lda, b + c, ldb, depth);
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) {
                     acc[r][s] = V{};
                     int64_t at = c + s * LANES;
                     if (add && r >= first && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
                 }
-            outer_tile<strip.value>(acc, a + r0, lda, b + c, ldb, depth);
+            outer_tile<strip.value, false>(acc, nullptr, 0, 0, 0, a + r0, lda, b + c, ldb, depth);
             for (int64_t r = first; r < most; r++)
                 for (int s = 0; s < strip.value; s++) {
                     int64_t at = c + s * LANES;
@@ -70,24 +63,34 @@ static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t l
     }
 }
 
-// out[c] = Σ_i weight[i] · rows[i, c], or of its square; of whole vectors. Two sums each, or every one would wait for the one before it.
+// out[c] = Σ_i weight[i] · rows[i, c], or of its square; of whole vectors. Two sums each, or every one would wait for the one before it. A
+// function of its own for the reason that `tile` is one.
+template <bool SQUARE, int N>
+static __attribute__((noinline)) void weighted_strip(float* out, const float* weight, const float* rows, int64_t ld, int64_t n) {
+    V even[N], odd[N];
+#pragma GCC unroll 4
+    for (int s = 0; s < N; s++) even[s] = odd[s] = V{};
+    for (int64_t i = 0; i + 2 <= n; i += 2, rows += 2 * ld) {
+        const V first = all(weight[i]), second = all(weight[i + 1]);
+#pragma GCC unroll 4
+        for (int s = 0; s < N; s++) {
+            V x = load(rows + s * LANES), y = load(rows + ld + s * LANES);
+            fma(even[s], SQUARE ? first * x : first, x), fma(odd[s], SQUARE ? second * y : second, y);
+        }
+    }
+    const V last = all(n % 2 ? weight[n - 1] : 0.f);
+#pragma GCC unroll 4
+    for (int s = 0; s < N; s++) {
+        if (n % 2) {
+            V x = load(rows + s * LANES);
+            fma(even[s], SQUARE ? last * x : last, x);
+        }
+        store(out + s * LANES, even[s] + odd[s]);
+    }
+}
 template <bool SQUARE>
 static inline void weighted(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
-    for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) {
-        V sum[2][strip.value];
-        for (int s = 0; s < strip.value; s++) sum[0][s] = sum[1][s] = V{};
-        auto add = [&](V(&to)[strip.value], int64_t i) __attribute__((always_inline)) {
-            V w = all(weight[i]);
-            for (int s = 0; s < strip.value; s++) {
-                V x = load(rows + i * ld + c + s * LANES);
-                fma(to[s], SQUARE ? w * x : w, x);
-            }
-        };
-        int64_t i = 0;
-        for (; i + 2 <= n; i += 2) add(sum[0], i), add(sum[1], i + 1);
-        if (i < n) add(sum[0], i);
-        for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, sum[0][s] + sum[1][s]);
-    });
+    for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) { weighted_strip<SQUARE, strip.value>(out + c, weight, rows + c, ld, n); });
 }
 static inline void weighted_rows(float* out, const float* weight, const float* rows, int64_t ld, int64_t n, int64_t columns) {
     weighted<false>(out, weight, rows, ld, n, columns);
@@ -145,46 +148,115 @@ struct Lines {
 
 // One thread's workspace.
 struct SummaryWorkspace {
-    Array<float> keys, values, centred, by_key, by_value, matrix, turned;  // panels [width, padded]; matrices [padded, padded]
-    Array<float> direction, moved, along, one;                             // [padded], [padded], [width], [width]
-    Array<float> member, k_mean, v_mean, squares;                          // [MOST_PARTS, width], [MOST_PARTS, padded] each
-    Array<uint8_t> part;
-    std::vector<int32_t> mine;
+    Array<float> keys, values, spare, by_key, by_value, matrix, turned;  // panels [width, padded]; matrices [padded, padded]
+    Array<float> direction, moved, along, one;                           // [padded], [padded], [width], [width]
+    Array<float> k_mean, v_mean, squares;                                // [MOST_PARTS, padded] each
+    Array<int32_t> order, next, places;                                  // [width] each; `order`: which row each row of the panels was
+    int64_t first[MOST_PARTS] = {}, count[MOST_PARTS] = {};              // the rows of each part
 
     SummaryWorkspace(int64_t width, int64_t padded, bool backward)
-        : keys(width * padded + 16), values(width * padded + 16), centred(width * padded), direction(padded), moved(padded), along(width), one(width),
-          member(MOST_PARTS * width), k_mean(MOST_PARTS * padded), v_mean(MOST_PARTS * padded), squares(MOST_PARTS * padded), part(width), mine(size_t(width)) {
+        : keys(width * padded + 16), values(width * padded + 16), spare(width * padded + 16), direction(padded), moved(padded), along(width), one(width),
+          k_mean(MOST_PARTS * padded), v_mean(MOST_PARTS * padded), squares(MOST_PARTS * padded), order(width), next(width), places(width) {
         std::fill_n(static_cast<float*>(one), width, 1.f);
         if (backward)
             by_key.allocate(width * padded), by_value.allocate(width * padded), matrix.allocate(padded * padded), turned.allocate(padded * padded);
     }
+
+    // The rows in their own order, as one part.
+    void begin(int64_t n) {
+        for (int64_t i = 0; i < n; i++) order[i] = int32_t(i);
+        first[0] = 0, count[0] = n;
+    }
+
+    // The rows by the parts that they are of, those of a part in their own order.
+    void by_part(const uint8_t* part, int64_t n, int64_t parts) {
+        int64_t at = 0;
+        for (int64_t p = 0; p < parts; p++) {
+            first[p] = at;
+            for (int64_t i = 0; i < n; i++)
+                if (part[i] == p) order[at++] = int32_t(i);
+            count[p] = at - first[p];
+        }
+    }
+
+    // A run of tokens in the order of the panels.
+    Run ordered(const Run& run) const {
+        for (int64_t i = 0; i < run.count; i++) places[i] = run.places ? run.places[order[i]] : order[i];
+        return {run.place, run.image, run.count, places};
+    }
+
+    // A part's rows become what they are more than their mean, which joins `mean`; their weight is given back. `weight`: how much each
+    // counts, by its number before the order, null: 1; those that do not count become 0.
+    float centre(float* panel, float* mean, int64_t part, const float* weight, int64_t padded) {
+        float* rows = panel + first[part] * padded;
+        const int32_t* mine = order + first[part];
+        const int64_t n = count[part];
+        float total = weight ? 0.f : float(n);
+        for (int64_t i = 0; i < n && weight; i++) total += along[i] = weight[mine[i]];
+        const float inverse = 1.f / std::max(total, 1.f);
+        weighted_rows(moved, weight ? along : one, rows, padded, n, padded);
+        for (int64_t c = 0; c < padded; c += LANES) {
+            V middle = load(moved + c) * inverse;
+            store(mean + c, load(mean + c) + middle);
+            for (int64_t i = 0; i < n; i++) store(rows + i * padded + c, load(rows + i * padded + c) - middle);
+        }
+        for (int64_t i = 0; i < n && weight; i++)
+            if (weight[mine[i]] == 0) __builtin_memset(rows + i * padded, 0, padded * 4);
+        return total;
+    }
+
+    // The part of each row before the order.
+    void write_parts(uint8_t* part, int64_t parts) const {
+        for (int64_t p = 0; p < parts; p++)
+            for (int64_t i = first[p]; i < first[p] + count[p]; i++) part[order[i]] = uint8_t(p);
+    }
 };
 
-// The keys of `part` number `number` on the side of larger projections go to part number + level; `weight`: how much each counts, null: 1.
-static void cut(SummaryWorkspace& work, const Lines& keys, int64_t n, int64_t number, int64_t level, const float* metric, const float* weight, int64_t d, int64_t padded) {
-    int64_t count = 0;
-    float total = 0;
-    auto mine = [&](int64_t i) { return work.part[i] == number && !(weight && weight[i] == 0); };
-    for (int64_t i = 0; i < n; i++)
-        if (mine(i)) work.mine[size_t(count++)] = int32_t(i), total += weight ? weight[i] : 1.f;
-    if (count == 0) return;
-    for (int64_t i = 0; i < n; i++) work.along[i] = mine(i) ? (weight ? weight[i] : 1.f) / total : 0.f;
-    weighted_rows(work.moved, work.along, keys.data, keys.ld, n, padded);
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < padded; c += LANES) store(work.centred + i * padded + c, load(keys[work.mine[size_t(i)]] + c) - load(work.moved + c));
+// Rows of `keys` that are less their mean go to `spare`: those of smaller projections in front, the others, which become part `other`, behind
+// them.
+static void cut(SummaryWorkspace& work, int64_t part, int64_t other, const float* metric, const float* weight, int64_t d, int64_t padded) {
+    const int64_t first = work.first[part], n = work.count[part];
+    const float* rows = work.keys + first * padded;
+    const int32_t* mine = work.order + first;
     std::fill_n(static_cast<float*>(work.direction), d, 1.f);
     std::fill(work.direction + d, work.direction + padded, 0.f);  // a unit of NaN before this one left NaN
     for (int step = 0; step <= STEPS; step++) {
-        panel_dots(work.along, work.centred, count, work.direction, padded);
+        panel_dots(work.along, rows, n, work.direction, padded);
         if (step == STEPS) break;
-        for (int64_t i = 0; i < count && weight; i++) work.along[i] *= weight[work.mine[size_t(i)]];
-        weighted_rows(work.moved, work.along, work.centred, padded, count, padded);
+        for (int64_t i = 0; i < n && weight; i++) work.along[i] *= weight[mine[i]];
+        weighted_rows(work.moved, work.along, rows, padded, n, padded);
         weighted_rows(work.direction, work.moved, metric, padded, d, padded);
         float norm = std::max(std::sqrt(vector_dot(work.direction, work.direction, padded)), 1.17549435e-38f);
         for (int64_t c = 0; c < padded; c++) work.direction[c] /= norm;
     }
-    for (int64_t i = 0; i < count; i++)
-        if (work.along[i] > 0) work.part[work.mine[size_t(i)]] = uint8_t(number + level);
+    int64_t ahead = 0, below = 0;
+    for (int64_t i = 0; i < n; i++) below += !(work.along[i] > 0);
+    for (int64_t i = 0, behind = below; i < n; i++) {
+        int64_t to = first + (work.along[i] > 0 ? behind++ : ahead++);
+        work.next[to] = mine[i];
+        __builtin_memcpy(work.spare + to * padded, rows + i * padded, padded * 4);
+    }
+    work.count[part] = below, work.first[other] = first + below, work.count[other] = n - below;
+}
+
+// The n rows of `keys` are cut into parts by content: then the rows of a part follow each other and are less its mean, and `k_mean` has the
+// means. `tokens`: the weights of parts.
+static void split(SummaryWorkspace& work, float* tokens, int64_t n, int64_t parts, const float* metric, const float* weight, int64_t d, int64_t padded) {
+    work.begin(n);
+    std::fill_n(static_cast<float*>(work.k_mean), padded, 0.f);
+    for (int64_t level = 1; level < parts; level *= 2) {
+        for (int64_t part = 0; part < level; part++) {
+            float* mean = work.k_mean + part * padded;
+            work.centre(work.keys, mean, part, weight, padded);
+            cut(work, part, part + level, metric, weight, d, padded);
+            __builtin_memcpy(mean + level * padded, mean, padded * 4);
+        }
+        std::swap(work.keys.owner, work.spare.owner), std::swap(work.order.owner, work.next.owner);
+    }
+    for (int64_t part = 0; part < parts; part++) {
+        tokens[part] = work.centre(work.keys, work.k_mean + part * padded, part, weight, padded);
+        if (tokens[part] == 0) std::fill_n(work.k_mean + part * padded, padded, 0.f);
+    }
 }
 
 // The blocks of one call, and what all blocks of a head share.
@@ -197,7 +269,7 @@ struct Summaries {
     Array<float> dsecond;         // [k_blocks, padded], backward only
 
     Summaries(const Summary& s, bool backward)
-        : s(s), d(s.channels), padded(round_up(d, LANES)), width(round_up(std::max(s.q_width, s.k_width), std::max(ROWS, LANES)) + ROWS),
+        : s(s), d(s.channels), padded(round_up(d, LANES)), width(round_up(std::max(s.q_width, s.k_width), std::max(ROWS, LANES)) + std::max(ROWS, LANES)),
           image_q(s.q_starts[s.q_blocks]), group((s.q_blocks + GROUPS - 1) / GROUPS), second(padded) {
         if (backward)
             dsecond.allocate(s.k_blocks * padded);
@@ -219,6 +291,20 @@ struct Summaries {
         if (!x.bf16 && !run.places && d == padded) return {static_cast<const float*>(x.data) + b * x.batch + h * x.head + run.place * x.row, x.row};
         read_rows(space, padded, x, b, h, run, d, 1.f);
         return {space, padded};
+    }
+
+    // The same in the panel in any case; a NaN of another head may be in the columns past the channels.
+    void read_panel(float* panel, const Rows& x, int64_t bh, const Run& run) const {
+        read_rows(panel, padded, x, bh / s.heads, bh % s.heads, run, d, 1.f);
+        for (int64_t i = 0; i < run.count && d != padded; i++) std::fill(panel + i * padded + d, panel + (i + 1) * padded, 0.f);
+    }
+
+    // Has the rows of a run on their way to the cache: they lie far apart, and the processor does not see where.
+    void expect(const Rows& x, int64_t bh, const Run& run) const {
+        const int64_t size = x.bf16 ? 2 : 4;
+        const char* head = static_cast<const char*>(x.data) + (bh / s.heads * x.batch + bh % s.heads * x.head) * size;
+        for (int64_t i = 0; i < run.count; i++)
+            for (int64_t byte = 0; byte < d * size; byte += 64) __builtin_prefetch(head + run.at(i) * x.row * size + byte);
     }
 
     void add_queries(SummaryWorkspace& work, int64_t bh, int64_t number) {
@@ -253,40 +339,26 @@ struct Summaries {
         for (int64_t c = 0; c < d; c++) second[c] = s.second[bh * d + c] = metric[s.parts > 1 ? c * padded + c : c];
     }
 
-    // Numbers of tokens of the parts, and 1 or 0 for each token and part.
-    void count(SummaryWorkspace& work, int64_t n, int64_t (&tokens)[MOST_PARTS]) const {
-        for (int64_t p = 0; p < s.parts; p++) {
-            tokens[p] = 0;
-            for (int64_t i = 0; i < n; i++) {
-                bool mine = work.part[i] == p;
-                tokens[p] += mine;
-                work.member[p * width + i] = mine;
-            }
-        }
+    float spread(const float* squares, float tokens) const {  // s² Σ_d E[q_d²] Var(k_d)
+        return s.scale * s.scale * vector_dot(squares, second, padded) / std::max(tokens, 1.f);
     }
 
-    // Rows less the means of their parts, and for each part the sum of their squares.
-    void centre(SummaryWorkspace& work, float* rows, const Lines& from, const float* mean, int64_t n) const {
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t c = 0; c < padded; c += LANES) store(rows + i * padded + c, load(from[i] + c) - load(mean + work.part[i] * padded + c));
-        for (int64_t p = 0; p < s.parts; p++) weighted<true>(work.squares + p * padded, work.member + p * width, rows, padded, n, padded);
-    }
-
-    float spread(const float* squares, int64_t tokens) const {  // s² Σ_d E[q_d²] Var(k_d)
-        return s.scale * s.scale * vector_dot(squares, second, padded) / float(std::max<int64_t>(tokens, 1));
+    // The squares of each part's rows, which are less their mean.
+    void square_parts(SummaryWorkspace& work, const float* rows) const {
+        for (int64_t p = 0; p < s.parts; p++) weighted<true>(work.squares + p * padded, work.one, rows + work.first[p] * padded, padded, work.count[p], padded);
     }
 
     // Squares around the mean of all tokens [padded], from those around the means of parts; `mean` gets that mean.
-    void whole(float* squares, float* mean, const SummaryWorkspace& work, const float* means, const int64_t (&tokens)[MOST_PARTS], int64_t n) const {
-        for (int64_t c = 0; c < padded; c++) {
-            float sum = 0, square = 0;
-            for (int64_t p = 0; p < s.parts; p++) sum += float(tokens[p]) * means[p * padded + c];
-            mean[c] = sum / float(n);
+    void whole(float* squares, float* mean, const SummaryWorkspace& work, const float* means, const float* tokens, int64_t n) const {
+        for (int64_t c = 0; c < padded; c += LANES) {
+            V sum{}, square{};
+            for (int64_t p = 0; p < s.parts; p++) sum += tokens[p] * load(means + p * padded + c);
+            sum *= 1.f / float(n);
             for (int64_t p = 0; p < s.parts; p++) {
-                float off = means[p * padded + c] - mean[c];
-                square += work.squares[p * padded + c] + float(tokens[p]) * off * off;
+                V off = load(means + p * padded + c) - sum;
+                square += load(work.squares + p * padded + c) + tokens[p] * off * off;
             }
-            squares[c] = square;
+            store(mean + c, sum), store(squares + c, square);
         }
     }
 
@@ -301,46 +373,45 @@ struct Summaries {
         for (int64_t c = 0; c < d && s.first_order; c++) __builtin_memset(s.slope + ((bh * d + c) * s.k_blocks + j) * d, 0, d * 4);
     }
 
+    // The rows of a block's values in the order of its parts, less their mean.
+    void read_values(SummaryWorkspace& work, int64_t bh, int64_t j) const {
+        read_panel(work.values, s.v, bh, work.ordered(key(j)));
+        std::fill_n(static_cast<float*>(work.v_mean), s.parts * padded, 0.f);
+        for (int64_t p = 0; p < s.parts; p++) work.centre(work.values, work.v_mean + p * padded, p, nullptr, padded);
+    }
+
     void key_block(SummaryWorkspace& work, int64_t bh, int64_t j) const {
-        int64_t n = key(j).count, block = bh * s.k_blocks + j, pool = block * s.parts, tokens[MOST_PARTS];
+        int64_t n = key(j).count, block = bh * s.k_blocks + j, pool = block * s.parts;
         const float tiny = 1.17549435e-38f;
+        float *tokens = s.tokens + pool, weight[MOST_PARTS];
         if (n == 0) return empty_block(bh, j);
-        const Lines keys = read(work.keys, s.k, bh, key(j)), values = read(work.values, s.v, bh, key(j));
-        __builtin_memset(work.part, 0, n);
-        for (int64_t level = 1; level < s.parts; level *= 2)
-            for (int64_t number = 0; number < level; number++) cut(work, keys, n, number, level, metric, nullptr, d, padded);
+        read_panel(work.keys, s.k, bh, key(j));
+        expect(s.v, bh, key(j));
+        split(work, tokens, n, s.parts, metric, nullptr, d, padded);
         __builtin_memset(s.part + block * s.k_width, 0, s.k_width);
-        __builtin_memcpy(s.part + block * s.k_width, work.part, n);
-        count(work, n, tokens);
+        work.write_parts(s.part + block * s.k_width, s.parts);
+        square_parts(work, work.keys);
         for (int64_t p = 0; p < s.parts; p++) {
-            float share = 1.f / float(std::max<int64_t>(tokens[p], 1));
-            for (auto& [to, rows, out] : {std::tuple(&work.k_mean, keys, s.pooled_k), std::tuple(&work.v_mean, values, s.pooled_v)}) {
-                float* mean = *to + p * padded;
-                weighted_rows(mean, work.member + p * width, rows.data, rows.ld, n, padded);
-                for (int64_t c = 0; c < padded; c++) mean[c] *= share;
-                __builtin_memcpy(out + (pool + p) * d, mean, d * 4);
-            }
-        }
-        centre(work, work.keys, keys, work.k_mean, n);
-        float weight[MOST_PARTS];
-        for (int64_t p = 0; p < s.parts; p++) {
-            float sigma2 = spread(work.squares + p * padded, tokens[p]);
-            s.tokens[pool + p] = float(tokens[p]), s.spread[pool + p] = sigma2;
-            s.pooled_bias[pool + p] = std::min(sigma2 / 2, s.cap) + (s.log_count ? std::log(float(tokens[p])) : tokens[p] ? 0.f : -INFINITY);
+            float sigma2 = s.spread[pool + p] = spread(work.squares + p * padded, tokens[p]);
+            s.pooled_bias[pool + p] = std::min(sigma2 / 2, s.cap) + (s.log_count ? std::log(tokens[p]) : tokens[p] ? 0.f : -INFINITY);
             weight[p] = 1.f / (1.f + sigma2) / float(n);
         }
         whole(work.moved, work.direction, work, work.k_mean, tokens, n);
         __builtin_memcpy(s.k_mean + block * d, work.direction, d * 4);
-        float sigma2 = spread(work.moved, n);
-        centre(work, work.values, values, work.v_mean, n);
-        for (int64_t p = 0; p < s.parts; p++)
-            s.v_spread[pool + p] = vector_sum(work.squares + p * padded, padded) / float(std::max<int64_t>(tokens[p], 1));
+        float sigma2 = spread(work.moved, float(n));
+        read_values(work, bh, j);
+        square_parts(work, work.values);
+        for (int64_t p = 0; p < s.parts; p++) {
+            s.v_spread[pool + p] = vector_sum(work.squares + p * padded, padded) / std::max(tokens[p], 1.f);
+            __builtin_memcpy(s.pooled_k + (pool + p) * d, work.k_mean + p * padded, d * 4), __builtin_memcpy(s.pooled_v + (pool + p) * d, work.v_mean + p * padded, d * 4);
+        }
         whole(work.moved, work.direction, work, work.v_mean, tokens, n);
         float flat = vector_sum(work.moved, padded);
         s.score_bias[block] = std::log(float(n)) + std::min(sigma2 / 2, s.score_cap) + std::log(std::max(sigma2, tiny)) + std::log(std::max(flat / float(n), tiny)) / 2;
+        if (j + 1 < s.k_blocks) expect(s.k, bh, key(j + 1));
         if (!s.first_order) return;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t c = 0; c < padded; c += LANES) store(work.values + i * padded + c, load(work.values + i * padded + c) * weight[work.part[i]]);
+        for (int64_t p = 0; p < s.parts; p++)
+            for (float *row = work.values + work.first[p] * padded, *end = row + work.count[p] * padded; row < end; row += LANES) store(row, load(row) * weight[p]);
         outer_rows(s.slope + (bh * d * s.k_blocks + j) * d, s.k_blocks * d, work.keys, padded, work.values, padded, d, n, d, false);
     }
 };

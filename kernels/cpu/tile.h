@@ -36,6 +36,19 @@ static inline __attribute__((always_inline)) void for_strips(int64_t columns, Bo
     for (; c < columns; c += LANES) body(c, std::integral_constant<int, 1>{});
 }
 
+// Strips of columns as in `for_strips`, but the last one as wide as what is left.
+template <class Body>
+static inline __attribute__((always_inline)) void for_widths(int64_t columns, Body&& body) {
+    int64_t c = 0;
+    for (; c + STRIP * LANES <= columns; c += STRIP * LANES) body(c, std::integral_constant<int, STRIP>{});
+    int64_t left = (columns - c) / LANES;
+    if constexpr (STRIP > 3)
+        if (left == 3) body(c, std::integral_constant<int, 3>{});
+    if constexpr (STRIP > 2)
+        if (left == 2) body(c, std::integral_constant<int, 2>{});
+    if (left == 1) body(c, std::integral_constant<int, 1>{});
+}
+
 // Computes the vectors of a strip of N that a mask keeps anything of (bits of `live`), by a narrower tile where they are few: calls
 // body(s, count) for vectors [s, s + count), in which all live ones are, and dead(s) for each of the others.
 template <int N, class Body, class Dead>
