@@ -19,7 +19,7 @@ from dit_accel.kernels import capture
 from dit_accel.kernels.triton import calls, fallback, launch
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.launch import Launch
-from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, Machine, Tile
+from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, TOGETHER, Machine, Tile
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attention
@@ -173,7 +173,8 @@ def steps_down(place: Place, machine: Machine) -> list[Tile]:
 def test_every_step_is_smaller_and_the_last_is_refused(kernel: str, arch: str) -> None:
     for windows, lists in ((False, False), (True, False), (False, True)):
         place = replace(ROWS, kernel=kernel, windows=windows, lists=lists)
-        seen = steps_down(place, Machine(arch, 132, {place.key: Tile(128, 128, 8, 4)}))
+        side = 64 if kernel in TOGETHER else 128  # 128 query rows would be those of two blocks
+        seen = steps_down(place, Machine(arch, 132, {place.key: Tile(side, side, 8, 4)}))
         assert 3 <= len(seen) <= 12
         assert len(set(seen)) == len(seen)
         sizes = [(tile.queries + tile.keys) * tile.stages for tile in seen]

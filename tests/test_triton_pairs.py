@@ -1,6 +1,7 @@
 """Two query blocks in one program: the union of their lists, and that results are those of one block in a program."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, oracle, random_parameters
 from on_device import CPU, DEVICE, attention_by, moved
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from dit_accel.kernels.triton import block_pairs, calls, launch
+from dit_accel.kernels.triton import block_pairs, calls, fallback, launch
+from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.launch import Launch
 from dit_accel.kernels.triton.tables import TOGETHER, Machine, Tile
 from dit_accel.kernels.triton.tuples import Paired, constants_of
@@ -187,3 +190,12 @@ def test_calls_whose_blocks_share_nothing_have_one_in_a_program(rows: list[Launc
             attention_by("triton", spec, shape.layout)(shape.inputs(), random_parameters(spec, shape))
     assert together(rows) == [1, 1, 1, 1]
     assert all(one.constants["BQ"] <= 64 for one in rows if one.kernel.__name__ == "attend_rows")
+
+
+def test_a_tile_of_two_blocks_that_does_not_fit_gives_way_to_the_tables() -> None:
+    place = Place("rows_static", 128, torch.bfloat16, 64, 64, pairs=True)
+    machine = Machine("sm_90", 132, {place.key: Tile(128, 64, 8, 2)})
+    assert place.tile(machine) == Tile(128, 64, 8, 2)
+    assert replace(place, pairs=False).tile(machine) == place.tile(Machine("sm_90", 132))
+    refused = TooLargeError(place, OutOfResources(300_000, 232_448, "shared memory"))
+    assert place.tile(fallback.lowered(machine, refused)) == place.tile(Machine("sm_90", 132))
