@@ -41,6 +41,7 @@ PAGES = {  # page -> its tables
     "docs/plans.md": {"plans": TABLES["plans"]},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
+    "docs/models.md": {"composition": TABLES["composition"]},
 }
 CLIP = "a panda moving left on a blue background"
 PANDA = "a panda on a blue background"
@@ -172,6 +173,10 @@ FIGURES: dict[str, Figure] = {
     "plans": Figure(
         ((str(ROOT / "benchmarks" / "plan.py"), "--size", "1024", "--steps", "4", "--work", "work", "--out", "plan.json"),),
         {"plan.json": "benchmarks/plan.json"},
+    ),
+    "composition": Figure(
+        ((str(ROOT / "benchmarks" / "composition.py"), "--size", "512", "--prompts", "1", "--out", "composition.json"),),
+        {"composition.json": "benchmarks/composition.json"},
     ),
     "recovery": Figure(
         (

@@ -241,7 +241,31 @@ def plans(folder: Path) -> str:
     return lines(head, made, record)
 
 
+def composition(folder: Path) -> str:
+    """How close methods are to the original together with other things."""
+    record = read(folder / "composition.json")
+    names = list(record["rows"][0]["methods"])
+
+    def close(found: dict[str, float] | None) -> str:
+        return "equal" if found is None else f"{found['psnr']:.1f}, {found['distance']:.3f}"
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found = row["methods"].get(name)
+        if found is None:
+            return ""
+        return close(found["same"]) + (f", {found['velocity_error']:.3f}" if "velocity_error" in found else "")
+
+    made = []
+    for row in record["rows"]:
+        cached = f" ({row['attention']:.0%} of attention)".replace("%", " %") if row["attention"] < 1 else ""
+        last = close(row["methods"][names[0]]["plain"])
+        made.append([row["name"] + cached, close(row["original"]), *(cell(row, name) for name in names), last])
+    head = ["together with", "the original with it to that without", *names, f"{names[0]} with it to the original without"]
+    return lines(head, made, record)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "composition": composition,
     "short": short,
     "plans": plans,
     "step": step,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dit_accel.planner.planning import plan
     from dit_accel.planner.view import view_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # name -> module; imported on first use, so that `import dit_accel` loads neither diffusers nor triton
 _HOMES = {

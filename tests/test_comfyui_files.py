@@ -34,6 +34,20 @@ def test_a_plan_that_was_made_for_another_model_is_told(tmp_path: Path, caplog: 
     assert not patcher.wrappers
 
 
+def test_a_method_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    """ComfyUI runs a node again when `IS_CHANGED` gives something else; it calls that with the inputs that are not linked."""
+    file = tmp_path / "method.json"
+    inputs = {"method": str(file), "start_percent": 0.0, "end_percent": 1.0, "strict": False}
+    states = [nodes.Accelerate.IS_CHANGED(**inputs)]
+    for radius in (3, 16):
+        dit_accel.Assignment.of(dit_accel.CLEAR(radius)).save(file)
+        states.append(nodes.Accelerate.IS_CHANGED(**inputs))
+        assert nodes.Accelerate.IS_CHANGED(**inputs) == states[-1] == nodes.Plan.IS_CHANGED(file=str(file))
+    assert states[0] == ()
+    assert len(set(states)) == 3
+    assert nodes.Accelerate.IS_CHANGED(**inputs | {"method": "clear:3"}) == ()
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """Made in diffusers, for a FLUX with layers of the stand-in's size; its method's parameters are random."""
@@ -49,6 +63,16 @@ def adapter(tmp_path: Path) -> Path:
         parameter.data.copy_(0.3 * normal(*parameter.shape, seed=n))
     assert len(own) >= 4
     return dit_accel.save_adapter(transformer, tmp_path / "adapter")
+
+
+def test_an_adapter_that_was_saved_anew_is_loaded_anew(adapter: Path) -> None:
+    inputs = {"adapter": f" {adapter}", "lora_strength": 1.0, "strict": True}
+    before = nodes.LoadAdapter.IS_CHANGED(**inputs)
+    assert nodes.LoadAdapter.IS_CHANGED(**inputs) == before != ()
+    weights = adapter / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert nodes.LoadAdapter.IS_CHANGED(**inputs) != before
+    assert nodes.LoadAdapter.IS_CHANGED(adapter="owner/name") == ()
 
 
 def test_an_adapter_brings_its_method_and_parameters(adapter: Path) -> None:

@@ -25,7 +25,10 @@ def figures() -> Any:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in ("choose", "gpu", "measured", "methods", "plans", "video"))])
+WITH_TABLES = ("choose", "gpu", "measured", "methods", "models", "plans", "video")
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}.md" for page in WITH_TABLES)])
 def test_the_pages_tables_are_the_files(figures: Any, name: str) -> None:
     page = (ROOT / name).read_text()
     made = {name: table(ROOT / "benchmarks") for name, table in figures.PAGES[name].items()}

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -264,6 +265,28 @@ def test_what_is_not_used_is_not_imported() -> None:
     assert preset <= {"torch", "numpy"}
     assert "diffusers" in accelerated
     assert LATE & (accelerated | names) == set()
+
+
+def test_the_lowest_versions_that_are_declared_are_those_that_are_tested() -> None:
+    """`.ci/lowest` runs on the pins; torch and triton are the environment's own there."""
+    declared = dict(
+        d.partition(";")[0].split(">=") for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+    pinned = dict(line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if not line.startswith("#"))
+    assert {name: version for name, version in declared.items() if name not in ("torch", "triton")} == {
+        name: short(pinned[name], version) for name, version in declared.items() if name in pinned
+    }
+
+
+def short(pin: str, version: str) -> str:
+    """A pinned version with as many numbers as another, where all further ones are zero."""
+    numbers, count = pin.split("."), len(version.split("."))
+    return ".".join(numbers[:count]) if set(numbers[count:]) <= {"0"} else pin
+
+
+def test_each_version_has_its_changes() -> None:
+    heads = [line.removeprefix("## ") for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert heads[:2] == ["Unreleased", dit_accel.__version__]
 
 
 @pytest.mark.parametrize("name", dit_accel.__all__)

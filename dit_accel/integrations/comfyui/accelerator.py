@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,13 +40,23 @@ FAMILY = Family("comfyui", (), "", lambda arguments, transformer: "", mask="keys
 @dataclass
 class Running:
     """One forward of a model. `options`: ComfyUI's transformer_options; `forward`: None until the transformer begins and where it can't be
-    accelerated; `module`: the one that is running, of those that call the image's attention; `asked`: whether it has called it."""
+    accelerated; `module`: the one that is running, of those that call the image's attention; `asked`: whether it has called it; `masks`:
+    those that were looked at, by what they are, and whether they hide image tokens."""
 
     owner: "Accelerator"
     options: Mapping[str, Any]
     forward: Forward | None = None
     module: str | None = None
     asked: bool = False
+    masks: dict[tuple[Any, ...], tuple[Tensor, bool]] = field(default_factory=dict)
+
+    def hides_image(self, mask: Tensor, image: int) -> bool:
+        """`hides_image` of a mask that each layer is given: once for all of them, as it waits for the device."""
+        version = None if mask.is_inference() else mask._version
+        what = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, version)
+        if what not in self.masks:  # the mask is held, so that no other takes its place in memory
+            self.masks[what] = mask, hides_image(mask, image, True)
+        return self.masks[what][1]
 
 
 _running: ContextVar[Running | None] = ContextVar("running", default=None)
@@ -203,7 +213,7 @@ class Accelerator:
         if special is None and (call.query.shape[1], call.query.shape[3]) != (layer.heads, layer.head_dim):
             special = f"{call.query.shape[1]} heads of {call.query.shape[3]} where {layer.heads} of {layer.head_dim} were expected"
         taken, reason = route(forward, image_only, call.query.shape[2], tokens, call.mask, special)
-        if taken and call.mask is not None and hides_image(call.mask, forward.image, True):
+        if taken and call.mask is not None and running.hides_image(call.mask, forward.image):
             taken, reason = False, "an attention mask over image tokens"
         if not taken:
             if reason is not None:

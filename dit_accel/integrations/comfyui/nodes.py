@@ -20,6 +20,7 @@ START = "The part of the sampling at which the method begins; the original atten
 END = "The part of the sampling at which it ends."
 
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
+Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Accelerate:
@@ -42,6 +43,11 @@ class Accelerate:
             },
             "optional": {"plan": (METHOD, {"tooltip": "From the node Plan; in the place of the method."})},
         }
+
+    @classmethod
+    def IS_CHANGED(cls, method: str = "", **others: Any) -> Stamp:  # noqa: N802
+        """The state of the method's file, so that a file that was written anew is read anew; empty where the method is a text."""
+        return stamp(method) if method.strip().lower().endswith(FILE) else ()
 
     def apply(
         self, model: Any, method: str, start_percent: float, end_percent: float, strict: bool, plan: Assignment | None = None
@@ -72,6 +78,11 @@ class LoadAdapter:
             }
         }  # fmt: skip
 
+    @classmethod
+    def IS_CHANGED(cls, adapter: str = "", **others: Any) -> Stamp:  # noqa: N802
+        """The state of the adapter's files, so that an adapter that was saved anew is loaded anew; empty for one on the hub."""
+        return stamp(adapter)
+
     def apply(self, model: Any, adapter: str, lora_strength: float, strict: bool) -> tuple[Any]:
         """Returns a clone of the model with the adapter. Raises AdapterError where it does not fit."""
         from dit_accel.integrations.comfyui.adapter import read_adapter
@@ -94,10 +105,9 @@ class Plan:
         return {"required": {"file": ("STRING", {"default": "plan.json", "tooltip": "Where the file is."})}}
 
     @classmethod
-    def IS_CHANGED(cls, file: str) -> float:  # noqa: N802
-        """The file's time, so that a file that was written anew is read anew."""
-        path = Path(file)
-        return path.stat().st_mtime if path.is_file() else 0.0
+    def IS_CHANGED(cls, file: str = "") -> Stamp:  # noqa: N802
+        """The state of the file, so that a file that was written anew is read anew."""
+        return stamp(file)
 
     def read(self, file: str) -> tuple[Assignment, str]:
         """Returns the assignment, and what it says. Raises ArgumentError that names the file."""
@@ -111,6 +121,17 @@ def _read(file: str) -> AttentionSpec | Assignment:
 
     found = read_method(file)
     return record.Plan.load(file) if isinstance(found, Assignment) and record.is_plan(file) else found
+
+
+def stamp(place: str) -> Stamp:
+    """Name, time and size of a file, or of each file of a folder; empty where there is none.
+
+    ComfyUI runs a node again when what its `IS_CHANGED` gives differs from the time before.
+    """
+    path = Path(place.strip())
+    files = sorted(path.iterdir()) if place.strip() and path.is_dir() else [path]
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
 
 NODE_CLASS_MAPPINGS = {"DitAccelAccelerate": Accelerate, "DitAccelLoadAdapter": LoadAdapter, "DitAccelPlan": Plan}
