@@ -71,7 +71,8 @@ def measure(item: tuple[Any, ...], tile: str, keep: str, dtype: torch.dtype) -> 
     scale = scale or qkv[0].shape[-1] ** -0.5
     exact, rounded = F.scaled_dot_product_attention(*qkv, scale=scale), [x.to(dtype) for x in qkv]
     specs = {name: spec_of(tile, keep, rest, name == FORMER) for name, rest in {FORMER: Pooled(), **FORMS}.items()}
-    errors, times = {}, {name: list[float]() for name in specs}
+    errors: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in specs}
     for _ in range(4):  # the first makes the plans
         for name, spec in specs.items():
             if name not in errors:

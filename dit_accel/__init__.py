@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
     from dit_accel.operator.attention import attention
     from dit_accel.operator.layout import TokenLayout
+    from dit_accel.parallel.decoding import shared_decoding
     from dit_accel.patch.summary import summary
     from dit_accel.patch.verbs import accelerate, dense, restore
     from dit_accel.pipelines.builtin import builtin_pipeline
     from dit_accel.pipelines.builtin_video import builtin_video_pipeline
-    from dit_accel.pipelines.decoding import shared_decoding
     from dit_accel.pipelines.hires import generate_hires
     from dit_accel.pipelines.video import save_video
     from dit_accel.planner.planning import plan
@@ -55,7 +55,7 @@ _HOMES = {
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
     "save_video": "pipelines.video",
-    "shared_decoding": "pipelines.decoding",
+    "shared_decoding": "parallel.decoding",
     "view_attention": "planner.view",
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import ArgumentError, NotAcceleratedError, UnsupportedModelError
 from dit_accel.files import check_folder
+from dit_accel.parallel.decoding import shared_decoding, shares_tiles
 from dit_accel.parallel.ranks import Ranks
 from dit_accel.patch.anatomy import forward_names
 from dit_accel.patch.modes import proportional
@@ -23,7 +24,6 @@ from dit_accel.patch.state import CONTEXT
 from dit_accel.patch.verbs import dense
 from dit_accel.patch.weights import weights_hash
 from dit_accel.pipelines import family_of, token_pixels
-from dit_accel.pipelines.decoding import shared_decoding, shares_tiles
 from dit_accel.pipelines.hires import forecast as forecasting
 from dit_accel.pipelines.hires import latents as forms
 from dit_accel.pipelines.hires.recipe import Recipe, check_positions, plain, rotary_embedding, rotary_factor
