@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_cli import ROOT
 from test_readme import PAGES, understand
 
@@ -183,3 +184,18 @@ def test_a_kept_folder_continues(figures: Any, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(figures.FIGURES, "long", dataclasses.replace(fails, commands=fails.commands[:1]))
     figures.make("long", tmp_path / "work")
     assert (tmp_path / "n").read_text() == "xx"
+
+
+def test_the_clip_is_kept_at_half_its_size(figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "add_errors", lambda folder: None)
+    (tmp_path / "video").mkdir()
+    first, second = (Image.new("RGB", (64, 32), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "video" / "video.gif", save_all=True, append_images=[second], duration=120, loop=0)
+    figures.finish_video(tmp_path)
+    with Image.open(tmp_path / "video" / "video.gif") as clip:
+        assert (clip.size, clip.n_frames, clip.info["duration"], clip.info["loop"]) == ((32, 16), 2, 120, 0)
+        pixels = []
+        for frame in range(2):
+            clip.seek(frame)
+            pixels.append(clip.convert("RGB").getpixel((5, 5)))
+    assert [max(range(3), key=pixel.__getitem__) for pixel in pixels] == [0, 2]  # red, then blue

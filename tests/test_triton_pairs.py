@@ -85,6 +85,13 @@ def test_odd_shapes(name: str, shape: Shape, rows: list[Launch]) -> None:
     assert together(rows) == [2]
 
 
+@pytest.mark.parametrize("spec", [CLEAR(2, tile=(4, 4)), GNA((1, 5), tile=(4, 4)), Fovea(0.3, tile=(4, 4))], ids=["clear", "gna", "fovea"])
+def test_narrow_blocks_are_one_in_a_program(spec: AttentionSpec, rows: list[Launch]) -> None:
+    """A tile has 16 rows at least, which is no sign of two blocks of 8."""
+    assert_equals_oracle(spec, Shape(1, 1, 24, (1, 2, 15), 5), torch.float32)
+    assert together(rows) == [1]
+
+
 def test_padded_text(rows: list[Launch]) -> None:
     shape = Shape(2, 1, 24, (1, 9, 20), 7)
     assert_equals_oracle(SPECS["fovea"], shape, torch.float16, shape.text_bias())

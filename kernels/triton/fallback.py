@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import BackendError
-from dit_accel.kernels.triton.tables import Machine, Tile, power, tile_for
+from dit_accel.kernels.triton.tables import Machine, Tile, holds_two, tile_for
 
 Key = tuple[str, str, int]  # a machine's tuned tiles are kept under it: kernel, dtype, padded head dimension
 WIDE = 1 << 20  # blocks so wide that they cut no tile
@@ -59,7 +59,7 @@ def lowered(machine: Machine, refused: TooLargeError) -> Machine:
     failed, own = place.tile(machine), place.uncut(machine)
     if place.key in machine.tuned:
         table = replace(machine, tuned={key: tile for key, tile in machine.tuned.items() if key != place.key})
-        if failed.queries > power(place.q_width):  # of two blocks
+        if holds_two(failed, place.q_width):
             return table
         if place.tile(table) == failed:  # the tuned one is of two blocks, which this call can't have, or cut to the same
             own = place.uncut(table)

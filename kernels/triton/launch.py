@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, text_queries
 from dit_accel.kernels.triton import block_means, block_pairs, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
-from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, power
+from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two
 from dit_accel.kernels.triton.tuples import (
     Learned,
     Lists,
@@ -344,11 +344,11 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
             states = whole._replace(state=call.summed(States(state)).state)
     else:
         states = call.summed(states)
-    rows = call.tile("rows").queries
-    together = 2 if rows > power(call.q_width) else 1
+    tile = call.tile("rows")
+    together = 2 if call.pairs and holds_two(tile, call.q_width) else 1
     lists, predicate = call.paired() if together > 1 else (call.lists, call.predicate)
     call.start(
-        forward.attend_rows, "rows", (cdiv(call.q_blocks, together) * cdiv(call.q_width, rows), call.bh), **call.rows(),
+        forward.attend_rows, "rows", (cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries), call.bh), **call.rows(),
         extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=lists, predicate=predicate, pooled=pooled,
         states=states, learned=call.learned, logits=call.logits, width=lists.blocks.shape[-1], flags={"TOGETHER": together},
     )  # fmt: skip

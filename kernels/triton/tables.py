@@ -157,6 +157,11 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def holds_two(tile: Tile, q_width: int) -> bool:
+    """Whether a tile of rows is of two query blocks, of which the widest has so many tokens."""
+    return tile.queries == 128 and power(q_width) == 64
+
+
 def tile_for(
     kernel: str, machine: Machine, head_dim: int, dtype: torch.dtype, q_width: int, k_width: int, *, windows: bool = False,
     lists: bool = False, pairs: bool = False,
@@ -168,7 +173,7 @@ def tile_for(
     own = _listed(kernel, machine.arch, head_dim, dtype, lists)
     tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or own
     if kernel in TOGETHER and tile.queries == 128 and power(q_width) < 128:  # a tile of two blocks, whose warps are too many for one
-        if pairs and power(q_width) == 64:
+        if pairs and holds_two(tile, q_width):
             return replace(tile, keys=min(tile.keys, max(16, power(k_width))))
         tile = own
     queries, keys, warps, stages = tile.queries, tile.keys, tile.warps, tile.stages
