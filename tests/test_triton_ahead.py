@@ -28,7 +28,7 @@ def test_a_tuning_of_one_head_size_is_as_many_compilations_as_said() -> None:
     for head_dim in gpu_tune.HEAD_DIMS:
         work = gpu_tune.work_of(None, [head_dim])
         jobs = gpu_tune_ahead.jobs_of(work, HOPPER, "a target")
-        assert len(jobs) == len(set(jobs)) <= 350
+        assert len(jobs) == len(set(jobs)) <= 400
         assert len(jobs) * 2.6 / 16 + 1.5 * len(jobs) * (0.17 + 0.05) < 200
         assert {(job.work, job.tile) for job in jobs} == {(one, tile) for one in work for tile in gpu_tune.candidates(one, HOPPER)}
 
