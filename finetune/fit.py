@@ -41,6 +41,10 @@ from dit_accel.patch.processor import AcceleratedAttention
 from dit_accel.patch.state import operators_of
 
 STARTED = "start/"  # how the names of the start values begin in a checkpoint
+NOT_KEPT = (
+    "was written by a version that did not keep the start values: no layer is compared with them, so one that is worse for the first stage "
+    "stays so. Begin anew in another output_dir to have them compared"
+)
 START_FORWARDS = 64  # as many are looked at for the start values; parts of one noise range may be absent from the first
 PROBE = 64.0  # added to a projection to read the rest off the output: large, so that a low-precision output rounds the rest and not more
 RIDGE = 0.03  # of the regressors' mean square; built-in model, SLA 10 %, 256 px: held-out error 0.274, at 1e-6 0.301 and at 0.1 0.276
@@ -73,7 +77,7 @@ def fit(run: Distillation, progress: bool) -> None:
         fitter.load(tensors)
         start = len(run.parameter_history)
     began = {name.removeprefix(STARTED): tensor for name, tensor in tensors.items() if name.startswith(STARTED)}
-    start_values = began or values_of(operators)
+    start_values = began if found is not None else values_of(operators)
     run.write_log("parameters.jsonl", run.parameter_history, anew=True)
     steps, shown = range(start, run.parameter_steps), progress and is_main()
     bar = tqdm(steps, initial=start, total=run.parameter_steps, desc="parameters", disable=None if shown else True)
@@ -91,7 +95,10 @@ def fit(run: Distillation, progress: bool) -> None:
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == run.parameter_steps:
             named = {STARTED + name: tensor for name, tensor in start_values.items()}
             checkpoints.save(run, checkpoints.PARAMETERS, step + 1, fitter.tensors() | named)
-    keep_better(run, start_values)
+    if start_values:
+        keep_better(run, start_values)
+    elif is_main():
+        warnings.warn(f"dit_accel: {found} {NOT_KEPT}", stacklevel=2)
 
 
 def _fitter(run: Distillation, operators: Mapping[str, AcceleratedAttention]) -> Fitter:

@@ -1,8 +1,9 @@
 """The original model with the accelerated layers next to it, and which of two states of a layer's parameters is nearer to it."""
 
 import contextlib
+import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dit_accel.patch.state import operators_of
 from dit_accel.patch.verbs import dense
 
 Learn = Callable[[AcceleratedAttention, tuple[Any, ...], Tensor, Tensor], None]
-COMPARED = 16  # held-out forwards, evenly spread, by which the two states of a layer are compared
+COMPARED = 16  # held-out forwards by which the two states of a layer are compared
 
 
 @contextlib.contextmanager
@@ -58,6 +59,17 @@ def values_of(operators: Mapping[str, AcceleratedAttention]) -> dict[str, Tensor
     return {f"{layer}.{name}": p.detach().clone() for layer, op in operators.items() for name, p in op.params.named_parameters()}
 
 
+def compared_positions(run: Distillation) -> list[int]:
+    """Held-out forwards in which the assignment runs a spec, COMPARED of them, drawn by the seed: evenly spread ones could all be of one
+    noise level, as those of 16 runs of 28 forwards each."""
+    positions: Sequence[int] = range(len(run.held_out))
+    if run.patch.context.assignment.of_moments:
+        moments = ((n, run.held_out_moment(n)) for n in positions)
+        positions = [n for n, moment in moments if moment is not None and run.runs_at(moment)]
+    drawn = random.Random(f"{run.config.seed} compared").sample(positions, min(COMPARED, len(positions)))
+    return sorted(drawn)
+
+
 @torch.no_grad()
 def keep_better(run: Distillation, before: Mapping[str, Tensor]) -> list[str]:
     """Give those layers their parameters of before back whose attention was nearer to the original's with them, on held-out forwards, and
@@ -67,28 +79,28 @@ def keep_better(run: Distillation, before: Mapping[str, Tensor]) -> list[str]:
         before: as `values_of` gives them.
     """
     operators = operators_of(run.transformer)
-    errors = {name: torch.zeros(2, dtype=torch.float64, device=run.device) for name in operators}
+    errors = {name: torch.zeros(3, dtype=torch.float64, device=run.device) for name in operators}  # before, after; and of how many calls
 
     def learn(operator: AcceleratedAttention, arguments: tuple[Any, ...], out: Tensor, target: Tensor) -> None:
         with _given(operator, before):
             other = operator.forward(*arguments)
-        errors[operator.name] += torch.stack([relative_error(x, target).double() for x in (other, out)])
+        found = [relative_error(x, target).double() for x in (other, out)]
+        errors[operator.name] += torch.stack([*found, torch.ones_like(found[0])])
 
-    count = len(run.held_out)
-    chosen = sorted({count * i // COMPARED for i in range(COMPARED)})
+    chosen = compared_positions(run)
     for number in share(len(chosen)):
         position = chosen[number]
         with run.replayed(run.held_out_moment(position)), run.autocast(), comparing_with_teacher(run, learn):
             predict(run.transformer, run.held_out[position].arguments)
     totals = dict(zip(errors, summed(list(errors.values())), strict=True))
-    worse = [name for name, (first, last) in totals.items() if not last <= first]
+    worse = [name for name, (first, last, _) in totals.items() if not last <= first]
     for name in worse:
         _set(operators[name], before)
     if worse and is_main():
-        first, last = (float(torch.stack([totals[name][i] for name in worse]).mean()) / len(chosen) for i in (0, 1))
+        first, last = (float(torch.stack([totals[name][i] / totals[name][2] for name in worse]).mean()) for i in (0, 1))
         warnings.warn(
             f"dit_accel: the first stage left {len(worse)} of {len(operators)} layers further from the original's attention on held-out "
-            f"prompts (mean squared error {first:.3g} before, {last:.3g} after); these keep their start values. More prompts, or "
+            f"prompts (squared relative error {first:.3g} before, {last:.3g} after); these keep their start values. More prompts, or "
             "parameter_steps=0, may serve better",
             stacklevel=2,
         )

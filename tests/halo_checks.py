@@ -139,19 +139,24 @@ def halo_training(count: int) -> list[dict[str, Any]]:
     return trained(count, ring, "banded")
 
 
-@check
-def tiles_decoded(count: int) -> dict[str, Any]:
-    """Whether the pixels are those of one process, in how many tiles, and of how many this process ran the decoder."""
+def _tiled_pipeline(count: int, **settings: Any) -> Any:
+    """A transformer that is spread over processes, and an autoencoder in tiles."""
     torch.manual_seed(0)
     vae = D.AutoencoderKL(
         block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, **settings,
     ).eval()  # fmt: skip
     vae.enable_tiling()
     transformer = dit_accel.accelerate(flux(), CLEAR(2.0, tile=(4, 4)))
     ring(transformer, count)
-    pipe, z = SimpleNamespace(vae=vae, transformer=transformer), torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(1))
-    ran: list[int] = []
+    return SimpleNamespace(vae=vae, transformer=transformer)
+
+
+@check
+def tiles_decoded(count: int) -> dict[str, Any]:
+    """Whether the pixels are those of one process, in how many tiles, and of how many this process ran the decoder."""
+    pipe, z = _tiled_pipeline(count), torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(1))
+    vae, ran = pipe.vae, []  # type: tuple[Any, list[int]]
     with torch.no_grad():
         vae.decoder.mid_block.register_forward_hook(lambda *_: ran.append(1))
         expected, tiles = vae.decode(z).sample, len(ran)
@@ -160,6 +165,18 @@ def tiles_decoded(count: int) -> dict[str, Any]:
         own = len(ran) - tiles
         same = same and torch.equal(vae.decode(z).sample, expected)
     return {"same": same, "tiles": tiles, "own": own, "left": [name for name in ("tiled_decode",) if name in vars(vae)]}
+
+
+@check
+def tiles_decoded_under_autocast(count: int) -> bool:
+    """Of float32 latents, FLUX's autoencoder has no convolution before its decoder, whose pixels are of autocast's type."""
+    pipe = _tiled_pipeline(count, use_quant_conv=False, use_post_quant_conv=False)
+    z = torch.randn(1, 4, 13, 13, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = pipe.vae.decode(z).sample
+        with dit_accel.shared_decoding(pipe):
+            found = pipe.vae.decode(z).sample
+    return expected.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
 @check

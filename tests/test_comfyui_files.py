@@ -48,6 +48,16 @@ def test_a_method_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> Non
     assert nodes.Accelerate.IS_CHANGED(**inputs | {"method": "clear:3"}) == ()
 
 
+def test_a_node_whose_file_another_node_names_runs_again() -> None:
+    """ComfyUI gives None for such an input, and runs a node again whose answer is not equal to itself."""
+    linked = {"start_percent": 0.0, "end_percent": 1.0, "strict": False, "model": None, "plan": None}
+    answers = [
+        nodes.Accelerate.IS_CHANGED(method=None, **linked), nodes.Plan.IS_CHANGED(file=None), nodes.LoadAdapter.IS_CHANGED(adapter=None),
+    ]  # fmt: skip
+    assert all(answer != answer for answer in answers)
+    assert nodes.Accelerate.IS_CHANGED(method="clear:3", **linked) == ()
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """Made in diffusers, for a FLUX with layers of the stand-in's size; its method's parameters are random."""

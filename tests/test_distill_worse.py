@@ -2,11 +2,13 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distill_fixtures import PROMPTS, SPECS, fit_stops, learn, perturb, prompt_pipe, same, state
 from helpers import Shape, random_parameters
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_accel import accelerate, attention
@@ -16,7 +18,7 @@ from dit_accel.finetune import teacher
 from dit_accel.patch.state import operators_of, patches_of
 
 STAGE: dict[str, Any] = {"parameter_steps": 4, "train": "parameters", "steps": 1, "learning_rate": 1e-9, "parameter_learning_rate": 1e-9}
-HARM = r"the first stage left {} of 2 layers further from the original's attention on held-out prompts \(mean squared error"
+HARM = r"the first stage left {} of 2 layers further from the original's attention on held-out prompts \(squared relative error"
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,42 @@ def test_a_stage_that_was_killed_gives_the_same_values_back(tmp_path: Path, monk
     with pytest.warns(UserWarning, match=HARM.format(2)):
         learn(pipe, tmp_path, **STAGE | {"checkpoint_every": 1})
     assert all(same(before[name], now) for name, now in started(pipe).items())
+
+
+def test_a_checkpoint_without_start_values_says_that_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As version 0.1.0 wrote them."""
+    spoil(monkeypatch)
+    pipe = student()
+    with fit_stops(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
+        learn(pipe, tmp_path, **STAGE | {"checkpoint_every": 1})
+    for file in tmp_path.glob("parameters-*/state.safetensors"):
+        save_file({name: x for name, x in load_file(file).items() if not name.startswith(fitting.STARTED)}, file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn(pipe, tmp_path, **STAGE | {"checkpoint_every": 1})
+    ours = [str(w.message) for w in caught if str(w.message).startswith("dit_accel:")]
+    assert len(ours) == 1
+    assert "did not keep the start values: no layer is compared" in ours[0]
+
+
+def test_forwards_of_all_noise_levels_are_compared() -> None:
+    """Also where there are as many runs as are compared: forwards at even distances would be the first of each."""
+    context = SimpleNamespace(assignment=SimpleNamespace(of_moments=False))
+    for steps in (8, 28):
+        run: Any = SimpleNamespace(held_out=range(16 * steps), config=SimpleNamespace(seed=0), patch=SimpleNamespace(context=context))
+        chosen = teacher.compared_positions(run)
+        assert len(set(chosen)) == teacher.COMPARED
+        assert len({position % steps for position in chosen}) >= 6
+        assert teacher.compared_positions(run) == chosen
+    run.held_out = range(3)
+    assert teacher.compared_positions(run) == [0, 1, 2]
+
+
+def test_forwards_that_run_no_spec_are_not_compared() -> None:
+    context = SimpleNamespace(assignment=SimpleNamespace(of_moments=True))
+    run: Any = SimpleNamespace(held_out=range(80), config=SimpleNamespace(seed=0), patch=SimpleNamespace(context=context))
+    run.held_out_moment, run.runs_at = lambda position: position % 8, lambda moment: moment == 5
+    assert teacher.compared_positions(run) == list(range(5, 80, 8))
 
 
 @pytest.fixture

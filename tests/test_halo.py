@@ -37,7 +37,7 @@ IN_FOUR = [
     "halo_flux_text_77", "halo_flux_pooled", "halo_flux_of_many_specs", "halo_wan_clip", "halo_wan_ragged", "halo_bytes",
     "halo_far_is_not_read",
 ]  # fmt: skip
-IN_TWO = [*ONE_PASS, "halo_pipelines", "halo_original", "halo_bytes", "halo_training", "tiles_decoded"]
+IN_TWO = [*ONE_PASS, "halo_pipelines", "halo_original", "halo_bytes", "halo_training", "tiles_decoded", "tiles_decoded_under_autocast"]
 
 
 def found(folder: Path, count: int, names: list[str]) -> list[dict[str, Any]]:
@@ -121,6 +121,35 @@ def test_tiles_are_decoded_by_one_process_each(two: list[dict[str, Any]]) -> Non
     assert all(share["same"] and not share["left"] for share in shares)
     assert sum(share["own"] for share in shares) == shares[0]["tiles"] > 4
     assert abs(shares[0]["own"] - shares[1]["own"]) <= 1
+
+
+def test_tiles_under_autocast_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    assert [result["tiles_decoded_under_autocast"] for result in two] == [True, True]
+
+
+def test_decoding_within_decoding_and_a_function_of_ones_own_are_left_alone() -> None:
+    """`generate_hires` shares the decoding by itself, also within a user's own block."""
+    vae = D.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipe = SimpleNamespace(transformer=SimpleNamespace(_parallel_config=spread()), vae=vae)
+
+    def own(z: Any, return_dict: bool = True) -> Any:
+        return z
+
+    vae.tiled_decode = own
+    with dit_accel.shared_decoding(pipe):
+        outer = vae.tiled_decode
+        assert outer is not own
+        with dit_accel.shared_decoding(pipe):
+            assert vae.tiled_decode is outer
+        assert vae.tiled_decode is outer
+    assert vae.tiled_decode is own
+    with pytest.raises(RuntimeError, match="lost"), dit_accel.shared_decoding(pipe):
+        raise RuntimeError("lost")
+    assert vae.tiled_decode is own
+    del vae.tiled_decode
+    with dit_accel.shared_decoding(pipe):
+        pass
+    assert "tiled_decode" not in vars(vae)
 
 
 def test_an_autoencoder_of_other_tiles_is_refused() -> None:

@@ -273,6 +273,27 @@ def test_no_uninitialised_memory_is_read_and_again_is_the_same_to_the_bit(made: 
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_head_of_nan_leaves_the_others_alone(parts: int, dtype: torch.dtype) -> None:
+    """A thread has the units that each head sees in one place, where the longer lists of the first left theirs."""
+    plan, a = problem((1, 24, 20), 5, 64, parts, dtype)
+    a = on_lists(plan, a, parts)
+    assert a.pool_counts is not None
+    assert a.pooled_k is not None
+    a.pool_counts[:, 1] -= 4
+    poisoned = a.pooled_k.clone()
+    poisoned[:, 0] = math.nan
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, with_nan = computed(a, "cpu"), computed(a._replace(pooled_k=poisoned), "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert with_nan[0][:, 0].isnan().any()
+    assert all(torch.equal(x[:, 1], y[:, 1]) for x, y in zip(whole, with_nan, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")
 def test_slopes_past_the_end_of_float16() -> None:

@@ -22,10 +22,10 @@ def shared_decoding(pipe: Any) -> Iterator[None]:
 
     The autoencoder must work in tiles (`pipe.vae.enable_tiling()`): what is not in tiles, or requires a gradient, is decoded
     by each process as ever. Every process must call the pipeline alike. The pixels are those of one process. Raises UnsupportedModelError
-    for an autoencoder whose tiles depend on each other or are unknown.
+    for an autoencoder whose tiles depend on each other or are unknown. Within another such block it changes nothing.
     """
     ranks = Ranks.of(getattr(pipe.transformer, "_parallel_config", None))
-    if ranks is None:
+    if ranks is None or isinstance(getattr(pipe.vae, "tiled_decode", None), _Shared):
         yield
         return
     vae = pipe.vae
@@ -34,11 +34,21 @@ def shared_decoding(pipe: Any) -> Iterator[None]:
             f"the tiles of {type(vae).__name__} can't be decoded by several processes: leave shared_decoding out, and each decodes all; "
             f"it knows {' and '.join(CLASSES)}"
         )
-    vae.tiled_decode = _Shared(vae, vae.tiled_decode, ranks)
+    with _replaced(vae, "tiled_decode", _Shared(vae, vae.tiled_decode, ranks)):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A function in the place of a module's, its class's or its own as that of an offloaded model, for the length of a `with` block."""
+    own = vars(module)
+    before = {name: own[name]} if name in own else {}
+    own[name] = function
     try:
         yield
     finally:
-        del vae.tiled_decode
+        del own[name]
+        own.update(before)
 
 
 def shares_tiles(vae: Any) -> bool:
@@ -62,15 +72,16 @@ class _Shared:
             tiles.append(tile)
             return self._empty(tile)
 
-        with self._decoding_by(cut):
+        with _replaced(self.vae.decoder, "forward", cut):
             self.original(z)
         decoded = [self.vae.decoder(x) if self._owner(n) == self.ranks.rank else self._empty(x) for n, x in enumerate(tiles)]
+        dtype = self.ranks.agreed(lambda: decoded[0].dtype)  # under autocast not that of a tile, and all have room of one size
         for number, pixels in enumerate(decoded):
             owner = dist.get_global_rank(self.ranks.group, self._owner(number))
-            decoded[number] = pixels = pixels.contiguous()
+            decoded[number] = pixels = pixels.to(dtype).contiguous()
             dist.broadcast(pixels, owner, group=self.ranks.group)
         remaining = iter(decoded)
-        with self._decoding_by(lambda tile: next(remaining)):
+        with _replaced(self.vae.decoder, "forward", lambda tile: next(remaining)):
             return self.original(z, return_dict=return_dict)
 
     def _owner(self, number: int) -> int:
@@ -81,14 +92,3 @@ class _Shared:
         config = self.vae.config
         times = 2 ** (len(config.block_out_channels) - 1)
         return tile.new_zeros(tile.shape[0], config.out_channels, tile.shape[2] * times, tile.shape[3] * times)
-
-    @contextlib.contextmanager
-    def _decoding_by(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        own = vars(self.vae.decoder)
-        before = own.get("forward")  # where it is not the class's, as that of offloaded models is not
-        own["forward"] = function
-        try:
-            yield
-        finally:
-            del own["forward"]
-            own.update({} if before is None else {"forward": before})

@@ -126,7 +126,7 @@ struct Pool {
     }
 
     // Add all pooled keys to a softmax, SPAN chunks at a time; `squares` [rows, padded]: its scaled queries squared; `terms`: space for
-    // ROWS × POOL. What the biases of -inf past the last pooled key leave out needs no mask.
+    // ROWS × POOL.
     void visit(Softmax& softmax, int64_t queries, const float* squares, const float* bias, float* terms) const {
         for (int64_t first = 0; first < chunks; first += SPAN) {
             int64_t end = std::min(first + SPAN, chunks);
@@ -146,7 +146,8 @@ struct Pool {
     // ROWS rows of logits of a chunk, from column `at` of the scores on.
     void logits(Softmax& softmax, V (&best)[ROWS], int64_t r0, int64_t chunk, int64_t at, const float* bias, const float* terms) const {
         const Block<float> block{mean_t + chunk * POOL * g.channels, POOL, nullptr, 0};
-        for_widths(round_up(keys(chunk), LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
+        const int64_t n = keys(chunk);
+        for_widths(round_up(n, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
             V x[ROWS][strip.value];
             softmax.logits<strip.value>(x, r0, block, c);
             for (int r = 0; r < ROWS; r++)
@@ -155,6 +156,8 @@ struct Pool {
                     V logits = x[r][s];
                     if (g.p.variance) logits += load(terms + r * POOL + column);
                     logits += load(bias + chunk * POOL + column);
+                    // past the last one lies what a longer list left: a bias of -inf would not take a NaN out
+                    if (column + LANES > n) logits = select(LANE < all(int32_t(n - column)), logits, all(-INFINITY));
                     best[r] = max(best[r], logits);
                     store(softmax.score + r * softmax.width + at + column, logits);
                 }

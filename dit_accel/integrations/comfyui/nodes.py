@@ -4,6 +4,7 @@ ComfyUI imports this at its start: nothing of diffusers is imported before a nod
 given. Names of nodes and of their inputs are saved in users' workflows, so they stay.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ END = "The part of the sampling at which it ends."
 
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 Stamp = tuple[tuple[str, int, int], ...]
+UNKNOWN = math.nan  # equal to nothing: ComfyUI runs the node again
 
 
 class Accelerate:
@@ -45,9 +47,9 @@ class Accelerate:
         }
 
     @classmethod
-    def IS_CHANGED(cls, method: str = "", **others: Any) -> Stamp:  # noqa: N802
+    def IS_CHANGED(cls, method: str | None = "", **others: Any) -> Stamp | float:  # noqa: N802
         """The state of the method's file, so that a file that was written anew is read anew; empty where the method is a text."""
-        return stamp(method) if method.strip().lower().endswith(FILE) else ()
+        return () if method is not None and not method.strip().lower().endswith(FILE) else stamp(method)
 
     def apply(
         self, model: Any, method: str, start_percent: float, end_percent: float, strict: bool, plan: Assignment | None = None
@@ -79,7 +81,7 @@ class LoadAdapter:
         }  # fmt: skip
 
     @classmethod
-    def IS_CHANGED(cls, adapter: str = "", **others: Any) -> Stamp:  # noqa: N802
+    def IS_CHANGED(cls, adapter: str | None = "", **others: Any) -> Stamp | float:  # noqa: N802
         """The state of the adapter's files, so that an adapter that was saved anew is loaded anew; empty for one on the hub."""
         return stamp(adapter)
 
@@ -105,7 +107,7 @@ class Plan:
         return {"required": {"file": ("STRING", {"default": "plan.json", "tooltip": "Where the file is."})}}
 
     @classmethod
-    def IS_CHANGED(cls, file: str = "") -> Stamp:  # noqa: N802
+    def IS_CHANGED(cls, file: str | None = "") -> Stamp | float:  # noqa: N802
         """The state of the file, so that a file that was written anew is read anew."""
         return stamp(file)
 
@@ -123,11 +125,14 @@ def _read(file: str) -> AttentionSpec | Assignment:
     return record.Plan.load(file) if isinstance(found, Assignment) and record.is_plan(file) else found
 
 
-def stamp(place: str) -> Stamp:
+def stamp(place: str | None) -> Stamp | float:
     """Name, time and size of a file, or of each file of a folder; empty where there is none.
 
-    ComfyUI runs a node again when what its `IS_CHANGED` gives differs from the time before.
+    ComfyUI runs a node again when what its `IS_CHANGED` gives differs from the time before. It gives None for an input that another node
+    makes, whose value it knows later: UNKNOWN then.
     """
+    if place is None:
+        return UNKNOWN
     path = Path(place.strip())
     files = sorted(path.iterdir()) if place.strip() and path.is_dir() else [path]
     states = [(file.name, file.stat()) for file in files if file.is_file()]
