@@ -127,7 +127,7 @@ def _distill(run: Distillation, progress: bool) -> DistillResult:
 def _warn_if_worse(run: Distillation) -> None:
     """Say so where the second stage left the held-out error larger than it began."""
     before, after = run.error_before if run.error_fitted is None else run.error_fitted, run.history[-1]["held_out_error"]
-    if after > before and is_main():
+    if not after <= before and is_main():
         warnings.warn(
             f"dit_accel: the training made the held-out error larger, {before:.4g} before and {after:.4g} after {run.config.steps} steps. "
             f"Begin anew with a learning_rate below {run.config.learning_rate:g}, or with more prompts; a method that is as close as this "
