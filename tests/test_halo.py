@@ -1,7 +1,5 @@
 """One sequence in bands over several processes, with a halo: 2 and 4 of them over gloo equal one, and what is sent is what is counted."""
 
-import json
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +10,16 @@ import torch
 from conftest import tiny_transformer
 from diffusers.models._modeling_parallel import ParallelConfig
 from distill_fixtures import PROMPTS, prompt_pipe, quick, same, state
-from forked import start
 from halo_checks import PIPELINES
 from parallel_checks import TRAINING, TRAINING_CALL
 from safetensors.torch import load_file
-from test_distill_processes import close, launch
+from several import assert_one_lost_ends_the_other, found
+from test_distill_processes import close
 
 import dit_accel
 from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule, distill
 from dit_accel.errors import ArgumentError, UnsupportedModelError
 
-CHILD = """
-import sys
-from pathlib import Path
-import halo_checks
-from parallel_checks import run_all
-run_all(Path(sys.argv[1]), {names})
-"""
 ONE_PASS = [
     "halo_flux_text_0", "halo_flux_text_77", "halo_flux_pooled", "halo_flux_text_512_two_sizes_lora", "halo_flux_windows",
     "halo_flux_of_many_specs", "halo_wan_clip", "halo_wan_ragged", "halo_chronoedit",
@@ -40,17 +31,6 @@ IN_FOUR = [
 IN_TWO = [*ONE_PASS, "halo_pipelines", "halo_original", "halo_bytes", "halo_training", "tiles_decoded", "tiles_decoded_under_autocast"]
 
 
-def found(folder: Path, count: int, names: list[str]) -> list[dict[str, Any]]:
-    """What each of so many processes found."""
-    launch(folder, count, CHILD.format(names=names))
-    results = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(count)]
-    for result in results:
-        failed = [value for value in result.values() if isinstance(value, str)]
-        assert failed == [], failed[0]
-        assert list(result) == names
-    return results
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("two")
@@ -58,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    return found(folder, 2, IN_TWO)
+    return found(folder, 2, IN_TWO, "halo_checks")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found(tmp_path_factory.mktemp("four"), 4, IN_FOUR)
+    return found(tmp_path_factory.mktemp("four"), 4, IN_FOUR, "halo_checks")
 
 
 def assert_as_one(name: str, results: list[dict[str, Any]]) -> None:
@@ -255,15 +235,4 @@ except RuntimeError as error:
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_process_that_is_lost_ends_the_others(how: str, tmp_path: Path) -> None:
     """With an error, at the latest when the process group's timeout is over."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [start(DYING, tmp_path, shared | {"RANK": str(rank)}, tmp_path / f"stderr-{rank}", how) for rank in (0, 1)]
-    try:
-        children[0].join(120)
-        assert children[0].exitcode == 1, (tmp_path / "stderr-0").read_text()[-3000:]
-        assert (tmp_path / "error").read_text()
-    finally:
-        for child in children:
-            child.kill()
+    assert_one_lost_ends_the_other(DYING, how, tmp_path)

@@ -1,6 +1,5 @@
 """One sequence over several processes: 2 and 4 of them over gloo equal one, forward and backward, and what can't be shared is refused."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +9,10 @@ import pytest
 import torch
 from conftest import tiny_transformer
 from distill_fixtures import PROMPTS, prompt_pipe, quick, same, state
-from forked import start
 from parallel_checks import CHECKS, PIPELINES, TRAINING, TRAINING_CALL
 from safetensors.torch import load_file
-from test_distill_processes import close, launch
+from several import assert_one_lost_ends_the_other, found
+from test_distill_processes import close
 from test_families import SPARSE, Tiny
 
 import dit_accel
@@ -29,27 +28,10 @@ from dit_accel.parallel.balance import balanced, heads_of_ranks
 from dit_accel.patch.sharing import BROKEN
 from dit_accel.pipelines import UNSUPPORTED
 
-CHILD = """
-import sys
-from pathlib import Path
-from parallel_checks import run_all
-run_all(Path(sys.argv[1]), {names})
-"""
 IN_FOUR = ["flux_text_77", "flux_of_many_specs", "wan_ragged"]
 ONE_PASS = [
     "flux_text_0", "flux_text_77", "flux_text_512_two_sizes_lora", "flux_of_many_specs", "wan_clip", "wan_ragged", "chronoedit",
 ]  # fmt: skip
-
-
-def found(folder: Path, count: int, names: list[str]) -> list[dict[str, Any]]:
-    """What each of so many processes found."""
-    launch(folder, count, CHILD.format(names=names))
-    results = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(count)]
-    for result in results:
-        failed = [value for value in result.values() if isinstance(value, str)]
-        assert failed == [], failed[0]
-        assert list(result) == names
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +186,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_process_that_is_lost_ends_the_others(how: str, tmp_path: Path) -> None:
     """With an error, at the latest when the process group's timeout is over."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [start(DYING, tmp_path, shared | {"RANK": str(rank)}, tmp_path / f"stderr-{rank}", how) for rank in (0, 1)]
-    try:
-        children[0].join(120)
-        assert children[0].exitcode == 1, (tmp_path / "stderr-0").read_text()[-3000:]
-        assert (tmp_path / "error").read_text()
-    finally:
-        for child in children:
-            child.kill()
+    assert_one_lost_ends_the_other(DYING, how, tmp_path)
 
 
 # What is refused, before anything is changed

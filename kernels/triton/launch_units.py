@@ -13,15 +13,10 @@ from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.grouping import MEMBERS, GroupingArguments, Units, levels_of, new_units
 from dit_accel.kernels.triton import block_parts, seen_units
 from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, precision_of, tf32_allowed
-from dit_accel.kernels.triton.tables import Machine
+from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import Elements, Groups, Joined, constants_of
 
 LANES = 256  # entries of a list, or units, that a warp holds
-
-
-def power(n: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (n - 1).bit_length()
 
 
 def rows_at_once(padded: int, arch: str, *, wide: bool = False) -> int:
