@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {  # page -> its tables
     "README.md": {"short": TABLES["short"]},
     "docs/measured.md": {
-        name: TABLES[name] for name in ("step", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
+        name: TABLES[name]
+        for name in ("step", "step-bfloat16", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
     },
     "docs/choose.md": {"choose": choose},
     "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu")},
@@ -44,10 +45,12 @@ PAGES = {  # page -> its tables
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
     "docs/models.md": {"composition": TABLES["composition"]},
+    "docs/parallel.md": {"parallel": TABLES["parallel"]},
 }
 CLIP = "a panda moving left on a blue background"
 PANDA = "a panda on a blue background"
 GHOST = "a ghost on a green background"
+STEPPED = "--method fovea --method fovea:radius=8 --method clear:8 --method sla:0.1"
 LEARN = (  # from clips of the model's own
     "distill --prompts clips.txt --held-out held-out.txt --frames 17 --size 512x512 --sampling-steps 4 --guidance 3 "
     "--max-sequence-length 24 --train attention --optimizer muon"
@@ -161,11 +164,14 @@ def recovery(options: str) -> tuple[str, ...]:
 
 FIGURES: dict[str, Figure] = {
     "step": Figure(
-        (words(
-            "bench step --size 512x512 --size 1024x1024 --size 2048x2048 --size 4096x4096 --method fovea --method fovea:radius=8 "
-            "--method clear:8 --method sla:0.1 --out step.json"
-        ),),
-        {"step.json": "benchmarks/step.json"},
+        (
+            words(f"bench step --size 512x512 --size 1024x1024 --size 2048x2048 --size 4096x4096 {STEPPED} --out step.json"),
+            words(f"bench step --dtype bfloat16 --size 1024x1024 --size 2048x2048 {STEPPED} --out step-bfloat16.json"),
+        ),
+        {name: f"benchmarks/{name}" for name in ("step.json", "step-bfloat16.json")},
+    ),
+    "parallel": Figure(
+        ((str(ROOT / "benchmarks" / "parallel.py"), "--out", "parallel.json"),), {"parallel.json": "benchmarks/parallel.json"}
     ),
     "kernels": Figure(
         (words("bench kernels --repeats 3 --out kernels.json"),), {"kernels.json": "benchmarks/kernels.json"}, target="avx512bf16"

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from diffusers import ContextParallelConfig, FluxTransformer2DModel
 
 import dit_accel
+from dit_accel.measure.timing import machine
 
 METHODS = {"clear:8": dit_accel.CLEAR(8), "fovea:radius=8": dit_accel.Fovea(radius=8), "fovea:0.05": dit_accel.Fovea(0.05)}
 TEXT = 64
@@ -112,7 +113,7 @@ def work(rank: int, count: int, port: int, sides: list[int], rounds: int, out: s
         if rank == 0:
             print(json.dumps(row), flush=True)
     if rank == 0 and out:
-        Path(out).write_text(json.dumps({"torch": torch.__version__, "processes": count, "rows": rows}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"machine": machine(), "processes": count, "rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ COMBINED = {  # a method of recovery.json -> its name in the table of methods of
     "clear:6,tile=4x4": "CLEAR radius 6, tiles of 4×4",
     "clear-pooled.json": "discs of radius 5, whole tiles of 4×4, pooled keys",
 }  # fmt: skip
+PARALLEL = {"clear:8": "CLEAR radius 8", "fovea:radius=8": "Fovea radius 8", "fovea:0.05": "Fovea 5 %"}
 TRAINED = {"fovea:0.05": "Fovea 5 %", "clear:8": "CLEAR radius 8", "sla:0.05": "SLA 5 %"}
 
 
@@ -68,9 +69,9 @@ def times(value: float, places: int) -> str:
     return f"{value:.{places if value < 9.95 else 0}f}×"
 
 
-def step(folder: Path) -> str:
+def step(folder: Path, file: str = "step.json") -> str:
     """Seconds of a step by method and size, and attention's share."""
-    rows = read(folder / "step.json")["rows"]
+    rows = read(folder / file)["rows"]
     sizes = list(dict.fromkeys(tuple(row["size"]) for row in rows))
     first = {tuple(row["size"]): row for row in rows}
 
@@ -88,7 +89,7 @@ def step(folder: Path) -> str:
         if not any(row["method"] == spec for row in rows):
             continue
         made.append([name, *(cell(next(r for r in rows if r["method"] == spec and tuple(r["size"]) == size)) for size in sizes)])
-    return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made, read(folder / "step.json"))
+    return lines(["step", *(f"{width}×{height}" for height, width in sizes)], made, read(folder / file))
 
 
 def kernels(folder: Path, file: str = "kernels.json", dtype: str | None = None) -> str:
@@ -264,11 +265,28 @@ def composition(folder: Path) -> str:
     return lines(head, made, record)
 
 
+def parallel(folder: Path) -> str:
+    """Wall time of two processes and of one, and what one of the two sends."""
+    record, ways = read(folder / "parallel.json"), ("ulysses", "ring")
+    made = []
+    for row in record["rows"]:
+        alone, cells = row["alone"]["seconds"], [f"{row['tokens']:,}", seconds(row["alone"]["seconds"])]
+        for way in ways:
+            taken = row.get(way)
+            cells.append(
+                "-" if taken is None else f"{seconds(taken['seconds'])} ({alone / taken['seconds']:.2f}×), {taken['megabytes']:.0f} MB"
+            )
+        made.append([PARALLEL[row["method"]], *cells])
+    return lines(["method", "tokens", "one process", "two, ulysses_degree", "two, ring_degree"], made, record)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "parallel": parallel,
     "composition": composition,
     "short": short,
     "plans": plans,
     "step": step,
+    "step-bfloat16": functools.partial(step, file="step-bfloat16.json"),
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
     "gpu": gpu,
