@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel import AttentionSpec, DistillConfig, TokenLayout
-from dit_accel.finetune import fit as first_stage
+from dit_accel.finetune import teacher
 from dit_accel.finetune.data.collect import Forward, collect
 from dit_accel.finetune.distill import distill
 from dit_accel.finetune.velocity import velocity_errors
@@ -219,7 +219,7 @@ class Remembered:
     """The original attention's outputs in the first stage, by their inputs: they are the same for every spec, and most of its time."""
 
     def __init__(self) -> None:
-        self.compute, self.found = first_stage._original, {}  # type: ignore[var-annotated]
+        self.compute, self.found = teacher._original, {}  # type: ignore[var-annotated]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
         given = (*(float(x.double().abs().sum()) for x in (query, key, value)), scale)
@@ -273,7 +273,7 @@ def main() -> None:
     todo = {name: spec for name, spec in specs.items() if "--fit" in sys.argv and learned(spec) and (name, True) not in done}
     if not todo:
         return
-    first_stage._original, captures = Remembered(), captures_of(pipe, forwards)
+    teacher._original, captures = Remembered(), captures_of(pipe, forwards)
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder))
         for name, spec in todo.items():

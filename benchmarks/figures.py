@@ -33,7 +33,7 @@ from dit_accel.method import DiscBlocks, Mass, Pooled, Raster, Tiles, TopK
 from dit_accel.operator.cost import multiply_adds
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {  # page -> its tables
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {  # page -> its tables
     "README.md": {"short": TABLES["short"]},
     "docs/measured.md": {
         name: TABLES[name]

@@ -51,6 +51,7 @@ def video_forwards(levels: int = 2) -> tuple[Any, list[Forward]]:
 def random_forwards(name: str, head_dim: int) -> tuple[Any, list[Forward]]:
     """A tiny random transformer of the tests with larger heads and larger weights, so that its logits spread, and one forward of it."""
     sys.path.insert(0, str(TESTS))
+    import conftest
     import test_families
 
     tiny = test_families.Tiny(name)
@@ -61,7 +62,7 @@ def random_forwards(name: str, head_dim: int) -> tuple[Any, list[Forward]]:
         config |= {"caption_projection_dim": 4 * head_dim, "pos_embed_max_size": 64}
     torch.manual_seed(0)
     transformer = type(tiny.pipe.transformer).from_config(config).eval()
-    test_families.fill_randomly(transformer, scale=0.1)
+    conftest.fill_randomly(transformer, scale=0.1)
     tiny.pipe.transformer = transformer
     size = {"flux": 128, "sd3": 128, "wan": 512}[name]
     if name == "wan":

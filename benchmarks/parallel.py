@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from diffusers import ContextParallelConfig, FluxTransformer2DModel
+from torch.multiprocessing.spawn import spawn
 
 import dit_accel
 from dit_accel.measure.timing import machine
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    mp.spawn(work, (2, number, given.sides, given.rounds, given.out), nprocs=2)
+    spawn(work, (2, number, given.sides, given.rounds, given.out), nprocs=2)
