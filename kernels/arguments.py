@@ -32,6 +32,7 @@ Rows = Annotated[Tensor, Mark(differentiable=True, strided=True)]  # `[B, H, N, 
 ChosenFrom = Annotated[Tensor, Mark(strided=True)]
 Learned = Annotated[Tensor | None, Mark(differentiable=True)]  # contiguous: a gradient is float32
 OnGpu = Annotated[Tensor | None, Mark(gpu=True)]
+Narrow = Annotated[bool, Mark(gpu=True)]  # whether a matrix product may round its operands to TF32, as where the tokens have 16 bits
 Rest = Annotated[str, Mark(choices=RESTS)]
 Feature = Annotated[str, Mark(choices=FEATURES)]
 
@@ -174,13 +175,14 @@ class Summaries(NamedTuple):
 
 
 class MixtureArguments(NamedTuple):
-    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name. Float32, contiguous and differentiable.
+    """The arguments of `dit_accel::mix_slopes`, but for the implementation's name. The tensors are float32, contiguous and differentiable.
 
-    `weight` `[B, H, n, T]`: of each of T units in each of n mixtures; `slope` `[B, H, D, T, D]`: as in `Summaries`.
+    `weight` `[B, H, n, T]`: of each of T units in each of n mixtures; `slope` `[B, H, D, T, D]`: as in `Summaries`. `narrow`: see `Narrow`.
     """
 
     weight: Tensor
     slope: Tensor
+    narrow: Narrow = False
 
 
 class Declared(NamedTuple):
@@ -251,10 +253,14 @@ class Transport:
 def _number(d: Declared, value: Any) -> Any:
     """An argument among the numbers. Raises ValueError at an unknown choice."""
     if d.mark.choices:
-        if value not in d.mark.choices:
-            raise ValueError(f"{d.name} must be one of {d.mark.choices}, not {value!r}")
+        _check_choice(d.name, value, d.mark.choices)
         return d.mark.choices.index(value)
     return -1 if value is None else int(value) if d.kind is bool else value
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
 
 
 ATTENTION = Transport(Arguments)
@@ -277,7 +283,9 @@ def in_order(gradients: Mapping[str, Tensor | None], a: Arguments) -> list[Tenso
 
 
 def check(a: Arguments) -> None:
-    """Raise ValueError at arguments that do not fit each other: a kernel would read what is not there."""
+    """Raise ValueError at arguments that do not fit each other, as a kernel would read what is not there, and at an unknown choice."""
+    for name, choices in (("rest", RESTS), ("feature_map", FEATURES)):
+        _check_choice(name, getattr(a, name), choices)
     _check_numbers(a)
     _check_pooled(a)
     _check_made(a)

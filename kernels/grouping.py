@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import SPAN, Mark, Transport
+from dit_accel.kernels.arguments import SPAN, Mark, Narrow, Transport
 
 MEMBERS = 4  # of a group
 
@@ -19,7 +19,8 @@ class GroupingArguments(NamedTuple):
     None for `slope` where no slopes are made, for `metric` where there is one part. `lists` `[q blocks, n]`, or with a leading B·H, and
     `counts`, int32: the key blocks that each query block keeps. `place` `[k blocks]` int32: the slot of each. `q_starts` `[q blocks + 1]`
     int32. `roots`: slots of the last level; `opened`: units of each level that are opened by their score, in addition to those in which
-    something is kept. `scale`, `cap`, `score_cap`, `log_count`: as in `SummaryArguments`.
+    something is kept. `scale`, `cap`, `score_cap`, `log_count`: as in `SummaryArguments`; `narrow`: of the mixtures
+    of slopes, see `Narrow`.
     """
 
     q_mean: Given
@@ -42,6 +43,7 @@ class GroupingArguments(NamedTuple):
     cap: float
     score_cap: float
     log_count: bool
+    narrow: Narrow = False
 
 
 class Units(NamedTuple):

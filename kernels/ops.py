@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dit_accel.kernels.arguments import (
     ATTENTION,
@@ -41,24 +42,50 @@ from dit_accel.kernels.grouping import (
 )
 
 
+def unwatched(x: Tensor) -> bool:
+    """Whether an operator on `x` is its implementation and nothing else: no gradient is recorded, and nothing compiles, traces, transforms,
+    counts or profiles it. To ask torch takes the processor longer than a launch, in every layer and step."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or is_in_torch_dispatch_mode()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, Nq]`, float32 and natural."""
+    if unwatched(a.q):
+        out, lse = _implementation(implementation).attend(a)
+        return out, lse
     out, lse = attention_op(implementation, *ATTENTION.pack(a))
     return out, lse
 
 
 def select_blocks(a: SelectionArguments, implementation: str) -> Chosen:
     """The `top` best key blocks of each query block, ascending. Not differentiated."""
+    if unwatched(a.q):
+        chosen: Chosen = _implementation(implementation).select_blocks(a)
+        return chosen
     return Chosen(*select_blocks_op(implementation, *SELECTION.pack(a)))
 
 
 def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
     """Means, scores, pooled keys and slopes of blocks. Differentiable in q, k and v, but not through the choice of parts."""
+    if unwatched(a.k):
+        made: Summaries = _implementation(implementation).summarize_blocks(a)
+        return made
     return Summaries(*summarize_blocks_op(implementation, *SUMMARY.pack(a)))
 
 
 def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
     """The mixtures Σ_J weight[., J] · slope_J `[B, H, n, D of k, D of v]`. Differentiable in both."""
+    if unwatched(a.slope):
+        mixed: Tensor = _implementation(implementation).mix_slopes(a)
+        return mixed
     slopes: Tensor = mix_slopes_op(implementation, *MIXTURE.pack(a))
     return slopes
 
@@ -68,6 +95,9 @@ def group_units(a: GroupingArguments, implementation: str) -> Units:
 
     Differentiable in q_mean, pooled_k, pooled_v, slope, second and spread, but not through the choices of parts and of what is opened.
     """
+    if unwatched(a.q_mean):
+        units: Units = _implementation(implementation).group_units(a)
+        return units
     return Units(*group_units_op(implementation, *GROUPING.pack(a)))
 
 
@@ -154,7 +184,7 @@ def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
 
 
 GRADIENTS_OF_SUMMARIES = ("q_mean", "pooled_k", "pooled_v", "pooled_bias", "slope", "second", "spread")
-SAVED_SUMMARIES = ("pooled_k", "pooled_v", "second", "part")
+SAVED_SUMMARIES = ("pooled_k", "pooled_v", "second", "tokens", "spread", "part")
 
 
 @torch.library.custom_op(

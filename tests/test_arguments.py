@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import Largest
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_accel.kernels import arguments, ops
 from dit_accel.kernels.arguments import (
@@ -109,6 +111,8 @@ def test_gradients_come_in_the_order_of_the_declaration() -> None:
 def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not '{value}'"):
         arguments.ATTENTION.pack(given(**{name: value}))
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, not '{value}'"):
+        arguments.check(given(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,38 @@ def test_values_that_do_not_fit_a_choice_are_refused(change: dict[str, Tensor], 
     a = SelectionArguments(q=x, k=x, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
     with pytest.raises(ValueError, match=message):
         ops.select_blocks(a._replace(**change), "cpu")
+
+
+def test_what_watches_an_operator_sees_it() -> None:
+    """Operators are called past torch's dispatcher only where that is all there is to see."""
+    x, y, seen = torch.zeros(3), FakeTensorMode().from_tensor(torch.zeros(3)), list[bool]()
+
+    def look(z: Tensor) -> Tensor:
+        seen.append(ops.unwatched(z))
+        return z + 1
+
+    assert not ops.unwatched(x)  # a gradient may be recorded
+    with torch.no_grad():
+        assert ops.unwatched(x)
+        assert not ops.unwatched(y)
+        with Largest():
+            look(x)
+        with torch.autograd.profiler.profile():
+            look(x)
+        torch.func.vmap(look)(x)
+        torch.compile(look, backend="eager", fullgraph=True)(x)
+    with torch.inference_mode():
+        assert ops.unwatched(x)
+    assert seen
+    assert not any(seen)
+
+
+def test_an_operator_gives_the_same_watched_or_not() -> None:
+    starts, x = torch.arange(0, 97, 16, dtype=torch.int32), torch.randn(1, 2, 96, 8, generator=torch.Generator().manual_seed(0))
+    a = SelectionArguments(q=x, k=x, q_starts=starts, k_starts=starts, q_width=16, k_width=16, top=2)
+    with torch.no_grad():
+        found = ops.select_blocks(a, "cpu")
+        with Largest():
+            watched = ops.select_blocks(a, "cpu")
+    assert type(found) is type(watched)
+    assert all(torch.equal(one, other) for one, other in zip(found, watched, strict=True))

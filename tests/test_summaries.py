@@ -178,11 +178,11 @@ def test_the_mixture_and_its_gradients_are_the_formula(name: str, parts: int) ->
     a = mixture(SHAPES[name], parts)
     found = []
     for dtype in (None, torch.float64, torch.float32):
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a]
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a[:2]]
         out = ops.mix_slopes(MixtureArguments(*leaves), "cpu") if dtype is None else mixed(*leaves)
         weight = torch.randn(out.flatten().shape, generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
         found.append([out.detach().flatten(), *(g.flatten() for g in torch.autograd.grad((out * weight).sum(), leaves))])
-    for mine, exact, eager, what in zip(*found, ["out", *a._fields], strict=True):
+    for mine, exact, eager, what in zip(*found, ["out", "weight", "slope"], strict=True):
         assert_close_as_eager(mine, exact, eager, what)
 
 
@@ -250,7 +250,7 @@ def test_they_obey_the_rules_of_operators() -> None:
     qkv = shape.inputs(grad=True)
     torch.library.opcheck(ops.summarize_blocks_op, ("cpu", *SUMMARY.pack(arguments(shape, qkv, 2))))
     a = mixture(shape, 2)
-    leaves = [x.detach().requires_grad_() for x in a]
+    leaves = [x.detach().requires_grad_() for x in a[:2]]
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.mix_slopes_op, ("cpu", *MIXTURE.pack(MixtureArguments(*leaves))), test_utils=quick)
 

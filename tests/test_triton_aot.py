@@ -17,7 +17,8 @@ from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
 
 OTHERS = {
     "block_moments", "choose_by_means", "sum_states", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes",
-    "group_level", "span_logits", "see_units", "weigh_units", "mix_units",
+    "group_level", "span_logits", "see_units", "weigh_units", "mix_units", "gradient_parts", "gradient_queries", "gradient_level",
+    "gradient_mixed_weights", "gradient_mixed_slopes", "gradient_shares", "gradient_joined", "gradient_mean_queries",
 }  # fmt: skip
 
 
@@ -74,6 +75,7 @@ from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 MORE = {
     "block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes", "mix_units",
+    "gradient_parts", "gradient_queries", "gradient_mixed_weights", "gradient_mixed_slopes",
 }  # fmt: skip
 height, width, text = map(int, sys.argv[1:])
 for spec in (Fovea(0.2), CLEAR(4), SLA(0.2), Fovea(0.2, order=1, parts=2)):

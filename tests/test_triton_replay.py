@@ -76,6 +76,26 @@ def test_a_record_holds_no_memory_and_frees_what_nothing_reads_any_more() -> Non
     assert [len(places) for places in alive] == [1, 1, 1, 1]
 
 
+def test_views_are_made_only_where_they_are_read() -> None:
+    """Of a view that only kernels read no more than the address is made, of another the view itself; of inputs that begin elsewhere too."""
+    x = torch.arange(64.0)
+    with replay.Recorder([x]) as recorder:
+        parts = x[16:48].view(2, 16).unbind(0)
+        address, _ = recorder._flat((parts[1], 3))
+        result = parts[0] + 1, x[:0]
+    record = recorder.record(result)
+    assert record is not None
+    assert len(record.steps) == 3  # of what is read and of what is returned; the sum
+    memory = torch.arange(80.0)
+    for y in (x, memory[16:]):
+        values = record.initial.copy()
+        values[record.inputs[0][1]] = y
+        assert address(values)[0] == y.data_ptr() + 32 * 4
+        found = record.play([y])
+        assert torch.equal(found[0], y[16:32] + 1)
+        assert found[1].shape == (0,)
+
+
 @pytest.mark.parametrize(
     "other",
     [replace(SHAPE, text=4), replace(SHAPE, heads=2), replace(SHAPE, head_dim=24)],
@@ -116,7 +136,7 @@ def test_memory_that_is_aligned_otherwise_is_refused_by_the_record() -> None:
     """Also where the key does not say so: what a kernel is compiled for is asked of every pointer."""
     x = torch.zeros(64)
     with replay.Recorder([x]) as recorder:
-        recorder._flat((x, 3))
+        recorder._steps.append(recorder._flat((x, 3)))
         y = x + 1
     record = recorder.record(y)
     assert record is not None

@@ -1,5 +1,7 @@
 """What the Triton kernels make of whole blocks: against the formulas, as test_summaries.py has it of the CPU's."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from test_summaries import GIVEN, REAL, arguments, assert_parts, call_of, formul
 from torch import Tensor
 
 from dit_accel.kernels import ops
-from dit_accel.kernels.arguments import MixtureArguments, SummaryArguments
+from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments
 from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.method.parts import content
 
@@ -52,32 +54,72 @@ def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch:
         assert_close_as_eager(got.metric.flatten(0, 1), exact["metric"], eager["metric"], "metric")
 
 
-@every_shape
-def test_the_gradients_are_the_formulas(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, seed = shape.inputs(grad=True), torch.Generator().manual_seed(2)
-    a = arguments(shape, qkv, 2)
+def gradients_of(qkv: list[Tensor], a: SummaryArguments, names: Sequence[str]) -> tuple[Summaries, dict[str, Tensor], list[Tensor]]:
+    """What the kernels make, weights of the results of these names, and the gradients of their weighted sum."""
     got = moved(ops.summarize_blocks(moved(a), "triton"), CPU)
-    own = {name: getattr(got, name).flatten(0, 1) for name in GIVEN}
-    weights = {name: torch.randn(x.shape, generator=seed) for name, x in own.items()}
+    seed = torch.Generator().manual_seed(2)
+    weights = {name: torch.randn(getattr(got, name).flatten(0, 1).shape, generator=seed) for name in names}
+    own = {name: getattr(got, name).flatten(0, 1) for name in names}
+    return got, weights, list(torch.autograd.grad(weighted(own, weights), qkv, allow_unused=True, materialize_grads=True))
 
-    def loss(found: dict[str, Tensor]) -> Any:
-        return sum((found[name].masked_fill(found[name] == -torch.inf, 0) * w.to(found[name].dtype)).sum() for name, w in weights.items())
 
-    mine = torch.autograd.grad(loss(own), qkv)
+def weighted(found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Any:
+    return sum((found[name].masked_fill(found[name] == -torch.inf, 0) * w.to(found[name].dtype)).sum() for name, w in weights.items())
+
+
+# results with a gradient, parts of a block, dtype; each shape with some
+KINDS: dict[str, tuple[str, tuple[str, ...], int, torch.dtype]] = {
+    "all-2": ("ragged", GIVEN, 2, torch.float32),
+    "all-1": ("video-text-last", GIVEN, 1, torch.float32),
+    "all-4": ("head-72", GIVEN, 4, torch.float32),
+    "half": ("video-text-last", GIVEN, 2, torch.float16),
+    "slope": ("ragged", ("slope",), 2, torch.float32),
+    "bias": ("ragged", ("pooled_bias",), 4, torch.float32),
+    "queries": ("ragged", ("q_mean", "second"), 2, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("name", "names", "parts", "dtype"), KINDS.values(), ids=KINDS)
+def test_the_gradients_are_the_formulas(
+    name: str, names: tuple[str, ...], parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SHAPES[name]
+    qkv = shape.inputs(dtype, grad=True)
+    a = arguments(shape, qkv, parts)
+    got, weights, mine = gradients_of(qkv, a, names)
     theirs = []
-    for dtype in (torch.float64, torch.float32):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        found = formula(call_of(shape, leaves, 2, dtype), got.part.flatten(0, 1), a, monkeypatch)
-        theirs.append(torch.autograd.grad(loss(found), leaves))
+    for wide in (torch.float64, torch.float32):
+        leaves = [x.detach().to(wide).requires_grad_() for x in qkv]
+        found = formula(call_of(shape, leaves, parts, wide), got.part.flatten(0, 1), a, monkeypatch)
+        theirs.append(torch.autograd.grad(weighted(found, weights), leaves, allow_unused=True, materialize_grads=True))
     for one, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
-        assert_close_as_eager(one, exact, eager, what)
+        assert one.dtype == dtype
+        assert_close_as_eager(one, exact, eager.to(dtype), what)
+
+
+def test_what_memory_held_before_has_no_part_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that end early, text, and a block of nothing: NaN in new memory, the same to the bit."""
+    shape = SHAPES["ragged"]
+    qkv = shape.inputs(grad=True)
+    a = arguments(shape, qkv, 2)
+    a = a._replace(k_starts=torch.cat([a.k_starts[:1], a.k_starts]))
+    expected, empty, new = gradients_of(qkv, a, GIVEN)[2], torch.empty, Tensor.new_empty
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(math.nan if x.is_floating_point() else 3)
+
+    monkeypatch.setattr(torch, "empty", lambda *given, **named: poisoned(empty(*given, **named)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *given, **named: poisoned(new(*given, **named)))
+    found = gradients_of(qkv, a, GIVEN)[2]
+    assert all(x.isfinite().all() for x in found)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_the_mixture_and_its_gradients_are_the_formula() -> None:
     a = mixture(SHAPES["ragged"], 2, "triton")
     found = []
     for dtype in (None, torch.float64, torch.float32):
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a]
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in a[:2]]
         out = moved(ops.mix_slopes(moved(MixtureArguments(*leaves)), "triton"), CPU) if dtype is None else mixed(*leaves)
         weight = torch.randn(out.numel(), generator=torch.Generator().manual_seed(3)).to(out.dtype).view(out.shape)
         grads = torch.autograd.grad((out * weight).sum(), leaves)

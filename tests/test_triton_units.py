@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_as_eager
+from helpers import Largest, assert_close_as_eager
 from on_device import CPU, DEVICE, attention_by, eager, moved
 from test_group_units import CHOSEN, DISC, arguments, composed, gradients, leaves_of
 from test_groups import grouped, inputs
@@ -19,7 +19,7 @@ from dit_accel import TokenLayout, attention
 from dit_accel.kernels import ops
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GRADIENTS_OF_UNITS, GroupingArguments, Units, levels_of
-from dit_accel.kernels.triton import calls
+from dit_accel.kernels.triton import calls, launch_parts, units_gradients
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import Pooled, TopK
 from dit_accel.method.parts import groups
@@ -179,3 +179,52 @@ def test_a_call_is_few_operators_and_launches() -> None:
     of_groups = {"group_level": 3, "span_logits": 1, "see_units": 1, "weigh_units": 1, "mix_units": 1}
     assert {name: launches[name] for name in of_groups} == of_groups
     assert sum(operations.values()) <= 20, operations
+
+
+def test_the_gradients_are_few_launches_and_hold_no_more_than_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call of order 1 in groups: no product is torch's, and nothing is larger than the slopes of all blocks and groups."""
+    layout, spec = TokenLayout((1, 64, 64), 8), grouped(FOUR, CHOSEN)
+    q, k, v = (torch.zeros(1, 2, layout.tokens, 64, device=DEVICE, requires_grad=True) for _ in range(3))
+    operations, largest = Operations(), Largest()
+
+    def watched(function: Any) -> Any:
+        def run(*given: Any) -> Any:
+            with operations, largest:
+                return function(*given)
+
+        return run
+
+    for module, name in ((units_gradients, "gradients_of_units"), (launch_parts, "gradients_of_summaries")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    with torch.autograd.set_multithreading_enabled(False), calls.recorded(Machine("sm_90", 132)) as launches:
+        out = attention(q, k, v, spec, layout, backend="triton")
+        forward = len(launches)
+        out.sum().backward()
+    found = Counter(launch.kernel.__name__ for launch in launches[forward:])
+    expected = {
+        "gradient_mixed_weights": 1, "gradient_shares": 1, "gradient_mixed_slopes": 1, "gradient_joined": 1, "gradient_mean_queries": 1,
+        "gradient_level": 3, "gradient_parts": 1, "gradient_queries": 1,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert {name.split(".")[1] for name in operations.found} <= {
+        "new_empty", "empty", "empty_like", "slice", "zero_", "sum", "add_", "reshape", "contiguous", "clone", "flatten",
+    }, operations.found  # fmt: skip
+    assert sum(operations.found.values()) <= 40
+    slots = 256
+    assert q.numel() <= largest.elements <= 2 * 64 * slots * 64
+
+
+@pytest.mark.parametrize("rest", [FOUR, Pooled(cap=0.1, parts=2, order=1)], ids=["groups", "tiles"])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, "tf32"), (torch.float32, "tf32x3")], ids=str)
+def test_slopes_are_mixed_as_exactly_as_tokens_are(rest: Pooled, dtype: torch.dtype, precision: str) -> None:
+    """Forward and backward by one TF32 product where tokens have 16 bits, else by three; what is chosen by is as exact as float32."""
+    layout, spec = TokenLayout((1, 32, 32), 8), grouped(rest, CHOSEN)
+    q, k, v = (torch.zeros(1, 2, layout.tokens, 16, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3))
+    with torch.autograd.set_multithreading_enabled(False), calls.recorded(Machine("sm_90", 132)) as launches:
+        attention(q, k, v, spec, layout, backend="triton").sum().backward()
+    found: dict[str, set[str]] = {}
+    for launch in launches:
+        found.setdefault(launch.kernel.__name__, set()).add(launch.constants.get("PRECISION", ""))
+    for name in ("mix_units", "gradient_mixed_weights", "gradient_mixed_slopes"):
+        assert found[name] == {precision}
+    assert found.get("span_logits", {"tf32x3"}) == {"tf32x3"}

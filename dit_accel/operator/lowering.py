@@ -131,8 +131,8 @@ def rest_of(
         raise ValueError("pooled keys of this kind are made of the blocks' summaries: give those of `summaries`")
     match spec.rest:
         case Pooled(opened=opened) if finer and made:
-            given = (made, finer, lists, scale, implementation)
-            found = _given(*given) if opened is None else _grouped(made, finer, opened, plan, lists, scale, implementation)
+            given = (lists, scale, key.dtype.itemsize == 2, implementation)
+            found = _given(made, finer, *given) if opened is None else _grouped(made, finer, opened, plan, *given)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap, "means": means}
         case Linear(feature_map, scope):
@@ -175,19 +175,19 @@ def summaries(
     return ops.summarize_blocks(arguments, implementation)
 
 
-def _given(made: Summaries, rest: Pooled, lists: Lists, scale: float, implementation: str) -> dict[str, Any]:
-    """The pooled keys, and the slopes of the query blocks, as `Arguments` names them."""
+def _given(made: Summaries, rest: Pooled, lists: Lists, scale: float, narrow: bool, implementation: str) -> dict[str, Any]:
+    """The pooled keys, and the slopes of the query blocks, as `Arguments` names them; `narrow`: whether the tokens have 16 bits."""
     found = {"rest": "pooled", "pooled_k": made.pooled_k, "pooled_v": made.pooled_v, "pooled_bias": made.pooled_bias}
     if rest.order:
         heads, seen = made.q_mean.shape[:2], (~lists.kept(made.slope.shape[3])).to(made.q_mean.dtype)
         means, key, bias = (x.flatten(0, 1) for x in (made.q_mean, made.pooled_k, made.pooled_bias))
         weights = weights_of(means, key, bias, seen, rest.parts, scale).unflatten(0, heads).contiguous()
-        found["slopes"] = ops.mix_slopes(MixtureArguments(weights, made.slope), implementation)
+        found["slopes"] = ops.mix_slopes(MixtureArguments(weights, made.slope, narrow), implementation)
     return found
 
 
 def _grouped(
-    made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, implementation: str
+    made: Summaries, rest: Pooled, opened: int, plan: Plan, lists: Lists, scale: float, narrow: bool, implementation: str
 ) -> dict[str, Any]:  # fmt: skip
     """The same of the units of all levels, and the lists of what the query blocks see of them."""
     place = plan.prepared["far_slot"].int()
@@ -197,7 +197,7 @@ def _grouped(
             second=made.second, metric=made.metric if rest.parts > 1 else None, tokens=made.tokens, spread=made.spread,
             v_spread=made.v_spread, lists=lists.index, counts=lists.counts, place=place, q_starts=plan.geometry.starts_q,
             parts=rest.parts, roots=len(plan.prepared["far_roots"]), opened=opened, scale=scale, cap=rest.most, score_cap=rest.cap,
-            log_count=rest.log_count,
+            log_count=rest.log_count, narrow=narrow,
         ),
         implementation,
     )  # fmt: skip

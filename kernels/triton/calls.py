@@ -241,7 +241,18 @@ def summarize_blocks(a: SummaryArguments) -> Summaries:
 
 def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments) -> list[Tensor]:
     """Gradients of q, k and v, in their dtypes, from those of the results, as far as something depends on them."""
-    return launch_parts.gradients_of_summaries(grads, results, a)
+
+    def function(machine: Machine, run: Run) -> list[Tensor]:
+        given = a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v))
+        return launch_parts.gradients_of_summaries(grads, results, given, machine, run)
+
+    def signature() -> Hashable:
+        settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))
+        sizes = (y for x in (a.q, a.k, a.v) for y in (x.shape, x.stride()))
+        return "gradients_of_summaries", a.k.dtype, *sizes, len(a.k_starts), *settings, *(x is None for x in grads.values())
+
+    with torch.cuda.device_of(a.k):
+        return _run("gradients_of_summaries", a.k, (*grads.values(), *results.values(), *a), signature, function)
 
 
 def mix_slopes(a: MixtureArguments) -> Tensor:
@@ -260,7 +271,15 @@ def mix_slopes(a: MixtureArguments) -> Tensor:
 
 def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
     """Gradients of weight and slope."""
-    return launch_parts.gradients_of_mixture(dout, a)
+
+    def function(machine: Machine, run: Run) -> list[Tensor]:
+        return launch_parts.gradients_of_mixture(dout, a, machine, run)
+
+    def signature() -> Hashable:
+        return "gradients_of_mixture", a.weight.shape, a.slope.shape
+
+    with torch.cuda.device_of(a.slope):
+        return _run("gradients_of_mixture", a.slope, (dout, *a), signature, function)
 
 
 def group_units(a: GroupingArguments) -> Units:
@@ -285,7 +304,16 @@ def group_units(a: GroupingArguments) -> Units:
 
 def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
     """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
-    return units_gradients.gradients_of_units(grads, results, a)
+
+    def function(machine: Machine, run: Run) -> list[Tensor]:
+        return units_gradients.gradients_of_units(grads, results, a, machine, run)
+
+    def signature() -> Hashable:
+        settings = tuple(x.shape if isinstance(x, Tensor) else x for x in a if not isinstance(x, float))
+        return "gradients_of_units", *settings, *(x is None for x in grads.values())
+
+    with torch.cuda.device_of(a.q_mean):
+        return _run("gradients_of_units", a.q_mean, (*grads.values(), *results.values(), *a), signature, function)
 
 
 def _dense(a: Arguments) -> Arguments:

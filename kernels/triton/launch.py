@@ -87,6 +87,11 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
+def mixing(arch: str, *, narrow: bool) -> str:
+    """`precision_of` mixtures of slopes: where tokens have 16 bits, slopes are made and multiplied by queries as no more than that."""
+    return precision_of(arch, tf32=narrow or tf32_allowed())
+
+
 def precision_of(arch: str, *, tf32: bool = False) -> str:
     """How float32 matrices are multiplied on an architecture: operands rounded to TF32 where that is allowed, else as exact as float32.
 

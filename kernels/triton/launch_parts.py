@@ -1,6 +1,6 @@
-"""From one call of `summarize_blocks` or `mix_slopes` to kernel launches and matrix products. Nothing here waits for the device.
+"""From one call of `summarize_blocks` or `mix_slopes`, or its gradients, to kernel launches. Nothing here waits for the device.
 
-The gradients are computed in torch, from the parts that the kernel chose.
+Gradients are made of the parts that the kernel chose.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, block_parts, launch_units
+from dit_accel.kernels.triton import backward_linear, backward_parts, block_parts, launch_units, units_gradients
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, mixing, precision_of, tf32_allowed, tiled
 from dit_accel.kernels.triton.launch_choice import query_moments
-from dit_accel.kernels.triton.tables import Machine
-from dit_accel.kernels.triton.tuples import Parts, States, constants_of, rows_of
+from dit_accel.kernels.triton.tables import Machine, power
+from dit_accel.kernels.triton.tuples import CutBlocks, PartGradients, Parts, States, constants_of, rows_of
 
 
 def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summaries:
@@ -23,7 +23,7 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     q, k_start = image_of(a.q, a.text_q, a)[0], image_of(a.k, a.text, a)[1]
     q_mean, second = query_moments(q, a.q_starts, a.places_q, a.q_width, machine, run)
     metric = _metric(a, q, machine, run) if a.parts > 1 else None
-    padded, width = max(16, 1 << (d - 1).bit_length()), max(16, 1 << (a.k_width - 1).bit_length())
+    padded, width = max(16, power(d)), max(16, power(a.k_width))
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
         "ROWS": launch_units.rows_at_once(padded, machine.arch, wide=a.k.dtype == torch.float32),
@@ -66,7 +66,7 @@ def _precision(a: SummaryArguments, machine: Machine) -> str:
 def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tensor:
     """The mean of q qᵀ over a head's queries `[BH, D, D]`, float32."""
     batch, heads, tokens, d = q.shape
-    padded = max(16, 1 << (d - 1).bit_length())
+    padded = max(16, power(d))
     if padded > 128:  # more than a program's registers hold
         wide = q.float().flatten(0, 1)
         return wide.mT @ wide / tokens
@@ -85,73 +85,74 @@ def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tenso
     return products.sum(0)
 
 
-def gradients_of_summaries(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments) -> list[Tensor]:
+def gradients_of_summaries(
+    grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: SummaryArguments, machine: Machine, run: Run = execute
+) -> list[Tensor]:
     """Gradients of q, k and v, in their dtypes, from those of the results, as far as something depends on them."""
-    given = {name: x.flatten(0, 1) for name, x in grads.items() if x is not None and x.numel()}
-    (q, q_start), (k, k_start) = image_of(a.q, a.text_q, a), image_of(a.k, a.text, a)
-    v = image_of(a.v, a.text, a)[0]
-    places, counts = _places(a.k_starts, a.k_width, a.places_k)
-    valid = torch.arange(a.k_width, device=k.device) < counts[:, None]
-    keys, values = (x.flatten(0, 1).float()[:, places.flatten()].unflatten(1, places.shape) for x in (k, v))
-    part, second = results["part"].flatten(0, 1), results["second"].flatten(0, 1)
-    numbers = torch.arange(a.parts, device=k.device)
-    member = ((part[:, :, None] == numbers[:, None]) & valid[:, None]).float()  # [BH, T, parts, width]
-    share = member / member.sum(-1, keepdim=True).clamp_min(1)
-    pooled_k, pooled_v = (results[name].flatten(0, 1).unflatten(1, (-1, a.parts)) for name in ("pooled_k", "pooled_v"))
-    k_off, v_off = (x * valid[..., None] - member.mT @ mean for x, mean in ((keys, pooled_k), (values, pooled_v)))
-    variance = share @ k_off.square()
-    spread = a.scale**2 * (variance * second[:, None, None]).sum(-1)
-    dspread = torch.zeros_like(spread)
-    if "pooled_bias" in given:
-        dspread = given["pooled_bias"].unflatten(1, (-1, a.parts)) * 0.5 * (spread / 2 < a.cap)
-    if "spread" in given:
-        dspread = dspread + given["spread"].unflatten(1, (-1, a.parts))
-    dk, dv = (share.mT @ given[name].unflatten(1, (-1, a.parts)) if name in given else torch.zeros_like(keys)
-              for name in ("pooled_k", "pooled_v"))  # fmt: skip
-    if "slope" in given:
-        damp = 1 / (1 + spread)
-        inverse = 1 / counts.clamp_min(1)[:, None, None]
-        weight = (member.mT @ damp[..., None]) * inverse
-        dslope = given["slope"].transpose(1, 2)  # [BH, T, D of k, D of v]
-        of_key = v_off @ dslope.mT
-        dk, dv = dk + weight * of_key, dv + weight * (k_off @ dslope)
-        dspread = dspread - damp.square() * (member @ ((k_off * of_key).sum(-1, keepdim=True) * inverse))[..., 0]
-    dk = dk + 2 * k_off * (share.mT @ (a.scale**2 * second[:, None, None] * dspread[..., None]))
-    dsecond = a.scale**2 * (variance * dspread[..., None]).sum((1, 2)) + given.get("second", 0)
-    dq = 2 / q.shape[2] * q.flatten(0, 1).float() * dsecond[:, None]
-    if "q_mean" in given:
-        q_places, q_counts = _places(a.q_starts, a.q_width, a.places_q)
-        inside = torch.arange(a.q_width, device=q.device) < q_counts[:, None]
-        rows = (given["q_mean"] / q_counts[:, None])[:, :, None].expand(-1, -1, a.q_width, -1)
-        dq[:, q_places[inside]] += rows[:, inside]
-    found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (a.q, a.k, a.v)]
-    found[0][:, :, q_start : q_start + q.shape[2]] = dq.view(q.shape)
-    for whole, x in ((found[1], dk), (found[2], dv)):
-        tokens = x.new_empty(x.shape[0], k.shape[2], x.shape[-1])
-        tokens[:, places[valid]] = x[:, valid]
-        whole[:, :, k_start : k_start + k.shape[2]] = tokens.view(k.shape)
+    given = {name: x.contiguous() for name, x in grads.items() if x is not None and x.numel()}
+    found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.q, a.k, a.v)]
+    for x, text in zip(found, (a.text_q, a.text, a.text), strict=True):
+        if text:
+            x[:, :, slice(text) if a.text_first else slice(x.shape[2] - text, None)].zero_()
+    second = _gradients_of_keys(given, results, a, (found[1], found[2]), machine, run).sum(1)
+    if "second" in given:
+        second += given["second"].flatten(0, 1)
+    _gradients_of_queries(given.get("q_mean"), second, a, found[0], run)
     return found
 
 
-def _places(starts: Tensor, width: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens of each block `[T, width]`, a short block's last again where it ends, and how many there are `[T]`."""
-    first, end = starts[:-1].long(), starts[1:].long()
-    token = torch.minimum(first[:, None] + torch.arange(width, device=starts.device), (end - 1)[:, None])
-    return (token if places is None else places.long()[token]), end - first
+def _gradients_of_keys(
+    given: Mapping[str, Tensor],
+    results: Mapping[str, Tensor],
+    a: SummaryArguments,
+    to: tuple[Tensor, Tensor],
+    machine: Machine,
+    run: Run,
+) -> Tensor:
+    """Those of the image's keys and values are written; that of the mean of q² is returned, `[BH, Tk, D]`, a summand for each block."""
+    k_blocks, (batch, heads, _, d) = len(a.k_starts) - 1, a.k.shape
+    found = a.k.new_empty((batch * heads, k_blocks, d), dtype=torch.float32)
+    padded, width = max(16, power(d)), max(16, power(a.k_width))
+    constants = {
+        "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "PRECISION": _precision(a, machine),
+        **backward_parts.channels_at_once(d, padded, width, machine.arch), "STAGES": 1,
+    }  # fmt: skip
+    cut = CutBlocks(*(results[name] for name in ("pooled_k", "pooled_v", "tokens", "spread", "part")))
+    grads = PartGradients(*(given.get(name) for name in ("pooled_k", "pooled_v", "pooled_bias", "spread", "slope")))
+    arguments = {
+        "k": rows_of(a.k), "v": rows_of(a.v), "cut": cut, "second": results["second"], "grads": grads, "dk": rows_of(to[0]),
+        "dv": rows_of(to[1]), "dsecond": found, "starts": a.k_starts, "places": a.places_k, "scale": a.scale, "cap": a.cap,
+        "heads": heads, "image_start_k": image_of(a.k, a.text, a)[1], "k_blocks": k_blocks, "k_width": a.k_width,
+        "C": constants_of(backward_parts.gradient_parts, constants),
+    }  # fmt: skip
+    run(Launch(backward_parts.gradient_parts, (k_blocks, batch * heads), arguments, 8 if width * padded >= 4096 else 4))
+    return found
+
+
+def _gradients_of_queries(q_mean: Tensor | None, second: Tensor, a: SummaryArguments, dq: Tensor, run: Run) -> None:
+    (batch, heads, tokens, d), blocks, rows = a.q.shape, len(a.q_starts) - 1, min(64, max(16, power(a.q_width)))
+    constants = {"D": d, "DP": max(16, power(d)), "BQ": rows, "SUB_Q": cdiv(a.q_width, rows)}
+    arguments = {
+        "q": rows_of(a.q), "dq": rows_of(dq), "q_mean": q_mean, "second": second, "starts": a.q_starts, "places": a.places_q,
+        "share": 2 / (tokens - a.text_q), "heads": heads, "image_start_q": image_of(a.q, a.text_q, a)[1], "q_blocks": blocks,
+        "C": constants_of(backward_parts.gradient_queries, constants),
+    }  # fmt: skip
+    run(Launch(backward_parts.gradient_queries, (blocks * constants["SUB_Q"], batch * heads), arguments, 4))
 
 
 def mix_slopes(a: MixtureArguments, machine: Machine, run: Run = execute) -> Tensor:
     """The mixtures `[B, H, n, D, D]`."""
     d = a.slope.shape[-1]
     out = a.weight.new_empty(*a.weight.shape[:3], d, d)
-    constants = {"D": d, "DP": max(16, 1 << (d - 1).bit_length()), "PRECISION": precision_of(machine.arch, tf32=tf32_allowed())}
+    constants = {"D": d, "DP": max(16, power(d)), "PRECISION": mixing(machine.arch, narrow=a.narrow)}
     launch_units.mix(a.weight, a.slope, None, out, constants, machine.arch, run)
     return out
 
 
-def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
+def gradients_of_mixture(dout: Tensor, a: MixtureArguments, machine: Machine, run: Run = execute) -> list[Tensor]:
     """Gradients of weight and slope."""
-    pull = dout.flatten(0, 1).transpose(1, 2)  # [BH, D of k, n, D of v]
-    dslope = a.weight.flatten(0, 1).mT[:, None] @ pull
-    dweight = torch.einsum("bcid,bcjd->bij", pull, a.slope.flatten(0, 1))
-    return [x.reshape(like.shape) for x, like in ((dweight, a.weight), (dslope, a.slope))]
+    d = a.slope.shape[-1]
+    constants = {"D": d, "DP": max(16, power(d)), "PRECISION": mixing(machine.arch, narrow=a.narrow)}
+    mixture = units_gradients.Mixture(dout.contiguous(), a.slope, None, constants, machine, run)
+    dslope, _ = mixture.slopes(a.weight)
+    return [mixture.weights().view(a.weight.shape), dslope.view(a.slope.shape)]

@@ -1,4 +1,4 @@
-"""From one call of `group_units` to kernel launches; its gradients, in torch. Nothing here waits for the device.
+"""From one call of `group_units` to kernel launches. Nothing here waits for the device.
 
 `Units.above` holds here what lies between the members of each group alone: a group's weight is its members' too, by their shares of its
 tokens (`seen_units.weigh_units`), so that no matrix of theirs is read for it.
@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.grouping import MEMBERS, GroupingArguments, Units, levels_of, new_units
 from dit_accel.kernels.triton import block_parts, seen_units
-from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, precision_of, tf32_allowed
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, precision_of, tf32_allowed
 from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import Elements, Groups, Joined, constants_of
 
@@ -109,18 +109,19 @@ class Grouped:
             seen_units.weigh_units, (self.spans, self.bh), 4, {"W": min(LANES, max(16, power(self.units)))}, logits=self.logits,
             total=self.groups.total, codes=codes, shares=f.shares, own=own, pool_width=f.pool_lists.shape[-1],
         )  # fmt: skip
-        mix(own, self.a.slope, f.above if self.above else None, f.slopes, self.constants, self.arch, self.run)
+        constants = self.constants | {"PRECISION": mixing(self.arch, narrow=self.a.narrow)}
+        mix(own, self.a.slope, f.above if self.above else None, f.slopes, constants, self.arch, self.run)
 
 
 def mix(weight: Tensor, slope: Any, above: Tensor | None, out: Tensor, constants: dict[str, Any], arch: str, run: Run) -> None:
     """out `[B, H, n, D, D]` = Σ weight · slope (`seen_units.mix_units`)."""
     (batch, heads, spans, d), padded = out.shape[:4], constants["DP"]
     rows = 32 if arch in ("sm_80", "sm_120") else 64  # more spill there
-    tile = constants | {"BQ": rows, "BK": 16 if padded > 128 else 32, "STAGES": 2}
+    # of one product a step is as short as its copies take: two of them are under way
+    tile = constants | {"BQ": rows, "BK": 16 if padded > 128 else 32, "STAGES": 3 if constants["PRECISION"] == "tf32" else 2}
     numbers = {"spans": spans, "slots": slope.shape[3], "above": 0 if above is None else above.shape[3]}
     given = {"weight": weight, "slope": slope, "slope_above": above, "out": out, "C": constants_of(seen_units.mix_units, tile)}
-    warps = 8 if rows * padded > 4096 else 4
-    run(Launch(seen_units.mix_units, (cdiv(spans, rows), d, batch * heads), given | numbers, warps))
+    run(Launch(seen_units.mix_units, (cdiv(spans, rows), d, batch * heads), given | numbers, 8 if padded > 64 else 4))
 
 
 def group_units(a: GroupingArguments, machine: Machine, run: Run = execute) -> Units:

@@ -97,8 +97,7 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
 def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, C):
     """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`.
 
-    A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers. In float16 the matrix is
-    relative to its largest entry there (about), because a covariance may pass that type's end.
+    A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers.
     """
     STEP: tl.constexpr = 32 if C.DP > 32 else C.DP
     for first in tl.range(0, C.DP, STEP, num_stages=STAGES):
@@ -116,13 +115,19 @@ def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.cons
         else:
             inside = (inner < C.D)[:, None] & (outer < C.D)[None, :]
             matrix = tl.load(slope + inner[:, None] * C.D + outer[None, :], mask=inside, other=0.0)
-        if left.dtype == tl.float16:
-            most = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), FAINT)
-            unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # a power of two: nothing is rounded
-            acc = tl.dot(left, (matrix * (1.0 / unit)).to(left.dtype), acc * (1.0 / unit)) * unit
-        else:
-            acc = tl.dot(left, matrix.to(left.dtype), acc, input_precision=C.PRECISION)
+        acc = times(acc, left, matrix, C)
     return acc
+
+
+@triton.jit
+def times(acc, left, matrix, C):
+    """acc plus `left` times a float32 matrix in the type of `left`; in float16 the matrix is relative to its largest entry (about), because
+    a covariance may pass that type's end."""
+    if left.dtype == tl.float16:
+        most = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), FAINT)
+        unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # a power of two: nothing is rounded
+        return tl.dot(left, (matrix * (1.0 / unit)).to(left.dtype), acc * (1.0 / unit)) * unit
+    return tl.dot(left, matrix.to(left.dtype), acc, input_precision=C.PRECISION)
 
 
 @triton.jit

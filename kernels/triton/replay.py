@@ -31,6 +31,8 @@ LIMIT = 512  # records, some tens of kilobytes each; the least recently used are
 ALIGNED = 16  # bytes
 STREAM = 0  # the place of the current stream among a record's values
 
+EMPTY = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format)
+
 Values = list[Any]
 Step = Callable[[Values], None]
 
@@ -81,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self._initial: Values = [None]  # the stream's place
         self._places = WeakTensorKeyDictionary()  # of the tensors that are alive: what is dead is no argument of what follows
         self._pointers = WeakTensorKeyDictionary()
+        self._views = WeakTensorKeyDictionary()  # the places of what they are views of, and how many bytes after that they begin
         self._steps: list[tuple[Step, tuple[int, ...]]] = []  # with the places that each reads
         self._known, self._launching, self._on_stream = True, False, False
         self._inputs = [(number, self._new(x)) for number, x in enumerate(arguments) if isinstance(x, Tensor)]
@@ -102,9 +105,13 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._launching:  # what the interpreter does for a launch, it does again
             return function(*args, **kwargs)
+        if function in EMPTY:
+            return self._allocated(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if function.is_view and is_part(result, args[0]):
+            return self._viewed(args[0], result)
         made, of_args = self._maker(tuple(args))
         made_names, of_names = self._maker(dict(kwargs))
-        result = function(*args, **kwargs)
         outputs = list(result) if isinstance(result, (tuple, list)) else [result]
         places = [(n, self._new(x)) for n, x in enumerate(outputs) if isinstance(x, Tensor) and x not in self._places]
         single = not isinstance(result, (tuple, list))
@@ -116,6 +123,38 @@ class Recorder(TorchDispatchMode):
 
         self._steps.append((step, (*of_args, *of_names, *(place for _, place in places))))
         return result
+
+    def _allocated(self, x: Tensor) -> Tensor:
+        """Note new memory: of its size in every call of the key, and made in a third of the time of the operator that did."""
+        size, stride, dtype, device, place = x.shape, x.stride(), x.dtype, x.device, self._new(x)
+
+        def step(values: Values) -> None:
+            values[place] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+        self._steps.append((step, (place,)))
+        return x
+
+    def _viewed(self, of: Tensor, result: Any) -> Any:
+        """Note views of a tensor, which later calls make only where more than their addresses is asked for."""
+        place, after = self._source(of)
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            self._views[x] = place, after + (x.storage_offset() - of.storage_offset()) * x.element_size()
+        return result
+
+    def _source(self, x: Tensor) -> tuple[int, int]:
+        """The place of a tensor, or of the one that it is a view of, and how many bytes after that it begins."""
+        found: tuple[int, int] | None = self._views.get(x)
+        return (self._place(x), 0) if found is None else found
+
+    def _made(self, x: Tensor, of: int, after: int) -> int:
+        """The place of a view, which is made."""
+        size, stride, offset, place = x.shape, x.stride(), after // x.element_size(), self._new(x)
+
+        def step(values: Values) -> None:
+            values[place] = values[of].as_strided(size, stride, values[of].storage_offset() + offset)
+
+        self._steps.append((step, (of, place)))
+        return place
 
     def run(self, one: Launch) -> None:
         """Launch, and note it."""
@@ -151,6 +190,8 @@ class Recorder(TorchDispatchMode):
     def _place(self, x: Tensor) -> int:
         """Where a tensor is among the values; one that comes from elsewhere makes the record useless."""
         place = self._places.get(x)
+        if place is None and x in self._views:
+            return self._made(x, *self._views[x])
         if place is None:
             self._known, place = False, STREAM
         return place
@@ -159,20 +200,13 @@ class Recorder(TorchDispatchMode):
         self._initial.append(x)
         return len(self._initial) - 1
 
-    def _pointer(self, x: Tensor) -> int:
-        """The place of a tensor's address, which is read once."""
+    def _pointer(self, x: Tensor, new: list[tuple[int, int, int, int]]) -> int:
+        """The place of a tensor's address, which is read once: where it was not before, `new` gets what is to be read."""
         place = self._pointers.get(x)
         if place is None:
-            of, rest, place = self._place(x), x.data_ptr() % ALIGNED, self._constant(None)
-            self._pointers[x] = place
-
-            def step(values: Values) -> None:
-                pointer = values[of].data_ptr()
-                if pointer % ALIGNED != rest:
-                    raise MovedError
-                values[place] = pointer
-
-            self._steps.append((step, (of,)))
+            place = self._pointers[x] = self._constant(None if x.numel() else 0)
+            if x.numel():
+                new.append((*self._source(x), x.data_ptr() % ALIGNED, place))
         return place
 
     def _maker(self, x: Any) -> tuple[Callable[[Values], Any], tuple[int, ...]]:
@@ -191,23 +225,31 @@ class Recorder(TorchDispatchMode):
         """What makes the arguments of a compiled kernel, addresses in the place of tensors: tuple by tuple, the inner ones first."""
         inner: list[tuple[Callable[[Values], Any], int]] = []
         read: list[int] = []
-        whole = self._tuple(x, inner, read)
+        new: list[tuple[int, int, int, int]] = []
+        whole = self._tuple(x, inner, read, new)
 
         def make(values: Values) -> tuple[Any, ...]:
+            for of, after, rest, place in new:
+                pointer = values[of].data_ptr() + after
+                if pointer % ALIGNED != rest:
+                    raise MovedError
+                values[place] = pointer
             for get, place in inner:
                 values[place] = get(values)
             return whole(values)
 
         return make, tuple(read)
 
-    def _tuple(self, x: tuple[Any, ...], inner: list[tuple[Callable[[Values], Any], int]], read: list[int]) -> Callable[[Values], Any]:
+    def _tuple(
+        self, x: tuple[Any, ...], inner: list[tuple[Callable[[Values], Any], int]], read: list[int], new: list[tuple[int, int, int, int]]
+    ) -> Callable[[Values], Any]:
         places = []
         for y in x:
             if isinstance(y, Tensor):
-                places.append(self._pointer(y))
-                read.append(self._place(y))
+                places.append(self._pointer(y, new))
+                read.append(self._source(y)[0])
             elif isinstance(y, tuple) and has_tensors(y):
-                get = self._tuple(y, inner, read)
+                get = self._tuple(y, inner, read, new)
                 places.append(self._constant(None))
                 inner.append((get, places[-1]))
             else:
@@ -217,6 +259,14 @@ class Recorder(TorchDispatchMode):
 
 def _read_stream(values: Values) -> None:
     values[STREAM] = driver.active.get_current_stream(driver.active.get_current_device())
+
+
+def is_part(x: Any, whole: Any) -> bool:
+    """Whether a tensor, or each of several, is memory of `whole` by other sizes and strides alone."""
+    if isinstance(x, (tuple, list)):
+        return all(is_part(y, whole) for y in x)
+    same = isinstance(x, Tensor) and isinstance(whole, Tensor) and x is not whole and x.dtype == whole.dtype
+    return same and x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def _dictionary(names: tuple[str, ...], values: list[Any]) -> dict[str, Any]:

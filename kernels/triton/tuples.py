@@ -220,6 +220,63 @@ class Groups(NamedTuple):
     slope: Tensor
 
 
+class Cut(NamedTuple):
+    """Inside a kernel: elements `[R]` of a unit, tokens or parts of its members. Where their keys and values begin, the strides of their
+    rows, their rows, which of them there are, and which part each is in; where the means of the unit's parts are; of each element its share
+    of its part and of the unit, and the variance of its part's logits."""
+
+    k: Any
+    v: Any
+    k_n: Any
+    v_n: Any
+    rows: Any
+    valid: Any
+    part: Any
+    k_mean: Any
+    v_mean: Any
+    of_part: Any
+    of_unit: Any
+    spread: Any
+
+
+class CutBlocks(NamedTuple):
+    """Of `arguments.Summaries` what their gradients are made of: pooled_k, pooled_v, tokens, spread and part."""
+
+    k_mean: Tensor
+    v_mean: Tensor
+    tokens: Tensor
+    spread: Tensor
+    part: Tensor
+
+
+class PartGradients(NamedTuple):
+    """Gradients of pooled keys and values `[BH, P, D]`, their biases and variances `[BH, P]`, and slopes `[BH, D, T, D]`; None where
+    nothing depends on them."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None
+    spread: Tensor | None = None
+    slope: Tensor | None = None
+
+
+class JoinedElements(NamedTuple):
+    """Of `Joined` what its gradients are made of."""
+
+    key: Tensor
+    value: Tensor
+    tokens: Tensor
+    spread: Tensor
+
+
+class UnitGradients(NamedTuple):
+    """Gradients of the pooled keys and values `[BH, P, D]` of the units of all levels, and of their variances `[BH, P]`."""
+
+    key: Tensor
+    value: Tensor
+    spread: Tensor
+
+
 class PooledGradients(NamedTuple):
     """Gradients `[BH, Tk · PARTS, D]` float32 of the pooled keys, values and half variances, `[BH, tiles]` of the offset, and
     `[BH, Tk · PARTS]` of the biases that are given."""

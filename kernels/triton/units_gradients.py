@@ -1,125 +1,163 @@
-"""The gradients of `group_units`, in torch, from the parts and the lists that the kernels made. Nothing waits for the device."""
+"""From the gradients of one call of `group_units`, or of a mixture of slopes, to kernel launches. Nothing here waits for the device, and
+every sum has a fixed order."""
 
-import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, MEMBERS, GroupingArguments, levels_of
+from dit_accel.kernels.triton import backward_parts, backward_units
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, full_rounds, mixing, precision_of, tf32_allowed
+from dit_accel.kernels.triton.tables import Machine, power
+from dit_accel.kernels.triton.tuples import JoinedElements, PartGradients, UnitGradients, constants_of
+
+LANES = 128  # units that a program of one span holds at once, 4 warps
 
 
-class Found(NamedTuple):
-    """Gradients of what there is of the units of all levels: pooled keys, values `[BH, P, D]`, biases and variances `[BH, P]`; and of the
-    mean queries `[BH, q blocks, D]` and all slopes `[BH, D, units, D]`, None where nothing depends on them."""
+class Mixture:
+    """The gradients of out = Σ weight · slope (`seen_units.mix_units`), from those of `pull` `[B, H, n, D, D]`."""
 
-    key: Tensor
-    value: Tensor
-    bias: Tensor
-    spread: Tensor
-    q_mean: Tensor | None = None
-    slope: Tensor | None = None
+    def __init__(
+        self, pull: Tensor, slope: Tensor, above: Tensor | None, constants: dict[str, Any], machine: Machine, run: Run
+    ) -> None:  # fmt: skip
+        self.pull, self.slope, self.above, self.constants, self.machine, self.run = pull, slope, above, constants, machine, run
+        (batch, heads, self.spans, self.d), self.padded = pull.shape[:4], constants["DP"]
+        self.bh = batch * heads
+        self.sizes = {"spans": self.spans, "slots": slope.shape[3], "above": 0 if above is None else above.shape[3]}
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], warps: int, constants: dict[str, Any], **arguments: Any) -> None:
+        given = self.sizes | arguments | {"pull": self.pull, "C": constants_of(kernel, self.constants | constants)}
+        self.run(Launch(kernel, grid, given, warps))
+
+    def weights(self) -> Tensor:
+        """`[BH, n, slots + above]`."""
+        rows = 64 if self.padded > 32 else 32
+        columns = 32 if self.machine.arch in ("sm_80", "sm_120") else rows  # more spill there
+        tiles = cdiv(self.sizes["slots"], columns) + cdiv(self.sizes["above"], columns)
+        rounds = cdiv(self.spans, rows)
+        splits = {1: 1, 2: 2, 3: 2}.get(full_rounds(tiles * rounds * self.bh, 2 * self.machine.units), 4)  # it divides a head's size
+        found = self.pull.new_empty((splits, self.bh, self.spans, self.sizes["slots"] + self.sizes["above"]))
+        constants = {"BQ": rows, "BK": columns, "BD": min(32, self.padded), "SPLITS": splits, "STAGES": 2}
+        self.launch(
+            backward_units.gradient_mixed_weights, (tiles, rounds * splits, self.bh), 4, constants, slope=self.slope,
+            slope_above=self.above, dweight=found,
+        )  # fmt: skip
+        return found[0] if splits == 1 else found.sum(0)
+
+    def slopes(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of `slope` and of `above`, of contiguous weights `[.., n, slots + above]`."""
+        rows = 64
+        found = torch.empty_like(self.slope)
+        of_above = None if self.above is None else torch.empty_like(self.above)
+        tiles = cdiv(self.sizes["slots"], rows) + cdiv(self.sizes["above"], rows)
+        constants = {"BQ": rows, "BK": 16 if self.padded > 128 else 32, "STAGES": 2}
+        self.launch(
+            backward_units.gradient_mixed_slopes, (tiles, self.d, self.bh), 8 if self.padded > 64 else 4, constants, weight=weight,
+            dslope=found, dslope_above=of_above,
+        )  # fmt: skip
+        return found, of_above
 
 
-def gradients_of_units(grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments) -> list[Tensor]:
+class Back:
+    """One call's sizes and what comes back."""
+
+    def __init__(
+        self, grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments, machine: Machine, run: Run
+    ) -> None:  # fmt: skip
+        self.a, self.results, self.machine, self.run = a, results, machine, run
+        self.given = {name: x.contiguous() for name, x in grads.items() if x is not None and x.numel()}
+        (batch, heads, self.q_blocks, d), pools = a.q_mean.shape, a.tokens.shape[-1]
+        self.bh, self.spans = batch * heads, cdiv(self.q_blocks, SPAN)
+        self.levels = levels_of(pools // a.parts, a.roots)
+        self.slots, self.units = self.levels[0], sum(self.levels)
+        self.above, self.pools = self.units - self.slots, self.units * a.parts
+        self.constants: dict[str, Any] = {
+            "D": d, "DP": max(16, power(d)), "PARTS": a.parts, "MEMBERS": MEMBERS, "SPAN": SPAN, "LEVELS": len(self.levels),
+            **backward_parts.channels_at_once(d, max(16, power(d)), 16, machine.arch), "STAGES": 2,
+            "PRECISION": precision_of(machine.arch, tf32=tf32_allowed()),
+        }  # fmt: skip
+        names = ("joined_k", "joined_v", "joined_tokens", "joined_spread")
+        self.joined = JoinedElements(*(results[name] for name in names))
+        self.grads = UnitGradients(self.empty(self.pools, d), self.empty(self.pools, d), self.empty(self.pools))
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.a.q_mean.new_empty((self.bh, *shape))
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], warps: int, constants: dict[str, Any], **arguments: Any) -> None:
+        """Launch with these constants and the call's, and the call's sizes, of which kernels take what they know."""
+        names = ("q_blocks", "spans", "slots", "units", "pools")
+        sizes = {name: getattr(self, name) for name in names if name in kernel.arg_names}
+        self.run(Launch(kernel, grid, {**sizes, **arguments, "C": constants_of(kernel, self.constants | constants)}, warps))
+
+    def through_slopes(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What comes back through the spans' matrices: to the logits of what they see `[BH, spans, P]`, to slopes, and to those above."""
+        r, above = self.results, self.results["above"] if self.above else None
+        constants = self.constants | {"PRECISION": mixing(self.machine.arch, narrow=self.a.narrow)}
+        mixture = Mixture(self.given["slopes"], self.a.slope, above, constants, self.machine, self.run)  # type: ignore[arg-type]
+        dlogits, own = self.empty(self.spans, self.pools), self.empty(self.spans, self.units)
+        self.launch(
+            backward_units.gradient_shares, (self.spans, self.bh), 4, {"W": min(LANES, max(16, power(self.units)))}, shares=r["shares"],
+            pool_lists=r["pool_lists"], pool_counts=r["pool_counts"], tokens=r["joined_tokens"], dweight=mixture.weights(),
+            dlogits=dlogits, own=own, pool_width=r["pool_lists"].shape[-1],
+        )  # fmt: skip
+        return dlogits, *mixture.slopes(own)
+
+    def to_units(self, dlogits: Tensor | None) -> None:
+        """The gradients of the units of all levels, but for what comes from the groups that they are in."""
+        padded = self.constants["DP"]
+        columns = 16 if padded > 128 else 32 if padded > 64 else 64
+        given = PartGradients(*(self.given.get(name) for name in ("joined_k", "joined_v", "joined_bias")))
+        constants = {"BQ": 16, "BK": columns, "STAGES": 2 if self.machine.arch.startswith("sm_") else 1}
+        self.launch(
+            backward_units.gradient_joined, (cdiv(self.pools, columns), self.bh), 8 if padded > 128 else 4, constants, joined=self.joined,
+            given=given, dlogits=dlogits, q_mean=self.a.q_mean, q_starts=self.a.q_starts, grads=self.grads, scale=self.a.scale,
+            cap=self.a.cap,
+        )  # fmt: skip
+
+    def mean_queries(self, dlogits: Tensor) -> Tensor:
+        found = torch.empty_like(self.a.q_mean)
+        self.launch(
+            backward_units.gradient_mean_queries, (cdiv(self.spans, 16), self.bh), 4, {"BQ": 16, "BK": 32}, joined=self.joined,
+            dlogits=dlogits, dq_mean=found, q_starts=self.a.q_starts, scale=self.a.scale,
+        )  # fmt: skip
+        return found
+
+    def levels_down(self, of_above: Tensor | None) -> Tensor:
+        """What comes back through the moments of groups joins the gradients of their members, from the last level down; that of the mean q²
+        `[BH, D]` is returned."""
+        dsecond, first = self.empty(self.above, self.constants["D"]), self.units
+        for level in range(len(self.levels) - 1, 0, -1):
+            first -= self.levels[level]
+            self.launch(
+                backward_parts.gradient_level, (self.levels[level], self.bh), 4, {}, joined=self.joined, part=self.results["part"],
+                second=self.a.second, grads=self.grads, slope=of_above, dsecond=dsecond, scale=self.a.scale,
+                first_below=first - self.levels[level - 1], members=self.levels[level - 1],
+            )  # fmt: skip
+        return dsecond.sum(1)
+
+
+def gradients_of_units(
+    grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments, machine: Machine, run: Run = execute
+) -> list[Tensor]:
     """Gradients of DIFFERENTIABLE_GROUPING; of no elements where the argument is absent."""
-    if not a.q_mean.numel():  # an empty batch
-        return [_shaped(None, getattr(a, name), a.q_mean) for name in DIFFERENTIABLE_GROUPING]
-    given = {name: x.flatten(0, 1) for name, x in grads.items() if x is not None and x.numel()}
-    made = {name: x.flatten(0, 1) for name, x in results.items() if x.numel()}
-    levels = levels_of(a.tokens.shape[-1] // a.parts, a.roots)
-    key, value, bias = (given.get(name, torch.zeros_like(made[name])) for name in ("joined_k", "joined_v", "joined_bias"))
-    found = Found(key, value, bias, torch.zeros_like(bias))
-    if "slopes" in given:
-        found = _through_slopes(given["slopes"], found, made, levels, a)
-    passed = found.bias * 0.5 * ((made["joined_spread"] / 2 <= a.cap) & (made["joined_tokens"] > 0))
-    found = found._replace(key=found.key.clone(), value=found.value.clone(), spread=passed)
-    dsecond = torch.zeros_like(a.second.flatten(0, 1))
-    for level in range(len(levels) - 1, 0, -1):
-        dsecond += _through_level(level, found, made, levels, a)
-    pools = a.tokens.shape[-1]
-    whole = {
-        "q_mean": found.q_mean, "pooled_k": found.key[:, :pools], "pooled_v": found.value[:, :pools],
-        "slope": None if found.slope is None else found.slope[:, :, : levels[0]], "second": dsecond, "spread": found.spread[:, :pools],
+    back = Back(grads, results, a, machine, run)
+    dlogits = dslope = of_above = dq_mean = None
+    if "slopes" in back.given:
+        dlogits, dslope, of_above = back.through_slopes()
+        dq_mean = back.mean_queries(dlogits)
+    back.to_units(dlogits)
+    dsecond, pools = back.levels_down(of_above), a.tokens.shape[-1]
+    found = {
+        "q_mean": dq_mean, "pooled_k": back.grads.key[:, :pools], "pooled_v": back.grads.value[:, :pools], "slope": dslope,
+        "second": dsecond, "spread": back.grads.spread[:, :pools],
     }  # fmt: skip
-    return [_shaped(whole[name], getattr(a, name), a.q_mean) for name in DIFFERENTIABLE_GROUPING]
+    return [_shaped(found[name], getattr(a, name), a.q_mean) for name in DIFFERENTIABLE_GROUPING]
 
 
 def _shaped(x: Tensor | None, like: Tensor | None, any_: Tensor) -> Tensor:
     if like is None:
         return any_.new_empty(0)
     return torch.zeros_like(like) if x is None else x.reshape(like.shape).contiguous()
-
-
-def _through_slopes(pull: Tensor, found: Found, made: Mapping[str, Tensor], levels: list[int], a: GroupingArguments) -> Found:
-    """What comes back through the spans' matrices: to the slopes, the shares, and what these are of. `pull` `[BH, spans, D, D]`."""
-    units, by_channel = sum(levels), pull.transpose(1, 2)  # [BH, D of k, spans, D of v]
-    place = torch.arange(made["pool_lists"].shape[-1], device=pull.device)
-    at = torch.where(place < made["pool_counts"][..., None], made["pool_lists"], units).long()  # what pads a list goes to a unit of its own
-    shares = pull.new_zeros(*at.shape[:2], units + 1, a.parts).scatter_(2, at[..., None].expand(-1, -1, -1, a.parts), made["shares"])
-    shares = shares[:, :, :units]
-    tokens = made["joined_tokens"].unflatten(1, (-1, a.parts)).sum(-1).split(levels, 1)
-    of_parent = [m / of.clamp_min(1).repeat_interleave(MEMBERS, 1) for m, of in itertools.pairwise(tokens)]
-    own = list(shares.sum(-1).split(levels, -1))
-    for level in range(len(levels) - 1, 0, -1):
-        own[level - 1] = own[level - 1] + own[level].repeat_interleave(MEMBERS, -1) * of_parent[level - 1][:, None]
-    slopes = [x for x in (None if a.slope is None else a.slope.flatten(0, 1), made.get("above")) if x is not None]
-    down = list(torch.cat([torch.einsum("bcid,bcjd->bij", by_channel, x) for x in slopes], -1).split(levels, -1))
-    for level in range(1, len(levels)):
-        of_members = (down[level - 1] * of_parent[level - 1][:, None]).unflatten(-1, (-1, MEMBERS)).sum(-1)
-        down[level] = down[level] + of_members
-    back = torch.cat(down, -1)[..., None]  # to the sum of a unit's shares
-    dlogits = (shares * (back - (shares * back).sum((2, 3), keepdim=True))).flatten(2)  # [BH, spans, P]
-    means, within = _span_means(a)
-    dmeans = a.scale * dlogits @ made["joined_k"]
-    return Found(
-        found.key + a.scale * dlogits.mT @ means, found.value, found.bias + dlogits.sum(1), found.spread,
-        dmeans.repeat_interleave(SPAN, 1)[:, : len(within)] * within[:, None], torch.cat(own, -1).mT[:, None] @ by_channel,
-    )  # fmt: skip
-
-
-def _span_means(a: GroupingArguments) -> tuple[Tensor, Tensor]:
-    """The mean query of each span `[BH, spans, D]`, and the share of each query block in its span's `[q blocks]`."""
-    sizes = a.q_starts.diff().float()
-    of_span = F.pad(sizes, (0, -len(sizes) % SPAN)).unflatten(0, (-1, SPAN)).sum(1)
-    within = sizes / of_span.repeat_interleave(SPAN)[: len(sizes)]
-    weighted = F.pad(a.q_mean.flatten(0, 1) * within[:, None], (0, 0, 0, -len(sizes) % SPAN))
-    return weighted.unflatten(1, (-1, SPAN)).sum(2), within
-
-
-def _through_level(level: int, found: Found, made: Mapping[str, Tensor], levels: list[int], a: GroupingArguments) -> Tensor:
-    """What comes back through the moments of a level's groups joins the gradients of its members; that of the mean q² is returned.
-
-    The distances' sums over a part are 0, so that nothing comes back through its means but what is theirs.
-    """
-    parts, first = a.parts, sum(levels[:level])
-    mine = slice(first * parts, (first + levels[level]) * parts)
-    below = slice((first - levels[level - 1]) * parts, first * parts)
-    elements = {name: made[f"joined_{name}"][:, below].unflatten(1, (levels[level], -1)) for name in ("k", "v", "tokens")}
-    of_group = {name: made[f"joined_{name}"][:, mine].unflatten(1, (-1, parts)) for name in ("k", "v", "tokens", "spread")}
-    groups = slice(first - levels[0], first - levels[0] + levels[level])
-    part, tokens = made["part"][:, groups], elements["tokens"]
-    member = (part[:, :, None] == torch.arange(parts, device=part.device)[:, None]).float()  # [BH, T, parts, elements]
-    share = member * tokens[:, :, None] / of_group["tokens"].clamp_min(1)[..., None]
-    k_off, v_off = ((elements[x] - member.mT @ of_group[x]) * (tokens > 0)[..., None] for x in ("k", "v"))
-    second = a.scale**2 * a.second.flatten(0, 1)[:, None, None]
-    dspread = found.spread[:, mine].unflatten(1, (-1, parts))
-    dk, dv = (share.mT @ x[:, mine].unflatten(1, (-1, parts)) for x in (found.key, found.value))
-    if found.slope is not None:
-        dslope = found.slope[:, :, first : first + levels[level]].transpose(1, 2)  # [BH, T, D of k, D of v]
-        damp = 1 / (1 + of_group["spread"])
-        of_all = tokens / tokens.sum(-1, keepdim=True).clamp_min(1)
-        weight = (member.mT @ damp[..., None]) * of_all[..., None]
-        of_key = v_off @ dslope.mT
-        dk, dv = dk + weight * of_key, dv + weight * (k_off @ dslope)
-        of_weight = (k_off * of_key).sum(-1) * of_all
-        dspread = dspread - damp.square() * (member @ of_weight[..., None])[..., 0]
-    of_elements = (share.mT @ dspread[..., None])[..., 0]
-    dk = dk + 2 * second * of_elements[..., None] * k_off
-    found.key[:, below] += dk.flatten(1, 2)
-    found.value[:, below] += dv.flatten(1, 2)
-    found.spread[:, below] += of_elements.flatten(1)
-    return a.scale**2 * (of_elements[..., None] * k_off.square()).sum((1, 2))
