@@ -3,11 +3,15 @@
 Plain C functions behind ctypes: no torch headers. Where they do not compile, the package installs without them.
 """
 
+import os
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 CPU = Path("dit_accel", "kernels", "cpu")  # in a checkout by the link, in a source distribution a folder
 if not CPU.is_dir():
@@ -17,7 +21,23 @@ if not CPU.is_dir():
     )
 fingerprint = runpy.run_path(str(CPU / "sources.py"))["fingerprint"](CPU)
 
+
+class EachFileByItself(build_ext):
+    """As many compilers at once as there are processors: a file is one instruction set's code, and takes half a minute."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **how: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [made for one in pool.map(lambda source: compile_in_turn([source], **how), sources) for made in one]
+
+        self.compiler.compile = compile_at_once
+        super().build_extension(ext)
+
+
 setup(
+    cmdclass={"build_ext": EachFileByItself},
     ext_modules=[
         Extension(
             "dit_accel.kernels.cpu._native",
@@ -29,5 +49,5 @@ setup(
             language="c++",
             optional=True,
         )
-    ]
+    ],
 )

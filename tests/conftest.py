@@ -124,6 +124,32 @@ def _tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(on_device, "tensor_cores", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _language_of_the_interpreter() -> Iterator[None]:
+    """Triton's interpreter puts its own functions in the place of `triton.language`'s at every call of a function from a kernel: once in a
+    launch is enough, and a quarter of the time less."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:  # no test of this process has kernels to interpret
+        yield
+        return
+    replace, launch, language = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.tl
+    replaced: set[int] = set()
+
+    def replace_once(function: Any) -> Any:
+        missing = {id(x) for x in function.__globals__.values() if x is language or x is language.core} - replaced
+        replaced.update(missing)
+        return replace(function) if missing else None  # the launch itself, which takes what it replaced back, is the first to ask
+
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        replaced.clear()
+        return launch(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        yield
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A running browser."""

@@ -159,7 +159,7 @@ def test_the_build_tells_the_fingerprint(tmp_path: Path) -> None:
 def run_setup(folder: Path) -> subprocess.CompletedProcess[str]:
     """setup.py in a folder, told to print what it would build."""
     (folder / "setup.py").write_text((ROOT / "setup.py").read_text())
-    code = "import runpy, setuptools as s; s.setup = lambda ext_modules: print(vars(ext_modules[0])); runpy.run_path('setup.py')"
+    code = "import runpy, setuptools as s; s.setup = lambda ext_modules, cmdclass: print(vars(ext_modules[0])); runpy.run_path('setup.py')"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
