@@ -194,6 +194,14 @@ FIGURES: dict[str, Figure] = {
         ((str(ROOT / "benchmarks" / "plan.py"), "--size", "1024", "--steps", "4", "--work", "work", "--out", "plan.json"),),
         {"plan.json": "benchmarks/plan.json"},
     ),
+    "plans-elsewhere": Figure(
+        ((str(ROOT / "benchmarks" / "plan_sizes.py"), "--densities", "0.05", "0.1", "--work", "work", "--out", "plan-sizes.json"),),
+        {"plan-sizes.json": "benchmarks/plan-sizes.json"},
+    ),
+    "plans-promise": Figure(
+        ((str(ROOT / "benchmarks" / "plan_seeds.py"), "--size", "256", "--work", "work", "--out", "plan-seeds.json"),),
+        {"plan-seeds.json": "benchmarks/plan-seeds.json"},
+    ),
     "composition": Figure(
         ((str(ROOT / "benchmarks" / "composition.py"), "--size", "512", "--prompts", "1", "--out", "composition.json"),),
         {"composition.json": "benchmarks/composition.json"},

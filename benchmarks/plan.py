@@ -1,6 +1,7 @@
-"""Plans against uniform settings on the built-in image model: the curve of the prediction's error against multiply-adds.
+"""Plans against uniform settings on the built-in models: the curve of the prediction's error against multiply-adds.
 
     python benchmarks/plan.py --size 1024 --work WORK --out benchmarks/plan.json
+    python benchmarks/plan.py --size 256 --frames 17 --densities 0.1 0.2 0.4 --work WORK --out video.json
 
 Error curves come from `--measured` prompts; every setting is then verified on `--held-out` others, whose forwards no choice has seen. Each
 uniform setting is paired with the plan of its multiply-adds and with the plan of its predicted error; ratios are means over prompts with
@@ -8,25 +9,31 @@ their 95 % intervals. Everything is kept in WORK, so that a stopped run continue
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_accel import Fovea, builtin_pipeline
+from dit_accel import Fovea, builtin_pipeline, builtin_video_pipeline
 from dit_accel.files import write_json
 from dit_accel.measure.bootstrap import Bootstrap
 from dit_accel.measure.demo import HELD_OUT, training_prompts
 from dit_accel.measure.timing import machine
+from dit_accel.pipelines.builtin.drawings import article
+from dit_accel.pipelines.builtin_video.look import questions
 from dit_accel.planner.measuring import Choice, Measurements, Request, measured
 from dit_accel.planner.work import Work
 
 UNIFORM = (0.05, 0.1, 0.02, 0.2, 0.4)  # densities of Fovea; the first is the one to be beaten
 
 
-def prompts(count: int, held_out: int) -> tuple[list[str], list[str]]:
+def prompts(count: int, held_out: int, *, video: bool) -> tuple[list[str], list[str]]:
     """Prompts to measure on and others to verify on."""
+    if video:
+        drawn = list(dict.fromkeys(f"{article(noun)} {motion} on {article(colour)} background" for noun, motion, colour in questions(40)))
+        return drawn[:count], drawn[count : count + held_out]
     drawn = training_prompts(count + held_out, HELD_OUT)
     return drawn[:count], [*HELD_OUT, *drawn[count:]][:held_out]
 
@@ -41,7 +48,8 @@ def setting(found: Measurements, choice: Choice) -> dict[str, Any]:
 
 def uniform(found: Measurements, density: float) -> Choice:
     """Fovea of a density everywhere."""
-    blocks = -(-found.size.grid[1] // 8) * -(-found.size.grid[2] // 8)
+    sides = (1, 8, 8) if found.size.grid[0] == 1 else (2, 8, 8)
+    blocks = math.prod(-(-length // side) for length, side in zip(found.size.grid, sides, strict=True))
     count = Fovea(density).selection.count(blocks)  # type: ignore[union-attr]
     number = next(n for n, spec in enumerate(found.specs) if spec is not None and spec.rest == Fovea(density).rest
                   and spec.selection is not None and spec.selection.count(blocks) == count)  # fmt: skip
@@ -76,20 +84,27 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--frames", type=int, help="of clips of the built-in video model, in the place of pictures")
+    parser.add_argument("--densities", type=float, nargs="+", default=UNIFORM)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    first, others = prompts(given.measured, given.held_out)
-    call = {"height": given.size, "width": given.size, "num_inference_steps": given.steps, "max_sequence_length": 32, "guidance_scale": 3.5}
-    pipe = builtin_pipeline()
+    first, others = prompts(given.measured, given.held_out, video=given.frames is not None)
+    call = {"height": given.size, "width": given.size, "num_inference_steps": given.steps}
+    if given.frames is None:
+        call, pipe = call | {"max_sequence_length": 32, "guidance_scale": 3.5}, builtin_pipeline()
+    else:
+        call |= {"max_sequence_length": 24, "guidance_scale": 3.0, "num_frames": given.frames}
+        pipe = builtin_video_pipeline()
     pipe.set_progress_bar_config(disable=True)
     request = Request(pipe, tuple(first), tuple(others), None, "multiply-adds", 3, 0, None, call)
     found = measured(request, Work.begin(given.work, request.settings()))
     record: dict[str, Any] = {"machine": machine(), "size": given.size, "steps": given.steps, "measured": first, "held_out": others}
+    record |= {} if given.frames is None else {"frames": given.frames}
     record["candidates"] = [str(spec) for spec in found.specs]
     record["pairs"] = []
-    for density in UNIFORM:
+    for density in given.densities:
         record["pairs"].append(pair(found, density))
         write_json(given.out, record)
 

@@ -213,7 +213,7 @@ def window_pairs(grids: Grids, window: Window) -> Tensor:
 def top_pairs(
     q: Tensor, k: Tensor, v: Tensor | None, top: TopK, q_number: Tensor, k_number: Tensor, block: int, scale: float
 ) -> Tensor:  # fmt: skip
-    """`[B, H, N, N]`: the n = max(1, ⌊density · T⌋) key blocks with the largest product of block means, or error."""
+    """`[B, H, N, N]`: the n = max(1, ⌊density · T⌋ + blocks) key blocks with the largest product of block means, or error."""
     q_in, k_in = membership(q_number), membership(k_number)
     q_mean, k_mean = (m.T @ x.double() / m.sum(0)[:, None] for m, x in ((q_in, q), (k_in, k)))
     score = q_mean @ k_mean.mT
@@ -226,7 +226,7 @@ def top_pairs(
         score = scale * score + n.log() + (spread / 2).clamp(max=top.score.cap) + spread.log() + value.log() / 2
     if top.correct_short:
         score = score * (k_in.sum(0) / block).sqrt()
-    n = max(1, math.floor(top.density * k_in.shape[1] + 1e-9))
+    n = min(k_in.shape[1], max(1, math.floor(top.density * k_in.shape[1] + 1e-9) + top.blocks))
     chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(n, -1).indices, True)
     return chosen[..., q_number, :][..., k_number]
 

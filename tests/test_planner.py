@@ -21,11 +21,14 @@ from dit_accel.measure.capture import Captured, attending, original_attention
 from dit_accel.method.assignment import Moment
 from dit_accel.method.text import parse_method
 from dit_accel.operator.attention import attention
+from dit_accel.operator.cost import kept_pairs
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.planner import curves, levels
 from dit_accel.planner.candidates import default_candidates, multiply_adds, seconds
 from dit_accel.planner.choose import Knapsack, Unit
+from dit_accel.planner.names import short_name
 from dit_accel.planner.record import Plan
+from dit_accel.planner.verified import interval_of
 
 EXAMPLE = Path(__file__).with_name("plan_example.json")
 SPECS = (None, Fovea(0.05, tile=(4, 4)), Fovea(0.3, tile=(4, 4)), CLEAR(2.0, tile=(4, 4)))
@@ -119,6 +122,15 @@ def test_default_candidates_differ_on_their_grid(grid: tuple[int, int, int]) -> 
     Assignment(tuple(dit_accel.Rule(spec) for spec in found))  # of one order
 
 
+def test_default_candidates_keep_as_much_at_every_size() -> None:
+    """Of what a query sees exactly, as many tokens: within what borders take away."""
+    specs = [spec for spec in default_candidates((1, 64, 64)) if spec is not None]
+    kept = [[kept_pairs(spec, TokenLayout((1, side, side))) / side**2 for spec in specs] for side in (64, 256)]
+    assert kept[1] == pytest.approx(kept[0], rel=0.3)
+    pooled = [spec for spec in specs if spec.rest]
+    assert [parse_method(short_name(spec)) for spec in pooled] == pooled
+
+
 def test_seconds_are_those_of_a_call() -> None:
     q, k, v = (torch.randn(1, 4, 9 * 14 + 6, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
     found = seconds(SPECS, Captured(q, k, v, TokenLayout((1, 9, 14), 6), "layer"))
@@ -135,6 +147,30 @@ def test_ranges_cover_all_noise_levels() -> None:
     assert [high for _, high in ranges] == [1.0, *(low for low, _ in ranges[:-1])]
     assert [levels.place(moment.noise, ranges) for moment in moments] == [0, 0, 1, 2, 2]
     assert levels.ranges_of(moments[:1], 3) == [(0.0, 1.0)]
+
+
+# Intervals
+
+
+def test_an_interval_counts_how_much_prompts_differ() -> None:
+    mean = 0.05
+    alone, known = interval_of([mean], np.array([[0.0, 0.1]])), interval_of([mean] * 4, np.full((6, 3), 0.3))
+    assert alone.high == pytest.approx(mean * (1 + 2.92 * 0.25))
+    assert known.high == pytest.approx(mean * (1 + 1.895 * 0.25 * (2 / 7) ** 0.5 / 2))
+    wide = interval_of([mean] * 2, np.array([[0.0, 0.1, 1], [0.0, 0.2, 1], [0.0, 0.3, 1]]))  # the first is the original attention
+    assert wide.high == pytest.approx(mean * (1 + 2.132 * ((0.25 + 2 * 0.25**2) / 4) ** 0.5 / 2**0.5))
+    assert wide.mean == mean
+    assert wide.low == pytest.approx(2 * mean - (wide.high or 0))
+    assert interval_of([0.0], np.zeros((1, 1))).high == 0
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.25])
+def test_an_interval_holds_in_nine_of_ten(spread: float) -> None:
+    """Two held-out and four measured prompts whose errors are lognormal: how often the mean of all prompts is above the upper end."""
+    random, width = np.random.default_rng(0), np.log(1 + spread**2) ** 0.5
+    errors = np.exp(random.normal(-(width**2) / 2, width, (4000, 6)))  # of mean 1
+    beyond = np.mean([(interval_of(row[:2].tolist(), row[2:, None]).high or 0) < 1 for row in errors])
+    assert beyond < 0.1
 
 
 # The knapsack

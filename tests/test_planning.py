@@ -85,10 +85,20 @@ def test_a_plan_is_near_the_best_of_all_choices(tmp_path: Path) -> None:
         if found.accelerates(chosen):
             errors = found.held_out.errors(pipe.transformer, found.assignment(chosen))
             cost = sum(found.costs[name].each[n] for name, row in zip(found.heads, chosen[0], strict=True) for n in row)
-            every.append((cost / sum(2 * own.each[0] for own in found.costs.values()), aim.upper(found.held_out.interval(errors))))
+            every.append((cost / sum(2 * own.each[0] for own in found.costs.values()), aim.upper(found.interval(errors))))
     for budget in sorted(error for _, error in every)[20::15]:
         got = aim.aim(found, Asked(budget, None))
         assert got.choice.cost <= 1.05 * min(cost for cost, error in every if error <= budget)
+
+
+def test_a_number_of_blocks_is_a_rule_of_scaling(tmp_path: Path) -> None:
+    specs = [Fovea(blocks=2, tile=(4, 4)), SPECS[2]]
+    plan = dit_accel.plan(prompt_pipe(), PROMPTS[:2], speed=1.05, specs=specs, progress=False, **CALL)
+    used = {(number, k) for k, rows in enumerate(plan.chosen) for row in rows for number in row if plan.candidates[number].spec == specs[0]}
+    assert used
+    assert {(rule.candidate, rule.range) for rule in plan.scaling.rules} == used
+    assert {(rule.alpha, rule.beta) for rule in plan.scaling.rules} == {(32.0, 0.0)}
+    assert Plan.load(plan.save(tmp_path / "plan.json")).scaling == plan.scaling
 
 
 class Stop(Exception):  # noqa: N818

@@ -226,9 +226,27 @@ def test_parameters_start_where_the_method_says(spec: AttentionSpec, start: floa
     assert {x for p in spec.make_parameters(heads=3, head_dim=8).parameters() for x in p.flatten().tolist()} == {start}
 
 
-@pytest.mark.parametrize(("spec", "expected"), [(Fovea(0.2), 0.2), (SLA(0.1), 0.1), (CLEAR(8), None)], ids=["fovea", "sla", "clear"])
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [(Fovea(0.2), 0.2), (SLA(0.1), 0.1), (CLEAR(8), None), (Fovea(blocks=3), None)],
+    ids=["fovea", "sla", "clear", "blocks"],
+)
 def test_density_is_the_one_asked_for(spec: AttentionSpec, expected: float | None) -> None:
     assert spec.density == expected
+
+
+@pytest.mark.parametrize(
+    ("density", "blocks", "of", "expected"),
+    [(0.05, 0, 64, 3), (0.05, 0, 4, 1), (0.0, 3, 64, 3), (0.0, 3, 1024, 3), (0.0, 3, 2, 2), (0.25, 2, 16, 6), (0.01, 1, 16, 1)],
+)
+def test_a_share_and_a_number_of_blocks_add_up(density: float, blocks: int, of: int, expected: int) -> None:
+    assert TopK(density, blocks=blocks).count(of) == expected
+
+
+@pytest.mark.parametrize(("density", "blocks"), [(0.0, 0), (0.1, -1), (0.1, 1.0), (0.1, True), (-0.1, 1)])
+def test_no_blocks_are_refused(density: float, blocks: Any) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        TopK(density, blocks=blocks)
 
 
 def test_reads_as_its_slots() -> None:

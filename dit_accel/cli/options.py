@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 BUILTIN_GUIDANCE = 3.5
 
 METHOD_FORMS = (
-    "none (the original attention), fovea, fovea:0.05, fovea:0.05,order=1, fovea:0.05,conv=5, fovea:radius=8, clear:16, "
-    "clear:8,downsample=4, clear:2x8x8, sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16, gna:9x9,dilation=2, "
-    "or a JSON file of a spec or an assignment; shares are of key blocks, lengths in tokens, 9x5 "
+    "none (the original attention), fovea, fovea:0.05, fovea:0.05,order=1, fovea:0.05,conv=5, fovea:radius=8, "
+    "fovea:blocks=3, clear:16, clear:8,downsample=4, clear:2x8x8, sla:0.1, sla:0.1,scope=all,feature_map=elu, gna:80,stride=16, "
+    "gna:9x9,dilation=2, or a JSON file of a spec or an assignment; shares are of key blocks, lengths in tokens, 9x5 "
     "is height x width, 2x8x8 frames x height x width"
 )
 

@@ -25,7 +25,7 @@ def plan(
     ] = "multiply-adds",
     model: options.Model = "builtin",
     method: Annotated[
-        list[str] | None, typer.Option(help="A candidate as in generate; may be repeated.", show_default="Fovea, CLEAR, GNA and none")
+        list[str] | None, typer.Option(help="A candidate as in generate; may be repeated.", show_default="forms of Fovea, and none")
     ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Prompts to verify on, in place of the last ones of --prompts.")] = None,
     ranges: Annotated[int, typer.Option(min=1, help="Ranges of noise levels that have a choice of their own, at most.")] = 3,

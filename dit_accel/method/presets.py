@@ -40,15 +40,16 @@ def _tiles(tile: tuple[int, ...]) -> tuple[Order, tuple[int, int]]:
 
 
 def Fovea(  # noqa: N802
-    density: float | None = None, *, radius: float | None = None, tile: tuple[int, ...] = (8, 8), first_frames: int = 0, order: int = 0,
-    parts: int | None = None, conv: int | None = None,
+    density: float | None = None, *, radius: float | None = None, blocks: int | None = None, tile: tuple[int, ...] = (8, 8),
+    first_frames: int = 0, order: int = 0, parts: int | None = None, conv: int | None = None,
 ) -> AttentionSpec:  # fmt: skip
     """Training-free: exact attention to the blocks that matter, one pooled key for each other block, one softmax over both.
 
     Args:
         density: the share of tiles that each query tile keeps, those that would leave the largest error (`ErrorProduct`); 0.05 unless
-            density or radius is given.
+            density, radius or blocks is given.
         radius: in tokens; keeps every tile that a disc of this radius touches (a ball in a video), without any selection.
+        blocks: in the place of a share so many tiles, at every size.
         tile: (height, width) or (frames, height, width) in tokens, a power of two from 16 to 128 of them in all.
         first_frames: so many frames of a video are always kept.
         order: 1 lets the value of what is not kept change with the query, to first order, with four pooled keys for each tile and, far
@@ -57,13 +58,17 @@ def Fovea(  # noqa: N802
         conv: adds a learned convolution of V over so many rows and columns of tokens (`DepthwiseConv`), an odd number, and over 3 frames
             where the tile has frames; it is nothing until it is distilled.
 
-    Raises ValueError for values out of these ranges, and where both density and radius are given. Ancestors, relatives, and Fovea with
-    tiles kept by the product of means: docs/methods.md.
+    Raises ValueError for values out of these ranges, and where two of density, radius and blocks are given. Ancestors, relatives, and
+    Fovea with tiles kept by the product of means: docs/methods.md.
     """
-    if density is not None and radius is not None:
-        raise ArgumentError(f"Fovea takes density or radius, not both: leave {density=} or {radius=} out")
+    if sum(value is not None for value in (density, radius, blocks)) > 1:
+        raise ArgumentError(f"Fovea takes one of density, radius and blocks: leave the others of {density=}, {radius=}, {blocks=} out")
     rest = Pooled(parts=4, order=order, opened=8) if order and parts is None else Pooled(parts=1 if parts is None else parts, order=order)
-    chosen = TopK(0.05 if density is None else density, score=ErrorProduct())
+    if blocks is None:
+        chosen = TopK(0.05 if density is None else density, score=ErrorProduct())
+    else:
+        require(is_int(blocks) and blocks >= 1, "blocks must be a number of tiles >= 1", blocks)
+        chosen = TopK(0.0, score=ErrorProduct(), blocks=blocks)
     kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
     order_of, block = _tiles(tile)
     extras = () if conv is None else (DepthwiseConv(conv, frames=3 if len(tile) == 3 else 1),)

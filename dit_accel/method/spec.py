@@ -108,8 +108,8 @@ class AttentionSpec:
 
     @property
     def density(self) -> float | None:
-        """The share of key blocks asked for, where the spec names one."""
-        return None if self.selection is None else self.selection.share
+        """The share of key blocks asked for, where the spec names one, and not a number of them."""
+        return None if self.selection is None or self.selection.more else self.selection.share
 
     def start_values(self, *, heads: int, head_dim: int) -> dict[str, Tensor]:
         """The learned tensors by name, float32, as training starts from them. Raises ArgumentError where two parts use one name."""

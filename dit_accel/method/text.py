@@ -68,8 +68,8 @@ class PresetSyntax:
 
 METHODS: dict[str, PresetSyntax] = {
     "fovea": PresetSyntax(
-        Fovea, {"density": NUMBER, "radius": NUMBER, "order": INTEGER, "parts": INTEGER, "conv": INTEGER} | MORE,
-        ("fovea", "fovea:0.05", "fovea:0.05,order=1", "fovea:0.05,conv=5", "fovea:radius=8"), required=False,
+        Fovea, {"density": NUMBER, "radius": NUMBER, "blocks": INTEGER, "order": INTEGER, "parts": INTEGER, "conv": INTEGER} | MORE,
+        ("fovea", "fovea:0.05", "fovea:0.05,order=1", "fovea:0.05,conv=5", "fovea:radius=8", "fovea:blocks=3"), required=False,
     ),
     "clear": PresetSyntax(CLEAR, {"radius": RADIUS, "downsample": INTEGER} | MORE, ("clear:16", "clear:8,downsample=4", "clear:2x8x8")),
     "sla": PresetSyntax(

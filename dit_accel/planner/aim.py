@@ -11,7 +11,6 @@ ROUNDS = 6  # of verification, at most
 TRIES = 30  # of aims, most of which lead to choices that are verified already
 CLOSE = 1.02  # between what is enough and what is too much there is nothing worth a round
 NEAR = 0.93  # of the budget: from there on no round is spent on coming nearer
-ALONE = 1.05  # what the error of a single held-out prompt may be exceeded by on others
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Got:
 
 
 def upper(verified: Interval) -> float:
-    """The error that is promised: the upper end of the interval over held-out prompts."""
-    return ALONE * verified.mean if verified.high is None else verified.high
+    """The error that is promised: the upper end of the interval of the mean over prompts."""
+    return verified.mean if verified.high is None else verified.high
 
 
 def _factor(choice: Choice, verified: Interval) -> float:
@@ -51,7 +50,7 @@ def aim(found: Measurements, asked: Asked) -> Got:
 
 def _verified(found: Measurements, choice: Choice) -> Got:
     errors = found.verify(choice.chosen)
-    verified = found.held_out.interval(errors)
+    verified = found.interval(errors)
     return Got(choice, errors, verified, _factor(choice, verified), ())
 
 

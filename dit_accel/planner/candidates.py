@@ -10,7 +10,7 @@ import torch
 from dit_accel.measure.capture import Captured
 from dit_accel.measure.timing import clock_of
 from dit_accel.method import AttentionSpec, TopK
-from dit_accel.method.presets import CLEAR, GNA, Fovea
+from dit_accel.method.presets import Fovea
 from dit_accel.operator.attention import attention
 from dit_accel.operator.cost import computed_pairs
 from dit_accel.operator.layout import TokenLayout
@@ -20,8 +20,7 @@ CostUnit = Literal["multiply-adds", "seconds"]
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 FIRST_ORDER = (0.05, 0.1, 0.2)  # densities with a rest that changes with the query
 TWO_PARTS = (0.02, 0.05)  # with two pooled keys for a tile
-RADII = (8, 16)  # of Fovea and of CLEAR
-WINDOW, STRIDE = 24, 8  # of GNA, in images
+RADII = (8, 16)
 REPEATS = 3  # of a measured time
 Candidates = tuple[AttentionSpec | None, ...]
 
@@ -45,26 +44,20 @@ class Costs:
 
 
 def default_candidates(grid: tuple[int, int, int]) -> Candidates:
-    """The original attention; one tile alone, the cheapest; Fovea at several densities, of both orders, with one and two pooled keys for a
-    tile, and at radii; CLEAR at the same radii, and in images a GNA window.
+    """The original attention; one tile alone, the cheapest; Fovea with several numbers of tiles, of both orders, with one and two pooled
+    keys for a tile, and at radii.
 
-    In tiles of 8 × 8 tokens, of 2 × 8 × 8 in a video. Densities that keep as many tiles on this grid as a smaller one are left out.
+    In tiles of 8 × 8 tokens, of 2 × 8 × 8 in a video. Numbers of tiles are those of `DENSITIES` on this grid, each once, and stay the same
+    on others: there they leave about the same error.
     """
     tile = (8, 8) if grid[0] == 1 else (2, 8, 8)
     blocks = math.prod(-(-length // side) for length, side in zip(grid, (1, *tile)[-3:], strict=True))
-    first = Fovea(DENSITIES[0], tile=tile)
-    found: list[AttentionSpec | None] = [None, AttentionSpec((TopK(DENSITIES[0]),), order=first.order, block=first.block)]
+    first = Fovea(tile=tile)
+    found: list[AttentionSpec | None] = [None, AttentionSpec((TopK(0.0, blocks=1),), order=first.order, block=first.block)]
     for forms, densities in (({}, DENSITIES), ({"parts": 2}, TWO_PARTS), ({"order": 1}, FIRST_ORDER)):
-        kept: set[int] = set()
-        for density in densities:
-            count = TopK(density).count(blocks)
-            if count not in kept and count < blocks:
-                kept.add(count)
-                found.append(Fovea(density, tile=tile, **forms))
-    for radius in RADII:
-        found += [Fovea(radius=radius, tile=tile), CLEAR(radius, tile=tile)]
-    found.append(Fovea(radius=RADII[0], tile=tile, order=1))
-    return (*found, GNA(WINDOW, STRIDE, tile=tile)) if grid[0] == 1 else tuple(found)
+        counts = dict.fromkeys(TopK(density).count(blocks) for density in densities)
+        found += [Fovea(blocks=count, tile=tile, **forms) for count in counts if count < blocks]
+    return (*found, *(Fovea(radius=radius, tile=tile) for radius in RADII), Fovea(radius=RADII[0], tile=tile, order=1))
 
 
 def multiply_adds(specs: Candidates, layout: TokenLayout, head_dim: int, calls: int = 1) -> Costs:

@@ -22,8 +22,8 @@ from dit_accel.planner import levels
 from dit_accel.planner.candidates import Candidates, Costs, CostUnit, default_candidates, multiply_adds
 from dit_accel.planner.choose import Array, Knapsack, Unit
 from dit_accel.planner.curves import Measured, check_finite, first_grid, measure, measured_seconds, prepared
-from dit_accel.planner.record import Model, NoiseRange, Size
-from dit_accel.planner.verified import HeldOut
+from dit_accel.planner.record import Interval, Model, NoiseRange, Size
+from dit_accel.planner.verified import HeldOut, interval_of
 from dit_accel.planner.work import Work, is_errors, is_times
 
 PROBES = 2  # of each forward
@@ -93,15 +93,17 @@ class Choice:
 
 
 class Measurements:
-    """What was measured. `specs`: the original attention first, whether or not it may be chosen (`free`), then the candidates. `curves`
-    `[K, H, C]` by layer, for K ranges of noise levels; `costs` of a layer's heads by layer."""
+    """What was measured. `specs`: the original attention first, whether or not it may be chosen (`free`), then the candidates.
+    `by_prompt` `[P, K, H, C]` by layer, for P measured prompts and K ranges of noise levels, and `curves`, its mean over prompts;
+    `costs` of a layer's heads by layer."""
 
     def __init__(
-        self, request: Request, work: Work, specs: Candidates, size: Size, ranges: tuple[NoiseRange, ...], curves: dict[str, Array],
+        self, request: Request, work: Work, specs: Candidates, size: Size, ranges: tuple[NoiseRange, ...], by_prompt: dict[str, Array],
         costs: dict[str, Costs], held_out: HeldOut, steps: int,
     ) -> None:  # fmt: skip
         self.request, self.work, self.specs, self.size, self.ranges, self.steps = request, work, specs, size, ranges, steps
-        self.curves, self.costs, self.held_out = curves, costs, held_out
+        self.by_prompt, self.costs, self.held_out = by_prompt, costs, held_out
+        self.curves = curves = {name: own.mean(0) for name, own in by_prompt.items()}
         self.model = model_of(request.pipe)
         self.heads = {name: own.shape[1] for name, own in curves.items()}
         self._free = 0 if request.specs is None or None in request.specs else 1
@@ -190,6 +192,11 @@ class Measurements:
             tuple(Rule(self.specs[n], tuple(names), heads, noise=noise) for (n, heads, noise), names in found if self.specs[n] is not None)
         )
 
+    def interval(self, errors: Sequence[float]) -> Interval:
+        """The mean error of the held-out prompts with its interval; `errors`: what `verify` found."""
+        squares = sum(own.sum(2).mean(1) for own in self.by_prompt.values())
+        return interval_of(self.held_out.by_prompt(errors), np.sqrt(squares))
+
     def verify(self, chosen: Chosen) -> list[float]:
         """The error on every held-out forward, measured once."""
         assignment = self.assignment(chosen)
@@ -218,11 +225,10 @@ def measured(request: Request, work: Work) -> Measurements:
     bounds = levels.ranges_of(run, request.ranges)
     chosen = levels.spread(samples, moments, bounds, 1)
     specs, found, costs = _measure(request, work, samples, moments, chosen)
-    curves = {
-        name: np.stack([np.mean([m.curves[name].double().numpy() for (k, _), m in zip(chosen, found, strict=True) if k == n], 0)
-                        for n in range(len(bounds))])
+    by_prompt = {  # forwards are those of a prompt after those of another, one in each range
+        name: np.stack([m.curves[name].double().numpy() for m in found]).reshape(-1, len(bounds), *found[0].curves[name].shape)
         for name in found[0].curves
-    }  # fmt: skip
+    }
     held = levels.spread(others, others_moments, bounds, VERIFIED)
     prompts = {position: number for number, own in enumerate(others.runs()) for position in own}
     held_out = HeldOut(
@@ -231,7 +237,7 @@ def measured(request: Request, work: Work) -> Measurements:
     shape = next(iter(found[0].shapes.values()))
     size = Size({name: n for name in SIZE_ARGUMENTS if (n := request.call.get(name)) is not None}, shape.layout.grid, shape.layout.text)
     ranges = levels.described(bounds, chosen, moments)
-    return Measurements(request, work, specs, size, ranges, curves, costs, held_out, 1 + max(moment.step for moment in run))
+    return Measurements(request, work, specs, size, ranges, by_prompt, costs, held_out, 1 + max(moment.step for moment in run))
 
 
 def _measure(

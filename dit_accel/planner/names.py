@@ -14,9 +14,12 @@ def short_name(spec: AttentionSpec | None) -> str:
     radius, size = (_joined(getattr(first, name, None)) for name in ("radius", "size"))
     tile = "" if shape is None else f",tile={_joined(shape)}"
     forms = [f"fovea:{spec.density:g}", f"sla:{spec.density:g}"] if spec.density is not None else []
+    forms += [f"fovea:blocks={spec.selection.more}"] if spec.selection is not None and spec.selection.more else []
     forms += [f"fovea:radius={radius}", f"clear:{radius}"] if radius else []
     forms += [f"gna:{size}"] if size else []
-    for text in (form + ending for form in forms for ending in ("", tile)):
+    order, parts = (getattr(spec.rest, name, None) for name in ("order", "parts"))
+    further = ("", f",order={order}", f",parts={parts}", f",order={order},parts={parts}") if parts else ("",)
+    for text in (form + more + ending for form in forms for more in further for ending in ("", tile)):
         try:
             if parse_method(text) == spec:
                 return text

@@ -98,7 +98,7 @@ def _chart(plan: Plan, codes: list[str], names: list[str], known: dict[str, int]
 
 def _errors(plan: Plan) -> str:
     """Which errors the chart shows, in words."""
-    this = "this plan’s as verified on held-out prompts, with its 95 % interval, and hollow as predicted"
+    this = "this plan’s as verified on held-out prompts, with its 90 % interval, and hollow as predicted"
     verified = [point.verified is not None for point in plan.curve]
     others = "verified" if all(verified) else "predicted" if not any(verified) else "verified where they were, else predicted"
     return f"Errors of the curve and the settings are as {others}, {this}."

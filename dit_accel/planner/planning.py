@@ -10,9 +10,9 @@ from dit_accel import __version__
 from dit_accel.finetune.surroundings import process_kept
 from dit_accel.method import AttentionSpec
 from dit_accel.planner.aim import aim
-from dit_accel.planner.candidates import CostUnit
+from dit_accel.planner.candidates import Candidates, CostUnit
 from dit_accel.planner.checks import check_asked, check_folder_name, checked_request
-from dit_accel.planner.measuring import Measurements, measured
+from dit_accel.planner.measuring import Chosen, Measurements, measured
 from dit_accel.planner.record import (
     Asked,
     Candidate,
@@ -22,6 +22,7 @@ from dit_accel.planner.record import (
     Point,
     Prompts,
     Scaling,
+    SizeRule,
 )
 from dit_accel.planner.work import Work, digest
 
@@ -47,11 +48,11 @@ def plan(
     Args:
         prompts: a few, in the words that the model will be used with: the first 6 at most are measured, the last third of them, 4 at most,
             are held out.
-        budget: the largest mean relative error of the prediction, ‖accelerated − original‖ / ‖original‖, on the held-out prompts: the
-            upper end of its 95 % interval over them is within it. 0.05 unless budget or speed is given.
+        budget: the largest mean relative error of the prediction, ‖accelerated − original‖ / ‖original‖, over prompts: the upper end of
+            the interval of the held-out ones' mean is within it, which about 1 of 20 plans exceeds. 0.05 unless budget or speed is given.
         speed: how many times less the attention shall cost, in `unit`, in the place of a budget.
-        specs: the candidates, specs of one order, None for the original attention; by default that, Fovea at several densities and
-            radii, CLEAR and GNA.
+        specs: the candidates, specs of one order, None for the original attention; by default that and Fovea with several numbers of
+            tiles, which stay the same at other sizes, and radii.
         held_out: prompts to verify on, in the place of the last ones.
         unit: of costs: "multiply-adds", counted, or "seconds", kernels timed on this machine.
         ranges: of noise levels that have a choice of their own, at most.
@@ -105,8 +106,19 @@ def _planned(found: Measurements, asked: Asked) -> Plan:
         outcome=Outcome(
             got.choice.cost, 1 / got.choice.cost, got.choice.predicted, got.factor, got.verified, found.held_out.by_range(got.errors)
         ),
-        scaling=Scaling((found.size.tokens,), ()),
+        scaling=Scaling((found.size.tokens,), _size_rules(found.specs, chosen)),
     )  # fmt: skip
+
+
+def _size_rules(specs: Candidates, chosen: Chosen) -> tuple[SizeRule, ...]:
+    """Of each chosen candidate that keeps a number of blocks, however many there are."""
+    found = []
+    for k, rows in enumerate(chosen):
+        for number in sorted({n for row in rows for n in row}):
+            spec = specs[number]
+            if spec is not None and spec.selection is not None and spec.selection.more:
+                found.append(SizeRule(number, k, float(spec.selection.more * spec.block[1]), spec.selection.share))
+    return tuple(found)
 
 
 POINTS = 12  # of the plans' curve

@@ -98,7 +98,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over held-out prompts with the ends of its 95 % interval, None where there is one prompt."""
+    """A mean over held-out prompts, and the ends of its interval, see `verified.interval_of`; None where they are not known, as of one
+    prompt in plans of version 0.2."""
 
     mean: float
     low: float | None

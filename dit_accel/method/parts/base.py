@@ -219,10 +219,15 @@ class Selection(Pattern):
     def share(self) -> float:
         """The largest share of key blocks that is kept."""
 
+    @property
+    def more(self) -> int:
+        """Key blocks that are kept in addition to the share, however many there are."""
+        return 0
+
     def count(self, blocks: int) -> int:
         """The largest number of so many key blocks that is kept for a query block; 0.29 of 100 are 29, although the product of floats is a
         little less."""
-        return max(1, math.floor(self.share * blocks + 1e-9))
+        return min(blocks, max(1, math.floor(self.share * blocks + 1e-9) + self.more))
 
     @abstractmethod
     def choose(self, call: Call) -> BlockMap:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, best_blocks
-from dit_accel.method.checks import flag, is_real, require
+from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Blockwise, Score, Selection, check_part
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
 from dit_accel.method.parts.choices import TARGETS, Chooser, Target, worth
@@ -15,18 +15,23 @@ from dit_accel.method.parts.scores import Estimated, MeanProduct
 
 @dataclass(frozen=True)
 class TopK(Selection):
-    """The n = max(1, floor(density · key blocks)) key blocks with the largest score (SLA, arXiv 2509.24006, eq. 2).
+    """The n = max(1, floor(density · key blocks) + blocks) key blocks with the largest score (SLA, arXiv 2509.24006, eq. 2).
 
     `correct_short`: multiply a block's score by sqrt(tokens / block), because the mean over fewer tokens is noisier and wins too often.
+    `blocks`: so many however large the grid is, with a density that may then be 0: α + β·N tokens, the rule for spans at other lengths of
+    MoA (arXiv 2406.14909).
     """
 
     density: float
     correct_short: bool = False
     score: Score = MeanProduct()
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_real(self.density) and 0 < self.density <= 1, "density must be a share of key blocks in (0, 1]", self.density)
+        require(is_int(self.blocks) and self.blocks >= 0, "blocks must be a number of key blocks >= 0", self.blocks)
+        share = is_real(self.density) and (0 < self.density <= 1 or (self.density == 0 and self.blocks > 0))
+        require(share, "density must be a share of key blocks in (0, 1]", self.density)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
         twice = self.correct_short and self.score.counts
@@ -35,6 +40,10 @@ class TopK(Selection):
     @property
     def share(self) -> float:
         return self.density
+
+    @property
+    def more(self) -> int:
+        return self.blocks
 
     def prepare(self, ground: Ground) -> dict[str, Tensor]:
         blocks = ground.k_blocks
