@@ -22,8 +22,12 @@ if not CPU.is_dir():
 fingerprint = runpy.run_path(str(CPU / "sources.py"))["fingerprint"](CPU)
 
 
-class EachFileByItself(build_ext):
-    """As many compilers at once as there are processors: a file is one instruction set's code, and takes half a minute."""
+class Library(build_ext):
+    """A file that is named after no version of Python: nothing of Python is in it. As many compilers run at once as there are processors: a
+    source is one instruction set's code, and takes half a minute."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         compile_in_turn = self.compiler.compile
@@ -36,8 +40,23 @@ class EachFileByItself(build_ext):
         super().build_extension(ext)
 
 
+commands: dict[str, type] = {"build_ext": Library}
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ModuleNotFoundError:  # of an environment's own, older setuptools, which compiles in a checkout (build_ext) and makes no wheel
+    pass
+else:
+
+    class Wheel(bdist_wheel):
+        """One wheel of a platform for all versions of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    commands["bdist_wheel"] = Wheel
+
 setup(
-    cmdclass={"build_ext": EachFileByItself},
+    cmdclass=commands,
     ext_modules=[
         Extension(
             "dit_accel.kernels.cpu._native",

@@ -36,6 +36,10 @@ class AdapterError(DitAccelError, ValueError):
     """An adapter on disk is damaged or belongs to another model."""
 
 
+class DecodingError(DitAccelError, RuntimeError):
+    """Another of the processes that share a picture could not decode its tiles; the message says which, and why."""
+
+
 class StageError(DitAccelError, ValueError):
     """A finished stage of a high-resolution picture is damaged, or its folder belongs to other settings; the message says which."""
 

@@ -162,6 +162,10 @@ class Distillation:
         with running(self.transformer, self.config.specs[number]):
             yield {"spec": number}
 
+    def methods(self) -> list[contextlib.AbstractContextManager[Any]]:
+        """A `with` block for each method that steps draw from, in which the transformer runs it: one for its own where they draw none."""
+        return [running(self.transformer, spec) for spec in self.config.specs] or [contextlib.nullcontext()]
+
     def write_log(self, name: str, rows: Sequence[dict[str, float]], *, anew: bool = False) -> None:
         """Append rows to a log in the folder, or begin it with them."""
         if is_main():

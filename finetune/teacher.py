@@ -73,7 +73,7 @@ def compared_positions(run: Distillation) -> list[int]:
 @torch.no_grad()
 def keep_better(run: Distillation, before: Mapping[str, Tensor]) -> list[str]:
     """Give those layers their parameters of before back whose attention was nearer to the original's with them, on held-out forwards, and
-    warn of them; returns their names.
+    warn of them; returns their names. Of several specs that take turns, the mean of the errors under each decides.
 
     Args:
         before: as `values_of` gives them.
@@ -90,8 +90,9 @@ def keep_better(run: Distillation, before: Mapping[str, Tensor]) -> list[str]:
     chosen = compared_positions(run)
     for number in share(len(chosen)):
         position = chosen[number]
-        with run.replayed(run.held_out_moment(position)), run.autocast(), comparing_with_teacher(run, learn):
-            predict(run.transformer, run.held_out[position].arguments)
+        for method in run.methods():
+            with method, run.replayed(run.held_out_moment(position)), run.autocast(), comparing_with_teacher(run, learn):
+                predict(run.transformer, run.held_out[position].arguments)
     totals = dict(zip(errors, summed(list(errors.values())), strict=True))
     worse = [name for name, (first, last, _) in totals.items() if not last <= first]
     for name in worse:

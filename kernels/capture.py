@@ -5,11 +5,15 @@ ours is never freed, a few megabytes for each captured size.
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 
 from dit_accel.errors import BackendError
 
+# of an operator that decides by values: a replayed graph would repeat what was decided when it was recorded; PyTorch releases without the
+# tag record none with a CPU tensor
+ALWAYS_RUNS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 SEEN = 4096  # calls that are remembered as having run; a capture follows its first run at once
 _seen: dict[int, None] = {}  # hashes of what decides which kernels a call compiles and loads, the latest last
 _kept: dict[int, object] = {}  # by identity: plans compare tensor by tensor

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers as D
+import pytest
 import torch
+import torch.distributed as dist
 from conftest import relative_error
 from parallel_checks import (
     PIPELINES,
@@ -27,6 +29,7 @@ from test_families import SPARSE, Tiny
 
 import dit_accel
 from dit_accel import CLEAR, GNA, Assignment, Fovea, Rule
+from dit_accel.errors import DecodingError
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.parallel import traffic
@@ -177,6 +180,28 @@ def tiles_decoded_under_autocast(count: int) -> bool:
         with dit_accel.shared_decoding(pipe):
             found = pipe.vae.decode(z).sample
     return expected.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@check
+def tiles_that_fail(count: int) -> dict[str, Any]:
+    """What each process raises where the last one can't decode its second tile, and whether the next picture is decoded as ever."""
+    pipe, z = _tiled_pipeline(count), torch.randn(1, 4, 20, 13, generator=torch.Generator().manual_seed(1))
+    ran: list[int] = []
+
+    def fails(*_: Any) -> None:
+        ran.append(1)
+        if len(ran) == 2 and dist.get_rank() == count - 1:
+            raise MemoryError("no room for a tile")
+
+    with torch.no_grad():
+        expected = pipe.vae.decode(z).sample
+        hook = pipe.vae.decoder.mid_block.register_forward_hook(fails)
+        with pytest.raises((MemoryError, DecodingError)) as raised, dit_accel.shared_decoding(pipe):
+            pipe.vae.decode(z)
+        hook.remove()
+        with dit_accel.shared_decoding(pipe):
+            same = torch.equal(pipe.vae.decode(z).sample, expected)
+    return {"raised": type(raised.value).__name__, "message": str(raised.value), "same": same}
 
 
 @check

@@ -1,5 +1,6 @@
 """`as_attention_function`, the operator for any program that takes query, key and value."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import normal, relative_error
 from helpers import disc_pairs
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 import dit_accel
 from dit_accel.errors import ArgumentError, BackendError
@@ -82,14 +84,64 @@ def test_what_a_mask_adds_to_all_logits_alike_changes_nothing() -> None:
     assert relative_error(function(q, k, v, mask=mask), dense(q, k, v, attn_mask=mask[:, None, None])) < 1e-6
 
 
+def compiled(function: Any, **how: Any) -> Any:
+    """Of one graph, forward and backward."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **how)
+
+
+def assert_same(got: Tensor, expected: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Output and gradients to the bit: the same kernels run."""
+    weights = normal(*expected.shape, seed=5)
+    gradients = [torch.autograd.grad((x * weights).sum(), leaves) for x in (got, expected)]
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("method", [dit_accel.Fovea(0.3), dit_accel.SLA(0.3), dit_accel.CLEAR(3)])
 def test_a_compiled_function_is_the_same(method: dit_accel.AttentionSpec) -> None:
     layout = LAYOUTS["text first"]
-    q, k, v = inputs(layout)
+    leaves = [x.requires_grad_() for x in inputs(layout)]
     function, mask = dit_accel.as_attention_function(method, layout), torch.ones(2, layout.tokens, dtype=torch.bool)
     mask[0, 3:6] = False
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(function, backend="aot_eager")(q, k, v, mask=mask), function(q, k, v, mask=mask))
+    graph = compiled(function)
+    assert_same(graph(*leaves, mask=mask), function(*leaves, mask=mask), leaves)
+    assert_same(graph(*leaves, scale=0.05), function(*leaves, scale=0.05), leaves)
+    assert_same(compiled(function, dynamic=True)(*leaves, mask=mask), function(*leaves, mask=mask), leaves)
+    with pytest.raises(ArgumentError, match="mask must be the same for all image tokens"):
+        graph(*leaves, mask=torch.arange(layout.tokens).expand(2, -1) != layout.tokens - 1)
+
+
+def test_a_graph_has_the_functions_learned_tensors() -> None:
+    """In a model of the other layout, of keys of fewer heads."""
+    layout, method = LAYOUTS["no text"], dit_accel.SLA(0.5)
+    params = method.make_parameters(heads=4, head_dim=72)
+    torch.nn.init.normal_(params.proj.weight)
+    leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in inputs(layout, keys=2)]
+    function = dit_accel.as_attention_function(method, layout, params=params, tensor_layout="BNHD")
+    graph = compiled(lambda q, k, v: 2 * function(q, k, v))
+    for _ in range(2):
+        assert_same(graph(*leaves), 2 * function(*leaves), [*leaves, *params.parameters()])
+        torch.nn.init.normal_(params.proj.weight)  # a step of a training
+    params = method.make_parameters(heads=4, head_dim=64)
+    other = dit_accel.as_attention_function(method, layout, params=params, tensor_layout="BNHD")
+    wrapped = pytest.raises(TorchDynamoException, match="on 4 heads of 72 requires parameters")
+    with wrapped:
+        compiled(other)(*leaves)
+
+
+def test_graphs_of_several_functions_and_batches_are_their_own() -> None:
+    """torch.compile keeps the graphs of all functions under the one line of code that they are."""
+    layouts = [dit_accel.TokenLayout((1, *sides), text=7) for sides in ((11, 13), (13, 11))]
+    functions = [dit_accel.as_attention_function(dit_accel.CLEAR(3), layout) for layout in layouts]
+    graphs = [compiled(function) for function in functions]
+    for batch in (1, 2, 3):
+        results = []
+        for function, graph in zip(functions, graphs, strict=True):
+            leaves = [x.requires_grad_() for x in inputs(layouts[0], batch=batch)]
+            results.append(graph(*leaves))
+            assert_same(results[-1], function(*leaves), leaves)
+        assert relative_error(*results) > 1e-2
 
 
 def test_gradients_pass() -> None:

@@ -1,5 +1,6 @@
 """The nodes for ComfyUI, against a stand-in for its interface (`comfyui_stub`); `test_comfyui_host` is about ComfyUI itself."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -21,7 +22,7 @@ from helpers import disc_pairs
 from torch import Tensor
 
 import dit_accel
-from dit_accel.errors import ArgumentError, FallbackError, UnsupportedModelError
+from dit_accel.errors import ArgumentError, DitAccelError, FallbackError, UnsupportedModelError
 from dit_accel.integrations.comfyui import accelerator, calls, nodes
 from dit_accel.integrations.comfyui.accelerator import OVERRIDE
 from dit_accel.integrations.comfyui.install import accelerated, removed, sigma_range
@@ -126,9 +127,8 @@ def test_padded_text_is_masked(axes: int) -> None:
     assert relative_error(got, host.run(patcher)) > 1e-3
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_mask_is_looked_at_once_a_forward(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
-    """Not in every layer: that waits for the device."""
+def looking(monkeypatch: pytest.MonkeyPatch, waits: bool) -> list[Tensor]:
+    """The masks that are looked at from now on, where a look waits for the device or not."""
     looked: list[Tensor] = []
 
     def look(mask: Tensor, *args: Any) -> bool:
@@ -136,17 +136,43 @@ def test_a_mask_is_looked_at_once_a_forward(monkeypatch: pytest.MonkeyPatch, inf
         return hides_image(mask, *args)
 
     monkeypatch.setattr(accelerator, "hides_image", look)
+    monkeypatch.setattr(accelerator, "waits", lambda device: waits)
+    return looked
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_is_looked_at_once_a_forward(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
+    looked = looking(monkeypatch, waits=True)
     with torch.inference_mode(inference):
         mask = over_keys()
     host.run(on(host.flux(), WHOLE, strict=True), mask=mask, steps=3)
     assert len(looked) == 3
 
 
-def test_a_mask_that_was_written_to_is_looked_at_again() -> None:
-    running, mask = accelerator.Running(Mock(), {}), over_keys()
-    assert not running.hides_image(mask, 17 * 24)
-    mask[..., -1] = -1e4
-    assert running.hides_image(mask, 17 * 24)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_was_written_to_is_looked_at_again(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        running, mask = accelerator.Running(Mock(), {}), over_keys()
+        assert not running.hides_image(mask, 17 * 24)
+        mask[..., -1] = -1e4
+        assert running.hides_image(mask, 17 * 24)
+        running.check()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_one_that_is_written_to_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, writes: bool) -> None:
+    """In inference mode no one counts what is written to a tensor, and a look at it in each layer would wait for the GPU."""
+    looked, patcher = looking(monkeypatch, waits=True), on(host.flux(), WHOLE, strict=True)
+    with torch.inference_mode():
+        mask = over_keys()
+
+        def write(*args: Any) -> None:
+            mask[..., -1] = -1e4 if writes else 0.0
+
+        patcher.model.diffusion_model.double_blocks[1].register_forward_pre_hook(write)
+        with pytest.raises(DitAccelError, match="an attention mask was written to") if writes else contextlib.nullcontext():
+            host.run(patcher, mask=mask)
+    assert len(looked) == 1
 
 
 def test_masks_over_the_image_and_over_pairs_leave_it_to_the_original(caplog: pytest.LogCaptureFixture) -> None:

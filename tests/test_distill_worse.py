@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from distill_fixtures import PROMPTS, SPECS, fit_stops, learn, perturb, prompt_pipe, same, state
 from helpers import Shape, random_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit_accel import accelerate, attention
+from dit_accel import SLA, accelerate, attention
 from dit_accel.finetune import distill as distillation
 from dit_accel.finetune import fit as fitting
 from dit_accel.finetune import teacher
@@ -77,6 +78,30 @@ def test_only_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = started(pipe)
     assert same(before[bad], after[bad])
     assert (after[good]["proj.weight"] - planted.state_dict()["proj.weight"]).norm() < 0.5 * planted.state_dict()["proj.weight"].norm()
+
+
+def test_all_specs_that_take_turns_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found makes the pipeline's own the original, and another one, which was the original before, far from it."""
+    own, other = (SLA(share, block=(16, 16)) for share in (0.5, 0.25))
+    pipe, found = accelerate(prompt_pipe(), own), random_parameters(own, Shape(1, 2, 16, (1, 8, 8)))
+    torch.nn.init.normal_(found.proj.weight, std=10)
+    before, context = started(pipe), patches_of(pipe)[0][1].context
+
+    def original(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        spec = context.assignment.spec
+        return attention(q, k, v, spec, context.layout, params=found if spec == own else None).detach()
+
+    monkeypatch.setattr(teacher, "_original", original)
+    solved = staticmethod(lambda operator, sums: operator.params.load_state_dict(found.state_dict()))
+    monkeypatch.setattr(fitting.LeastSquares, "_solve", solved)
+    learn(pipe, tmp_path / "one", **STAGE)
+    assert all(same(state(found), now) for now in started(pipe).values())
+    pipe = accelerate(prompt_pipe(), own)
+    context = patches_of(pipe)[0][1].context
+    with pytest.warns(UserWarning, match=HARM.format(2)):
+        learn(pipe, tmp_path / "two", specs=(own, other), **STAGE)
+    after = started(pipe)
+    assert all(same(before[name], after[name]) for name in before)
 
 
 def test_a_stage_that_was_killed_gives_the_same_values_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

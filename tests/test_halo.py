@@ -28,7 +28,10 @@ IN_FOUR = [
     "halo_flux_text_77", "halo_flux_pooled", "halo_flux_of_many_specs", "halo_wan_clip", "halo_wan_ragged", "halo_bytes",
     "halo_far_is_not_read",
 ]  # fmt: skip
-IN_TWO = [*ONE_PASS, "halo_pipelines", "halo_original", "halo_bytes", "halo_training", "tiles_decoded", "tiles_decoded_under_autocast"]
+IN_TWO = [
+    *ONE_PASS, "halo_pipelines", "halo_original", "halo_bytes", "halo_training", "tiles_decoded", "tiles_decoded_under_autocast",
+    "tiles_that_fail",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,16 @@ def test_tiles_are_decoded_by_one_process_each(two: list[dict[str, Any]]) -> Non
 
 def test_tiles_under_autocast_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
     assert [result["tiles_decoded_under_autocast"] for result in two] == [True, True]
+
+
+def test_a_process_that_can_not_decode_ends_the_others(two: list[dict[str, Any]]) -> None:
+    """With its name, before any waits for its pixels; all go on from there."""
+    others, failing = (result["tiles_that_fail"] for result in two)
+    assert (failing["raised"], failing["message"]) == ("MemoryError", "no room for a tile")
+    assert others["raised"] == "DecodingError"
+    assert others["message"] == "process 1 of 2 could not decode its tiles, so none has the picture: MemoryError: no room for a tile"
+    assert others["same"]
+    assert failing["same"]
 
 
 def test_decoding_within_decoding_and_a_function_of_ones_own_are_left_alone() -> None:

@@ -55,6 +55,10 @@ def package_rows() -> dict[str, str]:
 
 
 def _version(library: str) -> str:
+    if library == "torch":
+        import torch
+
+        return str(torch.__version__)  # its metadata do not name the CUDA of a build from the package index
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

@@ -1,17 +1,20 @@
 """`as_attention_function`: a method on one layout as a function of query, key and value, for programs other than diffusers."""
 
+import operator
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dit_accel.errors import ArgumentError
-from dit_accel.kernels import dispatch
+from dit_accel.kernels import capture, dispatch
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.checks import is_real, require
-from dit_accel.method.parameters import AttentionParameters
+from dit_accel.method.parameters import AttentionParameters, Values
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.attention import attention
+from dit_accel.operator.attention import attend, attention, autocast, check_inputs, check_parameters, kept_start_values
+from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.patch import masks
 from dit_accel.patch.mask_check import hides_image
@@ -44,7 +47,8 @@ def as_attention_function(
     Query, key and value have one shape, floating dtype and device; keys of fewer heads than queries (GQA) are repeated. `mask` hides
     padded text: `[B, N]`, `[B, 1, N]` or `[B, 1, 1, N]`, True (or 0 where it is floating and added to the logits) for what is attended; it
     must be the same for all image tokens and hide none of them. A mask over pairs of tokens and a causal one are not supported.
-    Differentiable in query, key, value and `params`.
+    Differentiable in query, key, value and `params`. Under torch.compile a call is part of the graph (`fullgraph=True`); each function is
+    compiled by itself.
 
     Raises ValueError for everything that does not fit, BackendError for a backend that can't run the call.
     """
@@ -55,6 +59,7 @@ def as_attention_function(
     _check_scale(scale)
     dispatch.check(backend)
     default, (heads_axis, token_axis) = scale, ORDERS[tensor_layout]
+    compute = _computation(spec, layout, params, backend)
 
     def function(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
         _check_scale(scale)
@@ -64,12 +69,39 @@ def as_attention_function(
         if (times := query.shape[1] // key.shape[1]) > 1:
             key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
         bias = None if mask is None else key_bias(mask, layout, len(query))
-        out = attention(
-            query, key, value, spec, layout, params=params, scale=default if scale is None else scale, text_bias=bias, backend=backend
-        )
+        out = compute(query, key, value, default if scale is None else scale, bias)
         return out.transpose(heads_axis, token_axis) if tensor_layout == "BNHD" else out
 
     return function
+
+
+def _computation(spec: AttentionSpec, layout: TokenLayout, params: AttentionParameters | None, backend: str) -> Callable[..., Tensor]:
+    """`attention` of a spec on a layout, `(query, key, value, scale, bias)`, of which torch.compile makes one graph."""
+    prepared: dict[str, tuple[Plan, Values]] = {}  # for graphs, whose inputs these are
+
+    @torch.compiler.assume_constant_result
+    def prepare(device: torch.device, heads: int, head_dim: int) -> str:
+        """Make what a graph that is being traced reads, and tell its name in `prepared`."""
+        name = f"{device} {heads} {head_dim}"
+        if params is not None:
+            check_parameters(params(), spec, torch.empty(1, heads, 0, head_dim, device=device))
+        if name not in prepared:
+            values = {} if params is not None else kept_start_values(spec, heads, head_dim, device)
+            prepared[name] = make_plan(spec, layout, device), values
+        return name
+
+    def compute(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return attention(query, key, value, spec, layout, params=params, scale=scale, text_bias=bias, backend=backend)
+        query, key, value = autocast(query, key, value)
+        check_inputs(query, key, value, layout)
+        heads, head_dim = (operator.index(query.shape[axis]) for axis in (1, 3))  # numbers, also where sizes are symbols
+        plan, values = prepared[prepare(query.device, heads, head_dim)]
+        if params is not None:
+            values = params()
+        return attend(query, key, value, spec, layout, plan, values, scale, backend, text_bias=bias)[0]
+
+    return compute
 
 
 def key_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor | None:
@@ -84,10 +116,23 @@ def key_bias(mask: Tensor, layout: TokenLayout, batch: int) -> Tensor | None:
     over_keys = 2 <= mask.ndim <= 4 and mask.shape[-1] == tokens and set(mask.shape[1:-1]) <= {1} and mask.shape[0] in (1, batch)
     require(over_keys, rule, tuple(mask.shape), advice)
     require(mask.dtype == torch.bool or mask.is_floating_point(), "mask must be bool or floating", mask.dtype)
-    keys = mask.reshape(len(mask), tokens)
-    if hides_image(keys, layout.image, layout.text_first):
+    bias: Tensor = read_mask(mask.reshape(len(mask), tokens), layout.image, layout.text_first)
+    return bias.expand(batch, -1) if layout.text else None
+
+
+@torch.library.custom_op("dit_accel::read_mask", mutates_args=(), **capture.ALWAYS_RUNS)
+def read_mask(keys: Tensor, image: int, text_first: bool) -> Tensor:
+    """What a mask `[B, N]` over keys adds to the logits of the text's, float32 `[B, text]`. An operator, because the values decide whether
+    it raises ArgumentError: where it differs between image tokens or hides them."""
+    if hides_image(keys, image, text_first):
         raise ArgumentError("mask must be the same for all image tokens, but hides some of them: run those calls without dit_accel")
-    return masks.text_bias(keys, layout, batch) if layout.text else None
+    text = keys.shape[1] - image
+    return masks.text_bias(keys, TokenLayout((1, 1, image), text, text_first), len(keys)).clone()
+
+
+@read_mask.register_fake
+def _(keys: Tensor, image: int, text_first: bool) -> Tensor:
+    return keys.new_empty(len(keys), keys.shape[1] - image, dtype=torch.float32)
 
 
 def _check_scale(scale: float | None) -> None:

@@ -144,14 +144,15 @@ def _frozen_start_values(spec: AttentionSpec, query: Tensor) -> Values:
     """The same as the parts are given them, copied to the device once for all calls."""
     if torch.compiler.is_compiling():
         return start_values(spec, query)()
-    values = _kept_start_values(spec, query.shape[1], query.shape[3], query.device)
+    values = kept_start_values(spec, query.shape[1], query.shape[3], query.device)
     capture.keep(query.device, values)
     return values
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the tensors must serve training as well
-def _kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> Values:
+def kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> Values:
+    """The spec's parameters at their start values, frozen, as the parts are given them; made once."""
     return start_values(spec, torch.empty(1, heads, 0, head_dim, device=device))()
 
 

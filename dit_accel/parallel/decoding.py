@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_accel.errors import UnsupportedModelError
+from dit_accel.errors import DecodingError, UnsupportedModelError
 from dit_accel.parallel.ranks import Ranks
 
 # whose `tiled_decode` calls the decoder once for each tile, with nothing but the tile, and blends what comes out
@@ -22,7 +22,8 @@ def shared_decoding(pipe: Any) -> Iterator[None]:
 
     The autoencoder must work in tiles (`pipe.vae.enable_tiling()`): what is not in tiles, or requires a gradient, is decoded
     by each process as ever. Every process must call the pipeline alike. The pixels are those of one process. Raises UnsupportedModelError
-    for an autoencoder whose tiles depend on each other or are unknown. Within another such block it changes nothing.
+    for an autoencoder whose tiles depend on each other or are unknown; the call raises DecodingError, which names the process, where
+    another one could not decode its tiles. Within another such block it changes nothing.
     """
     ranks = Ranks.of(getattr(pipe.transformer, "_parallel_config", None))
     if ranks is None or isinstance(getattr(pipe.vae, "tiled_decode", None), _Shared):
@@ -66,6 +67,37 @@ class _Shared:
     def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
         if torch.is_grad_enabled() and z.requires_grad:
             return self.original(z, return_dict=return_dict)
+        decoded, dtype = self._agreed(z)
+        for number, pixels in enumerate(decoded):
+            owner = dist.get_global_rank(self.ranks.group, self._owner(number))
+            decoded[number] = pixels = pixels.to(dtype).contiguous()
+            dist.broadcast(pixels, owner, group=self.ranks.group)
+        remaining = iter(decoded)
+        with _replaced(self.vae.decoder, "forward", lambda tile: next(remaining)):
+            return self.original(z, return_dict=return_dict)
+
+    def _agreed(self, z: Tensor) -> tuple[list[Tensor], torch.dtype]:
+        """`_decoded`, and the dtype of the pixels, under autocast not that of a tile.
+
+        No rank waits for pixels before all ranks have theirs: one that failed raises its own error, the others a DecodingError.
+        """
+        decoded: list[Tensor] = []
+        failure: Exception | None = None
+        try:
+            decoded = self._decoded(z)
+        except Exception as error:
+            failure = error
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        answers = self.ranks.all_of((decoded[0].dtype if decoded else z.dtype, said))
+        if failure is not None:
+            raise failure
+        for rank, (_, words) in enumerate(answers):
+            if words is not None:
+                raise DecodingError(f"process {rank} of {self.ranks.size} could not decode its tiles, so none has the picture: {words}")
+        return decoded, answers[0][0]  # the first rank has the first tile
+
+    def _decoded(self, z: Tensor) -> list[Tensor]:
+        """The pixels of this rank's tiles, and room for those of the others'."""
         tiles: list[Tensor] = []
 
         def cut(tile: Tensor) -> Tensor:
@@ -74,15 +106,7 @@ class _Shared:
 
         with _replaced(self.vae.decoder, "forward", cut):
             self.original(z)
-        decoded = [self.vae.decoder(x) if self._owner(n) == self.ranks.rank else self._empty(x) for n, x in enumerate(tiles)]
-        dtype = self.ranks.agreed(lambda: decoded[0].dtype)  # under autocast not that of a tile, and all have room of one size
-        for number, pixels in enumerate(decoded):
-            owner = dist.get_global_rank(self.ranks.group, self._owner(number))
-            decoded[number] = pixels = pixels.to(dtype).contiguous()
-            dist.broadcast(pixels, owner, group=self.ranks.group)
-        remaining = iter(decoded)
-        with _replaced(self.vae.decoder, "forward", lambda tile: next(remaining)):
-            return self.original(z, return_dict=return_dict)
+        return [self.vae.decoder(x) if self._owner(n) == self.ranks.rank else self._empty(x) for n, x in enumerate(tiles)]
 
     def _owner(self, number: int) -> int:
         return number % self.ranks.size

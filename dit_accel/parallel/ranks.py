@@ -66,6 +66,12 @@ class Ranks:
         dist.broadcast_object_list(answer, dist.get_global_rank(self.group, 0), group=self.group)
         return answer[0]  # type: ignore[return-value]
 
+    def all_of(self, answer: T) -> list[T]:
+        """What each rank says, known to all."""
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, answer, group=self.group)
+        return answers
+
 
 def shares(tokens: int, ranks: int) -> tuple[int, ...]:
     """How many of so many tokens each of some ranks holds: the first ranks one more where they are not equal."""

@@ -19,6 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import capture
 from dit_accel.method.assignment import Rules
 from dit_accel.method.parameters import Values
 from dit_accel.patch import processor, tokens
@@ -26,12 +27,10 @@ from dit_accel.patch.context import Context
 from dit_accel.patch.forward import Forward
 from dit_accel.patch.heads import Layer
 
-# a replayed CUDA graph would repeat what was decided when it was recorded; PyTorch releases without the tag record none with a CPU tensor
-LOOKS_UP: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 ORIGINAL = 0  # in the place of a token: the call ran its original attention
 
 
-@torch.library.custom_op("dit_accel::begin", mutates_args=(), **LOOKS_UP)
+@torch.library.custom_op("dit_accel::begin", mutates_args=(), **capture.ALWAYS_RUNS)
 def begin(
     tag: Tensor, latents: Tensor, timestep: Tensor | None, ids: Sequence[Tensor], names: str, words: str, sides: Sequence[int],
     unknown: str, text: int | None, history: int, masks: Sequence[Tensor], gradient: bool,
@@ -60,7 +59,7 @@ def _(tag: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(tag)
 
 
-@torch.library.custom_op("dit_accel::noted", mutates_args=(), **LOOKS_UP)
+@torch.library.custom_op("dit_accel::noted", mutates_args=(), **capture.ALWAYS_RUNS)
 def noted(query: Tensor, keys: int, token: Tensor, number: Tensor, reason: str) -> Tensor:
     """A copy of a query `[B, N, H, D]` whose call runs its original attention for a reason, which is recorded."""
     context, forward = tokens.find(token)
@@ -76,7 +75,7 @@ def _(query: Tensor, *args: Any) -> Tensor:
 noted.register_autograd(lambda ctx, gradient: (gradient, None, None, None, None))
 
 
-@torch.library.custom_op("dit_accel::layer", mutates_args=(), **LOOKS_UP)
+@torch.library.custom_op("dit_accel::layer", mutates_args=(), **capture.ALWAYS_RUNS)
 def layer(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, token: Tensor, number: Tensor,
     scale: float | None, gqa: bool, primitive: str,
@@ -120,7 +119,7 @@ def _attention(
         return dispatch_attention_fn(query, key, value, mask, scale=scale, enable_gqa=gqa, backend=backend)
 
 
-@torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **LOOKS_UP)
+@torch.library.custom_op("dit_accel::layer_backward", mutates_args=(), **capture.ALWAYS_RUNS)
 def layer_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, learned: Sequence[Tensor], names: str, ran: Tensor,
     needed: Sequence[bool], number: Tensor, scale: float | None, gqa: bool, primitive: str,

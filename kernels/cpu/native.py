@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -158,8 +157,8 @@ REBUILD = "pip install --force-reinstall --no-deps -e . in its checkout, or by i
 
 
 def library_file() -> Path:
-    """Where the build puts the library for this interpreter; one for another version of Python is never loaded."""
-    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    """Where the build puts the library, which serves every version of Python."""
+    return Path(__file__).with_name("_native.so")
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.errors import FallbackError, UnsupportedModelError
+from dit_accel.errors import DitAccelError, FallbackError, UnsupportedModelError
 from dit_accel.integrations.comfyui import calls
 from dit_accel.integrations.comfyui.hosts import HOSTS, Host, arguments_of, host_of
 from dit_accel.kernels import dispatch
@@ -41,22 +41,45 @@ FAMILY = Family("comfyui", (), "", lambda arguments, transformer: "", mask="keys
 class Running:
     """One forward of a model. `options`: ComfyUI's transformer_options; `forward`: None until the transformer begins and where it can't be
     accelerated; `module`: the one that is running, of those that call the image's attention; `asked`: whether it has called it; `masks`:
-    those that were looked at, by what they are, and whether they hide image tokens."""
+    those that were looked at, by what they are, and whether they hide image tokens; `altered`: whether one has changed since."""
 
     owner: "Accelerator"
     options: Mapping[str, Any]
     forward: Forward | None = None
     module: str | None = None
     asked: bool = False
-    masks: dict[tuple[Any, ...], tuple[Tensor, bool]] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None, bool]] = field(default_factory=dict)
+    altered: list[Tensor] = field(default_factory=list)
 
     def hides_image(self, mask: Tensor, image: int) -> bool:
-        """`hides_image` of a mask that each layer is given: once for all of them, as it waits for the device."""
-        version = None if mask.is_inference() else mask._version
-        what = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, version)
+        """`hides_image` of a mask that each layer is given: once for all of them, where it waits for the device.
+
+        Tensors made in inference mode, as ComfyUI's are, don't count what is written to them: those on a GPU are compared with a copy,
+        and `check` waits for the answers.
+        """
+        counted = not mask.is_inference()
+        if not counted and not waits(mask.device):
+            return hides_image(mask, image, True)
+        what = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask._version if counted else None)
         if what not in self.masks:  # the mask is held, so that no other takes its place in memory
-            self.masks[what] = mask, hides_image(mask, image, True)
-        return self.masks[what][1]
+            self.masks[what] = mask, None if counted else mask.clone(), hides_image(mask, image, True)
+        _, copy, answer = self.masks[what]
+        if copy is not None:
+            self.altered.append((copy != mask).any())
+        return answer
+
+    def check(self) -> None:
+        """Raise DitAccelError where a mask has changed within the forward, after layers had been computed by what it was."""
+        if self.altered and bool(torch.stack(self.altered).any()):
+            raise DitAccelError(
+                "an attention mask was written to while the model ran, so that layers were computed with another one: have the node that "
+                'does so give a new tensor, or leave "Accelerate attention" out'
+            )
+
+
+def waits(device: torch.device) -> bool:
+    """Whether a look at a tensor's values waits for the device."""
+    return device.type != "cpu"
 
 
 _running: ContextVar[Running | None] = ContextVar("running", default=None)
@@ -104,12 +127,15 @@ class Accelerator:
         if not self._within(options):
             return executor(*args, **kwargs)
         call.arguments["transformer_options"] = {**options, OVERRIDE: Override(self, options.get(OVERRIDE))}
-        token = _running.set(Running(self, options))
+        running = Running(self, options)
+        token = _running.set(running)
         try:
             with self._watched(transformer):
-                return executor(*call.args, **call.kwargs)
+                out = executor(*call.args, **call.kwargs)
         finally:
             _running.reset(token)
+        running.check()
+        return out
 
     def _within(self, options: Mapping[str, Any]) -> bool:
         if self.sigmas is None or (level := _sigma(options)) is None:
