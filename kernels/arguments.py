@@ -57,13 +57,14 @@ class Arguments(NamedTuple):
     None: they are in that order.
     `extra_k`, `extra_v` `[B, H, M, D]`: keys that all image queries see in addition.
     `pooled_k`, `pooled_v` `[B, H, P, D]`, `pooled_bias` `[B, H, P]` float32: the pooled keys of a "pooled" rest where the kernel does not
-    pool itself, P / k blocks of them for each key block, one block after the other, and what joins their logits (-inf: never seen).
+    pool itself, P / k blocks of them for each key block, one block after the other, and what joins their logits (-inf: never seen);
+    `pooled_var` `[B, H, P, D]` float32: with `variance`, the variances of their keys.
     `slopes` `[B, H, q blocks, D, D]` float32: scale · q · slopes[I], times the share that pooled keys have of the query's softmax, is added
     to the output.
     `pool_lists` `[B, H, spans, n]`, `pool_counts` `[B, H, spans]`, `pool_slots` `[k blocks]` int32: pooled keys of units, `pool_parts` for
     each, of which the query blocks of a span, SPAN in a row, see those on its list, the first `counts` of it; a key block is the unit
-    `pool_slots`, hidden from the query blocks that keep it. Then there are slopes for each span. None: the units are the key blocks, and
-    all are seen.
+    `pool_slots`, hidden from the query blocks that keep it. Then there are slopes for each span, and no variance. Without `pool_lists` all
+    units are seen; without `pool_slots` they are the key blocks.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `bits` int32 `[.., q blocks, words]`: the lists as bits; `means` `[3, B·H, k blocks, D]` in q's dtype: means of the key blocks' keys and
@@ -98,6 +99,7 @@ class Arguments(NamedTuple):
     pooled_k: Learned = None
     pooled_v: Learned = None
     pooled_bias: Learned = None
+    pooled_var: Learned = None
     slopes: Learned = None
     pool_lists: Tensor | None = None
     pool_counts: Tensor | None = None
@@ -357,18 +359,22 @@ def _check_floats(given: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
 
 
 def _check_pooled(a: Arguments) -> None:
-    if a.pooled_k is None and a.pooled_v is None and a.pooled_bias is None and a.slopes is None:
+    given = (a.pooled_k, a.pooled_v, a.pooled_bias)
+    if all(x is None for x in (*given, a.pooled_var, a.slopes)):
         return
-    if a.pooled_k is None or a.pooled_v is None or a.pooled_bias is None or a.rest != "pooled" or a.variance or a.log_count:
-        raise ValueError("pooled keys are given as pooled_k, pooled_v and pooled_bias of a pooled rest without variance and log_count")
+    if a.pooled_k is None or any(x is None for x in given) or a.rest != "pooled" or a.log_count:
+        raise ValueError("pooled keys are given as pooled_k, pooled_v and pooled_bias of a pooled rest without log_count")
+    if a.variance != (a.pooled_var is not None) or (a.variance and a.pool_lists is not None):
+        raise ValueError("pooled_var is given with variance, and both only where there are no pool_lists")
     (batch, heads, _, channels), pools, blocks = a.q.shape, a.pooled_k.shape[2], len(a.k_starts) - 1
     states = len(a.q_starts) - 1
     if a.pool_lists is not None:
         states = -(-states // SPAN)
+    if a.pool_lists is not None or a.pool_slots is not None:
         _check_units(a, pools, states)
     elif pools == 0 or pools % blocks:
         raise ValueError(f"each of {blocks} key blocks must have as many pooled keys, 1 or more, but {pools} is no multiple")
-    shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,)}
+    shapes = {"pooled_k": (pools, channels), "pooled_v": (pools, channels), "pooled_bias": (pools,), "pooled_var": (pools, channels)}
     shapes["slopes"] = (states, channels, channels)
     for name, shape in shapes.items():
         x = getattr(a, name)
@@ -389,10 +395,13 @@ def _check_made(a: Arguments) -> None:
 
 
 def _check_units(a: Arguments, pools: int, spans: int) -> None:
-    if a.pool_lists is None or a.pool_counts is None or a.pool_slots is None or a.pool_parts not in (1, 2, 4) or pools % a.pool_parts:
-        raise ValueError("pool_lists requires pool_counts, pool_slots and pool_parts of 1, 2 or 4 pooled keys for each unit")
-    shapes = {"pool_counts": (*a.q.shape[:2], spans), "pool_slots": (len(a.k_starts) - 1,)}
-    shapes["pool_lists"] = (*shapes["pool_counts"], a.pool_lists.shape[-1])
+    if a.pool_slots is None or a.pool_parts not in (1, 2, 4) or pools == 0 or pools % a.pool_parts:
+        raise ValueError("units require pool_slots, and pool_parts of 1, 2 or 4 pooled keys for each")
+    if (a.pool_lists is None) != (a.pool_counts is None):
+        raise ValueError("pool_lists and pool_counts are given together")
+    shapes: dict[str, tuple[int, ...]] = {"pool_slots": (len(a.k_starts) - 1,)}
+    if a.pool_lists is not None:
+        shapes |= {"pool_counts": (*a.q.shape[:2], spans), "pool_lists": (*a.q.shape[:2], spans, a.pool_lists.shape[-1])}
     for name, shape in shapes.items():
         x = getattr(a, name)
         if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous():

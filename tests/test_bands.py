@@ -13,15 +13,17 @@ from test_composition import FOREIGN, SMALL
 from test_parts import SPECS as PARTS
 from torch import Tensor
 
+from dit_accel.kernels import reference
 from dit_accel.kernels.blocks import BlockMap, Blocks
-from dit_accel.method import Disc, Linear, Mass, Raster, TopK
+from dit_accel.method import Disc, Linear, Mass, Pooled, Raster, TopK
+from dit_accel.method.parts.call import Far, Moments
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
 from dit_accel.operator.attention import attention
-from dit_accel.operator.bands import Grounds
+from dit_accel.operator.bands import Grounds, all_pairs
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.layout import TokenLayout, layouts_of
 from dit_accel.operator.lists import PADDING, Lists
 
 SHAPE = Shape(1, 2, 16, (1, 11, 14), 5)
@@ -66,12 +68,13 @@ def _rows(x: Any, blocks: slice) -> Any:
 
 def attend_by(
     backend: str, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Any, bias: Tensor | None,
-    key_layout: TokenLayout,
+    key_layout: TokenLayout, far: Far | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`composition.attend` on tensors of the CPU."""
     device = device_of(backend)
-    *qkv, plan, bias = moved([q, k, v, plan, bias], device)
-    found = composition.attend(*qkv, spec, layout, plan, params(device), 0.3, backend, text_bias=bias, key_layout=key_layout)
+    *qkv, plan, bias, far = moved([q, k, v, plan, bias, far], device)
+    layouts = layouts_of(layout, key_layout)
+    found = composition.attend(*qkv, spec, layouts, plan, params(device), 0.3, backend, text_bias=bias, far=far)
     return moved(found, CPU)
 
 
@@ -129,20 +132,28 @@ def test_the_rest_of_a_band_in_torch(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 CUT = (37, 60, 57)  # tokens of bands that end within rows and within tiles
+WITH_REST = {
+    "fovea": SPECS["fovea-radius"],
+    "fovea-without-offset": replace(SPECS["fovea-radius"], merge=Mass(offset=False)),
+    "no-variance": replace(SPECS["fovea-radius"], rest=Pooled(variance=False)),
+    "means-alone": replace(SPECS["fovea-radius"], rest=Pooled(log_count=False, variance=False)),
+    "offset-by-query": replace(SPECS["fovea-radius"], merge=Mass("query")),  # whose rest runs in torch
+}
 CUTTABLE = {name: replace(SPECS[name], rest=None, merge=None) for name in ("fovea-radius", "clear", "gna")} | {
     "blocks-of-two-sizes": AttentionSpec((Disc(3),), order=Raster(), block=(16, 32)),
 }
 
 
 def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[int, ...]) -> None:
-    """Output and gradients of all bands, each over the keys that it reads, with those of the whole."""
+    """Output and gradients of all bands, each over the keys that it reads and the moments of all blocks, with those of the whole."""
     layout, bias = shape.layout, shape.text_bias()
     grounds = Grounds(spec, layout, tokens)
     rows = layout.image_slice.start
 
-    def in_bands(inputs: list[Tensor]) -> Tensor:
+    def in_bands(inputs: list[Tensor], params: Any) -> Tensor:
         images = [x[:, :, layout.image_slice] for x in inputs]
         words = [x[:, :, layout.text_slice] for x in inputs]
+        moments = Moments.of(*(x.flatten(0, 1) for x in images[1:]), grounds.whole.k_blocks)
         found = []
         for number, (first, end) in enumerate(grounds.ranges):
             band = grounds.band(number, CPU)
@@ -152,18 +163,21 @@ def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[
             )
             of_keys = TokenLayout((1, 1, len(band.keys)), layout.text, layout.text_first)
             given = (images[0][:, :, first:end], keys, values, spec, TokenLayout((1, 1, end - first)), band.plan)
-            found.append(attend_by(backend, *given, lambda device: {}, bias, of_keys)[0])
+            pieces = grounds.pieces(number, CPU)
+            far = None if spec.rest is None else Far(moments, pieces.kept, pieces.slots)
+            found.append(attend_by(backend, *given, params, bias, of_keys, far)[0])
         return torch.cat(found, 2)
 
     def run(dtype: torch.dtype, *, cut: bool) -> list[Tensor]:
-        inputs = shape.inputs(dtype, grad=True)
+        inputs, params = shape.inputs(dtype, grad=True), random_parameters(spec, shape, dtype)
         if cut:
-            out = in_bands(inputs)
+            out = in_bands(inputs, params)
         else:
-            out = attention_by("reference", spec, layout, scale=0.3, text_bias=bias)(inputs, random_parameters(spec, shape, dtype))[0]
+            out = attention_by("reference", spec, layout, scale=0.3, text_bias=bias)(inputs, params)[0]
             out = out[:, :, rows : rows + layout.image]
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)).sum().backward()
-        return [out, flat({name: x.grad for name, x in zip("qkv", inputs, strict=True)})]
+        learned = {name: p.grad for name, p in params.named_parameters() if p.grad is not None}
+        return [out, flat({name: x.grad for name, x in zip("qkv", inputs, strict=True)} | learned)]
 
     results = (run(torch.float32, cut=True), run(torch.float64, cut=False), run(torch.float32, cut=False))
     for *three, name in zip(*results, ("output", "gradients"), strict=True):
@@ -171,7 +185,7 @@ def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("spec", CUTTABLE.values(), ids=CUTTABLE)
+@pytest.mark.parametrize("spec", (CUTTABLE | WITH_REST).values(), ids=[*CUTTABLE, *(f"{name}-rest" for name in WITH_REST)])
 def test_bands_that_cut_tiles_are_the_whole(spec: AttentionSpec, backend: str) -> None:
     cut_in_bands(backend, spec, SHAPE, CUT)
     assert len(Grounds(spec, SHAPE.layout, CUT).keys(0)) < SHAPE.layout.image
@@ -182,17 +196,72 @@ def test_bands_of_a_clip(backend: str) -> None:
     cut_in_bands(backend, CLEAR(2, tile=(2, 4, 4), first_frames=1), Shape(2, 1, 24, (4, 5, 9), 7, False), (50, 65, 65))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("queries", "keys", "text", "dim"), [(13, 99, 3, 24), (77, 5, 0, 16), (64, 64, 70, 16)])
+def test_queries_of_text_see_all_keys(queries: int, keys: int, text: int, dim: int, backend: str) -> None:
+    plan = all_pairs(CLEAR(2.0), queries, keys, CPU)
+    seed, bias = torch.Generator().manual_seed(3), torch.randn(2, text, generator=torch.Generator().manual_seed(4)) if text else None
+    q, k, v = (torch.randn(2, 2, n, dim, generator=seed) for n in (queries, keys + text, keys + text))
+
+    def run(dtype: torch.dtype, *, own: bool) -> list[Tensor]:
+        x = [y.to(dtype).requires_grad_() for y in (q, k, v)]
+        if own:
+            out, lse = attend_by(
+                backend, *x, CLEAR(2.0), TokenLayout((1, 1, queries)), plan, lambda device: {}, bias, TokenLayout((1, 1, keys), text)
+            )
+        else:
+            logits = 0.3 * x[0] @ x[1].mT
+            logits = logits if bias is None else logits + torch.nn.functional.pad(bias.to(dtype), (0, keys))[:, None, None]
+            out, lse = logits.softmax(-1) @ x[2], logits.logsumexp(-1)
+        return [out, lse, flat(dict(zip("qkv", torch.autograd.grad(out.square().sum() + lse.sin().sum(), x), strict=True)))]
+
+    results = (run(torch.float32, own=True), run(torch.float64, own=False), run(torch.float32, own=False))
+    for *three, name in zip(*results, ("output", "lse", "gradients"), strict=True):
+        assert_close_as_eager(*three, name)  # type: ignore[arg-type]
+
+
+def test_a_plan_of_other_tokens_is_refused() -> None:
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (20, 50, 50))
+    with pytest.raises(ValueError, match="q_starts must end with the 20 image tokens of q, not with 13"):
+        attend_by(
+            "cpu",
+            q,
+            k,
+            v,
+            CLEAR(2.0),
+            TokenLayout((1, 1, 20)),
+            all_pairs(CLEAR(2.0), 13, 50, CPU),
+            lambda device: {},
+            None,
+            TokenLayout((1, 1, 50)),
+        )
+
+
+def test_the_rest_of_cut_bands_is_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = SHAPE.inputs()
+    attention(q, k, v, WITH_REST["fovea"], SHAPE.layout, scale=0.3, backend="reference")
+    monkeypatch.setattr(reference, "pooled_attention", lambda *_, **__: pytest.fail("the pooled keys ran in torch"))
+    spec, grounds = WITH_REST["fovea"], Grounds(WITH_REST["fovea"], SHAPE.layout, CUT)
+    band, pieces, image = grounds.band(1, CPU), grounds.pieces(1, CPU), SHAPE.layout.image_slice
+    q, k, v = (x[:, :, image] for x in (q, k, v))
+    first, end = grounds.ranges[1]
+    far = Far(Moments.of(k.flatten(0, 1), v.flatten(0, 1), grounds.whole.k_blocks), pieces.kept, pieces.slots)
+    layouts = [TokenLayout((1, 1, end - first)), TokenLayout((1, 1, len(band.keys)))]
+    params = random_parameters(spec, SHAPE, torch.float32)
+    given = (q[:, :, first:end], k[:, :, band.keys], v[:, :, band.keys], spec, layouts_of(*layouts), band.plan, params(), 0.3)
+    assert composition.attend(*given, "cpu", far=far)[0].isfinite().all()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["clear", "gna"])
-def test_cut_bands_in_triton(name: str) -> None:
-    cut_in_bands("triton", CUTTABLE[name], TINY, (20, 34))
+@pytest.mark.parametrize("spec", [CUTTABLE["clear"], CUTTABLE["gna"], WITH_REST["fovea"], WITH_REST["no-variance"]])
+def test_cut_bands_in_triton(spec: AttentionSpec) -> None:
+    cut_in_bands("triton", spec, TINY, (20, 34))
 
 
 def test_text_at_two_ends_is_refused() -> None:
-    spec, layout = SPECS["clear"], SHAPE.layout
-    plan, (q, k, v) = make_plan(spec, layout, CPU), SHAPE.inputs()
+    layout = SHAPE.layout
     with pytest.raises(ValueError, match="the text is last among the queries and first among the keys: move it"):
-        composition.attend(q, k, v, spec, replace(layout, text_first=False), plan, {}, 0.3, "reference", key_layout=layout)
+        layouts_of(replace(layout, text_first=False), layout)
 
 
 # Every registered part. What depends on all queries of a head, the split of a block and its variance among them, is the same in the whole
@@ -284,7 +353,7 @@ def against_the_whole(backends: tuple[str, ...], spec: AttentionSpec, shape: Sha
 @pytest.mark.parametrize(("spec", "shape", "text", "more_keys"), OTHERS)
 def test_every_part_takes_other_queries_than_keys(spec: AttentionSpec, more_keys: bool, shape: Shape, text: int) -> None:
     if any(part.own_tokens for part in spec.parts()):
-        with pytest.raises(ValueError, match="requires that queries and keys are the same tokens: leave key_layout out, or the part"):
+        with pytest.raises(ValueError, match="requires that queries and keys are the same tokens: give one layout, or leave the part out"):
             against_the_whole(("reference",), spec, shape, more_keys=more_keys, text=text)
         return
     against_the_whole(("reference", "cpu"), spec, shape, more_keys=more_keys, text=text)
@@ -312,7 +381,7 @@ def test_more_text_queries_than_text_keys(spec: AttentionSpec, seen: int, backen
     params = random_parameters(spec, SHAPE, torch.float64)
     expected = attention(q, k, v, spec, layout, params=params, scale=0.3, text_bias=bias, backend="reference", return_lse=True)
     dtype = torch.float64 if backend == "reference" else torch.float32
-    given = (q.to(dtype), k[:, :, own].to(dtype), v[:, :, own].to(dtype), spec, layout, make_plan(spec, layout, CPU))
-    found = composition.attend(*given, params.to(dtype)(), 0.3, backend, key_layout=fewer)
+    given = (q.to(dtype), k[:, :, own].to(dtype), v[:, :, own].to(dtype), spec, layouts_of(layout, fewer), make_plan(spec, layout, CPU))
+    found = composition.attend(*given, params.to(dtype)(), 0.3, backend)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-11 if dtype == torch.float64 else 1e-4, atol=1e-5)

@@ -18,7 +18,6 @@ from dit_accel.method.parts.orders import _split
 from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.bands import Grounds
-from dit_accel.operator.cost import image_pairs
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.parallel import traffic
 from dit_accel.parallel.ranks import shares
@@ -88,17 +87,6 @@ def test_a_row_by_hand() -> None:
     assert ours["one_device_ms"] == pytest.approx(whole)
     assert ours["total_ms"] == pytest.approx(whole / 8 + ours["exchange_ms"])
     assert halo["megabytes_sent"] * 1e6 == pytest.approx(2 * 2 * 16 * 256 * 3072 * 2 + 7 * 64 * (3 * 3072 * 2 + 24 * 129 * 4))
-
-
-def test_what_pytorch_computes_in_bands_is_counted_by_its_logits() -> None:
-    """The same row, with pooled keys and without: text queries over everything, and image queries over the means of 1,024 tiles."""
-    rows = [estimate_devices("h100", "flux", (4096, 4096), spec, devices=8, link="nvlink")[1] for spec in (CLEAR(16), Fovea(radius=16))]
-    image, text, passes = 256**2, 512, 8 * 4 / 3350 / 1e6 / 8
-    exact = image_pairs(CLEAR(16), TokenLayout((1, 256, 256), text), 128) + image * text
-    kernel = 4 * exact * 3072 / 1e9 / 989 / 8
-    assert rows[0]["compute_ms"] == pytest.approx(kernel + 24 * text * (image + text) * passes)
-    assert rows[1]["compute_ms"] - rows[0]["compute_ms"] == pytest.approx(24 * image * 1024 * passes)
-    assert rows[1]["total_ms"] == pytest.approx(rows[1]["compute_ms"] + rows[1]["exchange_ms"])
 
 
 def test_what_can_not_be_shared_says_why() -> None:

@@ -21,7 +21,7 @@ from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.lists import Lists
 
-GIVEN = ("pooled_k", "pooled_v", "pooled_bias", "slopes")
+GIVEN = ("pooled_k", "pooled_v", "pooled_bias", "pooled_var", "slopes")
 HEADS = 2
 TRITON = pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not dispatch.TRITON, reason="Triton is not installed")])
 either = pytest.mark.parametrize("name", ["cpu", TRITON])
@@ -68,15 +68,37 @@ def on_lists(plan: Plan, a: Arguments, parts: int) -> Arguments:
     return a._replace(pool_lists=lists, pool_counts=counts, pool_slots=slots.int(), pool_parts=parts, **given)
 
 
+def on_slots(made: tuple[Plan, Arguments], *, slopes: bool = False, cap: float = 1.2) -> tuple[Plan, Arguments]:
+    """The same with pooled keys of more units than there are key blocks, all of them seen, and their variances: many of the terms that
+    these add to logits are past the cap, unless that is larger."""
+    plan, a = made
+    seed, blocks, dim = torch.Generator().manual_seed(6), len(plan.k_blocks.count), a.q.shape[3]
+    parts = a.pooled_k.shape[2] // blocks  # type: ignore[union-attr]
+    units = blocks + 7
+    size = {
+        "pooled_k": (parts * units, dim),
+        "pooled_v": (parts * units, dim),
+        "pooled_bias": (parts * units,),
+        "pooled_var": (parts * units, dim),
+    }
+    given = {name: torch.randn(1, HEADS, *shape, generator=seed) for name, shape in size.items()}
+    given["pooled_var"] = given["pooled_var"].abs() * 3
+    given["pooled_bias"][..., parts] = -torch.inf
+    slots = torch.randperm(units, generator=seed)[:blocks].int()
+    more = {} if slopes else {"slopes": None}
+    return plan, a._replace(pool_slots=slots, pool_parts=parts, variance=True, cap=cap, **given, **more)
+
+
 def unseen(a: Arguments, kept: Tensor) -> Tensor:
     """Which pooled keys `[H, Tq, P]` a query block does not see, of those that it keeps `[H, Tq, Tk]` and the lists."""
-    if a.pool_lists is None or a.pool_counts is None or a.pool_slots is None:
+    if a.pool_slots is None:
         return kept.repeat_interleave(a.pooled_k.shape[2] // kept.shape[-1], -1)  # type: ignore[union-attr]
     units = a.pooled_k.shape[2] // a.pool_parts  # type: ignore[union-attr]
-    found = torch.ones(HEADS, kept.shape[1], units, dtype=torch.bool)
+    found = torch.full((HEADS, kept.shape[1], units), a.pool_lists is not None)
     for head, block in itertools.product(range(HEADS), range(kept.shape[1])):
-        count = int(a.pool_counts[0, head, block // SPAN])
-        found[head, block, a.pool_lists[0, head, block // SPAN, :count].long()] = False
+        if a.pool_lists is not None and a.pool_counts is not None:
+            count = int(a.pool_counts[0, head, block // SPAN])
+            found[head, block, a.pool_lists[0, head, block // SPAN, :count].long()] = False
         found[head, block, a.pool_slots[kept[head, block]].long()] = True
     return found.repeat_interleave(a.pool_parts, -1)
 
@@ -99,6 +121,8 @@ def oracle(plan: Plan, a: Arguments, x: dict[str, Tensor], offset: Tensor | None
     see[:, text:, text:] = image
     exact = (a.scale * q @ k.mT).masked_fill(~see, -torch.inf)
     far = a.scale * q @ x["pooled_k"].mT + x["pooled_bias"][:, :, None]
+    if "pooled_var" in x:
+        far = far + (a.scale**2 / 2 * q.square() @ x["pooled_var"].mT).clamp_max(a.cap)
     if offset is not None:
         far = far + offset[:, None, None]
     hidden = torch.ones(HEADS, tokens, far.shape[-1], dtype=torch.bool)
@@ -154,6 +178,23 @@ def test_forward_and_backward_are_the_formula(grid: Any, text: int, dim: int, pa
         assert error <= 2 * allowed + 1e-6 * size, (name, float(error), float(allowed))
 
 
+@pytest.mark.parametrize("slopes", [False, True], ids=["no-slopes", "slopes"])
+@pytest.mark.parametrize(
+    ("grid", "text", "dim", "parts"), [*itertools.product([(1, 12, 10), (2, 6, 9)], [0, 5], [16, 72], [1]), ((1, 12, 10), 5, 16, 2)]
+)
+def test_units_with_variances_are_the_formula(grid: Any, text: int, dim: int, parts: int, slopes: bool) -> None:
+    plan, a = on_slots(problem(grid, text, dim, parts), slopes=slopes)
+    image = a.q[:, :, text:]
+    terms = a.scale**2 / 2 * image.square() @ a.pooled_var.mT  # type: ignore[union-attr]
+    assert 0.2 < (terms > a.cap).float().mean() < 0.8
+    names = ["q", "k", "v", *(name for name in GIVEN if getattr(a, name) is not None)]
+    kernel, eager, exact = both(plan, a, names, torch.tensor([0.3, -0.4]))
+    for name, mine, theirs, right in zip(["out", "lse", *names, "offset"], kernel, eager, exact, strict=True):
+        error, allowed = ((x.double() - right).abs().max() for x in (mine, theirs))
+        size = exact[2 + names.index("pooled_bias")].abs().sum(-1).max() if name == "offset" else right.abs().max()
+        assert error <= 2 * allowed + 1e-6 * size, (name, float(error), float(allowed))
+
+
 RAGGED, VIDEO, SPANS = (1, 6, 7), (2, 4, 5), (1, 4, 18)  # the last of five query blocks, a short one, is a span of its own
 
 
@@ -198,6 +239,12 @@ TRITON_CASES = {
     "lists-no-slopes": (seen(SPANS, 0, 24, 2, slopes=False), False),
     "lists-everything-kept": (seen(RAGGED, 2, 16, 2, all_kept=True), True),
     "lists-float16": (seen(SPANS, 5, 40, 4, torch.float16), True),
+    "units": (on_slots(problem(RAGGED, 5, 16, 1)), True),
+    "units-head-72-text-last": (on_slots(problem(RAGGED, 3, 72, 1, text_first=False)), False),
+    "units-slopes-two-parts": (on_slots(problem(VIDEO, 0, 16, 2), slopes=True), False),
+    # the side of the cap on which a rounded term lies is luck
+    "units-float16": (on_slots(problem(RAGGED, 2, 24, 1, torch.float16), cap=1000.0), True),
+    "units-of-all-heads": (shared(on_slots(problem(VIDEO, 2, 16, 1))), False),
     "lists-of-all-heads": (shared(seen(SPANS, 2, 16, 2)), False),
 }
 
@@ -257,13 +304,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gradients(a: Arguments, name: str) -> list[Tensor]:
     """Of all that is given, with everything on the device that the kernels take."""
-    leaves = [getattr(a, key).detach().requires_grad_() for key in ("q", "k", "v", *GIVEN)]
-    out, lse = computed(a._replace(**dict(zip(("q", "k", "v", *GIVEN), leaves, strict=True))), name)
+    given = [key for key in ("q", "k", "v", *GIVEN) if getattr(a, key) is not None]
+    leaves = [getattr(a, key).detach().requires_grad_() for key in given]
+    out, lse = computed(a._replace(**dict(zip(given, leaves, strict=True))), name)
     return list(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
 
 
 @either
-@pytest.mark.parametrize("made", [problem(VIDEO, 3, 24, 2), seen(SPANS, 3, 24, 2)], ids=["all", "lists"])
+@pytest.mark.parametrize(
+    "made", [problem(VIDEO, 3, 24, 2), seen(SPANS, 3, 24, 2), on_slots(problem(VIDEO, 3, 24, 1))], ids=["all", "lists", "units"]
+)
 @pytest.mark.usefixtures("poisoned")
 def test_no_uninitialised_memory_is_read_and_again_is_the_same_to_the_bit(made: tuple[Plan, Arguments], name: str) -> None:
     assert torch.empty(1).isnan().all()
@@ -303,7 +353,7 @@ def test_slopes_past_the_end_of_float16() -> None:
     a = a._replace(slopes=a.slopes * 2e5, q=a.q * 2e-3)
     assert a.slopes.abs().max() > 65504  # type: ignore[union-attr]
     out, _ = computed(a, "triton")
-    given = {name: getattr(a, name).double() for name in ("q", "k", "v", *GIVEN)}
+    given = {name: getattr(a, name).double() for name in ("q", "k", "v", *GIVEN) if getattr(a, name) is not None}
     exact = oracle(plan, a, given)[0]
     error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, exact.half()))
     assert error <= 4 * least  # q, the slopes and the output are rounded
@@ -347,7 +397,7 @@ def test_bfloat16_is_within_its_rounding(dim: int, parts: int, lists: bool) -> N
     """Pooled keys of units on lists are pairs of bfloat16 there, where the CPU multiplies these."""
     plan, a = problem((1, 12, 10), 5, dim, parts, torch.bfloat16)
     a = on_lists(plan, a, parts) if lists else a
-    names = ["q", "k", "v", *GIVEN]
+    names = ["q", "k", "v", *(name for name in GIVEN if getattr(a, name) is not None)]
     kernel, _, exact = both(plan, a, names, None)
     low = {name: getattr(a, name).bfloat16() for name in names}
     eager = oracle(plan, a, low)[0]
@@ -372,11 +422,16 @@ def test_without_slopes_and_with_means_it_is_what_the_kernel_pools(name: str) ->
     ("change", "message"),
     [
         ({"pooled_v": None}, "pooled_k, pooled_v and pooled_bias"),
-        ({"log_count": True}, "without variance and log_count"),
+        ({"log_count": True}, "without log_count"),
+        ({"variance": True}, "pooled_var is given with variance"),
+        ({"pooled_var": torch.zeros(1, HEADS, 16, 16)}, "pooled_var is given with variance"),
+        ({"variance": True, "pooled_var": torch.zeros(1, HEADS, 3, 16)}, "pooled_var must be float32"),
+        ({"pool_slots": torch.zeros(4, dtype=torch.int32), "pool_parts": 3}, "units require pool_slots, and pool_parts of 1, 2 or 4"),
+        ({"pool_slots": torch.zeros(3, dtype=torch.int32)}, "pool_slots must be int32"),
         ({"rest": "none"}, "of a pooled rest"),
         ({"slopes": torch.zeros(1, 1)}, "slopes must be float32"),
         ({"pooled_bias": torch.zeros(1, HEADS, 3)}, "pooled_bias must be float32"),
-        ({"pool_lists": torch.zeros(1, HEADS, 1, 2, dtype=torch.int32)}, "pool_lists requires pool_counts, pool_slots and pool_parts"),
+        ({"pool_lists": torch.zeros(1, HEADS, 1, 2, dtype=torch.int32)}, "units require pool_slots"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

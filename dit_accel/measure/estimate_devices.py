@@ -1,17 +1,14 @@
 """`dit-accel estimate --devices`: what devices that share a sequence send each other, and the least time. Nothing is measured."""
 
-from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
 from dit_accel.console import console
 from dit_accel.errors import ArgumentError
-from dit_accel.measure.estimate import GPUS, MODELS, DataSheet, Model, estimate, find, layout_of
+from dit_accel.measure.estimate import MODELS, estimate, find, layout_of
 from dit_accel.method.assignment import Assignment
 from dit_accel.method.spec import AttentionSpec
-from dit_accel.operator.cost import TENSORS, block_count, image_pairs
-from dit_accel.operator.layout import TokenLayout
 from dit_accel.parallel import traffic
 from dit_accel.parallel.halo import refusal
 
@@ -22,10 +19,6 @@ LINKS = {
     "ethernet": (12.5, "100 Gbit/s"),
 }
 MOST = 4096  # devices
-# how often a softmax in PyTorch reads or writes each logit at least: written, read for the maximum, both for the difference and for its
-# exponential, read for the sum and for the product with the values
-SOFTMAX = 8
-FLOAT32 = 4  # bytes of a logit
 
 
 def estimate_devices(
@@ -33,19 +26,17 @@ def estimate_devices(
 ) -> list[dict[str, Any]]:
     """Rows of one method on so many devices, of one layer's forward: megabytes that a device sends, and the least times in ms.
 
-    By `how`: heads are exchanged ("ulysses"), or, of a method, border tokens ("halo", of the device that sends most), where `compute_ms`
-    counts what PyTorch computes in the place of compiled kernels as such. The figures are None where it can't be done, and `why` says so.
-    Raises ValueError as `estimate`.
+    By `how`: heads are exchanged ("ulysses"), or, of a method, border tokens ("halo", of the device that sends most). The figures are
+    None where it can't be done, and `why` says so. Raises ValueError as `estimate`.
     """
     bandwidth, _ = find("link", link, LINKS)
     if not 2 <= devices <= MOST:
         raise ArgumentError(f"devices must be from 2 to {MOST}, not {devices}")
     row, shape, layout = estimate(gpu, model, size, spec, frames=frames), MODELS[model], layout_of(model, size, frames)
-    chip = GPUS[gpu]
     compute = row["floor_ms"] / len(shape.layers) / devices
     found = []
     for how in ("ulysses",) if spec is None else ("ulysses", "halo"):
-        sent, own = None, compute  # type: float | None, float
+        sent: float | None = None
         if how == "ulysses":
             why = f"{shape.heads} heads are not divisible by {devices}" if shape.heads % devices else ""
             sent = None if why else traffic.ulysses(layout.tokens, shape.heads, shape.head_dim, devices)
@@ -54,8 +45,7 @@ def estimate_devices(
             reason = None if only is None else refusal(only)
             why = "its layers and heads have several methods" if only is None else str(reason)
             by_rank = None if only is None or reason else traffic.halo(only, layout, shape.heads, shape.head_dim, devices)
-            if only is not None and by_rank is not None:
-                sent, own = max(by_rank), _milliseconds_in_band(only, layout, shape, chip) / devices
+            sent = None if by_rank is None else max(by_rank)
         exchange = None if sent is None else sent / bandwidth / 1e6
         found.append(
             {
@@ -64,23 +54,13 @@ def estimate_devices(
                 "tokens": layout.tokens,
                 "megabytes_sent": None if sent is None else sent / 1e6,
                 "exchange_ms": exchange,
-                "compute_ms": None if exchange is None else own,
-                "total_ms": None if exchange is None else own + exchange,
+                "compute_ms": None if exchange is None else compute,
+                "total_ms": None if exchange is None else compute + exchange,
                 "one_device_ms": compute * devices,
                 "why": why if sent is None else "",
             }
         )
     return found
-
-
-def _milliseconds_in_band(spec: AttentionSpec, layout: TokenLayout, shape: Model, chip: DataSheet) -> float:
-    """The least time of one layer in bands, of all devices together: the image's queries over the kept keys in a compiled kernel, then its
-    rest and the text's queries in PyTorch, by the logits that those keep in memory (`parallel.halo`)."""
-    size = shape.heads * shape.head_dim
-    pairs = image_pairs(replace(spec, rest=None, merge=None), layout, shape.head_dim) + layout.image * layout.text
-    kernel = max(4 * pairs * size / 1e9 / chip.tflops, TENSORS * layout.tokens * size * 2 / 1e6 / chip.bandwidth)
-    logits = layout.text * layout.tokens + (0 if spec.rest is None else layout.image * block_count(spec, layout))
-    return kernel + shape.heads * logits * SOFTMAX * FLOAT32 / 1e6 / chip.bandwidth
 
 
 def show(gpu: str, devices: int, link: str, rows: list[dict[str, Any]]) -> None:
@@ -98,6 +78,5 @@ def show(gpu: str, devices: int, link: str, rows: list[dict[str, Any]]) -> None:
     bandwidth, source = LINKS[link]
     shown.print(
         f"One layer's forward, {rows[0]['tokens']:,} tokens in bfloat16 on {devices} {gpu}, {bandwidth} GB/s from each ({source}), the "
-        "exchange not hidden behind arithmetic. ulysses: heads are exchanged (ulysses_degree). halo: border tokens are (ring_degree), and "
-        "PyTorch computes the text's queries and pooled keys, by their logits in float32."
+        "exchange not hidden behind arithmetic. ulysses: heads are exchanged (ulysses_degree). halo: border tokens are (ring_degree)."
     )

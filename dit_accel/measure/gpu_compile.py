@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
@@ -19,10 +20,11 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, TOGETHER, Machine, Tile, tile_of_two
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
+from dit_accel.method.parts.call import Far, Moments
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
-from dit_accel.operator.blocks_of_grid import make_plan
+from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
 
 METHODS: dict[str, AttentionSpec] = {
@@ -43,7 +45,9 @@ PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "
 MOST = {"sla, most kept": SLA(0.6)}
 # two query blocks in a program, which no table says yet
 TWO = {f"{name}, two blocks": METHODS[name] for name in ("fovea", "fovea, radius", "clear")}
-EVERY = METHODS | PADDED | MOST | TWO
+# with pooled keys that are given, as one process of several has those of all
+BANDS = {"fovea, bands": METHODS["fovea, radius"]}
+EVERY = METHODS | PADDED | MOST | TWO | BANDS
 # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
 STATES = tuple(name for name in EVERY if name.startswith(("sla", "linear")))
 HEAD_DIMS = (64, 128, 256)
@@ -86,7 +90,9 @@ class Job:
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS, self._tuned())) as launches:
             plan = make_plan(spec, layout, q.device)
-            composition.attend(q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton", text_bias=bias)[0].sum().backward()
+            far = _far(plan, q) if self.method in BANDS else None
+            given = (q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")
+            composition.attend(*given, text_bias=bias, far=far)[0].sum().backward()
         rows = []
         for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
             compiled = aot.compile_launch(launch, self.arch)
@@ -94,6 +100,15 @@ class Job:
             report = {"occupancy": compiled.occupancy, "faults": compiled.faults(self.spilled), **tile}
             rows.append({**dataclasses.asdict(self), **dataclasses.asdict(compiled), **report})
         return rows
+
+
+def _far(plan: Plan, query: Tensor) -> Far:
+    """What a process knows of blocks in addition to its own."""
+    own = len(plan.k_blocks.count)
+    blocks = own + 7
+    moments = (torch.zeros(query.shape[0] * query.shape[1], blocks, query.shape[3], requires_grad=True) for _ in range(3))
+    kept = torch.zeros(len(plan.q_blocks.count), blocks, dtype=torch.bool)
+    return Far(Moments(torch.ones(blocks, dtype=torch.int64), *moments), kept, torch.arange(own, dtype=torch.int32))
 
 
 def jobs(

@@ -13,10 +13,11 @@ from torch import Tensor
 import dit_accel.operator.bfloat16  # noqa: F401  the kernels ask it what computes bfloat16
 from dit_accel.kernels import capture, dispatch
 from dit_accel.method.parameters import AttentionParameters, Values
+from dit_accel.method.parts.call import Far
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
 from dit_accel.operator.blocks_of_grid import Plan
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.layout import Layouts, TokenLayout
 from dit_accel.operator.plans import RECENT
 
 
@@ -86,30 +87,30 @@ def attention(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
-    scale: float | None, backend: str, *, text_bias: Tensor | None = None, key_layout: TokenLayout | None = None,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout | Layouts, plan: Plan, params: Values,
+    scale: float | None, backend: str, *, text_bias: Tensor | None = None, far: Far | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` without its checks of all but dtypes and `text_bias`, for callers that have the plan already: output and lse.
 
-    `key_layout`: see `composition.attend`.
+    `layout`, `far`: see `composition.attend`.
     """
     query, key, value = autocast(query, key, value)
     check_dtypes(query, key, value)
-    check_text_bias(text_bias, query, layout if key_layout is None else key_layout)
+    check_text_bias(text_bias, query, layout.k if isinstance(layout, Layouts) else layout)
     chosen = _choose(backend, spec, params, text_bias, query, key, value)
-    return _planned(query, key, value, spec, layout, plan, params, scale, chosen, text_bias, key_layout)
+    return _planned(query, key, value, spec, layout, plan, params, scale, chosen, text_bias, far)
 
 
 def _planned(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values,
-    scale: float | None, chosen: str, text_bias: Tensor | None, key_layout: TokenLayout | None = None,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout | Layouts, plan: Plan, params: Values,
+    scale: float | None, chosen: str, text_bias: Tensor | None, far: Far | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not torch.compiler.is_compiling():
         capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # autocast has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
     with torch.autocast(query.device.type, enabled=False):
-        return composition.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias, key_layout)
+        return composition.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias, far)
 
 
 def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:

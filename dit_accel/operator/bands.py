@@ -14,9 +14,9 @@ from torch import Tensor
 from dit_accel.kernels.blocks import BlockMap, Blocks
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.bit_masks import bit_masks
-from dit_accel.operator.blocks_of_grid import Plan, make_plan, moved
+from dit_accel.operator.blocks_of_grid import Plan, make_plan, moved, plan_key
 from dit_accel.operator.layout import TokenLayout
-from dit_accel.operator.lists import Geometry, Lists, padded
+from dit_accel.operator.lists import Geometry, Lists, make_geometry, padded
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,8 @@ class Pieces:
 
     `own`: the pieces in this band, of its tokens. `counts`: how many pieces each band has; they are numbered band by band. `index`
     `[Tk, most]`: the pieces of each block, `share` `[Tk, most]`: their shares of the block's tokens, 0 where there are no more of them.
-    `tokens` `[Tk]`: of each block. `kept` `[Tq, Tk]`: which of the blocks each query block of this band keeps.
+    `tokens` `[Tk]`: of each block. `kept` `[Tq, Tk]`: which of the blocks each query block of this band keeps; `slots` `[n]` int32: those
+    that any of them keeps, which are the key blocks of the band's plan.
     """
 
     own: Blocks
@@ -47,6 +48,7 @@ class Pieces:
     share: Tensor
     tokens: Tensor
     kept: Tensor
+    slots: Tensor
 
 
 class Grounds:
@@ -174,8 +176,20 @@ class Grounds:
         own = Blocks.from_starts(starts).among(self.places[mine] - self.ranges[band][0])
         rows = self.rows(band)
         kept = BlockMap(self.static.index[rows], self.static.valid[rows]).kept(blocks)
-        found = (index, share, self.whole.k_blocks.count, kept)
+        found = (index, share, self.whole.k_blocks.count, kept, self.needed(band).int())
         return Pieces(moved(own, device), tuple(self.pieces_of_bands()), *(x.to(device) for x in found))
+
+
+def all_pairs(spec: AttentionSpec, queries: int, keys: int, device: torch.device) -> Plan:
+    """The plan of queries that see every one of some keys, whatever the spec; both in blocks of 64."""
+    layout = TokenLayout((1, 1, keys))
+    starts_q, starts_k = (torch.arange(0, n + 64, 64).clamp_max(n).unique() for n in (queries, keys))
+    blocks = [Blocks.from_starts(starts) for starts in (starts_q, starts_k)]
+    index = torch.arange(len(starts_k) - 1).repeat(len(starts_q) - 1, 1)
+    static, coords = BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True), torch.zeros(keys, 4, dtype=torch.int64)
+    geometry = make_geometry(starts_q, starts_k, coords[:, :3], static, [], None, None)
+    sides = (moved(side, device) for side in blocks)
+    return Plan(plan_key(spec, layout, device), *sides, coords.to(device), moved(static, device), 0, {}, moved(geometry, device))
 
 
 def _number_of_block(blocks: Blocks) -> Tensor:

@@ -17,6 +17,7 @@ from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import Call
+from dit_accel.method.parts.call import Far
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import lowering
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
@@ -27,31 +28,32 @@ Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout, plan: Plan, params: Values, scale: float,
-    backend: str, text_bias: Tensor | None = None, key_layout: TokenLayout | None = None,
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layout: TokenLayout | Layouts, plan: Plan, params: Values,
+    scale: float, backend: str, text_bias: Tensor | None = None, far: Far | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output `[B, H, Nq, D]`, in the query's dtype, and lse `[B, H, Nq]`, by a backend's exact part.
 
-    `key_layout`: where key and value `[B, H, Nk, D]` are other tokens than query, the layout of theirs; then the plan's query blocks are of
-    the query's tokens, all else in it is of the keys'. Raises ValueError where the text is first among the ones and last among the others,
-    and where parts of the spec require that they are the same tokens.
+    `layout`: of all tokens, or, where key and value `[B, H, Nk, D]` are other tokens than query, `layouts_of` both; then the plan's query
+    blocks are of the query's tokens, all else in it is of the keys'. `far`: where these keys are some of all, what is known of the blocks
+    of all, which a rest of moments (`Rest.of_moments`) is of. Raises ValueError where parts of the spec require that queries and keys are
+    the same tokens.
     """
-    if key_layout is not None and (own := [part for part in spec.parts() if part.own_tokens]):
-        raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: leave key_layout out, or the part")
-    layouts = layouts_of(layout, key_layout)
+    if isinstance(layout, Layouts) and (own := [part for part in spec.parts() if part.own_tokens]):
+        raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: give one layout, or leave the part out")
+    layouts = layout if isinstance(layout, Layouts) else layouts_of(layout, layout)
     if backend in lowering.COMPILED:
-        return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias)
+        return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias, far)
     dense = xformers_rows.dense_attention if backend == "xformers" else reference.dense_attention
     call = _image_call(query, key, value, layouts, plan, params, scale, dense)
     blocks = visited_blocks(call, spec, plan)
     image, text = _eager(query, key, value, call, blocks, layouts, plan, text_bias)
     call = dataclasses.replace(call, visited=blocks)
-    return _joined(query, layout, _changed(_merged(image, spec, call), spec, call), text)
+    return _joined(query, layouts.q, _changed(_merged(image, spec, call, far), spec, call), text)
 
 
 def _compiled(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float,
-    backend: str, text_bias: Tensor | None,
+    backend: str, text_bias: Tensor | None, far: Far | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
     made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
@@ -61,7 +63,10 @@ def _compiled(
         lists, means = Lists.from_map(visited_blocks(given(), spec, plan)), None
     fused = lowering.fuses(spec)
     if fused:
-        rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, means, backend)
+        if far is not None:
+            rest = lowering.rest_of_far(spec, far, query.shape[1], params)
+        else:
+            rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, means, backend)
         out, lse = lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
         if not spec.extras:
             return out, lse
@@ -71,13 +76,16 @@ def _compiled(
     out, lse = out.to(call.q.dtype).flatten(0, 1), lse.flatten(0, 1)
     image, text = ((out[:, part], lse[:, part]) for part in (layouts.q.image_slice, layouts.q.text_slice))
     if not fused:
-        image = _merged(image, spec, call)
+        image = _merged(image, spec, call, far)
     return _joined(query, layouts.q, _changed(image, spec, call), text)
 
 
-def _merged(exact: Partial, spec: AttentionSpec, call: Call) -> Partial:
+def _merged(exact: Partial, spec: AttentionSpec, call: Call, far: Far | None) -> Partial:
     """The image's rows with the rest."""
-    return exact if spec.rest is None or spec.merge is None else spec.merge(exact, spec.rest(call), call)
+    if spec.rest is None or spec.merge is None:
+        return exact
+    rest = spec.rest(call) if far is None else spec.rest.over(call, far.moments, far.kept)
+    return spec.merge(exact, rest, call)
 
 
 def _changed(image: Partial, spec: AttentionSpec, call: Call) -> Partial:
@@ -100,7 +108,7 @@ def image_call(
     dense: Dense = reference.dense_attention,
 ) -> Call:  # fmt: skip
     """What the parts are given of a call `[B, H, N, D]`."""
-    return _image_call(query, key, value, layouts_of(layout, None), plan, params, scale, dense)
+    return _image_call(query, key, value, layouts_of(layout, layout), plan, params, scale, dense)
 
 
 def _image_call(

@@ -29,11 +29,6 @@ def visited_density(spec: AttentionSpec, layout: TokenLayout) -> float:
     return _shares(spec, layout.grids).visited
 
 
-def block_count(spec: AttentionSpec, layout: TokenLayout) -> int:
-    """Key blocks of the grid."""
-    return _shares(spec, layout.grids).k_blocks
-
-
 def kept_pairs(spec: AttentionSpec | None, layout: TokenLayout) -> float:
     """Pairs of image tokens that are attended to exactly; `spec` None: the original attention.
 

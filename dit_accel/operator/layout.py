@@ -85,9 +85,8 @@ class Layouts(NamedTuple):
         return self.k.text_first if self.k.text else self.q.text_first
 
 
-def layouts_of(queries: TokenLayout, keys: TokenLayout | None) -> Layouts:
-    """Both; None: the keys' tokens are the queries'. Raises ValueError where the text is first in one and last in the other."""
-    keys = queries if keys is None else keys
+def layouts_of(queries: TokenLayout, keys: TokenLayout) -> Layouts:
+    """Both. Raises ValueError where the text is first in one and last in the other."""
     if queries.text and keys.text and queries.text_first != keys.text_first:
         places = ["first" if layout.text_first else "last" for layout in (queries, keys)]
         raise ValueError(f"the text is {places[0]} among the queries and {places[1]} among the keys: move it to the same end of both")

@@ -27,6 +27,7 @@ from dit_accel.method.parts import (
     Score,
     TopK,
 )
+from dit_accel.method.parts.call import Far
 from dit_accel.method.parts.content import weights_of
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
@@ -141,6 +142,19 @@ def rest_of(
             for name, x in (("extra_k", key), ("extra_v", value)):
                 found[name] = spec.rest.pooled(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
     return found | _merge(spec.merge, params)
+
+
+def rest_of_far(spec: AttentionSpec, far: Far, heads: int, params: Values) -> dict[str, Any]:
+    """The same of a spec that `fuses` and whose rest is of moments, from those of blocks that are `far`."""
+    rest, moments = spec.rest, far.moments
+    if not isinstance(rest, Pooled) or not rest.of_moments:
+        raise ValueError(f"the rest must be one of moments, Pooled() of one part and order 0, not {rest}")
+    bias = moments.tokens.float().log() if rest.log_count else torch.zeros_like(moments.tokens, dtype=torch.float32)
+    given = {"pooled_k": moments.key, "pooled_v": moments.value, "pooled_bias": bias.expand(len(moments.key), -1)}
+    if rest.variance:
+        given["pooled_var"] = moments.variance
+    found: dict[str, Any] = {name: x.float().unflatten(0, (-1, heads)).contiguous() for name, x in given.items()}
+    return found | {"rest": "pooled", "variance": rest.variance, "cap": rest.cap, "pool_slots": far.slots} | _merge(spec.merge, params)
 
 
 def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dit_accel.kernels import reference
 from dit_accel.method.parameters import Values
-from dit_accel.method.parts.call import Call, Moments
+from dit_accel.method.parts.call import Far, Moments
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attend
-from dit_accel.operator.bands import Band, Grounds, Pieces
-from dit_accel.operator.layout import TokenLayout
+from dit_accel.operator.bands import Band, Grounds, Pieces, all_pairs
+from dit_accel.operator.blocks_of_grid import Plan
+from dit_accel.operator.layout import TokenLayout, layouts_of
 from dit_accel.operator.plans import Plans
 from dit_accel.parallel.rows import Route, exchanged, to_all, to_owners
 
@@ -109,7 +110,9 @@ def attend_bands(
     image = _image(images, (keys, values), of_text[1:], spec, spread, border, params, scale, backend, bias)
     if not spread.layout.text:
         return image
-    text = _text(of_text[0], texts, images, spread, scale, bias).to(image.dtype)
+    exact, sizes = replace(spec, rest=None, merge=None), (spread.layout.text, spread.images[spread.rank])
+    plan = plans.kept((exact, *sizes, query.device), lambda: all_pairs(exact, *sizes, query.device))
+    text = _text(of_text[0], texts, images, spread, exact, plan, scale, backend, bias).to(image.dtype)
     return torch.cat([text, image] if spread.layout.text_first else [image, text], 2)
 
 
@@ -118,28 +121,19 @@ def _image(
     scale: float, backend: str, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The output of this rank's image queries; `own`: its q, k and v, `read`: keys and values that its queries keep, `text`: all of its."""
-    query, plan, rest = own[0], border.band.plan, spec.rest
+    query, plan = own[0], border.band.plan
     keys, values = read
     if text:
         first = spread.layout.text_first
         keys, values = (torch.cat([x, y] if first else [y, x], 2) for x, y in zip(text, read, strict=True))
-    layouts = [TokenLayout((1, 1, own[0].shape[2])), TokenLayout((1, 1, read[0].shape[2]), spread.layout.text, spread.layout.text_first)]
-    exact_part = replace(spec, rest=None, merge=None)
-    out, lse = attend(
-        query, keys, values, exact_part, layouts[0], plan, {}, scale, backend, text_bias=bias, key_layout=layouts[1]
-    )  # fmt: skip
-    if rest is None or spec.merge is None or border.pieces is None:
-        return out
-    with torch.autocast(query.device.type, enabled=False):
-        moments = _moments(own[1], own[2], spread, border.pieces)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (x.to(wide).flatten(0, 1) for x in (query, *read))
-        call = Call(
-            q, k, v, query.shape[1], scale, plan.coords, plan.q_blocks, plan.k_blocks, plan.prepared, params, grids=spread.layout.grids
-        )  # fmt: skip
-        exact = out.to(wide).flatten(0, 1), lse.to(wide).flatten(0, 1)
-        merged = spec.merge(exact, rest.over(call, moments, border.pieces.kept), call)[0]
-    return merged.to(out.dtype).unflatten(0, query.shape[:2])
+    of_keys = TokenLayout((1, 1, read[0].shape[2]), spread.layout.text, spread.layout.text_first)
+    layouts = layouts_of(TokenLayout((1, 1, query.shape[2])), of_keys)
+    far = None
+    if border.pieces is not None:
+        with torch.autocast(query.device.type, enabled=False):
+            moments = _moments(own[1], own[2], spread, border.pieces)
+        far = Far(moments, border.pieces.kept, border.pieces.slots)
+    return attend(query, keys, values, spec, layouts, plan, params, scale, backend, text_bias=bias, far=far)[0]
 
 
 def _moments(key: Tensor, value: Tensor, spread: Spread, pieces: Pieces) -> Moments:
@@ -157,18 +151,21 @@ def _moments(key: Tensor, value: Tensor, spread: Spread, pieces: Pieces) -> Mome
     return Moments(pieces.tokens, k_mean, v_mean, spread_of)
 
 
-def _text(query: Tensor, text: list[Tensor], image: list[Tensor], spread: Spread, scale: float, bias: Tensor | None) -> Tensor:
-    """The output `[B, H, own text, D]` of this rank's text queries, of which `query` are those of all ranks."""
-    heads, wide = query.shape[:2], torch.promote_types(query.dtype, torch.float32)
-    keys, values = (torch.cat([a, b], 2).to(wide).flatten(0, 1) for a, b in zip(text[1:], image[1:], strict=True))
-    own_bias = None
-    if bias is not None:
-        before = sum(spread.texts[: spread.rank])
-        own = bias[:, before : before + spread.texts[spread.rank]].to(wide)
-        own_bias = torch.nn.functional.pad(own, (0, image[1].shape[2])).repeat_interleave(heads[1], 0)
+def _text(
+    query: Tensor, text: list[Tensor], image: list[Tensor], spread: Spread, spec: AttentionSpec, plan: Plan, scale: float, backend: str,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The output `[B, H, own text, D]` of this rank's text queries, of which `query` are those of all ranks; `plan`: of these over this
+    rank's part of the image."""
+    first, own = spread.layout.text_first, spread.texts[spread.rank]
+    keys, values = (torch.cat([x, y] if first else [y, x], 2) for x, y in zip(text[1:], image[1:], strict=True))
+    before = sum(spread.texts[: spread.rank])
+    own_bias = None if bias is None or not own else bias[:, before : before + own]
+    layouts = layouts_of(TokenLayout((1, 1, query.shape[2])), TokenLayout((1, 1, image[1].shape[2]), own, first))
+    out, lse = attend(query, keys, values, spec, layouts, plan, {}, scale, backend, text_bias=own_bias)
     with torch.autocast(query.device.type, enabled=False):
-        out, lse = reference.dense_attention(query.to(wide).flatten(0, 1), keys, values, own_bias, scale=scale)
-        part = torch.cat([out, lse[..., None]], -1).unflatten(0, heads)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        part = torch.cat([out.to(wide), lse.to(wide)[..., None]], -1)
         (parts,) = exchanged(spread.group, [to_owners(spread.texts, spread.rank, query.device)], [part])
         each = parts.unflatten(2, (len(spread.texts), -1)).unbind(2)
         return reference.merge_partials([(x[..., :-1], x[..., -1]) for x in each])[0]

@@ -129,6 +129,7 @@ struct PoolGradient {
             __builtin_memcpy(p.dpooled_k + at * g.channels, dmean + j * g.padded, g.channels * 4);
             __builtin_memcpy(p.dpooled_v + at * g.channels, dvalue + j * g.padded, g.channels * 4);
             p.dpooled_bias[at] = float(doffset[j]);
+            if (p.variance) __builtin_memcpy(p.dpooled_var + at * g.channels, dvar + j * g.padded, g.channels * 4);
         }
     }
 

@@ -91,10 +91,10 @@ struct Geometry {
     }
     int64_t pools() const { return p.pools ? p.pools : p.k_blocks; }  // pooled keys
     bool listed() const { return p.pool_lists; }                         // query blocks see some of the units alone
-    int64_t parts() const { return listed() ? p.pool_parts : p.pools ? p.pools / p.k_blocks : 1; }  // of a unit
+    int64_t parts() const { return p.pool_slots ? p.pool_parts : p.pools ? p.pools / p.k_blocks : 1; }  // of a unit
     int64_t units() const { return pools() / parts(); }
     int64_t seen_pools() const { return listed() ? p.pool_width * p.pool_parts : pools(); }  // the most that a query block sees
-    int64_t unit(int64_t j) const { return listed() ? p.pool_slots[j] : j; }                 // of key block j
+    int64_t unit(int64_t j) const { return p.pool_slots ? p.pool_slots[j] : j; }             // of key block j
     int64_t states() const { return listed() ? (p.q_blocks + SPAN - 1) / SPAN : p.q_blocks; }
     int64_t state(int64_t i) const { return listed() ? i / SPAN : i; }  // whose slopes query block i reads, and whose list
     int64_t queries() const { return p.text_q + p.image_q; }  // tokens in q, and below in k and v

@@ -25,10 +25,10 @@ struct Pool {
         }
         if (holds == BIASES) return;
         mean.allocate((pools + ROWS) * g.padded), value.allocate((pools + ROWS) * g.padded);
-        if (!given) var.allocate((pools + ROWS) * g.padded);
+        if (!given || g.p.variance) var.allocate((pools + ROWS) * g.padded);
         if (holds == ROWS_TOO) return;
         const bool by_unit = g.listed() && !seen;
-        for (Array<float>* each : {by_unit ? &unit_t : &mean_t, backward ? by_unit ? &unit_v : &value_t : nullptr, given ? nullptr : &var_t})
+        for (Array<float>* each : {by_unit ? &unit_t : &mean_t, backward ? by_unit ? &unit_v : &value_t : nullptr, var ? &var_t : nullptr})
             if (each) each->allocate(chunks * POOL * g.channels);
     }
 
@@ -73,9 +73,11 @@ struct Pool {
             if (holds == BIASES) continue;
             __builtin_memcpy(mean + t * g.padded, g.p.pooled_k + at * g.channels, g.channels * 4);
             __builtin_memcpy(value + t * g.padded, g.p.pooled_v + at * g.channels, g.channels * 4);
+            if (var) __builtin_memcpy(var + t * g.padded, g.p.pooled_var + at * g.channels, g.channels * 4);
             if (holds == ROWS_TOO) continue;
             scatter(unit_t ? unit_t : mean_t, mean, t);
             if (unit_v || value_t) scatter(unit_v ? unit_v : value_t, value, t);
+            for (int64_t c = 0; c < g.channels && var_t; c++) var_t[(t / POOL * g.channels + c) * POOL + t % POOL] = var[t * g.padded + c] * (0.5f / LOG2E);
         }
     }
 

@@ -42,13 +42,14 @@ struct Problem {
     const int32_t *places_q, *places_k;       // [image_q], [image_k]: where each token of the blocks' order is among the image's; null: in that order
     const float *extra_k, *extra_v;           // [B, H, extra, D]: keys that all image queries see in addition to the text's
     const float *pooled_k, *pooled_v, *pooled_bias;  // [B, H, pools, D], [B, H, pools], natural logarithm: pooled keys as they are given, block by block
+    const float* pooled_var;                  // [B, H, pools, D]: variances of their keys, where there is a variance term
     const float* slopes;                      // [B, H, q_blocks or spans, D of q, D of out], or null: times scale · q and the share of pooled keys, joins the output
     const int32_t *pool_lists, *pool_counts;  // [B, H, spans, pool_width], [B, H, spans]: units that SPAN query blocks in a row see; null: all key blocks
-    const int32_t* pool_slots;                // [k_blocks]: the unit that a key block is
+    const int32_t* pool_slots;                // [k_blocks]: the unit that a key block is, or null: they are the units
     const float *offset, *weight, *bias;      // [H] log mass offset; [D, D] and [D] projection; null where absent
     const float* text_bias;                   // [batch, text], natural logarithm, added to the logits of the text's keys; null where absent
     int32_t rest, feature_map, log_count, variance, linear_all, residual;
-    int64_t pool_parts;                       // pooled keys of a unit, read with pool_lists
+    int64_t pool_parts;                       // pooled keys of a unit, read with pool_slots
     float cap;
     // the results
     Rows out;
@@ -59,7 +60,7 @@ struct Problem {
     const float* dlse;                        // [B, H, text_q + image_q] or null
     float *dq, *dk, *dv;                      // contiguous, in the shapes of q, k and v
     float *dextra_k, *dextra_v;               // [B, H, extra, D]
-    float *dpooled_k, *dpooled_v, *dpooled_bias, *dslopes;  // in the shapes of pooled_k, ...
+    float *dpooled_k, *dpooled_v, *dpooled_bias, *dpooled_var, *dslopes;  // in the shapes of pooled_k, ...
     float *doffset, *dweight, *dbias;         // [B, H], [B, H, D, D], [B, H, D]: one part per head, summed by the caller
 };
 

@@ -149,11 +149,11 @@ def bits_of(entries, count, slots, word, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def list_bits(lists, counts, bits, width, words, W: tl.constexpr, N: tl.constexpr):
-    """Lists `[rows, width]` as bits `[rows, words]` of int32. Grid: (rows, tiles of W words)."""
+def list_bits(lists, counts, slots, bits, width, words, W: tl.constexpr, N: tl.constexpr):
+    """Lists `[rows, width]`, or the `slots` of their entries, as bits `[rows, words]` of int32. Grid: (rows, tiles of W words)."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * W + tl.arange(0, W)
-    found = bits_of(lists + row * width, tl.load(counts + row), None, word, N)
+    found = bits_of(lists + row * width, tl.load(counts + row), slots, word, N)
     tl.store(bits + row * words + word, found, mask=word < words)
 
 

@@ -156,7 +156,7 @@ class Call:
         self.q_width, self.k_width, self.residual = a.q_width, a.k_width, a.residual
         self.pooled, self.linear = a.rest == "pooled", a.rest == "linear"
         pools = self.k_blocks if a.pooled_k is None else a.pooled_k.shape[2]
-        self.parts = pools // self.k_blocks if a.pool_lists is None else a.pool_parts  # pooled keys of a unit
+        self.parts = pools // self.k_blocks if a.pool_slots is None else a.pool_parts  # pooled keys of a unit
         self.units = pools // self.parts  # what is pooled: the key blocks, or what lists name
         self.span = 1 if a.pool_lists is None else SPAN  # query blocks that see the same
         # the linear rest is summed block by block where fewer blocks are left than visited: a difference of sums would lose it
@@ -250,7 +250,8 @@ class Call:
         if a.means is not None:
             pooled = Pooled(*a.means.unbind())
         elif a.pooled_k is not None and a.pooled_v is not None:
-            pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), None, None, a.pooled_bias, a.slopes, a.pool_lists, a.pool_counts)
+            half = None if a.pooled_var is None else (a.pooled_var / 2).to(kind)
+            pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), half, None, a.pooled_bias, a.slopes, a.pool_lists, a.pool_counts)
         else:
             pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
             self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
@@ -259,15 +260,16 @@ class Call:
     def _hidden_bits(self) -> Tensor:
         """The units that a query block does not see, as bits `[BH or 1, Tq, words]`."""
         a, words = self.a, cdiv(self.units, 32)
-        if a.bits is not None and a.pool_lists is None:
+        if a.bits is not None and a.pool_slots is None:
             return a.bits
         tile = min(32, max(1, 1 << (words - 1).bit_length()))
-        arguments = {"lists": a.lists, "counts": a.counts, "width": a.lists.shape[-1], "words": words, "W": tile, "N": 32}
+        arguments: dict[str, Any] = {"lists": a.lists, "counts": a.counts, "width": a.lists.shape[-1], "words": words, "W": tile, "N": 32}
+        arguments["slots"] = a.pool_slots
         kernel, shape = block_means.list_bits, a.counts.shape
         if a.pool_lists is not None:
             kernel, shape = block_means.hidden_bits, torch.Size((self.bh, self.q_blocks))
             arguments |= {
-                "slots": a.pool_slots, "pool_lists": a.pool_lists, "pool_counts": a.pool_counts, "pool_width": a.pool_lists.shape[-1],
+                "pool_lists": a.pool_lists, "pool_counts": a.pool_counts, "pool_width": a.pool_lists.shape[-1],
                 "q_blocks": self.q_blocks, "OWN": self.flags["OWN"], "SPAN": self.span,
             }  # fmt: skip
         bits = a.q.new_empty((*shape, words), dtype=torch.int32)

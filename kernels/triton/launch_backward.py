@@ -24,7 +24,9 @@ from dit_accel.kernels.triton.tuples import (
 TINY = torch.finfo(torch.float32).tiny
 
 
-Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of pooled keys, values, biases and slopes
+Given = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]  # of pooled keys, values, biases, variances; slopes
 
 
 class Gradients(NamedTuple):
@@ -38,6 +40,7 @@ class Gradients(NamedTuple):
     pooled_k: Tensor | None
     pooled_v: Tensor | None
     pooled_bias: Tensor | None
+    pooled_var: Tensor | None
     slopes: Tensor | None
     offset: Tensor | None
     weight: Tensor | None
@@ -146,10 +149,10 @@ def _tilt(call: Call, pull: Pull, slopes: Tensor) -> Tilt:
 
 
 def _given(call: Call, pull: Pull, tilt: Tilt, pooled: PooledGradients) -> Given:
-    """The gradients of the pooled keys, values, biases and slopes that are given; `tilt` has the share."""
+    """The gradients of the pooled keys, values, biases, variances and slopes that are given; `tilt` has the share."""
     a = call.a
     if a.pooled_k is None or pooled.k_mean is None or pooled.v_mean is None or pooled.bias is None:
-        return None, None, None, None
+        return None, None, None, None, None
     dslopes = None
     if a.slopes is not None:
         dslopes = torch.empty_like(a.slopes)
@@ -159,7 +162,8 @@ def _given(call: Call, pull: Pull, tilt: Tilt, pooled: PooledGradients) -> Given
             lists=call.lists, logits=call.unbiased,
         )  # fmt: skip
     heads = (call.batch, call.heads)
-    return pooled.k_mean.unflatten(0, heads), pooled.v_mean.unflatten(0, heads), pooled.bias.unflatten(0, heads), dslopes
+    dvar = None if pooled.k_half is None else (pooled.k_half / 2).unflatten(0, heads)
+    return pooled.k_mean.unflatten(0, heads), pooled.v_mean.unflatten(0, heads), pooled.bias.unflatten(0, heads), dvar, dslopes
 
 
 def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGradients, Tensor | None]:

@@ -67,6 +67,15 @@ class Visited(Protocol):
         ...
 
 
+class Far(NamedTuple):
+    """What is known of key blocks whose tokens a call has in part or not at all: their `moments`, which of them each query block keeps
+    `[..., Tq, T]`, and which of them each of the call's key blocks is, `slots` `[Tk]` int32."""
+
+    moments: Moments
+    kept: Tensor
+    slots: Tensor
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of the operator: its image tokens `[BH, N, D]` (float32, or float64), batch and heads folded, and what is kept of them.
