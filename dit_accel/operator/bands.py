@@ -188,8 +188,9 @@ def all_pairs(spec: AttentionSpec, queries: int, keys: int, device: torch.device
     index = torch.arange(len(starts_k) - 1).repeat(len(starts_q) - 1, 1)
     static, coords = BlockMap(index, torch.ones_like(index, dtype=torch.bool), complete=True), torch.zeros(keys, 4, dtype=torch.int64)
     geometry = make_geometry(starts_q, starts_k, coords[:, :3], static, [], None, None)
-    sides = (moved(side, device) for side in blocks)
-    return Plan(plan_key(spec, layout, device), *sides, coords.to(device), moved(static, device), 0, {}, moved(geometry, device))
+    q_blocks, k_blocks = (moved(side, device) for side in blocks)
+    key = plan_key(spec, layout, device)
+    return Plan(key, q_blocks, k_blocks, coords.to(device), moved(static, device), 0, {}, moved(geometry, device))
 
 
 def _number_of_block(blocks: Blocks) -> Tensor:
