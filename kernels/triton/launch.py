@@ -205,7 +205,7 @@ class Call:
             kernel = "rows_linear" if self.linear else "rows_variance" if self.flags["VARIANCE"] else kernel
             kernel += "_static" if pairs and not self.flags["OWN"] else ""
         return Place(
-            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_lists is not None,
+            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_slots is not None,
             pairs,
         )  # fmt: skip
 

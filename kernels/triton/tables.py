@@ -128,12 +128,16 @@ _MASKED = (
     "gradient_rows",
     "gradient_columns",
 )  # a window's masks take registers: half the rows there, and no third stage
-# of calls with lists of pooled keys, where those spill: what is read for each key of a step takes registers
+# of calls with pooled keys of units, where those spill: what is read for each key of a step takes registers
 _LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("rows", 64, "sm_120"): (64, 32, 8, 2),
     ("rows_variance", 64, "sm_120"): (64, 32, 8, 2),
+    ("gradient_rows", 64, "sm_80"): (64, 32, 8, 2),
     ("gradient_rows", 64, "sm_100"): (64, 32, 4, 2),
+    ("gradient_rows", 128, "sm_80"): (64, 32, 8, 2),
+    ("gradient_columns", 64, "sm_100"): (64, 32, 4, 2),
     ("pooled", 128, "sm_100"): (32, 64, 8, 2),
+    ("pooled", 256, "sm_90"): (16, 16, 4, 3),
 }
 _LAST = (16, 16, 8, 2)
 # of two query blocks of 64 in one program (`Call.pairs`), for each of ARCHITECTURES where one spills nothing. No launch takes them but
@@ -168,7 +172,7 @@ def tile_for(
 ) -> Tile:  # fmt: skip
     """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide.
 
-    `windows`, `lists`: whether the call has windows, and lists of pooled keys. `pairs`: whether a program may hold two query blocks.
+    `windows`, `lists`: whether the call has windows, and pooled keys of units. `pairs`: whether a program may hold two query blocks.
     """
     own = _listed(kernel, machine.arch, head_dim, dtype, lists)
     tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or own
