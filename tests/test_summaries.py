@@ -230,7 +230,7 @@ def test_the_threads_change_nothing() -> None:
         qkv = SHAPES["ragged"].inputs(grad=True)
         made = ops.summarize_blocks(arguments(SHAPES["ragged"], qkv, 4), "cpu")
         loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in made if x.requires_grad)
-        leaves = [x.detach().requires_grad_() for x in mixture(SHAPES["ragged"], 4)]
+        leaves = [x.detach().requires_grad_() for x in mixture(SHAPES["ragged"], 4)[:2]]
         out = ops.mix_slopes(MixtureArguments(*leaves), "cpu")
         return [*made, out, *torch.autograd.grad(loss, qkv), *torch.autograd.grad(out.square().sum(), leaves)]  # type: ignore[arg-type]
 
