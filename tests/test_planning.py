@@ -280,6 +280,7 @@ def test_the_command_writes_a_plan_and_its_page(tmp_path: Path, monkeypatch: pyt
     assert plan.asked == Asked(None, 1.2)
     assert [candidate.spec for candidate in plan.candidates] == [None, SPECS[1], SPECS[3]]
     assert f"{plan.outcome.speed:.2f}× less attention in multiply-adds" in result.output
+    assert f"{plan.outcome.verified.mean:.4f}, promised {plan.outcome.verified.high:.4f}" in " ".join(result.output.split())
     assert (tmp_path / "plan-work" / "settings.json").is_file()
     assert (tmp_path / "plan.html").stat().st_size > 1000
     refused = command(*given, "--speed", 100)

@@ -243,6 +243,15 @@ def test_a_share_and_a_number_of_blocks_add_up(density: float, blocks: int, of: 
     assert TopK(density, blocks=blocks).count(of) == expected
 
 
+def test_what_version_0_2_has_is_written_as_it_writes_it() -> None:
+    """It reads adapters without the fields that it lacks, and checkpoints of its distillations are compared with what is written."""
+    written = {"type": "TopK", "density": 0.05, "correct_short": False, "score": {"type": "ErrorProduct", "cap": 2.0}}
+    assert Fovea(0.05).to_dict()["keep"] == [written]
+    assert Fovea(blocks=3).to_dict()["keep"] == [written | {"density": 0.0, "blocks": 3}]
+    given = Fovea(0.05).to_dict()
+    assert AttentionSpec.from_dict(given | {"keep": [written | {"blocks": 0}]}) == AttentionSpec.from_dict(given) == Fovea(0.05)
+
+
 @pytest.mark.parametrize(("density", "blocks"), [(0.0, 0), (0.1, -1), (0.1, 1.0), (0.1, True), (-0.1, 1)])
 def test_no_blocks_are_refused(density: float, blocks: Any) -> None:
     with pytest.raises(ValueError, match="must be"):

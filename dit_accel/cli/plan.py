@@ -17,7 +17,7 @@ def plan(
     prompts: options.Prompts,
     out: Annotated[Path, typer.Option(help="JSON file of the plan, a method for every command; its page is written next to it.")],
     budget: Annotated[
-        float | None, typer.Option(help="The largest mean relative error of the prediction on held-out prompts.", show_default="0.05")
+        float | None, typer.Option(help="The largest mean relative error of the prediction on prompts like these.", show_default="0.05")
     ] = None,
     speed: Annotated[float | None, typer.Option(help="How many times less the attention shall cost, in place of a budget.")] = None,
     unit: Annotated[
@@ -53,6 +53,7 @@ def plan(
     specs = None if not method else [_candidate(text) for text in dict.fromkeys(method)]
     options.check_file(out)
     from dit_accel.cli.models import frames_call, load_pipeline
+    from dit_accel.planner.aim import upper
     from dit_accel.planner.checks import check_asked
     from dit_accel.planner.pages import write_plan_page
     from dit_accel.planner.planning import plan as make_plan
@@ -68,7 +69,8 @@ def plan(
     made.save(out)
     page = write_plan_page(made, out.with_suffix(".html"))
     got = made.outcome
-    typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; error on held-out prompts {got.verified.mean:.4f}")
+    error = f"error on held-out prompts {got.verified.mean:.4f}, promised {upper(got.verified):.4f}"
+    typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; {error}")
     typer.echo(f"wrote {out} and {page}")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Fit = Literal["least_squares", "least_squares_by_channel", "descent", "choice"]
 
+ADDED = "added"  # key of a field's metadata
 _KINDS: dict[str, type["Part"]] = {}  # every class derived from Part, bases too, by name
 
 
@@ -89,9 +90,13 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
                 yield from value.nested()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: the fields, and the class's name as `type`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"type": type(self).__name__} | {name: _to_json(value) for name, value in fields.items()}
+        """A JSON-ready form: the fields, and the class's name as `type`; an `added` field where it is not at its default."""
+        found: dict[str, Any] = {"type": type(self).__name__}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if ADDED not in field.metadata or value != field.default:
+                found[field.name] = _to_json(value)
+        return found
 
     def __str__(self) -> str:
         """The type and the fields that differ from their defaults."""
@@ -101,6 +106,12 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
             if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def added(default: Any) -> Any:
+    """A field that a released version of the part lacks. JSON has it only where it is not at its default: that version reads what does not
+    use it, and its checkpoints and folders of plans, which are compared with what is written, continue."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
 
 
 def _to_json(value: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.blocks import BlockMap, best_blocks
 from dit_accel.method.checks import flag, is_int, is_real, require
-from dit_accel.method.parts.base import Blockwise, Score, Selection, check_part
+from dit_accel.method.parts.base import Blockwise, Score, Selection, added, check_part
 from dit_accel.method.parts.call import Call, Cost, Ground, Sizes
 from dit_accel.method.parts.choices import TARGETS, Chooser, Target, worth
 from dit_accel.method.parts.scores import Estimated, MeanProduct
@@ -25,7 +25,7 @@ class TopK(Selection):
     density: float
     correct_short: bool = False
     score: Score = MeanProduct()
-    blocks: int = 0
+    blocks: int = added(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
