@@ -49,7 +49,7 @@ def plan(
         prompts: a few, in the words that the model will be used with: the first 6 at most are measured, the last third of them, 4 at most,
             are held out.
         budget: the largest mean relative error of the prediction, ‖accelerated − original‖ / ‖original‖, over prompts: the upper end of
-            the interval of the held-out ones' mean is within it, which about 1 of 20 plans exceeds. 0.05 unless budget or speed is given.
+            the interval of the held-out ones' mean is within it, which one or two of 20 plans exceed. 0.05 unless budget or speed is given.
         speed: how many times less the attention shall cost, in `unit`, in the place of a budget.
         specs: the candidates, specs of one order, None for the original attention; by default that and Fovea with several numbers of
             tiles, which stay the same at other sizes, and radii.

@@ -23,7 +23,7 @@ STUDENT = (2.92, 2.353, 2.132, 2.015, 1.943, 1.895)
 
 
 def interval_of(held_out: Sequence[float], predicted: Array) -> Interval:
-    """The mean of the held-out prompts' errors, and between which errors that of all prompts is: beyond either in about 1 of 20 plans.
+    """The mean of the held-out prompts' errors, and between which errors that of all prompts is: beyond either in one or two of 20.
 
     So few held-out prompts do not tell how much prompts differ. `predicted` `[P, C]`, the errors that are predicted of the measured prompts
     with each candidate everywhere, tells it, as shares of their means; what is common to all models, a little. It is the same for all
