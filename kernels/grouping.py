@@ -19,8 +19,8 @@ class GroupingArguments(NamedTuple):
     None for `slope` where no slopes are made, for `metric` where there is one part. `lists` `[q blocks, n]`, or with a leading B·H, and
     `counts`, int32: the key blocks that each query block keeps. `place` `[k blocks]` int32: the slot of each. `q_starts` `[q blocks + 1]`
     int32. `roots`: slots of the last level; `opened`: units of each level that are opened by their score, in addition to those in which
-    something is kept. `scale`, `cap`, `score_cap`, `log_count`: as in `SummaryArguments`; `narrow`: of the mixtures
-    of slopes, see `Narrow`.
+    something is kept. `scale`, `cap`, `score_cap`, `log_count`: as in `SummaryArguments`; `narrow`: of the mixtures of slopes, see
+    `Narrow`.
     """
 
     q_mean: Given

@@ -42,13 +42,14 @@ from dit_accel.kernels.grouping import (
 )
 
 
-def unwatched(x: Tensor) -> bool:
-    """Whether an operator on `x` is its implementation and nothing else: no gradient is recorded, and nothing compiles, traces, transforms,
-    counts or profiles it. To ask torch takes the processor longer than a launch, in every layer and step."""
+def unwatched(*given: Tensor) -> bool:
+    """Whether an operator on tensors is its implementation and nothing else: no gradient is recorded, nothing compiles, traces, transforms,
+    counts or profiles it, and their memory holds their numbers, which that of a lazily negated view does not. To ask torch takes the
+    processor longer than a launch, in every layer and step."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or type(x) is not Tensor
+        or any(type(x) is not Tensor or x.is_neg() for x in given)
         or is_in_torch_dispatch_mode()
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -58,7 +59,7 @@ def unwatched(x: Tensor) -> bool:
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
     """Output (q's dtype and layout) and lse `[B, H, Nq]`, float32 and natural."""
-    if unwatched(a.q):
+    if unwatched(a.q, a.k, a.v):
         out, lse = _implementation(implementation).attend(a)
         return out, lse
     out, lse = attention_op(implementation, *ATTENTION.pack(a))
@@ -67,7 +68,7 @@ def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:
 
 def select_blocks(a: SelectionArguments, implementation: str) -> Chosen:
     """The `top` best key blocks of each query block, ascending. Not differentiated."""
-    if unwatched(a.q):
+    if unwatched(*(x for x in (a.q, a.k, a.v) if x is not None)):
         chosen: Chosen = _implementation(implementation).select_blocks(a)
         return chosen
     return Chosen(*select_blocks_op(implementation, *SELECTION.pack(a)))
@@ -75,7 +76,7 @@ def select_blocks(a: SelectionArguments, implementation: str) -> Chosen:
 
 def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
     """Means, scores, pooled keys and slopes of blocks. Differentiable in q, k and v, but not through the choice of parts."""
-    if unwatched(a.k):
+    if unwatched(a.q, a.k, a.v):
         made: Summaries = _implementation(implementation).summarize_blocks(a)
         return made
     return Summaries(*summarize_blocks_op(implementation, *SUMMARY.pack(a)))
@@ -83,7 +84,7 @@ def summarize_blocks(a: SummaryArguments, implementation: str) -> Summaries:
 
 def mix_slopes(a: MixtureArguments, implementation: str) -> Tensor:
     """The mixtures Σ_J weight[., J] · slope_J `[B, H, n, D of k, D of v]`. Differentiable in both."""
-    if unwatched(a.slope):
+    if unwatched(a.weight, a.slope):
         mixed: Tensor = _implementation(implementation).mix_slopes(a)
         return mixed
     slopes: Tensor = mix_slopes_op(implementation, *MIXTURE.pack(a))

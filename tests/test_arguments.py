@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import Largest
+from helpers import Largest, Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, TokenLayout, attention
 from dit_accel.kernels import arguments, ops
 from dit_accel.kernels.arguments import (
     Arguments,
@@ -143,6 +144,8 @@ def test_what_watches_an_operator_sees_it() -> None:
     with torch.no_grad():
         assert ops.unwatched(x)
         assert not ops.unwatched(y)
+        assert not ops.unwatched(x, y)
+        assert not ops.unwatched(x, torch._neg_view(x))
         with Largest():
             look(x)
         with torch.autograd.profiler.profile():
@@ -164,3 +167,16 @@ def test_an_operator_gives_the_same_watched_or_not() -> None:
             watched = ops.select_blocks(a, "cpu")
     assert type(found) is type(watched)
     assert all(torch.equal(one, other) for one, other in zip(found, watched, strict=True))
+
+
+@pytest.mark.parametrize("negated", ["q", "k", "v"])
+@pytest.mark.parametrize("spec", [CLEAR(2.0), Fovea(0.3), Fovea(0.3, order=1), SLA(0.3)], ids=str)
+def test_a_lazily_negated_view_is_what_it_shows(spec: AttentionSpec, negated: str) -> None:
+    """The imaginary part of a conjugate, say: its memory holds the opposite numbers."""
+    inputs = dict(zip("qkv", Shape(1, 2, 16, (1, 10, 9), 3).inputs(), strict=True))
+    view = torch._neg_view(-inputs[negated])
+    assert view.is_neg()
+    with torch.no_grad():
+        expected = attention(*inputs.values(), spec, TokenLayout((1, 10, 9), 3), backend="cpu")
+        found = attention(*(inputs | {negated: view}).values(), spec, TokenLayout((1, 10, 9), 3), backend="cpu")
+    assert torch.equal(found, expected)

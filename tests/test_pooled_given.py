@@ -438,3 +438,13 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
     _, a = problem((1, 8, 8), 0, 16, 1)
     with pytest.raises(ValueError, match=message):
         check(a._replace(**change))
+
+
+@pytest.mark.parametrize("slot", [-1, 23])
+def test_a_unit_that_there_is_not_is_refused(slot: int) -> None:
+    """It would be a write past the end of memory."""
+    _, a = on_slots(problem((1, 16, 16), 0, 16, 1))
+    assert a.pool_slots is not None
+    a.pool_slots[3] = slot
+    with pytest.raises(ValueError, match="pool_slots must be numbers of the 23 units"):
+        computed(a, "cpu")

@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import capture
+from dit_accel.kernels.arguments import MixtureArguments
 from dit_accel.kernels.triton import calls, fallback, launch
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
 from dit_accel.kernels.triton.launch import Launch
@@ -256,6 +257,30 @@ def test_a_first_call_inside_a_capture_is_refused_before_anything_is_launched(
     capturing(True)
     assert len(call(backward=True)) == 4
     del plan  # whoever holds a plan keeps it from being made anew
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a card")
+@pytest.mark.parametrize("changed", ["narrow", "tf32"])
+def test_products_of_another_precision_are_a_first_call(
+    changed: str, capturing: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = MixtureArguments(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 16, 4, 16))
+
+    def both(a: MixtureArguments) -> None:
+        calls.mix_slopes(a)
+        calls.gradients_of_mixture(torch.ones(1, 1, 3, 16, 16), a)
+
+    both(a)
+    capturing(True)
+    both(a)
+    if changed == "narrow":
+        a = a._replace(narrow=True)
+    else:
+        monkeypatch.setattr(launch, "tf32_allowed", lambda: True)
+    for call in (lambda: calls.mix_slopes(a), lambda: calls.gradients_of_mixture(torch.ones(1, 1, 3, 16, 16), a)):
+        with pytest.raises(BackendError, match="before capturing"):
+            call()
 
 
 def test_a_plan_made_inside_a_capture_is_refused(capturing: Callable[[bool], None]) -> None:

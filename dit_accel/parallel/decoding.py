@@ -1,6 +1,7 @@
 """`shared_decoding`: the processes that share a picture share the tiles of its decoding, too."""
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,7 @@ class _Shared:
             decoded = self._decoded(z)
         except Exception as error:
             failure = error
+            traceback.clear_frames(error.__traceback__)  # their tensors: after one that ran out of memory the message requires some
         said = None if failure is None else f"{type(failure).__name__}: {failure}"
         answers = self.ranks.all_of((decoded[0].dtype if decoded else z.dtype, said))
         if failure is not None:

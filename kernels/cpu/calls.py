@@ -26,13 +26,8 @@ from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GroupingArgument
 from dit_accel.kernels.precision import get_float32_attention_precision
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
-WRITTEN = (
-    "pooled_k",
-    "pooled_v",
-    "pooled_bias",
-    "pooled_var",
-    "slopes",
-)  # every entry of whose gradients the library writes, where others are added to
+# every entry of whose gradients the library writes, where others are added to
+WRITTEN = ("pooled_k", "pooled_v", "pooled_bias", "pooled_var", "slopes")
 
 
 def _prepared(a: Arguments) -> Arguments:
@@ -41,6 +36,10 @@ def _prepared(a: Arguments) -> Arguments:
     for name, starts, tokens in (("q", a.q_starts, a.q.shape[2] - text_queries(a)), ("k", a.k_starts, a.k.shape[2] - a.text)):
         if int(starts[-1]) != tokens:  # it would write past the end of memory
             raise ValueError(f"{name}_starts must end with the {tokens} image tokens of {name}, not with {int(starts[-1])}")
+    if a.pool_slots is not None and a.pooled_k is not None:
+        units = a.pooled_k.shape[2] // a.pool_parts
+        if not bool(((a.pool_slots >= 0) & (a.pool_slots < units)).all()):
+            raise ValueError(f"pool_slots must be numbers of the {units} units")
     return a._replace(q=dense(a.q), k=dense(a.k), v=dense(a.v), text_q=text_queries(a))
 
 

@@ -177,6 +177,8 @@ def refusal() -> str | None:
     """Why the compiled kernels can't run here: not built, or built from other sources than these; None where they can."""
     path = library_file()
     if not path.exists():
+        if any(path.parent.glob("_native.*.so")):  # as versions up to 0.2.0 named it
+            return f"dit_accel's CPU kernels ({path.parent}) were built by an earlier version: build them again by {REBUILD}"
         return NOT_BUILT
     expected, found = sources.fingerprint(path.parent), _built_from(path)
     if found != expected:

@@ -116,14 +116,14 @@ def _run(name: str, x: Tensor, arguments: Sequence[Any], signature: Callable[[],
     if elsewhere is not None:
         return function(elsewhere.machine, elsewhere.run)
     key, machine = None, _fitting.get(device) or machine_of(device)
+    tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
     if replay.possible(device):
-        tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
         key = replay.key_of(name, arguments, tf32, torch.is_autocast_enabled("cuda"))
         record = _records.get(key, machine)
         if record is not None:
             with contextlib.suppress(replay.MovedError):
                 return record.play(arguments)
-    call = signature()
+    call = device, tf32, signature()
     captured = capture.check(device, call)
     if key is None or captured:
         result = _fitted(device, lambda machine: function(machine, launch.execute))
@@ -177,7 +177,7 @@ def _signature(name: str, a: Arguments) -> Hashable:
     windows = 0 if a.windows is None else len(a.windows)
     settings = tuple(isinstance(x, Tensor) or x for x in a if not isinstance(x, float))  # numbers, and which tensors there are
     sizes = (a.q.shape, a.k.shape, a.q.stride(), a.k.stride(), a.v.stride(), a.lists.shape, len(a.k_starts), windows)
-    return (name, a.q.device, a.q.dtype, *sizes, *settings)
+    return (name, a.q.dtype, *sizes, *settings)
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ def select_blocks(a: SelectionArguments) -> Chosen:
     def signature() -> Hashable:
         blocks = len(a.q_starts), len(a.k_starts)
         sizes = [None if x is None else (x.shape, x.stride()) for x in (a.q, a.k, a.v)]
-        return "select_blocks", a.q.device, a.q.dtype, *sizes, *blocks, a.weight is None, a.bias is None, a.top, a.pooled
+        return "select_blocks", a.q.dtype, *sizes, *blocks, a.weight is None, a.bias is None, a.top, a.pooled
 
     def function(machine: Machine, run: Run) -> Chosen:
         check_selection(a)
@@ -263,7 +263,7 @@ def mix_slopes(a: MixtureArguments) -> Tensor:
         return launch_parts.mix_slopes(a, machine, run)
 
     def signature() -> Hashable:
-        return "mix_slopes", a.weight.shape, a.slope.shape
+        return "mix_slopes", a.weight.shape, a.slope.shape, a.narrow
 
     with torch.cuda.device_of(a.slope):
         return _run("mix_slopes", a.slope, a, signature, function)
@@ -276,7 +276,7 @@ def gradients_of_mixture(dout: Tensor, a: MixtureArguments) -> list[Tensor]:
         return launch_parts.gradients_of_mixture(dout, a, machine, run)
 
     def signature() -> Hashable:
-        return "gradients_of_mixture", a.weight.shape, a.slope.shape
+        return "gradients_of_mixture", a.weight.shape, a.slope.shape, a.narrow
 
     with torch.cuda.device_of(a.slope):
         return _run("gradients_of_mixture", a.slope, (dout, *a), signature, function)

@@ -24,9 +24,8 @@ from dit_accel.kernels.triton.tuples import (
 TINY = torch.finfo(torch.float32).tiny
 
 
-Given = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]  # of pooled keys, values, biases, variances; slopes
+# of pooled keys, values, biases, variances; slopes
+Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Gradients(NamedTuple):

@@ -1,0 +1,144 @@
+// The one program of the emulated computer that machine.py starts: passes the calls that emulated.py makes on to `kernels`, built from emulated.cpp.
+//
+// The computer's disk is a file on the host. A sector of it says which call is the latest, one which call is answered; between them and the
+// host's program there is nothing but these numbers. The disk is read and written through its ports, so that no driver is required.
+#include <fcntl.h>
+#include <sys/io.h>
+#include <sys/reboot.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <vector>
+
+static const unsigned SECTOR = 512, ASKED = 0, ANSWERED = 1, LINE = 2, LINE_SECTORS = 16, MEMORY = LINE + LINE_SECTORS;
+static const unsigned short DATA = 0x1f0, COUNT = 0x1f2, PLACE = 0x1f3, DEVICE = 0x1f6, COMMAND = 0x1f7, CONTROL = 0x3f6;
+static const unsigned MOST = 256;  // sectors of one command
+
+struct Message {
+    uint64_t number, value;  // of a call; the bytes of its memory, or what it returned
+};
+
+static void wait_for(unsigned char mask, unsigned char bits) {
+    while ((inb(COMMAND) & mask) != bits) {}
+}
+
+// each() moves one sector.
+template <class Each>
+static void transfer(unsigned char command, unsigned first, unsigned sectors, Each&& each) {
+    for (unsigned at = 0; at < sectors; at += MOST) {
+        const unsigned count = sectors - at < MOST ? sectors - at : MOST, place = first + at;
+        wait_for(0x80, 0);  // until it is not busy
+        outb(static_cast<unsigned char>(0xe0 | (place >> 24 & 15)), DEVICE);
+        outb(static_cast<unsigned char>(count), COUNT);  // 256 as 0
+        for (unsigned short i = 0; i < 3; i++) outb(static_cast<unsigned char>(place >> 8 * i), static_cast<unsigned short>(PLACE + i));
+        outb(command, COMMAND);
+        for (unsigned i = 0; i < count; i++) {
+            wait_for(0x88, 0x08);  // not busy, and data requested
+            each();
+        }
+    }
+    wait_for(0x80, 0);
+}
+
+// <sys/io.h> does not tell the compiler that its insw and outsw read and write memory.
+static void read_disk(unsigned first, unsigned sectors, char* to) {
+    transfer(0x20, first, sectors, [&] {
+        unsigned long words = SECTOR / 2;
+        asm volatile("rep insw" : "+D"(to), "+c"(words) : "d"(DATA) : "memory");
+    });
+}
+
+static void write_disk(unsigned first, unsigned sectors, const char* from) {
+    transfer(0x30, first, sectors, [&] {
+        unsigned long words = SECTOR / 2;
+        asm volatile("rep outsw" : "+S"(from), "+c"(words) : "d"(DATA) : "memory");
+    });
+}
+
+static void answer(uint64_t number, int64_t value) {
+    const Message message{number, uint64_t(value)};
+    char sector[SECTOR] = {};
+    std::memcpy(sector, &message, sizeof message);
+    write_disk(ANSWERED, 1, sector);
+}
+
+// The kernels' program. Linux here never keeps the tiles of a program that it interrupts (machine.py): where it did, the next instruction on tiles
+// is an illegal one, as none are configured any more. So a call that ends in one is made again; what ends in one each time is a fault.
+class Program {
+  public:
+    int64_t greeting() { return started() ? value_ : lost(); }
+
+    int64_t call(const char* line, const std::vector<char>& memory, uint64_t bytes) {
+        for (int tries = 0; tries < 8; tries++) {
+            std::ofstream("/call", std::ios::binary).write(memory.data(), std::streamsize(bytes));
+            std::fputs(line, calls_), std::fflush(calls_);
+            if (said()) return value_;
+            if (!illegal() || !started()) break;
+        }
+        return lost();
+    }
+
+  private:
+    std::FILE *calls_ = nullptr, *answers_ = nullptr;
+    long long value_ = 0;
+    int status_ = 0;
+
+    bool said() { return std::fscanf(answers_, "%lld", &value_) == 1; }
+
+    bool started() {
+        if (calls_) std::fclose(calls_), std::fclose(answers_);
+        int to[2], from[2];
+        if (pipe(to) || pipe(from)) return false;
+        if (fork() == 0) {
+            dup2(to[0], 0), dup2(from[1], 1);
+            for (int end : {to[0], to[1], from[0], from[1]}) close(end);
+            execl("/kernels", "kernels", nullptr);
+            _exit(127);
+        }
+        close(to[0]), close(from[1]);
+        calls_ = fdopen(to[1], "w"), answers_ = fdopen(from[0], "r");
+        return said();
+    }
+
+    bool illegal() {
+        wait(&status_);
+        return WIFSIGNALED(status_) && WTERMSIG(status_) == SIGILL;
+    }
+
+    // Ends the computer.
+    int64_t lost() {
+        std::printf("\nthe kernels' program ended: %s\n", WIFSIGNALED(status_) ? strsignal(WTERMSIG(status_)) : "without a signal");
+        std::fflush(stdout);
+        reboot(RB_AUTOBOOT);
+        return 0;
+    }
+};
+
+int main() {
+    if (ioperm(DATA, 8, 1) || ioperm(CONTROL, 1, 1)) return 1;
+    signal(SIGPIPE, SIG_IGN);
+    outb(2, CONTROL);  // no interrupts
+    Program kernels;
+    answer(1, kernels.greeting());
+    char sector[SECTOR];
+    Message asked;
+    std::vector<char> line(LINE_SECTORS * SECTOR), memory;
+    for (uint64_t number = 2;; usleep(1000)) {
+        read_disk(ASKED, 1, sector);
+        std::memcpy(&asked, sector, sizeof asked);
+        if (asked.number != number) continue;
+        const unsigned sectors = unsigned((asked.value + SECTOR - 1) / SECTOR);
+        memory.resize(size_t(sectors) * SECTOR);
+        read_disk(LINE, LINE_SECTORS, line.data());
+        read_disk(MEMORY, sectors, memory.data());
+        const int64_t value = kernels.call(line.data(), memory, asked.value);
+        std::ifstream("/call", std::ios::binary).read(memory.data(), std::streamsize(asked.value));
+        write_disk(MEMORY, sectors, memory.data());
+        answer(number++, value);
+    }
+}
