@@ -121,7 +121,7 @@ def mix(weight: Tensor, slope: Any, above: Tensor | None, out: Tensor, constants
     tile = constants | {"BQ": rows, "BK": 16 if padded > 128 else 32, "STAGES": 3 if constants["PRECISION"] == "tf32" else 2}
     numbers = {"spans": spans, "slots": slope.shape[3], "above": 0 if above is None else above.shape[3]}
     given = {"weight": weight, "slope": slope, "slope_above": above, "out": out, "C": constants_of(seen_units.mix_units, tile)}
-    run(Launch(seen_units.mix_units, (cdiv(spans, rows), d, batch * heads), given | numbers, 8 if padded > 64 else 4))
+    run(Launch(seen_units.mix_units, (cdiv(spans, rows), d, batch * heads), given | numbers, 8 if padded > 64 or arch == "sm_120" else 4))
 
 
 def group_units(a: GroupingArguments, machine: Machine, run: Run = execute) -> Units:
