@@ -19,6 +19,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # triton and dit_accel read it at import
 
 import torch
+from gpu import SPECS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -28,18 +29,9 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton import calls, replay
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.measure.timing import machine
-from dit_accel.method import AttentionSpec
-from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.operator.attention import attention, start_values
 from dit_accel.operator.layout import TokenLayout
 
-SPECS: dict[str, AttentionSpec] = {
-    "Fovea 5 %": Fovea(0.05),
-    "Fovea radius 8": Fovea(radius=8),
-    "CLEAR radius 8": CLEAR(8),
-    "SLA 5 %": SLA(0.05),
-    "Fovea 5 %, order 1": Fovea(0.05, order=1),
-}
 ROUNDS, CALLS = 9, 30
 
 

@@ -25,36 +25,42 @@ def rows_at_once(padded: int, arch: str, *, wide: bool = False) -> int:
     return 32 if padded == 64 and (wide or arch in ("sm_80", "sm_120")) else 64
 
 
-class Grouped:
-    """One call's sizes, results, and what is between the launches."""
+class OfUnits:
+    """One call's sizes, forward or backward, and what all its kernels take."""
 
     def __init__(self, a: GroupingArguments, machine: Machine, run: Run) -> None:
-        self.a, self.run, self.arch = a, run, machine.arch
-        self.found = new_units(a)
+        self.a, self.machine, self.run = a, machine, run
         (batch, heads, self.q_blocks, d), pools = a.q_mean.shape, a.tokens.shape[-1]
         self.bh, self.spans = batch * heads, cdiv(self.q_blocks, SPAN)
         self.levels = levels_of(pools // a.parts, a.roots)
         self.slots, self.units = self.levels[0], sum(self.levels)
         self.above, self.pools = self.units - self.slots, self.units * a.parts
         self.constants: dict[str, Any] = {
-            "D": d, "DP": max(16, power(d)), "PARTS": a.parts, "MEMBERS": MEMBERS, "COUNT": a.log_count, "SLOPES": a.slope is not None,
-            "SPAN": SPAN, "LEVELS": len(self.levels), "ROWS": rows_at_once(power(d), machine.arch),
+            "D": d, "DP": max(16, power(d)), "PARTS": a.parts, "MEMBERS": MEMBERS, "SPAN": SPAN, "LEVELS": len(self.levels),
             "PRECISION": precision_of(machine.arch, tf32=tf32_allowed()),
         }  # fmt: skip
-        f = self.found
-        self.joined = Joined(f.joined_k, f.joined_v, f.joined_bias, f.joined_tokens, f.joined_spread, self.empty(self.pools))
-        self.groups = Groups(self.empty(self.units), f.part, self.empty(self.above, d), self.empty(self.above), f.above)
-        self.logits = self.empty(self.spans, self.pools + self.above)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.a.q_mean.new_empty((self.bh, *shape), dtype=dtype)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], warps: int, constants: dict[str, Any], **arguments: Any) -> None:
         """Launch with these constants and the call's, and the call's sizes, of which kernels take what they know."""
-        sizes = {
-            name: getattr(self, name) for name in ("q_blocks", "spans", "slots", "units", "above", "pools") if name in kernel.arg_names
-        }
+        names = ("q_blocks", "spans", "slots", "units", "above", "pools")
+        sizes = {name: getattr(self, name) for name in names if name in kernel.arg_names}
         self.run(Launch(kernel, grid, {**sizes, **arguments, "C": constants_of(kernel, self.constants | constants)}, warps))
+
+
+class Grouped(OfUnits):
+    """One call's results, and what is between the launches."""
+
+    def __init__(self, a: GroupingArguments, machine: Machine, run: Run) -> None:
+        super().__init__(a, machine, run)
+        d = self.constants["D"]
+        self.constants |= {"COUNT": a.log_count, "SLOPES": a.slope is not None, "ROWS": rows_at_once(power(d), machine.arch)}
+        self.found = f = new_units(a)
+        self.joined = Joined(f.joined_k, f.joined_v, f.joined_bias, f.joined_tokens, f.joined_spread, self.empty(self.pools))
+        self.groups = Groups(self.empty(self.units), f.part, self.empty(self.above, d), self.empty(self.above), f.above)
+        self.logits = self.empty(self.spans, self.pools + self.above)
 
     def moments(self) -> None:
         """The units of each level from those of the one below."""
@@ -109,8 +115,8 @@ class Grouped:
             seen_units.weigh_units, (self.spans, self.bh), 4, {"W": min(LANES, max(16, power(self.units)))}, logits=self.logits,
             total=self.groups.total, codes=codes, shares=f.shares, own=own, pool_width=f.pool_lists.shape[-1],
         )  # fmt: skip
-        constants = self.constants | {"PRECISION": mixing(self.arch, narrow=self.a.narrow)}
-        mix(own, self.a.slope, f.above if self.above else None, f.slopes, constants, self.arch, self.run)
+        constants = self.constants | {"PRECISION": mixing(self.machine.arch, narrow=self.a.narrow)}
+        mix(own, self.a.slope, f.above if self.above else None, f.slopes, constants, self.machine.arch, self.run)
 
 
 def mix(weight: Tensor, slope: Any, above: Tensor | None, out: Tensor, constants: dict[str, Any], arch: str, run: Run) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.arguments import SPAN
-from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, MEMBERS, GroupingArguments, levels_of
+from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GroupingArguments
 from dit_accel.kernels.triton import backward_parts, backward_units
-from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, full_rounds, mixing, precision_of, tf32_allowed
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, full_rounds, mixing
+from dit_accel.kernels.triton.launch_units import OfUnits
 from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import JoinedElements, PartGradients, UnitGradients, constants_of
 
@@ -61,36 +61,19 @@ class Mixture:
         return found, of_above
 
 
-class Back:
-    """One call's sizes and what comes back."""
+class Back(OfUnits):
+    """What comes back of one call."""
 
     def __init__(
         self, grads: Mapping[str, Tensor | None], results: Mapping[str, Tensor], a: GroupingArguments, machine: Machine, run: Run
     ) -> None:  # fmt: skip
-        self.a, self.results, self.machine, self.run = a, results, machine, run
+        super().__init__(a, machine, run)
+        self.results, d = results, self.constants["D"]
         self.given = {name: x.contiguous() for name, x in grads.items() if x is not None and x.numel()}
-        (batch, heads, self.q_blocks, d), pools = a.q_mean.shape, a.tokens.shape[-1]
-        self.bh, self.spans = batch * heads, cdiv(self.q_blocks, SPAN)
-        self.levels = levels_of(pools // a.parts, a.roots)
-        self.slots, self.units = self.levels[0], sum(self.levels)
-        self.above, self.pools = self.units - self.slots, self.units * a.parts
-        self.constants: dict[str, Any] = {
-            "D": d, "DP": max(16, power(d)), "PARTS": a.parts, "MEMBERS": MEMBERS, "SPAN": SPAN, "LEVELS": len(self.levels),
-            **backward_parts.channels_at_once(d, max(16, power(d)), 16, machine.arch), "STAGES": 2,
-            "PRECISION": precision_of(machine.arch, tf32=tf32_allowed()),
-        }  # fmt: skip
+        self.constants |= backward_parts.channels_at_once(d, self.constants["DP"], 16, machine.arch) | {"STAGES": 2}
         names = ("joined_k", "joined_v", "joined_tokens", "joined_spread")
         self.joined = JoinedElements(*(results[name] for name in names))
         self.grads = UnitGradients(self.empty(self.pools, d), self.empty(self.pools, d), self.empty(self.pools))
-
-    def empty(self, *shape: int) -> Tensor:
-        return self.a.q_mean.new_empty((self.bh, *shape))
-
-    def launch(self, kernel: Any, grid: tuple[int, ...], warps: int, constants: dict[str, Any], **arguments: Any) -> None:
-        """Launch with these constants and the call's, and the call's sizes, of which kernels take what they know."""
-        names = ("q_blocks", "spans", "slots", "units", "pools")
-        sizes = {name: getattr(self, name) for name in names if name in kernel.arg_names}
-        self.run(Launch(kernel, grid, {**sizes, **arguments, "C": constants_of(kernel, self.constants | constants)}, warps))
 
     def through_slopes(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What comes back through the spans' matrices: to the logits of what they see `[BH, spans, P]`, to slopes, and to those above."""
