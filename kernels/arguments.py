@@ -65,6 +65,8 @@ class Arguments(NamedTuple):
     each, of which the query blocks of a span, SPAN in a row, see those on its list, the first `counts` of it; a key block is the unit
     `pool_slots`, hidden from the query blocks that keep it. Then there are slopes for each span, and no variance. Without `pool_lists` all
     units are seen; without `pool_slots` they are the key blocks.
+    `far_states` `[B, H, D + 1, D]` float32: Σ phi(k) vᵀ and, as the last row, Σ phi(k) of keys in addition to k's, which are in the rest
+    of every query; of a "linear" rest.
     `offset` `[H]`, `weight` `[D, D]`, `bias` `[D]` float32: log mass offset and projection of the rest.
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `bits` int32 `[.., q blocks, words]`: the lists as bits; `means` `[3, B·H, k blocks, D]` in q's dtype: means of the key blocks' keys and
@@ -104,6 +106,7 @@ class Arguments(NamedTuple):
     pool_lists: Tensor | None = None
     pool_counts: Tensor | None = None
     pool_slots: Tensor | None = None
+    far_states: Learned = None
     offset: Learned = None
     weight: Learned = None
     bias: Learned = None
@@ -290,6 +293,7 @@ def check(a: Arguments) -> None:
         _check_choice(name, getattr(a, name), choices)
     _check_numbers(a)
     _check_pooled(a)
+    _check_far(a)
     _check_made(a)
     if a.masks is None and a.masks_t is None and a.mask_of is None:
         return
@@ -381,6 +385,15 @@ def _check_pooled(a: Arguments) -> None:
         if x is not None and (x.shape != (batch, heads, *shape) or x.dtype != torch.float32 or not x.is_contiguous()):
             expected = f"float32 {(batch, heads, *shape)} and contiguous"
             raise ValueError(f"{name} must be {expected}, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")
+
+
+def _check_far(a: Arguments) -> None:
+    if a.far_states is None:
+        return
+    if a.rest != "linear":
+        raise ValueError(f"far_states are of a linear rest, not of {a.rest!r}")
+    batch, heads, _, channels = a.q.shape
+    _check_floats({"far_states": (a.far_states, (batch, heads, channels + 1, channels))})
 
 
 def _check_made(a: Arguments) -> None:

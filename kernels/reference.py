@@ -169,16 +169,24 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Partial:
-    """Linear attention over all keys: phi(q)·(phi(K)ᵀV) / (1e-5 + phi(q)·Σ phi(k)), as released with SLA, and the log of its mass."""
-    state = phi_k.transpose(-1, -2) @ v
-    mass = (phi_q @ phi_k.sum(-2)[..., None]) + 1e-5
+def linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor, far: Tensor | None = None) -> Partial:
+    """Linear attention over all keys: phi(q)·(phi(K)ᵀV) / (1e-5 + phi(q)·Σ phi(k)), as released with SLA, and the log of its mass.
+
+    `far` `[BH, F, D + 1]`: Σ phi(k) [vᵀ | 1] of further keys.
+    """
+    state, total = phi_k.transpose(-1, -2) @ v, phi_k.sum(-2)
+    if far is not None:
+        state, total = state + far[..., :-1], total + far[..., -1]
+    mass = (phi_q @ total[..., None]) + 1e-5
     return (phi_q @ state) / mass, mass[..., 0].log()
 
 
-def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, weights: Tensor, q_blocks: Blocks, k_blocks: Blocks) -> Partial:
+def linear_attention_rest(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, weights: Tensor, q_blocks: Blocks, k_blocks: Blocks, far: Tensor | None = None
+) -> Partial:  # fmt: skip
     """Linear attention of each query block over the key blocks by `weights` `[..., Tq, Tk]` >= 0, as 1 where a block is not kept and 0
-    where it is; output 0 and log mass -inf where all are 0. Features `[BH, N, F]` of any width. Gradients: features, v, weights.
+    where it is; output 0 and log mass -inf where all are 0. Features `[BH, N, F]` of any width. `far` `[BH, F, D + 1]`: Σ phi(k) [vᵀ | 1]
+    of further keys, of weight 1 for every query block. Gradients: features, v, weights, far.
 
     The states are summed, not subtracted from a total, so that nothing cancels (SLA, eq. 5).
     """
@@ -189,12 +197,14 @@ def linear_attention_rest(phi_q: Tensor, phi_k: Tensor, v: Tensor, weights: Tens
     queries = q_blocks.gather(phi_q)
     width, d = phi_q.shape[-1], v.shape[-1]
 
-    def attend(part: Tensor, rest: Tensor, states: Tensor, sums: Tensor) -> Partial:
-        state = (rest @ states.flatten(-2)).unflatten(-1, (width, d))
-        mass = (part @ (rest @ sums)[..., None])[..., 0]
+    def attend(part: Tensor, rest: Tensor, states: Tensor, sums: Tensor, far: Tensor | None) -> Partial:
+        state, total = (rest @ states.flatten(-2)).unflatten(-1, (width, d)), rest @ sums
+        if far is not None:
+            state, total = state + far[:, None, :, :-1], total + far[:, None, :, -1]
+        mass = (part @ total[..., None])[..., 0]
         safe = mass.clamp_min(torch.finfo(mass.dtype).tiny)
         out = torch.where(mass[..., None] > 0, (part @ state) / safe[..., None], 0)
         return out, torch.where(mass > 0, safe.log(), -torch.inf)
 
     chunks = slices(queries.shape[1], v.shape[0] * width * (d + queries.shape[2]))
-    return _join([run_again(attend, queries[:, c], rest[:, c], states, sums) for c in chunks], q_blocks)
+    return _join([run_again(attend, queries[:, c], rest[:, c], states, sums, far) for c in chunks], q_blocks)

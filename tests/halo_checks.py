@@ -30,11 +30,15 @@ from test_families import SPARSE, Tiny
 import dit_accel
 from dit_accel import CLEAR, GNA, Assignment, Fovea, Rule
 from dit_accel.errors import DecodingError
+from dit_accel.method import Disc, DiscBlocks, Linear, Mass, Residual, Tiles
+from dit_accel.method.parts import Centred, FirstFrames, Hedgehog, KVGate
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.parallel import traffic
 
 banded = functools.partial(compared, spread=ring)
+FOUR: dict[str, Any] = {"order": Tiles((4, 4)), "block": (16, 16)}
+LINEAR = AttentionSpec((DiscBlocks(2),), Linear(), Mass(), **FOUR)
 
 
 @check
@@ -83,6 +87,42 @@ def halo_wan_ragged(count: int) -> Answer:
     return banded(wan, [wan_call(3, 5, 7)], CLEAR((2, 2, 3), tile=(2, 4, 4), first_frames=1), count, anything=True, lora=True)
 
 
+# Rests of what is far
+
+
+@check
+def halo_flux_linear_text_0(count: int) -> Answer:
+    """The sums of all tokens that a process does not read; bands end within rows and within tiles."""
+    return banded(flux, [flux_call(10, 12, 0)], LINEAR, count, first="accelerate")
+
+
+@check
+def halo_flux_linear_two_sizes_lora(count: int) -> Answer:
+    spec = AttentionSpec((DiscBlocks(3),), Linear("relu"), Residual(), **FOUR)
+    return banded(flux, [flux_call(6, 10, 512), flux_call(10, 14, 77, batch=2, seed=5)], spec, count, anything=True, lora=True)
+
+
+@check
+def halo_flux_far_of_many_specs(count: int) -> Answer:
+    """Linear attention over all keys in some heads, and patches in others, which bands cut."""
+    every = AttentionSpec((Disc(2.0),), Linear("elu", "all"), Residual(), **FOUR)
+    rules = (Rule(every), Rule(CLEAR(2.0, downsample=4, tile=(4, 4)), heads=(0, 1)))
+    return banded(flux, [flux_call(11, 9, 13)], Assignment(rules), count, anything=True, checkpointing=True)
+
+
+@check
+def halo_wan_linear(count: int) -> Answer:
+    """Features and weights that are learned, of 3 × 7 × 11 tokens, and the mean of the values; all processes read the first frame."""
+    rest = Linear(Hedgehog(), weights=KVGate(), readout=Centred("mala"))
+    spec = AttentionSpec((DiscBlocks(1.5), FirstFrames()), rest, Mass(), Tiles((2, 4, 4)), (32, 32))
+    return banded(wan, [wan_call(3, 7, 11)], spec, count, anything=True)
+
+
+@check
+def halo_wan_downsample(count: int) -> Answer:
+    return banded(wan, [wan_call(3, 5, 7), wan_call(2, 4, 6, 7)], CLEAR(2.0, downsample=2, tile=(2, 4, 4)), count, anything=True)
+
+
 @check
 def halo_chronoedit(count: int) -> Answer:
     return banded(lambda: wan(kind=D.ChronoEditTransformer3DModel), [wan_call(2, 4, 6)], CLEAR(2.0, tile=(4, 4)), count)
@@ -97,6 +137,9 @@ def halo_pipelines(count: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: drawn(lambda: Tiny(name)) for name in PIPELINES}  # noqa: B023
     found["padded text"] = drawn(with_padded_text)
     found["bfloat16"] = drawn(in_bfloat16)
+    found["linear"] = drawn(lambda: Tiny("flux"), method=LINEAR)
+    found["linear with padded text"] = drawn(with_padded_text, method=LINEAR)
+    found["linear in bfloat16"] = drawn(in_bfloat16, method=LINEAR)
     return found
 
 
@@ -121,7 +164,12 @@ def halo_bytes(count: int) -> dict[str, Any]:
     """What each process sends in one forward of FLUX's two layers, and what the formula says of float64."""
     found = {}
     methods = {"clear": CLEAR(3.0, tile=(4, 4)), "fovea": Fovea(radius=3, tile=(4, 4)), "window": GNA(5, tile=(4, 4))}
-    for (name, spec), height in zip(methods.items(), (16, 16, 15), strict=True):
+    methods |= {
+        "linear": LINEAR,
+        "features": AttentionSpec((DiscBlocks(2),), Linear(Hedgehog(), readout=Centred("inline")), Mass(), **FOUR),
+    }
+    methods["downsample"] = CLEAR(3.0, downsample=4, tile=(4, 4))
+    for (name, spec), height in zip(methods.items(), (16, 16, 15, 16, 16, 15), strict=True):
         found[name] = {"measured": _sent(spec, count, height), "formula": [2 * x for x in _formula(spec, height, count)]}
     return found
 

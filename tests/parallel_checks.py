@@ -28,6 +28,7 @@ import dit_accel
 from dit_accel import CLEAR, SLA, Assignment, Fovea, Rule, distill
 from dit_accel.cli.app import app
 from dit_accel.errors import DistillationError
+from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import guard
 from dit_accel.parallel import halo, traffic
 from dit_accel.patch import processor
@@ -242,12 +243,13 @@ def counted(run: Callable[[], Any]) -> tuple[Any, set[int]]:
 
 
 def sampled(
-    build: Callable[[], Tiny], count: int, *, anything: bool = True, spread: Spread = ulysses, method: str = "clear", **settings: Any
+    build: Callable[[], Tiny], count: int, *, anything: bool = True, spread: Spread = ulysses, method: str | AttentionSpec = "clear",
+    **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """How far a picture or clip is from that of one process, and the heads of each operator."""
     expected, shared = build(), build()
     for tiny in (expected, shared):
-        dit_accel.accelerate(tiny.pipe, SPARSE[method], strict=True)
+        dit_accel.accelerate(tiny.pipe, SPARSE[method] if isinstance(method, str) else method, strict=True)
     for transformer in shared.transformers:
         spread(transformer, count, anything=anything, **settings)
     drawn, heads = counted(shared.run)

@@ -16,12 +16,12 @@ from torch import Tensor
 from dit_accel.kernels import reference
 from dit_accel.kernels.blocks import BlockMap, Blocks
 from dit_accel.method import Disc, Linear, Mass, Pooled, Raster, TopK
-from dit_accel.method.parts.call import Far, Moments
+from dit_accel.method.parts.call import Call, Far, FarBlocks, FarKeys, FarSums, Moments
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import composition, lowering
 from dit_accel.operator.attention import attention
-from dit_accel.operator.bands import Grounds, all_pairs
+from dit_accel.operator.bands import Band, Grounds, all_pairs
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout, layouts_of
 from dit_accel.operator.lists import PADDING, Lists
@@ -144,8 +144,29 @@ CUTTABLE = {name: replace(SPECS[name], rest=None, merge=None) for name in ("fove
 }
 
 
-def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[int, ...]) -> None:
-    """Output and gradients of all bands, each over the keys that it reads and the moments of all blocks, with those of the whole."""
+def known(spec: AttentionSpec, grounds: Grounds, number: int, band: Band, images: list[Tensor], params: Any) -> Far | None:
+    """What the rest of a band requires of the keys that it does not read, of q, k and v `[B, H, N, D]` of the whole image."""
+    if spec.rest is None:
+        return None
+    wide = torch.promote_types(images[0].dtype, torch.float32)
+    k, v = (x.to(wide).flatten(0, 1) for x in images[1:])
+    if spec.rest.far is FarBlocks:
+        pieces = grounds.pieces(number, CPU)
+        return FarBlocks(Moments.of(k, v, grounds.whole.k_blocks), pieces.kept, pieces.slots)
+    if spec.rest.far is FarKeys:
+        return FarKeys(*(spec.rest.keys_of(x, grounds.whole.prepared, params()) for x in (k, v)))
+    unread = torch.ones(k.shape[1], dtype=torch.bool).index_fill(0, band.keys, False)
+    k, v = k[:, unread], v[:, unread]
+    own = Call(k, k, v, images[0].shape[1], 0.3, grounds.whole.coords, band.plan.q_blocks, band.plan.k_blocks, {}, params())
+    features, values = spec.rest.factors(own)
+    assert features.shape[-1] == spec.rest.features(v.shape[-1])
+    return FarSums(features.mT @ torch.cat([values, torch.ones_like(values[..., :1])], -1))
+
+
+def cut_in_bands(
+    backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[int, ...], kind: torch.dtype = torch.float32
+) -> None:  # fmt: skip
+    """Output and gradients of all bands, each over the keys that it reads and what it knows of the others, with those of the whole."""
     layout, bias = shape.layout, shape.text_bias()
     grounds = Grounds(spec, layout, tokens)
     rows = layout.image_slice.start
@@ -153,7 +174,6 @@ def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[
     def in_bands(inputs: list[Tensor], params: Any) -> Tensor:
         images = [x[:, :, layout.image_slice] for x in inputs]
         words = [x[:, :, layout.text_slice] for x in inputs]
-        moments = Moments.of(*(x.flatten(0, 1) for x in images[1:]), grounds.whole.k_blocks)
         found = []
         for number, (first, end) in enumerate(grounds.ranges):
             band = grounds.band(number, CPU)
@@ -163,8 +183,7 @@ def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[
             )
             of_keys = TokenLayout((1, 1, len(band.keys)), layout.text, layout.text_first)
             given = (images[0][:, :, first:end], keys, values, spec, TokenLayout((1, 1, end - first)), band.plan)
-            pieces = grounds.pieces(number, CPU)
-            far = None if spec.rest is None else Far(moments, pieces.kept, pieces.slots)
+            far = known(spec, grounds, number, band, images, params)
             found.append(attend_by(backend, *given, params, bias, of_keys, far)[0])
         return torch.cat(found, 2)
 
@@ -179,7 +198,7 @@ def cut_in_bands(backend: str, spec: AttentionSpec, shape: Shape, tokens: tuple[
         learned = {name: p.grad for name, p in params.named_parameters() if p.grad is not None}
         return [out, flat({name: x.grad for name, x in zip("qkv", inputs, strict=True)} | learned)]
 
-    results = (run(torch.float32, cut=True), run(torch.float64, cut=False), run(torch.float32, cut=False))
+    results = (run(kind, cut=True), run(torch.float64, cut=False), run(kind, cut=False))
     for *three, name in zip(*results, ("output", "gradients"), strict=True):
         assert_close_as_eager(*three, name)  # type: ignore[arg-type]
 
@@ -245,7 +264,7 @@ def test_the_rest_of_cut_bands_is_in_the_kernels(monkeypatch: pytest.MonkeyPatch
     band, pieces, image = grounds.band(1, CPU), grounds.pieces(1, CPU), SHAPE.layout.image_slice
     q, k, v = (x[:, :, image] for x in (q, k, v))
     first, end = grounds.ranges[1]
-    far = Far(Moments.of(k.flatten(0, 1), v.flatten(0, 1), grounds.whole.k_blocks), pieces.kept, pieces.slots)
+    far = FarBlocks(Moments.of(k.flatten(0, 1), v.flatten(0, 1), grounds.whole.k_blocks), pieces.kept, pieces.slots)
     layouts = [TokenLayout((1, 1, end - first)), TokenLayout((1, 1, len(band.keys)))]
     params = random_parameters(spec, SHAPE, torch.float32)
     given = (q[:, :, first:end], k[:, :, band.keys], v[:, :, band.keys], spec, layouts_of(*layouts), band.plan, params(), 0.3)

@@ -31,7 +31,7 @@ def test_no_sum_depends_on_the_order_of_threads() -> None:
     plan = make_plan(spec, layout, torch.device("cpu"))
     x, weight = torch.randn(3, layout.image, 8, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     with Names() as names:
-        Downsampled(4).pooled(x, plan.prepared, {"spatial_weight": weight}).sin().sum().backward()
+        Downsampled(4).keys_of(x, plan.prepared, {"spatial_weight": weight}).sin().sum().backward()
     assert x.grad is not None
     assert weight.grad is not None
     assert len(names.found) > 3

@@ -20,7 +20,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, TOGETHER, Machine, Tile, tile_of_two
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
-from dit_accel.method.parts.call import Far, Moments
+from dit_accel.method.parts.call import Far, FarBlocks, FarSums, Moments
 from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
 from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
@@ -45,8 +45,8 @@ PADDED = {f"{name}, padded text": METHODS[name] for name in ("fovea", "clear", "
 MOST = {"sla, most kept": SLA(0.6)}
 # two query blocks in a program, which no table says yet
 TWO = {f"{name}, two blocks": METHODS[name] for name in ("fovea", "fovea, radius", "clear")}
-# with pooled keys that are given, as one process of several has those of all
-BANDS = {"fovea, bands": METHODS["fovea, radius"]}
+# with pooled keys that are given, or the sums of far keys, as one process of several has those of all
+BANDS = {"fovea, bands": METHODS["fovea, radius"], "sla, bands": MOST["sla, most kept"]}
 EVERY = METHODS | PADDED | MOST | TWO | BANDS
 # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
 STATES = tuple(name for name in EVERY if name.startswith(("sla", "linear")))
@@ -90,7 +90,7 @@ class Job:
         params = start_values(spec, q).requires_grad_()
         with calls.recorded(Machine(self.arch, UNITS, self._tuned())) as launches:
             plan = make_plan(spec, layout, q.device)
-            far = _far(plan, q) if self.method in BANDS else None
+            far = _far(spec, plan, q) if self.method in BANDS else None
             given = (q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")
             composition.attend(*given, text_bias=bias, far=far)[0].sum().backward()
         rows = []
@@ -102,13 +102,16 @@ class Job:
         return rows
 
 
-def _far(plan: Plan, query: Tensor) -> Far:
-    """What a process knows of blocks in addition to its own."""
+def _far(spec: AttentionSpec, plan: Plan, query: Tensor) -> Far:
+    """What a process knows of keys in addition to its own."""
+    batch, heads, _, head_dim = query.shape
+    if spec.rest is not None and spec.rest.far is FarSums:
+        return FarSums(torch.zeros(batch * heads, head_dim, head_dim + 1, requires_grad=True))
     own = len(plan.k_blocks.count)
     blocks = own + 7
-    moments = (torch.zeros(query.shape[0] * query.shape[1], blocks, query.shape[3], requires_grad=True) for _ in range(3))
+    moments = (torch.zeros(batch * heads, blocks, head_dim, requires_grad=True) for _ in range(3))
     kept = torch.zeros(len(plan.q_blocks.count), blocks, dtype=torch.bool)
-    return Far(Moments(torch.ones(blocks, dtype=torch.int64), *moments), kept, torch.arange(own, dtype=torch.int32))
+    return FarBlocks(Moments(torch.ones(blocks, dtype=torch.int64), *moments), kept, torch.arange(own, dtype=torch.int32))
 
 
 def jobs(

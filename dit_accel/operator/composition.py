@@ -34,9 +34,8 @@ def attend(
     """Output `[B, H, Nq, D]`, in the query's dtype, and lse `[B, H, Nq]`, by a backend's exact part.
 
     `layout`: of all tokens, or, where key and value `[B, H, Nk, D]` are other tokens than query, `layouts_of` both; then the plan's query
-    blocks are of the query's tokens, all else in it is of the keys'. `far`: where these keys are some of all, what is known of the blocks
-    of all, which a rest of moments (`Rest.of_moments`) is of. Raises ValueError where parts of the spec require that queries and keys are
-    the same tokens.
+    blocks are of the query's tokens, all else in it is of the keys'. `far`: where these keys are some of all, what the rest requires of the
+    others (`Rest.far`). Raises ValueError where parts of the spec require that queries and keys are the same tokens.
     """
     if isinstance(layout, Layouts) and (own := [part for part in spec.parts() if part.own_tokens]):
         raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: give one layout, or leave the part out")
@@ -84,7 +83,7 @@ def _merged(exact: Partial, spec: AttentionSpec, call: Call, far: Far | None) ->
     """The image's rows with the rest."""
     if spec.rest is None or spec.merge is None:
         return exact
-    rest = spec.rest(call) if far is None else spec.rest.over(call, far.moments, far.kept)
+    rest = spec.rest(call) if far is None else spec.rest.over(call, far)
     return spec.merge(exact, rest, call)
 
 

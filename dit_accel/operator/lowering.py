@@ -27,7 +27,7 @@ from dit_accel.method.parts import (
     Score,
     TopK,
 )
-from dit_accel.method.parts.call import Far
+from dit_accel.method.parts.call import Far, FarBlocks, FarKeys, FarSums
 from dit_accel.method.parts.content import weights_of
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
@@ -136,25 +136,41 @@ def rest_of(
             found = _given(made, finer, *given) if opened is None else _grouped(made, finer, opened, plan, *given)
         case Pooled(log_count, variance, cap):
             found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap, "means": means}
-        case Linear(feature_map, scope):
-            found = {"rest": "linear", "feature_map": feature_map, "linear_all": scope == "all"}
+        case Linear() as linear:
+            found = _linear(linear)
         case Downsampled():
             for name, x in (("extra_k", key), ("extra_v", value)):
-                found[name] = spec.rest.pooled(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
+                found[name] = spec.rest.keys_of(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
     return found | _merge(spec.merge, params)
 
 
 def rest_of_far(spec: AttentionSpec, far: Far, heads: int, params: Values) -> dict[str, Any]:
-    """The same of a spec that `fuses` and whose rest is of moments, from those of blocks that are `far`."""
-    rest, moments = spec.rest, far.moments
-    if not isinstance(rest, Pooled) or not rest.of_moments:
-        raise ValueError(f"the rest must be one of moments, Pooled() of one part and order 0, not {rest}")
+    """The same of a spec that `fuses`, where some of the keys are known as `far` alone."""
+    match spec.rest, far:
+        case (Pooled() as pooled, FarBlocks() as blocks) if pooled.plain:
+            found = _far_blocks(pooled, blocks, heads)
+        case (Linear() as linear, FarSums(sums)):
+            states = torch.cat([sums[..., :-1], sums[..., -1:].mT], -2).float()  # below the matrix the sums of the features
+            found = _linear(linear) | {"far_states": states.unflatten(0, (-1, heads)).contiguous()}
+        case (Downsampled(), FarKeys(key, value)):
+            found = {"extra_k": key.float(), "extra_v": value.float()}
+        case _:
+            raise ValueError(f"{spec.rest} can't be computed of {type(far).__name__}: call it with all keys and values")
+    return found | _merge(spec.merge, params)
+
+
+def _linear(rest: Linear) -> dict[str, Any]:
+    return {"rest": "linear", "feature_map": rest.feature_map, "linear_all": rest.scope == "all"}
+
+
+def _far_blocks(rest: Pooled, far: FarBlocks, heads: int) -> dict[str, Any]:
+    moments = far.moments
     bias = moments.tokens.float().log() if rest.log_count else torch.zeros_like(moments.tokens, dtype=torch.float32)
     given = {"pooled_k": moments.key, "pooled_v": moments.value, "pooled_bias": bias.expand(len(moments.key), -1)}
     if rest.variance:
         given["pooled_var"] = moments.variance
     found: dict[str, Any] = {name: x.float().unflatten(0, (-1, heads)).contiguous() for name, x in given.items()}
-    return found | {"rest": "pooled", "variance": rest.variance, "cap": rest.cap, "pool_slots": far.slots} | _merge(spec.merge, params)
+    return found | {"rest": "pooled", "variance": rest.variance, "cap": rest.cap, "pool_slots": far.slots}
 
 
 def _merge(merge: Merge | None, params: Values) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Attention where each process keeps a band of the image's tokens, and receives of the others what its queries read of them.
 
 For patterns that depend on places alone (`Static`) every process knows without a message what each of the others keeps, so each sends the
-key blocks at the border of its band to the neighbours whose queries keep them. A rest of the moments of blocks (`Rest.of_moments`) is of
-those of all, which are gathered; the text's keys are gathered too, and its queries, which see all keys, are spread: each process attends
-over its own part of the keys, and the owner of a query merges the parts by their softmax masses.
+key blocks at the border of its band to the neighbours whose queries keep them. What a rest requires of the other keys is told (`far`); the
+text's keys are gathered, and its queries, which see all keys, are spread: each process attends over its own part of the keys, and the owner
+of a query merges the parts by their softmax masses.
 """
 
 import itertools
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dit_accel.kernels import reference
 from dit_accel.method.parameters import Values
-from dit_accel.method.parts.call import Far, Moments
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.attention import attend
-from dit_accel.operator.bands import Band, Grounds, Pieces, all_pairs
+from dit_accel.operator.bands import Band, Grounds, all_pairs
 from dit_accel.operator.blocks_of_grid import Plan
 from dit_accel.operator.layout import TokenLayout, layouts_of
 from dit_accel.operator.plans import Plans
+from dit_accel.parallel.far import Peers, Told, far_of, plan_told
 from dit_accel.parallel.rows import Route, exchanged, to_all, to_owners
 
 INSTEAD = "Use ContextParallelConfig(ulysses_degree=...) alone, or a method of static patterns: CLEAR(...), GNA(...), Fovea(radius=...)"
@@ -35,8 +35,8 @@ def refusal(spec: AttentionSpec) -> str | None:
     own = next((part for part in spec.parts() if part.own_tokens), spec.extras[0] if spec.extras else None)
     if own is not None:
         return f"{own} requires that each process has the tokens of all"
-    if spec.rest is not None and not spec.rest.of_moments:
-        return f"{spec.rest} is not of the means and variances of blocks alone, which is what processes send each other of far keys"
+    if spec.rest is not None and spec.rest.far is None:
+        return f"{spec.rest} requires far keys themselves, of which processes tell each other means, variances and sums alone"
     return None
 
 
@@ -68,11 +68,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Border:
-    """What one rank reads and sends of the image's keys, for one spec. `pieces`: of a rest of moments, the blocks cut by the bands."""
+    """What one rank reads and sends of the image's keys, for one spec. `told`: what it knows of those that a rest is of."""
 
     band: Band
     keys: Route
-    pieces: Pieces | None
+    told: Told | None
 
 
 def make_border(spec: AttentionSpec, spread: Spread, device: torch.device) -> Border:
@@ -87,8 +87,7 @@ def make_border(spec: AttentionSpec, spread: Spread, device: torch.device) -> Bo
     band = grounds.band(rank, device)
     keys = band.keys.cpu()
     received = tuple(int(((keys >= low) & (keys < high)).sum()) for low, high in itertools.pairwise(ends))
-    pieces = None if spec.rest is None else grounds.pieces(rank, device)
-    return Border(band, Route(tuple(sent), received), pieces)
+    return Border(band, Route(tuple(sent), received), plan_told(spec.rest, grounds, rank, sent, device))
 
 
 def attend_bands(
@@ -129,26 +128,11 @@ def _image(
     of_keys = TokenLayout((1, 1, read[0].shape[2]), spread.layout.text, spread.layout.text_first)
     layouts = layouts_of(TokenLayout((1, 1, query.shape[2])), of_keys)
     far = None
-    if border.pieces is not None:
+    if spec.rest is not None and border.told is not None:
+        peers = Peers(spread.group, spread.rank, len(spread.images))
         with torch.autocast(query.device.type, enabled=False):
-            moments = _moments(own[1], own[2], spread, border.pieces)
-        far = Far(moments, border.pieces.kept, border.pieces.slots)
+            far = far_of(own[1], own[2], spec.rest, border.told, plan, params, scale, peers)
     return attend(query, keys, values, spec, layouts, plan, params, scale, backend, text_bias=bias, far=far)[0]
-
-
-def _moments(key: Tensor, value: Tensor, spread: Spread, pieces: Pieces) -> Moments:
-    """Those of all blocks of the grid, from those of all ranks' pieces of them; float32 at least."""
-    heads, rows = key.shape[:2], to_all(pieces.counts, spread.rank, key.device)
-    wide = torch.promote_types(key.dtype, torch.float32)
-    k, v = (x.to(wide).flatten(0, 1) for x in (key, value))
-    own = Moments.of(k, v, pieces.own)
-    gathered = exchanged(spread.group, [rows] * 3, [x.unflatten(0, heads) for x in own[1:]])
-    shape = pieces.index.shape
-    mean, mean_value, variance = (x.flatten(0, 1).index_select(1, pieces.index.flatten()).unflatten(1, shape) for x in gathered)
-    share = pieces.share.to(wide)[..., None]
-    k_mean, v_mean = ((x * share).sum(2) for x in (mean, mean_value))
-    spread_of = ((variance + (mean - k_mean[:, :, None]).square()) * share).sum(2)  # within the pieces, and between them
-    return Moments(pieces.tokens, k_mean, v_mean, spread_of)
 
 
 def _text(

@@ -143,7 +143,7 @@ struct TiledStates {
     Array<int32_t> weight;       // the projection as a left factor, or null
 
     explicit TiledStates(const Geometry& g)
-        : g(g), sizes(g), blocks(g.p.k_blocks), size(sizes.channel_tiles * sizes.depth * TILE), matrix(blocks * size), vector(blocks * g.padded), total(2 * size),
+        : g(g), sizes(g), blocks(g.key_states()), size(sizes.channel_tiles * sizes.depth * TILE), matrix(blocks * size), vector(blocks * g.padded), total(2 * size),
           total_vector(g.padded) {
         if (!g.p.weight) return;
         const TileSizes square(g, g.channels);
@@ -174,6 +174,20 @@ struct TiledStates {
                     V low = load(from), high = 2 * s + 1 < tiles ? load(from + TILE) : V{};
                     _mm512_store_si512(to + (r * sizes.depth + s) * TILE + i, narrow_two(low, high));
                 }
+    }
+
+    // State j as it is given, [channels of k, channels of v] and below it the sums of phi(k).
+    void put(int64_t j, const float* from) {
+        int32_t* to = matrix + j * size;
+        auto at = [&](int64_t k, int64_t v) { return k < g.channels && v < g.channels ? from[k * g.channels + v] : 0.f; };
+        for (int64_t r = 0; r < sizes.channel_tiles; r++)
+            for (int64_t s = 0; s < sizes.depth; s++)
+                for (int64_t i = 0; i < SIDE; i++) {
+                    alignas(64) float row[2 * SIDE];
+                    for (int64_t c = 0; c < 2 * SIDE; c++) row[c] = at(s * 2 * SIDE + c, r * SIDE + i);
+                    _mm512_store_si512(to + (r * sizes.depth + s) * TILE + i * SIDE, narrow_two(load(row), load(row + SIDE)));
+                }
+        for (int64_t c = 0; c < g.padded; c++) vector[j * g.padded + c] = c < g.channels ? from[g.channels * g.channels + c] : 0.f;
     }
 
     void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the total

@@ -96,10 +96,10 @@ static const Field PROBLEM[] = {
     FIELD(q_starts), FIELD(k_starts), FIELD(coords), FIELD(q_width), FIELD(k_width), FIELD(text), FIELD(text_first),
     FIELD(scale), FIELD(text_q), FIELD(windows), FIELD(residues), FIELD(masks), FIELD(masks_t), FIELD(mask_of), FIELD(places_q),
     FIELD(places_k), FIELD(extra_k), FIELD(extra_v), FIELD(pooled_k), FIELD(pooled_v),
-    FIELD(pooled_bias), FIELD(pooled_var), FIELD(slopes), FIELD(pool_lists), FIELD(pool_counts), FIELD(pool_slots), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest),
+    FIELD(pooled_bias), FIELD(pooled_var), FIELD(slopes), FIELD(pool_lists), FIELD(pool_counts), FIELD(pool_slots), FIELD(far_states), FIELD(offset), FIELD(weight), FIELD(bias), FIELD(text_bias), FIELD(rest),
     FIELD(feature_map), FIELD(log_count), FIELD(variance), FIELD(linear_all), FIELD(residual), FIELD(pool_parts), FIELD(cap), FIELD(out), FIELD(lse),
     FIELD(threads), FIELD(dout), FIELD(dlse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dextra_k), FIELD(dextra_v), FIELD(dpooled_k), FIELD(dpooled_v),
-    FIELD(dpooled_bias), FIELD(dpooled_var), FIELD(dslopes), FIELD(doffset),
+    FIELD(dpooled_bias), FIELD(dpooled_var), FIELD(dslopes), FIELD(dfar_states), FIELD(doffset),
     FIELD(dweight), FIELD(dbias), END,
 };
 #undef STRUCT

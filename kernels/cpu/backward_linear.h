@@ -66,10 +66,15 @@ struct LinearGradient {
         states.fill(i, rest_rows.phi_t, g.width, dnum, g.padded, run.count, dmass);
     }
 
-    // One of `parts` slices of the total of dH and of the projection's gradients.
+    // One of `parts` slices of the total of dH, of the gradient of what is far and of the projection's gradients.
     void reduce(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t part, int64_t parts) {
         states.add_up(part, parts);
         const Problem& p = g.p;
+        if (p.dfar_states) {  // which every query reads
+            float* to = p.dfar_states + bh * (g.channels + 1) * g.channels;
+            for (int64_t e = states.size * part / parts; e < states.size * (part + 1) / parts; e++)
+                if (e % g.padded < g.channels) to[e / g.padded * g.channels + e % g.padded] = float(states.total[e]);
+        }
         if (!p.dweight) return;
         int64_t groups = (g.channels + ROWS - 1) / ROWS;
         float *panel = work.strip, *columns = work.strip_t;

@@ -27,7 +27,7 @@ from dit_accel.kernels.precision import get_float32_attention_precision
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
 # every entry of whose gradients the library writes, where others are added to
-WRITTEN = ("pooled_k", "pooled_v", "pooled_bias", "pooled_var", "slopes")
+WRITTEN = ("pooled_k", "pooled_v", "pooled_bias", "pooled_var", "slopes", "far_states")
 
 
 def _prepared(a: Arguments) -> Arguments:

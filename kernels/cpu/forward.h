@@ -61,7 +61,7 @@ struct Keys {
         if (paired && g.p.rest == REST_LINEAR) tiled_states = std::make_unique<TiledStates>(g);
         if (tiled_states) return;
 #endif
-        if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.p.k_blocks);
+        if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.key_states());
     }
 
     // Key blocks up to this one have their values read where they lie: those that a mask may leave out are not among them.
@@ -111,12 +111,22 @@ struct Keys {
         }
     }
 
+    void put_far(const float* from) {
+        if (states) states->put(g.p.k_blocks, from);
+#if AMX
+        if (tiled_states) tiled_states->put(g.p.k_blocks, from);
+#endif
+    }
+
     void prepare(Team& team, int64_t bh, PackWorkspace& work) {
         if (pool && pool->given) team.share(g.units(), [&](int64_t unit) { pool->read(bh, unit); });
 #if BF16_DOTS
         if (paired_pool) team.share(g.units(), [&](int64_t unit) { paired_pool->read(bh, unit); });
 #endif
-        team.share(g.key_blocks, [&](int64_t j) { pack(bh, j, work); });
+        team.share(g.key_blocks, [&](int64_t j) {
+            pack(bh, j, work);
+            if (j == 0 && g.p.far_states) put_far(g.p.far_states + bh * (g.channels + 1) * g.channels);
+        });
         if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
 #if AMX
         if (tiled_states) team.share(team.size(), [&](int64_t part) { tiled_states->add_up(part, team.size()); });
@@ -135,7 +145,7 @@ struct LinearRows {
 
     explicit LinearRows(const Geometry& g)
         : g(g), raw(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), state((g.channels + 1) * g.padded),
-          out(g.rows() * g.padded), mass(g.rows()), rest_work(g, g.p.k_blocks) {}
+          out(g.rows() * g.padded), mass(g.rows()), rest_work(g, g.key_states()) {}
 
     void compute(const Keys& keys, int64_t bh, int64_t i) {
         const Problem& p = g.p;

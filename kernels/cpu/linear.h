@@ -74,6 +74,13 @@ struct States {
         }
     }
 
+    // state of block i as it is given, [channels + 1, channels]
+    void put(int64_t i, const float* from) {
+        float* out = of(i);
+        __builtin_memset(out, 0, size_t(size) * 4);
+        for (int64_t d = 0; d <= g.channels; d++) __builtin_memcpy(out + d * g.padded, from + d * g.channels, size_t(g.channels) * 4);
+    }
+
     void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the total
         int64_t first = size * part / parts, last = size * (part + 1) / parts;
         for (int64_t e = first; e < last; e++) total[e] = 0;

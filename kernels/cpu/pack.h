@@ -97,6 +97,7 @@ struct Geometry {
     int64_t unit(int64_t j) const { return p.pool_slots ? p.pool_slots[j] : j; }             // of key block j
     int64_t states() const { return listed() ? (p.q_blocks + SPAN - 1) / SPAN : p.q_blocks; }
     int64_t state(int64_t i) const { return listed() ? i / SPAN : i; }  // whose slopes query block i reads, and whose list
+    int64_t key_states() const { return p.k_blocks + (p.far_states ? 1 : 0); }  // of a linear rest: those of further keys are a last block, on no list
     int64_t queries() const { return p.text_q + p.image_q; }  // tokens in q, and below in k and v
     int64_t keys() const { return p.text + p.image_k; }
     int64_t rows() const { return round_up(width, ROWS); }  // of a row-major panel

@@ -46,6 +46,7 @@ struct Problem {
     const float* slopes;                      // [B, H, q_blocks or spans, D of q, D of out], or null: times scale · q and the share of pooled keys, joins the output
     const int32_t *pool_lists, *pool_counts;  // [B, H, spans, pool_width], [B, H, spans]: units that SPAN query blocks in a row see; null: all key blocks
     const int32_t* pool_slots;                // [k_blocks]: the unit that a key block is, or null: they are the units
+    const float* far_states;                  // [B, H, D + 1, D]: Σ phi(k) vᵀ, then Σ phi(k), of keys in addition to those of all blocks, of a linear rest; or null
     const float *offset, *weight, *bias;      // [H] log mass offset; [D, D] and [D] projection; null where absent
     const float* text_bias;                   // [batch, text], natural logarithm, added to the logits of the text's keys; null where absent
     int32_t rest, feature_map, log_count, variance, linear_all, residual;
@@ -60,7 +61,7 @@ struct Problem {
     const float* dlse;                        // [B, H, text_q + image_q] or null
     float *dq, *dk, *dv;                      // contiguous, in the shapes of q, k and v
     float *dextra_k, *dextra_v;               // [B, H, extra, D]
-    float *dpooled_k, *dpooled_v, *dpooled_bias, *dpooled_var, *dslopes;  // in the shapes of pooled_k, ...
+    float *dpooled_k, *dpooled_v, *dpooled_bias, *dpooled_var, *dslopes, *dfar_states;  // in the shapes of pooled_k, ...
     float *doffset, *dweight, *dbias;         // [B, H], [B, H, D, D], [B, H, D]: one part per head, summed by the caller
 };
 

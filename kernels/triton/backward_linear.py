@@ -100,11 +100,9 @@ def linear_gradient(
             change = tl.where(k_valid[None, :], tl.dot(low, tl.trans(value), input_precision=C.PRECISION) + mass[:, None], 0.0)
             mapped = mapped_keys(image_keys, of_keys, k_place, k_valid, low.dtype, C)
             dphi = tl.dot(change.to(low.dtype), mapped, dphi, input_precision=C.PRECISION)
-    if C.LEFT:
-        dphi *= 1.0 / keys
-    else:
-        dphi = split_dot(low, states.state, bh, True, C) - dphi * (1.0 / keys)
-        dphi += mass[:, None] * vector(states.total + bh * C.D, C)[None, :]
+    dphi *= 1.0 / keys if C.LEFT else -1.0 / keys
+    if states.state is not None:
+        dphi += split_dot(low, states.state, bh, True, C) + mass[:, None] * vector(states.total + bh * C.D, C)[None, :]
     dphi *= largest[:, None]
     again = tile(q_base, place + image_start_q, q.n, valid, C)
     # nothing left means no mass and no pull

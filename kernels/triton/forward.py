@@ -99,9 +99,9 @@ def attend_rows(
     """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
     TOGETHER: query blocks that a program holds, 1, or 2 neighbours; these have one list (`block_pairs.pair_lists`), and SUB_Q is 1.
-    Grid: (query blocks · SUB_Q / TOGETHER, batch · heads). `states`: means over the image's keys. LEFT: the lists go on with the key blocks
-    that are not visited, and the linear attention is summed over these, without a state; else it is that over all less that over the
-    visited.
+    Grid: (query blocks · SUB_Q / TOGETHER, batch · heads). `states`: sums over the image's keys and those of
+    `Arguments.far_states`, over the number of the image's. LEFT: the lists go on with the key blocks that are not visited, and the linear
+    attention is summed over these, with a state of `far_states` alone or none; else it is that over all less that over the visited.
     """
     number, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
     block = number * C.TOGETHER
@@ -203,14 +203,20 @@ def attend_rows(
 def rest_of(phi, taken, taken_mass, states, bh, listed, k_blocks, keys, C):
     """Numerator `[R, DP]` and mass `[R]` of the linear attention over the rest. Mass 0: nothing left.
 
-    LEFT: `taken` is summed over the rest itself; else over the visited blocks, and subtracted from the sums over all. Both masses then are
-    sums of the same rounded features, so that their difference holds to float32; the numerators' hold to the products' own type.
+    LEFT: `taken` is summed over the rest itself, but for what is far; else over the visited blocks, and subtracted from the sums over all.
+    Both masses then are sums of the same rounded features, so that their difference holds to float32; the numerators' hold to the products'
+    own type.
     """
-    if C.LEFT:  # no early return: what follows one is compiled all the same, and has no state here
-        real = (listed < k_blocks) & (taken_mass > 0)
-        rest, left = tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
+    count = keys.to(tl.float32)
+    if C.LEFT:  # no early return: what follows one is compiled all the same, and may have no state here
+        if states.state is None:
+            real = (listed < k_blocks) & (taken_mass > 0)
+            rest, left = tl.where(real[:, None], taken, 0.0), tl.where(real, taken_mass, 0.0)
+        else:
+            rest = split_dot(phi, states.state, bh, False, C) * count + taken
+            left = tl.sum(phi.to(tl.float32) * vector(states.total + bh * C.D, C)[None, :], 1) * count + taken_mass
+            rest, left = tl.where((left > 0)[:, None], rest, 0.0), tl.where(left > 0, left, 0.0)
     else:
-        count = keys.to(tl.float32)
         rest = split_dot(phi, states.state, bh, False, C) * count
         left = tl.sum(phi.to(tl.float32) * vector(states.total + bh * C.D, C)[None, :], 1) * count
         if C.ALL:

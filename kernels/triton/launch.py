@@ -277,16 +277,29 @@ class Call:
         return bits
 
     def linear_rest(self) -> Rests:
-        """The mean over the image's keys of phi(k)·vᵀ and of phi(k), and phi(k) itself; nothing where the rest is summed block by block."""
+        """The mean over the image's keys of phi(k)·vᵀ and of phi(k), and phi(k) itself; where the rest is summed block by block nothing, or
+        what `far_states` add to these means, which is a last group else."""
+        far = self._far()
         if self.flags["LEFT"]:
-            return Rests()
+            return Rests(states=far)
         group = cdiv(self.k_blocks, STATE_GROUPS)
         groups = cdiv(self.k_blocks, group)
-        states = self.empty(groups, self.bh, self.channels, self.channels)
-        totals = self.empty(groups, self.bh, self.channels)
+        given = int(far.state is not None)
+        states = self.empty(groups + given, self.bh, self.channels, self.channels)
+        totals = self.empty(groups + given, self.bh, self.channels)
+        if far.state is not None and far.total is not None:
+            states[groups:].copy_(far.state)
+            totals[groups:].copy_(far.total)
         mapped = None if self.a.linear_all else self.empty(self.bh, self.image_k, self.channels, dtype=self.a.q.dtype)
         self._summarise(group, Pooled(), States(states, totals, mapped), {"VALUES": False, "VARIANCE": False, "STATES": True})
         return Rests(states=States(states, totals, mapped))
+
+    def _far(self) -> States:
+        """`far_states` over the number of the image's keys, as a group of one."""
+        if self.a.far_states is None:
+            return States()
+        mean = self.a.far_states.flatten(0, 1) / self.image_k
+        return States(mean[None, :, :-1].contiguous(), mean[None, :, -1].contiguous())
 
     def summed(self, parts: States, kind: torch.dtype | None = None) -> States:
         """Sums over a first axis of matrices `[groups, BH, D, D]` and vectors `[groups, BH, D]`; in a type narrower than float32 (`kind`,

@@ -41,6 +41,7 @@ class Gradients(NamedTuple):
     pooled_bias: Tensor | None
     pooled_var: Tensor | None
     slopes: Tensor | None
+    far_states: Tensor | None
     offset: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
@@ -71,7 +72,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     if a.extra_k is not None and a.extra_v is not None:
         seen_by = range(call.image_start_q, call.image_start_q + call.image_q)
         extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
-    return Gradients(dq, dk, dv, *extra, *given, doffset, linear.dweight, linear.dbias)
+    return Gradients(dq, dk, dv, *extra, *given, linear.dfar, doffset, linear.dweight, linear.dbias)
 
 
 class Linear(NamedTuple):
@@ -82,6 +83,7 @@ class Linear(NamedTuple):
     dv: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
+    dfar: Tensor | None = None
     doffset: Tensor | None = None
 
 
@@ -99,12 +101,15 @@ def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Lin
     )  # fmt: skip
     unit = rest_pull.size.amax(1).clamp_min(TINY)
     rest_pull = rest_pull._replace(size=rest_pull.size / unit[:, None])
-    states, largest = States(), None
+    states, largest, dfar = States(), None, None
+    if not call.flags["LEFT"] or a.far_states is not None:
+        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image_k)
+        if a.far_states is not None:
+            dfar = (torch.cat([state, total[:, None]], 1) * unit[:, None, None]).unflatten(0, (call.batch, call.heads))
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
         transposed = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
     else:
-        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image_k)
         largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
         states = call.summed(States((state / largest[:, None, None])[None]))._replace(total=total)
     call.start(
@@ -116,7 +121,7 @@ def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Lin
     if call.residual:
         dweight, dbias = (x.sum(0) for x in _outer(call, pull.dout.base, mean, None, 1.0))
     per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
-    return Linear(more_q, more_k, more_v, dweight, dbias, per_head)
+    return Linear(more_q, more_k, more_v, dweight, dbias, dfar, per_head)
 
 
 def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: float) -> tuple[Tensor, Tensor]:

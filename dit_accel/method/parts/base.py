@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.checks import plain, require
-from dit_accel.method.parts.call import Boxes, Call, Cost, Frame, Grid, Ground, Moments, Sizes
+from dit_accel.method.parts.call import Boxes, Call, Cost, Far, Frame, Grid, Ground, Sizes
 
 if TYPE_CHECKING:
     from dit_accel.method.spec import AttentionSpec
@@ -37,13 +37,15 @@ class Part(ABC):  # noqa: B024 - what is abstract depends on the slot
     tensors are all `[H, D, ...]` and of which each channel of the output is linear in its own numbers alone; "choice": by descent of a loss
     of its own, for a part that chooses blocks (`choices.Chooser`); None: they keep their start values until the second stage.
     `starts`: whether a distillation begins by giving it other start values, by `start`. `own_tokens`: whether it requires that the queries
-    are the keys' tokens, as where it moves values to the queries' places.
+    are the keys' tokens, as where it moves values to the queries' places. `by_token`: of a feature map, a weight of keys or a readout,
+    whether what it makes of a token depends on that token alone, not on its place or on other tokens.
     """
 
     fit: ClassVar[Fit | None] = None
     starts: ClassVar[bool] = False
     frame: Frame = Frame()
     own_tokens: bool = False
+    by_token: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -278,16 +280,36 @@ class Rest(Part):
         return False
 
     @property
-    def of_moments(self) -> bool:
-        """Whether it depends on keys and values through the moments of their blocks alone: then `over` computes it of these."""
-        return False
+    def far(self) -> type[Far] | None:
+        """What `over` requires of keys that a call does not have; None: it can't be computed without all of them."""
+        return None
 
-    def over(self, call: Call, moments: Moments, kept: Tensor) -> Partial:
-        """`__call__` where blocks are known by their moments; `kept` `[..., Tq, Tk]`: which of them each query block keeps.
+    def over(self, call: Call, far: Far) -> Partial:
+        """`__call__` where the call has some of the keys, those that its query blocks keep among them.
 
-        Raises ValueError where the rest is not `of_moments`.
+        Raises ValueError where what is given of the others is not of the kind `far`.
         """
-        raise ValueError(f"{self} is not of the moments of blocks alone: call it with their keys and values")
+        raise ValueError(f"{self} can't be computed of {type(far).__name__}: call it with all keys and values")
+
+    def factors(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Of each of the call's keys the features `[BH, N, F]` and the value `[BH, N, D]` of which `FarSums` are made.
+
+        Blocks, places and queries of the call are of no meaning. Raises ValueError where the rest is not of sums.
+        """
+        raise ValueError(f"{self} is not of sums over keys")
+
+    def features(self, head_dim: int) -> int:
+        """How many features F `factors` gives. Raises ValueError where the rest is not of sums."""
+        raise ValueError(f"{self} is not of sums over keys")
+
+    def in_part(self, prepared: Mapping[str, Tensor], tokens: slice) -> tuple[dict[str, Tensor], Tensor]:
+        """What `prepare` makes for some consecutive ones of the tokens, and the numbers of the keys that these take part in: `keys_of`
+        gives their share of them. Raises ValueError where the rest is not of `FarKeys`."""
+        raise ValueError(f"{self} makes no keys of all tokens")
+
+    def keys_of(self, x: Tensor, prepared: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor:
+        """The keys or values `[BH, M, D]` that are sums over those of tokens `[BH, N, D]`. Raises ValueError as `in_part`."""
+        raise ValueError(f"{self} makes no keys of all tokens")
 
     @abstractmethod
     def __call__(self, call: Call) -> Partial:

@@ -67,13 +67,30 @@ class Visited(Protocol):
         ...
 
 
-class Far(NamedTuple):
-    """What is known of key blocks whose tokens a call has in part or not at all: their `moments`, which of them each query block keeps
-    `[..., Tq, T]`, and which of them each of the call's key blocks is, `slots` `[Tk]` int32."""
+class FarBlocks(NamedTuple):
+    """Key blocks whose tokens a call has in part or not at all: their `moments`, which of them each query block keeps `[..., Tq, T]`, and
+    which of them each of the call's key blocks is, `slots` `[Tk]` int32."""
 
     moments: Moments
     kept: Tensor
     slots: Tensor
+
+
+class FarSums(NamedTuple):
+    """Of keys that a call does not have, and no query block of it keeps, the sums `[BH, F, D + 1]` of the products of what `Rest.factors`
+    gives of each: its features with its value, and in the last column its features."""
+
+    sums: Tensor
+
+
+class FarKeys(NamedTuple):
+    """Keys and values `[BH, M, D]` that are made of all tokens, those that a call does not have among them."""
+
+    key: Tensor
+    value: Tensor
+
+
+Far = FarBlocks | FarSums | FarKeys  # what a call is given of keys that it does not have
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dit_accel.kernels.splitting import STEPS
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts import groups
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Moments, Sizes
+from dit_accel.method.parts.call import Call, Cost, Far, FarBlocks, FarKeys, Frame, Ground, Moments, Sizes
 from dit_accel.method.parts.content import PooledKeys, moments_of, pool_parts, slopes_of_queries, tilted
 from dit_accel.method.parts.merges import Mass
 
@@ -86,18 +86,21 @@ class Pooled(Rest):
             return self._grouped(call, self.opened)
         kept = call.kept
         if self.plain:
-            return self.over(call, Moments.of(call.k, call.v, call.k_blocks), kept)
+            return self._of_moments(call, Moments.of(call.k, call.v, call.k_blocks), kept)
         pooled = self.pooled(call)
         rest = self._over(call, pooled, kept.repeat_interleave(self.parts, -1))
         return (rest[0] + tilted(call, slopes_of_queries(call, pooled, self.parts)), rest[1]) if self.order else rest
 
     @property
-    def of_moments(self) -> bool:
-        return self.plain
+    def far(self) -> type[Far] | None:
+        return FarBlocks if self.plain else None
 
-    def over(self, call: Call, moments: Moments, kept: Tensor) -> Partial:
-        if not self.plain:
-            return super().over(call, moments, kept)
+    def over(self, call: Call, far: Far) -> Partial:
+        if not isinstance(far, FarBlocks) or not self.plain:
+            return super().over(call, far)
+        return self._of_moments(call, far.moments, far.kept)
+
+    def _of_moments(self, call: Call, moments: Moments, kept: Tensor) -> Partial:
         log_n = moments.tokens.to(call.q.dtype).log() if self.log_count else None
         variance = moments.variance if self.variance else None
         return reference.pooled_attention(
@@ -195,7 +198,21 @@ class Downsampled(Rest):
         cells = (patch * self.factor + y % self.factor) * self.factor + x % self.factor
         return {"cells": cells, "patch_tokens": patch.bincount(minlength=int(before[-1]))}
 
-    def pooled(self, x: Tensor, prepared: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def far(self) -> type[Far] | None:
+        return FarKeys
+
+    def over(self, call: Call, far: Far) -> Partial:
+        if not isinstance(far, FarKeys):
+            return super().over(call, far)
+        return call.dense(call.q, far.key, far.value, scale=call.scale)
+
+    def in_part(self, prepared: Mapping[str, Tensor], tokens: slice) -> tuple[dict[str, Tensor], Tensor]:
+        cells, area = prepared["cells"][tokens], self.factor**2
+        numbers, patch = (cells // area).unique(return_inverse=True)
+        return {"cells": patch * area + cells % area, "patch_tokens": prepared["patch_tokens"][numbers]}, numbers
+
+    def keys_of(self, x: Tensor, prepared: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor:
         """The weighted sums `[BH, M, D]` of the patches of keys or values `[BH, N, D]`.
 
         A patch cut off by the border is scaled by factor² over its number of tokens, so that weights of 1/factor² average it.
@@ -207,7 +224,7 @@ class Downsampled(Rest):
         return (cells.unflatten(1, weight.shape) * weight[..., None]).sum(2)
 
     def __call__(self, call: Call) -> Partial:
-        keys, values = (self.pooled(x, call.prepared, call.learned) for x in (call.k, call.v))
+        keys, values = (self.keys_of(x, call.prepared, call.learned) for x in (call.k, call.v))
         return call.dense(call.q, keys, values, scale=call.scale)
 
     def cost(self, sizes: Sizes) -> Cost:

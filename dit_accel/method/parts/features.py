@@ -35,7 +35,7 @@ class Hedgehog(Features):
     y = Wx + b, b zero at start, as in the flash-linear-attention library.
     """
 
-    fit = "descent"
+    fit, by_token = "descent", True
     joint: bool = False
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class NormPower(Features):
     at least 1e-4.
     """
 
-    fit, starts = "descent", True
+    fit, starts, by_token = "descent", True, True
     power: float = 3.0
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class NormPreserving(Features):
     sin((h + 1)(d + 1)).
     """
 
-    fit = "descent"
+    fit, by_token = "descent", True
 
     def width(self, head_dim: int) -> int:
         return 2 * head_dim
@@ -147,7 +147,7 @@ class Taylor(Features):
     mean square over all pairs.
     """
 
-    fit, starts = "descent", True
+    fit, starts, by_token = "descent", True, True
     rank: int = 16
 
     def __post_init__(self) -> None:

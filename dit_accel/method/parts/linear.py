@@ -11,8 +11,8 @@ from dit_accel.kernels import reference
 from dit_accel.kernels.blocks import mean_product, pool_blocks
 from dit_accel.kernels.reference import FEATURE_MAPS, Partial
 from dit_accel.method.checks import is_real, require
-from dit_accel.method.parts.base import Features, KeyWeight, Readout, Rest, check_part
-from dit_accel.method.parts.call import Call, Cost, Frame, Sizes
+from dit_accel.method.parts.base import Features, KeyWeight, Part, Readout, Rest, check_part
+from dit_accel.method.parts.call import Call, Cost, Far, FarSums, Frame, Sizes
 from dit_accel.method.parts.merges import Mass
 
 if TYPE_CHECKING:
@@ -81,18 +81,52 @@ class Linear(Rest):
         massless = self.over_tokens and isinstance(spec.merge, Mass)
         require(not massless, f"the merge of {self} must be one that reads no mass, as Residual()", spec.merge)
 
+    @property
+    def far(self) -> type[Far] | None:
+        parts = (self.feature_map, self.weights, self.readout)
+        return FarSums if self.scope != "marginal" and all(part.by_token for part in parts if isinstance(part, Part)) else None
+
+    def over(self, call: Call, far: Far) -> Partial:
+        if not isinstance(far, FarSums) or self.far is None:
+            return super().over(call, far)
+        return self._of(call, far.sums)
+
+    def factors(self, call: Call) -> tuple[Tensor, Tensor]:
+        if self.far is None:
+            return super().factors(call)
+        phi, v = self._keys(self._features(call.q[:, :0], "q", call), call)
+        return (phi if self.readout is None else torch.cat([phi, torch.ones_like(phi[..., :1])], -1)), v
+
+    def features(self, head_dim: int) -> int:
+        if self.far is None:
+            return super().features(head_dim)
+        return self._width(head_dim) + (self.readout is not None)
+
     def __call__(self, call: Call) -> Partial:
-        phi_q, phi_k = self._features(call.q, "q", call), self._features(call.k, "k", call)
-        phi_k, v = (phi_k, call.v) if self.weights is None else self.weights(phi_q, phi_k, call)
+        return self._of(call, None)
+
+    def _of(self, call: Call, sums: Tensor | None) -> Partial:
+        """`sums`: as in `FarSums`."""
+        phi_q = self._features(call.q, "q", call)
+        phi_k, v = self._keys(phi_q, call)
         blocks = None if self.scope == "all" else self._blocks(call)
         if self.over_tokens:  # in float64: among keys that are not kept the largest feature may be far from the largest of all
             out = _undivided(_over_sums(phi_q, phi_k, blocks, call), phi_k, v.double(), blocks, call)
             return out.to(call.q.dtype), torch.zeros_like(call.q[..., 0])
-        rest = _linear(phi_q, phi_k, v, blocks, call)
+        of_keys, of_ones = (None, None) if sums is None else (sums[:, : phi_k.shape[-1]], sums[:, phi_k.shape[-1] :])
+        rest = _linear(phi_q, phi_k, v, blocks, call, of_keys)
         if self.readout is None:
             return rest
-        mean = _linear(torch.ones_like(phi_q[..., :1]), torch.ones_like(phi_k[..., :1]), v, blocks, call)
+        mean = _linear(torch.ones_like(phi_q[..., :1]), torch.ones_like(phi_k[..., :1]), v, blocks, call, of_ones)
         return self.readout(rest, mean, call)
+
+    def _keys(self, phi_q: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """The keys' features and the values, weighted."""
+        phi_k = self._features(call.k, "k", call)
+        return (phi_k, call.v) if self.weights is None else self.weights(phi_q, phi_k, call)
+
+    def _width(self, head_dim: int) -> int:
+        return head_dim if isinstance(self.feature_map, str) else self.feature_map.width(head_dim)
 
     def _features(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
         if isinstance(self.feature_map, Features):
@@ -112,7 +146,7 @@ class Linear(Rest):
         """States once and one product with each query; but of all blocks, also the sum of states for each query block; and its parts."""
         phi = self.feature_map
         found = Cost(passes=2) if isinstance(phi, str) else Cost(passes=2) + phi.cost(sizes)
-        width = sizes.head_dim if isinstance(phi, str) else phi.width(sizes.head_dim)
+        width = self._width(sizes.head_dim)
         for channels in (width,) if self.readout is None else (width, 1):  # a readout requires the mean of the values too
             found += Cost(2 * sizes.tokens * channels * sizes.head_dim)
             if self.scope != "all":
@@ -122,11 +156,11 @@ class Linear(Rest):
         return found + (self.weights.cost(sizes) if self.weights else Cost()) + (self.readout.cost(sizes) if self.readout else Cost())
 
 
-def _linear(phi_q: Tensor, phi_k: Tensor, v: Tensor, blocks: Tensor | None, call: Call) -> Partial:
-    """Over the tokens of some key blocks for each query block, or of all."""
+def _linear(phi_q: Tensor, phi_k: Tensor, v: Tensor, blocks: Tensor | None, call: Call, far: Tensor | None = None) -> Partial:
+    """Over the tokens of some key blocks for each query block, or of all, and in each case those of `far`."""
     if blocks is None:
-        return reference.linear_attention(phi_q, phi_k, v)
-    return reference.linear_attention_rest(phi_q, phi_k, v, blocks, call.q_blocks, call.k_blocks)
+        return reference.linear_attention(phi_q, phi_k, v, far)
+    return reference.linear_attention_rest(phi_q, phi_k, v, blocks, call.q_blocks, call.k_blocks, far)
 
 
 def _over_sums(phi_q: Tensor, phi_k: Tensor, blocks: Tensor | None, call: Call) -> Tensor:

@@ -13,7 +13,7 @@ from dit_accel.kernels.blocks import Blocks
 from dit_accel.kernels.reference import FEATURE_MAPS, Partial
 from dit_accel.method.checks import flag, is_int, is_real, require
 from dit_accel.method.parts.base import Rest
-from dit_accel.method.parts.call import Call, Cost, Frame, Ground, Sizes
+from dit_accel.method.parts.call import Call, Cost, Far, FarSums, Frame, Ground, Sizes
 from dit_accel.method.parts.merges import Mass
 from dit_accel.method.parts.searches import Clusters
 
@@ -107,9 +107,26 @@ class Routed(Rest):
     def start(self, call: Call) -> dict[str, Tensor]:
         return {"routes": Clusters(self.states).centres(F.normalize(call.of_heads(call.k), dim=-1))}
 
+    @property
+    def far(self) -> type[Far] | None:
+        return FarSums
+
+    def over(self, call: Call, far: Far) -> Partial:
+        return self._of(call, far.sums) if isinstance(far, FarSums) else super().over(call, far)
+
+    def factors(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self._routed(call.k, call.per_head("routes")), call.v
+
+    def features(self, head_dim: int) -> int:
+        return (self.states + 1) * head_dim
+
     def __call__(self, call: Call) -> Partial:
-        q, k = (self._routed(x, call.per_head("routes")) for x in (call.q, call.k))
-        out, mass = reference.linear_attention_rest(q, k, call.v, ~call.kept, call.q_blocks, call.k_blocks)
+        return self._of(call, None)
+
+    def _of(self, call: Call, sums: Tensor | None) -> Partial:
+        """`sums`: as in `FarSums`."""
+        q, (k, v) = self._routed(call.q, call.per_head("routes")), self.factors(call)
+        out, mass = reference.linear_attention_rest(q, k, v, ~call.kept, call.q_blocks, call.k_blocks, sums)
         return out, mass - math.log1p(self.states**-2)
 
     def _routed(self, x: Tensor, routes: Tensor) -> Tensor:
@@ -121,7 +138,7 @@ class Routed(Rest):
 
     def cost(self, sizes: Sizes) -> Cost:
         """The gates, and states of so many features."""
-        return Cost(2 * sizes.tokens * self.states * sizes.head_dim) + _states(sizes, (self.states + 1) * sizes.head_dim)
+        return Cost(2 * sizes.tokens * self.states * sizes.head_dim) + _states(sizes, self.features(sizes.head_dim))
 
 
 class _Memory(Rest):

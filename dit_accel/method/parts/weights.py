@@ -46,7 +46,7 @@ class KVGate(KeyWeight):
     """
 
     frame = Frame("", "exp(w·k) of a key, exp(u·k) of a value", "")
-    fit = "descent"
+    fit, by_token = "descent", True
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
         return {f"kv_gate.{name}": torch.zeros(heads, head_dim) for name in ("key", "value")}
@@ -74,7 +74,7 @@ class Centred(Readout):
     """
 
     frame = Frame("", "", "v̄ + g (read - v̄)")
-    fit = "descent"
+    fit, by_token = "descent", True
     gain: Literal["learned", "inline", "mala"] = "learned"
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class Floored(Readout):
     """
 
     frame = Frame("", "", "divided by a floor at least, times exp(t)")
-    fit = "descent"
+    fit, by_token = "descent", True
     floor: float = 0.0
 
     def __post_init__(self) -> None:
