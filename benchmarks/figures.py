@@ -162,6 +162,9 @@ def recovery(options: str) -> tuple[str, ...]:
     return words(f"bench recovery --optimizer muon --train-steps 200 --prompts 120.txt --held-out 4 --out recovery.json {options}")
 
 
+SIX = ("--size", "1024", "--steps", "4", "--measured", "6")  # plans of six prompts
+
+
 FIGURES: dict[str, Figure] = {
     "step": Figure(
         (
@@ -193,6 +196,13 @@ FIGURES: dict[str, Figure] = {
     "plans": Figure(
         ((str(ROOT / "benchmarks" / "plan.py"), "--size", "1024", "--steps", "4", "--work", "work", "--out", "plan.json"),),
         {"plan.json": "benchmarks/plan.json"},
+    ),
+    "plans-limits": Figure(
+        (
+            (str(ROOT / "benchmarks" / "plan.py"), *SIX, "--densities", "0.05", "--work", "work", "--out", "plan-six.json"),
+            (str(ROOT / "benchmarks" / "plan_limits.py"), *SIX, "--work", "work", "--out", "plan-limits.json"),
+        ),
+        {"plan-limits.json": "benchmarks/plan-limits.json"},
     ),
     "plans-elsewhere": Figure(
         ((str(ROOT / "benchmarks" / "plan_sizes.py"), "--densities", "0.05", "0.1", "--work", "work", "--out", "plan-sizes.json"),),

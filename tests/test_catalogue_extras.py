@@ -268,5 +268,5 @@ def test_what_is_learned_starts_as_nothing_and_has_a_gradient(extra: Extra) -> N
 def test_fovea_takes_a_convolution() -> None:
     assert Fovea(0.1, conv=5) == dataclasses.replace(Fovea(0.1), extras=(DepthwiseConv(5),))
     assert Fovea(radius=8, conv=3, tile=(4, 4, 4)).extras == (DepthwiseConv(3, frames=3),)
-    with pytest.raises(ArgumentError, match="kernel must be an odd number"):
+    with pytest.raises(ArgumentError, match="conv must be None or an odd number"):
         Fovea(0.1, conv=4)

@@ -63,9 +63,19 @@ def test_method_text(text: str, spec: AttentionSpec | None) -> None:
         ("fovea:nan", "density must be a share of key blocks in (0, 1], not nan (in 'fovea:nan')"),
         (
             "fovea:0.1,radius=8",
-            "Fovea takes one of density, radius and blocks: leave the others of density=0.1, radius=8, blocks=None out "
+            "Fovea takes one of density, radius and blocks, not density=0.1 and radius=8: leave all but one of them out "
             "(in 'fovea:0.1,radius=8')",
         ),
+        ("fovea:0.1,conv=2", "conv must be None or an odd number of tokens >= 3, not 2 (in 'fovea:0.1,conv=2')"),
+        (
+            "fovea:tile=3x3",
+            "tile must have a power of two from 16 to 128 tokens, not (3, 3): it has 9; (8, 8) has 64, for example (in 'fovea:tile=3x3')",
+        ),
+        (
+            "clear:8,tile=8",
+            "tile must be (height, width) or (frames, height, width) in tokens, ints >= 1, not 8 (in 'clear:8,tile=8')",
+        ),
+        ("gna:0", "window must be an int >= 1 or a tuple of one to three of them, not 0 (in 'gna:0')"),
         ("fovea:blocks=0", "blocks must be a number of tiles >= 1, not 0 (in 'fovea:blocks=0')"),
         ("sla:0.1,scope=some", "scope must be 'complement', 'all' or 'none', not 'some' (in 'sla:0.1,scope=some')"),
         ("gna:3,stride=9", "stride must be at most the window's size 3, not 9 (in 'gna:3,stride=9')"),

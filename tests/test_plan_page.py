@@ -15,7 +15,7 @@ from dit_accel.method import Raster, TopK
 from dit_accel.planner.curve_chart import Axis, Mark, curve_chart, percent
 from dit_accel.planner.names import short_name
 from dit_accel.planner.pages import plan_page, write_plan_page
-from dit_accel.planner.record import Asked, Interval, LayerHeads, Plan, Point, Scaling
+from dit_accel.planner.record import Asked, Candidate, Interval, LayerHeads, Learned, Plan, Point, Scaling
 
 EXAMPLE = Path(__file__).with_name("plan_example.json")
 
@@ -119,10 +119,9 @@ def test_the_numbers_are_in_the_tables(plan: Plan) -> None:
     assert ["uniform: B, fovea:0.05", "8.23\xa0%", "10\xa0%", "11\xa0% [10.2\xa0%,\xa011.9\xa0%]"] in rows
     assert [row[3].split("\xa0")[0] for row in page.table("round")] == ["5.8", "4.85"]
     assert [row[2] for row in page.table("measured at")] == [percent(error) for error in made.by_range]
-    assert page.table("share kept of N tokens") == [
-        ["B, fovea:0.05", "0 to 0.55", "(90 + 0.03·N) / N"],
-        ["D, fovea:0.1", "0.85 to 1", "(40 + 0.09·N) / N"],
-    ]
+    kept = dict(page.table("what it keeps at every size"))
+    assert kept["B, fovea:0.05"] == "up to 5\xa0% of the blocks"
+    assert len(kept) == len({n for rows in plan.chosen for row in rows for n in row} - {0})  # all but the original attention, once
     for text in (
         plan.model.weights,
         plan.prompts.sha256,
@@ -169,7 +168,18 @@ def test_other_plans(plan: Plan) -> None:
     assert page.beginning("", "cost")[1][3] == "4.85\xa0%"
     page = changed(plan, scaling=Scaling((4096,), ()))
     assert "Measured with 4,096 image tokens; other sizes are extrapolated." in page.text
-    assert "the shares of key blocks stay as they are" in page.text
+    candidates = list(plan.candidates)
+    number = 1
+    for spec, words in (
+        (Fovea(blocks=1), "1 block of 64 tokens"),
+        (Fovea(radius=8), "the same places around each query, in tokens"),
+        (replace(Fovea(), keep=(TopK(0.1, blocks=3),)), "up to 10\xa0% of the blocks and 3 blocks of 64 tokens"),
+    ):
+        candidates[number] = Candidate(spec, 0.05)
+        assert words in [row[1] for row in changed(plan, candidates=tuple(candidates)).table("what it keeps at every size")]
+    trained = changed(plan, trained=Learned("conv", "0" * 64))
+    assert f"conv, SHA-256 {'0' * 64}" in trained.text
+    assert "adapter" not in Page(plan_page(plan)).text
     page = changed(plan, curve=tuple(replace(point, verified=None) for point in plan.curve))
     assert "the curve and the settings are as predicted" in page.text
     assert "as verified, this" in Page(plan_page(plan)).text

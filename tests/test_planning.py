@@ -56,7 +56,7 @@ def test_a_budget_holds_and_nothing_is_changed(name: str, tmp_path: Path) -> Non
     uniform = dit_accel.plan(pipe, PROMPTS, speed=1.2, specs=SPECS, folder=tmp_path, progress=False, **call_of(name))
     budget = 0.9 * uniform.outcome.verified.mean
     plan = dit_accel.plan(pipe, PROMPTS, budget=budget, specs=SPECS, folder=tmp_path, progress=False, **call_of(name))
-    assert aim.upper(plan.outcome.verified) <= budget
+    assert plan.outcome.verified.promised <= budget
     assert plan.outcome.cost < 1
     assert plan.outcome.speed == pytest.approx(1 / plan.outcome.cost)
     assert len(plan.ranges) == 2  # the call has two steps
@@ -85,7 +85,7 @@ def test_a_plan_is_near_the_best_of_all_choices(tmp_path: Path) -> None:
         if found.accelerates(chosen):
             errors = found.held_out.errors(pipe.transformer, found.assignment(chosen))
             cost = sum(found.costs[name].each[n] for name, row in zip(found.heads, chosen[0], strict=True) for n in row)
-            every.append((cost / sum(2 * own.each[0] for own in found.costs.values()), aim.upper(found.interval(errors))))
+            every.append((cost / sum(2 * own.each[0] for own in found.costs.values()), found.interval(errors).promised))
     for budget in sorted(error for _, error in every)[20::15]:
         got = aim.aim(found, Asked(budget, None))
         assert got.choice.cost <= 1.05 * min(cost for cost, error in every if error <= budget)
@@ -195,7 +195,7 @@ def test_what_is_out_of_reach_says_what_is_not(tmp_path: Path) -> None:
     ) as refused:
         dit_accel.plan(pipe, PROMPTS, budget=1e-6, **arguments)
     enough = float(str(refused.value).split("reached is ")[1].split(":")[0])
-    assert aim.upper(dit_accel.plan(pipe, PROMPTS, budget=enough, **arguments).outcome.verified) <= enough
+    assert dit_accel.plan(pipe, PROMPTS, budget=enough, **arguments).outcome.verified.promised <= enough
     least = dit_accel.plan(pipe, PROMPTS, speed=1.001, **arguments)
     assert all(n > 0 for rows in least.chosen for row in rows for n in row)  # the original attention may not be chosen
     assert isinstance(least, Plan)
@@ -234,7 +234,7 @@ class Fake:
 def test_predictions_are_corrected_until_the_promise_holds(budget: float) -> None:
     fake: Any = Fake(1e-4, 1.2)
     got = aim.aim(fake, Asked(budget, None))
-    promised = aim.upper(got.verified)
+    promised = got.verified.promised
     assert aim.NEAR * budget <= promised <= budget
     assert len(got.rounds) == fake.verified <= aim.ROUNDS
     fake.least = 0.9 * budget
@@ -248,13 +248,13 @@ def test_a_budget_that_only_verification_reaches_holds(least: float) -> None:
     fake: Any = Fake(least, 0.2)
     got = aim.aim(fake, Asked(0.1, None))
     assert least <= got.choice.predicted
-    assert aim.upper(got.verified) <= 0.1
+    assert got.verified.promised <= 0.1
     assert len(got.rounds) == fake.verified <= aim.ROUNDS
     fake.factor = 0.9
     with pytest.raises(PlanError, match="the smallest that was reached is") as refused:
         aim.aim(fake, Asked(0.1, None))
     enough = float(str(refused.value).split("reached is ")[1].split(":")[0])
-    assert aim.upper(aim.aim(fake, Asked(enough, None)).verified) <= enough
+    assert aim.aim(fake, Asked(enough, None)).verified.promised <= enough
 
 
 def test_the_public_name_is_the_function() -> None:

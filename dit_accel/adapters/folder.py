@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dit_accel.adapters.base_model import base_model_name, licence_of, public_name
 from dit_accel.adapters.importers import Base, Checkpoint, import_file, local_file, plain_parameters
+from dit_accel.adapters.learned import under
 from dit_accel.adapters.model_card import CARD, PICTURES, write_card
 from dit_accel.errors import AdapterError, ArgumentError
 from dit_accel.files import staged, write_json, write_tensors
@@ -173,14 +174,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | None = None, backend: str = "auto", strict: bool = False) -> P:
+def load_adapter(
+    pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Assignment | None = None, backend: str = "auto", strict: bool = False
+) -> P:
     """Accelerate a pipeline or transformer as an adapter says, with its weights; returns the same object.
 
     Args:
         path_or_repo: a folder of `save_adapter` or its hub id, or a checkpoint that others published: a file, or
             `owner/name/file.safetensors` on the hub. Known are CLEAR's files, TurboDiffusion's Wan weights and SimpleTuner's SLA
             projection (`importers`). Their weights replace the transformer's own until `restore`; `dense` runs its own.
-        spec: the method of a published checkpoint, where its file does not tell it; an adapter of `save_adapter` names its method itself.
+        spec: the method of a published checkpoint, where its file does not tell it. An adapter of `save_adapter` names its method itself;
+            an `Assignment` given, as a plan that `plan(trained=...)` made, runs in its place with what the adapter has learned.
         backend: as in `accelerate`.
         strict: as in `accelerate`.
 
@@ -193,7 +197,12 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
         raise AdapterError(f"the pipeline has {len(models)} transformers, each with an adapter of its own: pass one of them")
     (model,) = models
     file = local_file(path_or_repo)
-    found = _read_folder(local_folder(path_or_repo), model, spec) if file is None else import_file(file, model, spec)
+    if file is None:
+        found = read_folder(local_folder(path_or_repo), model, spec)
+    elif isinstance(spec, Assignment):
+        raise AdapterError(f"an assignment requires an adapter that save_adapter wrote, not the published file {file}: give it one spec")
+    else:
+        found = import_file(file, model, spec)
     if found.weights or found.lora:
         check_unfused(model, found.layers, AdapterError)
         if is_offloaded(model):
@@ -201,27 +210,31 @@ def load_adapter(pipe: P, path_or_repo: str | Path, *, spec: AttentionSpec | Non
     accelerate(pipe, found.assignment, layers=lambda name, _: name in found.layers, backend=backend, strict=strict)
     try:
         _install_weights(model, found)
-        differs = found.base is not None and not _same_base(model, found.base)
+        differs = found.base is not None and not same_base(model, found.base)
     except BaseException:
         restore(pipe)
         raise
     if found.base is not None and differs:
-        name = found.base.name or "another model"
-        warnings.warn(f"the adapter in {path_or_repo} was made with the weights of {name}, which differ from these", stacklevel=2)
+        warnings.warn(other_base(path_or_repo, found.base), stacklevel=2)
     return pipe
 
 
-def _same_base(model: Any, base: Base) -> bool:
+def other_base(path_or_repo: str | Path, base: Base) -> str:
+    """What is said of an adapter that was made with other weights than the model's."""
+    return f"the adapter in {path_or_repo} was made with the weights of {base.name or 'another model'}, which differ from these"
+
+
+def same_base(model: Any, base: Base) -> bool:
     """Whether a model has the weights that an adapter was made with; an adapter without a fingerprint tells of the exact ones alone."""
     if base.fingerprint is None:
         return known_hash(model) == base.hash
     return same_weights(model, base.fingerprint, base.hash)
 
 
-def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkpoint:
-    """The tensors in a folder of `save_adapter`, checked against the model."""
+def read_folder(folder: Path, model: Any, spec: AttentionSpec | Assignment | None = None) -> Checkpoint:
+    """The tensors in a folder of `save_adapter`, checked against the model. `spec`: as `load_adapter`'s."""
     config = read_config(folder)
-    if spec is not None:
+    if isinstance(spec, AttentionSpec):
         raise AdapterError(f"the adapter in {folder} names its method itself: leave spec={spec} out")
     tensors = {name: read_tensors(folder / name, digest) for name, digest in config["files"].items()}
     assignment = parse_assignment(folder, config)
@@ -230,14 +243,16 @@ def _read_folder(folder: Path, model: Any, spec: AttentionSpec | None) -> Checkp
     parts = {key: (prefix, ours) for prefix, ours in prefixes.items() for key in tensors[WEIGHTS] if key.startswith(prefix)}
     own = {ours + key.removeprefix(prefix): tensors[WEIGHTS][key] for key, (prefix, ours) in parts.items()}
     matters = config["base_model_hash"] and WHOLE not in tensors  # where all weights are the adapter's, the model's own don't
-    return Checkpoint(
+    found = Checkpoint(
         assignment,
         config["layers"],
         own,
         tensors.get(WHOLE, tensors.get(FULL, {})),
         tensors.get(LORA, {}),
         Base(config["base_model_name"], config["base_model_hash"], config["base_model_fingerprint"]) if matters else None,
+        config["files"][WEIGHTS],
     )
+    return found if spec is None else under(spec, found, model, folder)
 
 
 def push_adapter(folder: str | Path, repo: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -78,7 +78,8 @@ class Checkpoint:
     """The tensors that `load_adapter` installs in one transformer, checked against it.
 
     `own`: the method's parameters by their names in the accelerated transformer. `weights`: values for the transformer's own parameters,
-    by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter.
+    by name. `lora`: a LoRA as diffusers saves it. `base`: the weights that it was made with, where they matter. `digest`: the SHA-256 of
+    the file that `own` is from, of a folder of `save_adapter`.
     """
 
     assignment: Assignment
@@ -87,6 +88,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     lora: dict[str, Tensor] = field(default_factory=dict)
     base: Base | None = None
+    digest: str | None = None
 
 
 # Finding and reading

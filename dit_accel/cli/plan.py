@@ -27,6 +27,12 @@ def plan(
     method: Annotated[
         list[str] | None, typer.Option(help="A candidate as in generate; may be repeated.", show_default="forms of Fovea, and none")
     ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter, a folder or hub id, whose specs are candidates as trained; OUT-adapter is written too where they were chosen."
+        ),
+    ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Prompts to verify on, in place of the last ones of --prompts.")] = None,
     ranges: Annotated[int, typer.Option(min=1, help="Ranges of noise levels that have a choice of their own, at most.")] = 3,
     folder: Annotated[
@@ -53,25 +59,28 @@ def plan(
     specs = None if not method else [_candidate(text) for text in dict.fromkeys(method)]
     options.check_file(out)
     from dit_accel.cli.models import frames_call, load_pipeline
-    from dit_accel.planner.aim import upper
     from dit_accel.planner.checks import check_asked
     from dit_accel.planner.pages import write_plan_page
     from dit_accel.planner.planning import plan as make_plan
+    from dit_accel.planner.trained import write_adapter
 
     check_asked(budget, speed)
     pipe = load_pipeline(model, dtype, device, sizes=[pixels], video=frames is not None)
     call |= frames_call(pipe, frames)
     pipe.set_progress_bar_config(disable=True)
     made = make_plan(
-        pipe, texts, budget=budget, speed=speed, specs=specs, held_out=held_out_texts, unit=unit, ranges=ranges,
-        seed=seed, folder=out.with_name(f"{out.stem}-work") if folder is None else folder, **call,
+        pipe, texts, budget=budget, speed=speed, specs=specs, trained=trained, held_out=held_out_texts, unit=unit,
+        ranges=ranges, seed=seed, folder=out.with_name(f"{out.stem}-work") if folder is None else folder, **call,
     )  # fmt: skip
     made.save(out)
     page = write_plan_page(made, out.with_suffix(".html"))
+    written = [out, page]
+    if trained is not None and made.trained is not None:  # else no head got what learns
+        written.append(write_adapter(pipe, trained, made, out.with_name(f"{out.stem}-adapter")))
     got = made.outcome
-    error = f"error on held-out prompts {got.verified.mean:.4f}, promised {upper(got.verified):.4f}"
+    error = f"error on held-out prompts {got.verified.mean:.4f}, promised {got.verified.promised:.4f}"
     typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; {error}")
-    typer.echo(f"wrote {out} and {page}")
+    typer.echo(f"wrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
 
 
 def _candidate(text: str) -> "AttentionSpec | None":

@@ -291,6 +291,16 @@ class Assignment:
         """
         return None
 
+    @property
+    def learned(self) -> str | None:
+        """The SHA-256 of what an adapter has learned, where it was made with that: `load_adapter` loads both."""
+        return None
+
+    @property
+    def without_learned(self) -> "Assignment":
+        """It as an assignment that was made with start values."""
+        return self
+
     def __str__(self) -> str:
         if self.spec is None:
             return "; ".join(map(str, self.rules))

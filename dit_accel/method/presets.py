@@ -5,7 +5,7 @@ from typing import Literal
 
 from dit_accel.errors import ArgumentError
 from dit_accel.kernels.reference import FEATURE_MAPS
-from dit_accel.method.checks import is_int, is_real, plain, require
+from dit_accel.method.checks import axes, is_int, is_real, plain, require
 from dit_accel.method.parts import (
     Box,
     DepthwiseConv,
@@ -35,7 +35,13 @@ def _frames(count: int) -> tuple[Pattern, ...]:
 
 
 def _tiles(tile: tuple[int, ...]) -> tuple[Order, tuple[int, int]]:
-    order = Tiles(tile)
+    sides = plain(tile)
+    legal = isinstance(sides, tuple | list) and len(sides) in (2, 3) and all(is_int(side) and side >= 1 for side in sides)
+    require(legal, "tile must be (height, width) or (frames, height, width) in tokens, ints >= 1", tile)
+    count = math.prod(sides)
+    legal = 16 <= count <= 128 and count & (count - 1) == 0
+    require(legal, "tile must have a power of two from 16 to 128 tokens", tile, f"it has {count}; (8, 8) has 64, for example")
+    order = Tiles(sides)
     return order, (math.prod(order.sides),) * 2
 
 
@@ -61,8 +67,9 @@ def Fovea(  # noqa: N802
     Raises ValueError for values out of these ranges, and where two of density, radius and blocks are given. Ancestors, relatives, and
     Fovea with tiles kept by the product of means: docs/methods.md.
     """
-    if sum(value is not None for value in (density, radius, blocks)) > 1:
-        raise ArgumentError(f"Fovea takes one of density, radius and blocks: leave the others of {density=}, {radius=}, {blocks=} out")
+    given = [f"{name}={value!r}" for name, value in (("density", density), ("radius", radius), ("blocks", blocks)) if value is not None]
+    if len(given) > 1:
+        raise ArgumentError(f"Fovea takes one of density, radius and blocks, not {' and '.join(given)}: leave all but one of them out")
     rest = Pooled(parts=4, order=order, opened=8) if order and parts is None else Pooled(parts=1 if parts is None else parts, order=order)
     if blocks is None:
         chosen = TopK(0.05 if density is None else density, score=ErrorProduct())
@@ -70,6 +77,8 @@ def Fovea(  # noqa: N802
         require(is_int(blocks) and blocks >= 1, "blocks must be a number of tiles >= 1", blocks)
         chosen = TopK(0.0, score=ErrorProduct(), blocks=blocks)
     kept: Pattern = DiscBlocks(radius) if radius is not None else chosen
+    conv = plain(conv)
+    require(conv is None or (is_int(conv) and conv >= 3 and conv % 2 == 1), "conv must be None or an odd number of tokens >= 3", conv)
     order_of, block = _tiles(tile)
     extras = () if conv is None else (DepthwiseConv(conv, frames=3 if len(tile) == 3 else 1),)
     return AttentionSpec((kept, *_frames(first_frames)), rest, Mass(), order_of, block, extras)
@@ -151,4 +160,5 @@ def GNA(  # noqa: N802
 
     Raises ValueError for values that can't be used.
     """
+    window = axes("window", plain(window))  # which the pattern calls its size
     return AttentionSpec((Window(window, stride, dilation), *_frames(first_frames)), None, None, *_tiles(tile))

@@ -114,7 +114,7 @@ def _check_planned_for(method: AttentionSpec | Assignment, models: list[Any], *,
         except DitAccelError as error:
             difference = f"its model's weights can't be compared with these ({error})"
         if difference is not None:
-            message = f"the promised error of this plan is not valid here: {difference}; make a plan with this model"
+            message = f"the promised error of this plan is not valid here: {difference}"
             if strict:
                 raise ArgumentError(f"{message}, or leave strict out")
             warnings.warn(f"dit_accel: {message}", stacklevel=3)

@@ -24,11 +24,6 @@ class Got:
     rounds: tuple[Round, ...]
 
 
-def upper(verified: Interval) -> float:
-    """The error that is promised: the upper end of the interval of the mean over prompts."""
-    return verified.mean if verified.high is None else verified.high
-
-
 def _factor(choice: Choice, verified: Interval) -> float:
     return verified.mean / max(choice.predicted, 1e-30)
 
@@ -42,7 +37,7 @@ def aim(found: Measurements, asked: Asked) -> Got:
         speed = asked.speed or 1.0
         choice = found.at_cost(1 / speed)
         if choice is None or not found.accelerates(choice.chosen):
-            raise PlanError(f"no candidate reaches the speed {speed:g}: the fastest choice has {1 / found.least_cost:.3g}")
+            raise PlanError(_too_fast(speed, 1 / found.least_cost))
         got = _verified(found, choice)
         return replace(got, rounds=(_round(got),))
     return _within(found, asked.budget, gentlest)
@@ -61,28 +56,53 @@ def _round(got: Got) -> Round:
 def _within(found: Measurements, budget: float, gentlest: Choice) -> Got:
     """The cheapest choice whose promised error is within the budget.
 
+    `gentlest`: the choice of least predicted error that saves anything; no budget that it holds is ever refused. A refusal names the least
+    promise that was seen, where a search for that comes to it again, else that of `gentlest`, so that what it names is accepted.
+    """
+    got, known = _search(found, budget, gentlest)
+    if got is not None:
+        return got
+    least, sure = min(known.values()), known[gentlest.predicted]
+    if least < sure:
+        got, _ = _search(found, _rounded_up(least), gentlest)
+        if got is not None and got.verified.promised <= budget:
+            return got
+    enough = _rounded_up(sure if got is None else least)
+    raise PlanError(
+        f"no choice of the candidates is within the budget {budget:g}; the smallest that was reached is {enough:.3g}: give that or more"
+    )
+
+
+def _search(found: Measurements, budget: float, gentlest: Choice) -> tuple[Got | None, dict[float, float]]:
+    """The cheapest of the choices that were verified to be within the budget, and the promised errors of all of them by the predicted.
+
     Errors of layers do not add as squares exactly: what to aim at is corrected by what the last verification found, between what has shown
-    to be enough and what to be too much, down to the choice that accelerates nothing. `gentlest`: the choice of least predicted error that
-    accelerates anything: predictions may be too high, so that it is verified before a budget is refused.
+    to be enough and what to be too much, down to the choice that accelerates nothing. Predictions may be too high: `gentlest` is verified
+    before nothing is found.
     """
     rounds: list[Round] = []
     best: Got | None = None
+    known: dict[float, float] = {}
+
+    def promised_by(choice: Choice) -> float:
+        nonlocal best
+        if choice.predicted not in known:
+            got = _verified(found, choice)
+            rounds.append(_round(got))
+            known[choice.predicted] = got.verified.promised
+            if got.verified.promised <= budget and (best is None or choice.cost < best.choice.cost):
+                best = got
+        return known[choice.predicted]
+
     aimed, enough, excess = max(budget, gentlest.predicted * (1 + 1e-9)), 0.0, float("inf")
-    known: dict[float, float] = {}  # promised error by predicted error
     for _ in range(TRIES):
         choice = found.within(aimed)
         if choice is None or not found.saves(choice):
             enough = max(enough, aimed)
         else:
-            if choice.predicted not in known:
-                if len(rounds) == ROUNDS:
-                    break
-                got = _verified(found, choice)
-                rounds.append(_round(got))
-                known[choice.predicted] = upper(got.verified)
-                if upper(got.verified) <= budget and (best is None or choice.cost < best.choice.cost):
-                    best = got
-            promised = known[choice.predicted]
+            if choice.predicted not in known and len(rounds) == ROUNDS:
+                break
+            promised = promised_by(choice)
             if NEAR * budget <= promised <= budget:
                 break
             if promised <= budget:
@@ -94,17 +114,19 @@ def _within(found: Measurements, budget: float, gentlest: Choice) -> Got:
             break
         if not enough < aimed < excess:
             aimed = (enough * excess) ** 0.5 if enough else excess / 2
-    if best is None and gentlest.predicted not in known:
-        got = _verified(found, gentlest)
-        rounds.append(_round(got))
-        known[gentlest.predicted] = upper(got.verified)
-        best = got if upper(got.verified) <= budget else None
     if best is None:
-        raise PlanError(_unreachable(budget, min(known.values())))
-    return replace(best, rounds=tuple(rounds))
+        promised_by(gentlest)
+    return None if best is None else replace(best, rounds=tuple(rounds)), known
 
 
-def _unreachable(budget: float, least: float) -> str:
-    digit = 10.0 ** (math.floor(math.log10(max(least, 1e-30))) - 2)  # the third
-    enough = math.ceil(least / digit) * digit
-    return f"no choice of the candidates is within the budget {budget:g}; the smallest that was reached is {enough:.3g}: give that or more"
+def _rounded_up(error: float) -> float:
+    """To three digits."""
+    digit = 10.0 ** (math.floor(math.log10(max(error, 1e-30))) - 2)
+    return next(found for more in range(3) if (found := float(f"{(math.floor(error / digit) + more) * digit:.3g}")) >= error)
+
+
+def _too_fast(speed: float, fastest: float) -> str:
+    """What is said of a speed that no choice reaches; the one that is named is reached, rounded down."""
+    named = math.floor(fastest * 1000) / 1000
+    advice = "" if named > 1 else ": plan at a larger size"
+    return f"no candidate reaches the speed {speed:g}: the fastest choice has {named:.3f}{advice}"

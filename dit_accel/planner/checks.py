@@ -13,6 +13,7 @@ from dit_accel.patch.state import CONTEXT
 from dit_accel.pipelines import token_pixels
 from dit_accel.planner.candidates import Candidates, CostUnit
 from dit_accel.planner.measuring import SIZE_ARGUMENTS, Request
+from dit_accel.planner.trained import Trained
 
 MEASURED, HELD_OUT = 6, 4  # prompts of those given, at most
 
@@ -34,7 +35,7 @@ def check_folder_name(folder: object) -> None:
 
 def checked_request(
     pipe: Any, prompts: Sequence[str], held_out: Sequence[str] | None, specs: Sequence[AttentionSpec | None] | None, unit: CostUnit,
-    ranges: int, seed: int, progress: bool | None, call: dict[str, Any],
+    ranges: int, seed: int, progress: bool | None, call: dict[str, Any], trained: str | Path | None = None,
 ) -> Request:  # fmt: skip
     """The arguments, checked."""
     transformer, *others = find_transformers(pipe)
@@ -61,7 +62,18 @@ def checked_request(
     if both := sorted(set(prompts[:MEASURED]) & set(held_out)):
         raise ArgumentError(f"held-out prompts must not be measured, but {both[:3]} are: remove them from one side")
     _check_pipeline_call(pipe, transformer, call)
-    return Request(pipe, tuple(prompts[:MEASURED]), tuple(held_out[:HELD_OUT]), chosen, unit, ranges, seed, progress, call)
+    if trained is not None and not isinstance(trained, str | Path):
+        raise ArgumentError(f"trained must be the folder or the hub id of an adapter, not {trained!r}")
+    known = None if trained is None else _trained(transformer, trained, chosen)
+    return Request(pipe, tuple(prompts[:MEASURED]), tuple(held_out[:HELD_OUT]), chosen, unit, ranges, seed, progress, call, known)
+
+
+def _trained(transformer: Any, path_or_repo: str | Path, specs: Candidates | None) -> Trained:
+    """What an adapter has learned; raise where it can't be used for the candidates."""
+    found = Trained.read(transformer, path_or_repo)
+    if specs is not None:
+        found.check(transformer, specs)
+    return found
 
 
 def _check_texts(name: str, texts: object) -> None:

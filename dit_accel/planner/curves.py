@@ -27,6 +27,7 @@ from dit_accel.operator.layout import TokenLayout, joint_memory_order
 from dit_accel.patch.anatomy import require_family
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.planner.candidates import Candidates, seconds
+from dit_accel.planner.trained import Trained
 
 TOGETHER = 64  # tokens, neighbours in memory, whose effects on the prediction are added before they are squared
 LARGE = 2**31  # bytes of weights from which on activations are computed again in the backward pass
@@ -84,18 +85,20 @@ def prepared(transformer: Any, spec: AttentionSpec) -> Iterator[Any]:
             restore(transformer)
 
 
-def measure(transformer: Any, forward: Forward, specs: Sequence[AttentionSpec | None], *, probes: int, seed: int) -> Measured:
+def measure(
+    transformer: Any, forward: Forward, specs: Sequence[AttentionSpec | None], *, probes: int, seed: int, trained: Trained | None = None
+) -> Measured:
     """The curves of one recorded forward of a `prepared` transformer, of each candidate; None is the original attention, with zeros.
 
-    `probes`: random directions of the prediction, each a backward pass. Layers whose calls aren't accelerated are left out; raises
-    PlanError where that is all of them.
+    `probes`: random directions of the prediction, each a backward pass. `trained`: what specs have learned, else their start values.
+    Layers whose calls aren't accelerated are left out; raises PlanError where that is all of them.
     """
     size, calls, gradients = _differentiated(transformer, forward, probes, seed)
     found: dict[str, Tensor] = {}
     shapes: dict[str, Shape] = {}
     with torch.no_grad():
         for call, own in zip(calls, gradients, strict=True):
-            name, errors = call.inputs.layer, _errors(call, own, specs) / size
+            name, errors = call.inputs.layer, _errors(call, own, specs, trained) / size
             before = shapes.get(name)
             shapes[name] = Shape(call.inputs.layout, call.inputs.query.shape[-1], 1 if before is None else before.calls + 1)
             found[name] = errors if before is None else found[name] + errors
@@ -180,7 +183,7 @@ def measured_seconds(transformer: Any, forward: Forward, specs: Candidates) -> d
     return found
 
 
-def _errors(call: Call, gradients: Sequence[Tensor], specs: Sequence[AttentionSpec | None]) -> Tensor:
+def _errors(call: Call, gradients: Sequence[Tensor], specs: Sequence[AttentionSpec | None], trained: Trained | None) -> Tensor:
     """E ‖J·δ‖² of each head and candidate in one call, `[H, C]` float32 on the CPU."""
     inputs = call.inputs
     image, heads = inputs.layout.image_slice, inputs.query.shape[1]
@@ -191,9 +194,10 @@ def _errors(call: Call, gradients: Sequence[Tensor], specs: Sequence[AttentionSp
         if spec is None:
             columns.append(torch.zeros(heads))
             continue
+        params = None if trained is None else trained.parameters(spec, inputs.layer, heads, inputs.query.shape[-1]).to(device)
         out = attention(
-            inputs.query, inputs.key, inputs.value, spec, inputs.layout, scale=inputs.scale, text_bias=inputs.text_bias
-        )  # fmt: skip
+            inputs.query, inputs.key, inputs.value, spec, inputs.layout, params=params, scale=inputs.scale, text_bias=inputs.text_bias
+        )
         difference = out[:, :, image].float() - exact
         order = joint_memory_order(inputs.layout.grids, spec.order).to(device)
         total = torch.zeros(heads, device=device)

@@ -23,6 +23,7 @@ from dit_accel.planner.candidates import Candidates, Costs, CostUnit, default_ca
 from dit_accel.planner.choose import Array, Knapsack, Unit
 from dit_accel.planner.curves import Measured, check_finite, first_grid, measure, measured_seconds, prepared
 from dit_accel.planner.record import Interval, Model, NoiseRange, Size
+from dit_accel.planner.trained import Trained
 from dit_accel.planner.verified import HeldOut, interval_of
 from dit_accel.planner.work import Work, is_errors, is_times
 
@@ -46,6 +47,7 @@ class Request:
     seed: int
     progress: bool | None
     call: dict[str, Any]
+    trained: Trained | None = None
 
     @property
     def transformer(self) -> Any:
@@ -59,7 +61,8 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """What the work in a folder depends on."""
         specs = None if self.specs is None else [None if spec is None else spec.to_dict() for spec in self.specs]
-        return {
+        more = {} if self.trained is None else {"trained": self.trained.record.sha256}
+        return more | {
             "model": vars(model_of(self.pipe)), "prompts": list(self.prompts), "held-out prompts": list(self.held_out), "specs": specs,
             "unit": self.unit, "ranges": self.ranges, "seed": self.seed, "call": self.call, "probes": PROBES,
         }  # fmt: skip
@@ -202,7 +205,7 @@ class Measurements:
         assignment = self.assignment(chosen)
 
         def make() -> list[float]:
-            errors = self.held_out.errors(self.request.transformer, assignment)
+            errors = self.held_out.errors(self.request.transformer, assignment, self.request.trained)
             if not all(map(math.isfinite, errors)):
                 raise PlanError(
                     f"the prediction on held-out prompts is not finite with {assignment}: leave candidates out of specs, or load the "
@@ -247,6 +250,9 @@ def _measure(
     transformer, specs = request.transformer, request.specs
     if specs is None:
         specs = default_candidates(first_grid(transformer, samples[chosen[0][1]]))
+        if request.trained is not None:
+            specs = request.trained.among(specs)
+            request.trained.check(transformer, specs)
     specs = (None, *(spec for spec in specs if spec is not None))
     found: list[Measured] = []
     with prepared(transformer, next(spec for spec in specs if spec is not None)):
@@ -255,7 +261,7 @@ def _measure(
             seed = request.seed + number
 
             def make(position: int = position, seed: int = seed) -> Measured:
-                made = measure(transformer, samples[position], specs, probes=PROBES, seed=seed)
+                made = measure(transformer, samples[position], specs, probes=PROBES, seed=seed, trained=request.trained)
                 check_finite(made, specs, moments[position].noise)
                 return made
 

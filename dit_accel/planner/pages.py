@@ -10,6 +10,7 @@ from string import Template
 
 from dit_accel.files import write_text
 from dit_accel.measure.pages import table
+from dit_accel.method.spec import AttentionSpec
 from dit_accel.planner.curve_chart import Mark, curve_chart, percent
 from dit_accel.planner.names import short_name
 from dit_accel.planner.record import Interval, Plan
@@ -203,14 +204,19 @@ def _sizes(plan: Plan, codes: list[str], names: list[str]) -> str:
     measured = [f"{n:,}" for n in sorted(plan.scaling.measured)]
     between = f"sizes that are not between {measured[0]} and {measured[-1]} tokens" if len(measured) > 1 else "other sizes"
     words = f"<p>Measured with {' and '.join(measured)} image tokens; {between} are extrapolated.</p>"
-    if not plan.scaling.rules:
-        return words + "<p>At every size the shares of key blocks stay as they are.</p>"
-    rows = []
-    for rule in plan.scaling.rules:
-        span = plan.ranges[rule.range]
-        name = f"{codes[rule.candidate]}, {names[rule.candidate]}"
-        rows.append([name, f"{span.low:g} to {span.high:g}", f"({rule.alpha:.4g} + {rule.beta:.4g}·N) / N"])
-    return words + _scroll(["candidate", "noise levels", "share kept of N tokens"], rows)
+    used = sorted({number for rows in plan.chosen for row in rows for number in row}, key=lambda number: plan.candidates[number].cost)
+    rows = [[f"{codes[n]}, {names[n]}", _elsewhere(spec)] for n in used if (spec := plan.candidates[n].spec) is not None]
+    return words + (_scroll(["candidate", "what it keeps at every size"], rows) if rows else "")
+
+
+def _elsewhere(spec: AttentionSpec) -> str:
+    """What a spec keeps at any size, in words."""
+    chosen = spec.selection
+    if chosen is None:
+        return "the same places around each query, in tokens"
+    number = f"{chosen.more} block{'s' * (chosen.more != 1)} of {spec.block[1]} tokens" if chosen.more else ""
+    share = f"up to {percent(chosen.share)} of the blocks" if chosen.share else ""
+    return " and ".join(part for part in (share, number) if part)
 
 
 def _facts(plan: Plan) -> str:
@@ -220,6 +226,12 @@ def _facts(plan: Plan) -> str:
         ["weights, SHA-256", model.weights],
         *([f"LoRA {name}, SHA-256", digest] for name, digest in model.loras.items()),
         *([f"size {n}", _size(size.call, size.grid, size.text)] for n, size in enumerate(plan.sizes, 1)),
+        *(
+            []
+            if plan.trained is None
+            else [["what learns is that of the adapter", f"{plan.trained.adapter}, SHA-256 {plan.trained.sha256}"]]
+        ),
+        ["error that is promised of other prompts", f"at most {percent(plan.outcome.verified.promised)}"],
         ["steps of a run", str(plan.steps)],
         ["prompts", f"{asked.measured} measured and {asked.held_out} held out, the first from seed {asked.seed}; SHA-256 {asked.sha256}"],
         ["verification found the error to be", f"{plan.outcome.factor:.3g} times the prediction"],

@@ -34,6 +34,7 @@ def plan(
     budget: float | None = None,
     speed: float | None = None,
     specs: Sequence[AttentionSpec | None] | None = None,
+    trained: str | Path | None = None,
     held_out: Sequence[str] | None = None,
     unit: CostUnit = "multiply-adds",
     ranges: int = 3,
@@ -53,6 +54,9 @@ def plan(
         speed: how many times less the attention shall cost, in `unit`, in the place of a budget.
         specs: the candidates, specs of one order, None for the original attention; by default that and Fovea with several numbers of
             tiles, which stay the same at other sizes, and radii.
+        trained: an adapter that `save_adapter` wrote, its folder or hub id: candidates are measured with what it has learned, and its own
+            specs are among the default ones. `load_adapter(pipe, trained, spec=plan)` runs the plan; where its `trained` is None no chosen
+            one learns. Refused where it has a LoRA or other weights of the model.
         held_out: prompts to verify on, in the place of the last ones.
         unit: of costs: "multiply-adds", counted, or "seconds", kernels timed on this machine.
         ranges: of noise levels that have a choice of their own, at most.
@@ -69,7 +73,7 @@ def plan(
         budget = 0.05
     check_asked(budget, speed)
     check_folder_name(folder)
-    request = checked_request(pipe, prompts, held_out, specs, unit, ranges, seed, progress, call)
+    request = checked_request(pipe, prompts, held_out, specs, unit, ranges, seed, progress, call, trained)
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
         path = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-accel-plan-")))
@@ -82,7 +86,7 @@ def _planned(found: Measurements, asked: Asked) -> Plan:
     """The plan that is asked for, from what was measured."""
     got = aim(found, asked)
     chosen = got.choice.chosen
-    rules = found.assignment(chosen)
+    rules, trained = found.assignment(chosen), found.request.trained
     return Plan(
         rules.rules,
         rules.order,
@@ -107,6 +111,7 @@ def _planned(found: Measurements, asked: Asked) -> Plan:
             got.choice.cost, 1 / got.choice.cost, got.choice.predicted, got.factor, got.verified, found.held_out.by_range(got.errors)
         ),
         scaling=Scaling((found.size.tokens,), _size_rules(found.specs, chosen)),
+        trained=trained.record if trained is not None and trained.serves(rules) else None,
     )  # fmt: skip
 
 

@@ -34,6 +34,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """The adapter that candidates were measured with: the name of its folder or its hub id, and the SHA-256 of what it has learned."""
+
+    adapter: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Asked:
     """What was asked for, one of the two: the largest relative error of the velocity, or how many times less attention."""
 
@@ -105,6 +113,11 @@ class Interval:
     low: float | None
     high: float | None
 
+    @property
+    def promised(self) -> float:
+        """The error that is promised of other prompts: the upper end; of one prompt, in plans of version 0.2, its own error."""
+        return self.mean if self.high is None else self.high
+
 
 @dataclass(frozen=True)
 class Point:
@@ -169,6 +182,7 @@ class Plan(Assignment):
 
     `unit` of costs: "multiply-adds" or "seconds". `chosen[range][layer][head]`: its candidate's place in `candidates`. `errors`, of the
     same shape: what it is predicted to add to the squared relative error of the velocity in that range, by the measurements alone.
+    `trained`: the adapter with which it runs, None where all that learns has its start values.
     """
 
     version: str
@@ -187,6 +201,17 @@ class Plan(Assignment):
     rounds: tuple[Round, ...]
     outcome: Outcome
     scaling: Scaling
+    trained: Learned | None = None
+
+    @property
+    def learned(self) -> str | None:
+        """See `Assignment.learned`."""
+        return None if self.trained is None else self.trained.sha256
+
+    @property
+    def without_learned(self) -> "Plan":
+        """See `Assignment.without_learned`."""
+        return dataclasses.replace(self, trained=None)
 
     @property
     def of_model(self) -> bool:
@@ -195,21 +220,27 @@ class Plan(Assignment):
 
     def unlike(self, transformer: str, heads: Mapping[str, int], weights: Callable[[], str]) -> str | None:
         """How a model differs from the one that was planned for, see `Assignment.unlike`."""
+        again = "; make a plan with this model"
         if transformer != self.model.transformer:
-            return f"it was made for {self.model.transformer}, not {transformer}"
+            return f"it was made for {self.model.transformer}, not {transformer}{again}"
         for layer in self.layers:
             if (count := heads.get(layer.name)) is None:
-                return f"it was made for a model with a layer {layer.name}, which this one lacks"
+                return f"it was made for a model with a layer {layer.name}, which this one lacks{again}"
             if count != layer.heads:
-                return f"it was made for a model whose {layer.name} has {layer.heads} heads, not {count}"
+                return f"it was made for a model whose {layer.name} has {layer.heads} heads, not {count}{again}"
         if weights() != self.model.weights:
-            return f"it was made for a {transformer} with other weights, or with the same in another dtype"
+            return f"it was made for a {transformer} with other weights, or with the same in another dtype{again}"
+        if self.trained is not None:
+            adapter = self.trained.adapter
+            return f"it was made with what the adapter {adapter} has learned; load both, load_adapter(pipe, {adapter!r}, spec=plan)"
         return None
 
     def save(self, path: str | Path) -> Path:
         """Write it to a JSON file. Raises WriteError."""
         path = Path(path)
         own = {field.name: _plain(getattr(self, field.name)) for field in _own_fields()}
+        if self.trained is None:
+            del own["trained"]  # as in plans of version 0.2
         write_text(path, json.dumps({"format": PLAN_FORMAT, "assignment": self.to_dict(), "plan": own}, indent=1) + "\n")
         return path
 
@@ -224,10 +255,10 @@ class Plan(Assignment):
         try:
             assignment = Assignment.from_dict(rules)
             given, names = data["plan"], {field.name for field in _own_fields()}
-            if not isinstance(given, dict) or set(given) != names:
+            if not isinstance(given, dict) or set(given) | {"trained"} != names:
                 raise ArgumentError(f"a plan must have exactly the keys {sorted(names)}")
             kinds = typing.get_type_hints(cls)
-            found = cls(assignment.rules, assignment.order, **{name: _typed(given[name], kinds[name], name) for name in names})
+            found = cls(assignment.rules, assignment.order, **{name: _typed(given[name], kinds[name], name) for name in given})
             _check_ranges(found)
             return found
         except ArgumentError as error:

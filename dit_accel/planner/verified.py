@@ -15,6 +15,7 @@ from dit_accel.patch.modes import always
 from dit_accel.patch.verbs import accelerate, restore
 from dit_accel.planner.choose import Array
 from dit_accel.planner.record import Interval
+from dit_accel.planner.trained import Trained
 
 SPREAD = 0.25  # of a plan's error between prompts, a standard deviation as a share of the mean: the built-in model's at 256 and 1024 px
 KNOWN = 2  # degrees of freedom that it counts for next to what is measured
@@ -46,10 +47,12 @@ class HeldOut:
     ranges: Sequence[int]
     prompts: Sequence[int]
 
-    def errors(self, transformer: Any, assignment: Assignment) -> list[float]:
-        """The relative error of the prediction in each forward."""
+    def errors(self, transformer: Any, assignment: Assignment, trained: Trained | None = None) -> list[float]:
+        """The relative error of the prediction in each forward; `trained`: what the assignment's specs have learned."""
         accelerate(transformer, assignment)
         try:
+            if trained is not None:
+                trained.install(transformer)
             with always(transformer):
                 return velocity_errors(transformer, self.forwards, self.moments)
         finally:

@@ -43,7 +43,7 @@ def accelerated(
         log.warning("dit_accel: the original attention runs: %s", error)
         return clone
     if (difference := _unlike(assignment, model.model.diffusion_model, accelerator)) is not None:
-        message = f"the promised error of this plan is not valid here: {difference}; make a plan with this model in diffusers"
+        message = f"the promised error of this plan is not valid here: {difference}"
         if strict:
             raise ArgumentError(f"{message}, or leave strict out")
         log.warning("dit_accel: %s", message)

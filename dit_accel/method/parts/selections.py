@@ -30,8 +30,12 @@ class TopK(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_int(self.blocks) and self.blocks >= 0, "blocks must be a number of key blocks >= 0", self.blocks)
-        share = is_real(self.density) and (0 < self.density <= 1 or (self.density == 0 and self.blocks > 0))
-        require(share, "density must be a share of key blocks in (0, 1]", self.density)
+        legal = is_real(self.density) and 0 <= self.density <= 1
+        if self.blocks:
+            require(legal, "density must be a share of key blocks in [0, 1] where blocks is given", self.density)
+        else:
+            advice = "or give blocks too, for a number of them that is kept at every size" if legal else ""
+            require(legal and self.density > 0, "density must be a share of key blocks in (0, 1]", self.density, advice)
         flag("correct_short", self.correct_short)
         check_part(self.score, Score, "score")
         twice = self.correct_short and self.score.counts
