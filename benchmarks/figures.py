@@ -209,8 +209,11 @@ FIGURES: dict[str, Figure] = {
         {"plan-sizes.json": "benchmarks/plan-sizes.json"},
     ),
     "plans-promise": Figure(
-        ((str(ROOT / "benchmarks" / "plan_seeds.py"), "--size", "256", "--work", "work", "--out", "plan-seeds.json"),),
-        {"plan-seeds.json": "benchmarks/plan-seeds.json"},
+        tuple(
+            (str(ROOT / "benchmarks" / "plan_seeds.py"), "--size", size, "--work", f"work-{size}", "--out", name)
+            for size, name in (("256", "plan-seeds.json"), ("512", "plan-seeds-512.json"))
+        ),
+        {name: f"benchmarks/{name}" for name in ("plan-seeds.json", "plan-seeds-512.json")},
     ),
     "composition": Figure(
         ((str(ROOT / "benchmarks" / "composition.py"), "--size", "512", "--prompts", "1", "--out", "composition.json"),),
