@@ -22,6 +22,7 @@ from torch import Tensor
 from dit_accel.kernels.cpu import native
 
 COMMAND = "DIT_ACCEL_EMULATED"
+MACHINE = "DIT_ACCEL_EMULATED_MACHINE"  # as `platform.machine` names it; x86-64 where it is not set
 LINE = 64  # bytes; a tensor begins where it begins in a line of this memory
 found: dict[int, int] = {}  # of addresses that were asked for: the bytes from there to the end of the tensor's memory
 address_of = Tensor.data_ptr
@@ -89,6 +90,7 @@ class Emulated:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test's module asks for the targets of this machine."""
+    native.TARGETS = native.targets_of(os.environ.get(MACHINE, "x86_64"))
     program = Emulated(os.environ[COMMAND])
     config.stash[PROGRAM] = program
     Tensor.data_ptr = data_ptr  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ MEMORY = 512 << 20
 BLOCK = 128 << 10  # Bochs allots memory by blocks, in the order of their first use
 PAGE, ALIGNED = 4096, 2 << 20
 DISK, SECTOR, LINE_AT, LINE_SECTORS = 64 << 20, 512, 2, 16  # as in machine.cpp
+LOST = 2**64 - 1  # in the place of the latest answer's number, as in machine.cpp
 BIOS = 0xFFFF0000  # where the CPU begins, 16 bytes before the end
 # setcpuid: Bochs has AMX without XFD (324), by which Linux learns that a program begins to use it. Without XFD Linux leaves AMX off. Bochs
 # ignores what Linux writes there, so that AMX serves from the start, but Linux never saves tiles. They are lost when Linux computes in
@@ -185,6 +186,8 @@ class Machine:
             number, value = struct.unpack_from("<Qq", self._disk, SECTOR)
             if number == self._number:
                 return int(value)
+            if number == LOST:
+                raise RuntimeError(f"the kernels' program ended{f' by signal {value}' if value else ''}")
             if self._process.poll() is not None:
                 said = (Path(self._folder, name) for name in ("console", "out"))
                 ends = [file.read_text(errors="replace")[-2000:] for file in said if file.exists()]

@@ -56,6 +56,14 @@ def test_the_fastest_serves_bfloat16_and_the_best_serves_float32(fastest: int, m
     assert bfloat16.described() == says
 
 
+def test_on_arm64_products_of_matrices_are_measured_against_neon(measuring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "TARGETS", native.targets_of("aarch64"))
+    monkeypatch.setattr(native, "best_target", lambda: "bfmmla")
+    monkeypatch.setattr(bfloat16, "measured", lambda names: (2.0, 1.0) if names == ("bfmmla", "portable") else ())
+    assert native.TARGETS[native.target(bfloat16=True)] == "portable"
+    assert native.TARGETS[native.target()] == "bfmmla"
+
+
 def test_ties_go_to_the_newest(measuring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16, "measured", took(1.0, 1.0, 1.0, 1.0))
     assert bfloat16.choice().target == "amx"

@@ -104,15 +104,20 @@ def gradients_of_rounded(dtype: torch.dtype, shape: Shape, function: Any) -> lis
 def test_gradients_of_bfloat16(spec: AttentionSpec, shape: Shape) -> None:
     """Under a bias of the text's keys, some of which are masked."""
     bias = shape.text_bias() if shape.text else None
-    params = random_parameters(spec, shape).requires_grad_(False)
+    params = random_parameters(spec, shape)
 
     def formula(*qkv: Tensor) -> tuple[Tensor, Tensor]:
         return oracle(*qkv, spec, shape.layout, params, text_bias=bias, dtype=qkv[0].dtype)
 
-    exact, eager = (gradients_of_rounded(dtype, shape, formula) for dtype in (torch.float64, torch.bfloat16))
-    got = gradients_of_rounded(torch.bfloat16, shape, lambda *qkv: run(list(qkv), spec, shape.layout, params, bias))
-    for name, *three in zip(("query", "key", "value"), got, exact, eager, strict=True):
-        assert_close_as_eager(*three, name)
+    def found(dtype: torch.dtype, function: Any) -> list[Tensor]:
+        params.zero_grad()
+        return [*gradients_of_rounded(dtype, shape, function), *(p.grad.clone() for p in params.parameters() if p.grad is not None)]
+
+    exact, eager = (found(dtype, formula) for dtype in (torch.float64, torch.bfloat16))
+    got = found(torch.bfloat16, lambda *qkv: run(list(qkv), spec, shape.layout, params, bias))
+    names = ("query", "key", "value", *(name for name, _ in params.named_parameters()))
+    for name, mine, true, rounded in zip(names, got, exact, eager, strict=True):
+        assert_close_as_eager(mine, true.double(), rounded, name)
 
 
 SUMMARISED = {

@@ -133,10 +133,11 @@ def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch:
 @every_target
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("name", ["ragged", "video-text-last", "references", "head-72"])
-def test_the_gradients_are_the_formulas(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_gradients_are_the_formulas(dtype: torch.dtype, name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES[name]
     seed = torch.Generator().manual_seed(2)
-    qkv = shape.inputs(grad=True)
+    qkv = shape.inputs(dtype, grad=True)
     a = arguments(shape, qkv, parts)
     got = ops.summarize_blocks(a, "cpu")
     weights = {name: torch.randn(getattr(got, name).flatten(0, 1).shape, generator=seed) for name in GIVEN}
@@ -149,9 +150,9 @@ def test_the_gradients_are_the_formulas(name: str, parts: int, monkeypatch: pyte
 
     mine = torch.autograd.grad(loss({name: getattr(got, name).flatten(0, 1) for name in GIVEN}), qkv)
     theirs = []
-    for dtype in (torch.float64, torch.float32):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-        found = formula(call_of(shape, leaves, parts, dtype), got.part.flatten(0, 1), a, monkeypatch)
+    for other in (torch.float64, torch.float32):
+        leaves = [x.detach().to(other).requires_grad_() for x in qkv]
+        found = formula(call_of(shape, leaves, parts, other), got.part.flatten(0, 1), a, monkeypatch)
         theirs.append(torch.autograd.grad(loss(found), leaves))
     for own, exact, eager, what in zip(mine, *theirs, "qkv", strict=True):
         assert_close_as_eager(own, exact, eager, what)

@@ -19,7 +19,7 @@ from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.cpu import calls, native, sources
 from dit_accel.operator import decisions
 
-CANDIDATES = ("amx", "avx512bf16", "avx512", "avx2")  # the newest first, as ties go to it
+CANDIDATES = (("amx", "avx512bf16", "avx512", "avx2"), ("bfmmla", "portable"))  # x86, arm64; the newest first, as ties go to it
 ROUNDS = 3
 TOKENS, BLOCK, VISITS, CHANNELS = 1024, 64, 8, 64  # of the call that is timed: 16 blocks, each of which visits 8
 
@@ -44,7 +44,7 @@ class Choice:
 def choice() -> Choice:
     """The choice of this process; the second call costs nothing. Raises ValueError as `decisions.enabled`."""
     best = native.best_target()
-    candidates = tuple(name for name in CANDIDATES if best in CANDIDATES[: CANDIDATES.index(name) + 1])
+    candidates = next((names[names.index(best) :] for names in CANDIDATES if best in names), ())
     if len(candidates) < 2:
         return Choice(best, why="the only one here")
     if not decisions.enabled():

@@ -24,12 +24,12 @@ struct TileRegisters {
 
 // The instructions by name, as compilers' own forms of them leave out that they read memory.
 template <int T>
-static inline __attribute__((always_inline)) void tile_load(const void* from) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(64)), "i"(T) : "memory");
+static inline __attribute__((always_inline)) void tile_load(const void* from, int64_t stride = 64) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
-static inline __attribute__((always_inline)) void tile_store(void* to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(64)), "i"(T) : "memory");
+static inline __attribute__((always_inline)) void tile_store(void* to, int64_t stride = 64) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 static inline __attribute__((always_inline)) void tile_zero() {
@@ -48,15 +48,15 @@ struct TileGrid {
 };
 
 // M × N tiles of c = (or +=, where ADD) the sum over `depth` tiles of M rows of a times N columns of b. Both step TILE entries along the depth.
-// In c columns are `across` entries apart.
+// In c columns are `across` entries apart, and a tile's rows `stride` bytes.
 template <int M, int N, bool ADD>
-static inline __attribute__((always_inline)) void multiply(TileGrid<float> c, int64_t across, TileGrid<const int32_t> a, TileGrid<const int32_t> b, int64_t depth) {
+static inline __attribute__((always_inline)) void multiply(TileGrid<float> c, int64_t across, TileGrid<const int32_t> a, TileGrid<const int32_t> b, int64_t depth, int64_t stride = 64) {
     float *c00 = c.first, *c01 = c00 + across, *c10 = c00 + c.step, *c11 = c10 + across;
     if (ADD) {
-        tile_load<0>(c00);
-        if (N == 2) tile_load<1>(c01);
-        if (M == 2) tile_load<2>(c10);
-        if (M == 2 && N == 2) tile_load<3>(c11);
+        tile_load<0>(c00, stride);
+        if (N == 2) tile_load<1>(c01, stride);
+        if (M == 2) tile_load<2>(c10, stride);
+        if (M == 2 && N == 2) tile_load<3>(c11, stride);
     } else {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     }
@@ -67,10 +67,25 @@ static inline __attribute__((always_inline)) void multiply(TileGrid<float> c, in
         if (M == 2) tile_load<5>(a.first + a.step + k), tile_product<2, 5, 6>();
         if (M == 2 && N == 2) tile_product<3, 5, 7>();
     }
-    tile_store<0>(c00);
-    if (N == 2) tile_store<1>(c01);
-    if (M == 2) tile_store<2>(c10);
-    if (M == 2 && N == 2) tile_store<3>(c11);
+    tile_store<0>(c00, stride);
+    if (N == 2) tile_store<1>(c01, stride);
+    if (M == 2) tile_store<2>(c10, stride);
+    if (M == 2 && N == 2) tile_store<3>(c11, stride);
+}
+
+// c = (or +=, where ADD) A · B for grids of tiles: row r and column n of c at c + r·c_row + n·c_column, row r of A at a + r·a_row, column n of B at b + n·b_column.
+template <bool ADD>
+static inline void multiply_grid(
+    float* c, int64_t c_row, int64_t c_column, const int32_t* a, int64_t a_row, const int32_t* b, int64_t b_column, int64_t rows, int64_t columns, int64_t depth, int64_t stride = 64) {
+    for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t n = 0; n < columns; n += 2) {
+            const TileGrid<float> to{c + r * c_row + n * c_column, c_row};
+            const TileGrid<const int32_t> left{a + r * a_row, a_row}, right{b + n * b_column, b_column};
+            if (r + 1 < rows && n + 1 < columns) multiply<2, 2, ADD>(to, c_column, left, right, depth, stride);
+            else if (r + 1 < rows) multiply<2, 1, ADD>(to, c_column, left, right, depth, stride);
+            else if (n + 1 < columns) multiply<1, 2, ADD>(to, c_column, left, right, depth, stride);
+            else multiply<1, 1, ADD>(to, c_column, left, right, depth, stride);
+        }
 }
 
 // 16 × 16 entries of 4 bytes.
@@ -198,6 +213,11 @@ static inline __m512i rounded(V x) { return _mm512_add_epi32(__m512i(x), _mm512_
 // Two vectors of weights, of keys that follow each other, as a right factor's row of pairs.
 static inline __m512i paired(V even, V odd) { return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(rounded(even), 16), rounded(odd)); }
 
+// Two vectors, one after the other, each by an instruction of its own: Bochs, which tests this code, converts two at once wrongly.
+static inline __m512i narrow_two(V first, V second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(__m256i(_mm512_cvtneps_pbh(__m512(first)))), __m256i(_mm512_cvtneps_pbh(__m512(second))), 1);
+}
+
 // Which tokens of a tile see token k of the other side: bit l of the result is token own + l of the mask's columns.
 static inline __mmask16 seen_by(const BitMask& mask, int64_t k, int64_t own) { return __mmask16(uint64_t(mask.rows[k * mask.words + own / 64]) >> (own % 64)); }
 static inline __mmask16 seen_by(const WindowMask& mask, int64_t k, int64_t own) {
@@ -222,3 +242,4 @@ struct Seen {
 };
 
 #include "amx_softmax.h"
+#include "amx_panels.h"

@@ -1,30 +1,20 @@
 // The rests of the forward pass on AMX, from bfloat16 tensors. Pooled keys join the tiled softmax as one more block; their first order, and the states of the
-// linear rest with its projection, are products of tiles. What is multiplied is rounded to bfloat16, what is summed is float32.
+// linear rest with its projection, are products of tiles. What is multiplied is rounded to bfloat16, what is summed is float32. The backward pass has its pooled
+// keys from here, too.
 
 static inline void narrow_all(uint16_t* to, const float* from, int64_t n) {  // n: whole vectors
     for (int64_t e = 0; e < n; e += LANES) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + e), __m256i(_mm512_cvtneps_pbh(__m512(load(from + e)))));
-}
-
-// Two vectors, one after the other, each by an instruction of its own: Bochs, which tests this code, converts two at once wrongly.
-static inline __m512i narrow_two(V first, V second) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(__m256i(_mm512_cvtneps_pbh(__m512(first)))), __m256i(_mm512_cvtneps_pbh(__m512(second))), 1);
 }
 
 // The two of each pair.
 static inline V even(__m512i pairs) { return V(_mm512_slli_epi32(pairs, 16)); }
 static inline V odd(__m512i pairs) { return V(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000)))); }
 
-// c = A · B for grids of tiles: row r and column n of c at c + r·c_row + n·c_column, row r of A at a + r·a_row, column n of B at b + n·b_column.
-static inline void multiply_grid(float* c, int64_t c_row, int64_t c_column, const int32_t* a, int64_t a_row, const int32_t* b, int64_t b_column, int64_t rows, int64_t columns, int64_t depth) {
-    for (int64_t r = 0; r < rows; r += 2)
-        for (int64_t n = 0; n < columns; n += 2) {
-            const TileGrid<float> to{c + r * c_row + n * c_column, c_row};
-            const TileGrid<const int32_t> left{a + r * a_row, a_row}, right{b + n * b_column, b_column};
-            if (r + 1 < rows && n + 1 < columns) multiply<2, 2, false>(to, c_column, left, right, depth);
-            else if (r + 1 < rows) multiply<2, 1, false>(to, c_column, left, right, depth);
-            else if (n + 1 < columns) multiply<1, 2, false>(to, c_column, left, right, depth);
-            else multiply<1, 1, false>(to, c_column, left, right, depth);
-        }
+static inline void square_pairs(int32_t* to, const int32_t* from, int64_t n) {  // n entries, each a pair
+    for (int64_t e = 0; e < n; e += SIDE) {
+        __m512i x = _mm512_load_si512(from + e);
+        _mm512_store_si512(to + e, paired(even(x) * even(x), odd(x) * odd(x)));
+    }
 }
 
 // Pooled keys in bfloat16: all of a head's as rows, and those that query blocks see as one block of tiles.
@@ -32,13 +22,17 @@ struct TiledPool {
     const Geometry& g;
     const TileSizes sizes;
     Array<uint16_t> mean, value, spread;  // [pools, padded], of all; spread: the variances, with a variance term alone
-    Array<int32_t> keys, values, spreads, places;
+    Array<int32_t> keys, values, spreads, places;  // values: as columns, for the backward pass as rows
+    Array<int32_t> key_columns, spread_columns;    // for the backward pass alone
     int64_t count = 0;            // of the keys in tiles
 
-    TiledPool(const Geometry& g, int64_t most, bool all) : g(g), sizes(g, most), keys(all && g.listed() ? 0 : sizes.block), values(all && g.listed() ? 0 : sizes.block) {
+    TiledPool(const Geometry& g, int64_t most, bool all, bool backward)
+        : g(g), sizes(g, most), keys(all && g.listed() ? 0 : sizes.block), values(all && g.listed() ? 0 : sizes.block) {
         if (all) mean.allocate(most * g.padded), value.allocate(most * g.padded), count = most;
         if (all && g.p.variance) spread.allocate(most * g.padded), spreads.allocate(sizes.block);
         if (!all) places.allocate(most);
+        if (backward && !(all && g.listed())) key_columns.allocate(sizes.block);
+        if (backward && spread) spread_columns.allocate(sizes.block);
     }
 
     int64_t tasks() const { return sizes.steps; }
@@ -48,12 +42,16 @@ struct TiledPool {
         if (!g.listed()) tiles(*this, {first, -1, n}, step);
         if (!g.p.variance) return;
         narrow_all(spread + at, pool.var + at, n * g.padded);
-        sizes.rows(spreads + step * 2 * sizes.depth * TILE, HalfRows(spread, g.padded, g.channels, {first, -1, n}));
+        const HalfRows spreads_of(spread, g.padded, g.channels, {first, -1, n});
+        sizes.rows(spreads + step * 2 * sizes.depth * TILE, spreads_of);
+        if (spread_columns) sizes.columns(spread_columns + step * TILE, spreads_of);
     }
     // Tokens of a run as those from step · PAIR on.
     void tiles(const TiledPool& all, const Run& run, int64_t step) {
-        sizes.rows(keys + step * 2 * sizes.depth * TILE, HalfRows(all.mean, g.padded, g.channels, run));
-        sizes.columns(values + step * TILE, HalfRows(all.value, g.padded, g.channels, run));
+        const HalfRows key(all.mean, g.padded, g.channels, run), value_of(all.value, g.padded, g.channels, run);
+        sizes.rows(keys + step * 2 * sizes.depth * TILE, key);
+        if (!key_columns) return sizes.columns(values + step * TILE, value_of);
+        sizes.rows(values + step * 2 * sizes.depth * TILE, value_of), sizes.columns(key_columns + step * TILE, key);
     }
     // The units on the list of query block i.
     void gather(const TiledPool& all, int64_t bh, int64_t i) {
@@ -78,16 +76,13 @@ struct TiledTerms {
     // Add the pooled keys to a softmax.
     void visit(TiledSoftmax& s, int64_t rows, const TiledPool& pool, const float* bias) {
         const int64_t row = s.sizes.depth * TILE;
-        for (int64_t e = 0; e < round_up(rows, SIDE) / SIDE * row; e += SIDE) {
-            __m512i q = _mm512_load_si512(s.queries + e);
-            _mm512_store_si512(squares + e, paired(even(q) * even(q), odd(q) * odd(q)));
-        }
+        square_pairs(squares, s.queries, round_up(rows, SIDE) / SIDE * row);
         const V scale = all(g.p.scale * LOG2E), half = all(g.p.scale * g.p.scale * 0.5f * LOG2E), cap = all(g.p.cap * LOG2E);
         for (int64_t from = 0; from < pool.count; from += CHUNK)
             for (int64_t t = 0; t * SIDE < rows; t += 2) {
                 const bool two = (t + 1) * SIDE < rows;
                 const int64_t n = std::min(CHUNK, pool.count - from);
-                multiply_grid(terms, TILE, CHUNK * SIDE, pool.spreads + from / SIDE * row, row, squares + t * row, row, (n + SIDE - 1) / SIDE, two ? 2 : 1, s.sizes.depth);
+                multiply_grid<false>(terms, TILE, CHUNK * SIDE, pool.spreads + from / SIDE * row, row, squares + t * row, row, (n + SIDE - 1) / SIDE, two ? 2 : 1, s.sizes.depth);
                 const float* own = terms;
                 s.add(t, two, pool.block(), from, 0, n, [=](int64_t i, int64_t k, V x) __attribute__((always_inline)) {
                     return x * scale + min(load(own + (i * CHUNK + k) * SIDE) * half, cap) + bias[from + k];
@@ -120,7 +115,7 @@ struct TiledSlopes {
         const int64_t row = sizes.steps * TILE, tile = SIDE * g.padded;
         for (int64_t t = 0; t * SIDE < rows; t += 2) {
             int64_t two = (t + 1) * SIDE < rows ? 2 : 1;
-            multiply_grid(product, TILE, tile, matrix, row, s.queries + t * row, row, sizes.channel_tiles, two, sizes.depth);
+            multiply_grid<false>(product, TILE, tile, matrix, row, s.queries + t * row, row, sizes.channel_tiles, two, sizes.depth);
             for (int64_t i = 0; i < two; i++) {
                 int64_t at = (t + i) * SIDE;
                 V share = (load(s.mass + at) - load(exact_mass + at) * exp2(load(exact_top + at) - load(s.top + at))) * g.p.scale;
@@ -165,7 +160,7 @@ struct TiledStates {
             }
             store(vector + j * g.padded + c * SIDE, sum);
         }
-        multiply_grid(products, tiles * TILE, TILE, b.values, row, pairs, row, tiles, tiles, depth);
+        multiply_grid<false>(products, tiles * TILE, TILE, b.values, row, pairs, row, tiles, tiles, depth);
         int32_t* to = matrix + j * size;
         for (int64_t r = 0; r < tiles; r++)
             for (int64_t s = 0; s < sizes.depth; s++)
@@ -261,7 +256,7 @@ struct TiledLinear {
 
     void multiply_factor(const int32_t* left, int64_t rows) {
         const int64_t row = sizes.depth * TILE;
-        multiply_grid(sums, TILE, SIDE * g.padded, left, row, factor, row, sizes.channel_tiles, (rows + SIDE - 1) / SIDE, sizes.depth);
+        multiply_grid<false>(sums, TILE, SIDE * g.padded, left, row, factor, row, sizes.channel_tiles, (rows + SIDE - 1) / SIDE, sizes.depth);
     }
 
     // Outputs in `sums` and masses. False where nothing is left.

@@ -10,6 +10,10 @@
 #include <unistd.h>
 #endif
 
+#if WITH_BFMMLA
+#include <sys/auxv.h>
+#endif
+
 #ifndef DIT_ACCEL_SOURCES  // the fingerprint of the sources, from the build
 #define DIT_ACCEL_SOURCES "unknown"
 #endif
@@ -35,8 +39,12 @@ TARGET_OF(avx512bf16)
 TARGET_OF(amx)
 #endif
 #endif
+#if WITH_BFMMLA
+TARGET_OF(bfmmla)
+#endif
 
 enum Target { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
+enum ArmTarget { BFMMLA = 1 };  // PORTABLE there, too
 
 template <class Argument>
 static int run(void (*function)(const Argument&), const Argument* argument) {
@@ -55,6 +63,8 @@ static int run(void (*function)(const Argument&), const Argument* argument) {
 #endif
 #if defined(__x86_64__)
 #define CHOOSE(function) BY_TILES(function, target == AVX512_BF16 ? avx512bf16::function : target == AVX512 ? avx512::function : target == AVX2 ? avx2::function : portable::function)
+#elif WITH_BFMMLA
+#define CHOOSE(function) (target == BFMMLA ? bfmmla::function : portable::function)
 #else
 #define CHOOSE(function) (static_cast<void>(target), portable::function)
 #endif
@@ -158,6 +168,10 @@ int dit_accel_best_target() {
         return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+#if WITH_BFMMLA
+    const unsigned long HAS_BF16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+    if (getauxval(AT_HWCAP2) & HAS_BF16) return BFMMLA;
 #endif
     return PORTABLE;
 }

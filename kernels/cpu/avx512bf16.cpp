@@ -10,7 +10,7 @@
 #define TARGET avx512bf16
 #define LANES 16
 #define ROWS 6
-#define BF16_DOTS 1
+#define BF16_DOTS 2
 #define AMX 0
 #define STRIP 4
 #include "target.h"

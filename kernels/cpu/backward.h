@@ -20,10 +20,10 @@ struct Queries {
         read_rows(q.row(i), g.padded, p.q, b, h, run, g.channels, p.scale * LOG2E);
         read_rows(dout.row(i), g.padded, p.dout, b, h, run, g.channels, 1.f);
         read_rows(out, g.padded, p.out, b, h, run, g.channels, 1.f);
-        // of queries that tiles hold, columns serve the pooled and the extra keys, and those of dout the projection
-        const bool columns = !gradients_by_tiles(p) || p.rest == REST_POOLED || p.extra;
-        if (columns) transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
-        if (columns || p.weight) transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
+        if (!gradients_by_tiles(p) || p.extra) {  // of queries that tiles hold, columns serve the extra keys alone
+            transpose(q.column(i), g.width, q.row(i), g.padded, run.count, g.channels);
+            transpose(dout.column(i), g.width, dout.row(i), g.padded, run.count, g.channels);
+        }
         for (int64_t r = 0; r < run.count; r++) {
             double sum = p.dlse ? -double(p.dlse[at + run.at(r)]) : 0.;
             sum += dot(out + r * g.padded, dout.row(i) + r * g.padded, g.channels);
@@ -91,6 +91,9 @@ struct BackwardWorkspace {
     std::unique_ptr<Pool> seen;
 #if AMX
     std::unique_ptr<TiledGradient> tiled;
+    std::unique_ptr<TiledRest> tiled_rest;
+    std::unique_ptr<TiledPool> tiled_seen;
+    std::unique_ptr<TiledPanels> panels;
 #endif
 
     explicit BackwardWorkspace(const Geometry& g)
@@ -98,9 +101,19 @@ struct BackwardWorkspace {
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
           bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
           matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
-        if (g.listed()) seen = std::make_unique<Pool>(g, true, true, Pool::COLUMNS_TOO);
+        if (g.listed()) seen = std::make_unique<Pool>(g, true, true, gradients_by_tiles(g.p) ? Pool::BIASES : Pool::COLUMNS_TOO);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
+#if AMX
+    void by_tiles(TiledOperands& operands) {
+        tiled = std::make_unique<TiledGradient>(operands);
+        if (g.p.rest == REST_POOLED) tiled_rest = std::make_unique<TiledRest>(*tiled);
+        if (g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false, true);
+        panels = std::make_unique<TiledPanels>(g.channels, g.width);
+        pack.tiled = panels.get();
+        if (linear) linear->tiled = panels.get();
+    }
+#endif
 };
 
 // Columns [first, last) outside of which P and dlogit are zero and not written.
@@ -174,6 +187,9 @@ struct KeepMasked {
 
 #include "backward_linear.h"
 #include "backward_pooled.h"
+#if AMX
+#include "amx_rest_gradients.h"
+#endif
 
 static void query_gradient(const Geometry& g, const Keys& keys, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     const Problem& p = g.p;
@@ -183,7 +199,7 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
     __builtin_memset(acc, 0, g.rows() * g.padded * 4);
 #if AMX
     const bool tiled = bool(work.tiled);
-    if (tiled) tiled_query_gradient(g, queries, *work.tiled, acc, bh, i);
+    if (tiled) tiled_query_gradient(g, keys, queries, work, bh, i);
 #else
     const bool tiled = false;
 #endif
@@ -209,7 +225,7 @@ static void query_gradient(const Geometry& g, const Keys& keys, const Queries& q
         }
     });
     bool pooled = i < p.q_blocks && keys.pool;
-    if (pooled) {
+    if (pooled && !tiled) {
         if (work.seen) work.seen->gather(*keys.pool, bh, i);
         pooled_query_gradient(g, work.seen ? *work.seen : *keys.pool, queries, work, bh, i);
     }
@@ -287,7 +303,7 @@ void backward(const Problem& p) {
     std::unique_ptr<TiledOperands> operands;
     if (gradients_by_tiles(p)) {
         operands = std::make_unique<TiledOperands>(g);
-        for (auto& work : workspaces) work->tiled = std::make_unique<TiledGradient>(*operands);
+        for (auto& work : workspaces) work->by_tiles(*operands);
     }
 #endif
     team.run([&](int thread) {
@@ -312,7 +328,15 @@ void backward(const Problem& p) {
             if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, work, bh, part, team.size()); });
             if (pool) {
                 team.share(p.q_blocks, [&](int64_t i) { pool->mark(bh, i); });
-                team.share(pool->tasks(), [&](int64_t task) { pool->keys(queries, work, bh, task); });
+                team.share(pool->tasks(), [&](int64_t task) {
+                    const int64_t first = task * pool->group, count = std::min(pool->group, keys.pool->pools - first);
+#if AMX
+                    if (operands) tiled_pooled_key_gradients(g, *pool, keys, queries, work, bh, first, count);
+                    else
+#endif
+                        pool->keys(queries, work, bh, first, count);
+                    pool->write(bh, first, count);
+                });
             }
             team.share(g.key_blocks + g.query_blocks, [&](int64_t task) {  // text and extra keys, the longest tasks, come first
                 if (task < g.key_blocks)

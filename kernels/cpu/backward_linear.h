@@ -24,7 +24,7 @@ struct LinearGradient {
         __builtin_memset(dnum, 0, g.rows() * g.padded * 4);
         if (p.residual && p.weight) {
             __builtin_memcpy(rest + i * g.rows() * g.padded, rest_rows.out, g.rows() * g.padded * 4);
-            product_rows(dnum, g.padded, dout, g.padded, weight, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
+            panel_product(g, rest_rows.tiled, dnum, dout, run.count, weight, g.padded, false, false, nullptr);
         }
         const double* exact_delta = queries.exact_delta + i * g.width;
         double offset_sum = 0;
@@ -54,16 +54,14 @@ struct LinearGradient {
             __builtin_memset(states.of(i), 0, states.size * 4);
             return;
         }
-        transpose(work.matrix, g.padded, rest_rows.state, g.padded, g.channels, g.channels);
-        product_rows(dphi, g.padded, dnum, g.padded, work.matrix, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
+        panel_product(g, rest_rows.tiled, dphi, dnum, run.count, rest_rows.state, g.padded, true, false, work.matrix);
         const float* z = rest_rows.state + g.channels * g.padded;
         for (int64_t r = 0; r < run.count; r++) {
             float* dq = p.dq + (bh * g.queries() + run.at(r)) * g.channels;
             for (int64_t d = 0; d < g.channels; d++) dphi[r * g.padded + d] += dmass[r] * z[d];
             feature_backward(dq, rest_rows.raw + r * g.padded, rest_rows.phi + r * g.padded, dphi + r * g.padded, g.channels, p.feature_map);
         }
-        transpose(rest_rows.phi_t, g.width, rest_rows.phi, g.padded, run.count, g.channels);
-        states.fill(i, rest_rows.phi_t, g.width, dnum, g.padded, run.count, dmass);
+        states.fill(i, rest_rows.tiled, rest_rows.phi, dnum, g.padded, run.count, dmass, rest_rows.phi_t);
     }
 
     // One of `parts` slices of the total of dH, of the gradient of what is far and of the projection's gradients.
@@ -76,6 +74,9 @@ struct LinearGradient {
                 if (e % g.padded < g.channels) to[e / g.padded * g.channels + e % g.padded] = float(states.total[e]);
         }
         if (!p.dweight) return;
+#if AMX
+        if (work.pack.tiled) return reduce_by_tiles(queries, *work.pack.tiled, bh, part, parts);
+#endif
         int64_t groups = (g.channels + ROWS - 1) / ROWS;
         float *panel = work.strip, *columns = work.strip_t;
         for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; group++) {
@@ -96,6 +97,22 @@ struct LinearGradient {
         }
     }
 
+#if AMX
+    void reduce_by_tiles(const Queries& queries, TiledPanels& tiled, int64_t bh, int64_t part, int64_t parts) const {
+        const int64_t from = tiled.tiles * part / parts, to = tiled.tiles * (part + 1) / parts, first = from * LANES, end = std::min(to * LANES, g.channels);
+        for (int64_t i = 0; i < g.p.q_blocks && from < to; i++) {
+            const int64_t n = g.query(i).count;
+            const float* dout = queries.dout.row(i);
+            tiled.outer(g.p.dweight + bh * g.channels * g.channels, g.channels, dout, g.padded, rest + i * g.rows() * g.padded, g.padded, n, i > 0, from, to);
+            for (int64_t c = first; c < end; c++) {
+                float& sum = g.p.dbias[bh * g.channels + c];
+                if (i == 0) sum = 0;
+                for (int64_t r = 0; r < n; r++) sum += dout[r * g.padded + c];
+            }
+        }
+    }
+#endif
+
     float offset_sum() const {
         double sum = 0;
         for (int64_t i = 0; i < g.p.q_blocks; i++) sum += offset[i];
@@ -112,9 +129,8 @@ static void linear_key_gradient(const Geometry& g, const Keys& keys, const State
         return;
     const float *key = keys.keys.row(j), *dz = work.state + g.channels * g.padded;
     for (int64_t r = 0; r < n; r++) feature(work.phi + r * g.padded, key + r * g.padded, g.channels, g.p.feature_map);
-    product_rows(dv, g.padded, work.phi, g.padded, work.state, g.padded, round_up(n, ROWS), g.channels, g.padded, true);
-    transpose(work.matrix, g.padded, work.state, g.padded, g.channels, g.channels);
-    product_rows(work.c, g.padded, keys.values.row(j), g.padded, work.matrix, g.padded, round_up(n, ROWS), g.channels, g.padded, false);
+    panel_product(g, work.pack.tiled, dv, work.phi, n, work.state, g.padded, false, true, nullptr);
+    panel_product(g, work.pack.tiled, work.c, keys.values.row(j), n, work.state, g.padded, true, false, work.matrix);
     for (int64_t r = 0; r < n; r++) {
         float* dphi = work.c + r * g.padded;
         for (int64_t d = 0; d < g.channels; d++) dphi[d] += dz[d];

@@ -48,9 +48,10 @@ static void lean_deltas(const Geometry& g, const Queries& queries, BackwardWorks
     Slopes slopes(g);
     int64_t n = g.query(i).count;
     const float* dout = queries.dout.row(i);
-    slopes.rows(work.b, queries.q.row(i), slopes.read(work.matrix, bh, i), n);
+    panel_product(g, work.pack.tiled, work.b, queries.q.row(i), n, slopes.read(work.matrix, bh, i), g.padded, false, false, nullptr);
     for (int64_t r = 0; r < n; r++) {
-        queries.pooled_delta[i * g.width + r] = float(queries.exact_delta[i * g.width + r] - dot(work.b + r * g.padded, dout + r * g.padded, g.channels));
+        const double joined = dot(work.b + r * g.padded, dout + r * g.padded, g.channels) / double(LOG2E);
+        queries.pooled_delta[i * g.width + r] = float(queries.exact_delta[i * g.width + r] - joined);
     }
 }
 
@@ -66,8 +67,7 @@ static void share_of_gradient(const Geometry& g, const Queries& queries, float* 
 // The gradient of query block i through its matrix: work.a +=, in the units of pooled_query_gradient, which comes first.
 static void lean_query_gradient(const Geometry& g, const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t i) {
     share_of_gradient(g, queries, work.c, i);
-    transpose(work.matrix, g.padded, Slopes(g).of(bh, i), g.channels, g.channels, g.channels);
-    product_rows(work.a, g.padded, work.c, g.padded, work.matrix, g.padded, round_up(g.query(i).count, ROWS), g.channels, g.padded, true);
+    panel_product(g, work.pack.tiled, work.a, work.c, g.query(i).count, Slopes(g).of(bh, i), g.channels, true, true, work.matrix);
 }
 
 // The gradient of a matrix, from the query blocks that read it.
@@ -77,25 +77,31 @@ static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardW
     int64_t first = g.listed() ? state * SPAN : state, end = g.listed() ? std::min(first + SPAN, g.p.q_blocks) : first + 1;
     for (int64_t i = first; i < end; i++) {
         share_of_gradient(g, queries, work.c, i);
-        outer(g, work.matrix, queries.q.column(i), g.width, work.c, g.padded, g.query(i).count);
+#if AMX
+        if (work.pack.tiled)
+            work.pack.tiled->outer(work.matrix, g.padded, queries.q.row(i), g.padded, work.c, g.padded, g.query(i).count, false);
+        else
+#endif
+            outer(g, work.matrix, queries.q.column(i), g.width, work.c, g.padded, g.query(i).count);
         for (int64_t c = 0; c < g.channels; c++)
             for (int64_t d = 0; d < g.channels; d++) to[c * g.channels + d] += work.matrix[c * g.padded + d] * (1.f / LOG2E);
     }
 }
 
 struct PoolGradient {
-    static constexpr int64_t GROUP = 4 * ROWS;  // pooled keys per task
+    static constexpr int64_t GROUP = 4 * ROWS, TILED = 32;  // pooled keys per task; the most of them by tiles
     const Geometry& g;
     const Pool& pool;
+    const int64_t group;               // pooled keys per task
     Array<float> dmean, dvar, dvalue;  // [pools, padded]
     Array<double> doffset;             // [pools]; sums of gradients that nearly cancel
     Array<uint8_t> seen;               // [q_blocks, units]
 
     PoolGradient(const Geometry& g, const Pool& pool)
-        : g(g), pool(pool), dmean((pool.pools + GROUP) * g.padded), dvar((pool.pools + GROUP) * g.padded), dvalue((pool.pools + GROUP) * g.padded),
+        : g(g), pool(pool), group(gradients_by_tiles(g.p) ? std::min(TILED, g.width) : GROUP), dmean((pool.pools + GROUP) * g.padded), dvar((pool.pools + GROUP) * g.padded), dvalue((pool.pools + GROUP) * g.padded),
           doffset(pool.pools + GROUP), seen(g.p.q_blocks * g.units()) {}
 
-    int64_t tasks() const { return (pool.pools + GROUP - 1) / GROUP; }
+    int64_t tasks() const { return (pool.pools + group - 1) / group; }
 
     void mark(int64_t bh, int64_t i) {
         uint8_t* mine = seen + i * g.units();
@@ -108,10 +114,22 @@ struct PoolGradient {
         for (int64_t n = 0; n < l.count; n++) mine[g.unit(l.blocks[n])] = 0;
     }
 
+    // What joins the logits of query block i's `n` pooled keys from `first` on, -inf for those that it does not see. False where it sees none.
+    bool bias(float* out, int64_t n, int64_t bh, int64_t first, int64_t i) const {
+        const float offset = g.p.offset ? g.p.offset[g.head(bh)] * LOG2E : 0.f;
+        const uint8_t* mine = seen + i * g.units();
+        bool any = false;
+        for (int64_t r = 0; r < n; r++) {
+            bool sees = first + r < pool.pools && mine[(first + r) / pool.parts];
+            out[r] = sees ? pool.log2_count[first + r] + offset : -INFINITY;
+            any |= sees;
+        }
+        return any;
+    }
+
     // The gradients of GROUP pooled keys, from all image query blocks.
-    void keys(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t task) {
+    void keys(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t first, int64_t count) {
         const Problem& p = g.p;
-        int64_t first = task * GROUP, count = std::min(GROUP, pool.pools - first);
         __builtin_memset(dmean + first * g.padded, 0, GROUP * g.padded * 4);
         __builtin_memset(dvar + first * g.padded, 0, GROUP * g.padded * 4);
         __builtin_memset(dvalue + first * g.padded, 0, GROUP * g.padded * 4);
@@ -124,6 +142,11 @@ struct PoolGradient {
             for (int64_t j = first; j < first + count; j += ROWS) keys_from_block(queries, work, bh, j, i);
         }
         for (int64_t e = first * g.padded; e < (first + count) * g.padded; e++) dmean[e] *= 1.f / LOG2E, dvar[e] *= 0.5f / (LOG2E * LOG2E);
+    }
+
+    // Those of pooled keys that were given are results.
+    void write(int64_t bh, int64_t first, int64_t count) const {
+        const Problem& p = g.p;
         for (int64_t j = first; p.pools && j < first + count; j++) {
             int64_t at = bh * pool.pools + j;
             __builtin_memcpy(p.dpooled_k + at * g.channels, dmean + j * g.padded, g.channels * 4);
@@ -136,15 +159,8 @@ struct PoolGradient {
     void keys_from_block(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t j, int64_t i) {
         const Problem& p = g.p;
         int64_t n = g.query(i).count;
-        float bias[ROWS], offset = p.offset ? p.offset[g.head(bh)] * LOG2E : 0.f;
-        const uint8_t* mine = seen + i * g.units();
-        bool any = false;
-        for (int64_t r = 0; r < ROWS; r++) {
-            bool sees = j + r < pool.pools && mine[(j + r) / pool.parts];
-            bias[r] = sees ? pool.log2_count[j + r] + offset : -INFINITY;
-            any |= sees;
-        }
-        if (!any) return;
+        float joined[ROWS];
+        if (!bias(joined, ROWS, bh, j, i)) return;
         V cap = all(p.cap * LOG2E);
         float* terms = work.uncapped;
         if (p.variance)
@@ -159,7 +175,7 @@ struct PoolGradient {
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.pooled_delta + i * g.width;
         auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {
             if (p.variance) x += load(terms + r * work.ld + c);
-            return x + bias[r];
+            return x + joined[r];
         };
         weights_and_gradients(
             work.probability, work.gradient, work.ld, n, pool.mean + j * g.padded, queries.q.column(i), pool.value + j * g.padded, queries.dout.column(i), g.width,

@@ -25,6 +25,12 @@ struct SummaryGradient : Summaries {
     // by_key = what the matrix's gradient makes of the values, by_value = of the keys.
     void through_matrix(SummaryWorkspace& work, int64_t bh, int64_t j, int64_t n) const {
         for (int64_t c = 0; c < d; c++) __builtin_memcpy(work.matrix + c * padded, s.dslope + ((bh * d + c) * s.k_blocks + j) * d, d * 4);
+#if AMX
+        if (work.tiled) {
+            work.tiled->rows(work.by_key, work.values, n, work.matrix, padded, true, false);
+            return work.tiled->rows(work.by_value, work.keys, n, work.matrix, padded, false, false);
+        }
+#endif
         transpose(work.turned, padded, work.matrix, padded, d, d);
         product_rows(work.by_key, padded, work.values, padded, work.turned, padded, round_up(n, ROWS), d, padded, false);
         product_rows(work.by_value, padded, work.keys, padded, work.matrix, padded, round_up(n, ROWS), d, padded, false);
@@ -89,10 +95,12 @@ void summarize_backward(const Summary& s) {
     SummaryGradient gradient(s);
     Array<float> total(gradient.padded);
     Team team(s.threads);
-    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
-    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(gradient.width, gradient.padded, true));
+    auto workspaces = workspaces_of(gradient, team, true);
     team.run([&](int thread) {
         SummaryWorkspace& work = *workspaces[size_t(thread)];
+#if AMX
+        TileRegisters registers;
+#endif
         for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
             team.share(1, [&](int64_t) { gradient.begin(bh); });
             team.share(s.k_blocks, [&](int64_t j) { gradient.key_block(work, bh, j); });

@@ -4,6 +4,7 @@
 struct PackWorkspace {
     Array<float> keys, values, phi, phi_t;
     Array<uint16_t> halves;
+    TiledPanels* tiled = nullptr;  // in the backward pass, where tiles serve it
 #if AMX
     Array<int32_t> pairs;    // of features, [channel tiles, pair steps of a block]
     Array<float> products;   // a state in tiles
@@ -37,8 +38,8 @@ struct Keys {
     std::unique_ptr<Pool> pool;
     std::unique_ptr<States> states;
 #if AMX
-    std::unique_ptr<TiledPool> tiled_pool;     // in place of the pool's rows, and of the states, where tiles serve the forward pass
-    std::unique_ptr<TiledStates> tiled_states;
+    std::unique_ptr<TiledPool> tiled_pool;      // in place of the pool's rows, where tiles serve
+    std::unique_ptr<TiledStates> tiled_states;  // in place of the states, in the forward pass
 #endif
 
     Keys(const Geometry& g, bool backward)
@@ -54,7 +55,7 @@ struct Keys {
         if (paired && g.p.rest == REST_POOLED && PairedPool::serves(g)) paired_pool = std::make_unique<PairedPool>(g, false), holds = Pool::BIASES;
 #endif
 #if AMX
-        if (paired && g.p.rest == REST_POOLED && g.p.extra == 0) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true), holds = Pool::ROWS_TOO;
+        if (g.p.rest == REST_POOLED && (tiled || (paired && g.p.extra == 0))) tiled_pool = std::make_unique<TiledPool>(g, g.pools(), true, backward), holds = Pool::ROWS_TOO;
 #endif
         if (g.p.rest == REST_POOLED) pool = std::make_unique<Pool>(g, backward, false, holds);
 #if AMX
@@ -106,8 +107,7 @@ struct Keys {
         if (pool && !pool->given) pool->fill(j, key, value, ldv);
         if (states) {
             for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
-            transpose(work.phi_t, g.width, work.phi, g.padded, n, g.channels);
-            states->fill(j, work.phi_t, g.width, value, ldv, n, nullptr);
+            states->fill(j, work.tiled, work.phi, value, ldv, n, nullptr, work.phi_t);
         }
     }
 
@@ -141,6 +141,7 @@ struct LinearRows {
     Array<float> raw, phi, phi_t, state, out;
     Array<double> mass;  // float64 sums: log masses and their gradients are differences of near numbers
     States::Workspace rest_work;
+    TiledPanels* tiled = nullptr;  // in the backward pass, where tiles serve it
     bool any = false;
 
     explicit LinearRows(const Geometry& g)
@@ -164,7 +165,7 @@ struct LinearRows {
             for (int64_t r = 0; r < run.count; r++) mass[r] = 0;
             return;
         }
-        product_rows(out, g.padded, phi, g.padded, state, g.padded, round_up(run.count, ROWS), g.channels, g.padded, false);
+        panel_product(g, tiled, out, phi, run.count, state, g.padded, false, false, nullptr);
         const float* z = state + g.channels * g.padded;
         for (int64_t r = 0; r < run.count; r++) {
             double sum = (p.linear_all ? 1e-5 : 0.) + dot(phi + r * g.padded, z, g.channels);  // the released code's guard
@@ -202,7 +203,7 @@ struct ForwardWorkspace {
 #endif
 #if AMX
         if (keys.paired) tiled = std::make_unique<TiledSoftmax>(g, softmax.top, softmax.mass);
-        if (keys.tiled_pool && g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false);
+        if (keys.tiled_pool && g.listed()) tiled_seen = std::make_unique<TiledPool>(g, g.seen_pools(), false, false);
         if (keys.tiled_pool && g.p.variance) tiled_terms = std::make_unique<TiledTerms>(*tiled);
         if (keys.tiled_pool && g.p.slopes) slopes = std::make_unique<TiledSlopes>(g);
         if (keys.tiled_states) tiled_linear = std::make_unique<TiledLinear>(g, *keys.tiled_states);
@@ -326,7 +327,7 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
 #endif
     if (!AMX || !keys.paired || p.extra || (keys.pool && !by_tiles)) read_rows(s.q, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, p.scale * LOG2E);
 #if BF16_DOTS
-    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
+    if (keys.paired) copy_rows(reinterpret_cast<uint16_t*>(static_cast<Entry*>(s.q_pairs)), g.channels, p.q, bh / p.heads, g.head(bh), run, g.channels);
 #endif
     exact_part(g, keys, work, bh, i);
     bool image = i < p.q_blocks;

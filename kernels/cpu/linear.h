@@ -51,6 +51,22 @@ static inline void outer(const Geometry& g, float* out, const float* a, int64_t 
     __builtin_memcpy(out + whole * g.padded, last, (g.channels - whole) * g.padded * 4);
 }
 
+#if !AMX
+struct TiledPanels;  // there are none
+#endif
+
+// out [n, padded] = (or +=) a · m, or a · mᵀ where it is turned; `a` and `out` are panels, m [channels, ldm]. Not turned, m is a panel too; turned, `space` [padded, padded].
+// By tiles where there are some.
+static inline void panel_product(
+    const Geometry& g, TiledPanels* tiled, float* out, const float* a, int64_t n, const float* m, int64_t ldm, bool turned, bool add, float* space) {
+#if AMX
+    if (tiled) return tiled->rows(out, a, n, m, ldm, turned, add);
+#endif
+    static_cast<void>(tiled);
+    if (turned) transpose(space, g.padded, m, ldm, g.channels, g.channels), m = space, ldm = g.padded;
+    product_rows(out, g.padded, a, g.padded, m, ldm, round_up(n, ROWS), g.channels, g.padded, add);
+}
+
 // States of blocks: matrix [channels, padded] then vector [padded]. Sums run in float64, so that the rest, a difference of sums, is as
 // exact as a sum of the rest alone.
 struct States {
@@ -65,13 +81,18 @@ struct States {
 
     float* of(int64_t i) const { return state + i * size; }
 
-    // state of block i = A · B and the row sums of A weighted by w (or 1): `a` [channels rows, ld] transposed features, `b` [depth, ldb]
-    void fill(int64_t i, const float* a, int64_t ld, const float* b, int64_t ldb, int64_t depth, const float* w) {
+    // state of block i = phiᵀ · b and the sums of phi's rows weighted by w (or 1): `phi` [n, padded], `b` [n, ldb]; `space` [channels + ROWS, width]
+    void fill(int64_t i, TiledPanels* tiled, const float* phi, const float* b, int64_t ldb, int64_t n, const float* w, float* space) {
         float* out = of(i);
-        outer(g, out, a, ld, b, ldb, depth);
-        for (int64_t d = 0; d < g.channels; d++) {
-            out[g.channels * g.padded + d] = float(dot(a + d * ld, w ? w : ones, depth));
-        }
+        transpose(space, g.width, phi, g.padded, n, g.channels);
+#if AMX
+        if (tiled)
+            tiled->outer(out, g.padded, phi, g.padded, b, ldb, n, false);
+        else
+#endif
+            outer(g, out, space, g.width, b, ldb, n);
+        static_cast<void>(tiled);
+        for (int64_t d = 0; d < g.channels; d++) out[g.channels * g.padded + d] = float(dot(space + d * g.width, w ? w : ones, n));
     }
 
     // state of block i as it is given, [channels + 1, channels]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -18,7 +19,15 @@ from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.cpu import sources
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GRADIENTS_OF_UNITS, GroupingArguments, Units
 
-TARGETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+def targets_of(machine: str) -> tuple[str, ...]:
+    """The instruction sets that there is code for, by the numbers that api.cpp gives them: a CPU has those up to its best."""
+    if machine.lower() in ("aarch64", "arm64"):
+        return ("portable", "bfmmla")
+    return ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+
+TARGETS = targets_of(platform.machine())
 TARGET_VARIABLE = "DIT_ACCEL_CPU_TARGET"  # one of TARGETS: run that code instead of the CPU's best, for tests and bug reports
 
 

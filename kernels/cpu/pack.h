@@ -189,8 +189,8 @@ struct Panels {
     float* column(int64_t i) const { return columns + (i - first) * column_size; }
 };
 
-// One block of keys as the exact part reads it: transposed keys and rows of values. Entries are floats, or int32_t that hold a pair of
-// bfloat16: two channels of a key in the columns, two keys in the rows.
+// One block of keys as the exact part reads it: transposed keys and rows of values. Entries are floats, or hold BF16_DOTS
+// bfloat16: as many channels of a key in the columns, as many keys in the rows.
 template <class E>
 struct Block {
     const E* columns;
@@ -200,13 +200,13 @@ struct Block {
 };
 
 #if BF16_DOTS
-// Blocks of pairs, from bfloat16 tensors: `columns` [blocks, channels / 2, width], `rows` [blocks, width / 2, padded].
+// Blocks of such entries, from bfloat16 tensors: `columns` [blocks, channels / BF16_DOTS, width], `rows` [blocks, width / BF16_DOTS, padded].
 struct Pairs {
     const Geometry& g;
     int64_t row_size, column_size;
-    Array<int32_t> rows, columns;
+    Array<Entry> rows, columns;
     explicit Pairs(const Geometry& g)
-        : g(g), row_size(g.width / 2 * g.padded), column_size(g.channels / 2 * g.width), rows((g.p.k_blocks + g.text_blocks) * row_size),
+        : g(g), row_size(g.width / BF16_DOTS * g.padded), column_size(g.channels / BF16_DOTS * g.width), rows((g.p.k_blocks + g.text_blocks) * row_size),
           columns((g.p.k_blocks + g.text_blocks) * column_size) {}
 
     // `space`: width rows of channels
@@ -215,18 +215,24 @@ struct Pairs {
         int64_t d = g.channels;
         copy_rows(space, d, g.p.k, bh / g.p.heads, g.head(bh), run, d);
         g.clear_masked(space, d, bh, j);
-        int32_t* column = columns + j * column_size;
-        for (int64_t c = 0; c < d / 2; c++)
-            for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, space + n * d + 2 * c, 4);
+        Entry* column = columns + j * column_size;
+        for (int64_t c = 0; c < d / BF16_DOTS; c++)
+            for (int64_t n = 0; n < run.count; n++) __builtin_memcpy(column + c * g.width + n, space + n * d + BF16_DOTS * c, sizeof(Entry));
         copy_rows(space, d, g.p.v, bh / g.p.heads, g.head(bh), run, d);
         g.clear_masked(space, d, bh, j);
-        int32_t* row = rows + j * row_size;
-        for (int64_t n = 0; n < run.count; n += 2)
-            for (int64_t c = 0; c < d; c++) {
-                uint32_t next = n + 1 < run.count ? space[(n + 1) * d + c] : 0;
-                row[n / 2 * g.padded + c] = int32_t(space[n * d + c] | next << 16);
-            }
+        Entry* row = rows + j * row_size;
+        for (int64_t n = 0; n < run.count; n += BF16_DOTS)
+            join_rows(row + n / BF16_DOTS * g.padded, space + n * d, d, std::min<int64_t>(BF16_DOTS, run.count - n), d);
     }
-    Block<int32_t> block(int64_t j) const { return {columns + j * column_size, g.width, rows + j * row_size, g.padded}; }
+    // Entries of `count` rows, zero for those that are missing.
+    static void join_rows(Entry* out, const uint16_t* rows, int64_t ld, int64_t count, int64_t channels) {
+        typedef std::make_unsigned<Entry>::type Bits;
+        for (int64_t c = 0; c < channels; c++) {
+            Bits joined = rows[c];
+            for (int64_t i = 1; i < BF16_DOTS; i++) joined |= (i < count ? Bits(rows[i * ld + c]) : Bits(0)) << (16 * i);
+            out[c] = Entry(joined);
+        }
+    }
+    Block<Entry> block(int64_t j) const { return {columns + j * column_size, g.width, rows + j * row_size, g.padded}; }
 };
 #endif

@@ -60,9 +60,9 @@ struct Pool {
     static void put_columns(E* to, int64_t t, const E* columns, int64_t parts, int64_t depth) {
         to += t / POOL * depth * POOL + t % POOL;
         if (parts == 4)  // a copy of known size: one store for each row
-            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * 4, 16);
+            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * 4, 4 * sizeof(E));
         else
-            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * parts, parts * 4);
+            for (int64_t i = 0; i < depth; i++) __builtin_memcpy(to + i * POOL, columns + i * parts, parts * sizeof(E));
     }
 
     // The pooled keys of unit j, as they are given.
@@ -178,19 +178,19 @@ struct Pool {
 };
 
 #if BF16_DOTS
-// Pooled keys and values that are given, as pairs of bfloat16: of all units, or of those that a query block sees.
+// Pooled keys and values that are given, as entries of bfloat16: of all units, or of those that a query block sees.
 struct PairedPool {
     const Geometry& g;
     const int64_t parts, depth;
-    Array<int32_t> columns, rows;  // of all: [units, depth, parts]; of those that are seen: [chunks, depth, POOL]. [pools / 2, padded]
+    Array<Entry> columns, rows;    // of all: [units, depth, parts]; of those that are seen: [chunks, depth, POOL]. [pools / BF16_DOTS, padded]
     int64_t gathered = -1;         // the list
 
-    // Where query blocks see some of the units, and a pair of keys is of one unit.
-    static bool serves(const Geometry& g) { return g.listed() && g.p.pool_parts % 2 == 0; }
+    // Where query blocks see some of the units, and the keys of an entry are of one unit.
+    static bool serves(const Geometry& g) { return g.listed() && g.p.pool_parts % BF16_DOTS == 0; }
 
     PairedPool(const Geometry& g, bool seen)
-        : g(g), parts(g.parts()), depth(g.channels / 2), columns((seen ? round_up(g.seen_pools(), POOL) : g.pools()) * depth),
-          rows((seen ? round_up(g.seen_pools(), POOL) : g.pools()) / 2 * g.padded) {}
+        : g(g), parts(g.parts()), depth(g.channels / BF16_DOTS), columns((seen ? round_up(g.seen_pools(), POOL) : g.pools()) * depth),
+          rows((seen ? round_up(g.seen_pools(), POOL) : g.pools()) / BF16_DOTS * g.padded) {}
 
     void narrow_row(uint16_t* out, const float* in) const {
         int64_t c = 0;
@@ -199,14 +199,14 @@ struct PairedPool {
     }
 
     void read(int64_t bh, int64_t unit) {
-        alignas(64) uint16_t row[2][MAX_CHANNELS];
+        alignas(64) uint16_t row[BF16_DOTS][MAX_CHANNELS];
         for (int64_t t = unit * parts; t < (unit + 1) * parts; t++) {
             narrow_row(row[0], g.p.pooled_k + (bh * g.pools() + t) * g.channels);
-            for (int64_t c = 0; c < depth; c++) __builtin_memcpy(columns + (unit * depth + c) * parts + t % parts, row[0] + 2 * c, 4);
+            for (int64_t c = 0; c < depth; c++) __builtin_memcpy(columns + (unit * depth + c) * parts + t % parts, row[0] + BF16_DOTS * c, sizeof(Entry));
         }
-        for (int64_t t = unit * parts; t < (unit + 1) * parts; t += 2) {
-            for (int64_t n = 0; n < 2; n++) narrow_row(row[n], g.p.pooled_v + (bh * g.pools() + t + n) * g.channels);
-            for (int64_t c = 0; c < g.channels; c++) rows[t / 2 * g.padded + c] = int32_t(row[0][c] | uint32_t(row[1][c]) << 16);
+        for (int64_t t = unit * parts; t < (unit + 1) * parts; t += BF16_DOTS) {
+            for (int64_t n = 0; n < BF16_DOTS; n++) narrow_row(row[n], g.p.pooled_v + (bh * g.pools() + t + n) * g.channels);
+            Pairs::join_rows(rows + t / BF16_DOTS * g.padded, row[0], MAX_CHANNELS, BF16_DOTS, g.channels);
         }
     }
 
@@ -216,15 +216,16 @@ struct PairedPool {
         gathered = list;
         const int32_t* units = g.p.pool_lists + list * g.p.pool_width;
         for (int64_t n = 0; n < g.p.pool_counts[list]; n++) {
-            Pool::put_columns<int32_t>(columns, n * parts, all.columns + units[n] * depth * parts, parts, depth);
-            __builtin_memcpy(rows + n * parts / 2 * g.padded, all.rows + units[n] * parts / 2 * g.padded, parts / 2 * g.padded * 4);
+            Pool::put_columns<Entry>(columns, n * parts, all.columns + units[n] * depth * parts, parts, depth);
+            const int64_t count = parts / BF16_DOTS * g.padded;
+            __builtin_memcpy(rows + n * count, all.rows + units[n] * count, count * sizeof(Entry));
         }
     }
 
     // Add those of `pool`'s list to a softmax; `bias` as in Pool::visit.
     void visit(Softmax& softmax, int64_t queries, const Pool& pool, const float* bias) const {
         for (int64_t chunk = 0; chunk < pool.chunks; chunk++) {
-            const Block<int32_t> block{columns + chunk * depth * POOL, POOL, rows + chunk * POOL / 2 * g.padded, g.padded};
+            const Block<Entry> block{columns + chunk * depth * POOL, POOL, rows + chunk * POOL / BF16_DOTS * g.padded, g.padded};
             const float* mine = bias + chunk * POOL;
             softmax.visit(queries, block, pool.keys(chunk), [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(mine + c); });
         }
@@ -244,12 +245,6 @@ struct Slopes {
         if (g.channels == g.padded) return of(bh, i);
         for (int64_t c = 0; c < g.channels; c++) __builtin_memcpy(space + c * g.padded, of(bh, i) + c * g.channels, g.channels * 4);
         return space;
-    }
-
-    // What a query whose softmax were all of pooled keys would get, rows [queries, padded]; `q` is scaled by s·log2(e).
-    void rows(float* out, const float* q, const float* matrix, int64_t queries) const {
-        product_rows(out, g.padded, q, g.padded, matrix, g.padded, round_up(queries, ROWS), g.channels, g.padded, false);
-        for (int64_t e = 0; e < queries * g.padded; e++) out[e] *= 1.f / LOG2E;
     }
 };
 

@@ -9,6 +9,13 @@
 #define WITH_AMX 0
 #endif
 
+// Whether there is code for bfmmla: the assembler must know it, and Linux says whether the CPU has it.
+#if defined(__aarch64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 10))
+#define WITH_BFMMLA 1
+#else
+#define WITH_BFMMLA 0
+#endif
+
 struct Rows {  // `[B, H, N, D]` by strides in elements; channels are contiguous
     void* data;
     int64_t batch, head, row;

@@ -31,7 +31,8 @@ static inline __attribute__((always_inline)) void fma(V& acc, V x, V y) {
 #endif
 }
 
-#if BF16_DOTS
+#if BF16_DOTS == 2
+typedef int32_t Entry;  // a pair of bfloat16
 // The same for pairs of bfloat16: acc += x₀·y₀ + x₁·y₁ in each lane.
 static inline __attribute__((always_inline)) void fma(V& acc, I x, I y) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y)); }
 
@@ -40,6 +41,22 @@ static inline void store_narrow(uint16_t* p, V v) {
     typedef int16_t H __attribute__((vector_size(LANES * 2)));
     H halves;
     asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+    __builtin_memcpy(p, &halves, sizeof halves);
+}
+#endif
+
+#if BF16_DOTS == 4
+typedef int64_t Entry;  // four bfloat16
+// Two rows of four bfloat16 times two columns of four, which lie as rows do: acc[2 · r + c] += Σ row r · column c.
+static inline __attribute__((always_inline)) void fma_quads(V& acc, I rows, I columns) {
+    asm(".arch_extension bf16\n\tbfmmla %0.4s, %1.8h, %2.8h" : "+w"(acc) : "w"(rows), "w"(columns));
+}
+
+// To bfloat16, nearest even.
+static inline void store_narrow(uint16_t* p, V v) {
+    typedef int16_t H __attribute__((vector_size(LANES * 2)));
+    H halves;
+    asm(".arch_extension bf16\n\tbfcvtn %0.4h, %1.4s" : "=w"(halves) : "w"(v));
     __builtin_memcpy(p, &halves, sizeof halves);
 }
 #endif

@@ -4,12 +4,17 @@ struct Softmax {
     const Geometry& g;
     const int64_t width;                    // of a row of scores
     Array<float> q, acc, top, mass, score;  // panel of scaled queries; output so far, row maximum, row sum; ROWS rows of scores
-    Array<int32_t> q_pairs, weight_pairs;   // queries as they came, and weights, where the keys are pairs of bfloat16
+#if BF16_DOTS
+    Array<Entry> q_pairs, weight_pairs;     // queries as they came, and weights, where the keys are bfloat16
+#endif
 
     Softmax(const Geometry& g, bool pairs)
         : g(g), width(std::max<int64_t>(g.width, SPAN * POOL)), q(g.rows() * g.padded), acc(g.rows() * g.padded), top(g.rows() + 16),
           mass(g.rows() + 16), score(ROWS * width) {
-        if (pairs) q_pairs.allocate(g.rows() * g.channels / 2), weight_pairs.allocate(ROWS * width / 2);
+        static_cast<void>(pairs);
+#if BF16_DOTS
+        if (pairs) q_pairs.allocate(g.rows() * g.channels / BF16_DOTS), weight_pairs.allocate(ROWS * width / BF16_DOTS);
+#endif
     }
 
     void start() {
@@ -109,18 +114,20 @@ struct Softmax {
 
 #if BF16_DOTS
     template <int N>
-    void logits(V (&x)[ROWS][N], int64_t r0, const Block<int32_t>& b, int64_t c) const {
+    void logits(V (&x)[ROWS][N], int64_t r0, const Block<Entry>& b, int64_t c) const {
+        const int64_t depth = g.channels / BF16_DOTS;
         for (int r = 0; r < ROWS; r++)
             for (int s = 0; s < N; s++) x[r][s] = V{};
-        tile<N>(x, q_pairs + r0 * (g.channels / 2), g.channels / 2, b.columns + c, b.columns_ld, g.channels / 2);
+        tile<N>(x, q_pairs + r0 * depth, depth, b.columns + c, b.columns_ld, depth);
         V factor = all(g.p.scale * LOG2E);
         for (int r = 0; r < ROWS; r++)
             for (int s = 0; s < N; s++) x[r][s] *= factor;
     }
-    void keep_weights(const Block<int32_t>&, int64_t at, V weight) { store_narrow(reinterpret_cast<uint16_t*>(static_cast<int32_t*>(weight_pairs)) + at, weight); }
-    void add_values(int64_t r0, const Block<int32_t>& b, int64_t first, int64_t last, const float* factor) {
-        const int32_t *weights = weight_pairs + first / 2, *rows = b.rows + first / 2 * b.rows_ld;
-        product_of(acc + r0 * g.padded, g.padded, weights, width / 2, rows, b.rows_ld, (last - first + 1) / 2, g.padded, factor);
+    void keep_weights(const Block<Entry>&, int64_t at, V weight) { store_narrow(reinterpret_cast<uint16_t*>(static_cast<Entry*>(weight_pairs)) + at, weight); }
+    void add_values(int64_t r0, const Block<Entry>& b, int64_t first, int64_t last, const float* factor) {
+        const Entry *weights = weight_pairs + first / BF16_DOTS, *rows = b.rows + first / BF16_DOTS * b.rows_ld;
+        const int64_t depth = (last - first + BF16_DOTS - 1) / BF16_DOTS;
+        product_of(acc + r0 * g.padded, g.padded, weights, width / BF16_DOTS, rows, b.rows_ld, depth, g.padded, factor);
     }
 #endif
 

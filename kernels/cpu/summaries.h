@@ -4,65 +4,6 @@
 static constexpr int STEPS = 4;          // of the power iteration that finds a block's principal direction
 static constexpr int64_t MOST_PARTS = 4;  // of a block
 
-// acc[r][c] += sum over n of A[n, r] · B[n, c], both row-major; or rows [first, most) of that sum alone go to `out`. A function of its own for
-// the reason that `tile` is one.
-template <int N, bool TO_OUT>
-static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], float* out, int64_t ldo, int64_t first, int64_t most, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
-    V sum[ROWS][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < N; c++) sum[r][c] = TO_OUT ? V{} : acc[r][c];
-    for (int64_t n = 0; n < depth; n++) {
-        V column[N];
-#pragma GCC unroll 4
-        for (int c = 0; c < N; c++) column[c] = load(b + n * ldb + c * LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            V x = all(a[n * lda + r]);
-#pragma GCC unroll 4
-            for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < N; c++)
-            if (!TO_OUT)
-                acc[r][c] = sum[r][c];
-            else if (r >= first && r < most)
-                store(out + r * ldo + c * LANES, sum[r][c]);
-}
-
-// out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Where A
-// has less than ROWS columns, that many are read. `upper`: of the entries below the diagonal some are left out.
-static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add, bool upper = false) {
-    for (int64_t next = 0; next < rows; next += ROWS) {
-        int64_t r0 = std::min<int64_t>(next, std::max<int64_t>(rows - ROWS, 0)), from = upper ? r0 / LANES * LANES : 0;
-        int64_t first = next - r0, most = std::min<int64_t>(ROWS, rows - r0);  // the last rows once more: nothing past A's end is read
-        for_widths(round_up(columns, LANES) - from, [&](int64_t c0, auto strip) __attribute__((always_inline)) {
-            V acc[ROWS][strip.value];
-            int64_t c = from + c0;
-            if (!add && columns % LANES == 0) return outer_tile<strip.value, true>(acc, out + r0 * ldo + c, ldo, first, most, a + r0, lda, b + c, ldb, depth);
-            for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < strip.value; s++) {
-                    acc[r][s] = V{};
-                    int64_t at = c + s * LANES;
-                    if (add && r >= first && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
-                }
-            outer_tile<strip.value, false>(acc, nullptr, 0, 0, 0, a + r0, lda, b + c, ldb, depth);
-            for (int64_t r = first; r < most; r++)
-                for (int s = 0; s < strip.value; s++) {
-                    int64_t at = c + s * LANES;
-                    if (at + LANES <= columns)
-                        store(out + (r0 + r) * ldo + at, acc[r][s]);
-                    else
-                        __builtin_memcpy(out + (r0 + r) * ldo + at, &acc[r][s], (columns - at) * 4);
-                }
-        });
-    }
-}
-
 // out[c] = Σ_i weight[i] · rows[i, c], or of its square; of whole vectors. Two sums each, or every one would wait for the one before it. A
 // function of its own for the reason that `tile` is one.
 template <bool SQUARE, int N>
@@ -153,6 +94,9 @@ struct SummaryWorkspace {
     Array<float> k_mean, v_mean, squares;                                // [MOST_PARTS, padded] each
     Array<int32_t> order, next, places;                                  // [width] each; `order`: which row each row of the panels was
     int64_t first[MOST_PARTS] = {}, count[MOST_PARTS] = {};              // the rows of each part
+#if AMX
+    std::unique_ptr<TiledPanels> tiled;                                  // where queries, keys and values are bfloat16
+#endif
 
     SummaryWorkspace(int64_t width, int64_t padded, bool backward)
         : keys(width * padded + 16), values(width * padded + 16), spare(width * padded + 16), direction(padded), moved(padded), along(width), one(width),
@@ -316,6 +260,12 @@ struct Summaries {
             weighted_rows(work.moved, work.one, q.data, q.ld, run.count, padded);
             float* mean = s.q_mean + (bh * s.q_blocks + i) * d;
             for (int64_t c = 0; c < d; c++) mean[c] = work.moved[c] * (1.f / float(run.count));
+#if AMX
+            if (s.parts > 1 && work.tiled) {
+                work.tiled->outer(sum, padded, q.data, q.ld, q.data, q.ld, run.count, true);
+                continue;
+            }
+#endif
             if (s.parts > 1)
                 outer_rows(sum, padded, q.data, q.ld, q.data, q.ld, d, run.count, padded, true, true);
             else
@@ -416,13 +366,27 @@ struct Summaries {
     }
 };
 
+// A workspace for each thread.
+static std::vector<std::unique_ptr<SummaryWorkspace>> workspaces_of(const Summaries& all, const Team& team, bool backward) {
+    std::vector<std::unique_ptr<SummaryWorkspace>> made;
+    for (int t = 0; t < team.size(); t++) {
+        made.push_back(std::make_unique<SummaryWorkspace>(all.width, all.padded, backward));
+#if AMX
+        if (all.s.q.bf16 && all.s.k.bf16 && all.s.v.bf16) made.back()->tiled = std::make_unique<TiledPanels>(all.d, all.width);
+#endif
+    }
+    return made;
+}
+
 void summarize(const Summary& s) {
     Summaries summaries(s, false);
     Team team(s.threads);
-    std::vector<std::unique_ptr<SummaryWorkspace>> workspaces;
-    for (int t = 0; t < team.size(); t++) workspaces.push_back(std::make_unique<SummaryWorkspace>(summaries.width, summaries.padded, false));
+    auto workspaces = workspaces_of(summaries, team, false);
     team.run([&](int thread) {
         SummaryWorkspace& work = *workspaces[size_t(thread)];
+#if AMX
+        TileRegisters registers;
+#endif
         for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
             team.share(Summaries::GROUPS, [&](int64_t number) { summaries.add_queries(work, bh, number); });
             team.share(team.size(), [&](int64_t part) { summaries.add_up(part, team.size()); });

@@ -1,5 +1,5 @@
 // Everything that is compiled once per instruction set. The including file sets TARGET (a namespace), LANES, ROWS, STRIP,
-// BF16_DOTS (pairs of bfloat16 are multiplied in vectors) and AMX (they are multiplied in tiles).
+// BF16_DOTS (how many bfloat16 an instruction multiplies and adds up, 0: it has none) and AMX (bfloat16 is multiplied in tiles).
 
 namespace TARGET {
 

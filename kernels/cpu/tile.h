@@ -1,7 +1,7 @@
 // The register tile: ROWS rows of A times a strip of B, and the products built from it. All matrices are row-major floats.
 // Rows come in groups of ROWS (callers pad), columns in whole vectors.
 
-// acc[r][c] += sum over k of A[r, k] · B[k, c]. Entries are floats, or pairs of bfloat16 as int32_t, two values of k to an entry. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12
+// acc[r][c] += sum over k of A[r, k] · B[k, c]. Entries are floats, or pairs of bfloat16, two values of k to an entry. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12
 // keeps them on the stack in some.
 template <int N, class E>
 static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth) {
@@ -26,6 +26,40 @@ static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const E* a, int64_
 #pragma GCC unroll 4
         for (int c = 0; c < N; c++) acc[r][c] = sum[r][c];
 }
+
+#if BF16_DOTS == 4
+// The same of four bfloat16 to an entry: two rows and two columns at a time, whose four sums lie in a vector.
+template <int N>
+static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const Entry* a, int64_t lda, const Entry* b, int64_t ldb, int64_t depth) {
+    V sum[ROWS / 2][2 * N];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS / 2; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) {
+            const V x = acc[2 * r][c], y = acc[2 * r + 1][c];
+            sum[r][2 * c] = V{x[0], x[1], y[0], y[1]}, sum[r][2 * c + 1] = V{x[2], x[3], y[2], y[3]};
+        }
+    for (int64_t k = 0; k < depth; k++) {
+        I column[2 * N];
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * N; c++) __builtin_memcpy(&column[c], b + k * ldb + c * 2, sizeof(I));
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS / 2; r++) {
+            typedef Entry Two __attribute__((vector_size(16)));
+            const I rows = I(Two{a[2 * r * lda + k], a[(2 * r + 1) * lda + k]});
+#pragma GCC unroll 4
+            for (int c = 0; c < 2 * N; c++) fma_quads(sum[r][c], rows, column[c]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS / 2; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) {
+            const V x = sum[r][2 * c], y = sum[r][2 * c + 1];
+            acc[2 * r][c] = V{x[0], x[1], y[0], y[1]}, acc[2 * r + 1][c] = V{x[2], x[3], y[2], y[3]};
+        }
+}
+#endif
 
 // Calls body(c, strip) for each strip of columns: whole strips first, then single vectors. `body` is a generic lambda that takes the
 // number of vectors as std::integral_constant.
@@ -105,3 +139,62 @@ static inline void transpose(float* out, int64_t ldo, const float* in, int64_t l
 }
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// acc[r][c] += sum over n of A[n, r] · B[n, c], both row-major; or rows [first, most) of that sum alone go to `out`. A function of its own for
+// the reason that `tile` is one.
+template <int N, bool TO_OUT>
+static __attribute__((noinline)) void outer_tile(V (&acc)[ROWS][N], float* out, int64_t ldo, int64_t first, int64_t most, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+    V sum[ROWS][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) sum[r][c] = TO_OUT ? V{} : acc[r][c];
+    for (int64_t n = 0; n < depth; n++) {
+        V column[N];
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) column[c] = load(b + n * ldb + c * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            V x = all(a[n * lda + r]);
+#pragma GCC unroll 4
+            for (int c = 0; c < N; c++) fma(sum[r][c], x, column[c]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++)
+            if (!TO_OUT)
+                acc[r][c] = sum[r][c];
+            else if (r >= first && r < most)
+                store(out + r * ldo + c * LANES, sum[r][c]);
+}
+
+// out [rows, columns] = Aᵀ · B, or joins what is there; `columns` need not be whole vectors, those of B are read as if they were. Where A
+// has less than ROWS columns, that many are read. `upper`: of the entries below the diagonal some are left out.
+static inline void outer_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add, bool upper = false) {
+    for (int64_t next = 0; next < rows; next += ROWS) {
+        int64_t r0 = std::min<int64_t>(next, std::max<int64_t>(rows - ROWS, 0)), from = upper ? r0 / LANES * LANES : 0;
+        int64_t first = next - r0, most = std::min<int64_t>(ROWS, rows - r0);  // the last rows once more: nothing past A's end is read
+        for_widths(round_up(columns, LANES) - from, [&](int64_t c0, auto strip) __attribute__((always_inline)) {
+            V acc[ROWS][strip.value];
+            int64_t c = from + c0;
+            if (!add && columns % LANES == 0) return outer_tile<strip.value, true>(acc, out + r0 * ldo + c, ldo, first, most, a + r0, lda, b + c, ldb, depth);
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < strip.value; s++) {
+                    acc[r][s] = V{};
+                    int64_t at = c + s * LANES;
+                    if (add && r >= first && r < most) __builtin_memcpy(&acc[r][s], out + (r0 + r) * ldo + at, std::min<int64_t>(LANES, columns - at) * 4);
+                }
+            outer_tile<strip.value, false>(acc, nullptr, 0, 0, 0, a + r0, lda, b + c, ldb, depth);
+            for (int64_t r = first; r < most; r++)
+                for (int s = 0; s < strip.value; s++) {
+                    int64_t at = c + s * LANES;
+                    if (at + LANES <= columns)
+                        store(out + (r0 + r) * ldo + at, acc[r][s]);
+                    else
+                        __builtin_memcpy(out + (r0 + r) * ldo + at, &acc[r][s], (columns - at) * 4);
+                }
+        });
+    }
+}
