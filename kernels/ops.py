@@ -9,8 +9,9 @@ also on CPU tensors under Triton's interpreter).
 
 import functools
 import importlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,21 +41,54 @@ from dit_accel.kernels.grouping import (
     Units,
     new_units,
 )
+from dit_accel.kernels.replay import Records
+
+T = TypeVar("T")
+
+_one: ContextVar[bool] = ContextVar("one", default=False)  # whether this thread is in `as_one`, which has asked already
 
 
 def unwatched(*given: Tensor) -> bool:
     """Whether an operator on tensors is its implementation and nothing else: no gradient is recorded, nothing compiles, traces, transforms,
     counts or profiles it, and their memory holds their numbers, which that of a lazily negated view does not. To ask torch takes the
     processor longer than a launch, in every layer and step."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+    if torch.compiler.is_compiling():  # which knows no context variable
+        return False
+    return _one.get() or not (
+        torch.is_grad_enabled()
         or any(type(x) is not Tensor or x.is_neg() for x in given)
         or is_in_torch_dispatch_mode()
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def as_one(
+    implementation: str, records: Records, about: Hashable, tensors: Sequence[Tensor | None], constants: Callable[[], Sequence[Tensor]],
+    function: Callable[[], T],
+) -> T:  # fmt: skip
+    """What a function gives that calls several of the operators here: where nothing watches, recorded as one call.
+
+    It depends on `tensors`, on `constants`, which live as long as `records`, on `about`, and on nothing else.
+    """
+    if not unwatched(*(x for x in tensors if x is not None)):
+        return function()
+    found: T = _implementation(implementation).together(records, about, tensors, constants, _inside(function))
+    return found
+
+
+def _inside(function: Callable[[], T]) -> Callable[[], T]:
+    """The function, whose operators are called past PyTorch's dispatcher whatever records them."""
+
+    def call() -> T:
+        token = _one.set(True)
+        try:
+            return function()
+        finally:
+            _one.reset(token)
+
+    return call
 
 
 def attention(a: Arguments, implementation: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from dit_accel.kernels.cpu import native
+from dit_accel.kernels.cpu import calls, native
 
 COMMAND = "DIT_ACCEL_EMULATED"
 MACHINE = "DIT_ACCEL_EMULATED_MACHINE"  # as `platform.machine` names it; x86-64 where it is not set
@@ -95,6 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[PROGRAM] = program
     Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
     native.call = program.call  # type: ignore[assignment]
+    calls.together = lambda *given: given[-1]()  # type: ignore[assignment]  # a record calls the library of this computer
     native.best_target = lambda: program.best  # type: ignore[assignment]
     native.BFLOAT16.chooser = native.best_target
 

@@ -108,9 +108,13 @@ def _planned(
     if not torch.compiler.is_compiling():
         capture.keep(query.device, plan)  # plans are cached for a while only, and a graph reads this one at every replay
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # autocast has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
-    with torch.autocast(query.device.type, enabled=False):
-        return composition.attend(query, key, value, spec, layout, plan, params, scale, chosen, text_bias, far)
+    run = functools.partial(composition.attend, query, key, value, spec, layout, plan, params, scale, chosen, text_bias, far)
+    device = query.device.type
+    if device != "meta" and not torch.is_autocast_enabled(device):
+        return run()
+    # it has done its part: the accumulators, the lse and the learned projection stay in float32 (float64 for float64 inputs)
+    with torch.autocast(device, enabled=False):
+        return run()
 
 
 def _choose(backend: str, spec: AttentionSpec, params: Values, text_bias: Tensor | None, *tensors: Tensor) -> str:

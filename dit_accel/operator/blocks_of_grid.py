@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from dit_accel.kernels import capture
 from dit_accel.kernels.blocks import BlockMap, Blocks, map_from_masks
+from dit_accel.kernels.replay import Records
 from dit_accel.method.parts import Grid, Ground, Intervals, Order, Static
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.bit_masks import bit_masks
@@ -20,6 +21,7 @@ from dit_accel.operator.layout import TokenLayout, coordinates, joint_memory_ord
 from dit_accel.operator.lists import FARTHEST, Geometry, Lists, make_geometry
 
 Key = tuple[AttentionSpec, tuple[Grid, ...], Order, torch.device]
+RECORDS = 64  # calls by a plan that are remembered: of so many lengths of text
 TOGETHER = 32  # query blocks, neighbours in memory, that have one box around them
 T = TypeVar("T", Blocks, BlockMap, Geometry, Lists)
 
@@ -31,7 +33,7 @@ class Plan:
     `q_blocks`, `k_blocks`: the spec's blocks of the image tokens, which are in the layout's order. `coords` `[N, 4]`: (t, y, x, image) of
     those tokens; `image` counts the grids of the layout. `static`: the visited blocks of the patterns that depend on coordinates alone.
     `top`: the most blocks that are chosen for a query block in addition. `prepared`: what the spec's parts keep of the grid (`Call`).
-    `geometry`: the same for compiled kernels, in the blocks' order. `key`: see `plan_key`.
+    `geometry`: the same for compiled kernels, in the blocks' order. `key`: see `plan_key`. `records`: of calls by it.
     """
 
     key: Key
@@ -42,6 +44,7 @@ class Plan:
     top: int
     prepared: dict[str, Tensor]
     geometry: Geometry
+    records: Records = field(default_factory=lambda: Records(RECORDS), init=False, compare=False, repr=False)
 
 
 def _joined(masks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels import reference, xformers_rows
+from dit_accel.kernels import ops, reference, xformers_rows
 from dit_accel.kernels.blocks import BlockMap
 from dit_accel.kernels.reference import Partial
 from dit_accel.method.parameters import Values
@@ -23,6 +23,7 @@ from dit_accel.operator import lowering
 from dit_accel.operator.blocks_of_grid import Plan, with_chosen
 from dit_accel.operator.layout import Layouts, TokenLayout, layouts_of
 from dit_accel.operator.lists import Lists
+from dit_accel.operator.plans import tensors_of
 
 Dense = Callable[..., Partial]  # `reference.dense_attention`, or xformers' with the same arguments but the bias
 
@@ -41,7 +42,12 @@ def attend(
         raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: give one layout, or leave the part out")
     layouts = layout if isinstance(layout, Layouts) else layouts_of(layout, layout)
     if backend in lowering.COMPILED:
-        return _compiled(query, key, value, spec, layouts, plan, params, scale, backend, text_bias, far)
+        run = functools.partial(_compiled, query, key, value, spec, layouts, plan, params, scale, backend, text_bias, far)
+        if torch.compiler.is_compiling() or far is not None or not lowering.compiles(spec):
+            return run()
+        tensors = (query, key, value, text_bias, *params.values())
+        about = layouts.q.text, layouts.k.text, layouts.text_first, scale, tuple(params)
+        return ops.as_one(backend, plan.records, about, tensors, lambda: tensors_of(plan), run)
     dense = xformers_rows.dense_attention if backend == "xformers" else reference.dense_attention
     call = _image_call(query, key, value, layouts, plan, params, scale, dense)
     blocks = visited_blocks(call, spec, plan)

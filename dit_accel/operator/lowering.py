@@ -3,6 +3,7 @@
 The one place, besides `method`, that tells parts apart by their type: a part that is not known here runs in torch (`composition`).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -78,6 +79,12 @@ def in_torch(spec: AttentionSpec) -> list[Part]:
     rest = () if fuses(spec) else (spec.rest, spec.merge)
     found: list[Part | None] = [None if selects(spec) else spec.selection, *rest, *spec.extras]
     return [part for part in found if part is not None]
+
+
+@functools.lru_cache(maxsize=256)  # asked at every call
+def compiles(spec: AttentionSpec) -> bool:
+    """Whether compiled kernels do all of a spec, but for some of torch's operators between them."""
+    return selects(spec) and fuses(spec) and not spec.extras
 
 
 def has_states(spec: AttentionSpec) -> bool:

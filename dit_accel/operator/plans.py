@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -62,16 +62,22 @@ class Plans:
 
 
 def plan_bytes(value: Any) -> int:
-    """Bytes of a plan's tensors, those of the dataclasses, dictionaries and tuples in it among them."""
+    """Bytes of a plan's tensors."""
+    return sum(x.nbytes for x in tensors_of(value))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """A plan's tensors, those of the dataclasses, dictionaries and tuples in it among them."""
     if isinstance(value, Tensor):
-        return value.nbytes
+        return [value]
+    inner: Iterable[Any] = ()
     if isinstance(value, dict):
-        return sum(map(plan_bytes, value.values()))
-    if isinstance(value, tuple):
-        return sum(map(plan_bytes, value))
-    if not dataclasses.is_dataclass(value):
-        return 0
-    return sum(plan_bytes(getattr(value, field.name)) for field in dataclasses.fields(value))
+        inner = value.values()
+    elif isinstance(value, tuple):
+        inner = value
+    elif dataclasses.is_dataclass(value):
+        inner = (getattr(value, field.name) for field in dataclasses.fields(value))
+    return [x for one in inner for x in tensors_of(one)]
 
 
 RECENT = Plans(limit=64 * 2**20)  # of those who call `attention` by itself, without a model

@@ -44,7 +44,7 @@ class Forward:
         """Whether a layer runs a spec in some head."""
         return any(group.spec is not None for group in self.groups(layer))
 
-    @property
+    @functools.cached_property
     def image(self) -> int:
         """Tokens of all images."""
         return sum(math.prod(grid) for grid in self.grids)

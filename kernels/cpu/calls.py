@@ -1,7 +1,8 @@
 """The CPU kernels on tensors: float32 or bfloat16, parameters and gradients float32."""
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from dit_accel.kernels.arguments import (
     text_queries,
 )
 from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection, new_chosen
-from dit_accel.kernels.cpu import native
+from dit_accel.kernels.cpu import native, replay
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GroupingArguments, Units, check_grouping, new_units
 from dit_accel.kernels.precision import get_float32_attention_precision
+from dit_accel.kernels.replay import MovedError, Record, Records, key_of
+
+T = TypeVar("T")
 
 PER_HEAD = ("offset", "weight", "bias")  # whose gradients the library gives for each head of each sample, to be summed here
 # every entry of whose gradients the library writes, where others are added to
@@ -64,6 +68,32 @@ def _problem(a: Arguments) -> native.Problem:
         pool_width=0 if a.pool_lists is None else a.pool_lists.shape[-1],
         threads=torch.get_num_threads(), **native.fields_of(a),
     )  # fmt: skip
+
+
+def together(
+    records: Records, about: Hashable, tensors: Sequence[Tensor | None], constants: Callable[[], Sequence[Tensor]],
+    function: Callable[[], T],
+) -> T:  # fmt: skip
+    """What a function gives that calls several operators on `tensors` and `constants`, no gradient being recorded: recorded as one, in
+    `records`, which live as long as the constants. `about`: what else it depends on."""
+    q, precision = tensors[0], get_float32_attention_precision()
+    narrow = (q is not None and q.dtype == torch.bfloat16) or precision != "highest"
+    targets = native.target(), narrow and native.target(bfloat16=True)
+    key = key_of("together", tensors, about, precision, targets, torch.get_num_threads())
+    record = records.get(key, native)
+    if isinstance(record, Record):
+        with contextlib.suppress(MovedError):
+            return record.play(tensors)
+    if record is not None:
+        return function()
+    with replay.Recorder(tensors, constants()) as recorder:
+        token = native.noting.set(recorder.note)
+        try:
+            result = function()
+        finally:
+            native.noting.reset(token)
+    records.put(key, native, recorder.record(result) or False)
+    return result
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:

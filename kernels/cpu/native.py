@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -287,10 +288,29 @@ def _on_bfloat16(argument: Structure) -> bool:
     return isinstance(rows, Rows) and rows.bf16 == 1
 
 
+noting: ContextVar[Callable[[str, Structure, int], None] | None] = ContextVar("noting", default=None)  # what is told of this thread's calls
+
+
 def call(name: str, argument: Structure) -> None:
     """Run one of FUNCTIONS. Raises MemoryError where the machine has no more."""
     lib = library()
     if lib is None:
         raise RuntimeError(refusal())
-    if getattr(lib, f"dit_accel_{name}")(ctypes.byref(argument), target(bfloat16=_on_bfloat16(argument))):
-        raise MemoryError(f"the CPU kernels found no memory for {name}")
+    number = target(bfloat16=_on_bfloat16(argument))
+    if getattr(lib, f"dit_accel_{name}")(ctypes.byref(argument), number):
+        fail(name)
+    if note := noting.get():
+        note(name, argument, number)
+
+
+def fail(name: str) -> None:
+    """Raise MemoryError."""
+    raise MemoryError(f"the CPU kernels found no memory for {name}")
+
+
+def function(name: str) -> Any:
+    """One of FUNCTIONS, which takes any memory that is laid out as its argument is."""
+    lib = library()
+    if lib is None:
+        raise RuntimeError(refusal())
+    return lib[f"dit_accel_{name}"]

@@ -26,6 +26,7 @@ from dit_accel.kernels.arguments import (
 )
 from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection
 from dit_accel.kernels.grouping import GroupingArguments, Units, check_grouping
+from dit_accel.kernels.replay import MovedError, Record, Records, key_of
 from dit_accel.kernels.triton import (
     driver,
     fallback,
@@ -49,20 +50,21 @@ INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are spl
 
 
 class Redirected(NamedTuple):
-    """The machine whose tiles are taken, what is done with a launch, and whether that runs it."""
+    """The machine whose tiles are taken, what is done with a launch, whether that runs it, and whether it is the device's own."""
 
     machine: Machine
     run: Run
     runs: bool
+    own: bool = False
 
 
 _redirected: ContextVar[Redirected | None] = ContextVar("redirected", default=None)
 
 
 @contextlib.contextmanager
-def redirected(machine: Machine, run: Run, *, runs: bool = True) -> Iterator[None]:
+def redirected(machine: Machine, run: Run, *, runs: bool = True, own: bool = False) -> Iterator[None]:
     """Inside, this thread's launches have the tiles of `machine` and go to `run`."""
-    token = _redirected.set(Redirected(machine, run, runs))
+    token = _redirected.set(Redirected(machine, run, runs, own))
     try:
         yield
     finally:
@@ -102,7 +104,39 @@ _fitting: dict[torch.device, Machine] = {}  # in place of `machine_of`: with sma
 _warned: set[tuple[torch.device, fallback.Key]] = set()  # of which a user was warned
 
 
-_records = replay.Records()
+_records = Records()
+
+
+def together(
+    records: Records, about: Hashable, tensors: Sequence[Tensor | None], constants: Callable[[], Sequence[Tensor]],
+    function: Callable[[], T],
+) -> T:  # fmt: skip
+    """What a function gives that calls several operators on `tensors` and `constants`, no gradient being recorded: recorded as one, in
+    `records`, which live as long as the constants. `about`: what else it depends on."""
+    x = tensors[0]
+    if x is None or _redirected.get() is not None or not replay.possible(x.device):
+        return function()
+    machine, key = _fitting.get(x.device) or machine_of(x.device), key_of("together", tensors, about, launch.tf32_allowed())
+    record = records.get(key, machine)
+    if isinstance(record, Record):
+        if record.constants:
+            capture.keep(x.device, record.constants)  # the plan may drop the record
+        with contextlib.suppress(MovedError), torch.cuda.device_of(x):
+            return record.play(tensors)
+    if record is not None or capture.capturing(x.device):
+        return function()
+
+    def anew(machine: Machine) -> T:
+        with replay.Recorder(tensors, constants()) as recorder, redirected(machine, recorder.run, own=True):
+            result = function()
+        record = recorder.record(result)
+        if record is not None and record.constants and x.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # later calls read them on other streams
+        records.put(key, machine, record or False)
+        return result
+
+    with torch.cuda.device_of(x):
+        return _fitted(x.device, anew)
 
 
 def _run(name: str, x: Tensor, arguments: Sequence[Any], signature: Callable[[], Hashable], function: Callable[[Machine, Run], T]) -> T:
@@ -113,15 +147,18 @@ def _run(name: str, x: Tensor, arguments: Sequence[Any], signature: Callable[[],
     and where no tile fits.
     """
     elsewhere, device = _redirected.get(), x.device
-    if elsewhere is not None:
-        return function(elsewhere.machine, elsewhere.run)
-    key, machine = None, _fitting.get(device) or machine_of(device)
     tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
+    if elsewhere is not None:
+        result = function(elsewhere.machine, elsewhere.run)
+        if elsewhere.own:
+            capture.ran((device, tf32, signature()))
+        return result
+    key, machine = None, _fitting.get(device) or machine_of(device)
     if replay.possible(device):
-        key = replay.key_of(name, arguments, tf32, torch.is_autocast_enabled("cuda"))
+        key = key_of(name, arguments, tf32, torch.is_autocast_enabled("cuda"))
         record = _records.get(key, machine)
-        if record is not None:
-            with contextlib.suppress(replay.MovedError):
+        if isinstance(record, Record):
+            with contextlib.suppress(MovedError):
                 return record.play(arguments)
     call = device, tf32, signature()
     captured = capture.check(device, call)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, backward_parts, block_parts, launch_units, units_gradients
+from dit_accel.kernels.triton import backward_linear, backward_parts, block_means, block_parts, launch_units, units_gradients
 from dit_accel.kernels.triton.fallback import Place
 from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, mixing, precision_of, tf32_allowed, tiled
 from dit_accel.kernels.triton.launch_choice import query_moments
@@ -82,7 +82,13 @@ def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tenso
         "heads": heads, "rows": tokens, "first": 0, "chunk": chunk, "C": constants_of(backward_linear.outer_sums, constants),
     }  # fmt: skip
     tiled(run, Launch(backward_linear.outer_sums, (chunks, batch * heads), arguments, tile.warps), place)
-    return products.sum(0)
+    metric = q.new_empty((batch * heads, d, d), dtype=torch.float32)
+    summing = {
+        "parts": States(products), "weight": None, "found": States(metric), "of_weight": None, "groups": chunks, "heads": batch * heads,
+        "C": constants_of(block_means.sum_states, {"D": d, "E": 512, "N": 8}),
+    }  # fmt: skip
+    run(Launch(block_means.sum_states, (cdiv(d * d, 512), batch * heads), summing, 4))
+    return metric
 
 
 def gradients_of_summaries(
