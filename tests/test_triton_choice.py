@@ -299,7 +299,7 @@ class Seen(TorchDispatchMode):
 ROWS = ["attend_rows", "dense_rows", "merge_rows"]
 STEPS = {
     "fovea": (Fovea(0.2), ["block_moments", "choose_by_means", *ROWS], 4, 12),
-    "fovea-radius": (Fovea(radius=3), ["summarise", "list_bits", *ROWS], 1, 8),
+    "fovea-radius": (Fovea(radius=3), ["summarise", *ROWS], 1, 8),
     "sla": (SLA(0.3, block=(32, 32)), ["block_moments", "choose_by_means", "summarise", "sum_states", *ROWS], 4, 15),
     "clear": (CLEAR(3), ROWS, 0, 4),
 }

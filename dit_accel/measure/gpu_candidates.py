@@ -23,28 +23,32 @@ NARROW = ((64, 32), (32, 32), (32, 16), (16, 16))  # at 256
 @dataclass(frozen=True)
 class Kernel:
     """A row of the tile table: the functions that have its tile, methods with all their variants, what a program holds, and whether its
-    loops have a pipeline, so that stages are of any use."""
+    loops have a pipeline, so that stages are of any use; and whether it is tried with one head: of many the text is put among other
+    programs (`launch.Call.joined`)."""
 
     functions: tuple[str, ...]
     methods: tuple[str, ...]
     holds_keys: bool = False
     pipeline: bool = True
+    of_one_head: bool = False
 
 
+# with what only some of its tiles leave to launches of their own
+ROWS = ("attend_rows", "pair_lists", "dense_rows", "merge_rows")
 KERNELS = {
-    "rows": Kernel(("attend_rows", "pair_lists"), ("fovea, order 1", "fovea, groups", "gna")),
-    "rows_static": Kernel(("attend_rows", "pair_lists"), ("clear",)),
-    "rows_variance": Kernel(("attend_rows", "pair_lists"), ("fovea",)),
-    "rows_variance_static": Kernel(("attend_rows", "pair_lists"), ("fovea, radius",)),
-    "rows_linear": Kernel(("attend_rows",), ("sla", "sla, all")),
-    "dense": Kernel(("dense_rows",), ("fovea",)),
+    "rows": Kernel(ROWS, ("fovea, order 1", "fovea, groups", "gna")),
+    "rows_static": Kernel(ROWS, ("clear",)),
+    "rows_variance": Kernel(ROWS, ("fovea",)),
+    "rows_variance_static": Kernel(ROWS, ("fovea, radius",)),
+    "rows_linear": Kernel(ROWS, ("sla", "sla, all")),
+    "dense": Kernel(("dense_rows",), ("fovea",), of_one_head=True),
     "merge": Kernel(("merge_rows", "deltas"), ("fovea",), pipeline=False),
     "summarise": Kernel(("summarise",), ("fovea", "sla"), True),
     "moments": Kernel(("block_moments",), ("fovea",), True, pipeline=False),
-    "gradient_rows": Kernel(("gradient_rows",), ("fovea", "clear", "gna", "sla")),
-    "gradient_columns": Kernel(("gradient_columns",), ("fovea", "clear", "gna", "sla"), True),
-    "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",)),
-    "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True),
+    "gradient_rows": Kernel(("gradient_rows", "gradient_dense_rows"), ("fovea", "clear", "gna", "sla")),
+    "gradient_columns": Kernel(("gradient_columns", "gradient_shared_keys"), ("fovea", "clear", "gna", "sla"), True),
+    "gradient_dense": Kernel(("gradient_dense_rows",), ("fovea",), of_one_head=True),
+    "gradient_shared": Kernel(("gradient_shared_keys",), ("fovea",), True, of_one_head=True),
     "pooled": Kernel(("gradient_pooled",), ("fovea",), True),
     "slopes": Kernel(("tilted_deltas", "gradient_slopes"), ("fovea, order 1",)),
     "linear": Kernel(("linear_gradient",), ("sla", "sla, all")),
@@ -96,6 +100,7 @@ def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[
     """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
     spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
     layout = TokenLayout(grid, text)
+    heads = 1 if KERNELS[work.kernel].of_one_head else heads
     size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
     if empty:
         made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -26,6 +26,9 @@ from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
 from dit_accel.operator.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from dit_accel.kernels.triton.launch import Launch
 
 METHODS: dict[str, AttentionSpec] = {
     "fovea": Fovea(0.05),
@@ -54,7 +57,7 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED = DTYPES | {"float32": torch.float32}
 SPILLED = {"float32": 64}  # bytes a thread that are no fault: three products of parts take registers
-UNITS = 132  # multiprocessors: they change grids, not code
+UNITS = (132, 1)  # multiprocessors: many leave the text to launches of its own, few put it among other programs, as large calls do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +81,31 @@ class Job:
         found = {} if self.method not in TWO else {kernel: tile_of_two(kernel, self.arch, self.head_dim) for kernel in TOGETHER}
         return {(kernel, self.dtype, self.head_dim): tile for kernel, tile in found.items() if tile is not None}
 
-    def run(self) -> list[dict[str, Any]]:
-        """A row per kernel."""
-        torch.set_num_threads(1)  # as many jobs run as there are processors
+    def launches(self) -> list["Launch"]:
+        """One of each kernel that is compiled."""
         from dit_accel.kernels.triton import aot, calls
 
         spec = EVERY[self.method]
         layout = TokenLayout((1, 32, 32), 64)
         bias = torch.zeros(1, layout.text) if self.method in PADDED else None
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
-        params = start_values(spec, q).requires_grad_()
-        with calls.recorded(Machine(self.arch, UNITS, self._tuned())) as launches:
-            plan = make_plan(spec, layout, q.device)
-            far = _far(spec, plan, q) if self.method in BANDS else None
-            given = (q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")
-            composition.attend(*given, text_bias=bias, far=far)[0].sum().backward()
+        params, plan = start_values(spec, q).requires_grad_(), make_plan(spec, layout, q.device)
+        found: dict[tuple[str, int], Launch] = {}
+        for units in UNITS:
+            with calls.recorded(Machine(self.arch, units, self._tuned())) as launches:
+                far = _far(spec, plan, q) if self.method in BANDS else None
+                given = (q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")
+                composition.attend(*given, text_bias=bias, far=far)[0].sum().backward()
+            found |= {(aot.source(launch).hash(), launch.warps): launch for launch in launches}
+        return list(found.values())
+
+    def run(self) -> list[dict[str, Any]]:
+        """A row per kernel."""
+        torch.set_num_threads(1)  # as many jobs run as there are processors
+        from dit_accel.kernels.triton import aot
+
         rows = []
-        for launch in {(aot.source(launch).hash(), launch.warps): launch for launch in launches}.values():
+        for launch in self.launches():
             compiled = aot.compile_launch(launch, self.arch)
             tile = {"queries": launch.constants.get("BQ"), "keys": launch.constants.get("BK")}
             report = {"occupancy": compiled.occupancy, "faults": compiled.faults(self.spilled), **tile}

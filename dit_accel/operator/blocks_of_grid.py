@@ -121,7 +121,7 @@ def _new_plan(key: Key) -> Plan:
     geometry = make_geometry(
         q_part.starts, k_part.starts, in_blocks[:, :3], static,
         [_window(pattern, grids, in_blocks) for pattern in spec.tokenwise if pattern.intervals],  # type: ignore[arg-type]
-        to_memory, masks,
+        to_memory, masks, bits=spec.rest is not None and spec.selection is None,
     )  # fmt: skip
     coords = in_blocks
     if to_memory is not None:

@@ -1,6 +1,6 @@
 """A plan in the form that compiled kernels read: int32 block lists, block starts, coordinates and window bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class Lists:
         index = blocks.index.gather(-1, order).to(torch.int32).contiguous()
         mask_of = None if blocks.mask_of is None else blocks.mask_of.gather(-1, order).contiguous()
         return cls(index, blocks.valid.sum(-1, dtype=torch.int32), whole.sum(-1, dtype=torch.int32), mask_of)
+
+    def with_bits(self, key_blocks: int) -> "Lists":
+        """The same, and as bits, so that no call has to make them."""
+        index, held = self.listed()
+        words = torch.zeros(*index.shape[:-1], -(-key_blocks // 32), dtype=torch.int64, device=index.device)
+        words.scatter_add_(-1, index // 32, held * (1 << index % 32))  # a block is on a list once: a sum of bits is their union
+        return replace(self, bits=(words - (words >> 31 << 32)).to(torch.int32))
 
     def kept(self, key_blocks: int) -> Tensor:
         """The same as a mask `[..., Tq, Tk]`."""
@@ -87,14 +94,15 @@ def padded(rows: Tensor) -> Tensor:
 
 def make_geometry(
     starts_q: Tensor, starts_k: Tensor, coords: Tensor, static: BlockMap | None, windows: list[Tensor],
-    places: Tensor | None, masks: BitMasks | None,
+    places: Tensor | None, masks: BitMasks | None, *, bits: bool = False,
 ) -> Geometry:  # fmt: skip
-    """`coords` `[N, 3]`; `windows`: each as `[3 axes, 3, N]`; `places` `[N]`, see `Geometry`."""
+    """`coords` `[N, 3]`; `windows`: each as `[3 axes, 3, N]`; `places` `[N]`, see `Geometry`. `bits`: see `Lists`."""
+    lists = Lists.from_map(static) if static else None
     places = None if places is None else places.to(torch.int32)
     return Geometry(
         starts_q=starts_q.to(torch.int32),
         starts_k=starts_k.to(torch.int32),
-        lists=Lists.from_map(static) if static else None,
+        lists=lists.with_bits(len(starts_k) - 1) if lists and bits else lists,
         coords=padded(coords.T),
         windows=padded(torch.stack(windows)) if windows else None,
         places_q=places,

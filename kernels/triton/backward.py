@@ -17,7 +17,10 @@ from dit_accel.kernels.triton.primitives import (
     pooled_logits,
     pools_of_step,
     pools_seen,
+    program_of,
     put,
+    row_again,
+    rows_of_program,
     scaled_squares,
     span_of,
     tile,
@@ -84,32 +87,34 @@ def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate
 @kernel("D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, tilt, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
-    image_start_k, text, text_start, extra_keys, width, length_q, length_k, mask_size, units, pool_width, C: tl.constexpr,
+    image_start_k, text, text_start, text_q, text_start_q, text_tiles, extra_keys, q_blocks, width, length_q, length_k, mask_size, units,
+    pool_width, C: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, H, Nq, D]` (contiguous) of the image's queries; arguments as in `attend_rows`.
+    """dq `[B, H, Nq, D]` (contiguous) of the image's queries, and of the text's in `text_tiles` tiles; arguments as in `attend_rows`.
 
     `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`). `tilt`: where there are slopes, `tilted_deltas` and the share,
     which is written here.
 
-    Grid: (query blocks · SUB_Q, batch · heads).
+    Grid: (text_tiles + query blocks · SUB_Q, batch · heads).
     """
-    block, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
-    bh = tl.program_id(1).to(tl.int64)
+    number, bh, of_text = program_of(text_tiles)
+    block, sub = tl.where(of_text, 0, number) // C.SUB_Q, tl.where(of_text, 0, number) % C.SUB_Q
     h = bh % heads
     keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
     start = image_start_k.to(tl.int64)
     image_keys = Keys(keys.k + start * k.n, keys.v + start * v.n, k.n, v.n)
     q_token = tl.load(lists.q_starts + block) + sub * C.BQ + tl.arange(0, C.BQ)
     q_valid = q_token < tl.load(lists.q_starts + block + 1)
-    q_place = placed(lists.q_places, q_token, q_valid)
-    queries = tile(head(q, bh, heads), q_place + image_start_q, q.n, q_valid, C)
-    dout = tile(head(pull.dout, bh, heads), q_place + image_start_q, pull.dout.n, q_valid, C)
-    at_row = bh * tokens_q + image_start_q + q_place
+    q_token, q_valid, q_row = rows_of_program(lists.q_places, q_token, q_valid, number, of_text, image_start_q, text_start_q, text_q, C.BQ)
+    queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
+    dout = tile(head(pull.dout, bh, heads), q_row, pull.dout.n, q_valid, C)
+    at_row = bh * tokens_q + q_row
     lse2 = tl.load(pull.lse + at_row, mask=q_valid, other=0.0) * LOG2E
     mine = tl.load(pull.delta + at_row, mask=q_valid, other=0.0)
     factor = logits.scale * LOG2E
-    at_list = listed_at(block, bh, tl.num_programs(0) // C.SUB_Q, C)
-    whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
+    at_list = listed_at(block, bh, q_blocks, C)
+    whole = tl.where(of_text, 0, tl.load(lists.full + at_list))
+    listed = tl.where(of_text, 0, tl.load(lists.counts + at_list))
     mask_of, masks = predicate.mask_of, predicate.masks
     if predicate.masks is not None:
         mask_of += at_list * width
@@ -122,13 +127,13 @@ def gradient_rows(
     if C.PARTIAL:
         grad = visit_rows(grad, queries, dout, lse2, mine, image_keys, row, whole, listed, lists, predicate, factor, True, C)
     grad = sweep_rows(
-        grad, queries, dout, lse2, mine, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
-        text_start + text, factor, C,
+        grad, queries, dout, lse2, mine, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
+        tl.where(of_text, 0, text_start), tl.where(of_text, tokens_k, text_start + text), factor, C,
     )  # fmt: skip
     if C.EXTRA:
         at = bh * extra_keys * C.D
         further = Keys(extra.k + at, extra.v + at, C.D, C.D)
-        grad = sweep_rows(grad, queries, dout, lse2, mine, further, None, 0, extra_keys, factor, C)
+        grad = sweep_rows(grad, queries, dout, lse2, mine, further, None, 0, tl.where(of_text, 0, extra_keys), factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         second = tl.zeros([C.BQ, C.DP], tl.float32)
@@ -137,7 +142,8 @@ def gradient_rows(
         share = tl.zeros([C.BQ], tl.float32)
         if tilt.delta is not None:
             mine = tl.load(tilt.delta + at_row, mask=q_valid, other=0.0)
-        at_units, pools, bits = pools_seen(pooled, block, bh, tl.num_programs(0) // C.SUB_Q, units, pool_width, C)
+        at_units, pools, bits = pools_seen(pooled, block, bh, q_blocks, units, pool_width, C)
+        pools = tl.where(of_text, 0, pools)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
         for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
@@ -157,15 +163,16 @@ def gradient_rows(
         if C.VARIANCE:
             grad += 2.0 * logits.scale * queries.to(tl.float32) * second
         if tilt.share is not None:
-            again = placed(lists.q_places, q_token, q_valid, True) + image_start_q
+            again = row_again(lists.q_places, q_token, q_valid, of_text, image_start_q, text_start_q)
             tl.store(tilt.share + bh * tokens_q + again, share, mask=q_valid)
-            slope = pooled.slopes + span_of(block, bh, tl.num_programs(0) // C.SUB_Q, C) * C.D * C.D
-            grad = wide_dot(grad, head(pull.dout, bh, heads), again, pull.dout.n, q_valid, share, slope, True, 1, C)
+            slope = pooled.slopes + span_of(block, bh, q_blocks, C) * C.D * C.D
+            of_dout = head(pull.dout, bh, heads)
+            grad = wide_dot(grad, of_dout, again, pull.dout.n, q_valid, share, slope, tl.where(of_text, 0, C.DP), True, 1, C)
     grad *= logits.scale
-    q_place = placed(lists.q_places, q_token, q_valid, True)
+    q_row = row_again(lists.q_places, q_token, q_valid, of_text, image_start_q, text_start_q)
     if more is not None:
-        grad += tile(more + bh * image_q * C.D, q_place, C.D, q_valid, C)
-    put(dq + bh * tokens_q * C.D, q_place + image_start_q, C.D, q_valid, grad, C)
+        grad += tile(more + bh * image_q * C.D, q_row - image_start_q, C.D, q_valid & (not of_text), C)
+    put(dq + bh * tokens_q * C.D, q_row, C.D, q_valid, grad, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
@@ -237,24 +244,29 @@ def visit_columns(dk, dv, key, value, source, row, begin, end, lists, predicate,
 @kernel("D DP BQ BK SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS POOLED VARIANCE STAGES PRECISION")
 def gradient_columns(
     q, k, v, pull, more, grads, transposed, lists, predicate, pooled, pooled_grads, logits, heads, tokens_q, tokens_k, image_k,
-    image_start_q, image_start_k, text_q, text_start_q, entries, length_q, length_k, mask_size, C: tl.constexpr,
+    image_start_q, image_start_k, text, text_start, text_q, text_start_q, text_tiles, k_blocks, entries, length_q, length_k, mask_size,
+    C: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (`grads`) `[B, H, Nk, D]` (contiguous) of one tile of the image's keys, from the query blocks that visit it and from the
-    text's queries.
+    text's queries; and of the text's keys in `text_tiles` tiles, from every query.
 
     `transposed`: a head's `entries` entries and an indptr of 2·Tk + 1; for key block j the query blocks that visit it whole are
     entries[indptr[2j]:indptr[2j + 1]], those that visit it partly entries[indptr[2j + 1]:indptr[2j + 2]]. `more`: pairs
-    `[BH, image_k, D]`, what the linear rest adds (`linear_columns`). Grid: (key blocks · SUB_K, batch · heads).
+    `[BH, image_k, D]`, what the linear rest adds (`linear_columns`). Grid: (text_tiles + key blocks · SUB_K, batch · heads).
     """
-    block, sub = tl.program_id(0) // C.SUB_K, tl.program_id(0) % C.SUB_K
-    bh = tl.program_id(1).to(tl.int64)
+    number, bh, of_text = program_of(text_tiles)
+    block, sub = tl.where(of_text, 0, number) // C.SUB_K, tl.where(of_text, 0, number) % C.SUB_K
     first = tl.load(lists.k_starts + block)
     end = tl.load(lists.k_starts + block + 1)
     token = first + sub * C.BK + tl.arange(0, C.BK)
     valid = token < end
-    place = placed(lists.k_places, token, valid)
-    key = tile(head(k, bh, heads), place + image_start_k, k.n, valid, C)
-    value = tile(head(v, bh, heads), place + image_start_k, v.n, valid, C)
+    token, valid, place = rows_of_program(lists.k_places, token, valid, number, of_text, image_start_k, text_start, text, C.BK)
+    shift, read = logits.bias, valid
+    if logits.bias is not None:
+        shift = tl.load(logits.bias + bh * tokens_k + place, mask=valid, other=0.0)
+        read = valid & (shift > GONE)
+    key = tile(head(k, bh, heads), place, k.n, read, C)
+    value = tile(head(v, bh, heads), place, v.n, read, C)
     factor = logits.scale * LOG2E
     grad_k = tl.zeros([C.BK, C.DP], tl.float32)
     grad_v = tl.zeros([C.BK, C.DP], tl.float32)
@@ -265,7 +277,6 @@ def gradient_columns(
     image_queries = Queries(
         every.q + start * q.n, every.dout + start * pull.dout.n, every.lse + start, every.delta + start, q.n, pull.dout.n
     )  # fmt: skip
-    k_blocks = tl.num_programs(0) // C.SUB_K
     entry = transposed.entries
     indptr = transposed.indptr + 2 * block
     mask_of, masks = transposed.mask_of, predicate.masks
@@ -276,6 +287,7 @@ def gradient_columns(
         entry += bh * entries
         indptr += bh * (2 * k_blocks + 1)
     whole, partial, stop = tl.load(indptr), tl.load(indptr + 1), tl.load(indptr + 2)
+    partial, stop = tl.where(of_text, whole, partial), tl.where(of_text, whole, stop)  # on no list
     row = Row(entry, mask_of, masks, mask_size, token, valid, length_q, length_k, None, None)
     grad_k, grad_v = visit_columns(
         grad_k, grad_v, key, value, image_queries, row, whole, partial, lists, predicate, factor, False, C
@@ -283,22 +295,23 @@ def gradient_columns(
     if C.PARTIAL:
         grad_k, grad_v = visit_columns(grad_k, grad_v, key, value, image_queries, row, partial, stop, lists, predicate, factor, True, C)
     grad_k, grad_v = sweep_columns(
-        grad_k, grad_v, key, value, None, valid, every, text_start_q, text_start_q + text_q, factor, C
+        grad_k, grad_v, key, value, shift, valid, every, tl.where(of_text, 0, text_start_q),
+        tl.where(of_text, tokens_q, text_start_q + text_q), factor, C,
     )  # fmt: skip
     grad_k *= logits.scale
     if more.k is not None:
-        grad_k += tile(more.k + bh * image_k * C.D, place, C.D, valid, C)
-        grad_v += tile(more.v + bh * image_k * C.D, place, C.D, valid, C)
+        grad_k += tile(more.k + bh * image_k * C.D, place - image_start_k, C.D, valid & (not of_text), C)
+        grad_v += tile(more.v + bh * image_k * C.D, place - image_start_k, C.D, valid & (not of_text), C)
     if C.POOLED:
-        count = 1.0 / (end - first).to(tl.float32)
+        count = tl.where(of_text, 0.0, 1.0 / (end - first).to(tl.float32))
         at = (bh * k_blocks + block) * C.D
         grad_k += vector(pooled_grads.k_mean + at, C)[None, :] * count
         grad_v += vector(pooled_grads.v_mean + at, C)[None, :] * count
         if C.VARIANCE:
             mean = vector(pooled.k_mean + at, C).to(tl.float32)
             grad_k += vector(pooled_grads.k_half + at, C)[None, :] * (key.to(tl.float32) - mean[None, :]) * count
-    put(grads.k + bh * tokens_k * C.D, place + image_start_k, C.D, valid, grad_k, C)
-    put(grads.v + bh * tokens_k * C.D, place + image_start_k, C.D, valid, grad_v, C)
+    put(grads.k + bh * tokens_k * C.D, place, C.D, valid, grad_k, C)
+    put(grads.v + bh * tokens_k * C.D, place, C.D, valid, grad_v, C)
 
 
 @kernel("D DP BQ BK STAGES PRECISION")

@@ -18,7 +18,7 @@ def tilted_deltas(q, pull, tilt, slopes, lists, logits, heads, tokens_q, image_s
     row = placed(lists.q_places, token, valid) + image_start_q
     slope = slopes + span_of(block, bh, tl.num_programs(0) // C.SUB_Q, C) * C.D * C.D
     change = tl.zeros([C.BQ, C.DP], tl.float32)
-    change = wide_dot(change, head(q, bh, heads), row, q.n, valid, None, slope, False, C.STAGES, C)
+    change = wide_dot(change, head(q, bh, heads), row, q.n, valid, None, slope, C.DP, False, C.STAGES, C)
     dout = tile(head(pull.dout, bh, heads), row, pull.dout.n, valid, C).to(tl.float32)
     delta = tl.load(pull.delta + bh * tokens_q + row, mask=valid, other=0.0)
     tl.store(tilt.delta + bh * tokens_q + row, delta - logits.scale * tl.sum(change * dout, 1), mask=valid)

@@ -42,7 +42,7 @@ def positive(gram, sums, weight, half, FIRST: tl.constexpr):
 def mapped_by(metric, base, rows, stride, valid, share, C):
     """Rows of a matrix, less their mean by their `share`, times the metric, in its own type; 0 where not `valid`."""
     mapped = tl.zeros([rows.shape[0], C.DP], tl.float32)
-    mapped = wide_dot(mapped, base, rows, stride, valid, None, metric, False, 1, C)
+    mapped = wide_dot(mapped, base, rows, stride, valid, None, metric, C.DP, False, 1, C)
     mapped = tl.where(valid[:, None], mapped - tl.sum(mapped * share[:, None], 0)[None, :], 0.0)
     return bounded(mapped, base.dtype.element_ty)
 

@@ -12,11 +12,12 @@ from dit_accel.kernels.triton.primitives import (
     kept_in_part,
     listed_at,
     listed_keys,
-    placed,
     pooled_logits,
     pools_of_step,
     pools_seen,
+    program_of,
     put,
+    rows_of_program,
     scaled_squares,
     span_of,
     split_dot,
@@ -93,19 +94,22 @@ def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
 )
 def attend_rows(
     q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
-    image_start_k, text, text_start, extra_keys, q_blocks, k_blocks, width, length_q, length_k, mask_size, units, pool_width,
-    C: tl.constexpr,
+    image_start_k, text, text_start, text_q, text_start_q, text_tiles, extra_keys, q_blocks, k_blocks, width, length_q, length_k, mask_size,
+    units, pool_width, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
+    The first programs have `text_tiles` tiles of the text's queries of each head (`primitives.program_of`), whose list is empty and which
+    see every key as a text's: no loop is another for them, only where it ends.
+
     TOGETHER: query blocks that a program holds, 1, or 2 neighbours; these have one list (`block_pairs.pair_lists`), and SUB_Q is 1.
-    Grid: (query blocks · SUB_Q / TOGETHER, batch · heads). `states`: sums over the image's keys and those of
+    Grid: (text_tiles + query blocks · SUB_Q / TOGETHER, batch · heads). `states`: sums over the image's keys and those of
     `Arguments.far_states`, over the number of the image's. LEFT: the lists go on with the key blocks that are not visited, and the linear
     attention is summed over these, with a state of `far_states` alone or none; else it is that over all less that over the visited.
     """
-    number, sub = tl.program_id(0) // C.SUB_Q, tl.program_id(0) % C.SUB_Q
+    place, bh, of_text = program_of(text_tiles)
+    number, sub = tl.where(of_text, 0, place) // C.SUB_Q, tl.where(of_text, 0, place) % C.SUB_Q
     block = number * C.TOGETHER
-    bh = tl.program_id(1).to(tl.int64)
     h = bh % heads
     keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
     start = image_start_k.to(tl.int64)
@@ -117,14 +121,15 @@ def attend_rows(
     else:
         q_token = tl.load(lists.q_starts + block) + sub * C.BQ + of_tile
         q_valid = q_token < tl.load(lists.q_starts + block + 1)
-    q_row = placed(lists.q_places, q_token, q_valid) + image_start_q
+    q_token, q_valid, q_row = rows_of_program(lists.q_places, q_token, q_valid, place, of_text, image_start_q, text_start_q, text_q, C.BQ)
     queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
     factor = logits.scale * LOG2E
     acc = tl.zeros([C.BQ, C.DP], tl.float32)
     top = tl.full([C.BQ], float("-inf"), tl.float32)
     mass = tl.zeros([C.BQ], tl.float32)
     at_list = listed_at(number, bh, tl.cdiv(q_blocks, C.TOGETHER), C)
-    whole, listed = tl.load(lists.full + at_list), tl.load(lists.counts + at_list)
+    whole = tl.where(of_text, 0, tl.load(lists.full + at_list))
+    listed = tl.where(of_text, 0, tl.load(lists.counts + at_list))
     mask_of, masks = predicate.mask_of, predicate.masks
     if predicate.masks is not None:
         mask_of += at_list * width * C.TOGETHER
@@ -138,13 +143,13 @@ def attend_rows(
     if C.PARTIAL or C.TOGETHER > 1:
         acc, top, mass = visit(acc, top, mass, queries, image_keys, row, whole, listed, lists, predicate, factor, True, C)
     acc, top, mass = sweep(
-        acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, text_start,
-        text_start + text, factor, C,
+        acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
+        tl.where(of_text, 0, text_start), tl.where(of_text, tokens_k, text_start + text), factor, C,
     )  # fmt: skip
     if C.EXTRA:
         at = bh * extra_keys * C.D
         further = Keys(extra.k + at, extra.v + at, C.D, C.D)
-        acc, top, mass = sweep(acc, top, mass, queries, further, None, 0, extra_keys, factor, C)
+        acc, top, mass = sweep(acc, top, mass, queries, further, None, 0, tl.where(of_text, 0, extra_keys), factor, C)
     if C.POOLED:
         squares = scaled_squares(queries, logits.scale)
         first = bh * units * C.PARTS
@@ -154,6 +159,7 @@ def attend_rows(
         at_units, pools, bits = pools_seen(pooled, block, bh, q_blocks, units, pool_width, C)
         further_bits = None if C.TOGETHER == 1 else bits + tl.where(block + 1 < q_blocks, words_of(units), 0)
         shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
+        pools = tl.where(of_text, 0, pools)
         for at in tl.range(0, pools, C.BP, num_stages=C.STAGES):
             j, valid = pools_of_step(pooled, at_units, at, pools, C)
             x, _, _, _ = pooled_logits(
@@ -171,9 +177,10 @@ def attend_rows(
         if not C.ALL:  # a second visit: both softmax and linear attention in one would not fit the registers
             first, last = listed * 0, whole if C.PARTIAL else listed
             if C.LEFT:
-                first, last = listed, k_blocks
+                first, last = listed, tl.where(of_text, 0, k_blocks)
             taken, taken_mass = linear_visit(taken, taken_mass, mapped, image_keys, of_keys, row, first, last, lists, C)
         rest, rest_mass = rest_of(mapped, taken, taken_mass, states, bh, listed, k_blocks, image_k, C)
+        rest_mass = tl.where(of_text, 0.0, rest_mass)
         mean = rest / tl.where(rest_mass > 0, rest_mass, 1.0)[:, None]
         if not C.RESIDUAL:
             shift = 0.0 if learned.offset is None else tl.load(learned.offset + h) * LOG2E
@@ -187,14 +194,15 @@ def attend_rows(
         share = 1.0 - exact_mass * tl.exp2(exact_top - top) / mass
         slope = pooled.slopes + span_of(block, bh, q_blocks, C) * C.D * C.D
         tilt = tl.zeros([C.BQ, C.DP], tl.float32)
-        tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, False, 1, C)
+        tilt = wide_dot(tilt, head(q, bh, heads), q_row, q.n, q_valid, None, slope, tl.where(of_text, 0, C.DP), False, 1, C)
         result += tilt * (share * logits.scale)[:, None]
     if C.LINEAR and C.RESIDUAL:
-        result += vector(learned.bias, C)[None, :]
+        rest = vector(learned.bias, C)[None, :]
         if C.ALL:  # the state holds the projection already
-            result += mean
+            rest += mean
         else:
-            result += split_dot(mean.to(queries.dtype), learned.weight, 0, True, C)
+            rest += split_dot(mean.to(queries.dtype), learned.weight, 0, True, C)
+        result += tl.where(of_text, 0.0, rest)
     put(head(out, bh, heads), q_row, out.n, q_valid, result, C)
     tl.store(lse + bh * tokens_q + q_row, (top + tl.log2(mass)) / LOG2E, mask=q_valid)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, text_queries
 from dit_accel.kernels.triton import block_means, block_pairs, forward
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
-from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two
+from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two, joins
 from dit_accel.kernels.triton.tuples import (
     Learned,
     Lists,
@@ -29,7 +29,7 @@ from dit_accel.kernels.triton.tuples import (
 from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
-STATE_GROUPS = 64  # partial states per head at most: enough programs to fill a device, few enough to sum
+STATE_GROUPS = 64  # partial states per head at most
 MOST_PAIRED = 1024  # key blocks on a list whose union with its neighbour's a program's registers make
 MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
 
@@ -142,6 +142,11 @@ def full_rounds(programs: int, slots: int) -> int:
     return min(range(1, max(MOST_PARTS, cdiv(slots, programs)) + 1), key=cost)
 
 
+def state_groups(bh: int, machine: Machine) -> int:
+    """How many partial states each head has at most: programs for two rounds of a device, because all of them are written and read."""
+    return min(STATE_GROUPS, max(1, cdiv(4 * machine.units, max(1, bh))))
+
+
 class Call:
     """One call's sizes, and the arguments that its kernels share."""
 
@@ -241,6 +246,25 @@ class Call:
         chunk = cdiv(cdiv(length, count), step) * step
         return cdiv(length, chunk), chunk
 
+    def joined(self, kernel: str, alone: str) -> int | None:
+        """In how many tiles the text's queries (keys, of a kernel that holds these) are put among the programs of blocks; None where they
+        have launches of their own, with the tile of `alone`.
+
+        Each tile of them goes through all tokens, which is as long as many blocks' programs take: one among these is not split, so long as
+        the device has as much else to do meanwhile. And no program holds fewer rows than by itself.
+        """
+        of_keys = kernel == "gradient_columns"
+        own, other = self.tile(kernel), self.tile(alone)
+        rows, least, width = (own.keys, other.keys, self.k_width) if of_keys else (own.queries, other.queries, self.q_width)
+        text, blocks, length = (self.a.text, self.k_blocks, self.tokens_q) if of_keys else (self.text_q, self.q_blocks, self.tokens_k)
+        if not text or rows < least or not joins(self.place(kernel).kernel, self.machine.arch, self.padded, self.a.q.dtype):
+            return None
+        seen = self.text_q if of_keys else self.a.text + (self.units * self.parts if self.pooled else 0)
+        listed = self.a.lists.shape[-1] * (self.q_blocks / self.k_blocks * self.q_width if of_keys else self.k_width)
+        tiles = cdiv(text, rows)
+        every = tiles * length + blocks * cdiv(width, rows) * (listed + seen)  # rows that are read by all programs of a head
+        return tiles if length * 2 * self.machine.units <= every * self.bh else None
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.a.q.new_empty(shape, dtype=dtype)
 
@@ -282,7 +306,7 @@ class Call:
         far = self._far()
         if self.flags["LEFT"]:
             return Rests(states=far)
-        group = cdiv(self.k_blocks, STATE_GROUPS)
+        group = cdiv(self.k_blocks, state_groups(self.bh, self.machine))
         groups = cdiv(self.k_blocks, group)
         given = int(far.state is not None)
         states = self.empty(groups + given, self.bh, self.channels, self.channels)
@@ -367,12 +391,14 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     tile = call.tile("rows")
     together = 2 if call.pairs and holds_two(tile, call.q_width) else 1
     lists, predicate = call.paired() if together > 1 else (call.lists, call.predicate)
+    joined = call.joined("rows", "dense")
+    programs = (joined or 0) + cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries)
     call.start(
-        forward.attend_rows, "rows", (cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries), call.bh), **call.rows(),
-        extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse, lists=lists, predicate=predicate, pooled=pooled,
-        states=states, learned=call.learned, logits=call.logits, width=lists.blocks.shape[-1], flags={"TOGETHER": together},
+        forward.attend_rows, "rows", (programs, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse,
+        lists=lists, predicate=predicate, pooled=pooled, states=states, learned=call.learned, logits=call.logits,
+        width=lists.blocks.shape[-1], text_tiles=joined, flags={"TOGETHER": together},
     )  # fmt: skip
-    if call.text_q:
+    if call.text_q and not joined:
         _dense_rows(call, out, lse)
     return out, lse
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Call, Rests, Run, cdiv, execute, full_rounds, mask_words
+from dit_accel.kernels.triton.launch import Call, Rests, Run, cdiv, execute, full_rounds, mask_words, state_groups
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
@@ -59,12 +59,13 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     tilt = Tilt() if a.slopes is None else _tilt(call, pull, a.slopes)
     pooled, doffset = _pooled(call, pull, tilt, rests) if call.pooled else (PooledGradients(), linear.doffset)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.q, a.k, a.v))
-    _rows(call, pull, tilt, rests, linear, dq)
+    rows_joined, columns_joined = call.joined("gradient_rows", "gradient_dense"), call.joined("gradient_columns", "gradient_shared")
+    _rows(call, pull, tilt, rests, linear, dq, rows_joined)
     given = _given(call, pull, tilt, pooled)
-    _columns(call, pull, rests, transposed, linear, pooled, Pair(dk, dv))
-    if call.text_q:
+    _columns(call, pull, rests, transposed, linear, pooled, Pair(dk, dv), columns_joined)
+    if call.text_q and not rows_joined:
         _dense_gradient(call, pull, dq)
-    if a.text:
+    if a.text and not columns_joined:
         own = range(call.text_start, call.text_start + a.text)
         for full, part in zip((dk, dv), _shared(call, pull, a.k, a.v, call.logits, own, range(call.tokens_q)), strict=True):
             full[:, :, call.text_start : call.text_start + a.text] = part
@@ -128,7 +129,7 @@ def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: f
     """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's queries, times `share`; see `outer_sums`. `scaled`: relative
     sizes and the factor, or None, and f is nothing."""
     tile = call.tile("outer")
-    chunk = cdiv(cdiv(call.image_q, STATE_GROUPS), tile.queries) * tile.queries
+    chunk = cdiv(cdiv(call.image_q, state_groups(call.bh, call.machine)), tile.queries) * tile.queries
     chunks = cdiv(call.image_q, chunk)
     products = call.empty(chunks, call.bh, call.channels, call.channels)
     sums = call.empty(chunks, call.bh, call.channels)
@@ -194,23 +195,29 @@ def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGra
     return whole, None if offsets is None else offsets.sum((0, 1, 3))
 
 
-def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: Tensor) -> None:
-    a = call.a
+def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: Tensor, joined: int | None) -> None:
+    """`joined`: tiles of the text's queries."""
+    a, programs = call.a, (joined or 0) + call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries)
     call.start(
-        backward.gradient_rows, "gradient_rows", (call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries), call.bh),
-        **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull, more=linear.dq, tilt=tilt, dq=dq, lists=call.lists,
-        predicate=call.predicate, pooled=rests.pooled, learned=call.learned, logits=call.logits,
+        backward.gradient_rows, "gradient_rows", (programs, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull,
+        more=linear.dq, tilt=tilt, dq=dq, lists=call.lists, predicate=call.predicate, pooled=rests.pooled, learned=call.learned,
+        logits=call.logits, text_tiles=joined,
     )  # fmt: skip
 
 
-def _columns(call: Call, pull: Pull, rests: Rests, transposed: Transposed, linear: Linear, pooled: PooledGradients, grads: Pair) -> None:
+def _columns(
+    call: Call, pull: Pull, rests: Rests, transposed: Transposed, linear: Linear, pooled: PooledGradients, grads: Pair, joined: int | None
+) -> None:
+    """`joined`: tiles of the text's keys, whose bias is read with them alone."""
+    programs = (joined or 0) + call.k_blocks * cdiv(call.k_width, call.tile("gradient_columns").keys)
     words, size = mask_words(call.a.masks_t)
     own = call.pooled and call.a.pooled_k is None  # the keys' means are made of the keys
     call.start(
-        backward.gradient_columns, "gradient_columns", (call.k_blocks * cdiv(call.k_width, call.tile("gradient_columns").keys), call.bh),
-        **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv), grads=grads, transposed=transposed, lists=call.lists,
+        backward.gradient_columns, "gradient_columns", (programs, call.bh), **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv),
+        grads=grads, transposed=transposed, lists=call.lists,
         predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words, "POOLED": own}, mask_size=size,
-        pooled=rests.pooled, pooled_grads=pooled, logits=call.unbiased, entries=transposed.entries.shape[-1],
+        pooled=rests.pooled, pooled_grads=pooled, logits=call.logits if joined else call.unbiased, entries=transposed.entries.shape[-1],
+        text_tiles=joined,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
 from dit_accel.kernels.triton import backward_linear, backward_parts, block_means, block_parts, launch_units, units_gradients
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import STATE_GROUPS, Launch, Run, cdiv, execute, mixing, precision_of, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, precision_of, state_groups, tf32_allowed, tiled
 from dit_accel.kernels.triton.launch_choice import query_moments
 from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import CutBlocks, PartGradients, Parts, States, constants_of, rows_of
@@ -26,7 +26,7 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     padded, width = max(16, power(d)), max(16, power(a.k_width))
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
-        "ROWS": launch_units.rows_at_once(padded, machine.arch, wide=a.k.dtype == torch.float32),
+        "ROWS": launch_units.rows_at_once(padded, machine.arch, a.k.dtype),
         "PRECISION": _precision(a, machine),
     }  # fmt: skip
     arguments = {
@@ -50,7 +50,7 @@ def _warps(numbers: int, dtype: torch.dtype, arch: str) -> int:
     Of more numbers 8 spill less than 16.
     """
     most = 8192 if arch not in ("sm_100", "sm_120") else 2048
-    return 4 if numbers <= (min(most, 4096) if dtype == torch.float32 else most) else 8
+    return 4 if numbers <= (min(most, 2048) if dtype == torch.float32 else most) else 8
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
@@ -72,7 +72,7 @@ def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tenso
         return wide.mT @ wide / tokens
     place = Place("outer", padded, q.dtype, a.q_width, a.k_width)
     tile = place.tile(machine)
-    chunk = cdiv(cdiv(tokens, STATE_GROUPS), tile.queries) * tile.queries
+    chunk = cdiv(cdiv(tokens, state_groups(batch * heads, machine)), tile.queries) * tile.queries
     chunks = cdiv(tokens, chunk)
     products = q.new_empty((chunks, batch * heads, d, d), dtype=torch.float32)
     sums = q.new_empty((chunks, batch * heads, d), dtype=torch.float32)

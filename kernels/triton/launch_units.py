@@ -19,10 +19,12 @@ from dit_accel.kernels.triton.tuples import Elements, Groups, Joined, constants_
 LANES = 256  # entries of a list, or units, that a warp holds
 
 
-def rows_at_once(padded: int, arch: str, *, wide: bool = False) -> int:
-    """Of a unit's matrix: 64, which the widest instructions of matrix units require, unless 32 are what spills fewer registers. `wide`:
-    the tokens of a block are float32."""
-    return 32 if padded == 64 and (wide or arch in ("sm_80", "sm_120")) else 64
+def rows_at_once(padded: int, arch: str, tokens: torch.dtype | None = None) -> int:
+    """Of a unit's matrix: 64, which the widest instructions of matrix units require, unless fewer are what spills fewer registers.
+    `tokens`: the type of those of a block, None of groups."""
+    if padded == 64 and arch == "sm_120" and tokens in (torch.float16, torch.float32):
+        return 16
+    return 32 if padded == 64 and (tokens == torch.float32 or arch in ("sm_80", "sm_120")) else 64
 
 
 class OfUnits:

@@ -34,6 +34,41 @@ def placed(places, token, valid, AGAIN: tl.constexpr = False):
 
 
 @triton.jit
+def program_of(text_tiles):
+    """Which tile of which head's a program holds, and whether it is of the text.
+
+    The first programs hold `text_tiles` tiles of the text of each head (None: there are none), because they take longest; the others what
+    is of blocks. Grid: (text_tiles + tiles of blocks, batch · heads).
+    """
+    place, bh, of_text = tl.program_id(0), tl.program_id(1), False
+    if text_tiles is not None:
+        number = bh * tl.num_programs(0) + place
+        of_text = number < text_tiles * tl.num_programs(1)
+        number -= tl.where(of_text, 0, text_tiles * tl.num_programs(1))
+        tiles = tl.where(of_text, text_tiles, tl.num_programs(0) - text_tiles)
+        place, bh = number % tiles, number // tiles
+    return place, bh.to(tl.int64), of_text
+
+
+@triton.jit
+def rows_of_program(places, token, valid, place, of_text, image_start, text_start, text, SIZE: tl.constexpr):
+    """Of a program's SIZE rows their numbers in the order that lists or the text's tiles have, which there are, and where they are.
+
+    `token`, `valid`: those of a block's rows, which a tile of the text (its `place`th) leaves out.
+    """
+    of_tile = place * SIZE + tl.arange(0, SIZE)
+    at = placed(places, token, valid & (not of_text))
+    row = tl.where(of_text, of_tile + text_start, at + image_start)
+    return tl.where(of_text, of_tile, token), tl.where(of_text, of_tile < text, valid), row
+
+
+@triton.jit
+def row_again(places, token, valid, of_text, image_start, text_start):
+    """Where the rows of `rows_of_program` are, once more."""
+    return tl.where(of_text, token + text_start, placed(places, token, valid & (not of_text), True) + image_start)
+
+
+@triton.jit
 def words_of(k_blocks):
     """32-bit words that hold a bit for each key block (unit)."""
     return (k_blocks + 31) // 32
@@ -94,13 +129,14 @@ def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
 
 
 @triton.jit
-def wide_dot(acc, base, rows, stride, valid, weights, slope, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, C):
-    """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`.
+def wide_dot(acc, base, rows, stride, valid, weights, slope, end, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, C):
+    """acc `[R, DP]` plus rows of a matrix with D channels, times their `weights` `[R]` or None, times a float32 matrix `[D, D]`; `end`: DP,
+    or 0 and nothing is added.
 
     A few channels at a time, and the rows read once more for them: neither they nor the matrix fit the registers.
     """
     STEP: tl.constexpr = 32 if C.DP > 32 else C.DP
-    for first in tl.range(0, C.DP, STEP, num_stages=STAGES):
+    for first in tl.range(0, end, STEP, num_stages=STAGES):
         inner = first + tl.arange(0, STEP)
         outer = tl.arange(0, C.DP)
         left = tl.load(

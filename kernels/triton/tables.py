@@ -133,7 +133,7 @@ _LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("rows", 64, "sm_120"): (64, 32, 8, 2),
     ("rows_variance", 64, "sm_120"): (64, 32, 8, 2),
     ("gradient_rows", 64, "sm_80"): (64, 32, 8, 2),
-    ("gradient_rows", 64, "sm_100"): (64, 32, 4, 2),
+    ("gradient_rows", 64, "sm_100"): (64, 32, 4, 3),
     ("gradient_rows", 128, "sm_80"): (64, 32, 8, 2),
     ("gradient_columns", 64, "sm_100"): (64, 32, 4, 2),
     ("pooled", 128, "sm_100"): (32, 64, 8, 2),
@@ -154,6 +154,13 @@ _OF_TWO: dict[tuple[str, int], tuple[tuple[int, int, int, int] | None, ...]] = {
     ("rows_variance_static", 64): (_FLAT, _WIDE, _WIDE, _FLAT, None),
     ("rows_variance_static", 128): (None, _WIDE, _WIDE, None, None),
 }
+
+# kernels of blocks, of 16-bit numbers, among whose programs those of the text may be (`Call.joined`): as compiled they hold as much of a
+# step on a multiprocessor as the kernel that does the text alone, or about. Elsewhere that one has smaller programs, more of which fit
+JOINED = {
+    ("rows", 128, "sm_90"), ("rows_variance", 128, "sm_90"), ("gradient_rows", 128, "sm_90"), ("gradient_columns", 128, "sm_90"),
+    ("gradient_columns", 128, "sm_120"),
+}  # fmt: skip
 
 
 def power(n: int) -> int:
@@ -197,6 +204,11 @@ def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, lists: bo
         return Tile(*_LISTED[place])
     row = _TILES.get((_SAME.get(kernel, kernel), max(64, head_dim)))
     return Tile(*(_LAST if row is None else row[ARCHITECTURES.index(arch)]))
+
+
+def joins(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the text may be among a kernel's programs."""
+    return dtype != torch.float32 and (kernel.removesuffix("_static"), max(64, head_dim), arch) in JOINED
 
 
 def tile_of_two(kernel: str, arch: str, head_dim: int) -> Tile | None:

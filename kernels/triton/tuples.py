@@ -343,7 +343,7 @@ SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
     "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "groups", "words", "top", "k_width", "units",
-    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened",
+    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened", "text_tiles",
 ]  # fmt: skip
 
 
