@@ -138,7 +138,7 @@ def on_cpu(silent: Silent, call: Callable[[], None]) -> tuple[int, Callable[[boo
 def measure(name: str, args: argparse.Namespace, kernels: Callable[..., Any]) -> dict[str, Any]:
     """A row for one method."""
     spec = SPECS[name]
-    layout = TokenLayout((1, args.side, args.side), 64, order=spec.order)
+    layout = TokenLayout((1, args.side, args.side), args.text, order=spec.order)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     qkv: list[Tensor] = [torch.zeros(1, layout.tokens, args.heads, 128, dtype=dtype).transpose(1, 2) for _ in range(3)]
     params = start_values(spec, qkv[0])
@@ -164,6 +164,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="whose kernels")
     parser.add_argument("--side", type=int, default=32, help="of the grid of tokens: times depend little on it")
+    parser.add_argument(
+        "--text", type=int, default=64, help="tokens of it: where they are many, and the heads, they share a launch with the image"
+    )
     parser.add_argument("--heads", type=int, default=2, help="times depend little on their number")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,7 +185,9 @@ def main() -> None:
             row = rows[-1]
             print(f"{name:20} {row['kernels']:3} kernels {row['us']:6.0f} us, anew {row['anew_us']:6.0f} us", flush=True)
     if args.out is not None:
-        write_json(args.out, {"machine": machine(), "device": args.device, "side": args.side, "heads": args.heads, "rows": rows})
+        write_json(
+            args.out, {"machine": machine(), "device": args.device, "side": args.side, "text": args.text, "heads": args.heads, "rows": rows}
+        )
 
 
 if __name__ == "__main__":
