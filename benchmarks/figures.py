@@ -41,7 +41,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {  # page -> its tables
     },
     "docs/choose.md": {"choose": choose},
     "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu")},
-    "docs/plans.md": {"plans": TABLES["plans"]},
+    "docs/plans.md": {name: TABLES[name] for name in ("plans", "plans-video")},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
     "docs/models.md": {"composition": TABLES["composition"]},
@@ -196,6 +196,13 @@ FIGURES: dict[str, Figure] = {
     "plans": Figure(
         ((str(ROOT / "benchmarks" / "plan.py"), "--size", "1024", "--steps", "4", "--work", "work", "--out", "plan.json"),),
         {"plan.json": "benchmarks/plan.json"},
+    ),
+    "plans-video": Figure(
+        (
+            (str(ROOT / "benchmarks" / "plan.py"), "--size", "256", "--frames", "17", "--steps", "4", "--held-out", "4",
+             "--densities", "0.1", "0.2", "0.4", "--work", "work", "--out", "plan-video.json"),
+        ),
+        {"plan-video.json": "benchmarks/plan-video.json"},
     ),
     "plans-limits": Figure(
         (

@@ -228,9 +228,9 @@ def short(folder: Path) -> str:
     return lines(["method", *(f"{width}×{height}" for height, width in sizes), "error, untrained"], made, read(folder / "step.json"))
 
 
-def plans(folder: Path) -> str:
+def plans(folder: Path, file: str = "plan.json") -> str:
     """Plans against uniform settings, paired."""
-    record = read(folder / "plan.json")
+    record = read(folder / file)
     made = []
     for pair in sorted(record["pairs"], key=lambda pair: pair["density"]):
         uniform, same, less = (pair[name] for name in ("uniform", "same_cost", "same_error"))
@@ -285,6 +285,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "composition": composition,
     "short": short,
     "plans": plans,
+    "plans-video": functools.partial(plans, file="plan-video.json"),
     "step": step,
     "step-bfloat16": functools.partial(step, file="step-bfloat16.json"),
     "kernels": kernels,
