@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LIMIT = 512  # records, some tens of kilobytes each; the least recently used are dropped
+HELD = 1 << 26  # bytes of constants that records hold together; beyond, the least recently used are dropped, the newest never
 ALIGNED = 16  # bytes: Triton compiles a kernel for pointers that are divisible by so many, and of every pointer it is asked again
 CUT = 128  # bytes: pieces of one allocation begin at multiples, as those of their own do
 LARGE = 1 << 24  # bytes: larger pieces are allocated by themselves, find room in what is free, and are freed as early as before
@@ -165,7 +166,8 @@ class Writer:
         body = list(self._lines(result))
         source = "\n    ".join(["def play(arguments):", *body])
         exec(compile(source, "<record>", "exec"), self.names)  # of numbers and names of our own
-        return Record(self.names["play"], source, (*held, *self._held))
+        # among its own names it would keep itself, and with it constants, until Python looks for cycles
+        return Record(self.names.pop("play"), source, (*held, *self._held))
 
     def _lines(self, result: Any) -> Iterator[str]:
         for place, number in self._inputs.items():
@@ -434,5 +436,10 @@ class Records:
     def put(self, key: Hashable, machine: Any, record: Record | bool) -> None:
         with self._lock:
             self._kept[key] = machine, record
-            while len(self._kept) > self.limit:
+            while len(self._kept) > self.limit or (len(self._kept) > 1 and self._held() > HELD):
                 del self._kept[next(iter(self._kept))]
+
+    def _held(self) -> int:
+        """Bytes of the records' constants, views of the same memory once."""
+        constants = (x for _, record in self._kept.values() if isinstance(record, Record) for x in record.constants)
+        return sum({memory.data_ptr(): memory.nbytes() for memory in (x.untyped_storage() for x in constants)}.values())

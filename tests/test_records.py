@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +21,7 @@ from dit_accel.method import AttentionSpec, Pooled
 from dit_accel.method.presets import CLEAR, Fovea
 from dit_accel.operator.attention import attention
 from dit_accel.operator.blocks_of_grid import make_plan
-from dit_accel.operator.plans import RECENT
+from dit_accel.operator.plans import RECENT, tensors_of
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler when the package was installed")
 
@@ -236,3 +238,41 @@ def test_a_plans_records_go_with_it_and_no_copy_has_them() -> None:
     copied, moved = copy.deepcopy(plan.records), pickle.loads(pickle.dumps(plan.records))
     assert copied._kept == moved._kept == {}
     assert dataclasses.replace(plan, top=1).records._kept == {}
+
+
+@pytest.mark.parametrize("spec", [ALL["fovea-1"], ALL["static-and-chosen"]], ids=["fovea-1", "static-and-chosen"])
+def test_without_a_plan_its_records_are_gone_at_once(spec: AttentionSpec) -> None:
+    """Python looks for cycles when it likes to, and what waits for that holds memory of a card."""
+    shape = SHAPES["ragged"]
+    run(spec, shape, 0)
+    plan = make_plan(spec, shape.layout, torch.device("cpu"))
+    record = next(iter(plan.records._kept.values()))[1]
+    assert isinstance(record, Record)
+    assert record.constants
+    alive = [weakref.ref(x) for x in (record.play, *record.constants, *tensors_of(plan))]
+    gc.disable()
+    try:
+        del plan, record
+        RECENT.clear()
+        assert [one() for one in alive if one() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_constants_of_records_have_a_limit_in_bytes(monkeypatch: pytest.MonkeyPatch, plays: list[Record]) -> None:
+    """Which grow with heads and tokens, and each length of text has its own."""
+    spec, shape = ALL["static-and-chosen"], SHAPES["ragged"]
+    lengths = [dataclasses.replace(shape, text=text) for text in (1, 2, 3)]
+    run(spec, lengths[0], 0)
+    kept = make_plan(spec, shape.layout, torch.device("cpu")).records
+    one = kept._held()
+    assert one > 0
+    for most, number in ((1, 1), (2 * one, 2)):  # one record is kept whatever it holds
+        monkeypatch.setattr(replay, "HELD", most)
+        for other in lengths:
+            run(spec, other, 0)
+        assert len(kept._kept) == number
+        assert kept._held() == number * one
+    plays.clear()
+    assert equal(run(spec, lengths[-1], 1), anew(spec, lengths[-1], 1))
+    assert len(plays) == 1
