@@ -262,8 +262,10 @@ class Recorder(TorchDispatchMode):
         return all(x in self._fixed for x in given) if given else function.overloadpacket is COUNTING
 
     def _note(self, function: Any, args: Any, kwargs: Any, outputs: list[Any], *, single: bool) -> None:
-        if not all(isinstance(x, Tensor) for x in outputs) or (function._schema.is_mutable and any(x in self._fixed for x in outputs)):
-            self._known = False  # a number that Python goes on with, or a constant that is none
+        sized = torch.Tag.dynamic_output_shape not in function.tags
+        changed = function._schema.is_mutable and any(x in self._fixed for x in outputs)
+        if changed or not sized or not all(isinstance(x, Tensor) for x in outputs):
+            self._known = False  # a constant that is none, or a size or number that Python goes on with
         given = self._by_piece(list(args), whole=True), self._by_piece(dict(kwargs), whole=True)
         new = [(n, self._new(x)) for n, x in enumerate(outputs) if isinstance(x, Tensor) and x not in self._pieces]
 

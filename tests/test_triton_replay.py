@@ -191,13 +191,16 @@ def test_what_follows_from_constants_is_calculated_once() -> None:
     assert torch.equal(record.play([torch.ones(4)]), torch.full((4,), 19.0))
 
 
-def test_a_number_that_python_goes_on_with_and_a_constant_that_is_written_to_have_no_record() -> None:
+def test_what_python_goes_on_with_and_a_constant_that_is_written_to_have_no_record() -> None:
     x, constant = torch.ones(4), torch.arange(4.0)
     with Recorder([x], [constant]) as recorder:
         result = x * float(x.sum())
     assert recorder.record(result) is None
     with Recorder([x], [constant]) as recorder:
         result = x * constant.add_(1)
+    assert recorder.record(result) is None
+    with Recorder([x], [constant]) as recorder:
+        result = x[x > 0]  # whose size is not that of another call
     assert recorder.record(result) is None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dit_accel.kernels import ops, reference, xformers_rows
 from dit_accel.kernels.blocks import BlockMap
@@ -36,12 +37,15 @@ def attend(
 
     `layout`: of all tokens, or, where key and value `[B, H, Nk, D]` are other tokens than query, `layouts_of` both; then the plan's query
     blocks are of the query's tokens, all else in it is of the keys'. `far`: where these keys are some of all, what the rest requires of the
-    others (`Rest.far`). Raises ValueError where parts of the spec require that queries and keys are the same tokens.
+    others (`Rest.far`). Raises ValueError where parts of the spec require that queries and keys are the same tokens, and where inputs have
+    forward-mode tangents, which compiled kernels would leave out.
     """
     if isinstance(layout, Layouts) and (own := [part for part in spec.parts() if part.own_tokens]):
         raise ValueError(f"{own[0]} requires that queries and keys are the same tokens: give one layout, or leave the part out")
     layouts = layout if isinstance(layout, Layouts) else layouts_of(layout, layout)
     if backend in lowering.COMPILED:
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_tangents(query, key, value)
         run = functools.partial(_compiled, query, key, value, spec, layouts, plan, params, scale, backend, text_bias, far)
         if torch.compiler.is_compiling() or far is not None or not lowering.compiles(spec):
             return run()
@@ -54,6 +58,11 @@ def attend(
     image, text = _eager(query, key, value, call, blocks, layouts, plan, text_bias)
     call = dataclasses.replace(call, visited=blocks)
     return _joined(query, layouts.q, _changed(_merged(image, spec, call, far), spec, call), text)
+
+
+def _refuse_tangents(*inputs: Tensor) -> None:
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise ValueError('compiled kernels have no forward-mode derivatives: use backend="reference", or backward()')
 
 
 def _compiled(
