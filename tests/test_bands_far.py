@@ -11,7 +11,19 @@ from test_bands import CPU, CUT, SHAPE, TINY, attend_by, cut_in_bands, known
 from dit_accel.kernels import reference
 from dit_accel.kernels.arguments import Arguments, check
 from dit_accel.method import AttentionSpec, Disc, DiscBlocks, Linear, Mass, Pooled, Residual, Tiles, Window
-from dit_accel.method.parts import Centred, FirstFrames, Floored, Hedgehog, KVGate, Norm, NormPower, NormPreserving, Routed, Taylor
+from dit_accel.method.parts import (
+    Centred,
+    FirstFrames,
+    Floored,
+    Hedgehog,
+    KVGate,
+    Norm,
+    NormPower,
+    NormPreserving,
+    Routed,
+    Taylor,
+    TokenSoftmax,
+)
 from dit_accel.method.parts.call import Far, FarKeys, FarSums
 from dit_accel.method.presets import CLEAR
 from dit_accel.operator.bands import Grounds
@@ -119,6 +131,15 @@ def test_what_does_not_tell_a_rest_enough_is_refused(spec: AttentionSpec, far: F
     layouts = TokenLayout((1, 1, end - first)), TokenLayout((1, 1, len(band.keys)))
     with pytest.raises(ValueError, match=r"can't be computed of Far.*: call it with all keys and values"):
         attend_by(backend, q, k, v, spec, layouts[0], band.plan, lambda device: params(), None, layouts[1], far)
+
+
+def test_features_over_tokens_are_not_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they say of single tokens: their sums over the tokens are those of the tokens that a call has."""
+    monkeypatch.setattr(TokenSoftmax, "by_token", True)
+    rest = Linear(TokenSoftmax())
+    assert rest.far is None
+    with pytest.raises(ValueError, match="is not of sums over keys"):
+        rest.features(16)
 
 
 def test_a_rest_without_sums_or_patches_says_so() -> None:

@@ -216,8 +216,7 @@ def reflections(heads: int, channels: int) -> Tensor:
 
 
 def norm_preserving(x: Tensor, side: str, learned: Learned) -> Tensor:
-    matrix = learned[f"norm_preserving.{side}"] @ reflections(x.shape[1], x.shape[-1])
-    y = torch.einsum("bhnd,hed->bhne", x, matrix)
+    y = torch.einsum("bhnd,hed->bhne", x, learned[f"norm_preserving.map_{side}"])
     return halves(x.norm(dim=-1, keepdim=True) * y / y.norm(dim=-1, keepdim=True))
 
 
@@ -226,12 +225,19 @@ def test_norm_preserving(shape: Shape) -> None:
     assert_is_the_map(NormPreserving(), norm_preserving, shape)
 
 
+def test_norm_preserving_starts_at_reflections() -> None:
+    for start in NormPreserving().parameters(3, 24).values():
+        torch.testing.assert_close(start.double(), reflections(3, 24), rtol=1e-6, atol=1e-6)
+
+
 def test_norm_preserving_with_the_reflection_undone_is_hedgehog() -> None:
     q = random_queries()
     hedgehog_of_q = Hedgehog()(q, "q", one_call(q, Hedgehog()))
-    undone = one_call(q, NormPreserving(), {"norm_preserving.q": reflections(2, 16)})
+    undone = one_call(q, NormPreserving(), {"norm_preserving.map_q": torch.eye(16, dtype=torch.float64).repeat(2, 1, 1)})
     torch.testing.assert_close(NormPreserving()(q, "q", undone), hedgehog_of_q, rtol=1e-10, atol=1e-12)
-    longer = one_call(q, NormPreserving(), {"norm_preserving.q": 7 * reflections(2, 16)})  # no length but the query's own counts
+    longer = one_call(
+        q, NormPreserving(), {"norm_preserving.map_q": 7 * torch.eye(16, dtype=torch.float64).repeat(2, 1, 1)}
+    )  # no length but the query's own counts
     torch.testing.assert_close(NormPreserving()(q, "q", longer), hedgehog_of_q, rtol=1e-10, atol=1e-12)
 
 

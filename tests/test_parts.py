@@ -69,6 +69,7 @@ from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.composition import image_call
 from dit_accel.operator.cost import kept_density, multiply_adds, passes
 from dit_accel.operator.layout import coordinates, joint_partition
+from dit_accel.patch.heads import Layer, parameters_of
 from dit_accel.patch.state import operators_of
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "new_part.py"
@@ -206,6 +207,18 @@ def test_the_cpu_kernels_equal_the_reference(spec: AttentionSpec, shape: Shape) 
         results.append([*found, flat(gradients(function, spec, shape, dtype))])
     for got, exact, eager, name in zip(*results, ("output", "lse", "gradients"), strict=True):
         assert_close_as_eager(got, exact.double(), eager, name)
+
+
+@every_part
+def test_a_head_does_not_depend_on_the_others(spec: AttentionSpec) -> None:
+    """Nor on its number among them: a process of several has some of a layer's heads, and others may have another method."""
+    shape, layer = dataclasses.replace(RAGGED["11x14-text-5"], heads=3), Layer("attn", 3, RAGGED["11x14-text-5"].head_dim, image_only=False)
+    params, qkv = spec.make_parameters(heads=3, head_dim=shape.head_dim), shape.inputs()
+    with torch.no_grad():
+        every = attention(*qkv, spec, shape.layout, params=params, backend="reference")
+        some = [x[:, 1:] for x in qkv]
+        own = attention(*some, spec, shape.layout, params=parameters_of(params, spec, layer, (1, 2)), backend="reference")
+    torch.testing.assert_close(own, every[:, 1:], rtol=1e-4, atol=1e-5)
 
 
 @every_part

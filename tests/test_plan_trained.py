@@ -20,7 +20,7 @@ from dit_accel.finetune.velocity import velocity_errors
 from dit_accel.method import TopK
 from dit_accel.patch.modes import always
 from dit_accel.patch.state import operators_of
-from dit_accel.planner import measuring
+from dit_accel.planner import measuring, trained
 from dit_accel.planner.record import Plan
 from dit_accel.planner.trained import Trained
 from dit_accel.planner.work import Work
@@ -156,6 +156,37 @@ def test_a_plan_is_refused_with_another_adapter(adapter: Path, tmp_path: Path) -
     with pytest.raises(AdapterError, match="an assignment requires an adapter that save_adapter wrote"):
         dit_accel.load_adapter(pipe, tmp_path / "attn_weights.safetensors", spec=plan)
     assert same(state(pipe.transformer), before)
+
+
+def test_a_plan_of_start_values_says_so_with_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    plan, pipe = made(adapter, trained=None), prompt_pipe()
+    assert plan.trained is None
+    before = state(pipe.transformer)
+    with pytest.raises(ArgumentError, match=r"was made without what the adapter in .*conv has learned; make it with trained="):
+        dit_accel.load_adapter(pipe, adapter, spec=plan, strict=True)
+    assert same(state(pipe.transformer), before)
+    with pytest.warns(UserWarning, match="the promised error of this plan is not valid here: it was made without what"):
+        dit_accel.load_adapter(pipe, adapter, spec=plan)
+
+
+def test_a_plan_names_its_adapter_as_it_is_loaded(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder by its own name, wherever the program runs, and all of an id on the hub."""
+    transformer = prompt_pipe().transformer
+    monkeypatch.chdir(adapter)
+    assert Trained.read(transformer, ".").record.adapter == "conv"
+    monkeypatch.setattr(trained, "local_folder", lambda _: adapter)
+    assert Trained.read(transformer, "someone/their-adapter").record.adapter == "someone/their-adapter"
+
+
+def test_the_command_does_not_write_over_its_adapter(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    folder = other_adapter(tmp_path / "plan-adapter")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = ["plan", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "plan.json", "--trained", folder]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 2
+    assert "is --trained itself: name another --out" in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_command_writes_an_adapter(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,8 @@ def load_adapter(
         raise AdapterError(f"an assignment requires an adapter that save_adapter wrote, not the published file {file}: give it one spec")
     else:
         found = import_file(file, model, spec)
+    if isinstance(spec, Assignment) and spec.of_model and spec.learned is None:
+        _warn_of_start_values(path_or_repo, strict=strict)
     if found.weights or found.lora:
         check_unfused(model, found.layers, AdapterError)
         if is_offloaded(model):
@@ -217,6 +219,14 @@ def load_adapter(
     if found.base is not None and differs:
         warnings.warn(other_base(path_or_repo, found.base), stacklevel=2)
     return pipe
+
+
+def _warn_of_start_values(path_or_repo: str | Path, *, strict: bool) -> None:
+    """Say that a plan was made without what an adapter has learned; raise ArgumentError under `strict`."""
+    message = f"the promised error of this plan is not valid here: it was made without what the adapter in {path_or_repo} has learned"
+    if strict:
+        raise ArgumentError(f"{message}; make it with trained={str(path_or_repo)!r}, or leave strict out")
+    warnings.warn(f"dit_accel: {message}; make it with trained={str(path_or_repo)!r}", stacklevel=3)
 
 
 def other_base(path_or_repo: str | Path, base: Base) -> str:

@@ -58,6 +58,11 @@ def plan(
     held_out_texts = None if held_out is None else options.read_prompts(held_out)
     specs = None if not method else [_candidate(text) for text in dict.fromkeys(method)]
     options.check_file(out)
+    adapter = out.with_name(f"{out.stem}-adapter")
+    if trained is not None and adapter.resolve() == Path(trained).resolve():
+        raise ArgumentError(
+            f"the folder {adapter}, where the plan and what --trained has learned are written, is --trained itself: name another --out"
+        )
     from dit_accel.cli.models import frames_call, load_pipeline
     from dit_accel.planner.checks import check_asked
     from dit_accel.planner.pages import write_plan_page
@@ -76,7 +81,7 @@ def plan(
     page = write_plan_page(made, out.with_suffix(".html"))
     written = [out, page]
     if trained is not None and made.trained is not None:  # else no head got what learns
-        written.append(write_adapter(pipe, trained, made, out.with_name(f"{out.stem}-adapter")))
+        written.append(write_adapter(pipe, trained, made, adapter))
     got = made.outcome
     error = f"error on held-out prompts {got.verified.mean:.4f}, promised {got.verified.promised:.4f}"
     typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; {error}")

@@ -42,7 +42,8 @@ class Trained:
             )
         if found.base is not None and not same_base(transformer, found.base):
             warnings.warn(other_base(path_or_repo, found.base), stacklevel=4)
-        return cls(found.assignment.specs, found.own, Learned(Path(path_or_repo).name, found.digest or ""))
+        name = folder.resolve().name if Path(path_or_repo).is_dir() else str(path_or_repo)  # of the hub the whole id
+        return cls(found.assignment.specs, found.own, Learned(name, found.digest or ""))
 
     def serves(self, assignment: Assignment) -> bool:
         """Whether an assignment learns any of it."""

@@ -107,11 +107,12 @@ class NormPower(Features):
 
 @dataclass(frozen=True)
 class NormPreserving(Features):
-    """phi(x) = [softmax(u) | softmax(-u)], u = ‖x‖·y/‖y‖, y = M(I - 2uuᵀ)x with a unit vector for u there (STILL, arXiv 2602.02180).
+    """phi(x) = [softmax(u) | softmax(-u)], u = ‖x‖·y/‖y‖, y = Mx (STILL, arXiv 2602.02180).
 
-    A learned map that keeps the length of each query and key, F = 2D. M `[D, D]` is learned for each head, apart for queries and keys, the
-    identity at start. The unit vector, random in the paper, is fixed for each head: component d of head h is proportional to
-    sin((h + 1)(d + 1)).
+    A learned map that keeps the length of each query and key, F = 2D. M `[D, D]` is learned for each head, apart for queries and keys, and
+    starts as a reflection I - 2uuᵀ. The unit vector, random in the paper, is u for each head: component d of head h is proportional to
+    sin((h + 1)(d + 1)). The paper multiplies each M by that reflection, which M contains here: a call does not know which of a layer's
+    heads it has, where others have another method or another process.
     """
 
     fit, by_token = "descent", True
@@ -120,15 +121,14 @@ class NormPreserving(Features):
         return 2 * head_dim
 
     def parameters(self, heads: int, head_dim: int) -> dict[str, Tensor]:
-        return {f"norm_preserving.{side}": torch.eye(head_dim).repeat(heads, 1, 1) for side in "qk"}
+        axis = F.normalize(torch.sin(torch.arange(1.0, heads + 1)[:, None] * torch.arange(1.0, head_dim + 1)), dim=-1)
+        return {f"norm_preserving.map_{side}": torch.eye(head_dim) - 2 * axis[:, :, None] * axis[:, None] for side in "qk"}
 
     def rates(self, head_dim: int) -> dict[str, float]:
-        return {f"norm_preserving.{side}": 1 / head_dim for side in "qk"}
+        return {f"norm_preserving.map_{side}": 1 / head_dim for side in "qk"}
 
     def __call__(self, x: Tensor, side: Literal["q", "k"], call: Call) -> Tensor:
-        head, channel = (torch.arange(1, n + 1, device=x.device, dtype=x.dtype) for n in (call.heads, x.shape[-1]))
-        axis = F.normalize(torch.sin(head[:, None] * channel), dim=-1).repeat(len(x) // call.heads, 1)[..., None]
-        y = (x - 2 * (x @ axis) * axis.mT) @ call.per_head(f"norm_preserving.{side}").mT
+        y = x @ call.per_head(f"norm_preserving.map_{side}").mT
         length, changed = (torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (x, y))
         return _both_signs(length / changed.clamp_min(LEAST) * y)
 

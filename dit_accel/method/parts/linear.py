@@ -84,7 +84,8 @@ class Linear(Rest):
     @property
     def far(self) -> type[Far] | None:
         parts = (self.feature_map, self.weights, self.readout)
-        return FarSums if self.scope != "marginal" and all(part.by_token for part in parts if isinstance(part, Part)) else None
+        by_token = all(part.by_token for part in parts if isinstance(part, Part))
+        return FarSums if by_token and self.scope != "marginal" and not self.over_tokens else None
 
     def over(self, call: Call, far: Far) -> Partial:
         if not isinstance(far, FarSums) or self.far is None:
