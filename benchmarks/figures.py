@@ -40,7 +40,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {  # page -> its tables
         for name in ("step", "step-bfloat16", "kernels", "kernels-amx", "quality", "evaluate", "recovery", "combinations")
     },
     "docs/choose.md": {"choose": choose},
-    "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu")},
+    "docs/gpu.md": {name: TABLES[name] for name in ("gpu-step", "gpu", "int8")},
     "docs/plans.md": {name: TABLES[name] for name in ("plans", "plans-video")},
     "docs/video.md": {"video": TABLES["video"]},
     "docs/methods.md": {"catalogue": catalogue},
@@ -187,6 +187,13 @@ FIGURES: dict[str, Figure] = {
     "gpu-step": Figure(
         ((str(ROOT / "benchmarks" / "gpu_step.py"), "--out", "gpu-step.json"),), {"gpu-step.json": "benchmarks/gpu-step-h100.json"},
         card="H100",
+    ),
+    "int8": Figure(
+        (
+            (str(ROOT / "benchmarks" / "fovea_captures.py"), "captures", "image-1024"),
+            (str(ROOT / "benchmarks" / "int8.py"), "captures/image-1024.pt", "int8.json"),
+        ),
+        {"int8.json": "benchmarks/int8.json"},
     ),
     "quality": Figure((words("bench quality --size 1024x1024 --steps 5 --out quality.json"),), {"quality.json": "benchmarks/quality.json"}),
     "catalogue": Figure(

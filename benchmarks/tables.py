@@ -280,6 +280,20 @@ def parallel(folder: Path) -> str:
     return lines(["method", "tokens", "one process", "two, ulysses_degree", "two, ring_degree"], made, record)
 
 
+def int8(folder: Path) -> str:
+    """Errors of products in 8 bits by form and method, and of Fovea 5 % where some channels are large."""
+    errors, first = read(folder / "int8.json")["errors"], "Fovea 5 %"
+    plain, stresses = errors["as captured"], {stress: of for stress, of in errors.items() if stress != "as captured"}
+
+    def cell(of: dict[str, float], form: str) -> str:
+        return f"{figures(100 * of[form])} %"
+
+    made = [
+        [form, *(cell(of, form) for of in plain.values()), *(cell(of[first], form) for of in stresses.values())] for form in plain[first]
+    ]
+    return lines(["products", *plain, *(f"{first}, {stress}" for stress in stresses)], made)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "parallel": parallel,
     "composition": composition,
@@ -290,6 +304,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "step-bfloat16": functools.partial(step, file="step-bfloat16.json"),
     "kernels": kernels,
     "kernels-amx": functools.partial(kernels, file="kernels-amx.json", dtype="bfloat16"),
+    "int8": int8,
     "gpu": gpu,
     "gpu-step": gpu_step,
     "recovery": recovery,

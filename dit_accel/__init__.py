@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from dit_accel.finetune.config import DistillConfig
     from dit_accel.finetune.distill import distill
     from dit_accel.integrations.function import as_attention_function
-    from dit_accel.kernels.precision import get_float32_attention_precision, set_float32_attention_precision
+    from dit_accel.kernels.precision import (
+        get_float32_attention_precision,
+        get_query_key_products,
+        set_float32_attention_precision,
+        set_query_key_products,
+    )
     from dit_accel.method.assignment import Assignment, Rule
     from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
     from dit_accel.method.spec import AttentionSpec
@@ -51,6 +56,8 @@ _HOMES = {
     "as_attention_function": "integrations.function",
     "get_float32_attention_precision": "kernels.precision",
     "set_float32_attention_precision": "kernels.precision",
+    "get_query_key_products": "kernels.precision",
+    "set_query_key_products": "kernels.precision",
     "builtin_pipeline": "pipelines.builtin",
     "builtin_video_pipeline": "pipelines.builtin_video",
     "generate_hires": "pipelines.hires",
@@ -78,6 +85,7 @@ __all__ = [
     "distill",
     "generate_hires",
     "get_float32_attention_precision",
+    "get_query_key_products",
     "load_adapter",
     "plan",
     "push_adapter",
@@ -85,6 +93,7 @@ __all__ = [
     "save_adapter",
     "save_video",
     "set_float32_attention_precision",
+    "set_query_key_products",
     "shared_decoding",
     "summary",
     "view_attention",

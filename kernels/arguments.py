@@ -36,7 +36,10 @@ Narrow = Annotated[bool, Mark(gpu=True)]  # whether a matrix product may round i
 Rest = Annotated[str, Mark(choices=RESTS)]
 Feature = Annotated[str, Mark(choices=FEATURES)]
 
+Int8 = Annotated[bool, Mark(gpu=True)]  # whether products of queries with kept keys and text are of both rounded to 8 bits
+
 SPAN = 4  # query blocks in a row that see the same units
+SAMPLE = 64  # keys and queries of the image that the mean key and the channels' balance are made of
 
 
 class Arguments(NamedTuple):
@@ -71,6 +74,7 @@ class Arguments(NamedTuple):
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `bits` int32 `[.., q blocks, words]`: the lists as bits; `means` `[3, B·H, k blocks, D]` in q's dtype: means of the key blocks' keys and
     values, half the variances of their keys (of no meaning without `variance`). Both as `Chosen` has them, or None: they are made.
+    `int8`: without gradients alone; see `reference.rounded_to_int8`.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
     """
 
@@ -119,6 +123,7 @@ class Arguments(NamedTuple):
     variance: bool = False
     linear_all: bool = False
     residual: bool = False
+    int8: Int8 = False
     pool_parts: int = 1
     cap: float = 0.0
 

@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NOT_BUILT = native.refusal() or native.NOT_BUILT
 LINEAR_LIMIT = 128  # beyond, the states of a linear rest don't fit a multiprocessor's registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT8_CAPABILITIES = (8, 9, 12)  # compiled for, with tensor cores that multiply 8-bit integers at least at twice the rate of 16 bits
 AMD = ("gfx942",)  # architectures of AMD that the tile table has a column for, which the kernels are compiled for and checked
 
 
@@ -52,6 +53,28 @@ def _triton_shape_refusal(dtype: torch.dtype, head_dim: int, *, linear: bool) ->
     if linear and head_dim > LINEAR_LIMIT:
         return f"the Triton kernels take a linear rest up to head_dim {LINEAR_LIMIT}, not {head_dim}"
     return _shape_refusal("Triton", dtype, head_dim)
+
+
+def int8_refusal_here() -> str | None:
+    """The reason that no call in this process can multiply queries by keys in 8 bits, or None where one may."""
+    if not TRITON:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    return "this PyTorch is for AMD's" if torch.version.hip else None
+
+
+def int8_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason that the Triton kernels multiply queries by keys in the tensors' type, whatever is asked for, or None."""
+    if dtype.itemsize != 2:
+        return f"the tensors are {dtype}"
+    if head_dim <= 16:
+        return f"the head dimension is {head_dim}"
+    if device.type == "cuda" and (torch.version.hip or _capability(device)[0] not in INT8_CAPABILITIES):
+        return "there are none for this GPU"
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -19,6 +19,7 @@ from dit_accel.kernels.blocks import BlockMap, Blocks, TokenTables
 
 # a bias that leaves a key out, as -inf does: its difference to any logit is a number, and its weight is exactly 0 next to any other key
 MASKED = -1e30
+GOLDEN = 2654435769  # 2³² over the golden ratio
 CHUNK_ELEMENTS = 1 << 20  # scores and gathered keys of one chunk, 4 MB in float32: a few second-level caches
 
 Partial = tuple[Tensor, Tensor]  # output [..., N, D] and lse [..., N]
@@ -160,6 +161,31 @@ def pooled_attention(
 
     chunks = slices(queries.shape[1], q.shape[0] * queries.shape[2] * k_mean.shape[1] * 2)
     return _join([run_again(attend, queries[:, c], k_mean, v_mean, k_var, kept[..., c, :]) for c in chunks], q_blocks)
+
+
+def rounded_to_int8(q: Tensor, k: Tensor, image_q: slice, image_k: slice, sample: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys `[BH, N, D]` rounded to 8 bits, and the mean key `[BH, 1, D]`: q·k is about rounded q · rounded k + q · mean.
+
+    Of some image tokens, spread by the golden ratio: the mean m of the keys, and of each channel the balance b = √(σ(k) / √(mean of q²)),
+    neither taken for less than 1/64 of the largest channel's. (k - m) / b and q·b are rounded to 127 steps of the largest size of an entry,
+    token by token (SageAttention, arXiv 2410.02367, subtracts the mean; softmax does not see it).
+    """
+    few_q, few_k = (_spread(x[:, side], sample) for x, side in ((q, image_q), (k, image_k)))
+    mean = few_k.mean(1, keepdim=True)
+    spread = [x.square().mean(1, keepdim=True).sqrt() for x in (few_k - mean, few_q)]
+    of_keys, of_queries = (x.maximum(x.amax(-1, keepdim=True) / 64).clamp_min(2.0**-60) for x in spread)
+    balance = (of_keys / of_queries).sqrt()
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(2.0**-60) / 127
+        return (x / scale).round() * scale
+
+    return rounded(q * balance), rounded((k - mean) / balance), mean
+
+
+def _spread(x: Tensor, sample: int) -> Tensor:
+    """So many of the tokens, some more than once where there are fewer; at an even distance they could be one column of an image."""
+    return x[:, (torch.arange(sample, device=x.device) * GOLDEN & 0xFFFFFFFF) * x.shape[1] >> 32]
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

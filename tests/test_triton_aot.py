@@ -16,7 +16,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.dispatch import LINEAR_LIMIT
 from dit_accel.kernels.triton import aot
 from dit_accel.kernels.triton.tables import ARCHITECTURES, KERNELS, SHARED_LIMIT, Machine, tile_for
-from dit_accel.measure.gpu_compile import EVERY, STATES, jobs
+from dit_accel.measure.gpu_compile import EVERY, INT8, STATES, jobs
 
 OTHERS = {
     "block_moments", "choose_by_means", "sum_states", "hidden_bits", "summarise", "summarise_parts", "tilted_deltas", "gradient_slopes",
@@ -172,7 +172,13 @@ def test_the_rows_that_a_float32_program_holds_fit_with_those_of_one_step(arch: 
 
 
 def test_jobs() -> None:
-    assert len(jobs()) == (len(EVERY) * 3 - len(STATES)) * len(ARCHITECTURES) * 3
+    wide = [job for job in jobs() if job.method not in INT8]
+    states = [name for name in STATES if name not in INT8]
+    assert len(wide) == ((len(EVERY) - len(INT8)) * 3 - len(states)) * len(ARCHITECTURES) * 3
+    assert {(job.arch, job.dtype) for job in jobs() if job.method in INT8} == {
+        (arch, dtype) for arch in ("sm_80", "sm_90", "sm_120") for dtype in ("bfloat16", "float16")
+    }
+    assert jobs(["clear, 8 bits"], ["sm_89"], [64], ["bfloat16"])
     assert {job.method for job in jobs() if job.head_dim > LINEAR_LIMIT} == EVERY.keys() - STATES
     with pytest.raises(ValueError, match=r"arch must be one of .*not 'sm_75'"):
         jobs(archs=["sm_75"])

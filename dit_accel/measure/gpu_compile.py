@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from dit_accel.console import console
 from dit_accel.errors import ArgumentError, BackendError
 from dit_accel.files import write_json
 from dit_accel.kernels import dispatch
+from dit_accel.kernels.precision import int8_products
 from dit_accel.kernels.triton.tables import ARCHITECTURES, TIMED, TOGETHER, Machine, Tile, tile_of_two
 from dit_accel.method import AttentionSpec, Linear, Mass, Tiles, TopK
 from dit_accel.method.parts import Pooled
@@ -50,7 +52,11 @@ MOST = {"sla, most kept": SLA(0.6)}
 TWO = {f"{name}, two blocks": METHODS[name] for name in ("fovea", "fovea, radius", "clear")}
 # with pooled keys that are given, or the sums of far keys, as one process of several has those of all
 BANDS = {"fovea, bands": METHODS["fovea, radius"], "sla, bands": MOST["sla, most kept"]}
-EVERY = METHODS | PADDED | MOST | TWO | BANDS
+# forward, with products of queries and keys in 8 bits
+INT8 = {f"{name}, 8 bits": METHODS[name] for name in ("fovea", "fovea, radius", "fovea, order 1", "fovea, groups", "clear", "gna", "sla")}
+INT8_SPILLED = 16  # bytes a thread that are no fault: the tiles are those that spill none with 16 bits
+INT8_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")  # those of `dispatch.INT8_CAPABILITIES`
+EVERY = METHODS | PADDED | MOST | TWO | BANDS | INT8
 # a linear rest, for which the kernels take heads up to LINEAR_LIMIT
 STATES = tuple(name for name in EVERY if name.startswith(("sla", "linear")))
 HEAD_DIMS = (64, 128, 256)
@@ -74,7 +80,9 @@ class Job:
         """Bytes a thread that are no fault; None: any, because a clock chose the tiles."""
         if self.dtype in SPILLED:
             return SPILLED[self.dtype]
-        return None if (self.arch, self.head_dim) in TIMED else 0
+        if (self.arch, self.head_dim) in TIMED:
+            return None
+        return INT8_SPILLED if self.method in INT8 else 0
 
     def _tuned(self) -> dict[tuple[str, str, int], Tile]:
         """Of a method of TWO the tiles of two blocks, where the architecture has any."""
@@ -90,12 +98,16 @@ class Job:
         bias = torch.zeros(1, layout.text) if self.method in PADDED else None
         q, k, v = (torch.zeros(1, 2, layout.tokens, self.head_dim, dtype=COMPILED[self.dtype], requires_grad=True) for _ in range(3))
         params, plan = start_values(spec, q).requires_grad_(), make_plan(spec, layout, q.device)
+        narrow, of_tiles = self.method in INT8, aot.TILES_OF.get(self.arch, self.arch)
         found: dict[tuple[str, int], Launch] = {}
         for units in UNITS:
-            with calls.recorded(Machine(self.arch, units, self._tuned())) as launches:
+            machine, products = Machine(of_tiles, units, self._tuned()), int8_products() if narrow else nullcontext()
+            with calls.recorded(machine) as launches, products, torch.set_grad_enabled(not narrow):
                 far = _far(spec, plan, q) if self.method in BANDS else None
                 given = (q, k, v, spec, layout, plan, params(), self.head_dim**-0.5, "triton")
-                composition.attend(*given, text_bias=bias, far=far)[0].sum().backward()
+                out, _ = composition.attend(*given, text_bias=bias, far=far)
+                if not narrow:
+                    out.sum().backward()
             found |= {(aot.source(launch).hash(), launch.warps): launch for launch in launches}
         return list(found.values())
 
@@ -132,14 +144,21 @@ def jobs(
     dtypes: Sequence[str] | None = None,
 ) -> list[Job]:
     """Every combination that the kernels take; None is all of them. Raises ValueError at one that is not known."""
-    known: tuple[Sequence[Any], ...] = (tuple(EVERY), ARCHITECTURES, HEAD_DIMS, tuple(COMPILED))
+    alike = tuple(arch for arch in INT8_ARCHITECTURES if arch not in ARCHITECTURES)  # with another's tiles, compiled where it is named
+    known: tuple[Sequence[Any], ...] = (tuple(EVERY), (*ARCHITECTURES, *alike), HEAD_DIMS, tuple(COMPILED))
+    archs = ARCHITECTURES if archs is None else archs
     given = [list(every if some is None else some) for some, every in zip((methods, archs, head_dims, dtypes), known, strict=True)]
     for name, some, every in zip(("method", "arch", "head_dim", "dtype"), given, known, strict=True):
         wrong = [x for x in some if x not in every]
         if wrong:
             raise ArgumentError(f"{name} must be one of {list(every)}, not {wrong[0]!r}")
     every = [Job(*combination) for combination in itertools.product(*given)]
-    return [job for job in every if job.head_dim <= dispatch.LINEAR_LIMIT or job.method not in STATES]
+    return [job for job in every if (job.head_dim <= dispatch.LINEAR_LIMIT or job.method not in STATES) and _has_int8(job)]
+
+
+def _has_int8(job: Job) -> bool:
+    """Whether the kernels have products in 8 bits for a job, if it is one of them."""
+    return job.method not in INT8 or (job.arch in INT8_ARCHITECTURES and job.dtype in DTYPES)
 
 
 def bench_aot(work: Sequence[Job], *, out: Path | None = None) -> list[dict[str, Any]]:

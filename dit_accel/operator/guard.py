@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from dit_accel import __version__
 from dit_accel.kernels import dispatch
 from dit_accel.kernels.cpu import native, sources
-from dit_accel.kernels.precision import get_float32_attention_precision
+from dit_accel.kernels.precision import get_float32_attention_precision, get_query_key_products
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import decisions, lowering
 from dit_accel.operator.attention import attend, start_values
@@ -120,6 +120,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device),
         "triton": importlib.metadata.version("triton") if dispatch.TRITON else "none",
         "kernels": sources.fingerprint(triton, (".py",)),
+        **({} if get_query_key_products() == "input" else {"products": get_query_key_products()}),
     }
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels import ops
+from dit_accel.kernels import dispatch, ops
 from dit_accel.kernels.arguments import Arguments, MixtureArguments, Summaries, SummaryArguments
 from dit_accel.kernels.choosing import SelectionArguments
 from dit_accel.kernels.grouping import GroupingArguments
+from dit_accel.kernels.precision import get_query_key_products
 from dit_accel.kernels.reference import MASKED
 from dit_accel.method.parameters import Values
 from dit_accel.method.parts import (
@@ -120,8 +121,16 @@ def attend(
         text=layouts.k.text, text_q=layouts.q.text, text_first=layouts.text_first, scale=scale, places_q=g.places_q, places_k=g.places_k,
         text_bias=text_bias, bits=lists.bits if rest.get("rest") == "pooled" else None, **_widths(plan), **tables, **rest,
     )  # fmt: skip
+    if get_query_key_products() == "int8" and implementation == "triton":
+        arguments = arguments._replace(int8=_in_8_bits(arguments))
     out, lse = ops.attention(arguments, implementation)
     return out.to(query.dtype), lse
+
+
+def _in_8_bits(a: Arguments) -> bool:
+    """Whether the kernels may round queries and keys to 8 bits: gradients are of what is not rounded."""
+    gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in a)
+    return not gradient and dispatch.int8_refusal(a.q.device, a.q.dtype, a.q.shape[3]) is None
 
 
 def rest_of(

@@ -9,6 +9,7 @@ import torch
 from dit_accel.console import console
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch
+from dit_accel.kernels.precision import get_query_key_products
 from dit_accel.method.assignment import in_words
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator import lowering
@@ -122,9 +123,17 @@ def _backend(model: Any, context: Context, operator: AcceleratedAttention, spec:
         backend, why = dispatch.choose(context.backend, device, dtype, operator.head_dim, linear=linear)
         parts = lowering.in_torch(spec) if backend in lowering.COMPILED else []
         named = " and ".join(type(part).__name__ for part in parts)
-        return backend, why + (f", {named} in torch" if named else "") + guarded
+        return backend, why + (f", {named} in torch" if named else "") + _products(backend, device, dtype, operator.head_dim) + guarded
     except BackendError as error:
         return "none", f"every call will raise BackendError: {error}"
+
+
+def _products(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Whether queries and keys are multiplied in 8 bits, where the user asks for that."""
+    if backend != "triton" or get_query_key_products() == "input":
+        return ""
+    refusal = dispatch.int8_refusal(device, dtype, head_dim)
+    return ", products of queries and keys in 8 bits" if refusal is None else f", no products in 8 bits because {refusal}"
 
 
 def _print(rows: list[LayerSummary], notes: list[str]) -> None:

@@ -19,8 +19,12 @@ from triton.language import constexpr
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int8: "*i8",
 }  # fmt: skip
-TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
+TILES_OF = {"sm_89": "sm_120"}  # whose tiles an architecture without its own has, as `calls.machine_of` gives them
+TENSOR_CORES = {
+    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma",
+}  # fmt: skip
 # kernels whose loops are matrix products
 MATRIX_KERNELS = {
     "attend_rows", "dense_rows", "gradient_rows", "gradient_dense_rows", "gradient_columns", "gradient_shared_keys", "gradient_pooled",
@@ -45,6 +49,7 @@ class Limits(NamedTuple):
 # lanes for each of 4 units)
 LIMITS = {
     "sm_80": Limits(2048, 65536, 167936, 1024, 32),
+    "sm_89": Limits(1536, 65536, 102400, 1024, 32),
     "sm_90": Limits(2048, 65536, 233472, 1024, 32),
     "sm_100": Limits(2048, 65536, 233472, 1024, 32),
     "sm_120": Limits(1536, 65536, 102400, 1024, 32),
@@ -73,8 +78,8 @@ class Compiled:
         found = []
         if spilled is not None and self.spilled > spilled:
             found.append(f"{self.spilled} bytes of stack or spilled registers")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.arch]}")
+        if self.shared > SHARED_LIMIT[TILES_OF.get(self.arch, self.arch)]:
+            found.append(f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[TILES_OF.get(self.arch, self.arch)]}")
         if self.kernel in MATRIX_KERNELS:
             if self.stages < 2:
                 found.append(f"{self.stages} pipeline stage")

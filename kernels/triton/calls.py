@@ -26,6 +26,7 @@ from dit_accel.kernels.arguments import (
 )
 from dit_accel.kernels.choosing import Chosen, SelectionArguments, check_selection
 from dit_accel.kernels.grouping import GroupingArguments, Units, check_grouping
+from dit_accel.kernels.precision import get_query_key_products
 from dit_accel.kernels.replay import MovedError, Record, Records, key_of
 from dit_accel.kernels.triton import (
     driver,
@@ -116,7 +117,8 @@ def together(
     x = tensors[0]
     if x is None or _redirected.get() is not None or not replay.possible(x.device):
         return function()
-    machine, key = _fitting.get(x.device) or machine_of(x.device), key_of("together", tensors, about, launch.tf32_allowed())
+    switches = launch.tf32_allowed(), get_query_key_products()
+    machine, key = _fitting.get(x.device) or machine_of(x.device), key_of("together", tensors, about, switches)
     record = records.get(key, machine)
     if isinstance(record, Record):
         if record.constants:

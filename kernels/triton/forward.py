@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from dit_accel.kernels.triton.int8 import key_logits
 from dit_accel.kernels.triton.primitives import (
     GONE,
     LOG2E,
@@ -31,6 +32,28 @@ from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
 
 @triton.jit
+def keys_of(k, v, int8, bh, heads, tokens, C):
+    """One head's keys and values; the keys in 8 bits where there are any (`tuples.Int8`)."""
+    if int8.k is None:
+        keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n, None)
+    else:
+        keys = Keys(int8.k + bh * tokens * C.D, head(v, bh, heads), C.D, v.n, int8.k_scale + bh * tokens)
+    return keys
+
+
+@triton.jit
+def queries_of(q, int8, bh, heads, tokens, row, valid, scale, C):
+    """Some queries `[Q, DP]` of one head and what makes logits, in log2, of their products with `keys_of`."""
+    if int8.q is None:
+        queries = tile(head(q, bh, heads), row, q.n, valid, C)
+        factor = scale * LOG2E
+    else:
+        queries = tile(int8.q + bh * tokens * C.D, row, C.D, valid, C)
+        factor = tl.load(int8.q_scale + bh * tokens + row, mask=valid, other=0.0)
+    return queries, factor
+
+
+@triton.jit
 def sweep(acc, top, mass, q, keys, bias, begin, end, factor, C):
     """All keys from `begin` to `end` join the softmax; `bias`, a number per key or None, joins their logits."""
     for at in tl.range(begin, end, C.BK, num_stages=C.STAGES):
@@ -40,7 +63,8 @@ def sweep(acc, top, mass, q, keys, bias, begin, end, factor, C):
         if bias is not None:
             shift = tl.load(bias + rows, mask=valid, other=0.0)
             read = valid & (shift > GONE)  # what is padded may hold anything, and 0 times NaN is NaN
-        logits = tl.dot(q, tl.trans(tile(keys.k, rows, keys.k_n, read, C)), input_precision=C.PRECISION) * factor
+        scales = None if keys.scale is None else tl.load(keys.scale + rows, mask=read, other=0.0)
+        logits = key_logits(q, keys, rows, read, scales, factor, C)
         if bias is not None:
             logits += shift[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -53,9 +77,10 @@ def visit(acc, top, mass, queries, keys, row, begin, end, lists, predicate, fact
     """The listed key blocks from `begin` to `end` join the softmax."""
     for n in tl.range(begin * C.SUB_K, end * C.SUB_K, num_stages=C.STAGES):
         token, valid, place = listed_keys(row, n, lists, C)
-        key = tile(keys.k, place, keys.k_n, valid, C)
+        # past a short block's end too, where no logit is kept: with a mask it would hold predicates through the loop
+        scales = None if keys.scale is None else tl.load(keys.scale + token)
+        logits = key_logits(queries, keys, place, valid, scales, factor, C)
         value = tile(keys.v, place, keys.v_n, valid, C)
-        logits = tl.dot(queries, tl.trans(key), input_precision=C.PRECISION) * factor
         kept = valid[None, :]
         if MASKED:
             if C.TOGETHER > 1:
@@ -93,7 +118,7 @@ def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
     "STAGES PRECISION"
 )
 def attend_rows(
-    q, k, v, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
+    q, k, v, int8, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
     image_start_k, text, text_start, text_q, text_start_q, text_tiles, extra_keys, q_blocks, k_blocks, width, length_q, length_k, mask_size,
     units, pool_width, C: tl.constexpr,
 ):  # fmt: skip
@@ -111,9 +136,11 @@ def attend_rows(
     number, sub = tl.where(of_text, 0, place) // C.SUB_Q, tl.where(of_text, 0, place) % C.SUB_Q
     block = number * C.TOGETHER
     h = bh % heads
-    keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
+    keys = keys_of(k, v, int8, bh, heads, tokens_k, C)
     start = image_start_k.to(tl.int64)
-    image_keys = Keys(keys.k + start * k.n, keys.v + start * v.n, k.n, v.n)
+    image_keys = Keys(
+        keys.k + start * keys.k_n, keys.v + start * v.n, keys.k_n, v.n, None if int8.k is None else int8.block_scale + bh * image_k
+    )  # fmt: skip
     of_tile = tl.arange(0, C.BQ)
     half = of_tile // (C.BQ // C.TOGETHER)  # which of the blocks each row is of
     if C.TOGETHER > 1:
@@ -122,8 +149,7 @@ def attend_rows(
         q_token = tl.load(lists.q_starts + block) + sub * C.BQ + of_tile
         q_valid = q_token < tl.load(lists.q_starts + block + 1)
     q_token, q_valid, q_row = rows_of_program(lists.q_places, q_token, q_valid, place, of_text, image_start_q, text_start_q, text_q, C.BQ)
-    queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
-    factor = logits.scale * LOG2E
+    queries, factor = queries_of(q, int8, bh, heads, tokens_q, q_row, q_valid, logits.scale, C)
     acc = tl.zeros([C.BQ, C.DP], tl.float32)
     top = tl.full([C.BQ], float("-inf"), tl.float32)
     mass = tl.zeros([C.BQ], tl.float32)
@@ -146,6 +172,11 @@ def attend_rows(
         acc, top, mass, queries, keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
         tl.where(of_text, 0, text_start), tl.where(of_text, tokens_k, text_start + text), factor, C,
     )  # fmt: skip
+    if int8.k is not None:  # what follows has 16 bits, and read before it would take registers
+        top += tl.load(int8.shift + bh * tokens_q + q_row, mask=q_valid, other=0.0)
+        queries = tile(head(q, bh, heads), q_row, q.n, q_valid, C)
+        factor = logits.scale * LOG2E
+        image_keys = Keys(head(k, bh, heads) + start * k.n, image_keys.v, k.n, v.n)
     if C.EXTRA:
         at = bh * extra_keys * C.D
         further = Keys(extra.k + at, extra.v + at, C.D, C.D)
@@ -239,7 +270,7 @@ def rest_of(phi, taken, taken_mass, states, bh, listed, k_blocks, keys, C):
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
-def dense_rows(q, k, v, part, part_lse, logits, heads, tokens_k, rows, first, chunk, C: tl.constexpr):
+def dense_rows(q, k, v, int8, part, part_lse, logits, heads, tokens_q, tokens_k, rows, first, chunk, C: tl.constexpr):
     """Query rows `first` to `first + rows` over one chunk of all the keys: part `[splits, BH, rows, D]` and its lse, in log2.
 
     Grid: (tiles of rows, batch · heads, splits).
@@ -247,13 +278,15 @@ def dense_rows(q, k, v, part, part_lse, logits, heads, tokens_k, rows, first, ch
     bh, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     valid = row < rows
-    queries = tile(head(q, bh, heads), row + first, q.n, valid, C)
+    queries, factor = queries_of(q, int8, bh, heads, tokens_q, row + first, valid, logits.scale, C)
     begin = tl.program_id(2) * chunk
     acc, top, mass = sweep(
         tl.zeros([C.BQ, C.DP], tl.float32), tl.full([C.BQ], float("-inf"), tl.float32), tl.zeros([C.BQ], tl.float32), queries,
-        Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n), logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
-        begin, tl.minimum(begin + chunk, tokens_k), logits.scale * LOG2E, C,
+        keys_of(k, v, int8, bh, heads, tokens_k, C), logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
+        begin, tl.minimum(begin + chunk, tokens_k), factor, C,
     )  # fmt: skip
+    if int8.q is not None:
+        top += tl.load(int8.shift + bh * tokens_q + row + first, mask=valid, other=0.0)
     at = (split * tl.num_programs(1) + bh) * rows
     put(part + at * C.D, row, C.D, valid, acc / mass[:, None], C)
     tl.store(part_lse + at + row, top + tl.log2(mass), mask=valid)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.arguments import FEATURES, SPAN, Arguments, text_queries
-from dit_accel.kernels.triton import block_means, block_pairs, forward
+from dit_accel.kernels.arguments import FEATURES, SAMPLE, SPAN, Arguments, text_queries
+from dit_accel.kernels.triton import block_means, block_pairs, forward, int8
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
-from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two, joins
+from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two, joins, power
 from dit_accel.kernels.triton.tuples import (
+    Int8,
     Learned,
     Lists,
     Logits,
@@ -31,6 +32,7 @@ from triton.runtime.errors import OutOfResources
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most
 MOST_PAIRED = 1024  # key blocks on a list whose union with its neighbour's a program's registers make
+INT8_ROWS = 64  # that a program rounds
 MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
 
 
@@ -371,6 +373,21 @@ class Call:
         self.run(Launch(block_pairs.pair_lists, of_lists[::-1], arguments, 1 if width <= 64 else 4))
         return self.lists._replace(blocks=blocks, counts=counts, full=full, codes=codes), self.predicate._replace(mask_of=mask_of)
 
+    def in_8_bits(self) -> Int8:
+        """Queries and keys rounded to int8, where the call asks for their products."""
+        a, groups = self.a, cdiv(self.tokens_q, INT8_ROWS)
+        if not a.int8:
+            return Int8()
+        q, k = (self.empty(self.bh, n, self.channels, dtype=torch.int8) for n in (self.tokens_q, self.tokens_k))
+        q_scale, k_scale, shift = (self.empty(self.bh, n) for n in (self.tokens_q, self.tokens_k, self.tokens_q))
+        found = Int8(q, k, q_scale, k_scale, self.empty(self.bh * self.image_k + max(16, power(self.k_width))), shift)
+        arguments: dict[str, Any] = {"q": rows_of(a.q), "k": rows_of(a.k), "found": found, "places": a.places_k, "scale": a.scale}
+        arguments |= {name: size for name, size in self.sizes.items() if name in int8.round_to_int8.arg_names}
+        constants = {"D": self.channels, "DP": self.padded, "BQ": INT8_ROWS, "N": SAMPLE}
+        arguments |= {"groups": groups, "C": constants_of(int8.round_to_int8, constants)}
+        self.run(Launch(int8.round_to_int8, (groups + cdiv(self.tokens_k, INT8_ROWS), self.bh), arguments, 4))
+        return found
+
     def rest(self) -> Rests:
         """What the kernels read of the rest."""
         return self.pooled_rest() if self.pooled else self.linear_rest() if self.linear else Rests()
@@ -391,25 +408,26 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     tile = call.tile("rows")
     together = 2 if call.pairs and holds_two(tile, call.q_width) else 1
     lists, predicate = call.paired() if together > 1 else (call.lists, call.predicate)
+    narrow = call.in_8_bits()
     joined = call.joined("rows", "dense")
     programs = (joined or 0) + cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries)
     call.start(
-        forward.attend_rows, "rows", (programs, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), out=rows_of(out), lse=lse,
-        lists=lists, predicate=predicate, pooled=pooled, states=states, learned=call.learned, logits=call.logits,
+        forward.attend_rows, "rows", (programs, call.bh), **call.rows(), int8=narrow, extra=Pair(a.extra_k, a.extra_v), out=rows_of(out),
+        lse=lse, lists=lists, predicate=predicate, pooled=pooled, states=states, learned=call.learned, logits=call.logits,
         width=lists.blocks.shape[-1], text_tiles=joined, flags={"TOGETHER": together},
     )  # fmt: skip
     if call.text_q and not joined:
-        _dense_rows(call, out, lse)
+        _dense_rows(call, narrow, out, lse)
     return out, lse
 
 
-def _dense_rows(call: Call, out: Tensor, lse: Tensor) -> None:
+def _dense_rows(call: Call, narrow: Int8, out: Tensor, lse: Tensor) -> None:
     """The text's queries over all keys, split over the keys."""
     rows, tile = call.text_q, call.tile("dense")
     tiles = cdiv(rows, tile.queries)
     splits, chunk = call.splits(tiles, call.tokens_k, tile.keys)
     part, part_lse = call.empty(splits, call.bh, rows, call.channels), call.empty(splits, call.bh, rows)
     shared: dict[str, Any] = {"part": part, "part_lse": part_lse, "first": call.text_start_q, "rows": rows}
-    call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), **shared, logits=call.logits, chunk=chunk)
+    call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), int8=narrow, **shared, logits=call.logits, chunk=chunk)
     grid = (cdiv(rows, call.tile("merge").queries), call.bh)
     call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)

@@ -48,7 +48,9 @@ class Gradients(NamedTuple):
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments, machine: Machine, run: Run = execute) -> Gradients:
-    """Gradients of `attend`, summed in an order that depends on the shapes alone."""
+    """Gradients of `attend`, summed in an order that depends on the shapes alone. Raises ValueError for products in 8 bits."""
+    if a.int8:
+        raise ValueError("products of queries and keys in 8 bits have no gradients: leave int8 out where any are required")
     call = Call(a, machine, run)
     pull = Pull(rows_of(dout), lse, torch.empty_like(lse))
     grid = (cdiv(call.tokens_q, call.tile("merge").queries), call.bh)

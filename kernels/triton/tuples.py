@@ -87,13 +87,30 @@ class Predicate(NamedTuple):
     mask_of: Tensor | None = None
 
 
+class Int8(NamedTuple):
+    """Queries `[BH, Nq, D]` and keys `[BH, Nk, D]` rounded to int8 (`int8.round_to_int8`); None where products have the inputs' type.
+
+    Of each a scale, the queries' in log2 and with the logits'; of the image's keys `[BH, image]` in the order of the blocks too, and some
+    more memory, which may be read. `shift` `[BH, Nq]`: what the mean key, which the keys are without, adds to a query's logits, in log2.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    block_scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class Keys(NamedTuple):
-    """Inside a kernel: where the keys and the values of one head begin, and the strides of their rows."""
+    """Inside a kernel: where the keys and the values of one head begin, the strides of their rows, and the keys' scales where they have
+    8 bits."""
 
     k: Any
     v: Any
     k_n: Any
     v_n: Any
+    scale: Any = None
 
 
 class Queries(NamedTuple):
