@@ -8,6 +8,7 @@ import torch
 from helpers import Largest, Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from dit_accel import CLEAR, SLA, AttentionSpec, Fovea, TokenLayout, attention
 from dit_accel.kernels import arguments, ops
@@ -180,3 +181,18 @@ def test_a_lazily_negated_view_is_what_it_shows(spec: AttentionSpec, negated: st
         expected = attention(*inputs.values(), spec, TokenLayout((1, 10, 9), 3), backend="cpu")
         found = attention(*(inputs | {negated: view}).values(), spec, TokenLayout((1, 10, 9), 3), backend="cpu")
     assert torch.equal(found, expected)
+
+
+def test_compiled_kernels_leave_out_no_tangent() -> None:
+    shape = Shape(1, 2, 16, (1, 9, 8), 5)
+    (q, k, v), along = shape.inputs(), torch.ones(1, 2, shape.layout.tokens, 16)
+    with forward_ad.dual_level():
+        attention(q, k, v, CLEAR(3), shape.layout)  # has none
+        dual = forward_ad.make_dual(q, along)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="no forward-mode derivatives: use backend="):
+                attention(dual, k, v, CLEAR(3), shape.layout, backend="cpu")
+        found = forward_ad.unpack_dual(attention(dual, k, v, CLEAR(3), shape.layout, backend="reference")).tangent
+    step = 1e-3
+    near = [attention(q + sign * step * along, k, v, CLEAR(3), shape.layout, backend="reference") for sign in (1, -1)]
+    torch.testing.assert_close(found, (near[0] - near[1]) / (2 * step), atol=2e-3, rtol=0)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from helpers import Largest, Shape, assert_close_as_eager, disc_pairs, flat, gradients, oracle, random_parameters, spread
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dit_accel.errors import BackendError
 from dit_accel.kernels import dispatch, reference
@@ -436,21 +435,6 @@ def test_makes_nothing_quadratic(name: str) -> None:
     with Largest() as seen:
         own_gradients(SPECS[name], shape)
     assert 0 < seen.elements < shape.layout.image**2
-
-
-def test_compiled_kernels_leave_out_no_tangent() -> None:
-    shape = Shape(1, 2, 16, (1, 9, 8), 5)
-    (q, k, v), along = shape.inputs(), torch.ones(1, 2, shape.layout.tokens, 16)
-    with forward_ad.dual_level():
-        attention(q, k, v, CLEAR(3), shape.layout)  # has none
-        dual = forward_ad.make_dual(q, along)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="no forward-mode derivatives: use backend="):
-                attention(dual, k, v, CLEAR(3), shape.layout, backend="cpu")
-        found = forward_ad.unpack_dual(attention(dual, k, v, CLEAR(3), shape.layout, backend="reference")).tangent
-    step = 1e-3
-    near = [attention(q + sign * step * along, k, v, CLEAR(3), shape.layout, backend="reference") for sign in (1, -1)]
-    torch.testing.assert_close(found, (near[0] - near[1]) / (2 * step), atol=2e-3, rtol=0)
 
 
 def test_a_quadratic_tensor_would_be_seen() -> None:
