@@ -26,10 +26,15 @@ def test_a_plan_that_was_made_for_another_model_is_told(tmp_path: Path, caplog: 
     assert not caplog.records
     other = tmp_path / "plan.json"
     other.write_text(example.read_text().replace("FluxTransformer2DModel", "ChromaTransformer2DModel"))
-    message = "not valid here: it was made for ChromaTransformer2DModel, not FluxTransformer2DModel"
+    message = "not valid here: it was made for ChromaTransformer2DModel, not FluxTransformer2DModel; make a plan with this model, in"
     nodes.Accelerate().apply(patcher, str(other), 0.0, 1.0, False)
     assert [message in record.getMessage() for record in caplog.records] == [True]
     with pytest.raises(ArgumentError, match=message):
+        nodes.Accelerate().apply(patcher, "", 0.0, 1.0, True, plan=nodes.Plan().read(str(other))[0])
+    data = json.loads(example.read_text())
+    data["plan"]["trained"] = {"adapter": "conv-adapter", "sha256": "0" * 64}
+    other.write_text(json.dumps(data))
+    with pytest.raises(ArgumentError, match='the adapter conv-adapter has learned; give the node "Load dit_accel adapter" the folder'):
         nodes.Accelerate().apply(patcher, "", 0.0, 1.0, True, plan=nodes.Plan().read(str(other))[0])
     assert not patcher.wrappers
 

@@ -60,7 +60,14 @@ def _unlike(assignment: Assignment, transformer: Any, accelerator: Accelerator) 
         return None
     heads = {layer.name: layer.heads for pair in accelerator.layers.values() for layer in pair}
     kinds, own = SOURCES[type(transformer).__name__], assignment.model
-    return assignment.unlike(own.transformer if own.transformer in kinds else kinds[0], heads, lambda: own.weights)
+    found = assignment.without_learned.unlike(own.transformer if own.transformer in kinds else kinds[0], heads, lambda: own.weights)
+    if found is None and assignment.trained is not None:
+        adapter = assignment.trained.adapter
+        return (
+            f'it was made with what the adapter {adapter} has learned; give the node "Load dit_accel adapter" the folder that '
+            "`dit-accel plan --trained` wrote next to the plan"
+        )
+    return None if found is None else f"{found}, in diffusers"
 
 
 def removed(model: Any) -> Any:
