@@ -32,18 +32,8 @@ from dit_accel.kernels.triton.tuples import Keys, Row, kernel
 
 
 @triton.jit
-def keys_of(k, v, int8, bh, heads, tokens, C):
-    """One head's keys and values; the keys in 8 bits where there are any (`tuples.Int8`)."""
-    if int8.k is None:
-        keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n, None)
-    else:
-        keys = Keys(int8.k + bh * tokens * C.D, head(v, bh, heads), C.D, v.n, int8.k_scale + bh * tokens)
-    return keys
-
-
-@triton.jit
 def queries_of(q, int8, bh, heads, tokens, row, valid, scale, C):
-    """Some queries `[Q, DP]` of one head and what makes logits, in log2, of their products with `keys_of`."""
+    """Some queries `[Q, DP]` of one head and what makes logits, in log2, of their products with the keys."""
     if int8.q is None:
         queries = tile(head(q, bh, heads), row, q.n, valid, C)
         factor = scale * LOG2E
@@ -136,7 +126,10 @@ def attend_rows(
     number, sub = tl.where(of_text, 0, place) // C.SUB_Q, tl.where(of_text, 0, place) % C.SUB_Q
     block = number * C.TOGETHER
     h = bh % heads
-    keys = keys_of(k, v, int8, bh, heads, tokens_k, C)
+    if int8.k is None:  # here, as Triton 3.6 returns no None from a function
+        keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n, None)
+    else:
+        keys = Keys(int8.k + bh * tokens_k * C.D, head(v, bh, heads), C.D, v.n, int8.k_scale + bh * tokens_k)
     start = image_start_k.to(tl.int64)
     image_keys = Keys(
         keys.k + start * keys.k_n, keys.v + start * v.n, keys.k_n, v.n, None if int8.k is None else int8.block_scale + bh * image_k
@@ -279,11 +272,14 @@ def dense_rows(q, k, v, int8, part, part_lse, logits, heads, tokens_q, tokens_k,
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     valid = row < rows
     queries, factor = queries_of(q, int8, bh, heads, tokens_q, row + first, valid, logits.scale, C)
+    if int8.k is None:  # here, as Triton 3.6 returns no None from a function
+        keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n, None)
+    else:
+        keys = Keys(int8.k + bh * tokens_k * C.D, head(v, bh, heads), C.D, v.n, int8.k_scale + bh * tokens_k)
     begin = tl.program_id(2) * chunk
     acc, top, mass = sweep(
         tl.zeros([C.BQ, C.DP], tl.float32), tl.full([C.BQ], float("-inf"), tl.float32), tl.zeros([C.BQ], tl.float32), queries,
-        keys_of(k, v, int8, bh, heads, tokens_k, C), logits.bias if logits.bias is None else logits.bias + bh * tokens_k,
-        begin, tl.minimum(begin + chunk, tokens_k), factor, C,
+        keys, logits.bias if logits.bias is None else logits.bias + bh * tokens_k, begin, tl.minimum(begin + chunk, tokens_k), factor, C,
     )  # fmt: skip
     if int8.q is not None:
         top += tl.load(int8.shift + bh * tokens_q + row + first, mask=valid, other=0.0)
