@@ -1,4 +1,4 @@
-"""Bands of a rest that is of all keys, by what each is told of those that it does not read: sums of features, and patches' keys."""
+"""Bands of a rest that is of all keys, by what each receives of those that it does not read: sums of features, and keys of patches."""
 
 from dataclasses import replace
 from typing import Any

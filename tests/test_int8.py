@@ -82,13 +82,13 @@ def assert_equals_formula(spec: AttentionSpec, shape: Shape, dtype: torch.dtype,
     qkv, params = shape.inputs(dtype), random_parameters(spec, shape)
     qkv[1] += 3 * qkv[1].std() * torch.sign(torch.sin(torch.arange(shape.head_dim))).to(dtype)  # a mean that is not rounded
     exact, eager = (oracle(*qkv, spec, shape.layout, params, text_bias=text_bias, dtype=d) for d in (torch.float64, dtype))
-    wanted = formula(qkv, spec, shape, params, text_bias)
+    expected = formula(qkv, spec, shape, params, text_bias)
     with torch.no_grad():
         got = attention_by("triton", spec, shape.layout, text_bias=text_bias)(qkv, params)
-    for found, true, low, rounded, name in zip(got, exact, eager, wanted, ("output", "lse"), strict=True):
+    for found, true, low, rounded, name in zip(got, exact, eager, expected, ("output", "lse"), strict=True):
         true, rounded = true.detach(), rounded.detach()
         assert_close_as_eager(found, rounded, rounded + (low.detach().double() - true), name)
-    rounding, low = ((x.detach().double() - exact[0].detach()).square().mean() for x in (wanted[0], eager[0]))
+    rounding, low = ((x.detach().double() - exact[0].detach()).square().mean() for x in (expected[0], eager[0]))
     assert rounding > low  # so that the comparison tells rounded products from others
     return [x.detach() for x in got]
 

@@ -288,7 +288,7 @@ def _on_bfloat16(argument: Structure) -> bool:
     return isinstance(rows, Rows) and rows.bf16 == 1
 
 
-noting: ContextVar[Callable[[str, Structure, int], None] | None] = ContextVar("noting", default=None)  # what is told of this thread's calls
+noting: ContextVar[Callable[[str, Structure, int], None] | None] = ContextVar("noting", default=None)  # called for each call that it makes
 
 
 def call(name: str, argument: Structure) -> None:
