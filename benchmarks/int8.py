@@ -165,9 +165,9 @@ def quantised(q: Tensor, keys: Tensor, text: Tensor, plan: Plan, form: Form, sca
     amount = q.abs().amax(-1, keepdim=True) if form.by == "token" else largest(q, of_query, int(of_query.max()) + 1)
     narrow = rounded(q, amount, form.kind)
     if form.mean == "block":  # products of the means are of the queries themselves: [q8, q] with [gap8, mean]
-        wide = [torch.cat([x - base, base], -1) for x, base in zip(found, own, strict=True)]
-        return torch.cat([narrow, q], -1), *wide, shift
-    return narrow, *found, shift
+        found = [torch.cat([x - base, base], -1) for x, base in zip(found, own, strict=True)]
+        narrow = torch.cat([narrow, q], -1)
+    return narrow, found[0], found[1], shift
 
 
 def error(found: Tensor, exact: Tensor) -> tuple[float, float]:
