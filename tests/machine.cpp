@@ -3,6 +3,7 @@
 // The computer's disk is a file on the host. A sector of it says which call is the latest, one which call is answered; between them and the
 // host's program there is nothing but these numbers. The disk is read and written through its ports, so that no driver is required.
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/io.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -67,31 +68,30 @@ static void answer(uint64_t number, int64_t value) {
     write_disk(ANSWERED, 1, sector);
 }
 
-// The kernels' program. Linux here never keeps the tiles of a program that it interrupts (machine.py): where it did, the next instruction on tiles
-// is an illegal one, as none are configured any more. So a call that ends in one is made again; what ends in one each time is a fault.
+// The kernels' program. Linux here never keeps the tiles of a program that it interrupts for another (machine.py): the next instruction on tiles is
+// an illegal one then. So this program, which alone could interrupt the kernels', runs first whenever it can, and waits while they compute.
 class Program {
   public:
-    int64_t greeting() { return started() ? value_ : lost(); }
+    int64_t greeting() {
+        sched_param first = {};
+        first.sched_priority = 1;
+        if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first)) return lost();
+        return started() ? value_ : lost();
+    }
 
     int64_t call(const char* line, const std::vector<char>& memory, uint64_t bytes) {
-        for (int tries = 0; tries < 8; tries++) {
-            std::ofstream("/call", std::ios::binary).write(memory.data(), std::streamsize(bytes));
-            std::fputs(line, calls_), std::fflush(calls_);
-            if (said()) return value_;
-            if (!illegal() || !started()) break;
-        }
-        return lost();
+        std::ofstream("/call", std::ios::binary).write(memory.data(), std::streamsize(bytes));
+        std::fputs(line, calls_), std::fflush(calls_);
+        return said() ? value_ : lost();
     }
 
   private:
     std::FILE *calls_ = nullptr, *answers_ = nullptr;
     long long value_ = 0;
-    int status_ = 0;
 
     bool said() { return std::fscanf(answers_, "%lld", &value_) == 1; }
 
     bool started() {
-        if (calls_) std::fclose(calls_), std::fclose(answers_);
         int to[2], from[2];
         if (pipe(to) || pipe(from)) return false;
         if (fork() == 0) {
@@ -105,14 +105,11 @@ class Program {
         return said();
     }
 
-    bool illegal() {
-        wait(&status_);
-        return WIFSIGNALED(status_) && WTERMSIG(status_) == SIGILL;
-    }
-
     // Says by which signal the program ended, 0 for none. The host ends the computer.
     int64_t lost() {
-        answer(LOST, WIFSIGNALED(status_) ? WTERMSIG(status_) : 0);
+        int status = 0;
+        wait(&status);
+        answer(LOST, WIFSIGNALED(status) ? WTERMSIG(status) : 0);
         for (;;) pause();
     }
 };

@@ -26,7 +26,7 @@ LOST = 2**64 - 1  # in the place of the latest answer's number, as in machine.cp
 BIOS = 0xFFFF0000  # where the CPU begins, 16 bytes before the end
 # setcpuid: Bochs has AMX without XFD (324), by which Linux learns that a program begins to use it. Without XFD Linux leaves AMX off. Bochs
 # ignores what Linux writes there, so that AMX serves from the start, but Linux never saves tiles. They are lost when Linux computes in
-# vector registers, or runs another program that does. There is none, and clearcpuid keeps Linux' random numbers (BLAKE2s) out of them.
+# vector registers, or runs another program meanwhile: machine.cpp's waits, and clearcpuid keeps Linux' random numbers out of them.
 COMMAND_LINE = "console=ttyS0 quiet acpi=off pci=off noapic nolapic nokaslr mitigations=off panic=-1 setcpuid=324 clearcpuid=ssse3"
 
 
