@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 MEMORY = 512 << 20
 BLOCK = 128 << 10  # Bochs allots memory by blocks, in the order of their first use
 PAGE, ALIGNED = 4096, 2 << 20
-DISK, SECTOR, LINE_AT, LINE_SECTORS = 64 << 20, 512, 2, 16  # as in machine.cpp
+DISK, SECTOR, LINE_AT, LINE_SECTORS = 128 << 20, 512, 2, 16  # as in machine.cpp
 LOST = 2**64 - 1  # in the place of the latest answer's number, as in machine.cpp
 BIOS = 0xFFFF0000  # where the CPU begins, 16 bytes before the end
 # setcpuid: Bochs has AMX without XFD (324), by which Linux learns that a program begins to use it. Without XFD Linux leaves AMX off. Bochs
