@@ -6,17 +6,20 @@ BIN := .venv/bin
 UNCHECKED := arg-type assignment call-arg call-overload import-untyped index misc unused-ignore
 KERNELS := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test docs figures gpu-compile
+.PHONY: demo lint test docs figures gpu-compile
 .NOTPARALLEL:
 
 demo: .venv/demo.stamp
 	$(BIN)/dit-accel demo --out demo-out $(ARGS)
 
-test: .venv/test.stamp
+# what takes a minute: before every commit
+lint: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	MYPYPATH=benchmarks:tests $(BIN)/mypy --follow-imports silent $(UNCHECKED:%=--disable-error-code %) benchmarks/*.py
+
+test: lint
 	$(BIN)/pytest tests -n auto --dist worksteal --matrix docs/models.md
 
 # the site, into site/; a warning is an error

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dit_accel.kernels.memory import Readers, arranged, placed
+
 LIMIT = 512  # records, some tens of kilobytes each; the least recently used are dropped
 HELD = 1 << 26  # bytes of constants that records hold together; beyond, the least recently used are dropped, the newest never
 ALIGNED = 16  # bytes: Triton compiles a kernel for pointers that are divisible by so many, and of every pointer it is asked again
-CUT = 128  # bytes: pieces of one allocation begin at multiples, as those of their own do
 LARGE = 1 << 24  # bytes: larger pieces are allocated by themselves, find room in what is free, and are freed as early as before
 
 EMPTY = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format)
@@ -36,10 +37,11 @@ class MovedError(Exception):
 def key_of(name: str, arguments: Sequence[Any], *more: Hashable) -> tuple[Hashable, ...]:
     """What two calls have in common where the one's record serves the other."""
     found: list[Hashable] = [name, *more]
-    first: dict[int, int] = {}  # a tensor that is two arguments is one to the record
+    first: dict[int, int] = {}  # arguments that begin at one address are one to the record
     for number, x in enumerate(arguments):
         if isinstance(x, Tensor):
-            found += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNED, first.setdefault(id(x), number))
+            address = x.data_ptr()
+            found += (x.shape, x.stride(), x.dtype, x.device, address % ALIGNED, first.setdefault(address, number))
         else:
             found.append(x)
     return tuple(found)
@@ -50,11 +52,13 @@ class Record(NamedTuple):
     memory is aligned otherwise; what was done until then changed new memory alone.
 
     `source`: of `play`. `constants`: the tensors that were made of its owner's, which it reads in addition to these and its arguments.
+    `readers`: the streams that read the constants.
     """
 
     play: Callable[[Sequence[Any]], Any]
     source: str
     constants: tuple[Tensor, ...]
+    readers: Readers
 
 
 class Piece(NamedTuple):
@@ -167,7 +171,7 @@ class Writer:
         source = "\n    ".join(["def play(arguments):", *body])
         exec(compile(source, "<record>", "exec"), self.names)  # of numbers and names of our own
         # among its own names it would keep itself, and with it constants, until Python looks for cycles
-        return Record(self.names.pop("play"), source, (*held, *self._held))
+        return Record(self.names.pop("play"), source, (*held, *self._held), Readers(()))
 
     def _lines(self, result: Any) -> Iterator[str]:
         for place, number in self._inputs.items():
@@ -203,7 +207,8 @@ class Writer:
 class Recorder(TorchDispatchMode):
     """Inside, what torch's operators and kernels do is noted. `record` then gives it, or None where it depends on something unknown.
 
-    `constants`: tensors that the record may hold.
+    `constants`: tensors that the record may hold. `overlapping`: whether that is because an argument begins inside another, which other
+    calls of the same key need not have.
     """
 
     def __init__(self, arguments: Sequence[Any], constants: Sequence[Tensor] = ()) -> None:
@@ -218,10 +223,14 @@ class Recorder(TorchDispatchMode):
         for x in constants:
             self._fixed[x] = True
         self._held: list[Tensor] = []
+        self.overlapping = False
         self._inputs: dict[int, int] = {}
+        self._same: dict[int, int] = {}  # of arguments the first that begins at their address, in every call of the key
+        first: dict[int, int] = {}
         for number, x in enumerate(arguments):
             if isinstance(x, Tensor) and x not in self._pieces:
-                self._inputs[self._new(x)] = number
+                place = self._new(x)
+                self._inputs[place], self._same[place] = number, first.setdefault(x.data_ptr(), place)
 
     def record(self, result: Any) -> Record | None:
         made = self._by_piece(result, whole=True)
@@ -229,7 +238,8 @@ class Recorder(TorchDispatchMode):
             return None
         writer = Writer(self._steps, self._inputs, self._aligned, self._whole, frozenset(_places(made)))
         record, own = writer.record(made, self._held), set(map(id, self._constants))
-        return record._replace(constants=tuple(x for x in record.constants if id(x) not in own))
+        constants = tuple(x for x in record.constants if id(x) not in own)
+        return record._replace(constants=constants, readers=Readers(constants))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -309,10 +319,10 @@ class Recorder(TorchDispatchMode):
     def at(self, address: int) -> Any:
         """What begins at an address, as `pieces` makes it; None for what follows from constants, whose address stays."""
         begin = [x for x in self._pieces if x.numel() and x.data_ptr() == address]
-        places = {self._pieces[x].place for x in begin}
+        memory = {(self._same.get(piece.place, piece.place), piece.after) for piece in map(self._pieces.__getitem__, begin)}
         fixed = [x for x in self._fixed if x.numel() and x.data_ptr() == address]
-        if len(places) + bool(fixed) != 1:  # from elsewhere, or two arguments are the same memory
-            self._known = False
+        if (sources := len(memory) + bool(fixed)) != 1:  # from elsewhere, or one argument begins inside another
+            self._known, self.overlapping = False, self.overlapping or sources > 1
             return None
         if fixed:
             self._held.append(fixed[0])
@@ -373,31 +383,6 @@ def _places(x: Any) -> Iterator[int]:
             yield from _places(y)
     elif isinstance(x, dict):
         yield from _places(tuple(x.values()))
-
-
-def placed(memory: Tensor, begin: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in a piece of an allocation of bytes."""
-    typed = memory[begin : begin + (len(memory) - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
-    return typed.as_strided(size, stride, typed.storage_offset())
-
-
-def arranged(spaces: Sequence[tuple[int, int, int]]) -> tuple[int, list[int]]:
-    """Bytes of an allocation for pieces that are each used from a first to a last step, of so many bytes, and where each begins: the
-    largest first, each at the lowest place that is free then."""
-    offsets = [0] * len(spaces)
-    done: list[tuple[int, int]] = []  # where it begins, which
-    for number in sorted(range(len(spaces)), key=lambda n: -spaces[n][2]):
-        first, last, size = spaces[number]
-        begin = 0
-        for other, which in sorted(done):
-            if spaces[which][0] > last or spaces[which][1] < first:
-                continue
-            if begin + size <= other:
-                break
-            begin = max(begin, -(-(other + spaces[which][2]) // CUT) * CUT)
-        offsets[number] = begin
-        done.append((begin, number))
-    return max((begin + space[2] for begin, space in zip(offsets, spaces, strict=True)), default=0), offsets
 
 
 def is_part(x: Any, whole: Any) -> bool:

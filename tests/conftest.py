@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 from matrix import pytest_addoption, pytest_configure, pytest_runtest_makereport, pytest_sessionfinish, pytest_sessionstart
+from quick_interpreter import make_quick
 from torch import Tensor
 
 __all__ = [
@@ -125,29 +126,10 @@ def _tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_of_the_interpreter() -> Iterator[None]:
-    """Triton's interpreter puts its own functions in the place of `triton.language`'s at every call of a function from a kernel: once in a
-    launch is enough, and a quarter of the time less."""
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:  # no test of this process has kernels to interpret
-        yield
-        return
-    replace, launch, language = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.tl
-    replaced: set[int] = set()
-
-    def replace_once(function: Any) -> Any:
-        missing = {id(x) for x in function.__globals__.values() if x is language or x is language.core} - replaced
-        replaced.update(missing)
-        return replace(function) if missing else None  # the launch itself, which takes what it replaced back, is the first to ask
-
-    def launched(*args: Any, **kwargs: Any) -> Any:
-        replaced.clear()
-        return launch(*args, **kwargs)
-
+def quick_interpreter() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launched)
-        yield
+        make_quick(patch)
+        yield patch
 
 
 @pytest.fixture(scope="module")

@@ -172,8 +172,12 @@ def test_other_plans(plan: Plan) -> None:
     number = 1
     for spec, words in (
         (Fovea(blocks=1), "1 block of 64 tokens"),
-        (Fovea(radius=8), "the same places around each query, in tokens"),
+        (Fovea(radius=8), "the same places in tokens around each query"),
         (replace(Fovea(), keep=(TopK(0.1, blocks=3),)), "up to 10\xa0% of the blocks and 3 blocks of 64 tokens"),
+        (
+            replace(Fovea(), keep=(*Fovea(radius=8).keep, TopK(0.0, blocks=1))),
+            "the same places in tokens around each query and 1 block of 64 tokens",
+        ),
     ):
         candidates[number] = Candidate(spec, 0.05)
         assert words in [row[1] for row in changed(plan, candidates=tuple(candidates)).table("what it keeps at every size")]

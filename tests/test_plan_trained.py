@@ -206,3 +206,9 @@ def test_the_command_writes_an_adapter(adapter: Path, tmp_path: Path, monkeypatc
     assert Assignment.from_dict(config["assignment"]) == Assignment(plan.rules)
     expected = draw(dit_accel.load_adapter(prompt_pipe(), adapter, spec=plan))
     assert torch.equal(draw(dit_accel.load_adapter(prompt_pipe(), tmp_path / "plan-adapter")), expected)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "plan-adapter").iterdir()}
+    words = [*words[: words.index("--method")], "--method", "fovea:0.3,tile=4x4", "--budget", 5, "--folder", tmp_path / "other"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert "plan-adapter, which was there before, is not of this plan: run" in " ".join(result.stderr.split())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plan-adapter").iterdir()} == files

@@ -5,12 +5,14 @@ import gc
 import pickle
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import forward_arguments, tiny_pipe, tiny_transformer
 from helpers import Shape, kept_pairs
 from test_families import Tiny
+from torch import Tensor
 
 import dit_accel
 from dit_accel import CLEAR, GNA, SLA, AttentionSpec, Fovea, TokenLayout, attention
@@ -114,6 +116,10 @@ def bytes_of(value: object) -> int:
     return sum(map(bytes_of, held.values()))
 
 
+def values(plans: Plans) -> list[Plan]:
+    return [kept.value for kept in plans._kept.values()]
+
+
 @pytest.mark.parametrize("spec", [Fovea(radius=4), CLEAR(4.0)], ids=["whole-blocks", "bit-masks"])
 def test_bytes_are_the_bound(spec: AttentionSpec, made: list[weakref.ref[Plan]]) -> None:
     layouts = [TokenLayout((1, 32, side)) for side in range(32, 41)]
@@ -128,20 +134,20 @@ def test_bytes_are_the_bound(spec: AttentionSpec, made: list[weakref.ref[Plan]])
     plans = Plans(limit=limit)
     for layout in layouts[:8]:
         plans.get(spec, layout, CPU)
-    assert [bytes_of(each) for each in plans._kept.values()] == [plan_bytes(each) for each in plans._kept.values()] == sizes[4:8]
+    assert list(map(bytes_of, values(plans))) == list(map(plan_bytes, values(plans))) == sizes[4:8]
     assert [key[1][0][2] for key in plans._kept] == [36, 37, 38, 39]
     assert alive(made) == 4
     oldest = plans.get(spec, layouts[4], CPU)  # used again: now the newest
     plans.get(spec, layouts[8], CPU)
-    assert oldest in plans._kept.values()
-    assert sum(map(bytes_of, plans._kept.values())) <= limit
+    assert oldest in values(plans)
+    assert sum(map(bytes_of, values(plans))) <= limit
 
 
 def test_one_plan_beyond_the_limit_is_kept() -> None:
     plans = Plans(limit=1)
     for side in (16, 24):
         newest = plans.get(Fovea(), TokenLayout((1, side, side)), CPU)
-        assert list(plans._kept.values()) == [newest]
+        assert values(plans) == [newest]
 
 
 def test_bytes_count_every_tensor() -> None:
@@ -203,3 +209,17 @@ def test_start_values_are_made_once_and_serve_training_after_inference(spec: Att
     out.sum().backward()
     torch.testing.assert_close(out.detach(), expected, rtol=0, atol=0)
     assert all(x.grad is not None for x in qkv)
+
+
+def test_every_stream_that_reads_a_plan_is_waited_for_before_its_memory_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is named to the allocator once for every tensor, whichever of two models' plans it is."""
+    told: list[tuple[int, int]] = []
+    now = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: told.append((id(x), stream.cuda_stream)))
+    tensors, plans = [torch.zeros(3), torch.zeros(2)], Plans()
+    for stream in (0, 7, 0, 7, 9):
+        now.cuda_stream = stream
+        assert plans.kept("name", lambda: tuple(tensors)) == tuple(tensors)
+    assert sorted(told) == sorted((id(x), stream) for x in tensors for stream in (0, 7, 9))

@@ -121,16 +121,47 @@ def test_sizes_types_and_strides_in_turns_have_records_of_their_own(plays: list[
     assert torch.equal(other, run(spec, SHAPES["ragged"], 1)[0])
 
 
-def test_tokens_that_are_the_same_memory_are_computed_as_they_are(plays: list[Record]) -> None:
-    """One tensor as key and value, or two views of one, which no record of struct addresses can tell apart."""
-    spec, shape = CLEAR(3), SHAPES["ragged"]
-    for same in (lambda x: x, lambda x: x.view_as(x)):
-        for seed in (1, 2):
-            q, k, v = inputs(shape, seed)
-            with torch.no_grad():
-                got = attention(q, k, same(k), spec, shape.layout, backend="cpu")
-                assert torch.equal(got, attention(q, k, k.clone(), spec, shape.layout, backend="cpu"))
-                attention(q, k, v, spec, shape.layout, backend="cpu")
+@torch.no_grad()
+@pytest.mark.parametrize("same", [lambda x: x, lambda x: x.view_as(x)], ids=["tensor", "view"])
+@pytest.mark.parametrize("spec", [ALL["clear"], ALL["fovea"], ALL["sla"]], ids=["clear", "fovea", "sla"])
+def test_tokens_that_are_the_same_memory_have_records_of_their_own(spec: AttentionSpec, same: Any, plays: list[Record]) -> None:
+    """One tensor as key and value, or two views of one; a call of such a kind that comes first takes no record from the others."""
+    shape = SHAPES["ragged"]
+    params = parameters(spec, shape, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, spec, shape.layout, params=params, backend="cpu")
+
+    for seed in (1, 2, 3):
+        q, k, v = inputs(shape, seed)
+        got, separate, other = attend(q, k, same(k)), attend(q, k, k.clone()), attend(q, k, v)
+        assert torch.equal(got, separate)
+        assert not torch.equal(other, separate)
+    assert len(plays) == 7  # all but the first with the same memory and the first with memory of each one's own
+    assert len(set(map(id, plays))) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fovea", "sla", "clear"])
+def test_tokens_that_begin_inside_others_take_no_record_from_calls_of_the_same_key(name: str, plays: list[Record]) -> None:
+    """Where the values begin at the first image token's key, no address tells the two apart."""
+    spec, shape = ALL[name], SHAPES["ragged"]
+    shift, params = shape.text, parameters(spec, shape, 1)
+
+    def wide() -> Tensor:
+        return torch.randn(shape.batch, shape.layout.tokens + shift, shape.heads, shape.head_dim).transpose(1, 2)
+
+    def attend(*qkv: Tensor) -> Tensor:
+        return attention(*qkv, spec, shape.layout, params=params, backend="cpu")
+
+    (q, k, v), both = [wide()[:, :, shift:] for _ in range(3)], wide()
+    for _ in range(2):
+        overlapping = both[:, :, :-shift], both[:, :, shift:]
+        assert torch.equal(attend(q, *overlapping), attend(q, *(x.clone() for x in overlapping)))
+    plays.clear()
+    got = [attend(q, k, v) for _ in range(3)]
+    assert len(plays) >= 2
+    assert all(torch.equal(x, attend(q.clone(), k.clone(), v.clone())) for x in got)
 
 
 def test_threads_instruction_sets_and_precision_have_records_of_their_own(plays: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_accel.kernels import ops
 from dit_accel.kernels import replay as records
-from dit_accel.kernels.replay import Record, Recorder, Records, arranged, key_of
+from dit_accel.kernels.memory import CUT, arranged
+from dit_accel.kernels.replay import Record, Recorder, Records, key_of
 from dit_accel.kernels.triton import calls, replay
 from dit_accel.method import AttentionSpec, Pooled
 from dit_accel.method.presets import CLEAR, SLA, Fovea
@@ -159,7 +160,7 @@ def test_pieces_in_use_at_once_do_not_overlap_and_others_share_memory() -> None:
         spaces = [(int(a), int(a + b), int(c) + 1) for a, b, c in zip(first, length, size, strict=True)]
         total, begins = arranged(spaces)
         for n, (a, b) in enumerate(zip(spaces, begins, strict=True)):
-            assert b % records.CUT == 0
+            assert b % CUT == 0
             assert b + a[2] <= total
             for other, begin in zip(spaces[:n], begins, strict=False):
                 if a[0] <= other[1] and other[0] <= a[1]:

@@ -57,15 +57,17 @@ def finite(x: Tensor) -> Tensor:
 def test_it_is_the_formula(case: tuple[TokenLayout, Pooled, Any, int]) -> None:
     """Results, lists and gradients; the formulas are given the kernels' parts."""
     a = arguments(*case)
-    made = units(a)
+    own, own_leaves = leaves_of(a, torch.float32)
+    made = units(own)
     exact_of, seen = composed(leaves_of(a, torch.float64)[0], made.part, None)
     assert_lists(made, seen)
-    loss = {name: torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(3)) for name, x in exact_of.items()}
+    several = 5 if case[-1] < 64 else 2  # as an error over few numbers would be luck
+    loss = {name: torch.randn(several, *x.shape, generator=torch.Generator().manual_seed(3)) for name, x in exact_of.items()}
     found, names = [], [name for name in DIFFERENTIABLE_GROUPING if getattr(a, name) is not None]
     for dtype in (None, torch.float64, torch.float32):
-        mine, leaves = leaves_of(a, dtype or torch.float32)
+        mine, leaves = (own, own_leaves) if dtype is None else leaves_of(a, dtype)
         if dtype is None:
-            given = units(mine)._asdict()
+            given = made._asdict()
         elif dtype == torch.float32:
             with eager():
                 given = composed(mine, made.part, seen)[0]

@@ -80,8 +80,11 @@ def plan(
     made.save(out)
     page = write_plan_page(made, out.with_suffix(".html"))
     written = [out, page]
-    if trained is not None and made.trained is not None:  # else no head got what learns
+    if trained is not None and made.trained is not None:
         written.append(write_adapter(pipe, trained, made, adapter))
+    elif adapter.exists():  # of an earlier plan, or a user's own: not ours to remove
+        reason = "" if trained is None else ", as no head got what --trained has learned"
+        typer.echo(f"{adapter}, which was there before, is not of this plan{reason}: run {out} by itself, and remove the folder", err=True)
     got = made.outcome
     error = f"error on held-out prompts {got.verified.mean:.4f}, promised {got.verified.promised:.4f}"
     typer.echo(f"{got.speed:.2f}× less attention in {made.unit}; {error}")

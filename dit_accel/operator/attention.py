@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dit_accel.operator.bfloat16  # noqa: F401  the kernels ask it what computes bfloat16
 from dit_accel.kernels import capture, dispatch
+from dit_accel.kernels.memory import Readers
 from dit_accel.method.parameters import AttentionParameters, Values
 from dit_accel.method.parts.call import Far
 from dit_accel.method.spec import AttentionSpec
@@ -154,11 +155,18 @@ def _frozen_start_values(spec: AttentionSpec, query: Tensor) -> Values:
     return values
 
 
+def kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> Values:
+    """The spec's parameters at their start values, frozen, as the parts are given them, for the current stream; made once."""
+    values, readers = _kept_start_values(spec, heads, head_dim, device)
+    readers.join()
+    return values
+
+
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the tensors must serve training as well
-def kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> Values:
-    """The spec's parameters at their start values, frozen, as the parts are given them; made once."""
-    return start_values(spec, torch.empty(1, heads, 0, head_dim, device=device))()
+def _kept_start_values(spec: AttentionSpec, heads: int, head_dim: int, device: torch.device) -> tuple[Values, Readers]:
+    values = start_values(spec, torch.empty(1, heads, 0, head_dim, device=device))()
+    return values, Readers(values.values())
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,16 +3,25 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.memory import Readers
 from dit_accel.method.spec import AttentionSpec
 from dit_accel.operator.blocks_of_grid import Plan, make_plan, plan_key
 from dit_accel.operator.layout import TokenLayout
 
 LIMIT = 256 * 2**20  # bytes; a plan has about 10 MB at 65,536 tokens
+
+
+class Kept(NamedTuple):
+    """A plan, or another dataclass of tensors, its bytes, and the streams that read it."""
+
+    value: Any
+    bytes: int
+    readers: Readers
 
 
 class Plans:
@@ -23,7 +32,7 @@ class Plans:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._kept: dict[Hashable, Any] = {}  # the most recently used last
+        self._kept: dict[Hashable, Kept] = {}  # the most recently used last
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -35,25 +44,27 @@ class Plans:
         return plan
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is kept under a key: a plan, or another dataclass of tensors that is made of one; made where there is none."""
+        """What is kept under a key, for the current stream: a plan, or another dataclass of tensors that is made of one; made where there
+        is none."""
         with self._lock:
-            plan = self._kept.pop(key, None)
-            if plan is not None:
-                self._kept[key] = plan
-                return plan
-            plan = self._kept[key] = make()
-            self._trim()
-        return plan
+            kept = self._kept.pop(key, None)
+            new = kept is None
+            if kept is None:
+                value = make()
+                kept = Kept(value, plan_bytes(value), Readers(tensors_of(value)))
+            self._kept[key] = kept
+            if new:
+                self._trim()
+        kept.readers.join()
+        return kept.value
 
     def _trim(self) -> None:
         """Drop the least recently used plans beyond the limit."""
-        sizes = {key: plan_bytes(plan) for key, plan in self._kept.items()}
-        excess = sum(sizes.values()) - self.limit
+        excess = sum(kept.bytes for kept in self._kept.values()) - self.limit
         for old in list(self._kept)[:-1]:
             if excess <= 0:
                 break
-            del self._kept[old]
-            excess -= sizes[old]
+            excess -= self._kept.pop(old).bytes
 
     def clear(self) -> None:
         """Drop all plans."""

@@ -211,12 +211,14 @@ def _sizes(plan: Plan, codes: list[str], names: list[str]) -> str:
 
 def _elsewhere(spec: AttentionSpec) -> str:
     """What a spec keeps at any size, in words."""
-    chosen = spec.selection
-    if chosen is None:
-        return "the same places around each query, in tokens"
-    number = f"{chosen.more} block{'s' * (chosen.more != 1)} of {spec.block[1]} tokens" if chosen.more else ""
-    share = f"up to {percent(chosen.share)} of the blocks" if chosen.share else ""
-    return " and ".join(part for part in (share, number) if part)
+    chosen, found = spec.selection, []
+    if spec.static:
+        found.append("the same places in tokens around each query")
+    if chosen is not None and chosen.share:
+        found.append(f"up to {percent(chosen.share)} of the blocks")
+    if chosen is not None and chosen.more:
+        found.append(f"{chosen.more} block{'s' * (chosen.more != 1)} of {spec.block[1]} tokens")
+    return " and ".join(found)
 
 
 def _facts(plan: Plan) -> str:

@@ -92,7 +92,9 @@ def together(
             result = function()
         finally:
             native.noting.reset(token)
-    records.put(key, native, recorder.record(result) or False)
+    made = recorder.record(result)
+    if made is not None or not recorder.overlapping:
+        records.put(key, native, made or False)
     return result
 
 

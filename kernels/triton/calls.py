@@ -123,6 +123,7 @@ def together(
     if isinstance(record, Record):
         if record.constants:
             capture.keep(x.device, record.constants)  # the plan may drop the record
+            record.readers.join()
         with contextlib.suppress(MovedError), torch.cuda.device_of(x):
             return record.play(tensors)
     if record is not None or capture.capturing(x.device):
