@@ -240,7 +240,8 @@ def test_means_are_not_averaged_again() -> None:
     assert launched in (["choose_by_means"], ["multiply", "choose_blocks"])
 
 
-def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", [4 * 36 + 35, 36, 4 * 6 + 5], ids=["four-heads", "a-head", "four-rows"])
+def test_scores_are_held_for_some_heads_or_rows_at_a_time(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, _, v = moved(Shape(2, 3, 8, (1, 8, 12)).inputs())
     starts = torch.arange(0, 97, 16, dtype=torch.int32, device=DEVICE)
     for given in ({}, {"v": v, "scale": 0.3}):
@@ -248,20 +249,31 @@ def test_scores_are_held_for_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(launch_choice, "TOGETHER", 512)
         expected = calls.select_blocks(a)
         monkeypatch.setattr(launch_choice, "TOGETHER", 0)
-        monkeypatch.setattr(launch_choice, "SCORES", 4 * 36 + 35)  # heads in fours, and two that are left
+        monkeypatch.setattr(launch_choice, "SCORES", held)  # of six heads' 6 by 6: heads in fours, alone, and in parts of four rows and two
         calls._records.clear()
-        torch.testing.assert_close(calls.select_blocks(a), expected, rtol=0, atol=0)
+        seen: list[int] = []
+
+        def note(one: launch.Launch, seen: list[int] = seen) -> None:
+            seen.extend([one.arguments["scores"].numel()] if "scores" in one.arguments else [])
+            launch.execute(one)
+
+        with calls.redirected(calls.machine_of(DEVICE), note):
+            torch.testing.assert_close(calls.select_blocks(a), expected, rtol=0, atol=0)
+        assert sum(seen) == 6 * 36
+        assert max(seen) <= held
 
 
-def test_scores_of_a_long_video_fit() -> None:
-    """80 heads of a million tokens: the scores of all pairs of blocks would be 78 GB."""
-    q, starts = torch.empty(2, 40, 10**6, 128, dtype=torch.bfloat16, device="meta"), torch.empty(15626, dtype=torch.int32, device="meta")
+@pytest.mark.parametrize("blocks", [15625, 40000])
+def test_scores_of_a_long_video_fit(blocks: int) -> None:
+    """80 heads of a million tokens and more: the scores of all pairs of blocks would be 78 and 512 GB, of one head of the latter 6.4."""
+    q = torch.empty(2, 40, 64 * blocks, 128, dtype=torch.bfloat16, device="meta")
+    starts = torch.empty(blocks + 1, dtype=torch.int32, device="meta")
     found: list[launch.Launch] = []
     a = SelectionArguments(q=q, k=q, q_starts=starts, k_starts=starts, q_width=64, k_width=64, top=781)
     chosen = launch_choice.select_blocks(a, Machine("sm_90", 132), found.append)
     choices = [one for one in found if one.kernel is block_choice.choose_blocks]
-    assert chosen.lists.shape == (80, 15625, 781)
-    assert sum(one.grid[0] for one in choices) == 80 * 15625
+    assert chosen.lists.shape == (80, blocks, 781)
+    assert sum(one.grid[0] for one in choices) == 80 * blocks
     assert max(one.arguments["scores"].numel() for one in choices) <= 2**28
 
 

@@ -1,7 +1,7 @@
 """What the Triton kernels make of whole blocks: against the formulas, as test_summaries.py has it of the CPU's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments
 from dit_accel.kernels.choosing import SelectionArguments
+from dit_accel.kernels.triton import calls, launch_parts
 from dit_accel.method.parts import content
 
 pytestmark = pytest.mark.gpu
@@ -26,8 +27,19 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
+@pytest.fixture(params=[False, True], ids=["all-channels", "16-channels"])
+def few_channels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A block whose channels a program holds all at once, and one whose it can't."""
+    if request.param:
+        monkeypatch.setattr(launch_parts, "_channels", lambda padded, dtype, arch: 16)
+        calls._records.clear()  # on a card a call would follow the record of one before
+    yield
+    calls._records.clear()
+
+
 @every_shape
 @pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.usefixtures("few_channels")
 def test_the_summaries_are_their_formulas(shape: Shape, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.float16 if parts == 2 and shape.text == 3 else torch.float32
     qkv = shape.inputs(dtype)
@@ -137,6 +149,7 @@ def test_a_bias_joins_the_scores() -> None:
     assert torch.equal(moved(ops.select_blocks(moved(a), "triton"), CPU).lists.long(), expected)
 
 
+@pytest.mark.usefixtures("few_channels")
 def test_a_block_of_nothing_has_no_part_in_anything() -> None:
     shape = SHAPES["ragged"]
     a = arguments(shape, shape.inputs(), 2)

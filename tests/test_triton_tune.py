@@ -54,13 +54,27 @@ def test_every_row_of_the_table_can_be_tuned() -> None:
     assert not {"rows_linear", "linear", "linear_columns", "outer"} & {work.kernel for work in gpu_tune.work_of(head_dims=[256])}
 
 
-@pytest.mark.parametrize("work", gpu_tune.work_of(["float16"], [64, 128, 256]), ids=str)
+@pytest.mark.parametrize("work", gpu_tune.work_of(["float16", "int8"], [64, 128, 256]), ids=str)
 def test_candidates_are_few_and_the_tables_own_is_first(work: Work) -> None:
     for arch in ARCHITECTURES:
         tried = gpu_tune.candidates(work, Machine(arch, 132))
-        assert tried[0] == tile_for(work.kernel, Machine(arch, 132), work.head_dim, torch.float16, 64, 64)
+        assert tried[0] == tile_for(work.kernel, Machine(arch, 132), work.head_dim, gpu_candidates.TUNED[work.dtype], 64, 64)
         assert len(set(tried)) == len(tried)
         assert (8 if KERNELS[work.kernel].pipeline else 4) <= len(tried) <= 17
+
+
+@pytest.mark.gpu
+def test_products_in_8_bits_have_tiles_of_their_own() -> None:
+    works = {work.kernel: work for work in gpu_tune.work_of(["int8"], [64])}
+    assert set(works) == {"rows", "rows_static", "rows_variance", "rows_variance_static", "rows_linear", "dense"}
+    for kernel, method, function in (("rows_static", "clear", "attend_rows"), ("dense", "fovea", "dense_rows")):
+        own = Machine("sm_120", 132, {works[kernel].key: Tile(32, 16, 2, 3), (kernel, "bfloat16", 64): Tile(16, 16, 4, 2)})
+        with calls.recorded(own) as launches:
+            gpu_candidates.forward_backward(method, works[kernel], torch.device("cpu"), (1, 16, 16), 64, 2, empty=True)
+        (one,) = [one for one in launches if one.kernel.__name__ == function]
+        assert one.arguments["int8"].q is not None
+        assert (one.constants["BQ"], one.constants["BK"], one.warps, one.constants["STAGES"]) == (32, 16, 2, 3)
+        assert not any(one.kernel.__name__.startswith("gradient") for one in launches)
 
 
 def test_unknown_work_is_refused() -> None:

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel import TokenLayout, attention
 from dit_accel.kernels import ops
+from dit_accel.kernels.arguments import SPAN
 from dit_accel.kernels.cpu import native
 from dit_accel.kernels.grouping import DIFFERENTIABLE_GROUPING, GRADIENTS_OF_UNITS, GroupingArguments, Units, levels_of
-from dit_accel.kernels.triton import calls, launch_parts, units_gradients
+from dit_accel.kernels.triton import calls, launch_parts, launch_units, units_gradients
+from dit_accel.kernels.triton.launch import Launch, execute
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import Pooled, TopK
 from dit_accel.method.parts import groups
@@ -113,6 +115,42 @@ def test_several_samples_are_as_each_alone() -> None:
     found, expected = everything(a._replace(**{name: x.contiguous() for name, x in pairs.items()})), everything(a)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y.transpose(0, 1))
+
+
+@pytest.mark.parametrize("case", ["levels", "shared-lists", "order-0", "no-groups"])
+def test_a_few_heads_at_a_time_are_as_all_together(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = arguments(*CASES[case])
+    a = a._replace(
+        **{
+            name: torch.cat([x, x.flip(1), x[:, :1]], 1)
+            for name, x in a._asdict().items()
+            if isinstance(x, Tensor) and x.ndim > 2 and name != "lists"
+        }
+    )
+    if a.lists.ndim == 3:
+        a = a._replace(**{name: torch.cat([x, x.flip(0), x[:1]]) for name, x in (("lists", a.lists), ("counts", a.counts))})
+    expected, heads = units(a), a.q_mean.shape[1]
+    for held, parts in ((1, heads), (2 * of_head(a), -(-heads // 2))):
+        monkeypatch.setattr(launch_units, "SEEN", held)
+        calls._records.clear()
+        grids: list[int] = []
+
+        def note(one: Launch, grids: list[int] = grids) -> None:
+            grids.extend([one.grid[2]] if one.kernel.__name__ == "span_logits" else [])
+            execute(one)
+
+        with calls.redirected(calls.machine_of(DEVICE), note):
+            found = units(a)
+        assert len(grids) == parts
+        assert sum(grids) == heads
+        for name, x, y in zip(Units._fields, found, expected, strict=True):
+            assert torch.equal(x, y), name
+
+
+def of_head(a: GroupingArguments) -> int:
+    """Numbers of what one head's spans see."""
+    slots, spans = a.tokens.shape[-1] // a.parts, -(-a.q_mean.shape[2] // SPAN)
+    return int(spans * (sum(levels_of(slots, a.roots)) * (a.parts + 3) - slots))
 
 
 def test_what_memory_held_before_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

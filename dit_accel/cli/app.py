@@ -321,7 +321,8 @@ def kernels(
     method: Annotated[list[str] | None, typer.Option(help="With --aot: only these methods; may be repeated.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="With --aot or --tune: 64, 128 or 256; may be repeated.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="With --aot or --tune: bfloat16 or float16; with --aot float32 too; may be repeated.")
+        list[str] | None,
+        typer.Option(help="With --aot or --tune: bfloat16 or float16; with --aot float32, with --tune int8 too; may be repeated."),
     ] = None,
     out: options.Result = None,
 ) -> None:

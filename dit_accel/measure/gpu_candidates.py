@@ -1,10 +1,12 @@
 """What `dit-accel bench kernels --tune` tries: the kernels with a tile, the candidates of each, and the passes in which they run."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from dit_accel.kernels import dispatch
+from dit_accel.kernels.precision import int8_products
 from dit_accel.kernels.triton.tables import TOGETHER, Machine, Tile, tile_for, tile_of_two
 from dit_accel.measure.gpu_compile import DTYPES, METHODS
 from dit_accel.operator import composition, lowering
@@ -14,6 +16,7 @@ from dit_accel.operator.layout import TokenLayout
 
 GRID, TEXT, HEADS = (1, 128, 128), 512, 24  # FLUX at 2048 pixels: of fewer tokens 5 % are 3 blocks, and the loop over them hides nothing
 HEAD_DIMS = (64, 128, 256)
+TUNED = DTYPES | {"int8": torch.int8}  # the last: products of queries and keys in 8 bits, of bfloat16 tokens
 STEPS = ((4, 3), (4, 2), (8, 3), (8, 2))  # warps and stages
 WIDE = ((128, 64), (64, 64), (64, 32), (32, 32))  # rows held and rows of a step, of 16-bit numbers at head dimension 64 and 128
 TWO = ((128, 64), (128, 32))  # of two query blocks in a program
@@ -71,6 +74,11 @@ class Work:
         return self.kernel, self.dtype, self.head_dim
 
 
+def kernels_of(dtype: str) -> list[str]:
+    """The kernels that have a tile for a type of TUNED."""
+    return [kernel for kernel in KERNELS if dtype != "int8" or kernel.startswith("rows") or kernel == "dense"]
+
+
 def methods_of(kernel: str, head_dim: int) -> list[str]:
     """The methods that run a kernel at a head dimension."""
     return [m for m in KERNELS[kernel].methods if head_dim <= dispatch.LINEAR_LIMIT or not lowering.has_states(METHODS[m])]
@@ -92,21 +100,24 @@ def candidates(work: Work, machine: Machine) -> list[Tile]:
 
 def table_tile(work: Work, machine: Machine) -> Tile:
     """The tiles of a machine for blocks of 64 tokens."""
-    return tile_for(work.kernel, machine, work.head_dim, DTYPES[work.dtype], 64, 64, pairs=work.kernel in TOGETHER)
+    return tile_for(work.kernel, machine, work.head_dim, TUNED[work.dtype], 64, 64, pairs=work.kernel in TOGETHER)
 
 
 def forward_backward(method: str, work: Work, device: torch.device, grid: tuple[int, int, int] = GRID, text: int = TEXT,
                      heads: int = HEADS, *, empty: bool = False) -> None:  # fmt: skip
-    """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed."""
+    """A pass on random values, or on memory as it is (`empty`), where nothing is to be computed; forward alone for products in 8 bits."""
     spec, seed = METHODS[method], torch.Generator(device).manual_seed(0)
     layout = TokenLayout(grid, text)
     heads = 1 if KERNELS[work.kernel].of_one_head else heads
-    size, dtype = (1, heads, layout.tokens, work.head_dim), DTYPES[work.dtype]
+    narrow = work.dtype == "int8"
+    size, dtype = (1, heads, layout.tokens, work.head_dim), torch.bfloat16 if narrow else DTYPES[work.dtype]
     if empty:
         made = [torch.empty(size, device=device, dtype=dtype) for _ in range(3)]
     else:
         made = [torch.randn(size, generator=seed, device=device).to(dtype) for _ in range(3)]
-    q, k, v = (x.requires_grad_() for x in made)
-    params = start_values(spec, q).requires_grad_()
-    out, _ = composition.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
-    out.backward(torch.empty_like(out) if empty else torch.ones_like(out))
+    q, k, v = (x.requires_grad_(not narrow) for x in made)
+    params = start_values(spec, q).requires_grad_(not narrow)
+    with int8_products() if narrow else nullcontext():
+        out, _ = composition.attend(q, k, v, spec, layout, make_plan(spec, layout, device), params(), work.head_dim**-0.5, "triton")
+    if not narrow:
+        out.backward(torch.empty_like(out) if empty else torch.ones_like(out))

@@ -29,13 +29,14 @@ from dit_accel.measure.gpu_candidates import (
     HEADS,
     KERNELS,
     TEXT,
+    TUNED,
     Work,
     candidates,
     forward_backward,
+    kernels_of,
     methods_of,
     table_tile,
 )
-from dit_accel.measure.gpu_compile import DTYPES
 
 if TYPE_CHECKING:
     from dit_accel.kernels.triton.launch import Launch
@@ -67,13 +68,17 @@ def work_of(dtypes: Sequence[str] | None = None, head_dims: Sequence[int] | None
     dtypes = ["bfloat16"] if dtypes is None else dtypes
     head_dims = [64, 128] if head_dims is None else head_dims
     for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ArgumentError(f"dtype must be one of {list(DTYPES)}, not {dtype!r}")
+        if dtype not in TUNED:
+            raise ArgumentError(f"dtype must be one of {list(TUNED)}, not {dtype!r}")
     for head_dim in head_dims:
         if head_dim not in HEAD_DIMS:
             raise ArgumentError(f"head_dim must be one of {list(HEAD_DIMS)}, not {head_dim!r}")
     return [
-        Work(kernel, dtype, head_dim) for dtype in dtypes for head_dim in head_dims for kernel in KERNELS if methods_of(kernel, head_dim)
+        Work(kernel, dtype, head_dim)
+        for dtype in dtypes
+        for head_dim in head_dims
+        for kernel in kernels_of(dtype)
+        if methods_of(kernel, head_dim)
     ]
 
 
@@ -132,9 +137,13 @@ def run_trial(work: Work, tile: Tile, *, machine: Machine, measure: Measure, dev
 def bench_tune(work: Sequence[Work], *, out: Path | None = None) -> list[Result]:
     """Tune, print, and keep what is faster than the table where launches look for it; also as JSON where `out` is given.
 
-    Raises BackendError without a CUDA device, ValueError where the file of tiles is damaged or can't be written: before any work.
+    Raises BackendError without a CUDA device, and where it has no products in 8 bits that are to be tuned; ValueError where the file of
+    tiles is damaged or can't be written: before any work.
     """
     device = _device()
+    refusal = dispatch.int8_refusal_here() if any(one.dtype == "int8" for one in work) else None
+    if refusal:
+        raise BackendError(f"products in 8 bits are for NVIDIA GPUs, and {refusal}: leave dtype int8 out")
     from dit_accel.kernels.triton import ahead, calls, timing, tuned
 
     path = tuned.cache_file()

@@ -4,16 +4,20 @@ or the parts of a group's members. The formulas are those of method/parts/conten
 Distances of elements from their part's mean add up to 0, so that nothing comes back through that mean but what is its own.
 """
 
+import torch
+
 import triton
 import triton.language as tl
 from dit_accel.kernels.triton.primitives import head, placed, put, times, vector
 from dit_accel.kernels.triton.tuples import Cut, Keys, Pair, kernel
 
 
-def channels_at_once(d: int, padded: int, rows: int, arch: str) -> dict[str, int]:
-    """CW and BD of the kernels below, of so many elements with heads of `d`: what spills no register. Masks of channels take some."""
-    whole = 128 if padded == 128 and arch != "sm_80" else 64
-    return {"CW": min(padded, 32 if d < padded else min(whole, max(16, 8192 // rows))), "BD": min(32, padded)}
+def channels_at_once(d: int, padded: int, rows: int, arch: str, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """CW and BD of the kernels below, of so many elements with heads of `d`: what spills no register. Masks of channels take some, and so
+    do the parts of float32 tokens (`dtype`; None: of the few elements of a group)."""
+    wide = dtype == torch.float32 and padded >= 128
+    whole = 128 if padded == 128 and arch != "sm_80" and not wide else 64
+    return {"CW": min(padded, 32 if d < padded else min(whole, max(16, 8192 // rows))), "BD": 16 if wide else min(32, padded)}
 
 
 @triton.jit

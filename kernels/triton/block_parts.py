@@ -3,7 +3,7 @@ of method/parts/content.py and groups.py."""
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import TINY, head, placed, put, tile, vector, wide_dot
+from dit_accel.kernels.triton.primitives import TINY, head, placed, put, tile, times, vector, wide_dot
 from dit_accel.kernels.triton.tuples import kernel
 
 
@@ -49,16 +49,20 @@ def mapped_by(metric, base, rows, stride, valid, share, C):
 
 @triton.jit
 def parts_of(gap, mapped, size, weight, KIND: tl.constexpr, C):
+    """`parts_by` of `gap`: X, 0 for what has no `weight`, and `mapped`: X M."""
+    gram = tl.dot(bounded(gap, KIND), tl.trans(mapped), input_precision=C.PRECISION)
+    return parts_by(gram, tl.sum(gap, 1), size, weight, KIND, C)
+
+
+@triton.jit
+def parts_by(gram, sums, size, weight, KIND: tl.constexpr, C):
     """The part `[R]` of each element, int32: all are cut in two and, of four parts, each half again.
 
-    `gap`: X, 0 for what has no `weight`; `mapped`: X M; `size`: about the trace of X M Xᵀ, by which it is divided so that no step leaves
-    the numbers.
+    `gram`, `sums`, `weight`: see `positive`; `size`: about the trace of X M Xᵀ, by which it is divided so that no step leaves the numbers.
     """
-    gram = tl.dot(bounded(gap, KIND), tl.trans(mapped), input_precision=C.PRECISION)
     if KIND == tl.float16:  # noqa: SIM300
         size = tl.max(tl.max(tl.abs(gram), 1), 0)
     gram *= 1.0 / tl.maximum(size, TINY)
-    sums = tl.sum(gap, 1)
     part = tl.where(positive(gram, sums, weight, weight, True), 1, 0)
     if C.PARTS > 2:
         part += tl.where(positive(gram, sums, weight, part, False), 2, 0)
@@ -171,42 +175,148 @@ def put_halves(to, units, off, low, first, factor, C):
     put_rows(to, units, two, low, first + SIZE, factor, C)
 
 
-@kernel("D DP BK PARTS COUNT SLOPES ROWS PRECISION")
-def summarise_parts(
-    k, v, metric, second, found, starts, places, scale, cap, score_cap, heads, image_start_k, k_blocks, k_width, C: tl.constexpr
-):  # fmt: skip
-    """One key block of at most BK tokens, cut in PARTS: all that `tuples.Parts` has. Grid: (key blocks, batch · heads).
+@triton.jit
+def some_channels(base, rows, stride, valid, channel, C):
+    """Some channels of rows `[R, channels]`."""
+    inside = valid[:, None] & (channel < C.D)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + channel[None, :], mask=inside, other=0.0)
 
-    `metric` `[BH, D, D]` and its diagonal `second` `[BH, D]`: the means of q qᵀ and of q² over a head's queries, float32.
-    """
-    block = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    k_base = head(k, bh, heads) + image_start_k.to(tl.int64) * k.n
-    v_base = head(v, bh, heads) + image_start_k.to(tl.int64) * v.n
-    begin, end = tl.load(starts + block), tl.load(starts + block + 1)
+
+@triton.jit
+def gaps_of(base, rows, stride, valid, channel, C):
+    """Some channels of a block's rows `[R, channels]`; in float32 their mean, and the rows less it, 0 where there are none."""
+    x = some_channels(base, rows, stride, valid, channel, C)
+    mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(tl.sum(tl.where(valid, 1.0, 0.0), 0), 1.0)
+    return x, mean, tl.where(valid[:, None], x.to(tl.float32) - mean[None, :], 0.0)
+
+
+@triton.jit
+def off_of(base, rows, stride, valid, member, size, channel, C):
+    """Of some channels of a block's rows the mean, the rows less it, the means by part `[16, channels]`, and `within` of all that."""
+    x, mean, gap = gaps_of(base, rows, stride, valid, channel, C)
+    KIND: tl.constexpr = x.dtype
+    means = tl.dot(member.to(KIND), x, input_precision=C.PRECISION) / tl.maximum(size, 1.0)[:, None]
+    return mean, gap, means, within(gap, member, size, means, mean, KIND, C)
+
+
+@triton.jit
+def gram_by_channels(metric, second, found, at_block, base, rows, stride, valid, C):
+    """What `parts_by` has of a block's keys, and the sum of their gaps' squares by the means of q² (`second`). Stores the mean key."""
+    share = tl.where(valid, 1.0, 0.0) / tl.maximum(tl.sum(tl.where(valid, 1.0, 0.0), 0), 1.0)
+    gram = tl.zeros([C.BK, C.BK], tl.float32)
+    sums = tl.zeros([C.BK], tl.float32)
+    whole = tl.zeros([C.BK], tl.float32)
+    for first in tl.range(0, C.DP, C.CW, num_stages=1):
+        channel = first + tl.arange(0, C.CW)
+        x, mean, gap = gaps_of(base, rows, stride, valid, channel, C)
+        KIND: tl.constexpr = x.dtype
+        tl.store(found.k_mean + at_block * C.D + channel, mean, mask=channel < C.D)
+        whole += tl.sum(gap * gap * tl.load(second + channel, mask=channel < C.D, other=0.0)[None, :], 1)
+        if C.PARTS > 1:
+            mapped = tl.zeros([C.BK, C.CW], tl.float32)
+            for at in tl.range(0, C.DP, C.STEP, num_stages=1):
+                inner = at + tl.arange(0, C.STEP)
+                inside = (inner < C.D)[:, None] & (channel < C.D)[None, :]
+                matrix = tl.load(metric + inner[:, None] * C.D + channel[None, :], mask=inside, other=0.0)
+                mapped = times(mapped, some_channels(base, rows, stride, valid, inner, C), matrix, C)
+            mapped = tl.where(valid[:, None], mapped - tl.sum(mapped * share[:, None], 0)[None, :], 0.0)
+            unit = 1.0
+            if KIND == tl.float16:  # noqa: SIM300
+                unit = tl.max(tl.max(tl.abs(gap), 1), 0) * tl.max(tl.max(tl.abs(mapped), 1), 0)  # see `bounded`
+            gram += tl.dot(bounded(gap, KIND), tl.trans(bounded(mapped, KIND)), input_precision=C.PRECISION) * unit
+            sums += tl.sum(gap, 1)
+    return gram, sums, tl.sum(whole, 0)
+
+
+@triton.jit
+def spreads_by_channels(base, rows, stride, valid, member, size, to, moments, C):
+    """Stores the means of a block's rows by part from `to` on; of each row the square of what is off its part's mean, by the `moments` of
+    channels or, where that is None, as it is, and of all the sum of squares of the gaps."""
+    number = tl.arange(0, 16)
+    spreads = tl.zeros([C.BK], tl.float32)
+    of_all = tl.zeros([C.BK], tl.float32)
+    for first in tl.range(0, C.DP, C.CW, num_stages=1):
+        channel = first + tl.arange(0, C.CW)
+        _, gap, means, off = off_of(base, rows, stride, valid, member, size, channel, C)
+        inside = (number < C.PARTS)[:, None] & (channel < C.D)[None, :]
+        tl.store(to + number[:, None] * C.D + channel[None, :], means, mask=inside)
+        squares = off * off
+        if moments is not None:
+            squares *= tl.load(moments + channel, mask=channel < C.D, other=0.0)[None, :]
+        spreads += tl.sum(squares, 1)
+        of_all += tl.sum(gap * gap, 1)
+    return spreads, tl.sum(of_all, 0)
+
+
+@triton.jit
+def slopes_by_channels(to, units, k_base, v_base, rows, k_stride, v_stride, valid, member, size, damped, inverse, C):
+    """Stores a block's slope, `put_slope` of rows that are read anew for each of its tiles."""
+    for first in tl.range(0, C.DP, C.CW, num_stages=1):
+        column = first + tl.arange(0, C.CW)
+        _, _, _, v_off = off_of(v_base, rows, v_stride, valid, member, size, column, C)
+        low = (v_off * damped[:, None]).to(v_base.dtype.element_ty)
+        for at in tl.range(0, C.DP, C.CW, num_stages=1):
+            row = at + tl.arange(0, C.CW)
+            _, _, _, off = off_of(k_base, rows, k_stride, valid, member, size, row, C)
+            product = tl.dot(tl.trans(off.to(low.dtype)), low, input_precision=C.PRECISION)
+            pointers = to + row.to(tl.int64)[:, None] * units * C.D + column[None, :]
+            tl.store(pointers, product * inverse, mask=(row < C.D)[:, None] & (column < C.D)[None, :])
+
+
+@triton.jit
+def summarise_by_channels(
+    k_base, v_base, k_stride, v_stride, metric, second, found, place, valid, bh, block, scale, cap, score_cap, k_blocks, k_width, C
+):  # fmt: skip
+    """`summarise_parts` of a block of which not all channels fit the registers: CW at once, read anew wherever they are needed."""
+    one = tl.where(valid, 1.0, 0.0)
+    tokens = tl.sum(one, 0)
+    inverse = 1.0 / tl.maximum(tokens, 1.0)
+    at_block = bh * k_blocks + block
+    gram, sums, whole = gram_by_channels(metric, second, found, at_block, k_base, place, k_stride, valid, C)
+    part = tl.zeros([C.BK], tl.int32)
+    if C.PARTS > 1:
+        part = parts_by(gram, sums, whole, one, k_base.dtype.element_ty, C)
     offset = tl.arange(0, C.BK)
-    valid = begin + offset < end
-    place = placed(places, begin + offset, valid)
-    tokens = (end - begin).to(tl.float32)
+    tl.store(found.part + at_block * k_width + offset, part.to(tl.uint8), mask=offset < k_width)
+    member = members_of(part, valid)
+    size = tl.sum(member, 1)
+    at = at_block * C.PARTS
+    of_key, _ = spreads_by_channels(k_base, place, k_stride, valid, member, size, found.pooled_k + at * C.D, second, C)
+    of_value, of_all = spreads_by_channels(v_base, place, v_stride, valid, member, size, found.pooled_v + at * C.D, None, C)
+    square = scale * scale
+    tl.store(found.score_bias + at_block, error_of(tokens, whole * square * inverse, of_all * inverse, score_cap))
+    damped = put_parts(found, at, member, one, size, of_key * square, of_value, cap, C)
+    if C.SLOPES:
+        to = found.slope + (bh * C.D * k_blocks + block) * C.D
+        slopes_by_channels(to, k_blocks, k_base, v_base, place, k_stride, v_stride, valid, member, size, damped, inverse, C)
+
+
+@triton.jit
+def summarise_at_once(
+    k_base, v_base, k_stride, v_stride, metric, second, found, place, valid, count, bh, block, scale, cap, score_cap, k_blocks, k_width, C
+):  # fmt: skip
+    """`summarise_parts` of a block of `count` tokens all of whose channels fit the registers."""
+    offset = tl.arange(0, C.BK)
+    tokens = count.to(tl.float32)
     inverse = 1.0 / tl.maximum(tokens, 1.0)
     one = tl.where(valid, 1.0, 0.0)
     at_block = bh * k_blocks + block
     channel = tl.arange(0, C.DP)
-    moments = vector(second + bh * C.D, C) * (scale * scale)
+    moments = vector(second, C) * (scale * scale)
 
-    key = tile(k_base, place, k.n, valid, C)
+    key = tile(k_base, place, k_stride, valid, C)
     KIND: tl.constexpr = key.dtype
     mean = tl.sum(key.to(tl.float32), 0) * inverse
     tl.store(found.k_mean + at_block * C.D + channel, mean, mask=channel < C.D)
     part = tl.zeros([C.BK], tl.int32)
     if C.PARTS > 1:
-        mapped = mapped_by(metric + bh * C.D * C.D, k_base, place, k.n, valid, one * inverse, C)
-        key = tile(k_base, place, k.n, valid, C, True)  # not held meanwhile: there would be no registers for both
+        mapped = mapped_by(metric, k_base, place, k_stride, valid, one * inverse, C)
+        key = tile(k_base, place, k_stride, valid, C, True)  # not held meanwhile: there would be no registers for both
     gap = (key.to(tl.float32) - mean[None, :]) * one[:, None]
     whole = tl.sum(tl.sum(gap * gap * moments[None, :], 1), 0)
     if C.PARTS > 1:
         part = parts_of(gap, mapped, whole / (scale * scale), one, KIND, C)
-        key = once_more(k_base, place, k.n, valid, C)
+        key = once_more(k_base, place, k_stride, valid, C)
         gap = (key.to(tl.float32) - mean[None, :]) * one[:, None]
     tl.store(found.part + at_block * k_width + offset, part.to(tl.uint8), mask=offset < k_width)
     member = members_of(part, valid)
@@ -216,7 +326,7 @@ def summarise_parts(
     of_key = tl.sum(off * off * moments[None, :], 1)
     left = off.to(KIND)
 
-    value = tile(v_base, place, v.n, valid, C)
+    value = tile(v_base, place, v_stride, valid, C)
     means = means_of(member, one, size, value, found.pooled_v + at_block * C.PARTS * C.D, KIND, C)
     mean = tl.sum(value.to(tl.float32), 0) * inverse
     v_gap = (value.to(tl.float32) - mean[None, :]) * one[:, None]
@@ -227,6 +337,35 @@ def summarise_parts(
     if C.SLOPES:
         to = found.slope + (bh * C.D * k_blocks + block) * C.D
         put_slope(to, k_blocks, left, (v_off * damped[:, None]).to(KIND), inverse, C)
+
+
+@kernel("D DP BK PARTS COUNT SLOPES ROWS CW STEP PRECISION")
+def summarise_parts(
+    k, v, metric, second, found, starts, places, scale, cap, score_cap, heads, image_start_k, k_blocks, k_width, C: tl.constexpr
+):  # fmt: skip
+    """One key block of at most BK tokens, cut in PARTS: all that `tuples.Parts` has. Grid: (key blocks, batch · heads).
+
+    `metric` `[BH, D, D]` and its diagonal `second` `[BH, D]`: the means of q qᵀ and of q² over a head's queries, float32. CW: channels at
+    once, DP where a program holds all of them.
+    """
+    block = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    k_base = head(k, bh, heads) + image_start_k.to(tl.int64) * k.n
+    v_base = head(v, bh, heads) + image_start_k.to(tl.int64) * v.n
+    begin, end = tl.load(starts + block), tl.load(starts + block + 1)
+    valid = begin + tl.arange(0, C.BK) < end
+    place = placed(places, begin + tl.arange(0, C.BK), valid)
+    of_head = metric if metric is None else metric + bh * C.D * C.D
+    if C.CW < C.DP:
+        summarise_by_channels(
+            k_base, v_base, k.n, v.n, of_head, second + bh * C.D, found, place, valid, bh, block, scale, cap, score_cap, k_blocks,
+            k_width, C,
+        )  # fmt: skip
+    else:
+        summarise_at_once(
+            k_base, v_base, k.n, v.n, of_head, second + bh * C.D, found, place, valid, end - begin, bh, block, scale, cap, score_cap,
+            k_blocks, k_width, C,
+        )  # fmt: skip
 
 
 @kernel("D DP PARTS MEMBERS COUNT SLOPES ROWS LOWEST PRECISION")

@@ -47,6 +47,7 @@ from triton.runtime.errors import OutOfResources
 T = TypeVar("T")
 
 NOT_FITTING = "a GPU kernel that holds whole blocks needs more of the GPU than there is"
+MOST_HEADS = 65535  # programs along a grid's second and third axis (CUDA C++ programming guide, technical specifications)
 INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
 
 
@@ -147,9 +148,14 @@ def _run(name: str, x: Tensor, arguments: Sequence[Any], signature: Callable[[],
     without asking `function`, which depends on nothing else.
 
     `signature`: what decides which kernels are compiled and loaded. Raises BackendError where that would be inside a CUDA graph's capture,
-    and where no tile fits.
+    where no tile fits, and of more heads than a grid has programs.
     """
     elsewhere, device = _redirected.get(), x.device
+    if x.shape[0] * x.shape[1] > MOST_HEADS:
+        raise BackendError(
+            f"the GPU kernels take at most {MOST_HEADS:,} heads of all samples together, not {x.shape[0]:,} times {x.shape[1]:,}: cut the "
+            "batch, or use backend='reference'"
+        )
     tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
     if elsewhere is not None:
         result = function(elsewhere.machine, elsewhere.run)

@@ -208,12 +208,13 @@ class Call:
     def place(self, kernel: str) -> Place:
         """What the kernel's tile is looked up by, for this call's widths and types."""
         pairs = kernel == "rows" and self.pairs
+        narrow = self.a.int8 and kernel in ("rows", "dense")
         if kernel == "rows":
             kernel = "rows_linear" if self.linear else "rows_variance" if self.flags["VARIANCE"] else kernel
             kernel += "_static" if pairs and not self.flags["OWN"] else ""
         return Place(
-            kernel, self.padded, self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None, self.a.pool_slots is not None,
-            pairs,
+            kernel, self.padded, torch.int8 if narrow else self.a.q.dtype, self.q_width, self.k_width, self.a.windows is not None,
+            self.a.pool_slots is not None, pairs,
         )  # fmt: skip
 
     def tile(self, kernel: str) -> Tile:

@@ -22,6 +22,7 @@ from dit_accel.kernels.triton.tuples import (
 )
 
 TINY = torch.finfo(torch.float32).tiny
+LEAST = 16  # rows of a tile
 
 
 # of pooled keys, values, biases, variances; slopes
@@ -48,9 +49,16 @@ class Gradients(NamedTuple):
 
 
 def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Arguments, machine: Machine, run: Run = execute) -> Gradients:
-    """Gradients of `attend`, summed in an order that depends on the shapes alone. Raises ValueError for products in 8 bits."""
+    """Gradients of `attend`, summed in an order that depends on the shapes alone. Raises ValueError for products in 8 bits, and for
+    more pairs of blocks than 32 bits count."""
     if a.int8:
         raise ValueError("products of queries and keys in 8 bits have no gradients: leave int8 out where any are required")
+    entries, tiles = a.lists.shape[-2] * a.lists.shape[-1], cdiv(a.q_width, LEAST)
+    if entries * tiles >= 2**31:  # kernels count them in 32 bits
+        raise ValueError(
+            f"gradients require less than 2³¹ pairs of a visited block and {LEAST} of its queries for each head, not {entries * tiles:,}: "
+            "keep fewer key blocks, or take larger blocks"
+        )
     call = Call(a, machine, run)
     pull = Pull(rows_of(dout), lse, torch.empty_like(lse))
     grid = (cdiv(call.tokens_q, call.tile("merge").queries), call.bh)

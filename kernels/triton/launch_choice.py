@@ -1,6 +1,7 @@
 """From one call of `select_blocks` to kernel launches, and the moments of blocks that other calls take too. Nothing here waits for the
 device."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, multiply
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import Moments, Taken, constants_of, rows_of
 
-SCORES = 1 << 28  # block scores held at once, 1 GiB: those of all heads would be 78 GB for 80 heads of a million tokens
+SCORES = 1 << 28  # block scores held at once, 1 GiB: those of one head of a million tokens; of 24 heads they would be 24
 TOGETHER = 512  # key blocks whose scores a program's registers hold, for 16 query blocks
 GROUPS = 32  # summands of the mean of q² of a head: enough programs to fill a device, few enough to sum wherever it is read
 
@@ -111,15 +112,24 @@ def _choose(a: SelectionArguments, moments: Moments, groups: int, taken: Taken, 
     bh, queries, keys, d = a.q.shape[0] * a.q.shape[1], len(a.q_starts) - 1, len(a.k_starts) - 1, a.q.shape[3]
     bias = _biases(a, moments, groups, run) if a.v is not None else None if a.bias is None else a.bias.flatten(0, 1)
     q_mean, k_mean = (x.view(bh, blocks, d) for x, blocks in ((moments.q_mean, queries), (moments.k_mean, keys)) if x is not None)
-    wide, step = max(32, 1 << (keys - 1).bit_length()), max(1, SCORES // (queries * keys))
-    for first in range(0, bh, step):
-        some = slice(first, first + step)
-        scores = multiply(q_mean[some], k_mean[some], machine, run)
+    wide = max(32, 1 << (keys - 1).bit_length())
+    for some, rows in _parts(bh, queries, keys):
+        scores = multiply(q_mean[some, rows], k_mean[some], machine, run)
         arguments = {
-            "scores": scores, "weight": a.weight, "bias": None if bias is None else bias[some], "chosen": Taken(*(x[some] for x in taken)),
-            "rows": queries, "blocks": keys, "top": a.top, "C": constants_of(block_choice.choose_blocks, {"W": wide}),
+            "scores": scores, "weight": a.weight, "bias": None if bias is None else bias[some],
+            "chosen": Taken(*(x[some, rows] for x in taken)), "rows": scores.shape[1], "blocks": keys, "top": a.top,
+            "C": constants_of(block_choice.choose_blocks, {"W": wide}),
         }  # fmt: skip
-        run(Launch(block_choice.choose_blocks, (len(scores) * queries,), arguments, min(16, max(1, wide // 512))))
+        run(Launch(block_choice.choose_blocks, (scores.shape[0] * scores.shape[1],), arguments, min(16, max(1, wide // 512))))
+
+
+def _parts(bh: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and query blocks whose scores are held at once, each pair contiguous in memory: all query blocks of some heads, or some of
+    one head."""
+    heads, rows = max(1, SCORES // (queries * keys)), max(1, SCORES // keys)
+    for first in range(0, bh, heads):
+        for row in range(0, queries, rows):
+            yield slice(first, first + heads), slice(row, row + rows)
 
 
 def _biases(a: SelectionArguments, moments: Moments, groups: int, run: Run) -> Tensor:

@@ -26,7 +26,8 @@ def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summ
     padded, width = max(16, power(d)), max(16, power(a.k_width))
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "COUNT": a.log_count, "SLOPES": a.first_order,
-        "ROWS": launch_units.rows_at_once(padded, machine.arch, a.k.dtype),
+        "ROWS": launch_units.rows_at_once(padded, machine.arch, a.k.dtype), "STEP": min(32, padded),
+        "CW": _channels(padded, a.k.dtype, machine.arch),
         "PRECISION": _precision(a, machine),
     }  # fmt: skip
     arguments = {
@@ -51,6 +52,15 @@ def _warps(numbers: int, dtype: torch.dtype, arch: str) -> int:
     """
     most = 8192 if arch not in ("sm_100", "sm_120") else 2048
     return 4 if numbers <= (min(most, 2048) if dtype == torch.float32 else most) else 8
+
+
+def _channels(padded: int, dtype: torch.dtype, arch: str) -> int:
+    """How many channels of a block are summarised at once: the most that spill no register."""
+    if padded * dtype.itemsize <= 256:
+        return padded
+    if dtype == torch.float32:
+        return 32 if arch in ("sm_90", "gfx942") else 16
+    return 32 if arch == "sm_120" else 64
 
 
 def image_of(x: Tensor, text: int, a: SummaryArguments) -> tuple[Tensor, int]:
@@ -121,7 +131,7 @@ def _gradients_of_keys(
     padded, width = max(16, power(d)), max(16, power(a.k_width))
     constants = {
         "D": d, "DP": padded, "BK": width, "PARTS": a.parts, "PRECISION": _precision(a, machine),
-        **backward_parts.channels_at_once(d, padded, width, machine.arch), "STAGES": 1,
+        **backward_parts.channels_at_once(d, padded, width, machine.arch, a.k.dtype), "STAGES": 1,
     }  # fmt: skip
     cut = CutBlocks(*(results[name] for name in ("pooled_k", "pooled_v", "tokens", "spread", "part")))
     grads = PartGradients(*(given.get(name) for name in ("pooled_k", "pooled_v", "pooled_bias", "spread", "slope")))

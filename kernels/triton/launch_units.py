@@ -4,6 +4,7 @@
 tokens (`seen_units.weigh_units`), so that no matrix of theirs is read for it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, 
 from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import Elements, Groups, Joined, constants_of
 
+SEEN = 1 << 28  # numbers of what spans see of units that are held at once: 1 GiB, or those of one head
 LANES = 256  # entries of a list, or units, that a warp holds
 
 
@@ -53,13 +55,13 @@ class OfUnits:
 
 
 class Grouped(OfUnits):
-    """One call's results, and what is between the launches."""
+    """Results of some heads (`found`), and what is between the launches."""
 
-    def __init__(self, a: GroupingArguments, machine: Machine, run: Run) -> None:
+    def __init__(self, a: GroupingArguments, found: Units, machine: Machine, run: Run) -> None:
         super().__init__(a, machine, run)
         d = self.constants["D"]
         self.constants |= {"COUNT": a.log_count, "SLOPES": a.slope is not None, "ROWS": rows_at_once(power(d), machine.arch)}
-        self.found = f = new_units(a)
+        self.found = f = found
         self.joined = Joined(f.joined_k, f.joined_v, f.joined_bias, f.joined_tokens, f.joined_spread, self.empty(self.pools))
         self.groups = Groups(self.empty(self.units), f.part, self.empty(self.above, d), self.empty(self.above), f.above)
         self.logits = self.empty(self.spans, self.pools + self.above)
@@ -134,9 +136,30 @@ def mix(weight: Tensor, slope: Any, above: Tensor | None, out: Tensor, constants
 
 def group_units(a: GroupingArguments, machine: Machine, run: Run = execute) -> Units:
     """What `grouping.Units` names."""
-    call = Grouped(a, machine, run)
-    call.moments()
-    codes = call.seen()
-    if a.slope is not None:
-        call.slopes(codes)
-    return call.found
+    found = new_units(a)
+    for some, of_them in _parts(a, found):
+        call = Grouped(some, of_them, machine, run)
+        call.moments()
+        codes = call.seen()
+        if a.slope is not None:
+            call.slopes(codes)
+    return found
+
+
+def _parts(a: GroupingArguments, found: Units) -> Iterator[tuple[GroupingArguments, Units]]:
+    """A call and its results by heads, as many at once as SEEN allows; heads depend on no other."""
+    (batch, heads, blocks), pools = a.q_mean.shape[:3], a.tokens.shape[-1]
+    units = sum(levels_of(pools // a.parts, a.roots))
+    of_head = cdiv(blocks, SPAN) * (units * (a.parts + 3) - pools // a.parts)  # logits, codes and weights
+    step = max(1, SEEN // of_head)
+    if step >= batch * heads:
+        yield a, found
+        return
+    for first in range(0, batch * heads, step):
+
+        def cut(x: Any, begin: int = first) -> Any:  # `[B, H, ...]` as `[1, some, ...]`
+            of_heads = isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == (batch, heads)
+            return x.flatten(0, 1)[None, begin : begin + step] if of_heads else x
+
+        lists, counts = (x[first : first + step] if a.lists.ndim == 3 else x for x in (a.lists, a.counts))
+        yield a._replace(**{name: cut(x) for name, x in a._asdict().items()})._replace(lists=lists, counts=counts), Units(*map(cut, found))

@@ -31,7 +31,7 @@ class Tile:
     stages: int
 
 
-Tuned = Mapping[tuple[str, str, int], Tile]  # by kernel, dtype ("bfloat16") and padded head dimension
+Tuned = Mapping[tuple[str, str, int], Tile]  # by kernel, dtype ("bfloat16"; "int8": of products) and padded head dimension
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,25 @@ _LISTED: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
     ("pooled", 128, "sm_100"): (32, 64, 8, 2),
     ("pooled", 256, "sm_90"): (16, 16, 4, 3),
 }
+# of products of queries and keys in 8 bits (dtype int8), where those of 16 bits leave room: keys and queries take half the registers and
+# half the shared memory. By kernel, head dimension and architecture
+_TILES_8: dict[tuple[str, int, str], tuple[int, int, int, int]] = {
+    ("rows_static", 64, "sm_120"): (64, 64, 4, 3),
+    ("rows_static", 128, "sm_120"): (64, 32, 4, 3),
+    ("rows_linear", 64, "sm_120"): (64, 64, 4, 3),
+    ("dense", 64, "sm_120"): (64, 32, 4, 3),
+    ("dense", 128, "sm_120"): (64, 64, 4, 2),
+    ("rows_static", 128, "sm_80"): (64, 32, 4, 3),
+    ("rows_variance", 64, "sm_80"): (64, 64, 4, 3),
+    ("rows_variance", 128, "sm_80"): (64, 64, 8, 2),
+    ("rows_variance_static", 64, "sm_80"): (64, 64, 4, 3),
+    ("rows_variance_static", 128, "sm_80"): (64, 64, 8, 2),
+    ("rows_linear", 64, "sm_80"): (64, 64, 4, 3),
+    ("rows_linear", 128, "sm_80"): (64, 64, 8, 2),
+    ("dense", 64, "sm_80"): (64, 64, 4, 2),
+    ("rows_linear", 64, "sm_90"): (64, 64, 4, 3),
+    ("rows_linear", 128, "sm_90"): (64, 64, 4, 3),
+}
 _LAST = (16, 16, 8, 2)
 # of two query blocks of 64 in one program (`Call.pairs`), for each of ARCHITECTURES where one spills nothing. No launch takes them but
 # where `--tune` found them faster
@@ -179,7 +198,8 @@ def tile_for(
 ) -> Tile:  # fmt: skip
     """The kernel's tile on a machine for a (padded) head dimension, blocks at most `q_width` and `k_width` tokens wide.
 
-    `windows`, `lists`: whether the call has windows, and pooled keys of units. `pairs`: whether a program may hold two query blocks.
+    `dtype`: that of the tokens, or int8 where queries and keys are multiplied in 8 bits. `windows`, `lists`: whether the call has windows,
+    and pooled keys of units. `pairs`: whether a program may hold two query blocks.
     """
     own = _listed(kernel, machine.arch, head_dim, dtype, lists)
     tile = machine.tuned.get((kernel, str(dtype).removeprefix("torch."), head_dim)) or own
@@ -200,6 +220,8 @@ def _listed(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, lists: bo
     if dtype == torch.float32:
         own = _EXCEPTIONS_32.get((kernel, max(64, head_dim), arch), _TILES_32[_SAME.get(kernel, kernel)])
         return Tile(*(own if head_dim <= 128 else _LAST))
+    if dtype == torch.int8 and (narrow := _TILES_8.get((kernel, max(64, head_dim), arch))):
+        return Tile(*narrow)
     if lists and (place := (_SAME.get(kernel, kernel), max(64, head_dim), arch)) in _LISTED:
         return Tile(*_LISTED[place])
     row = _TILES.get((_SAME.get(kernel, kernel), max(64, head_dim)))
