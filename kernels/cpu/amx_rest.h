@@ -126,20 +126,25 @@ struct TiledSlopes {
     }
 };
 
-// The states of key blocks, Vᵀ·phi(K) as left factors [channel tiles of v, steps of PAIR channels of k], and Σ phi(k).
+// The states of key blocks, Vᵀ·phi(K) as left factors [channel tiles of v, steps of PAIR channels of k], and Σ phi(k); and what is left of their sums without the
+// blocks that a query block leaves out. Matrices lie in slices: all blocks' first SLICE entries, then the next.
 struct TiledStates {
     const Geometry& g;
     const TileSizes sizes;
-    const int64_t blocks, size;  // entries of a matrix
-    Array<int32_t> matrix;
+    static constexpr int64_t SLICE = 4 * SIDE;
+    const int64_t blocks, readers, size;  // size: entries of a matrix
+    Array<int32_t> matrix;       // [slices, blocks, SLICE]
     Array<float> vector;         // [blocks, padded]
+    Array<int32_t> rests;        // [readers, size], left factors
+    Array<float> rest_vectors;   // [readers, padded]
     Array<float> total;          // in each row of a tile the even channels, then the odd ones
     Array<double> total_vector;
     Array<int32_t> weight;       // the projection as a left factor, or null
 
     explicit TiledStates(const Geometry& g)
-        : g(g), sizes(g), blocks(g.key_states()), size(sizes.channel_tiles * sizes.depth * TILE), matrix(blocks * size), vector(blocks * g.padded), total(2 * size),
-          total_vector(g.padded) {
+        : g(g), sizes(g), blocks(g.key_states()), readers(g.p.linear_all ? 0 : g.p.q_blocks), size(sizes.channel_tiles * sizes.depth * TILE),
+          vector(blocks * g.padded), rest_vectors(readers * g.padded), total(2 * size), total_vector(g.padded) {
+        matrix.allocate(blocks * size, false), rests.allocate(readers * size, false);
         if (!g.p.weight) return;
         const TileSizes square(g, g.channels);
         Array<uint16_t> half(g.channels * g.channels);
@@ -147,6 +152,8 @@ struct TiledStates {
         narrow_all(half, g.p.weight, g.channels * g.channels);
         square.rows(weight, HalfRows(half, g.channels, g.channels, {0, -1, g.channels}));
     }
+
+    int32_t* of(int64_t j, int64_t e) const { return matrix + (e / SLICE * blocks + j) * SLICE + e % SLICE; }  // its entry e
 
     // State j, from features in rows [n, padded] and the tiles of values; `pairs` and `products`: space, as PackWorkspace has it.
     void fill(int64_t j, const float* phi, const TiledBlock& b, int64_t n, int32_t* pairs, float* products) {
@@ -161,78 +168,107 @@ struct TiledStates {
             store(vector + j * g.padded + c * SIDE, sum);
         }
         multiply_grid<false>(products, tiles * TILE, TILE, b.values, row, pairs, row, tiles, tiles, depth);
-        int32_t* to = matrix + j * size;
         for (int64_t r = 0; r < tiles; r++)
             for (int64_t s = 0; s < sizes.depth; s++)
                 for (int64_t i = 0; i < TILE; i += SIDE) {
                     const float* from = products + (r * tiles + 2 * s) * TILE + i;
                     V low = load(from), high = 2 * s + 1 < tiles ? load(from + TILE) : V{};
-                    _mm512_store_si512(to + (r * sizes.depth + s) * TILE + i, narrow_two(low, high));
+                    _mm512_store_si512(of(j, (r * sizes.depth + s) * TILE + i), narrow_two(low, high));
                 }
     }
 
     // State j as it is given, [channels of k, channels of v] and below it the sums of phi(k).
     void put(int64_t j, const float* from) {
-        int32_t* to = matrix + j * size;
         auto at = [&](int64_t k, int64_t v) { return k < g.channels && v < g.channels ? from[k * g.channels + v] : 0.f; };
         for (int64_t r = 0; r < sizes.channel_tiles; r++)
             for (int64_t s = 0; s < sizes.depth; s++)
                 for (int64_t i = 0; i < SIDE; i++) {
                     alignas(64) float row[2 * SIDE];
                     for (int64_t c = 0; c < 2 * SIDE; c++) row[c] = at(s * 2 * SIDE + c, r * SIDE + i);
-                    _mm512_store_si512(to + (r * sizes.depth + s) * TILE + i * SIDE, narrow_two(load(row), load(row + SIDE)));
+                    _mm512_store_si512(of(j, (r * sizes.depth + s) * TILE + i * SIDE), narrow_two(load(row), load(row + SIDE)));
                 }
         for (int64_t c = 0; c < g.padded; c++) vector[j * g.padded + c] = c < g.channels ? from[g.channels * g.channels + c] : 0.f;
     }
 
-    void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the total
-        int64_t rows = size / SIDE;
-        for (int64_t e = rows * part / parts * SIDE; e < rows * (part + 1) / parts * SIDE; e += SIDE) {
+    int64_t tasks() const { return size / SLICE + 1; }
+
+    // A slice of the total and of all rests, or as the last task the vectors; taken_by(reader): as Taken. `marks`: space for a byte for each block.
+    template <class TakenBy>
+    void slice(int64_t task, uint8_t* marks, TakenBy&& taken_by) const {
+        const int64_t from = task * SLICE;
+        if (from < size)
+            add_up(from);
+        else
+            add_up_vectors();
+        for (int64_t reader = 0; reader < readers; reader++) {
+            const Taken taken = taken_by(reader);
+            const bool few = 2 * taken.count <= blocks;  // subtract what is taken from the total, or add up what is left
+            if (!few) {
+                __builtin_memset(marks, 0, size_t(blocks));
+                for (int64_t n = 0; n < taken.count; n++) marks[taken.blocks[n]] = 1;
+            }
+            if (from >= size)
+                rest_vector(rest_vectors + reader * g.padded, marks, taken, few);
+            else if (few)
+                subtract(rests + reader * size + from, from, taken);
+            else
+                add_left(rests + reader * size + from, from, marks);
+        }
+    }
+
+    void add_up(int64_t from) const {
+        for (int64_t e = from; e < from + SLICE; e += SIDE) {
             V first{}, second{};
             for (int64_t j = 0; j < blocks; j++) {
-                __m512i row = _mm512_load_si512(matrix + j * size + e);
+                __m512i row = _mm512_load_si512(of(j, e));
                 first += even(row), second += odd(row);
             }
             store(total + 2 * e, first), store(total + 2 * e + SIDE, second);
         }
-        for (int64_t c = g.padded * part / parts; c < g.padded * (part + 1) / parts; c++) {
+    }
+
+    void add_up_vectors() const {
+        for (int64_t c = 0; c < g.padded; c++) {
             total_vector[c] = 0;
             for (int64_t j = 0; j < blocks; j++) total_vector[c] += double(vector[j * g.padded + c]);
         }
     }
 
-    // The sum over the blocks that are not among `taken`, as a left factor and a vector [padded]. False where nothing is left.
-    bool rest(int32_t* to, float* z, const int32_t* taken, int64_t count, uint8_t* is_taken) const {
-        if (count == blocks) return false;
-        bool few = 2 * count <= blocks;  // subtract what is taken from the total, or add up what is left
-        if (!few) {
-            __builtin_memset(is_taken, 0, size_t(blocks));
-            for (int64_t n = 0; n < count; n++) is_taken[taken[n]] = 1;
-        }
-        const int64_t STEP = 4;  // rows whose sums stay in registers
-        for (int64_t e = 0; e < size; e += STEP * SIDE) {
-            V sum[2 * STEP];
-            for (int64_t s = 0; s < 2 * STEP; s++) sum[s] = few ? load(total + 2 * e + s * SIDE) : V{};
-            for (int64_t n = 0; n < (few ? count : blocks); n++) {
-                if (!few && is_taken[n]) continue;
-                const int32_t* from = matrix + (few ? taken[n] : n) * size + e;
-                for (int64_t s = 0; s < STEP; s++) {
-                    __m512i pairs = _mm512_load_si512(from + s * SIDE);
-                    if (few)
-                        sum[2 * s] -= even(pairs), sum[2 * s + 1] -= odd(pairs);
-                    else
-                        sum[2 * s] += even(pairs), sum[2 * s + 1] += odd(pairs);
-                }
+    static constexpr int64_t STEP = SLICE / SIDE;  // rows, whose sums stay in registers
+
+    void subtract(int32_t* to, int64_t from, const Taken& taken) const {
+        V sum[2 * STEP];
+        for (int64_t s = 0; s < 2 * STEP; s++) sum[s] = load(total + 2 * from + s * SIDE);
+        for (int64_t n = 0; n < taken.count; n++) {
+            const int32_t* own = of(taken.blocks[n], from);
+            for (int64_t s = 0; s < STEP; s++) {
+                __m512i pairs = _mm512_load_si512(own + s * SIDE);
+                sum[2 * s] -= even(pairs), sum[2 * s + 1] -= odd(pairs);
             }
-            for (int64_t s = 0; s < STEP; s++) _mm512_store_si512(to + e + s * SIDE, paired(sum[2 * s], sum[2 * s + 1]));
         }
+        for (int64_t s = 0; s < STEP; s++) _mm512_store_si512(to + s * SIDE, paired(sum[2 * s], sum[2 * s + 1]));
+    }
+
+    void add_left(int32_t* to, int64_t from, const uint8_t* is_taken) const {
+        V sum[2 * STEP] = {};
+        for (int64_t j = 0; j < blocks; j++) {
+            if (is_taken[j]) continue;
+            const int32_t* own = of(j, from);
+            for (int64_t s = 0; s < STEP; s++) {
+                __m512i pairs = _mm512_load_si512(own + s * SIDE);
+                sum[2 * s] += even(pairs), sum[2 * s + 1] += odd(pairs);
+            }
+        }
+        for (int64_t s = 0; s < STEP; s++) _mm512_store_si512(to + s * SIDE, paired(sum[2 * s], sum[2 * s + 1]));
+    }
+
+    void rest_vector(float* z, const uint8_t* is_taken, const Taken& taken, bool few) const {
         for (int64_t c = 0; c < g.padded; c++) {
             double sum = few ? total_vector[c] : 0;
-            for (int64_t n = 0; n < (few ? count : blocks); n++)
-                if (few || !is_taken[n]) sum += (few ? -1 : 1) * double(vector[(few ? taken[n] : n) * g.padded + c]);
+            for (int64_t n = 0; n < (few ? taken.count : blocks); n++)
+                if (few || !is_taken[n]) sum += (few ? -1 : 1) * double(vector[(few ? taken.blocks[n] : n) * g.padded + c]);
             z[c] = std::fabs(sum) < 1e-12 * std::fabs(total_vector[c]) ? 0.f : float(sum);  // what rounding left of a sum of zeros
         }
-        return true;
     }
 
     void all(int32_t* to, float* z) const {
@@ -245,13 +281,12 @@ struct TiledStates {
 struct TiledLinear {
     const Geometry& g;
     const TileSizes sizes;
-    Array<uint8_t> taken;                    // [k_blocks]
     Array<float> phi, z, sums, inverse;      // [width, padded], [padded], [tiles, channels, queries of a tile], [width]
     Array<uint16_t> half;                    // phi in bfloat16
     Array<int32_t> state, factor;            // a left factor; right ones, [query tiles, depth]
 
     TiledLinear(const Geometry& g, const TiledStates& states)
-        : g(g), sizes(g), taken(states.blocks), phi(g.width * g.padded), z(g.padded), sums(g.width * g.padded), inverse(g.width), half(g.width * g.padded), state(states.size),
+        : g(g), sizes(g), phi(g.width * g.padded), z(g.padded), sums(g.width * g.padded), inverse(g.width), half(g.width * g.padded), state(states.size),
           factor(g.width / SIDE * sizes.depth * TILE) {}
 
     void multiply_factor(const int32_t* left, int64_t rows) {
@@ -263,22 +298,25 @@ struct TiledLinear {
     bool compute(const TiledStates& states, double* mass, int64_t bh, int64_t i) {
         const Problem& p = g.p;
         Run run = g.query(i);
-        Geometry::List l = g.list(bh, i);
+        const int32_t* left = state;
+        const float* vector = z;
         if (p.linear_all)
             states.all(state, z);
-        else if (!states.rest(state, z, l.blocks, l.count, taken))
+        else if (g.list(bh, i).count == states.blocks)
             return false;
+        else
+            left = states.rests + i * states.size, vector = states.rest_vectors + i * g.padded;
         read_rows(phi, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, 1.f);
+        features(phi, phi, g.padded, run.count, g.channels, g.padded, p.feature_map);
         for (int64_t r = 0; r < run.count; r++) {
             float* row = phi + r * g.padded;
-            feature(row, row, g.channels, p.feature_map);
-            double sum = (p.linear_all ? 1e-5 : 0.) + dot(row, z, g.channels);  // the released code's guard
+            double sum = (p.linear_all ? 1e-5 : 0.) + dot(row, vector, g.channels);  // the released code's guard
             mass[r] = sum;
             inverse[r] = float(sum == 0 ? 0. : 1. / sum);
         }
         narrow_all(half, phi, run.count * g.padded);
         sizes.pairs(factor, HalfRows(half, g.padded, g.channels, {0, -1, run.count}));
-        multiply_factor(state, run.count);
+        multiply_factor(left, run.count);
         for (int64_t t = 0; t * SIDE < run.count; t++) {
             V scale = load(inverse + t * SIDE);
             float* to = sums + t * SIDE * g.padded;

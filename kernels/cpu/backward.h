@@ -85,8 +85,7 @@ struct BackwardWorkspace {
     const Geometry& g;
     const int64_t ld;
     PackWorkspace pack;
-    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, state, strip, strip_t;
-    States::Workspace rest_work;
+    Array<float> phi, a, b, c, squares, squares_t, bias, terms, probability, gradient, uncapped, matrix, strip, strip_t;
     std::unique_ptr<LinearRows> linear;
     std::unique_ptr<Pool> seen;
 #if AMX
@@ -100,7 +99,7 @@ struct BackwardWorkspace {
         : g(g), ld(std::max<int64_t>(g.width, POOL)), pack(g), phi(g.rows() * g.padded), a(g.rows() * g.padded),
           b(g.rows() * g.padded), c(g.rows() * g.padded), squares(g.rows() * g.padded), squares_t(g.channels * g.width),
           bias((g.seen_pools() + POOL) / POOL * POOL + POOL), terms(ROWS * POOL), probability(ROWS * ld), gradient(ROWS * ld), uncapped(ROWS * ld),
-          matrix(round_up(g.padded, ROWS) * g.padded), state((g.channels + 1) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width), rest_work(g, g.p.q_blocks) {
+          matrix(round_up(g.padded, ROWS) * g.padded), strip(ROWS * g.padded), strip_t(ROWS * g.width) {
         if (g.listed()) seen = std::make_unique<Pool>(g, true, true, gradients_by_tiles(g.p) ? Pool::BIASES : Pool::COLUMNS_TOO);
         if (g.p.rest == REST_LINEAR) linear = std::make_unique<LinearRows>(g);
     }
@@ -133,24 +132,20 @@ static inline __attribute__((always_inline)) Live weights_and_gradients(
         uint32_t any = masked(kept, c);
         if (any) live.first = std::min(live.first, c + __builtin_ctz(any) * LANES), live.last = std::min(c + (32 - __builtin_clz(any)) * LANES, columns_used);
         auto some = [&](int from, auto count) __attribute__((always_inline)) {
-            V x[ROWS][count.value];
             int64_t first = c + from * LANES;
-            for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < count.value; s++) x[r][s] = V{};
-            tile<count.value>(x, a, lda, columns + first, ld_in, channels);
+            tile<count.value, ZERO>(probability + first, ld_out, a, lda, columns + first, ld_in, channels);
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < count.value; s++) {
                     int64_t at = first + s * LANES;
-                    V logits = edit(r, at, x[r][s]);
+                    V logits = edit(r, at, load(probability + r * ld_out + at));
                     if (!masked.none) logits = select(kept[r][from + s], logits, all(-INFINITY));
                     store(probability + r * ld_out + at, exp2(logits - lse2(r, at)));
-                    x[r][s] = V{};
                 }
-            tile<count.value>(x, da, lda, dcolumns + first, ld_in, channels);
+            tile<count.value, ZERO>(gradient + first, ld_out, da, lda, dcolumns + first, ld_in, channels);
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < count.value; s++) {
                     int64_t at = r * ld_out + first + s * LANES;
-                    store(gradient + at, load(probability + at) * (x[r][s] - delta(r, first + s * LANES)));
+                    store(gradient + at, load(probability + at) * (load(gradient + at) - delta(r, first + s * LANES)));
                 }
         };
         auto none = [&](int s) __attribute__((always_inline)) {
@@ -325,6 +320,7 @@ void backward(const Problem& p) {
                 if (linear && i < p.q_blocks) linear->rows(keys, queries, work, bh, i);
                 if (p.slopes && i < p.q_blocks) lean_deltas(g, queries, work, bh, i);
             });
+            if (linear) team.share(g.channels + 1, [&](int64_t row) { linear->row(columns, work.pack.marks, row); });
             if (linear) team.share(team.size(), [&](int64_t part) { linear->reduce(queries, work, bh, part, team.size()); });
             if (pool) {
                 team.share(p.q_blocks, [&](int64_t i) { pool->mark(bh, i); });

@@ -7,7 +7,7 @@ struct LinearGradient {
     Array<double> offset;         // [q_blocks] sums of dlog_mass
     Array<float> weight;          // the projection as a panel [channels, padded]
 
-    explicit LinearGradient(const Geometry& g) : g(g), states(g, g.p.q_blocks), offset(g.p.q_blocks), weight(g.channels * g.padded) {
+    explicit LinearGradient(const Geometry& g) : g(g), states(g, g.p.q_blocks, g.p.linear_all ? 0 : g.p.k_blocks), offset(g.p.q_blocks), weight(g.channels * g.padded) {
         if (!g.p.weight) return;
         rest.allocate(g.p.q_blocks * g.rows() * g.padded);
         for (int64_t d = 0; d < g.channels; d++) __builtin_memcpy(weight + d * g.padded, g.p.weight + d * g.channels, g.channels * 4);
@@ -51,7 +51,7 @@ struct LinearGradient {
         }
         offset[i] = offset_sum;
         if (!rest_rows.any) {
-            __builtin_memset(states.of(i), 0, states.size * 4);
+            states.clear(i);
             return;
         }
         panel_product(g, rest_rows.tiled, dphi, dnum, run.count, rest_rows.state, g.padded, true, false, work.matrix);
@@ -61,12 +61,16 @@ struct LinearGradient {
             for (int64_t d = 0; d < g.channels; d++) dphi[r * g.padded + d] += dmass[r] * z[d];
             feature_backward(dq, rest_rows.raw + r * g.padded, rest_rows.phi + r * g.padded, dphi + r * g.padded, g.channels, p.feature_map);
         }
-        states.fill(i, rest_rows.tiled, rest_rows.phi, dnum, g.padded, run.count, dmass, rest_rows.phi_t);
+        states.fill(i, rest_rows.tiled, rest_rows.phi, dnum, g.padded, run.count, dmass);
     }
 
-    // One of `parts` slices of the total of dH, of the gradient of what is far and of the projection's gradients.
+    // Row d of dH and dz, of the total and of what key blocks get.
+    void row(const Columns& columns, uint8_t* marks, int64_t d) {
+        states.row(d, marks, [&](int64_t j) { return Taken{columns.of(j), columns.count(j)}; });
+    }
+
+    // One of `parts` slices of the gradient of what is far and of the projection's gradients.
     void reduce(const Queries& queries, BackwardWorkspace& work, int64_t bh, int64_t part, int64_t parts) {
-        states.add_up(part, parts);
         const Problem& p = g.p;
         if (p.dfar_states) {  // which every query reads
             float* to = p.dfar_states + bh * (g.channels + 1) * g.channels;
@@ -123,14 +127,11 @@ struct LinearGradient {
 // Add key block j's gradients through the states of all query blocks that don't keep it.
 static void linear_key_gradient(const Geometry& g, const Keys& keys, const States& dstates, const Columns& columns, BackwardWorkspace& work, float* dk, float* dv, int64_t j) {
     int64_t n = g.key(j).count;
-    if (g.p.linear_all)
-        for (int64_t e = 0; e < dstates.size; e++) work.state[e] = float(dstates.total[e]);
-    else if (!dstates.rest(work.state, columns.of(j), columns.count(j), work.rest_work))
-        return;
-    const float *key = keys.keys.row(j), *dz = work.state + g.channels * g.padded;
-    for (int64_t r = 0; r < n; r++) feature(work.phi + r * g.padded, key + r * g.padded, g.channels, g.p.feature_map);
-    panel_product(g, work.pack.tiled, dv, work.phi, n, work.state, g.padded, false, true, nullptr);
-    panel_product(g, work.pack.tiled, work.c, keys.values.row(j), n, work.state, g.padded, true, false, work.matrix);
+    if (!g.p.linear_all && columns.count(j) == dstates.blocks) return;
+    const float *key = keys.keys.row(j), *state = dstates.rest(j), *dz = state + g.channels * g.padded;
+    features(work.phi, key, g.padded, n, g.channels, g.padded, g.p.feature_map);
+    panel_product(g, work.pack.tiled, dv, work.phi, n, state, g.padded, false, true, nullptr);
+    panel_product(g, work.pack.tiled, work.c, keys.values.row(j), n, state, g.padded, true, false, work.matrix);
     for (int64_t r = 0; r < n; r++) {
         float* dphi = work.c + r * g.padded;
         for (int64_t d = 0; d < g.channels; d++) dphi[d] += dz[d];

@@ -82,7 +82,7 @@ static void slopes_gradient(const Geometry& g, const Queries& queries, BackwardW
             work.pack.tiled->outer(work.matrix, g.padded, queries.q.row(i), g.padded, work.c, g.padded, g.query(i).count, false);
         else
 #endif
-            outer(g, work.matrix, queries.q.column(i), g.width, work.c, g.padded, g.query(i).count);
+            outer_rows(work.matrix, g.padded, queries.q.row(i), g.padded, work.c, g.padded, g.channels, g.query(i).count, g.padded, false);
         for (int64_t c = 0; c < g.channels; c++)
             for (int64_t d = 0; d < g.channels; d++) to[c * g.channels + d] += work.matrix[c * g.padded + d] * (1.f / LOG2E);
     }
@@ -165,12 +165,12 @@ struct PoolGradient {
         float* terms = work.uncapped;
         if (p.variance)
             for_strips(round_up(n, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
-                V x[ROWS][strip.value];
+                tile<strip.value, ZERO>(terms + c, work.ld, pool.var + j * g.padded, g.padded, work.squares_t + c, g.width, g.channels);
                 for (int r = 0; r < ROWS; r++)
-                    for (int s = 0; s < strip.value; s++) x[r][s] = V{};
-                tile<strip.value>(x, pool.var + j * g.padded, g.padded, work.squares_t + c, g.width, g.channels);
-                for (int r = 0; r < ROWS; r++)
-                    for (int s = 0; s < strip.value; s++) store(terms + r * work.ld + c + s * LANES, min(x[r][s] * (0.5f / LOG2E), cap));
+                    for (int s = 0; s < strip.value; s++) {
+                        float* at = terms + r * work.ld + c + s * LANES;
+                        store(at, min(load(at) * (0.5f / LOG2E), cap));
+                    }
             });
         const float *lse2 = queries.lse2 + i * g.width, *delta = queries.pooled_delta + i * g.width;
         auto edit = [&](int64_t r, int64_t c, V x) __attribute__((always_inline)) {

@@ -2,16 +2,17 @@
 
 // One thread's workspace for packing a block.
 struct PackWorkspace {
-    Array<float> keys, values, phi, phi_t;
+    Array<float> keys, values, phi;
     Array<uint16_t> halves;
+    Array<uint8_t> marks;          // of a linear rest's states
     TiledPanels* tiled = nullptr;  // in the backward pass, where tiles serve it
 #if AMX
     Array<int32_t> pairs;    // of features, [channel tiles, pair steps of a block]
     Array<float> products;   // a state in tiles
 #endif
     explicit PackWorkspace(const Geometry& g)
-        : keys(g.rows() * g.padded), values(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width),
-          halves(g.width * g.channels)
+        : keys(g.rows() * g.padded), values(g.rows() * g.padded), phi(g.rows() * g.padded),
+          halves(g.width * g.channels), marks(std::max(g.key_states(), g.p.q_blocks))
 #if AMX
           ,
           pairs(g.padded * round_up(g.width, PAIR) / 2), products(g.padded * g.padded)
@@ -44,7 +45,7 @@ struct Keys {
 
     Keys(const Geometry& g, bool backward)
         : g(g), backward(backward), paired((BF16_DOTS || AMX) && !backward && g.p.q.bf16 && g.p.k.bf16 && g.p.v.bf16),
-          direct(!backward && !g.p.places_k && !g.p.v.bf16 && g.channels == g.padded && g.p.v.row == g.channels),
+          direct(!backward && g.lies_in_rows(g.p.v) && g.p.v.row == g.channels),
           tiled(backward && gradients_by_tiles(g.p)), keys(g, paired ? g.first_extra() : 0, g.key_blocks, backward, true),
           values(g, paired ? g.first_extra() : direct ? in_place() : 0, g.key_blocks, true, backward) {
 #if BF16_DOTS || AMX
@@ -62,7 +63,7 @@ struct Keys {
         if (paired && g.p.rest == REST_LINEAR) tiled_states = std::make_unique<TiledStates>(g);
         if (tiled_states) return;
 #endif
-        if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.key_states());
+        if (g.p.rest == REST_LINEAR) states = std::make_unique<States>(g, g.key_states(), g.p.linear_all ? 0 : g.p.q_blocks);
     }
 
     // Key blocks up to this one have their values read where they lie: those that a mask may leave out are not among them.
@@ -70,9 +71,7 @@ struct Keys {
 
     Block<float> block(int64_t bh, int64_t j) const {
         if (!direct || j >= in_place()) return {keys.column(j), g.width, values.row(j), g.padded};
-        const Rows& v = g.p.v;
-        const float* head = static_cast<const float*>(v.data) + bh / g.p.heads * v.batch + g.head(bh) * v.head;
-        return {keys.column(j), g.width, head + g.key(j).place * v.row, v.row};
+        return {keys.column(j), g.width, g.rows_of(g.p.v, bh, j), g.p.v.row};
     }
 
     void pack(int64_t bh, int64_t j, PackWorkspace& work) {
@@ -83,12 +82,19 @@ struct Keys {
         if (pair) pairs->fill(bh, j, work.halves);
 #endif
         if (pair && !rest) return;
-        float* key = backward ? keys.row(j) : work.keys;
-        g.read_key(key, g.p.k, g.p.extra_k, bh, j);
-        if (!pair && !in_tiles) transpose(keys.column(j), g.width, key, g.padded, n, g.channels);
+        const float* key;
+        int64_t ldk = g.padded;
+        if (!backward && g.lies_in_rows(g.p.k) && j < in_place()) {
+            key = g.rows_of(g.p.k, bh, j), ldk = g.p.k.row;
+        } else {
+            float* to = backward ? keys.row(j) : work.keys;
+            g.read_key(to, g.p.k, g.p.extra_k, bh, j);
+            key = to;
+        }
+        if (!pair && !in_tiles) transpose(keys.column(j), g.width, key, ldk, n, g.channels);
 #if AMX
         if (tiled_states) {
-            for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
+            features(work.phi, key, ldk, n, g.channels, g.padded, g.p.feature_map);
             return tiled_states->fill(j, work.phi, pairs->block(j), n, work.pairs, work.products);
         }
 #endif
@@ -104,11 +110,16 @@ struct Keys {
         }
         if (backward && !in_tiles) transpose(values.column(j), g.width, value, ldv, n, g.channels);
         if (!rest) return;
-        if (pool && !pool->given) pool->fill(j, key, value, ldv);
+        if (pool && !pool->given) pool->fill(j, key, ldk, value, ldv);
         if (states) {
-            for (int64_t i = 0; i < n; i++) feature(work.phi + i * g.padded, key + i * g.padded, g.channels, g.p.feature_map);
-            states->fill(j, work.tiled, work.phi, value, ldv, n, nullptr, work.phi_t);
+            features(work.phi, key, ldk, n, g.channels, g.padded, g.p.feature_map);
+            states->fill(j, work.tiled, work.phi, value, ldv, n, nullptr);
         }
+    }
+
+    Taken taken(int64_t bh, int64_t i) const {
+        Geometry::List l = g.list(bh, i);
+        return {l.blocks, l.count};
     }
 
     void put_far(const float* from) {
@@ -127,9 +138,9 @@ struct Keys {
             pack(bh, j, work);
             if (j == 0 && g.p.far_states) put_far(g.p.far_states + bh * (g.channels + 1) * g.channels);
         });
-        if (states) team.share(team.size(), [&](int64_t part) { states->add_up(part, team.size()); });
+        if (states) team.share(g.channels + 1, [&](int64_t row) { states->row(row, work.marks, [&](int64_t i) { return taken(bh, i); }); });
 #if AMX
-        if (tiled_states) team.share(team.size(), [&](int64_t part) { tiled_states->add_up(part, team.size()); });
+        if (tiled_states) team.share(tiled_states->tasks(), [&](int64_t task) { tiled_states->slice(task, work.marks, [&](int64_t i) { return taken(bh, i); }); });
         if (tiled_pool) team.share(tiled_pool->tasks(), [&](int64_t step) { tiled_pool->fill(*pool, step); });
 #endif
     }
@@ -138,28 +149,22 @@ struct Keys {
 // The linear rest of one query block: features, state, output rows and masses.
 struct LinearRows {
     const Geometry& g;
-    Array<float> raw, phi, phi_t, state, out;
+    Array<float> raw, phi, out;
+    const float* state = nullptr;
     Array<double> mass;  // float64 sums: log masses and their gradients are differences of near numbers
-    States::Workspace rest_work;
     TiledPanels* tiled = nullptr;  // in the backward pass, where tiles serve it
     bool any = false;
 
     explicit LinearRows(const Geometry& g)
-        : g(g), raw(g.rows() * g.padded), phi(g.rows() * g.padded), phi_t((g.channels + ROWS) * g.width), state((g.channels + 1) * g.padded),
-          out(g.rows() * g.padded), mass(g.rows()), rest_work(g, g.key_states()) {}
+        : g(g), raw(g.rows() * g.padded), phi(g.rows() * g.padded), out(g.rows() * g.padded), mass(g.rows()) {}
 
     void compute(const Keys& keys, int64_t bh, int64_t i) {
         const Problem& p = g.p;
         Run run = g.query(i);
         read_rows(raw, g.padded, p.q, bh / p.heads, g.head(bh), run, g.channels, 1.f);
-        for (int64_t r = 0; r < run.count; r++) feature(phi + r * g.padded, raw + r * g.padded, g.channels, p.feature_map);
-        if (p.linear_all) {
-            for (int64_t e = 0; e < keys.states->size; e++) state[e] = float(keys.states->total[e]);
-            any = true;
-        } else {
-            Geometry::List l = g.list(bh, i);
-            any = keys.states->rest(state, l.blocks, l.count, rest_work);
-        }
+        features(phi, raw, g.padded, run.count, g.channels, g.padded, p.feature_map);
+        state = keys.states->rest(i);
+        any = p.linear_all || keys.taken(bh, i).count < keys.states->blocks;
         if (!any) {
             __builtin_memset(out, 0, run.count * g.padded * 4);
             for (int64_t r = 0; r < run.count; r++) mass[r] = 0;
@@ -307,7 +312,7 @@ static void exact_part(const Geometry& g, const Keys& keys, ForwardWorkspace& wo
             else if (bias)
                 s.visit(run.count, block, key.count, [&](int64_t, int64_t c, V x) __attribute__((always_inline)) { return x + load(bias + c); });
             else
-                s.visit(run.count, block, key.count, [](int64_t, int64_t, V x) __attribute__((always_inline)) { return x; });
+                s.visit(run.count, block, key.count, Plain{});
         };
 #if BF16_DOTS
         if (keys.paired && !g.is_extra(j)) return visit(keys.pairs->block(j));
@@ -336,6 +341,7 @@ static void forward_block(const Geometry& g, const Keys& keys, ForwardWorkspace&
         if (work.seen) work.seen->gather(*keys.pool, bh, i);
         const Pool& pool = work.seen ? *work.seen : *keys.pool;
         pool.bias(work.bias, bh, i);
+        s.settle(run.count);
         if (p.slopes) std::copy_n(static_cast<float*>(s.top), run.count, static_cast<float*>(work.exact_top)), std::copy_n(static_cast<float*>(s.mass), run.count, static_cast<float*>(work.exact_mass));
 #if BF16_DOTS
         if (work.paired_seen) work.paired_seen->gather(*keys.paired_pool, bh, i), work.paired_seen->visit(s, run.count, pool, work.bias);

@@ -1,22 +1,40 @@
 // The linear rest: feature maps, and the states phi(K)ᵀV that query blocks sum over the key blocks they don't keep.
 
-// One row of features. Both rows are panels: whole vectors, zero past `channels`.
-static inline void feature(float* out, const float* x, int64_t channels, int map) {
-    V highest = all(-INFINITY), sum{};
-    for (int64_t d = 0; d < channels; d += LANES) highest = max(highest, select(LANE < all(int32_t(channels - d)), load(x + d), highest));
-    V shift = all(map == PHI_SOFTMAX ? horizontal_max(highest) : 0.f);
-    for (int64_t d = 0; d < channels; d += LANES) {
-        V value = load(x + d), y;
-        if (map == PHI_RELU) y = value <= V{} ? V{} : value;
-        else y = exp2((value - shift) * LOG2E);
-        if (map == PHI_ELU) y = value > V{} ? value + 1.f : y;
-        y = select(LANE < all(int32_t(channels - d)), y, V{});
-        sum += y;
-        store(out + d, y);
+// Rows of features: `out` [n, padded] of `x` [n, ldx], whole vectors; zero past `channels`. `out` may be `x`.
+static inline void features(float* out, const float* x, int64_t ldx, int64_t n, int64_t channels, int64_t padded, int map) {
+    for (int64_t first = 0; first < n; first += LANES) {
+        const int64_t rows = std::min<int64_t>(LANES, n - first);
+        V each[LANES] = {};
+        alignas(64) float shift[LANES] = {};
+        for (int64_t r = 0; r < rows && map == PHI_SOFTMAX; r++) {
+            const float* row = x + (first + r) * ldx;
+            V highest = all(-INFINITY);
+            for (int64_t d = 0; d < channels; d += LANES) highest = max(highest, d + LANES <= channels ? load(row + d) : select(LANE < all(int32_t(channels - d)), load(row + d), highest));
+            each[r] = highest;
+        }
+        if (map == PHI_SOFTMAX) store(shift, horizontal_maxima(each) * LOG2E);
+        for (int64_t r = 0; r < rows; r++) {
+            const float* row = x + (first + r) * ldx;
+            float* to = out + (first + r) * padded;
+            V sum{};
+            for (int64_t d = 0; d < channels; d += LANES) {
+                V value = load(row + d), y;
+                if (map == PHI_RELU) y = value <= V{} ? V{} : value;
+                else y = exp2(value * LOG2E - shift[r]);
+                if (map == PHI_ELU) y = value > V{} ? value + 1.f : y;
+                if (d + LANES > channels) y = select(LANE < all(int32_t(channels - d)), y, V{});
+                sum += y;
+                store(to + d, y);
+            }
+            each[r] = sum;
+        }
+        if (map != PHI_SOFTMAX) continue;
+        for (int64_t r = rows; r < LANES; r++) each[r] = V{};
+        alignas(64) float inverse[LANES];
+        store(inverse, 1.f / horizontal_sums(each));
+        for (int64_t r = 0; r < rows; r++)
+            for (float *to = out + (first + r) * padded, *end = to + channels; to < end; to += LANES) store(to, load(to) * inverse[r]);
     }
-    if (map != PHI_SOFTMAX) return;
-    V inverse = all(1.f / horizontal_sum(sum));
-    for (int64_t d = 0; d < channels; d += LANES) store(out + d, load(out + d) * inverse);
 }
 
 // Σ a·b in float64, in LANES sums of their own.
@@ -41,16 +59,6 @@ static inline void feature_backward(float* dx, const float* x, const float* phi,
     }
 }
 
-// out [channels, padded] = A · B: `a` [channels rows, ld], `b` [depth, ldb]; channels need not be a multiple of ROWS.
-static inline void outer(const Geometry& g, float* out, const float* a, int64_t ld, const float* b, int64_t ldb, int64_t depth) {
-    int64_t whole = g.channels / ROWS * ROWS;
-    product_rows(out, g.padded, a, ld, b, ldb, whole, depth, g.padded, false);
-    if (whole == g.channels) return;
-    alignas(64) float last[ROWS * MAX_CHANNELS];  // the last rows, by way of a panel of ROWS
-    product(last, g.padded, a + whole * ld, ld, b, ldb, depth, g.padded, nullptr);
-    __builtin_memcpy(out + whole * g.padded, last, (g.channels - whole) * g.padded * 4);
-}
-
 #if !AMX
 struct TiledPanels;  // there are none
 #endif
@@ -67,83 +75,142 @@ static inline void panel_product(
     product_rows(out, g.padded, a, g.padded, m, ldm, round_up(n, ROWS), g.channels, g.padded, add);
 }
 
-// States of blocks: matrix [channels, padded] then vector [padded]. Sums run in float64, so that the rest, a difference of sums, is as
-// exact as a sum of the rest alone.
+// The blocks whose states a block leaves out, and how many they are.
+struct Taken {
+    const int32_t* blocks;
+    int64_t count;
+};
+
+// States of `blocks` blocks, and the rests of `readers`: what is left of their sum without the blocks that a reader leaves out. Each is a matrix
+// [channels, padded] of size `size` with a vector [padded] as its last row. States lie row by row: all blocks' first rows, then their second. The vector's
+// sums run in float64, so that its rest, a difference of sums, is as exact as a sum of the rest alone; so do those of other rows where a float32 sum of
+// what is left out would err by more than a sum of the rest.
 struct States {
     const Geometry& g;
-    const int64_t blocks, size;
-    Array<float> state, ones;
+    const int64_t blocks, readers, size;
+    Array<float> state, rests;  // [channels + 1, blocks, padded], [readers, channels + 1, padded]; without readers, `rests` is the sum of all
+    Array<float> largest;       // [channels, blocks]: what no entry of a row exceeds
     Array<double> total;
 
-    States(const Geometry& g, int64_t blocks) : g(g), blocks(blocks), size((g.channels + 1) * g.padded), state(blocks * size), ones(g.rows()), total(size) {
-        for (int64_t r = 0; r < g.rows(); r++) ones[r] = 1;
+    States(const Geometry& g, int64_t blocks, int64_t readers)
+        : g(g), blocks(blocks), readers(readers), size((g.channels + 1) * g.padded), largest(readers ? g.channels * blocks : 0), total(size) {
+        state.allocate(blocks * size, g.channels != g.padded), rests.allocate(std::max<int64_t>(readers, 1) * size, false);
     }
 
-    float* of(int64_t i) const { return state + i * size; }
+    float* of(int64_t row, int64_t i) const { return state + (row * blocks + i) * g.padded; }
+    const float* rest(int64_t reader) const { return rests + (readers ? reader * size : 0); }
 
-    // state of block i = phiᵀ · b and the sums of phi's rows weighted by w (or 1): `phi` [n, padded], `b` [n, ldb]; `space` [channels + ROWS, width]
-    void fill(int64_t i, TiledPanels* tiled, const float* phi, const float* b, int64_t ldb, int64_t n, const float* w, float* space) {
-        float* out = of(i);
-        transpose(space, g.width, phi, g.padded, n, g.channels);
+    // state of block i = phiᵀ · b and the sums of phi's rows weighted by w (or 1): `phi` [n, padded], `b` [n, ldb]
+    void fill(int64_t i, TiledPanels* tiled, const float* phi, const float* b, int64_t ldb, int64_t n, const float* w) {
+        float* out = of(0, i);
+        const int64_t step = blocks * g.padded;
 #if AMX
         if (tiled)
-            tiled->outer(out, g.padded, phi, g.padded, b, ldb, n, false);
+            tiled->outer(out, step, phi, g.padded, b, ldb, n, false);
         else
 #endif
-            outer(g, out, space, g.width, b, ldb, n);
+            outer_rows(out, step, phi, g.padded, b, ldb, g.channels, n, g.padded, false);
         static_cast<void>(tiled);
-        for (int64_t d = 0; d < g.channels; d++) out[g.channels * g.padded + d] = float(dot(space + d * g.width, w ? w : ones, n));
+        float* sums = of(g.channels, i);
+        for (int64_t c = 0; c < g.padded; c += LANES) {
+            double sum[LANES] = {};
+            for (int64_t r = 0; r < n; r++)
+                for (int l = 0; l < LANES; l++) sum[l] += w ? double(phi[r * g.padded + c + l]) * w[r] : double(phi[r * g.padded + c + l]);
+            for (int l = 0; l < LANES; l++) sums[c + l] = float(sum[l]);
+        }
+        measure(i);
+    }
+
+    // What no entry of the rows of block i's state exceeds.
+    void measure(int64_t i) {
+        for (int64_t first = 0; first < g.channels && readers; first += LANES) {
+            const int64_t rows = std::min<int64_t>(LANES, g.channels - first);
+            V each[LANES] = {};
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = 0; c < g.padded; c += LANES) {
+                    const V x = load(of(first + r, i) + c);
+                    each[r] = max(each[r], max(x, -x));
+                }
+            alignas(64) float found[LANES];
+            store(found, horizontal_maxima(each));
+            for (int64_t r = 0; r < rows; r++) largest[(first + r) * blocks + i] = found[r];
+        }
     }
 
     // state of block i as it is given, [channels + 1, channels]
     void put(int64_t i, const float* from) {
-        float* out = of(i);
-        __builtin_memset(out, 0, size_t(size) * 4);
-        for (int64_t d = 0; d <= g.channels; d++) __builtin_memcpy(out + d * g.padded, from + d * g.channels, size_t(g.channels) * 4);
+        for (int64_t d = 0; d <= g.channels; d++) {
+            std::fill_n(of(d, i), g.padded, 0.f);
+            __builtin_memcpy(of(d, i), from + d * g.channels, size_t(g.channels) * 4);
+        }
+        measure(i);
+    }
+    void clear(int64_t i) {
+        for (int64_t d = 0; d <= g.channels; d++) std::fill_n(of(d, i), g.padded, 0.f);
+        for (int64_t d = 0; d < g.channels && readers; d++) largest[d * blocks + i] = 0;
     }
 
-    void add_up(int64_t part, int64_t parts) {  // one of `parts` slices of the total
-        int64_t first = size * part / parts, last = size * (part + 1) / parts;
-        for (int64_t e = first; e < last; e++) total[e] = 0;
-        for (int64_t i = 0; i < blocks; i++)
-            for (int64_t e = first; e < last; e++) total[e] += double(of(i)[e]);
+    // Row d of the total and of all rests; taken_by(reader): as Taken. `marks`: space for a byte for each block.
+    template <class TakenBy>
+    void row(int64_t d, uint8_t* marks, TakenBy&& taken_by) const {
+        double* sum = total + d * g.padded;
+        for (int64_t c = 0; c < g.padded; c += LANES) {
+            double whole[LANES] = {};
+            for (int64_t i = 0; i < blocks; i++)
+                for (int l = 0; l < LANES; l++) whole[l] += double(of(d, i)[c + l]);
+            __builtin_memcpy(sum + c, whole, sizeof whole);
+        }
+        if (!readers)
+            for (int64_t c = 0; c < g.padded; c++) rests[d * g.padded + c] = float(sum[c]);
+        alignas(64) float high[MAX_CHANNELS], low[MAX_CHANNELS];  // the total as the sum of two
+        for (int64_t c = 0; c < g.padded; c++) high[c] = float(sum[c]), low[c] = float(sum[c] - double(high[c]));
+        float bound = 0;
+        for (int64_t i = 0; i < blocks && readers && d < g.channels; i++) bound += largest[d * blocks + i];
+        for (int64_t reader = 0; reader < readers; reader++) {
+            const Taken taken = taken_by(reader);
+            float* out = rests + reader * size + d * g.padded;
+            if (d < g.channels && 2 * taken.count <= blocks && is_small(d, taken, bound))
+                subtract(out, d, taken, high, low);
+            else
+                exact_row(out, d, marks, taken);
+        }
     }
 
-    // One thread's workspace for `rest`.
-    struct Workspace {
-        Array<double> sum;
-        Array<uint8_t> taken;
-        Workspace(const Geometry& g, int64_t blocks) : sum((g.channels + 1) * g.padded), taken(blocks) {}
-    };
+    // Whether what is left out of row d is no larger than what is left.
+    bool is_small(int64_t d, const Taken& taken, float bound) const {
+        float sum = 0;
+        for (int64_t n = 0; n < taken.count; n++) sum += largest[d * blocks + taken.blocks[n]];
+        return 2 * sum <= bound;
+    }
 
-    // out = sum over the blocks that are not among `taken`. False where nothing is left.
-    bool rest(float* out, const int32_t* taken, int64_t count, Workspace& work) const {
-        if (count == blocks) return false;
-        double* sums = work.sum;
-        bool few = 2 * count <= blocks;  // subtract what is taken from the total, or add up what is left
+    void subtract(float* out, int64_t d, const Taken& taken, const float* high, const float* low) const {
+        for_strips(g.padded, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            V sum[strip.value] = {};
+            for (int64_t n = 0; n < taken.count; n++)
+                for (int s = 0; s < strip.value; s++) sum[s] += load(of(d, taken.blocks[n]) + c + s * LANES);
+            for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, (load(high + c + s * LANES) - sum[s]) + load(low + c + s * LANES));
+        });
+    }
+
+    void exact_row(float* out, int64_t d, uint8_t* marks, const Taken& taken) const {
+        const bool few = 2 * taken.count <= blocks;  // subtract what is taken from the total, or add up what is left
         if (!few) {
-            __builtin_memset(work.taken, 0, size_t(blocks));
-            for (int64_t n = 0; n < count; n++) work.taken[taken[n]] = 1;
+            __builtin_memset(marks, 0, size_t(blocks));
+            for (int64_t n = 0; n < taken.count; n++) marks[taken.blocks[n]] = 1;
         }
-        const int64_t STEP = 32;  // sums that stay in registers
-        for (int64_t e = 0; e < size; e += STEP) {
-            int64_t width = std::min(STEP, size - e);
-            double sum[STEP];
-            for (int64_t s = 0; s < width; s++) sum[s] = few ? total[e + s] : 0;
-            for (int64_t n = 0; n < (few ? count : blocks); n++) {
-                if (!few && work.taken[n]) continue;
-                const float* from = of(few ? taken[n] : n) + e;
-                double sign = few ? -1 : 1;
-                if (width == STEP)
-                    for (int64_t s = 0; s < STEP; s++) sum[s] += sign * double(from[s]);
+        const double* whole = total + d * g.padded;
+        for (int64_t c = 0; c < g.padded; c += LANES) {
+            double sum[LANES];
+            for (int l = 0; l < LANES; l++) sum[l] = few ? whole[c + l] : 0;
+            for (int64_t n = 0; n < (few ? taken.count : blocks); n++) {
+                if (!few && marks[n]) continue;
+                const float* from = of(d, few ? taken.blocks[n] : n) + c;
+                if (few)
+                    for (int l = 0; l < LANES; l++) sum[l] -= double(from[l]);
                 else
-                    for (int64_t s = 0; s < width; s++) sum[s] += sign * double(from[s]);
+                    for (int l = 0; l < LANES; l++) sum[l] += double(from[l]);
             }
-            __builtin_memcpy(sums + e, sum, size_t(width) * 8);
+            for (int l = 0; l < LANES; l++) out[c + l] = d == g.channels && std::fabs(sum[l]) < 1e-12 * std::fabs(whole[c + l]) ? 0.f : float(sum[l]);  // what rounding left of a sum of zeros
         }
-        for (int64_t e = 0; e < size; e++) out[e] = float(sums[e]);
-        for (int64_t e = g.channels * g.padded; e < size; e++)  // what rounding left of a sum of zeros
-            if (std::fabs(sums[e]) < 1e-12 * std::fabs(total[e])) out[e] = 0;
-        return true;
     }
 };

@@ -13,17 +13,17 @@ struct FreeAligned {
     void operator()(void* p) const { std::free(p); }
 };
 
-// Zero-filled array on a cache line's boundary.
+// Array on a cache line's boundary, zero-filled unless every entry that is read is written first: one thread fills it, while the others wait.
 template <class T>
 struct Array {
     std::unique_ptr<T[], FreeAligned> owner;
     Array() = default;
     explicit Array(int64_t n) { allocate(n); }
-    void allocate(int64_t n) {
+    void allocate(int64_t n, bool filled = true) {
         size_t bytes = (size_t(n > 0 ? n : 1) * sizeof(T) + 127) / 64 * 64;
         void* p = std::aligned_alloc(64, bytes);
         if (!p) throw std::bad_alloc();
-        __builtin_memset(p, 0, bytes);
+        if (filled) __builtin_memset(p, 0, bytes);
         owner.reset(static_cast<T*>(p));
     }
     operator T*() const { return owner.get(); }

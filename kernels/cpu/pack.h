@@ -164,6 +164,12 @@ struct Geometry {
         for (int64_t j = p.k_blocks; j < key_blocks; j++) body(j, WHOLE);
     }
 
+    // Whether a block's tokens lie as rows of a panel do, one after the other.
+    bool lies_in_rows(const Rows& x) const { return !p.places_k && !x.bf16 && channels == padded; }
+    const float* rows_of(const Rows& x, int64_t bh, int64_t j) const {
+        return static_cast<const float*>(x.data) + bh / p.heads * x.batch + head(bh) * x.head + key(j).place * x.row;
+    }
+
     void read_key(float* out, const Rows& from, const float* extra, int64_t bh, int64_t j) const {
         Run run = key(j);
         if (!is_extra(j)) {

@@ -86,15 +86,15 @@ struct Pool {
         for (int64_t c = 0; c < g.channels; c++) columns[(t / wide * g.channels + c) * wide + t % wide] = rows[t * g.padded + c];
     }
 
-    void fill(int64_t j, const float* keys, const float* vals, int64_t ldv) {
+    void fill(int64_t j, const float* keys, int64_t ldk, const float* vals, int64_t ldv) {
         int64_t n = g.key(j).count, d = g.padded, chunk = j / POOL, at = j % POOL;
         float *m = mean + j * d, *s = var + j * d, *o = value + j * d;
         for (int64_t c = 0; c < d; c += LANES) {
             V sum{}, sum_v{}, square{};
-            for (int64_t i = 0; i < n; i++) sum += load(keys + i * d + c), sum_v += load(vals + i * ldv + c);
+            for (int64_t i = 0; i < n; i++) sum += load(keys + i * ldk + c), sum_v += load(vals + i * ldv + c);
             V centre = sum * (1.f / n);
             for (int64_t i = 0; i < n; i++) {
-                V x = load(keys + i * d + c) - centre;
+                V x = load(keys + i * ldk + c) - centre;
                 square += x * x;
             }
             store(m + c, centre), store(o + c, sum_v * (1.f / n)), store(s + c, square * (1.f / n));
@@ -119,14 +119,6 @@ struct Pool {
         }
     }
 
-    // The variance term of a strip of logits, before the cap: q²·Var
-    template <int N>
-    static inline void variance_tile(V (&x)[ROWS][N], const float* squares, int64_t ld, const float* var_t, int64_t depth) {
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < N; s++) x[r][s] = V{};
-        tile<N>(x, squares, ld, var_t, POOL, depth);
-    }
-
     // Add all pooled keys to a softmax, SPAN chunks at a time; `squares` [rows, padded]: its scaled queries squared; `terms`: space for
     // ROWS × POOL.
     void visit(Softmax& softmax, int64_t queries, const float* squares, const float* bias, float* terms) const {
@@ -140,7 +132,7 @@ struct Pool {
                     if (g.p.variance) capped_terms(terms, squares + r0 * g.padded, chunk);
                     logits(softmax, best, r0, chunk, (chunk - first) * POOL, bias, terms);
                 }
-                softmax.absorb(r0, block, 0, std::min(pools - first * POOL, (end - first) * POOL), best);
+                softmax.absorb(r0, block, 0, std::min(pools - first * POOL, (end - first) * POOL), best, 1.f);
             }
         }
     }
@@ -150,18 +142,18 @@ struct Pool {
         const Block<float> block{mean_t + chunk * POOL * g.channels, POOL, nullptr, 0};
         const int64_t n = keys(chunk);
         for_widths(round_up(n, LANES), [&](int64_t c, auto strip) __attribute__((always_inline)) {
-            V x[ROWS][strip.value];
-            softmax.logits<strip.value>(x, r0, block, c);
+            softmax.logits<strip.value>(r0, block, c, at + c);
             for (int r = 0; r < ROWS; r++)
                 for (int s = 0; s < strip.value; s++) {
                     int64_t column = c + s * LANES;
-                    V logits = x[r][s];
+                    float* score = softmax.score + r * softmax.width + at + column;
+                    V logits = load(score);
                     if (g.p.variance) logits += load(terms + r * POOL + column);
                     logits += load(bias + chunk * POOL + column);
                     // past the last one lies what a longer list left: a bias of -inf would not take a NaN out
                     if (column + LANES > n) logits = select(LANE < all(int32_t(n - column)), logits, all(-INFINITY));
                     best[r] = max(best[r], logits);
-                    store(softmax.score + r * softmax.width + at + column, logits);
+                    store(score, logits);
                 }
         });
     }
@@ -169,10 +161,9 @@ struct Pool {
     void capped_terms(float* out, const float* squares, int64_t chunk) const {
         V cap = all(g.p.cap * LOG2E);
         for_strips(POOL, [&](int64_t c, auto strip) __attribute__((always_inline)) {
-            V x[ROWS][strip.value];
-            variance_tile<strip.value>(x, squares, g.padded, var_t + chunk * POOL * g.channels + c, g.channels);
+            tile<strip.value, ZERO>(out + c, POOL, squares, g.padded, var_t + chunk * POOL * g.channels + c, POOL, g.channels);
             for (int r = 0; r < ROWS; r++)
-                for (int s = 0; s < strip.value; s++) store(out + r * POOL + c + s * LANES, min(x[r][s], cap));
+                for (int s = 0; s < strip.value; s++) store(out + r * POOL + c + s * LANES, min(load(out + r * POOL + c + s * LANES), cap));
         });
     }
 };

@@ -89,26 +89,44 @@ static inline __attribute__((always_inline)) V halves(V a, V b, std::index_seque
     return __builtin_shuffle(a, b, I{int32_t(LANE_OF % (2 * HALF) < HALF ? LANE_OF + SECOND * HALF : LANES + LANE_OF - !SECOND * HALF)...});
 #endif
 }
-// The horizontal sums of LANES vectors, each in its lane, in the order of sums of `horizontal_sum`.
-template <int HALF = LANES / 2>
+// The horizontal sums of LANES vectors, or their maxima, each in its lane, in the order of `horizontal_sum`.
+template <bool SUM = true, int HALF = LANES / 2>
 static inline __attribute__((always_inline)) V horizontal_sums(V* v) {
     if constexpr (HALF == 0) {
         return v[0];
     } else {
         const auto lanes = std::make_index_sequence<LANES>{};
 #pragma GCC unroll 8
-        for (int i = 0; i < HALF; i++) v[i] = halves<HALF, false>(v[i], v[i + HALF], lanes) + halves<HALF, true>(v[i], v[i + HALF], lanes);
-        return horizontal_sums<HALF / 2>(v);
+        for (int i = 0; i < HALF; i++) {
+            const V first = halves<HALF, false>(v[i], v[i + HALF], lanes), second = halves<HALF, true>(v[i], v[i + HALF], lanes);
+            v[i] = SUM ? first + second : max(first, second);
+        }
+        return horizontal_sums<SUM, HALF / 2>(v);
+    }
+}
+static inline __attribute__((always_inline)) V horizontal_maxima(V* v) { return horizontal_sums<false>(v); }
+
+// LANES vectors as the rows of a square become its columns.
+template <int HALF = LANES / 2>
+static inline __attribute__((always_inline)) void turn(V* v) {
+    if constexpr (HALF > 0) {
+        const auto lanes = std::make_index_sequence<LANES>{};
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & HALF) continue;
+            const V x = v[i], y = v[i + HALF];
+            v[i] = halves<HALF, false>(x, y, lanes), v[i + HALF] = halves<HALF, true>(x, y, lanes);
+        }
+        turn<HALF / 2>(v);
     }
 }
 
-// 2^x to 2 ulp; exactly 0 below 2^-126, NaN for NaN. The polynomial is the truncated series refitted on [-1/2, 1/2].
+// 2^x to 2 ulp; exactly 0 below 2^-126, NaN for NaN.
+// The polynomial is the truncated series refitted on [-1/2, 1/2].
 static inline V exp2(V x) {
-    const float MAGIC = 12582912.f;  // 1.5 · 2^23: adding it rounds to the nearest integer
-    I tiny = x < all(-126.f);
-    V y = tiny ? V{} : x;
-    V shifted = y + MAGIC;
-    V f = y - (shifted - MAGIC);
+    const float MAGIC = 12582912.f + 127;  // 1.5 · 2^23: adding it rounds to the nearest integer, and its last bits are then the exponent's
+    V shifted = x + MAGIC;
+    V f = x - (shifted - MAGIC);
     V p = all(1.535336188319500e-4f);
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -118,10 +136,10 @@ static inline V exp2(V x) {
     p = p * f + 1.f;
     I bits;
     __builtin_memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;
+    bits <<= 23;
     V power;
     __builtin_memcpy(&power, &bits, sizeof power);
-    return tiny ? V{} : p * power;
+    return x < all(-126.f) ? V{} : p * power;  // below, `power` may be anything
 }
 
 static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;

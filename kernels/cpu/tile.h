@@ -1,15 +1,23 @@
 // The register tile: ROWS rows of A times a strip of B, and the products built from it. All matrices are row-major floats.
 // Rows come in groups of ROWS (callers pad), columns in whole vectors.
 
-// acc[r][c] += sum over k of A[r, k] · B[k, c]. Entries are floats, or pairs of bfloat16, two values of k to an entry. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12
-// keeps them on the stack in some.
-template <int N, class E>
-static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth) {
+// What a sum of products begins with: 0, what is in the output, or the output times a factor for each row.
+enum Start { ZERO, OUT, SCALED };
+template <Start START>
+static inline __attribute__((always_inline)) V start(const float* out, const float* factor, int r) {
+    if (START == ZERO) return V{};
+    return START == OUT ? load(out) : load(out) * factor[r];
+}
+
+// out[r, c] = what START says + sum over k of A[r, k] · B[k, c], of N vectors of columns. Entries are floats, or hold BF16_DOTS bfloat16, as many values of k to
+// an entry. A function of its own, so that the sums stay in registers: inlined into its callers, GCC 12 keeps them on the stack in some.
+template <int N, Start START, class E>
+static __attribute__((noinline)) void tile(float* out, int64_t ldo, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, const float* factor = nullptr) {
     V sum[ROWS][N];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) sum[r][c] = acc[r][c];
+        for (int c = 0; c < N; c++) sum[r][c] = start<START>(out + r * ldo + c * LANES, factor, r);
     for (int64_t k = 0; k < depth; k++) {
         decltype(load(b)) column[N];
 #pragma GCC unroll 4
@@ -24,19 +32,20 @@ static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const E* a, int64_
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < N; c++) acc[r][c] = sum[r][c];
+        for (int c = 0; c < N; c++) store(out + r * ldo + c * LANES, sum[r][c]);
 }
 
 #if BF16_DOTS == 4
 // The same of four bfloat16 to an entry: two rows and two columns at a time, whose four sums lie in a vector.
-template <int N>
-static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const Entry* a, int64_t lda, const Entry* b, int64_t ldb, int64_t depth) {
+template <int N, Start START>
+static __attribute__((noinline)) void tile(float* out, int64_t ldo, const Entry* a, int64_t lda, const Entry* b, int64_t ldb, int64_t depth, const float* factor = nullptr) {
     V sum[ROWS / 2][2 * N];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS / 2; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < N; c++) {
-            const V x = acc[2 * r][c], y = acc[2 * r + 1][c];
+            const float* at = out + 2 * r * ldo + c * LANES;
+            const V x = start<START>(at, factor, 2 * r), y = start<START>(at + ldo, factor, 2 * r + 1);
             sum[r][2 * c] = V{x[0], x[1], y[0], y[1]}, sum[r][2 * c + 1] = V{x[2], x[3], y[2], y[3]};
         }
     for (int64_t k = 0; k < depth; k++) {
@@ -56,7 +65,8 @@ static __attribute__((noinline)) void tile(V (&acc)[ROWS][N], const Entry* a, in
 #pragma GCC unroll 4
         for (int c = 0; c < N; c++) {
             const V x = sum[r][2 * c], y = sum[r][2 * c + 1];
-            acc[2 * r][c] = V{x[0], x[1], y[0], y[1]}, acc[2 * r + 1][c] = V{x[2], x[3], y[2], y[3]};
+            float* at = out + 2 * r * ldo + c * LANES;
+            store(at, V{x[0], x[1], y[0], y[1]}), store(at + ldo, V{x[2], x[3], y[2], y[3]});
         }
 }
 #endif
@@ -108,16 +118,18 @@ static inline __attribute__((always_inline)) void for_live(uint32_t live, Body&&
     body(0, std::integral_constant<int, N>{});
 }
 
-// out (ROWS × columns) = factor[r] · out + A · B; without factor, A · B alone
+static const float ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// out (ROWS × columns) = factor[r] · out + A · B; without factor, A · B alone. With ONES nothing is multiplied by them.
 template <class E>
 static inline void product_of(float* out, int64_t ldo, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int64_t columns, const float* factor) {
     for_strips(columns, [&](int64_t c, auto strip) __attribute__((always_inline)) {
-        V acc[ROWS][strip.value];
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < strip.value; s++) acc[r][s] = factor ? load(out + r * ldo + c + s * LANES) * factor[r] : V{};
-        tile<strip.value>(acc, a, lda, b + c, ldb, depth);
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < strip.value; s++) store(out + r * ldo + c + s * LANES, acc[r][s]);
+        if (!factor)
+            tile<strip.value, ZERO>(out + c, ldo, a, lda, b + c, ldb, depth);
+        else if (factor == ONES)
+            tile<strip.value, OUT>(out + c, ldo, a, lda, b + c, ldb, depth);
+        else
+            tile<strip.value, SCALED>(out + c, ldo, a, lda, b + c, ldb, depth, factor);
     });
 }
 
@@ -125,17 +137,25 @@ static inline void product(float* out, int64_t ldo, const float* a, int64_t lda,
     product_of(out, ldo, a, lda, b, ldb, depth, columns, factor);
 }
 
-static const float ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 // The same for any number of rows, a multiple of ROWS; `add` keeps what is in out.
 static inline void product_rows(float* out, int64_t ldo, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, bool add) {
     for (int64_t r = 0; r < rows; r += ROWS) product(out + r * ldo, ldo, a + r * lda, lda, b, ldb, depth, columns, add ? ONES : nullptr);
 }
 
+// out [columns, ldo] = the columns of `in` [rows, ldi]
 static inline void transpose(float* out, int64_t ldo, const float* in, int64_t ldi, int64_t rows, int64_t columns) {
-    for (int64_t c = 0; c < columns; c += 8)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = c; i < c + 8 && i < columns; i++) out[i * ldo + r] = in[r * ldi + i];
+    const int64_t whole_rows = rows / LANES * LANES, whole = columns / LANES * LANES;
+    for (int64_t r = 0; r < whole_rows; r += LANES)
+        for (int64_t c = 0; c < whole; c += LANES) {
+            V square[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) square[i] = load(in + (r + i) * ldi + c);
+            turn(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(out + (c + i) * ldo + r, square[i]);
+        }
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = c < whole ? whole_rows : 0; r < rows; r++) out[c * ldo + r] = in[r * ldi + c];
 }
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
