@@ -20,12 +20,13 @@ FEATURES = ("softmax", "elu", "relu")
 
 class Mark(NamedTuple):
     """What a type alone does not say: a tensor has a gradient; it is `[B, H, N, D]` by strides; a string is one of these; only the GPU's
-    kernels read it."""
+    kernels read it; it is kept for the gradients, which else make it anew."""
 
     differentiable: bool = False
     strided: bool = False
     choices: tuple[str, ...] = ()
     gpu: bool = False
+    kept: bool = True
 
 
 Rows = Annotated[Tensor, Mark(differentiable=True, strided=True)]  # `[B, H, N, D]`: a gradient has its dtype
@@ -74,6 +75,9 @@ class Arguments(NamedTuple):
     `text_bias` `[B, text]` float32 and finite joins the logits of the text's keys.
     `bits` int32 `[.., q blocks, words]`: the lists as bits; `means` `[3, B·H, k blocks, D]` in q's dtype: means of the key blocks' keys and
     values, half the variances of their keys (of no meaning without `variance`). Both as `Chosen` has them, or None: they are made.
+    `states`, `totals` `[B·H, D]` float32: the means of phi(k) vᵀ and phi(k) over the image's keys, the first `[B·H, D, D]` in float32, in
+    a narrower type `[B·H, 2, D, D]`, sums of two, and the `weight` is one more. `mapped` `[B·H, image's keys, D]`: phi(k). All of a
+    "linear" rest without `linear_all` whose lists hold at most half of the blocks, as `Chosen` has them, or None: they are made.
     `int8`: without gradients alone; see `reference.rounded_to_int8`.
     `rest`, `log_count`, `variance`, `cap`, `feature_map`, `linear_all`, `residual`: the rest and how it is merged.
     """
@@ -117,6 +121,9 @@ class Arguments(NamedTuple):
     text_bias: Tensor | None = None
     bits: OnGpu = None
     means: OnGpu = None
+    states: OnGpu = None
+    totals: OnGpu = None
+    mapped: Annotated[Tensor | None, Mark(gpu=True, kept=False)] = None
     rest: Rest = "none"
     feature_map: Feature = "softmax"
     log_count: bool = False
@@ -229,6 +236,7 @@ class Transport:
         self.kind: Any = kind
         self.optional = {d.name for d in declared(kind) if d.optional}
         self.tensors = tuple(d.name for d in declared(kind) if d.kind is Tensor)
+        self.passing = tuple(self.tensors.index(d.name) for d in declared(kind) if not d.mark.kept)
         # by place, because this runs at every call
         places = list(enumerate(declared(kind)))
         self._tensors = [place for place, d in places if d.kind is Tensor]
@@ -403,10 +411,16 @@ def _check_far(a: Arguments) -> None:
 
 def _check_made(a: Arguments) -> None:
     (batch, heads, _, channels), blocks = a.q.shape, len(a.k_starts) - 1
-    given = {
+    states = (batch * heads,) if a.q.dtype == torch.float32 else (batch * heads + (a.weight is not None), 2)
+    given: dict[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = {
         "bits": (a.bits, torch.int32, (*a.counts.shape, -(-blocks // 32))),
         "means": (a.means, a.q.dtype, (3, batch * heads, blocks, channels)),
+        "states": (a.states, a.q.dtype, (*states, channels, channels)),
+        "totals": (a.totals, torch.float32, (batch * heads, channels)),
+        "mapped": (a.mapped, a.q.dtype, (batch * heads, a.k.shape[2] - a.text, channels)),
     }
+    if a.states is not None and (a.totals is None or a.rest != "linear" or a.linear_all or a.far_states is not None):
+        raise ValueError("states are given with totals, of a linear rest of what is not kept, without far_states")
     for name, (x, dtype, shape) in given.items():
         if x is not None and (x.dtype != dtype or x.shape != shape or not x.is_contiguous()):
             raise ValueError(f"{name} must be {dtype} {shape} and contiguous, not {x.dtype} {tuple(x.shape)} of strides {x.stride()}")

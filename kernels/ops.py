@@ -173,6 +173,8 @@ def _(implementation: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.implementation, *tensors, ctx.numbers, ctx.reals = inputs
+    for place in ATTENTION.passing:
+        tensors[place] = None
     ctx.save_for_backward(*output, *tensors)
 
 
@@ -198,12 +200,15 @@ attention_op.register_autograd(_gradients, setup_context=_save)
     "dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema(f"({', '.join(['Tensor'] * len(Chosen._fields))})")
 )
 def select_blocks_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
-    return tuple(_implementation(implementation).select_blocks(SELECTION.unpack(*given)))
+    a = SELECTION.unpack(*given)
+    chosen: Chosen = _implementation(implementation).select_blocks(a)
+    return chosen.all_tensors(a.q)
 
 
 @select_blocks_op.register_fake
 def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
-    return tuple(new_chosen(SELECTION.unpack(*given), gpu=implementation == "triton"))
+    a = SELECTION.unpack(*given)
+    return new_chosen(a, gpu=implementation == "triton").all_tensors(a.q)
 
 
 @torch.library.custom_op(

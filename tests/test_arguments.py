@@ -122,7 +122,7 @@ def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
     [
         ({"v": torch.ones(1, 2, 95, 8)}, r"v must have k's shape \(1, 2, 96, 8\), not \(1, 2, 95, 8\)"),
         ({"v": torch.ones(1, 2, 96, 8), "bias": torch.ones(1, 2, 6)}, "values or a bias, not both: leave v or bias out"),
-        ({"pooled": True}, "made of k and v: give v, or leave pooled out"),
+        ({"pooled": True}, "made of k and v: give v, or leave pooled and states out"),
     ],
     ids=str,
 )

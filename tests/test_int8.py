@@ -181,10 +181,10 @@ def test_two_query_blocks_in_a_program() -> None:
 def test_text_among_the_images_programs(spec: str, shape: Shape) -> None:
     _, found = counted(lambda: assert_equals_formula(SPECS[spec], shape, torch.float16))
     assert found["round_to_int8"] == found["attend_rows"] == 1
-    assert not {"dense_rows", "merge_rows"} & {*found}
+    assert "dense_rows" not in found
 
 
-@pytest.mark.parametrize(("spec", "launches"), [(Fovea(0.05), 4), (Fovea(radius=8), 3), (CLEAR(8), 2), (SLA(0.05), 8)])
+@pytest.mark.parametrize(("spec", "launches"), [(Fovea(0.05), 4), (Fovea(radius=8), 3), (CLEAR(8), 2), (SLA(0.05), 5)])
 def test_rounding_is_one_launch(spec: AttentionSpec, launches: int, int8: None) -> None:
     """Of FLUX.1's sizes at 1024 × 1024."""
     layout = TokenLayout((1, 64, 64), 512)

@@ -319,7 +319,7 @@ def test_the_kernels_choose_by_the_error(shape: Shape, spec: AttentionSpec) -> N
         qkv = shape.inputs(dtype)
         made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
         assert (made is None) == spec.rest.plain  # type: ignore[union-attr]  # then it is one operator
-        got, means = lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", made)
+        got, means = lowering.lists(*qkv, spec, layouts, plan, {}, 0.3, "cpu", made)
         assert means is None  # which the CPU's kernels make where they are read
         expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
         assert torch.equal(got.index.long(), expected)

@@ -77,7 +77,7 @@ from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.method.presets import CLEAR, Fovea, SLA
 
 MORE = {
-    "block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "merge_rows", "tilted_deltas", "gradient_slopes", "mix_units",
+    "block_moments", "sum_states", "summarise", "summarise_parts", "deltas", "tilted_deltas", "gradient_slopes", "mix_units",
     "gradient_parts", "gradient_queries", "gradient_mixed_weights", "gradient_mixed_slopes",
 }  # fmt: skip
 for height, width, text in (map(int, size.split(",")) for size in sys.argv[1:]):

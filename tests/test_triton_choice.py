@@ -79,7 +79,7 @@ def selection(shape: Shape, qkv: list[Tensor], spec: AttentionSpec, monkeypatch:
     select = ops.select_blocks
     monkeypatch.setattr(ops, "select_blocks", lambda a, name: (found.append(a), select(a, name))[1])
     layouts, plan = Layouts(shape.layout, shape.layout), make_plan(spec, shape.layout, DEVICE)
-    lowering.lists(*moved(qkv), spec, layouts, plan, 0.3, "triton", None)
+    lowering.lists(*moved(qkv), spec, layouts, plan, {}, 0.3, "triton", None)
     monkeypatch.setattr(ops, "select_blocks", select)
     return found[0]
 
@@ -308,11 +308,11 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ROWS = ["attend_rows", "dense_rows", "merge_rows"]
+ROWS = ["dense_rows", "attend_rows"]
 STEPS = {
     "fovea": (Fovea(0.2), ["block_moments", "choose_by_means", *ROWS], 4, 12),
     "fovea-radius": (Fovea(radius=3), ["summarise", *ROWS], 1, 8),
-    "sla": (SLA(0.3, block=(32, 32)), ["block_moments", "choose_by_means", "summarise", "sum_states", *ROWS], 4, 15),
+    "sla": (SLA(0.3, block=(32, 32)), ["summarise", "choose_by_means", *ROWS], 5, 14),
     "clear": (CLEAR(3), ROWS, 0, 4),
 }
 

@@ -67,7 +67,7 @@ def test_results_are_those_of_the_formulas(spec: AttentionSpec, shape: Shape) ->
     with torch.no_grad():
         (out, lse), found = counted(lambda: by_kernels(spec, shape)(qkv, params))
     assert found["attend_rows"] == 1
-    assert not {"dense_rows", "merge_rows"} & {*found}
+    assert "dense_rows" not in found
     exact, eager = (oracle(*qkv, spec, shape.layout, params, dtype=d) for d in (torch.float64, torch.float32))
     assert_close_as_eager(out, exact[0].detach(), eager[0].detach())
     assert_close_as_eager(lse, exact[1].detach(), eager[1].detach(), "lse")
@@ -137,14 +137,14 @@ def test_they_are_by_themselves_where_a_device_had_nothing_else_to_do(name: str)
         return flat(gradients(lambda qkv, params: by_kernels(spec, shape)(qkv, params.float()), spec, shape, torch.float32))
 
     _, found = counted(own, units=132)
-    assert found["dense_rows"] == found["merge_rows"] == found["gradient_dense_rows"] == found["gradient_shared_keys"] == 1
+    assert found["dense_rows"] == found["gradient_dense_rows"] == found["gradient_shared_keys"] == 1
 
 
 LARGE = {  # forward and backward, of FLUX.1's sizes at 1024 × 1024
     "fovea": (Fovea(0.05), 3, 4),
     "fovea-radius": (Fovea(radius=8), 2, 5),
     "clear": (CLEAR(8), 1, 3),
-    "sla": (SLA(0.05), 7, 10),
+    "sla": (SLA(0.05), 4, 6),
 }
 
 

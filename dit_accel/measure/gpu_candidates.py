@@ -37,7 +37,7 @@ class Kernel:
 
 
 # with what only some of its tiles leave to launches of their own
-ROWS = ("attend_rows", "pair_lists", "dense_rows", "merge_rows")
+ROWS = ("attend_rows", "pair_lists", "dense_rows")
 KERNELS = {
     "rows": Kernel(ROWS, ("fovea, order 1", "fovea, groups", "gna")),
     "rows_static": Kernel(ROWS, ("clear",)),
@@ -45,7 +45,7 @@ KERNELS = {
     "rows_variance_static": Kernel(ROWS, ("fovea, radius",)),
     "rows_linear": Kernel(ROWS, ("sla", "sla, all")),
     "dense": Kernel(("dense_rows",), ("fovea",), of_one_head=True),
-    "merge": Kernel(("merge_rows", "deltas"), ("fovea",), pipeline=False),
+    "merge": Kernel(("deltas",), ("fovea",), pipeline=False),
     "summarise": Kernel(("summarise",), ("fovea", "sla"), True),
     "moments": Kernel(("block_moments",), ("fovea",), True, pipeline=False),
     "gradient_rows": Kernel(("gradient_rows", "gradient_dense_rows"), ("fovea", "clear", "gna", "sla")),

@@ -72,15 +72,15 @@ def _compiled(
     given = functools.partial(_image_call, query, key, value, layouts, plan, params, scale)
     made = lowering.summaries(query, key, value, spec, layouts, plan, scale, backend)
     if lowering.selects(spec):
-        lists, means = lowering.lists(query, key, value, spec, layouts, plan, scale, backend, made)
+        lists, chosen = lowering.lists(query, key, value, spec, layouts, plan, params, scale, backend, made)
     else:
-        lists, means = Lists.from_map(visited_blocks(given(), spec, plan)), None
+        lists, chosen = Lists.from_map(visited_blocks(given(), spec, plan)), {}
     fused = lowering.fuses(spec)
     if fused:
         if far is not None:
             rest = lowering.rest_of_far(spec, far, query.shape[1], params)
         else:
-            rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, means, backend)
+            rest = lowering.rest_of(key, value, spec, layouts, plan, params, scale, lists, made, chosen, backend)
         out, lse = lowering.attend(query, key, value, layouts, plan, lists, scale, backend, text_bias, rest)
         if not spec.extras:
             return out, lse

@@ -135,11 +135,11 @@ def _in_8_bits(a: Arguments) -> bool:
 
 def rest_of(
     key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float, lists: Lists,
-    made: Summaries | None, means: Tensor | None, implementation: str,
+    made: Summaries | None, chosen: dict[str, Tensor], implementation: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The rest and the merge of a spec that `fuses`, as `Arguments` names them; further keys `[BH, M, D]`.
 
-    `made`: the blocks' `summaries`, where its pooled keys are of them; `means`: those that the choice made, see `lists`.
+    `made`: the blocks' `summaries`, where its pooled keys are of them; `chosen`: what the choice made, see `lists`.
     """
     found: dict[str, Any] = {}
     finer = _finer(spec)
@@ -151,9 +151,9 @@ def rest_of(
             given = (lists, scale, key.dtype.itemsize == 2, implementation)
             found = _given(made, finer, *given) if opened is None else _grouped(made, finer, opened, plan, *given)
         case Pooled(log_count, variance, cap):
-            found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap, "means": means}
+            found = {"rest": "pooled", "log_count": log_count, "variance": variance, "cap": cap} | chosen
         case Linear() as linear:
-            found = _linear(linear)
+            found = _linear(linear) | chosen
         case Downsampled():
             for name, x in (("extra_k", key), ("extra_v", value)):
                 found[name] = spec.rest.keys_of(x[:, :, layouts.k.image_slice].float().flatten(0, 1), plan.prepared, params)
@@ -271,27 +271,32 @@ def _widths(plan: Plan) -> dict[str, Any]:
 
 
 def lists(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, scale: float, implementation: str,
-    made: Summaries | None,
-) -> tuple[Lists, Tensor | None]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, layouts: Layouts, plan: Plan, params: Values, scale: float,
+    implementation: str, made: Summaries | None,
+) -> tuple[Lists, dict[str, Tensor]]:  # fmt: skip
     """The static lists, or the blocks that the kernels choose for this call, or both, of a spec whose blocks the kernels can choose; and
-    the `Chosen.means` for a rest of pooled keys, where choosing makes them as well.
+    what choosing made for the rest as well, as `Arguments` names it.
 
     `made`: the blocks' `summaries`, where there are some.
     """
     g = plan.geometry
     if spec.selection is None:
-        return g.lists, None  # type: ignore[return-value]
+        return g.lists, {}  # type: ignore[return-value]
     weight, score = plan.prepared.get("short_weight"), _score(spec)
     if made is None:
         q, k = (_widened(_image_of(x, layout), implementation) for x, layout in zip((query, key), layouts, strict=True))
-        by_error: dict[str, Any] = {}
+        further: dict[str, Any] = {}
         if isinstance(score, ErrorProduct):
             v = _widened(_image_of(value, layouts.k), implementation)
-            by_error = {"v": v, "scale": scale, "score_cap": score.cap, "pooled": fuses(spec) and type(spec.rest) is Pooled}
+            further = {"v": v, "scale": scale, "score_cap": score.cap, "pooled": fuses(spec) and type(spec.rest) is Pooled}
+        elif implementation == "triton" and _chooses_states(spec, plan):
+            further = {"v": _image_of(value, layouts.k), "states": True, "feature_map": spec.rest.feature_map}  # type: ignore[union-attr]
+            if isinstance(spec.merge, Residual):
+                learned = params["proj.weight"]
+                further["projection"] = (learned.detach() if torch.is_grad_enabled() else learned).float().contiguous()
         arguments = SelectionArguments(
             q=q, k=k, q_starts=g.starts_q, k_starts=g.starts_k, top=plan.top, weight=weight, places_q=g.places_q, places_k=g.places_k,
-            **by_error, **_widths(plan),
+            **further, **_widths(plan),
         )  # fmt: skip
     else:  # means of blocks, each a block of one token
         starts = [torch.arange(len(x), dtype=torch.int32, device=x.device) for x in (g.starts_q, g.starts_k)]
@@ -303,5 +308,12 @@ def lists(
             weight=weight, bias=bias if isinstance(score, ErrorProduct) else None,
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
-    means = chosen.means if chosen.means.numel() else None
-    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.lists.long())), means
+    made_too = {name: getattr(chosen, name) for name in ("means", "states", "totals", "mapped")}
+    found = {name: x for name, x in made_too.items() if x is not None and x.numel()}
+    return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.lists.long())), found
+
+
+def _chooses_states(spec: AttentionSpec, plan: Plan) -> bool:
+    """Whether choosing makes a linear rest's states too: not those of all keys, and none where the kernels sum what is left by itself."""
+    linear = spec.rest if type(spec.rest) is Linear and fuses(spec) else None
+    return linear is not None and linear.scope != "all" and plan.static is None and 2 * plan.top <= len(plan.geometry.starts_k) - 1

@@ -5,9 +5,11 @@ With p = exp(s − lse) and delta = Σ out·dout − dlse, a key with logit s an
 
 import triton
 import triton.language as tl
+from dit_accel.kernels.triton.block_sums import sum_tile
 from dit_accel.kernels.triton.primitives import (
     GONE,
     LOG2E,
+    delta_tile,
     head,
     kept_in_part,
     listed_at,
@@ -34,16 +36,8 @@ from dit_accel.kernels.triton.tuples import Keys, Queries, Row, kernel
 
 @kernel("D DP BQ")
 def deltas(out, dout, dlse, delta, heads, tokens_q, C: tl.constexpr):
-    """delta `[BH, Nq]` = Σ out·dout − dlse, in float32. Grid: (tiles of tokens, batch · heads)."""
-    bh = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
-    valid = row < tokens_q
-    x = tile(head(out, bh, heads), row, out.n, valid, C).to(tl.float32)
-    g = tile(head(dout, bh, heads), row, dout.n, valid, C).to(tl.float32)
-    result = tl.sum(x * g, 1)
-    if dlse is not None:
-        result -= tl.load(dlse + bh * tokens_q + row, mask=valid, other=0.0)
-    tl.store(delta + bh * tokens_q + row, result, mask=valid)
+    """`delta_tile`. Grid: (tiles of tokens, batch · heads)."""
+    delta_tile(out, dout, dlse, delta, tl.program_id(1).to(tl.int64), tl.program_id(0), heads, tokens_q, C)
 
 
 @triton.jit
@@ -84,20 +78,38 @@ def visit_rows(dq, q, dout, lse2, delta, keys, row, begin, end, lists, predicate
     return dq
 
 
-@kernel("D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE STAGES PRECISION")
+@triton.jit
+def sum_gradients(sums, bh, number, groups, heads, C):
+    """The `number`th of the programs of one head that sum parts (`tuples.Sums`): first those of its states, then its share of those of the
+    projection, which are smaller, as each goes through all heads."""
+    tiles = 0
+    if sums.parts is not None:
+        tiles = tl.cdiv(C.D * C.D, C.E)
+        if number < tiles:
+            sum_tile(sums.parts, sums.found, sums.scaled, bh, number, groups, heads, C.E, C.N, C)
+    if sums.of_weight is not None and number >= tiles:
+        place = (number - tiles) * heads + bh
+        sum_tile(sums.of_weight, sums.weight, None, 0, place, groups * heads, 1, C.E // 8, C.N * 8, C)
+
+
+@kernel("D DP BQ BK BP SUB_Q SUB_K OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE E N STAGES PRECISION")
 def gradient_rows(
     q, k, v, extra, pull, more, tilt, dq, lists, predicate, pooled, learned, logits, heads, tokens_q, tokens_k, image_q, image_start_q,
     image_start_k, text, text_start, text_q, text_start_q, text_tiles, extra_keys, q_blocks, width, length_q, length_k, mask_size, units,
-    pool_width, C: tl.constexpr,
+    pool_width, sums, summing, groups, C: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, H, Nq, D]` (contiguous) of the image's queries, and of the text's in `text_tiles` tiles; arguments as in `attend_rows`.
 
     `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`). `tilt`: where there are slopes, `tilted_deltas` and the share,
-    which is written here.
+    which is written here. `sums` (or None): what the last `summing` programs of each head sum, of `groups` parts.
 
-    Grid: (text_tiles + query blocks · SUB_Q, batch · heads).
+    Grid: (text_tiles + query blocks · SUB_Q + summing, batch · heads).
     """
-    number, bh, of_text = program_of(text_tiles)
+    if sums is not None and tl.program_id(0) >= tl.num_programs(0) - summing:
+        number = tl.program_id(0) - (tl.num_programs(0) - summing)
+        sum_gradients(sums, tl.program_id(1).to(tl.int64), number, groups, tl.num_programs(1), C)
+        return
+    number, bh, of_text = program_of(text_tiles, tl.num_programs(0) - summing)
     block, sub = tl.where(of_text, 0, number) // C.SUB_Q, tl.where(of_text, 0, number) % C.SUB_Q
     h = bh % heads
     keys = Keys(head(k, bh, heads), head(v, bh, heads), k.n, v.n)
@@ -254,7 +266,7 @@ def gradient_columns(
     entries[indptr[2j]:indptr[2j + 1]], those that visit it partly entries[indptr[2j + 1]:indptr[2j + 2]]. `more`: pairs
     `[BH, image_k, D]`, what the linear rest adds (`linear_columns`). Grid: (text_tiles + key blocks · SUB_K, batch · heads).
     """
-    number, bh, of_text = program_of(text_tiles)
+    number, bh, of_text = program_of(text_tiles, tl.num_programs(0))
     block, sub = tl.where(of_text, 0, number) // C.SUB_K, tl.where(of_text, 0, number) % C.SUB_K
     first = tl.load(lists.k_starts + block)
     end = tl.load(lists.k_starts + block + 1)
@@ -346,7 +358,7 @@ def gradient_pooled(
 ):  # fmt: skip
     """Gradients of a tile of pooled keys, values and half variances or biases, and of the offset.
 
-    `transposed`: where query blocks see units of lists, the spans of them that see some unit of a tile (`launch_backward.spans_by_tile`).
+    `transposed`: where query blocks see units of lists, the spans of them that see some unit of a tile (`list_order.spans_by_tile`).
     `grads` have a first axis of parts, of the query blocks. Grid: (tiles of pooled keys, batch · heads, parts).
     """
     bh = tl.program_id(1).to(tl.int64)

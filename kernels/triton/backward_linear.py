@@ -7,6 +7,7 @@ A pull is a gradient divided by a mass: at a loss scale of 2¹⁶ it exceeds flo
 product in float16 is larger than its features or values make it, and every product is accumulated in float32.
 """
 
+import triton
 import triton.language as tl
 from dit_accel.kernels.triton.forward import linear_visit, mapped_keys, rest_of
 from dit_accel.kernels.triton.primitives import (
@@ -104,21 +105,31 @@ def linear_gradient(
     if states.state is not None:
         dphi += split_dot(low, states.state, bh, True, C) + mass[:, None] * vector(states.total + bh * C.D, C)[None, :]
     dphi *= largest[:, None]
+    tl.store(rest_pull.most + bh * tl.num_programs(0) + tl.program_id(0), tl.max(tl.where(valid, largest, 0.0), 0))
     again = tile(q_base, place + image_start_q, q.n, valid, C)
     # nothing left means no mass and no pull
     put(more + bh * image_q * C.D, place, C.D, valid, feature_gradient(again, feature(again, C), dphi, C), C)
 
 
+@triton.jit
+def largest_size(rest_pull, bh, programs):
+    """The largest size of one head's rows, but not 0."""
+    found = tl.zeros([256], tl.float32)
+    for at in range(0, programs, 256):
+        place = at + tl.arange(0, 256)
+        found = tl.maximum(found, tl.load(rest_pull.most + bh * programs + place, mask=place < programs, other=0.0))
+    return tl.maximum(tl.max(found, 0), TINY)
+
+
 @kernel("D DP BQ BK SUB_Q SUB_K OWN MAP ALL LEFT STAGES PRECISION")
 def linear_columns(
-    k, v, rest_pull, more, transposed, lists, states, unit, heads, image_q, image_k, image_start_k, entries, C: tl.constexpr
+    k, v, rest_pull, more, transposed, lists, states, unit, heads, image_q, image_k, image_start_k, entries, programs, C: tl.constexpr
 ):  # fmt: skip
     """What the linear rest adds to dk and dv: `more`, a pair of `[BH, image_k, D]` float32. Sums over all queries, less those that visit
     the block; LEFT: the entries are the query blocks that do not visit it, and the sums are those over them, without `states`.
 
-    `transposed` as in `gradient_columns`; the pull's sizes are here over the largest of the head, `unit.total` `[BH]`. `states`: sums of
-    phi(q)·dnum and phi(q)·dden over all queries in those units, the first over `unit.state` `[BH]`. Grid: (key blocks · SUB_K, batch ·
-    heads).
+    `transposed` as in `gradient_columns`; `programs`: of `linear_gradient` for each head. `states`: sums of phi(q)·dnum and phi(q)·dden
+    over all queries, in units of the head's largest size, the first over `unit` `[BH]`. Grid: (key blocks · SUB_K, batch · heads).
     """
     block, sub = tl.program_id(0) // C.SUB_K, tl.program_id(0) % C.SUB_K
     bh = tl.program_id(1).to(tl.int64)
@@ -130,7 +141,9 @@ def linear_columns(
     value = tile(head(v, bh, heads), place + image_start_k, v.n, valid, C)
     dphi = tl.zeros([C.BK, C.DP], tl.float32)
     taken = tl.zeros([C.BK, C.DP], tl.float32)
+    largest = largest_size(rest_pull, bh, programs)
     if not C.ALL:
+        shrink = 1.0 / largest
         kind = rest_pull.num.dtype.element_ty
         wide = value.to(kind)
         phi = feature(key, C).to(kind)
@@ -145,21 +158,20 @@ def linear_columns(
             _, inside, row = listed_queries(column, n, lists, C)
             num = tile(rest_pull.num + bh * image_q * C.D, row, C.D, inside, C)
             den = tl.load(rest_pull.den + bh * image_q + row, mask=inside, other=0.0)
-            weight = tl.load(rest_pull.size + bh * image_q + row, mask=inside, other=0.0)
+            weight = tl.load(rest_pull.size + bh * image_q + row, mask=inside, other=0.0) * shrink
             mapped = tile(rest_pull.mapped + bh * image_q * C.D, row, C.D, inside, C)
             product = tl.dot(phi, tl.trans(mapped), input_precision=C.PRECISION) * weight[None, :]
             taken = tl.dot(product.to(kind), num, taken, input_precision=C.PRECISION)
             change = (tl.dot(wide, tl.trans(num), input_precision=C.PRECISION) + den[None, :]) * weight[None, :]
             dphi = tl.dot(change.to(kind), mapped, dphi, input_precision=C.PRECISION)
     share = 1.0 / image_k.to(tl.float32)  # dnum and dden carry it
-    largest = tl.load(unit.total + bh)
     # read again, and said to be another read: held through the loop, the features would cost registers
     again = tile(k_base, place + image_start_k, k.n, valid, C, True)
     mapped_again = feature(again, C)
     dphi *= share
     dv = taken * share
     if not C.LEFT:
-        scale = tl.load(unit.state + bh)
+        scale = tl.load(unit + bh)
         dphi = split_dot(value, states.state, bh, True, C) * scale + vector(states.total + bh * C.D, C)[None, :] - dphi
         dv = split_dot(mapped_again.to(value.dtype), states.state, bh, False, C) * scale - dv
     put(more.k + bh * image_k * C.D, place, C.D, valid, feature_gradient(again, mapped_again, dphi * largest, C), C)
@@ -167,14 +179,24 @@ def linear_columns(
 
 
 @kernel("D DP BQ MAP STAGES PRECISION")
-def outer_sums(a, b, relative, factor, states, share, heads, rows, first, chunk, C: tl.constexpr):
-    """Over one chunk of rows: Σ f(a)·bᵀ `[chunks, BH, D, D]` and Σ factor·f(a) `[chunks, BH, D]` (`states`), times `share`; f is
-    `relative`·phi, or nothing at MAP -1.
+def outer_sums(a, b, rest_pull, states, most, further, share, heads, rows, first, chunk, programs, C: tl.constexpr):
+    """Over one chunk of rows: Σ f(a)·bᵀ `[chunks, BH, D, D]` and Σ den·f(a) `[chunks, BH, D]` (`states`), times `share`, and the largest
+    entry of the first (`most`, or None); f is phi times the row's relative size, or nothing where there is no `rest_pull`.
 
-    `a` is read from row `first` on, b `[B, H, rows, D]`, relative and factor `[BH, rows]` (None at MAP -1) from row 0.
-    Grid: (chunks, batch · heads).
+    `a` is read from row `first` on, b `[B, H, rows, D]` and the pull from row 0; `programs` as in `linear_columns`. `further`
+    (`tuples.Outer`, or None): another sum, in the second half of a third axis. Grid: (chunks, batch · heads, 2 with a further one).
     """
     bh = tl.program_id(1).to(tl.int64)
+    if further is not None and tl.program_id(2) > 0:
+        outer_part(further.a, further.b, None, None, further.states, None, 1.0, bh, heads, rows, first, chunk, C)
+        return
+    shrink = None if rest_pull is None else 1.0 / largest_size(rest_pull, bh, programs)
+    outer_part(a, b, rest_pull, shrink, states, most, share, bh, heads, rows, first, chunk, C)
+
+
+@triton.jit
+def outer_part(a, b, rest_pull, shrink, states, most, share, bh, heads, rows, first, chunk, C):
+    """One sum of `outer_sums`."""
     a_base, b_base = head(a, bh, heads), head(b, bh, heads)
     begin = tl.program_id(0) * chunk
     product = tl.zeros([C.DP, C.DP], tl.float32)
@@ -184,13 +206,16 @@ def outer_sums(a, b, relative, factor, states, share, heads, rows, first, chunk,
         valid = row < rows
         right = tile(b_base, row, b.n, valid, C)
         left = tile(a_base, row + first, a.n, valid, C)
-        if C.MAP >= 0:
-            left = feature(left, C) * tl.load(relative + bh * rows + row, mask=valid, other=0.0)[:, None]
-            total += tl.sum(left * tl.load(factor + bh * rows + row, mask=valid, other=0.0)[:, None], 0)
-        else:
+        if rest_pull is None:
             total += tl.sum(left.to(tl.float32), 0)
+        else:
+            size = tl.load(rest_pull.size + bh * rows + row, mask=valid, other=0.0) * shrink
+            left = feature(left, C) * size[:, None]
+            total += tl.sum(left * tl.load(rest_pull.den + bh * rows + row, mask=valid, other=0.0)[:, None], 0)
         product = tl.dot(tl.trans(left.to(right.dtype)), right, product, input_precision=C.PRECISION)
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
     channel = tl.arange(0, C.DP)
-    put(states.state + place * C.D * C.D, channel, C.D, channel < C.D, product * share, C)
     tl.store(states.total + place * C.D + channel, total * share, mask=channel < C.D)
+    if most is not None:
+        tl.store(most + place, tl.max(tl.max(tl.abs(product), 1), 0) * share)
+    put(states.state + place * C.D * C.D, channel, C.D, channel < C.D, product * share, C)

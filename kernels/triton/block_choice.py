@@ -3,6 +3,7 @@ scores and the best of them. The formulas are those of method/parts/scores.py.""
 
 import triton
 import triton.language as tl
+from dit_accel.kernels.triton.block_sums import sum_tile, weight_tile
 from dit_accel.kernels.triton.primitives import TINY, head, placed, tile
 from dit_accel.kernels.triton.tuples import kernel
 
@@ -163,12 +164,26 @@ def take_best(x, chosen, first, rows, blocks, top):
     tl.store(chosen.lists + first * top + place, tl.broadcast_to(j[None, :], [R, W]), mask=(taken > 0) & valid[:, None])
 
 
-@kernel("D DP BQ BD W GROUPS PRECISION")
-def choose_by_means(found, weight, bias, chosen, scale, cap, q_blocks, k_blocks, groups, top, C: tl.constexpr):
+@kernel("D DP BQ BD W GROUPS E N PRECISION")
+def choose_by_means(
+    found, weight, bias, chosen, sums, projection, scale, cap, heads, q_blocks, k_blocks, groups, top, C: tl.constexpr
+):  # fmt: skip
     """The best key blocks of BQ query blocks, of at most W key blocks, by the products of means; see `choose_blocks` for `weight` and
-    `bias`. Where `found` has variances, `joined_error` is the bias. Grid: (tiles of query blocks, batch · heads).
+    `bias`. Where `found` has variances, `joined_error` is the bias.
+
+    `sums` (`tuples.Sums`, or None): `groups` parts of each head, whose sums further programs write, and with them `projection`
+    `[D, D]`, or None, as one more head's (`block_sums.sum_tile`).
+    Grid: (tiles of query blocks, and of D² entries; batch · heads, one more of a projection).
     """
     bh = tl.program_id(1).to(tl.int64)
+    if sums is not None:
+        number = tl.program_id(0) - tl.cdiv(q_blocks, C.BQ)
+        if (number >= 0) | (bh >= heads):
+            if bh < heads:
+                sum_tile(sums.parts, sums.found, None, bh, number, groups, heads, C.E, C.N, C)
+            elif projection is not None and number >= 0:
+                weight_tile(projection, sums.found.state, bh, number, C.E, C)
+            return
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     j = tl.arange(0, C.W)
     group = tl.arange(0, C.GROUPS)

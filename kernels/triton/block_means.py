@@ -2,30 +2,44 @@
 
 import triton
 import triton.language as tl
-from dit_accel.kernels.triton.primitives import feature, head, placed, put, tile
+from dit_accel.kernels.triton.block_choice import query_moments
+from dit_accel.kernels.triton.primitives import delta_tile, feature, head, placed, put, tile
 from dit_accel.kernels.triton.tuples import SIZES, kernel
 
 
-@kernel("D DP BK SUB_K VALUES VARIANCE STATES MAP PRECISION")
-def summarise(k, v, pooled, states, starts, places, heads, image, image_start, blocks, group, C: tl.constexpr):
+@kernel("D DP BQ BK SUB_Q SUB_K VALUES VARIANCE STATES MAP PRECISION")
+def summarise(
+    q, k, v, out, pull, dlse, moments, pooled, states, q_starts, starts, q_places, places, heads, tokens_q, image, image_start, q_blocks,
+    blocks, group, groups, C: tl.constexpr,
+):  # fmt: skip
     """`group` of the `blocks` of one head: means of keys (and values) `[BH, T, D]` and half the (biased) variance (`pooled`), and
     phi(K)ᵀV and the sum of phi(K) over the group, divided by the number of the image's keys, and phi(K) (`states`; the sums have a first
     axis of groups).
-    Grid: (groups, batch · heads).
+
+    Of the queries, in the programs after the first `groups`: with `moments` the means of a block, with `out` a tile of the deltas.
+    Grid: (groups and what there is of queries, batch · heads).
     """
     bh = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0)
+    if (moments.q_mean is not None or out is not None) and number >= groups:
+        if moments.q_mean is not None:
+            query_moments(head(q, bh, heads), q.n, moments, q_starts, q_places, bh, number - groups, 1, 1, q_blocks, 1.0, C)
+        else:
+            delta_tile(out, pull.dout, dlse, pull.delta, bh, number - groups, heads, tokens_q, C)
+        return
     k_base = head(k, bh, heads) + image_start.to(tl.int64) * k.n
     v_base = head(v, bh, heads) + image_start.to(tl.int64) * v.n
     channel = tl.arange(0, C.DP)
     real = channel < C.D
+    MAPPED: tl.constexpr = C.STATES or states.mapped is not None
     if C.STATES:
         state = tl.zeros([C.DP, C.DP], tl.float32)
         total = tl.zeros([C.DP], tl.float32)
-    first = tl.program_id(0) * group
+    first = number * group
     for j in range(first, tl.minimum(first + group, blocks)):
         begin, end = tl.load(starts + j), tl.load(starts + j + 1)
         count = (end - begin).to(tl.float32)
-        at = (bh * blocks + j) * C.D + channel
+        at = (bh * blocks + j) * C.D
         k_sum = tl.zeros([C.DP], tl.float32)
         v_sum = tl.zeros([C.DP], tl.float32)
         for sub in range(C.SUB_K):
@@ -34,21 +48,22 @@ def summarise(k, v, pooled, states, starts, places, heads, image, image_start, b
             place = placed(places, token, valid)
             key = tile(k_base, place, k.n, valid, C)
             k_sum += tl.sum(key.to(tl.float32), 0)
+            if pooled.k_mean is not None and sub == C.SUB_K - 1:  # here, as through the products it would cost registers
+                tl.store(pooled.k_mean + at + channel, (k_sum / count).to(pooled.k_mean.dtype.element_ty), mask=real)
             if C.VALUES or C.STATES:
                 value = tile(v_base, place, v.n, valid, C)
                 v_sum += tl.sum(value.to(tl.float32), 0)
-            if C.STATES:
-                phi = tl.where(valid[:, None], feature(key, C), 0.0).to(value.dtype)
+            if MAPPED:
+                phi = tl.where(valid[:, None], feature(key, C), 0.0).to(k.base.dtype.element_ty)
                 if states.mapped is not None:
                     put(states.mapped + bh * image * C.D, place, C.D, valid, phi, C)
+            if C.STATES:
                 total += tl.sum(phi.to(tl.float32), 0)  # rounded, as the state's are and those of the visited blocks
                 state = tl.dot(tl.trans(phi), value, state, input_precision=C.PRECISION)
-        mean = k_sum / count
-        if pooled.k_mean is not None:
-            tl.store(pooled.k_mean + at, mean.to(pooled.k_mean.dtype.element_ty), mask=real)
         if C.VALUES:
-            tl.store(pooled.v_mean + at, (v_sum / count).to(pooled.v_mean.dtype.element_ty), mask=real)
+            tl.store(pooled.v_mean + at + channel, (v_sum / count).to(pooled.v_mean.dtype.element_ty), mask=real)
         if C.VARIANCE:
+            mean = k_sum / count
             spread = tl.zeros([C.DP], tl.float32)
             for sub in range(C.SUB_K):  # a second look at the same rows: E[x²] − E[x]² cancels
                 token = begin + sub * C.BK + tl.arange(0, C.BK)
@@ -57,52 +72,12 @@ def summarise(k, v, pooled, states, starts, places, heads, image, image_start, b
                 gap = tl.where(valid[:, None], row.to(tl.float32) - mean[None, :], 0.0)
                 spread += tl.sum(gap * gap, 0)
             half = tl.minimum(spread / count * 0.5, 60000.0)  # float16 ends before infinity
-            tl.store(pooled.k_half + at, half.to(pooled.k_half.dtype.element_ty), mask=real)
+            tl.store(pooled.k_half + at + channel, half.to(pooled.k_half.dtype.element_ty), mask=real)
     if C.STATES:
-        at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + bh
+        at = number.to(tl.int64) * tl.num_programs(1) + bh
         share = 1.0 / image.to(tl.float32)
         put(states.state + at * C.D * C.D, channel, C.D, real, state * share, C)
         tl.store(states.total + at * C.D + channel, total * share, mask=real)
-
-
-@triton.jit
-def put_parts(base, number, place, x, inside, size):
-    """Store some entries of a float32 matrix of `size` entries, the `number`th of `base`: as they are or, in a narrower type, as the sums
-    of two of them, for the tensor cores: 16 bits of them instead of 8 or 11."""
-    if base.dtype.element_ty == tl.float32:
-        tl.store(base + number * size + place, x, mask=inside)
-    else:
-        high = x.to(base.dtype.element_ty)
-        tl.store(base + 2 * number * size + place, high, mask=inside)
-        tl.store(base + (2 * number + 1) * size + place, (x - high.to(tl.float32)).to(base.dtype.element_ty), mask=inside)
-
-
-@kernel("D E N")
-def sum_states(parts, weight, found, of_weight, groups, heads, C: tl.constexpr):
-    """Sums over the first axis of `parts` (`tuples.States` `[groups, BH, ..]`, `heads` = BH), matrices as `put_parts` stores them, and
-    `weight` `[D, D]` stored so, after all heads. What is None is left out. Grid: (tiles of E entries, batch · heads, one more of a weight).
-    """
-    number = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * C.E + tl.arange(0, C.E)
-    size: tl.constexpr = C.D * C.D
-    inside = place < size
-    if number < heads:
-        if parts.state is not None:
-            acc = tl.zeros([C.E], tl.float32)
-            few = tl.zeros([C.E], tl.float32)
-            for first in range(0, groups, C.N):  # some at once, so that many loads are on the way
-                group = first + tl.arange(0, C.N)
-                at = ((group.to(tl.int64) * heads + number) * size)[:, None] + place[None, :]
-                acc += tl.sum(tl.load(parts.state + at, mask=(group < groups)[:, None] & inside[None, :], other=0.0), 0)
-                if parts.total is not None:
-                    at = ((group.to(tl.int64) * heads + number) * C.D)[:, None] + place[None, :]
-                    few += tl.sum(tl.load(parts.total + at, mask=(group < groups)[:, None] & (place < C.D)[None, :], other=0.0), 0)
-            put_parts(found.state, number, place, acc, inside, size)
-            if parts.total is not None:
-                tl.store(found.total + number * C.D + place, few, mask=place < C.D)
-    else:
-        if weight is not None:
-            put_parts(of_weight, 0, place, tl.load(weight + place, mask=inside, other=0.0), inside, size)
 
 
 @triton.jit(do_not_specialize=SIZES)

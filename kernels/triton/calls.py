@@ -253,7 +253,8 @@ def select_blocks(a: SelectionArguments) -> Chosen:
     def signature() -> Hashable:
         blocks = len(a.q_starts), len(a.k_starts)
         sizes = [None if x is None else (x.shape, x.stride()) for x in (a.q, a.k, a.v)]
-        return "select_blocks", a.q.dtype, *sizes, *blocks, a.weight is None, a.bias is None, a.top, a.pooled
+        given = (x is None for x in (a.weight, a.bias, a.projection))
+        return "select_blocks", a.q.dtype, *sizes, *blocks, *given, a.top, a.pooled, a.states, a.feature_map
 
     def function(machine: Machine, run: Run) -> Chosen:
         check_selection(a)

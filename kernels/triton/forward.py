@@ -103,6 +103,27 @@ def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
     return feature(tile(keys.k, place, keys.k_n, valid, C), C).to(kind) if mapped is None else tile(mapped, place, C.D, valid, C)
 
 
+@triton.jit
+def merge_tile(split, out, lse, bh, number, heads, tokens_q, rows, first, splits, C):
+    """The softmax over all keys from those over parts of them, of the `number`th tile of the `rows` from `first` on."""
+    row = number * C.BQ + tl.arange(0, C.BQ)
+    valid = row < rows
+    step = tl.num_programs(1).to(tl.int64) * rows
+    top = tl.full([C.BQ], float("-inf"), tl.float32)
+    mass = tl.zeros([C.BQ], tl.float32)
+    acc = tl.zeros([C.BQ, C.DP], tl.float32)
+    for part in range(splits):
+        at = part * step + bh * rows
+        x = tl.load(split.lse + at + row, mask=valid, other=0.0)
+        new = tl.maximum(top, x)
+        fade, gain = tl.exp2(top - new), tl.exp2(x - new)
+        acc = acc * fade[:, None] + tile(split.part + at * C.D, row, C.D, valid, C) * gain[:, None]
+        mass = mass * fade + gain
+        top = new
+    put(head(out, bh, heads), row + first, out.n, valid, acc / mass[:, None], C)
+    tl.store(lse + bh * tokens_q + first + row, (top + tl.log2(mass)) / LOG2E, mask=valid)
+
+
 @kernel(
     "D DP BQ BK BP SUB_Q SUB_K TOGETHER OWN PARTIAL WINDOWS WORDS EXTRA POOLED PARTS SPAN COUNT VARIANCE LINEAR MAP ALL LEFT RESIDUAL "
     "STAGES PRECISION"
@@ -110,19 +131,24 @@ def mapped_keys(keys, mapped, place, valid, kind: tl.constexpr, C):
 def attend_rows(
     q, k, v, int8, extra, out, lse, lists, predicate, pooled, states, learned, logits, heads, tokens_q, tokens_k, image_k, image_start_q,
     image_start_k, text, text_start, text_q, text_start_q, text_tiles, extra_keys, q_blocks, k_blocks, width, length_q, length_k, mask_size,
-    units, pool_width, C: tl.constexpr,
+    units, pool_width, split, splits, merging, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of a query block of one head; writes its output and lse `[BH, Nq]` (natural log) once.
 
     The first programs have `text_tiles` tiles of the text's queries of each head (`primitives.program_of`), whose list is empty and which
-    see every key as a text's: no loop is another for them, only where it ends.
+    see every key as a text's: no loop is another for them, only where it ends. Else, if there are queries of the text, `dense_rows` ran
+    before, and the last `merging` programs of each head have tiles of what it `split`.
 
     TOGETHER: query blocks that a program holds, 1, or 2 neighbours; these have one list (`block_pairs.pair_lists`), and SUB_Q is 1.
-    Grid: (text_tiles + query blocks · SUB_Q / TOGETHER, batch · heads). `states`: sums over the image's keys and those of
+    Grid: (text_tiles + query blocks · SUB_Q / TOGETHER + merging, batch · heads). `states`: sums over the image's keys and those of
     `Arguments.far_states`, over the number of the image's. LEFT: the lists go on with the key blocks that are not visited, and the linear
     attention is summed over these, with a state of `far_states` alone or none; else it is that over all less that over the visited.
     """
-    place, bh, of_text = program_of(text_tiles)
+    place, bh, of_text = program_of(text_tiles, tl.num_programs(0))
+    if split.part is not None and place >= tl.num_programs(0) - merging:
+        number = place - (tl.num_programs(0) - merging)
+        merge_tile(split, out, lse, bh, number, heads, tokens_q, text_q, text_start_q, splits, C)
+        return
     number, sub = tl.where(of_text, 0, place) // C.SUB_Q, tl.where(of_text, 0, place) % C.SUB_Q
     block = number * C.TOGETHER
     h = bh % heads
@@ -263,12 +289,12 @@ def rest_of(phi, taken, taken_mass, states, bh, listed, k_blocks, keys, C):
 
 
 @kernel("D DP BQ BK STAGES PRECISION")
-def dense_rows(q, k, v, int8, part, part_lse, logits, heads, tokens_q, tokens_k, rows, first, chunk, C: tl.constexpr):
-    """Query rows `first` to `first + rows` over one chunk of all the keys: part `[splits, BH, rows, D]` and its lse, in log2.
+def dense_rows(q, k, v, int8, split, logits, heads, tokens_q, tokens_k, rows, first, chunk, C: tl.constexpr):
+    """Query rows `first` to `first + rows` over one chunk of all the keys (`split`).
 
     Grid: (tiles of rows, batch · heads, splits).
     """
-    bh, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    bh, number = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     valid = row < rows
     queries, factor = queries_of(q, int8, bh, heads, tokens_q, row + first, valid, logits.scale, C)
@@ -283,28 +309,6 @@ def dense_rows(q, k, v, int8, part, part_lse, logits, heads, tokens_q, tokens_k,
     )  # fmt: skip
     if int8.q is not None:
         top += tl.load(int8.shift + bh * tokens_q + row + first, mask=valid, other=0.0)
-    at = (split * tl.num_programs(1) + bh) * rows
-    put(part + at * C.D, row, C.D, valid, acc / mass[:, None], C)
-    tl.store(part_lse + at + row, top + tl.log2(mass), mask=valid)
-
-
-@kernel("D DP BQ")
-def merge_rows(part, part_lse, out, lse, heads, tokens_q, rows, first, splits, C: tl.constexpr):
-    """The softmax over all chunks from the softmax over each. Grid: (tiles of rows, batch · heads)."""
-    bh = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
-    valid = row < rows
-    step = tl.num_programs(1).to(tl.int64) * rows
-    top = tl.full([C.BQ], float("-inf"), tl.float32)
-    mass = tl.zeros([C.BQ], tl.float32)
-    acc = tl.zeros([C.BQ, C.DP], tl.float32)
-    for split in range(splits):
-        at = split * step + bh * rows
-        x = tl.load(part_lse + at + row, mask=valid, other=0.0)
-        new = tl.maximum(top, x)
-        fade, gain = tl.exp2(top - new), tl.exp2(x - new)
-        acc = acc * fade[:, None] + tile(part + at * C.D, row, C.D, valid, C) * gain[:, None]
-        mass = mass * fade + gain
-        top = new
-    put(head(out, bh, heads), row + first, out.n, valid, acc / mass[:, None], C)
-    tl.store(lse + bh * tokens_q + first + row, (top + tl.log2(mass)) / LOG2E, mask=valid)
+    at = (number * tl.num_programs(1) + bh) * rows
+    put(split.part + at * C.D, row, C.D, valid, acc / mass[:, None], C)
+    tl.store(split.lse + at + row, top + tl.log2(mass), mask=valid)

@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.arguments import FEATURES, SAMPLE, SPAN, Arguments, text_queries
-from dit_accel.kernels.triton import block_means, block_pairs, forward, int8
+from dit_accel.kernels.triton import block_means, block_pairs, block_sums, forward, int8
 from dit_accel.kernels.triton.fallback import Place, TooLargeError
+from dit_accel.kernels.triton.list_order import complement
 from dit_accel.kernels.triton.tables import POOLS, Machine, Tile, holds_two, joins, power
 from dit_accel.kernels.triton.tuples import (
     Int8,
     Learned,
     Lists,
     Logits,
+    Moments,
     Pair,
     Paired,
     Pooled,
     Predicate,
+    Split,
     States,
     constants_of,
     rows_of,
@@ -31,6 +34,7 @@ from triton.runtime.errors import OutOfResources
 
 LOG2E = 1.4426950408889634
 STATE_GROUPS = 64  # partial states per head at most
+SUMMING = {"E": 512, "N": 8}  # entries of a program that sums parts of states, and parts that it reads at once
 MOST_PAIRED = 1024  # key blocks on a list whose union with its neighbour's a program's registers make
 INT8_ROWS = 64  # that a program rounds
 MOST_PARTS = 8  # that a program is cut into only to fill a device's last round
@@ -118,13 +122,15 @@ def multiply(a: Tensor, b: Tensor, machine: Machine, run: "Run") -> Tensor:
     return out
 
 
-def complement(lists: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
-    """Lists `[.., Tq, n]` continued by the key blocks that are not on them, ascending: int32 `[.., Tq, Tk]`."""
-    place = torch.arange(lists.shape[-1], device=lists.device, dtype=torch.int32).expand(lists.shape)
-    rank = torch.arange(key_blocks, 2 * key_blocks + 1, device=lists.device, dtype=torch.int32).repeat(*lists.shape[:-1], 1)
-    listed = torch.where(place < counts[..., None], lists, key_blocks).long()  # what pads a list goes to a column of its own
-    rank.scatter_(-1, listed, place)
-    return rank[..., :key_blocks].argsort(-1).to(torch.int32)
+def sum_states(parts: States, found: States, weight: Tensor | None, of_weight: Tensor | None, channels: int, run: "Run") -> None:
+    """Launch the kernel: of matrices `[groups, BH, D, D]` and vectors `[groups, BH, D]` or None."""
+    groups, heads = (0, 0) if parts.state is None else parts.state.shape[:2]
+    tiles = cdiv(channels * channels, SUMMING["E"])
+    arguments = {
+        "parts": States(parts.state, parts.total), "weight": weight, "found": found, "of_weight": of_weight, "groups": groups,
+        "heads": heads, "C": constants_of(block_sums.sum_states, {"D": channels, **SUMMING}),
+    }  # fmt: skip
+    run(Launch(block_sums.sum_states, (tiles, heads + (weight is not None)), arguments, 4))
 
 
 class Rests(NamedTuple):
@@ -281,7 +287,7 @@ class Call:
             pooled = Pooled(a.pooled_k.to(kind), a.pooled_v.to(kind), half, None, a.pooled_bias, a.slopes, a.pool_lists, a.pool_counts)
         else:
             pooled = Pooled(*(self.empty(self.bh, self.k_blocks, self.channels, dtype=kind) for _ in range(3)))
-            self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance, "STATES": False})
+            self._summarise(1, pooled, States(), {"VALUES": True, "VARIANCE": a.variance})
         return Rests(pooled=pooled._replace(bits=self._hidden_bits()))
 
     def _hidden_bits(self) -> Tensor:
@@ -303,12 +309,21 @@ class Call:
         self.run(Launch(kernel, (shape.numel(), cdiv(words, tile)), arguments | {"bits": bits}, 1))
         return bits
 
-    def linear_rest(self) -> Rests:
+    def linear_rest(self, of_queries: Flags | None = None) -> Rests:
         """The mean over the image's keys of phi(k)·vᵀ and of phi(k), and phi(k) itself; where the rest is summed block by block nothing, or
-        what `far_states` add to these means, which is a last group else."""
-        far = self._far()
+        what `far_states` add to these means, which is a last group else. `of_queries`: what `summarise` takes to make deltas as well.
+        """
+        a, far = self.a, self._far()
         if self.flags["LEFT"]:
             return Rests(states=far)
+        if a.states is not None:  # by the choice of blocks
+            mapped = a.mapped
+            if of_queries is not None:
+                mapped = self.empty(self.bh, self.image_k, self.channels, dtype=a.q.dtype)
+                self._summarise(1, Pooled(), States(mapped=mapped), {}, of_queries)
+            if a.weight is not None and a.states.ndim == 4:
+                self.learned = self.learned._replace(weight=a.states[self.bh :])
+            return Rests(states=States(a.states, a.totals, mapped))
         group = cdiv(self.k_blocks, state_groups(self.bh, self.machine))
         groups = cdiv(self.k_blocks, group)
         given = int(far.state is not None)
@@ -317,8 +332,8 @@ class Call:
         if far.state is not None and far.total is not None:
             states[groups:].copy_(far.state)
             totals[groups:].copy_(far.total)
-        mapped = None if self.a.linear_all else self.empty(self.bh, self.image_k, self.channels, dtype=self.a.q.dtype)
-        self._summarise(group, Pooled(), States(states, totals, mapped), {"VALUES": False, "VARIANCE": False, "STATES": True})
+        mapped = None if a.linear_all else self.empty(self.bh, self.image_k, self.channels, dtype=self.a.q.dtype)
+        self._summarise(group, Pooled(), States(states, totals, mapped), {"STATES": True}, of_queries)
         return Rests(states=States(states, totals, mapped))
 
     def _far(self) -> States:
@@ -331,6 +346,8 @@ class Call:
     def summed(self, parts: States, kind: torch.dtype | None = None) -> States:
         """Sums over a first axis of matrices `[groups, BH, D, D]` and vectors `[groups, BH, D]`; in a type narrower than float32 (`kind`,
         the input's unless given) matrices are the sums of two, `[BH, 2, D, D]`, and from then on so is the learned weight."""
+        if parts.state is not None and parts.state is self.a.states:  # they are
+            return parts
         kind, d = kind or self.a.q.dtype, self.channels
         weight = self.learned.weight if kind != torch.float32 and self.learned.weight is self.a.weight else None
         if parts.state is None and weight is None:
@@ -341,22 +358,20 @@ class Call:
             total = None if parts.total is None else self.empty(self.bh, d)
             found = States(self.empty(self.bh, *two, d, d, dtype=kind), total)
         of_weight = None if weight is None else self.empty(*two, d, d, dtype=kind)
-        heads = 0 if parts.state is None else self.bh
-        groups = 0 if parts.state is None else len(parts.state)
-        arguments = {
-            "parts": States(parts.state, parts.total), "weight": weight, "found": found, "of_weight": of_weight, "groups": groups,
-            "heads": heads, "C": constants_of(block_means.sum_states, {"D": d, "E": 512, "N": 8}),
-        }  # fmt: skip
-        self.run(Launch(block_means.sum_states, (cdiv(d * d, 512), heads + (weight is not None)), arguments, 4))
+        sum_states(parts, found, weight, of_weight, d, self.run)
         if weight is not None:
             self.learned = self.learned._replace(weight=of_weight)
         return found._replace(mapped=parts.mapped)
 
-    def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags) -> None:
+    def _summarise(self, group: int, pooled: Pooled, states: States, flags: Flags, of_queries: Flags | None = None) -> None:
+        a, groups = self.a, cdiv(self.k_blocks, group)
+        programs = groups + (0 if of_queries is None else cdiv(self.tokens_q, self.tile("summarise").queries))
+        flags = {"VALUES": False, "VARIANCE": False, "STATES": False, **flags}
         self.start(
-            block_means.summarise, "summarise", (cdiv(self.k_blocks, group), self.bh), k=rows_of(self.a.k), v=rows_of(self.a.v),
-            pooled=pooled, states=states, starts=self.a.k_starts, places=self.a.places_k, image=self.image_k,
-            image_start=self.image_start_k, blocks=self.k_blocks, group=group, flags=flags,
+            block_means.summarise, "summarise", (programs, self.bh), **self.rows(), moments=Moments(), pooled=pooled, states=states,
+            q_starts=a.q_starts, starts=a.k_starts, q_places=a.places_q, places=a.places_k, image=self.image_k,
+            image_start=self.image_start_k, blocks=self.k_blocks, group=group, groups=groups, flags=flags,
+            **(of_queries or {"out": None, "pull": None, "dlse": None}),
         )  # fmt: skip
 
     def paired(self) -> tuple[Lists, Predicate]:
@@ -411,24 +426,24 @@ def attend(a: Arguments, machine: Machine, run: Run = execute) -> tuple[Tensor, 
     lists, predicate = call.paired() if together > 1 else (call.lists, call.predicate)
     narrow = call.in_8_bits()
     joined = call.joined("rows", "dense")
-    programs = (joined or 0) + cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries)
+    split, splits, merging = _dense_rows(call, narrow) if call.text_q and not joined else (Split(), 0, 0)
+    programs = (joined or 0) + cdiv(call.q_blocks, together) * cdiv(call.q_width, tile.queries) + merging
     call.start(
         forward.attend_rows, "rows", (programs, call.bh), **call.rows(), int8=narrow, extra=Pair(a.extra_k, a.extra_v), out=rows_of(out),
         lse=lse, lists=lists, predicate=predicate, pooled=pooled, states=states, learned=call.learned, logits=call.logits,
-        width=lists.blocks.shape[-1], text_tiles=joined, flags={"TOGETHER": together},
+        width=lists.blocks.shape[-1], text_tiles=joined, split=split, splits=splits, merging=merging, flags={"TOGETHER": together},
     )  # fmt: skip
-    if call.text_q and not joined:
-        _dense_rows(call, narrow, out, lse)
     return out, lse
 
 
-def _dense_rows(call: Call, narrow: Int8, out: Tensor, lse: Tensor) -> None:
-    """The text's queries over all keys, split over the keys."""
+def _dense_rows(call: Call, narrow: Int8) -> tuple[Split, int, int]:
+    """The text's queries over all keys, split over the keys; into how many parts, and how many programs of `attend_rows` merge these."""
     rows, tile = call.text_q, call.tile("dense")
     tiles = cdiv(rows, tile.queries)
     splits, chunk = call.splits(tiles, call.tokens_k, tile.keys)
-    part, part_lse = call.empty(splits, call.bh, rows, call.channels), call.empty(splits, call.bh, rows)
-    shared: dict[str, Any] = {"part": part, "part_lse": part_lse, "first": call.text_start_q, "rows": rows}
-    call.start(forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), int8=narrow, **shared, logits=call.logits, chunk=chunk)
-    grid = (cdiv(rows, call.tile("merge").queries), call.bh)
-    call.start(forward.merge_rows, "merge", grid, **shared, out=rows_of(out), lse=lse, splits=splits)
+    split = Split(call.empty(splits, call.bh, rows, call.channels), call.empty(splits, call.bh, rows))
+    call.start(
+        forward.dense_rows, "dense", (tiles, call.bh, splits), **call.rows(), int8=narrow, split=split, logits=call.logits,
+        first=call.text_start_q, rows=rows, chunk=chunk,
+    )  # fmt: skip
+    return split, splits, cdiv(rows, call.tile("rows").queries)

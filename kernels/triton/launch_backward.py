@@ -7,15 +7,19 @@ from torch import Tensor
 
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.triton import backward, backward_linear, backward_slopes
-from dit_accel.kernels.triton.launch import Call, Rests, Run, cdiv, execute, full_rounds, mask_words, state_groups
+from dit_accel.kernels.triton.launch import SUMMING, Call, Rests, Run, cdiv, execute, full_rounds, mask_words, state_groups
+from dit_accel.kernels.triton.list_order import columns, spans_by_tile
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.kernels.triton.tuples import (
     LinearPull,
     Logits,
+    Outer,
     Pair,
     PooledGradients,
     Pull,
+    Rows,
     States,
+    Sums,
     Tilt,
     Transposed,
     rows_of,
@@ -61,18 +65,22 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
         )
     call = Call(a, machine, run)
     pull = Pull(rows_of(dout), lse, torch.empty_like(lse))
-    grid = (cdiv(call.tokens_q, call.tile("merge").queries), call.bh)
-    call.start(backward.deltas, "merge", grid, out=rows_of(out), dout=pull.dout, dlse=dlse, delta=pull.delta)
-    rests = call.rest()
+    if call.linear and not call.flags["LEFT"]:
+        rests = call.linear_rest({"out": rows_of(out), "pull": pull, "dlse": dlse})
+    else:
+        grid = (cdiv(call.tokens_q, call.tile("merge").queries), call.bh)
+        call.start(backward.deltas, "merge", grid, out=rows_of(out), dout=pull.dout, dlse=dlse, delta=pull.delta)
+        rests = call.rest()
     transposed = columns(a.lists, a.counts, a.full, call.k_blocks, a.mask_of)
-    linear = _linear(call, pull, rests, transposed) if call.linear else Linear()
+    linear = _linear(call, pull, rests) if call.linear else Linear()
     tilt = Tilt() if a.slopes is None else _tilt(call, pull, a.slopes)
     pooled, doffset = _pooled(call, pull, tilt, rests) if call.pooled else (PooledGradients(), linear.doffset)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.q, a.k, a.v))
     rows_joined, columns_joined = call.joined("gradient_rows", "gradient_dense"), call.joined("gradient_columns", "gradient_shared")
     _rows(call, pull, tilt, rests, linear, dq, rows_joined)
     given = _given(call, pull, tilt, pooled)
-    _columns(call, pull, rests, transposed, linear, pooled, Pair(dk, dv), columns_joined)
+    more = _linear_columns(call, linear, transposed)
+    _columns(call, pull, rests, transposed, more, pooled, Pair(dk, dv), columns_joined)
     if call.text_q and not rows_joined:
         _dense_gradient(call, pull, dq)
     if a.text and not columns_joined:
@@ -83,73 +91,91 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     if a.extra_k is not None and a.extra_v is not None:
         seen_by = range(call.image_start_q, call.image_start_q + call.image_q)
         extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
-    return Gradients(dq, dk, dv, *extra, *given, linear.dfar, doffset, linear.dweight, linear.dbias)
+    learned = States() if linear.sums is None or linear.sums.weight is None else linear.sums.weight
+    return Gradients(dq, dk, dv, *extra, *given, linear.dfar, doffset, learned.state, learned.total)
 
 
 class Linear(NamedTuple):
-    """What the linear rest adds to dq `[BH, image_q, D]`, dk and dv `[BH, image_k, D]`, and the gradients of what is learned."""
+    """What the linear rest adds to dq `[BH, image_q, D]`, what comes back to it, what is summed for its keys and for what is learned, and
+    the gradients of far states and the offset."""
 
     dq: Tensor | None = None
-    dk: Tensor | None = None
-    dv: Tensor | None = None
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
+    pull: LinearPull | None = None
+    sums: Sums | None = None
     dfar: Tensor | None = None
     doffset: Tensor | None = None
 
 
-def _linear(call: Call, pull: Pull, rests: Rests, transposed: Transposed) -> Linear:
-    """`transposed`: the lists by key block."""
-    a, of_all = call.a, call.summed(rests.states)
-    dnum, mean, mapped = (call.empty(call.bh, call.image_q, call.channels, dtype=a.q.dtype) for _ in range(3))
-    rest_pull = LinearPull(dnum, call.empty(call.bh, call.image_q), call.empty(call.bh, call.image_q), mapped)
-    more_q, more_k, more_v = (call.empty(call.bh, rows, call.channels) for rows in (call.image_q, call.image_k, call.image_k))
+def _linear(call: Call, pull: Pull, rests: Rests) -> Linear:
+    """But for what it adds to keys and values, which is made of the sums: `_rows` makes these."""
+    a, of_all, rows = call.a, call.summed(rests.states), (call.bh, call.image_q)
     programs = call.q_blocks * cdiv(call.q_width, call.tile("linear").queries)
+    dnum, mean, mapped = (call.empty(*rows, call.channels, dtype=a.q.dtype) for _ in range(3))
+    rest_pull = LinearPull(dnum, call.empty(*rows), call.empty(*rows), mapped, call.empty(call.bh, programs))
+    more = call.empty(*rows, call.channels)
     doffset = None if a.offset is None else call.empty(call.bh, programs)
     call.start(
-        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more_q,
+        backward_linear.linear_gradient, "linear", (programs, call.bh), **call.rows(), pull=pull, rest_pull=rest_pull, more=more,
         mean=mean, doffset=doffset, lists=call.lists, states=of_all, learned=call.learned,
     )  # fmt: skip
-    unit = rest_pull.size.amax(1).clamp_min(TINY)
-    rest_pull = rest_pull._replace(size=rest_pull.size / unit[:, None])
-    states, largest, dfar = States(), None, None
-    if not call.flags["LEFT"] or a.far_states is not None:
-        state, total = _outer(call, a.q, dnum, rest_pull, 1 / call.image_k)
-        if a.far_states is not None:
-            dfar = (torch.cat([state, total[:, None]], 1) * unit[:, None, None]).unflatten(0, (call.batch, call.heads))
+    sums, dfar = _outer(call, pull, rest_pull, mean)
+    per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
+    return Linear(more, rest_pull, sums, dfar, per_head)
+
+
+def _outer(call: Call, pull: Pull, rest_pull: LinearPull, mean: Tensor) -> tuple[Sums | None, Tensor | None]:
+    """Parts of the gradients of the states and of the projection, and the gradient of far states, which is of the whole sums."""
+    a, d, tile, left = call.a, call.channels, call.tile("outer"), call.flags["LEFT"]
+    chunk = cdiv(cdiv(call.image_q, state_groups(call.bh, call.machine)), tile.queries) * tile.queries
+    chunks = cdiv(call.image_q, chunk)
+
+    def factors(x: Rows, y: Tensor) -> Outer:
+        parts = States(call.empty(chunks, call.bh, d, d), call.empty(chunks, call.bh, d))
+        return Outer(x, rows_of(y.view(call.batch, call.heads, call.image_q, d)), parts)
+
+    of_states = None if left and a.far_states is None else factors(rows_of(a.q), rest_pull.num)
+    of_weight = factors(pull.dout, mean) if call.residual else None
+    first, further = (of_weight, None) if of_states is None else (of_states, of_weight)
+    if first is None:
+        return None, None
+    most = None if of_states is None else call.empty(chunks, call.bh)
+    call.start(
+        backward_linear.outer_sums, "outer", (chunks, call.bh, 1 if further is None else 2), a=first.a, b=first.b,
+        rest_pull=None if of_states is None else rest_pull, states=first.states, most=most, further=further,
+        share=1.0 if of_states is None else 1 / call.image_k, first=call.image_start_q, rows=call.image_q, chunk=chunk,
+        programs=rest_pull.most.shape[1],
+    )  # fmt: skip
+    sums, dfar = Sums(), None
+    if of_states is not None and a.far_states is not None:
+        whole = torch.cat([of_states.states.state.sum(0), of_states.states.total.sum(0)[:, None]], 1)  # type: ignore[union-attr]
+        dfar = (whole * rest_pull.most.amax(1).clamp_min(TINY)[:, None, None]).unflatten(0, (call.batch, call.heads))
+    if of_states is not None and not left:
+        two = () if a.q.dtype == torch.float32 else (2,)
+        found = States(call.empty(call.bh, *two, d, d, dtype=a.q.dtype), call.empty(call.bh, d))
+        sums = Sums(of_states.states, found, Pair(most, call.empty(call.bh)))
+    if of_weight is not None:
+        sums = sums._replace(of_weight=of_weight.states, weight=States(call.empty(d, d), call.empty(d)))
+    return None if sums == Sums() else sums, dfar
+
+
+def _linear_columns(call: Call, linear: Linear, transposed: Transposed) -> Pair:
+    """What the linear rest adds to dk and dv `[BH, image_k, D]`. `transposed`: the lists by key block."""
+    a = call.a
+    if not call.linear or linear.pull is None:
+        return Pair()
+    more = Pair(*(call.empty(call.bh, call.image_k, call.channels) for _ in range(2)))
+    states, unit = States(), None
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
         transposed = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
-    else:
-        largest = state.abs().amax((1, 2)).clamp_min(TINY)  # halves of a small matrix would be no normal numbers in float16
-        states = call.summed(States((state / largest[:, None, None])[None]))._replace(total=total)
+    elif linear.sums is not None and linear.sums.found is not None and linear.sums.scaled is not None:
+        states, unit = linear.sums.found, linear.sums.scaled.v
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * cdiv(call.k_width, call.tile("linear_columns").keys), call.bh),
-        k=rows_of(a.k), v=rows_of(a.v), rest_pull=rest_pull, more=Pair(more_k, more_v), transposed=transposed, lists=call.lists,
-        states=states, unit=States(largest, unit), entries=transposed.entries.shape[-1],
+        k=rows_of(a.k), v=rows_of(a.v), rest_pull=linear.pull, more=more, transposed=transposed, lists=call.lists, states=states,
+        unit=unit, entries=transposed.entries.shape[-1], programs=linear.pull.most.shape[1],
     )  # fmt: skip
-    dweight = dbias = None
-    if call.residual:
-        dweight, dbias = (x.sum(0) for x in _outer(call, pull.dout.base, mean, None, 1.0))
-    per_head = None if doffset is None else doffset.view(call.batch, call.heads, -1).sum((0, 2))
-    return Linear(more_q, more_k, more_v, dweight, dbias, dfar, per_head)
-
-
-def _outer(call: Call, x: Tensor, y: Tensor, scaled: LinearPull | None, share: float) -> tuple[Tensor, Tensor]:
-    """Σ f(x)·yᵀ `[BH, D, D]` and Σ factor·f(x) `[BH, D]` over the image's queries, times `share`; see `outer_sums`. `scaled`: relative
-    sizes and the factor, or None, and f is nothing."""
-    tile = call.tile("outer")
-    chunk = cdiv(cdiv(call.image_q, state_groups(call.bh, call.machine)), tile.queries) * tile.queries
-    chunks = cdiv(call.image_q, chunk)
-    products = call.empty(chunks, call.bh, call.channels, call.channels)
-    sums = call.empty(chunks, call.bh, call.channels)
-    y = y.view(call.batch, call.heads, call.image_q, call.channels)
-    given = {"relative": None, "factor": None} if scaled is None else {"relative": scaled.size, "factor": scaled.den}
-    call.start(
-        backward_linear.outer_sums, "outer", (chunks, call.bh), a=rows_of(x), b=rows_of(y), **given, states=States(products, sums),
-        share=share, first=call.image_start_q, rows=call.image_q, chunk=chunk, flags={"MAP": -1} if scaled is None else None,
-    )  # fmt: skip
-    return products.sum(0), sums.sum(0)
+    return more
 
 
 def _tilt(call: Call, pull: Pull, slopes: Tensor) -> Tilt:
@@ -206,57 +232,34 @@ def _pooled(call: Call, pull: Pull, tilt: Tilt, rests: Rests) -> tuple[PooledGra
 
 
 def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: Tensor, joined: int | None) -> None:
-    """`joined`: tiles of the text's queries."""
+    """`joined`: tiles of the text's queries. What is left to sum for the linear rest is summed in the same launch."""
     a, programs = call.a, (joined or 0) + call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries)
+    sums, summing, groups, entries = linear.sums, 0, 0, call.channels * call.channels
+    if sums is not None and sums.parts is not None and sums.parts.state is not None:
+        summing, groups = cdiv(entries, SUMMING["E"]), len(sums.parts.state)
+    if sums is not None and sums.of_weight is not None and sums.of_weight.state is not None:
+        summing, groups = summing + cdiv(cdiv(entries, SUMMING["E"] // 8), max(1, call.bh)), len(sums.of_weight.state)
     call.start(
-        backward.gradient_rows, "gradient_rows", (programs, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull,
+        backward.gradient_rows, "gradient_rows", (programs + summing, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull,
         more=linear.dq, tilt=tilt, dq=dq, lists=call.lists, predicate=call.predicate, pooled=rests.pooled, learned=call.learned,
-        logits=call.logits, text_tiles=joined,
+        logits=call.logits, text_tiles=joined, sums=sums, summing=summing, groups=groups, flags=SUMMING,
     )  # fmt: skip
 
 
 def _columns(
-    call: Call, pull: Pull, rests: Rests, transposed: Transposed, linear: Linear, pooled: PooledGradients, grads: Pair, joined: int | None
+    call: Call, pull: Pull, rests: Rests, transposed: Transposed, more: Pair, pooled: PooledGradients, grads: Pair, joined: int | None
 ) -> None:
-    """`joined`: tiles of the text's keys, whose bias is read with them alone."""
+    """`more`: what the linear rest adds; `joined`: tiles of the text's keys, whose bias is read with them alone."""
     programs = (joined or 0) + call.k_blocks * cdiv(call.k_width, call.tile("gradient_columns").keys)
     words, size = mask_words(call.a.masks_t)
     own = call.pooled and call.a.pooled_k is None  # the keys' means are made of the keys
     call.start(
-        backward.gradient_columns, "gradient_columns", (programs, call.bh), **call.rows(), pull=pull, more=Pair(linear.dk, linear.dv),
+        backward.gradient_columns, "gradient_columns", (programs, call.bh), **call.rows(), pull=pull, more=more,
         grads=grads, transposed=transposed, lists=call.lists,
         predicate=call.predicate._replace(masks=call.a.masks_t, mask_of=None), flags={"WORDS": words, "POOLED": own}, mask_size=size,
         pooled=rests.pooled, pooled_grads=pooled, logits=call.logits if joined else call.unbiased, entries=transposed.entries.shape[-1],
         text_tiles=joined,
     )  # fmt: skip
-
-
-def columns(lists: Tensor, counts: Tensor, full: Tensor, key_blocks: int, mask_of: Tensor | None = None) -> Transposed:
-    """The lists transposed: for each key block the query blocks that visit it, those that visit it whole first.
-
-    `entries` `[1 or BH, Tq · n]` int32 and `indptr` `[1 or BH, 2·Tk + 1]` int32. A stable sort: no atomics, no wait for the device.
-    """
-    lists, counts, full = (x if x.ndim == y else x[None] for x, y in ((lists, 3), (counts, 2), (full, 2)))
-    place = torch.arange(lists.shape[-1], device=lists.device)
-    key = lists * 2 + (place >= full[..., None])
-    key = torch.where(place < counts[..., None], key, 2 * key_blocks).flatten(1)
-    ordered, position = key.sort(dim=1, stable=True)
-    bounds = torch.arange(2 * key_blocks + 1, device=lists.device, dtype=ordered.dtype).expand(len(lists), -1).contiguous()
-    indptr = torch.searchsorted(ordered.contiguous(), bounds)
-    if mask_of is not None:
-        mask_of = mask_of.reshape(key.shape).gather(1, position)
-    return Transposed((position // lists.shape[-1]).to(torch.int32), indptr.to(torch.int32), mask_of)
-
-
-def spans_by_tile(lists: Tensor, counts: Tensor, units: int, tiles: int) -> Transposed:
-    """Lists of units `[B, H, spans, n]`, the first `counts` of them, by tiles of `units` of them in a row: as `columns` has it, the spans
-    that see some unit of a tile, each once."""
-    place = torch.arange(lists.shape[-1], device=lists.device)
-    tile = torch.where(place < counts[..., None], lists // units, tiles).flatten(0, 1).sort(-1).values
-    again = torch.cat([torch.zeros_like(tile[..., :1], dtype=torch.bool), tile[..., 1:] == tile[..., :-1]], -1)
-    tile = tile.masked_fill(again, tiles).sort(-1).values[..., :tiles]
-    seen = (tile < tiles).sum(-1)
-    return columns(tile, seen, seen, tiles)
 
 
 def _dense_gradient(call: Call, pull: Pull, dq: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.arguments import MixtureArguments, Summaries, SummaryArguments, new_summaries
-from dit_accel.kernels.triton import backward_linear, backward_parts, block_means, block_parts, launch_units, units_gradients
+from dit_accel.kernels.triton import backward_linear, backward_parts, block_parts, launch_units, units_gradients
 from dit_accel.kernels.triton.fallback import Place
-from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, precision_of, state_groups, tf32_allowed, tiled
+from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, precision_of, state_groups, sum_states, tf32_allowed, tiled
 from dit_accel.kernels.triton.launch_choice import query_moments
 from dit_accel.kernels.triton.tables import Machine, power
 from dit_accel.kernels.triton.tuples import CutBlocks, PartGradients, Parts, States, constants_of, rows_of
@@ -88,16 +88,13 @@ def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tenso
     sums = q.new_empty((chunks, batch * heads, d), dtype=torch.float32)
     constants = {"D": d, "DP": padded, "BQ": tile.queries, "MAP": -1, "STAGES": tile.stages, "PRECISION": _precision(a, machine)}
     arguments = {
-        "a": rows_of(q), "b": rows_of(q), "relative": None, "factor": None, "states": States(products, sums), "share": 1 / tokens,
+        "a": rows_of(q), "b": rows_of(q), "rest_pull": None, "states": States(products, sums), "most": None, "further": None,
+        "share": 1 / tokens, "programs": 0,
         "heads": heads, "rows": tokens, "first": 0, "chunk": chunk, "C": constants_of(backward_linear.outer_sums, constants),
     }  # fmt: skip
     tiled(run, Launch(backward_linear.outer_sums, (chunks, batch * heads), arguments, tile.warps), place)
     metric = q.new_empty((batch * heads, d, d), dtype=torch.float32)
-    summing = {
-        "parts": States(products), "weight": None, "found": States(metric), "of_weight": None, "groups": chunks, "heads": batch * heads,
-        "C": constants_of(block_means.sum_states, {"D": d, "E": 512, "N": 8}),
-    }  # fmt: skip
-    run(Launch(block_means.sum_states, (cdiv(d * d, 512), batch * heads), summing, 4))
+    sum_states(States(products), States(metric), None, None, d, run)
     return metric
 
 

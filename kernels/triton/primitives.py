@@ -34,18 +34,18 @@ def placed(places, token, valid, AGAIN: tl.constexpr = False):
 
 
 @triton.jit
-def program_of(text_tiles):
+def program_of(text_tiles, programs):
     """Which tile of which head's a program holds, and whether it is of the text.
 
     The first programs hold `text_tiles` tiles of the text of each head (None: there are none), because they take longest; the others what
-    is of blocks. Grid: (text_tiles + tiles of blocks, batch · heads).
+    is of blocks. Grid: (text_tiles + tiles of blocks, which are `programs`, and what is neither; batch · heads).
     """
     place, bh, of_text = tl.program_id(0), tl.program_id(1), False
     if text_tiles is not None:
-        number = bh * tl.num_programs(0) + place
+        number = bh * programs + place
         of_text = number < text_tiles * tl.num_programs(1)
         number -= tl.where(of_text, 0, text_tiles * tl.num_programs(1))
-        tiles = tl.where(of_text, text_tiles, tl.num_programs(0) - text_tiles)
+        tiles = tl.where(of_text, text_tiles, programs - text_tiles)
         place, bh = number % tiles, number // tiles
     return place, bh.to(tl.int64), of_text
 
@@ -66,6 +66,19 @@ def rows_of_program(places, token, valid, place, of_text, image_start, text_star
 def row_again(places, token, valid, of_text, image_start, text_start):
     """Where the rows of `rows_of_program` are, once more."""
     return tl.where(of_text, token + text_start, placed(places, token, valid & (not of_text), True) + image_start)
+
+
+@triton.jit
+def delta_tile(out, dout, dlse, delta, bh, number, heads, tokens, C):
+    """delta `[BH, Nq]` = Σ out·dout − dlse, in float32, of the `number`th tile of one head's rows."""
+    row = number * C.BQ + tl.arange(0, C.BQ)
+    valid = row < tokens
+    x = tile(head(out, bh, heads), row, out.n, valid, C).to(tl.float32)
+    g = tile(head(dout, bh, heads), row, dout.n, valid, C).to(tl.float32)
+    result = tl.sum(x * g, 1)
+    if dlse is not None:
+        result -= tl.load(dlse + bh * tokens + row, mask=valid, other=0.0)
+    tl.store(delta + bh * tokens + row, result, mask=valid)
 
 
 @triton.jit
@@ -101,7 +114,7 @@ def vector(base, C):
 @triton.jit
 def split_dot(a, matrices, place, TRANSPOSED: tl.constexpr, C):
     """a `[R, DP]` times a matrix `[D, D]`, the `place`th of those that lie in memory as the sums of two narrow ones, `[.., 2, D, D]` (see
-    `block_means.put_parts`), or, for a float32, as they are.
+    `block_sums.put_parts`), or, for a float32, as they are.
 
     A loop, so that only one part of the matrix is in registers at once: one of the two, or half of a large float32 one.
     """

@@ -68,7 +68,7 @@ class Paired(NamedTuple):
 
 
 class Transposed(NamedTuple):
-    """The lists by key block (`launch_backward.columns`), and the number of each entry's mask."""
+    """The lists by key block (`list_order.columns`), and the number of each entry's mask."""
 
     entries: Tensor
     indptr: Tensor
@@ -321,6 +321,13 @@ class States(NamedTuple):
     mapped: Tensor | None = None
 
 
+class Split(NamedTuple):
+    """Of rows that were split over the keys the softmax over each part `[splits, BH, rows, D]` and its lse in log2 `[splits, BH, rows]`."""
+
+    part: Tensor | None = None
+    lse: Tensor | None = None
+
+
 class Learned(NamedTuple):
     """The method's parameters: offset `[H]`, the projection's weight (in two parts) and bias."""
 
@@ -347,12 +354,35 @@ class Pull(NamedTuple):
 
 class LinearPull(NamedTuple):
     """What comes back to the linear rest's numerator `[BH, image, D]` and mass `[BH, image]`, over their rows' sizes `[BH, image]`; phi(q)
-    `[BH, image, D]`."""
+    `[BH, image, D]`; the largest size of each program that wrote these `[BH, programs]`."""
 
     num: Tensor
     den: Tensor
     size: Tensor
     mapped: Tensor
+    most: Tensor
+
+
+class Outer(NamedTuple):
+    """Factors of a sum of outer products, and where `backward_linear.outer_sums` writes its parts."""
+
+    a: Rows
+    b: Rows
+    states: States
+
+
+class Sums(NamedTuple):
+    """Parts of a linear rest's gradients, and where their sums go (`block_sums.sum_tile`), each None where there is none.
+
+    `parts` `[groups, BH, ..]` of the states with the largest entry of each and what the sums are divided by (`scaled`); `of_weight`: those
+    of the projection, over all heads, with `weight` `[D, D]` and its bias.
+    """
+
+    parts: States | None = None
+    found: States | None = None
+    scaled: Pair | None = None
+    of_weight: States | None = None
+    weight: States | None = None
 
 
 # of a call and of a launch: Triton compiles nothing anew for them
@@ -360,7 +390,8 @@ SIZES = [
     "heads", "tokens_q", "tokens_k", "image", "image_q", "image_k", "image_start", "image_start_q", "image_start_k", "text", "text_q",
     "text_start", "text_start_q", "extra_keys", "q_blocks", "k_blocks", "blocks", "width", "entries", "length_q", "length_k", "mask_size",
     "rows", "columns", "keys", "first", "begin", "end", "chunk", "splits", "group", "groups", "words", "top", "k_width", "units",
-    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened", "text_tiles",
+    "pool_width", "of_below", "first_below", "slots", "members", "above", "spans", "pools", "opened", "text_tiles", "merging", "summing",
+    "programs",
 ]  # fmt: skip
 
 
