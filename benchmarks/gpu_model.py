@@ -43,6 +43,7 @@ UNION = 1.63  # of the lists of two neighbouring query blocks over one, where bl
 LAUNCH = 3e-6  # seconds between two kernels that one would not have
 LAUNCHES_LESS = {"Fovea 5 %": 2, "Fovea radius 8": 3, "CLEAR radius 8": 2, "SLA 5 %": 0}  # where the text is among the image's programs
 STATE_PARTS = 64  # of a head that SLA summed before
+SLA_LAUNCHES_LESS = 2  # the choice's and the states' joined; one more where there is text
 AIMS = {
     ("Fovea 5 %", 16384): 4.0,
     ("Fovea 5 %", 65536): 7.0,
@@ -160,7 +161,9 @@ def predict(name: str, shape: Shape, before: float) -> dict[str, Predicted]:
         least, most = (before - saved + x - alone for x in sorted((alone, among)))
     if name == "SLA 5 %":
         parts = STATE_PARTS - max(1, -(-4 * UNITS // shape.heads))
-        saved = parts * shape.heads * HEAD_DIM * (HEAD_DIM + 1) * 4 * 2 / MEMORY_RATE
+        keys = shape.tokens * shape.heads * HEAD_DIM * 2  # bytes that were read for the means and again for the states
+        moved = parts * shape.heads * HEAD_DIM * (HEAD_DIM + 1) * 4 * 2 + keys
+        saved = moved / MEMORY_RATE + LAUNCH * (SLA_LAUNCHES_LESS + (shape.text > 0))
         least, most = least - saved, most - saved
     found = {"as it is": Predicted(least, most)}
     exact = (sum(steps.listed) + len(steps.listed) * steps.text) * pairs
