@@ -56,13 +56,9 @@ class Chosen(NamedTuple):
     counts: Tensor
     bits: Tensor
     means: Tensor
-    states: Tensor | None = None
-    totals: Tensor | None = None
-    mapped: Tensor | None = None
-
-    def all_tensors(self, like: Tensor) -> tuple[Tensor, ...]:
-        """As PyTorch's operator gives them: of no elements where there is none."""
-        return tuple(like.new_empty(0) if x is None else x for x in self)
+    states: Tensor
+    totals: Tensor
+    mapped: Tensor
 
 
 SELECTION = Transport(SelectionArguments)
@@ -76,7 +72,7 @@ def new_chosen(a: SelectionArguments, *, gpu: bool) -> Chosen:
     lists, counts, bits = (a.q.new_empty(size, dtype=torch.int32) for size in sizes)
     means = a.q.new_empty((3, batch * heads, keys, channels) if gpu and a.pooled else 0)
     if not (gpu and a.states):
-        return Chosen(lists, counts, bits, means)
+        return Chosen(lists, counts, bits, means, *(a.q.new_empty(0) for _ in range(3)))
     matrices = (batch * heads,) if a.q.dtype == torch.float32 else (batch * heads + (a.projection is not None), 2)
     states = a.q.new_empty((*matrices, channels, channels))
     totals = a.q.new_empty((batch * heads, channels), dtype=torch.float32)

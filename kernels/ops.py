@@ -200,15 +200,12 @@ attention_op.register_autograd(_gradients, setup_context=_save)
     "dit_accel::select_blocks", mutates_args=(), schema=SELECTION.schema(f"({', '.join(['Tensor'] * len(Chosen._fields))})")
 )
 def select_blocks_op(implementation: str, *given: Any) -> tuple[Tensor, ...]:
-    a = SELECTION.unpack(*given)
-    chosen: Chosen = _implementation(implementation).select_blocks(a)
-    return chosen.all_tensors(a.q)
+    return tuple(_implementation(implementation).select_blocks(SELECTION.unpack(*given)))
 
 
 @select_blocks_op.register_fake
 def _(implementation: str, *given: Any) -> tuple[Tensor, ...]:
-    a = SELECTION.unpack(*given)
-    return new_chosen(a, gpu=implementation == "triton").all_tensors(a.q)
+    return tuple(new_chosen(SELECTION.unpack(*given), gpu=implementation == "triton"))
 
 
 @torch.library.custom_op(

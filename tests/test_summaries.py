@@ -320,11 +320,11 @@ def test_the_kernels_choose_by_the_error(shape: Shape, spec: AttentionSpec) -> N
         made = lowering.summaries(*qkv, spec, layouts, plan, 0.3, "cpu")
         assert (made is None) == spec.rest.plain  # type: ignore[union-attr]  # then it is one operator
         got, means = lowering.lists(*qkv, spec, layouts, plan, {}, 0.3, "cpu", made)
-        assert means is None  # which the CPU's kernels make where they are read
+        assert not means  # which the CPU's kernels make where they are read
         expected = visited_blocks(image_call(*(x.double() for x in qkv), shape.layout, plan, {}, 0.3), spec, plan).index.sort(-1).values
         assert torch.equal(got.index.long(), expected)
         by_mean = dataclasses.replace(spec, keep=(TopK(0.3),))
-        assert not torch.equal(got.index, lowering.lists(*qkv, by_mean, layouts, plan, 0.3, "cpu", None)[0].index)
+        assert not torch.equal(got.index, lowering.lists(*qkv, by_mean, layouts, plan, {}, 0.3, "cpu", None)[0].index)
 
 
 def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_the_choice_is_the_same_on_any_number_of_threads(monkeypatch: pytest.Mon
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(lowering.lists(*qkv, spec, layouts, plan, 0.3, "cpu", None)[0].index)
+        found.append(lowering.lists(*qkv, spec, layouts, plan, {}, 0.3, "cpu", None)[0].index)
     assert torch.equal(*found)
 
 
@@ -342,7 +342,7 @@ def test_keys_far_from_the_origin_are_chosen_by_their_spread() -> None:
     shape, spec = Shape(1, 2, 24, (1, 16, 16)), by_error()
     plan, (q, k, v) = plan_of(shape, spec), shape.inputs()
     q, k, v = q / 100, k / 100 + 30, v / 100 - 30
-    got, _ = lowering.lists(q, k, v, spec, Layouts(shape.layout, shape.layout), plan, 0.3, "cpu", None)
+    got, _ = lowering.lists(q, k, v, spec, Layouts(shape.layout, shape.layout), plan, {}, 0.3, "cpu", None)
     expected = visited_blocks(image_call(*(x.double() for x in (q, k, v)), shape.layout, plan, {}, 0.3), spec, plan)
     assert torch.equal(got.index.long(), expected.index.sort(-1).values)
 

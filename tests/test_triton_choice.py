@@ -310,7 +310,7 @@ class Seen(TorchDispatchMode):
 
 ROWS = ["dense_rows", "attend_rows"]
 STEPS = {
-    "fovea": (Fovea(0.2), ["block_moments", "choose_by_means", *ROWS], 4, 12),
+    "fovea": (Fovea(0.2), ["block_moments", "choose_by_means", *ROWS], 4, 15),
     "fovea-radius": (Fovea(radius=3), ["summarise", *ROWS], 1, 8),
     "sla": (SLA(0.3, block=(32, 32)), ["summarise", "choose_by_means", *ROWS], 5, 14),
     "clear": (CLEAR(3), ROWS, 0, 4),

@@ -309,7 +309,7 @@ def lists(
         )  # fmt: skip
     chosen = ops.select_blocks(arguments, implementation)
     made_too = {name: getattr(chosen, name) for name in ("means", "states", "totals", "mapped")}
-    found = {name: x for name, x in made_too.items() if x is not None and x.numel()}
+    found = {name: x for name, x in made_too.items() if x.numel()}
     return Lists.of_chosen(chosen) if plan.static is None else Lists.from_map(with_chosen(plan.static, chosen.lists.long())), found
 
 

@@ -58,7 +58,7 @@ def select_blocks(a: SelectionArguments, machine: Machine, run: Run = execute) -
     else:
         _choose(a, moments, groups, taken, machine, run)
         if a.states:
-            of_weight = None if sums.projection is None or chosen.states is None else chosen.states[a.q.shape[0] * a.q.shape[1] :]
+            of_weight = None if sums.projection is None else chosen.states[a.q.shape[0] * a.q.shape[1] :]
             sum_states(sums.parts, sums.found, sums.projection, of_weight, a.q.shape[3], run)
     return chosen
 
