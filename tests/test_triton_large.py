@@ -17,7 +17,7 @@ from dit_accel.kernels import dispatch
 from dit_accel.kernels.arguments import Arguments
 from dit_accel.kernels.precision import int8_products
 from dit_accel.kernels.triton import calls, launch, launch_backward
-from dit_accel.kernels.triton.launch import Launch
+from dit_accel.kernels.triton.launch import Launch, Run
 from dit_accel.kernels.triton.tables import TOGETHER, Machine, tile_of_two
 from dit_accel.measure.gpu_compile import METHODS
 from dit_accel.method import AttentionSpec
@@ -78,7 +78,7 @@ def run(
     layout: TokenLayout,
     heads: int,
     channels: int,
-    last: Last,
+    last: Run,
     *,
     backward: bool,
     by_token: bool,
@@ -135,8 +135,18 @@ def test_a_product_that_passes_them_would_be_seen(last: Last) -> None:
 
 def test_more_heads_than_a_grid_has_programs_are_refused() -> None:
     q = torch.empty(4096, 16, 20, 8)
-    with pytest.raises(BackendError, match="at most 65,535 heads of all samples together, not 4,096 times 16: cut the batch"):
+    with pytest.raises(BackendError, match="at most 65,534 heads of all samples together, not 4,096 times 16: cut the batch"):
         attention(q, q, q, CLEAR(2), TokenLayout((1, 4, 5), 0), backend="triton")
+
+
+@pytest.mark.parametrize("name", ["sla", "sla, all"])
+def test_as_many_heads_as_are_taken_have_programs(name: str) -> None:
+    """Of a projection too, which some launches take as one head more."""
+    found: list[Launch] = []
+    settings: dict[str, Any] = {"backward": True, "by_token": False}
+    run(METHODS[name], TokenLayout((1, 16, 16), 0), calls.MOST_HEADS, 8, found.append, **settings)
+    assert {"attend_rows", "gradient_rows"} <= {one.kernel.__name__ for one in found}
+    assert max(max(one.grid[1:]) for one in found) == 65535
 
 
 def test_more_pairs_of_blocks_than_32_bits_count_are_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, random_parameters, spread
-from on_device import CPU, attention_by, moved
+from on_device import CPU, DEVICE, attention_by, moved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +130,19 @@ def test_what_is_left_to_itself_takes_none(monkeypatch: pytest.MonkeyPatch) -> N
     for spec in (SLA(0.3, "elu", "all", block=(16, 16)), SLA(0.7, block=(16, 16))):
         a, _ = given(spec, shape, torch.float32, monkeypatch)
         assert a.states is a.totals is a.mapped is None
+
+
+def test_the_mean_of_a_block_without_tokens_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 / 0 would be the largest of all scores on a card."""
+    q, k, v = moved([torch.randn(1, 2, 32, 16, generator=torch.Generator().manual_seed(n)) for n in range(3)])
+    starts = torch.tensor([0, 0, 16, 32], dtype=torch.int32, device=DEVICE)
+    a = SelectionArguments(q=q, k=k, v=v, q_starts=starts[1:], k_starts=starts, q_width=16, k_width=16, top=1, states=True)
+    made: list[Any] = []
+    make = launch_choice._states
+    monkeypatch.setattr(launch_choice, "_states", lambda *given: (made.append(make(*given)), made[-1])[1])
+    found = calls.select_blocks(a)
+    assert not made[0][0].k_mean[:, 0].any()
+    assert torch.equal(found.lists, calls.select_blocks(a._replace(v=None, states=False)).lists)
 
 
 def test_a_choice_of_states_says_what_it_requires() -> None:

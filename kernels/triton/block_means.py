@@ -38,7 +38,7 @@ def summarise(
     first = number * group
     for j in range(first, tl.minimum(first + group, blocks)):
         begin, end = tl.load(starts + j), tl.load(starts + j + 1)
-        count = (end - begin).to(tl.float32)
+        count = tl.maximum(end - begin, 1).to(tl.float32)
         at = (bh * blocks + j) * C.D
         k_sum = tl.zeros([C.DP], tl.float32)
         v_sum = tl.zeros([C.DP], tl.float32)

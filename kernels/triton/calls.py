@@ -47,7 +47,7 @@ from triton.runtime.errors import OutOfResources
 T = TypeVar("T")
 
 NOT_FITTING = "a GPU kernel that holds whole blocks needs more of the GPU than there is"
-MOST_HEADS = 65535  # programs along a grid's second and third axis (CUDA C++ programming guide, technical specifications)
+MOST_HEADS = 65534  # one less than a grid has along its second and third axis (CUDA C++ programming guide): a projection takes one too
 INTERPRETED = Machine("sm_90", 4)  # few units, so that short reductions are split as long ones are on a device
 
 
