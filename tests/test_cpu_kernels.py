@@ -211,6 +211,30 @@ def test_maxima_that_rise_from_block_to_block(name: str, steepness: float, dtype
     assert_close_as_eager(got[1], exact[1].detach(), eager[1].detach(), "lse")
 
 
+@every_target
+def test_channels_of_very_different_sizes_share_a_rest() -> None:
+    """A channel that is large in what is left out alone errs as eager does, while another is larger everywhere."""
+    spec, shape = AttentionSpec((TopK(0.1),), Linear("elu"), Mass(), Raster(), (32, 32)), Shape(1, 1, 32, (1, 1, 1024))
+    q, k, v = shape.inputs()
+    q[..., -1], k[:, :, :32, -1] = 4.0, 3.0  # every query keeps the first block
+    k[:, :, 5, :-1], k[:, :, 5, -1] = 0.0, -60.0  # but its large key has no weight in the softmax
+    v[..., 0] *= 1e6
+    v[:, :, 5, 1] = 3e5
+    exact, eager = (oracle(q, k, v, spec, shape.layout, dtype=d)[0].detach() for d in (torch.float64, torch.float32))
+    assert_close_as_eager(run([q, k, v], spec, shape.layout)[0][..., 1], exact[..., 1], eager[..., 1])
+
+
+@every_target
+@pytest.mark.parametrize("offset", [300.0, 3e4, 1e10])
+def test_features_of_a_large_offset(offset: float) -> None:
+    """All channels of the queries are large, and differ little: the softmax over channels does not see what they share."""
+    spec, shape = dataclasses.replace(SPECS["sla"], merge=Mass()), Shape(1, 1, 32, (1, 16, 24))
+    q, k, v = shape.inputs()
+    q, k = q + offset, k * 1e-3
+    exact, eager = (oracle(q, k, v, spec, shape.layout, dtype=d)[0].detach() for d in (torch.float64, torch.float32))
+    assert_close_as_eager(run([q, k, v], spec, shape.layout)[0], exact, eager)
+
+
 @every_spec
 def test_threads_change_no_bit(spec: AttentionSpec) -> None:
     shape, found, threads = Shape(1, 3, 24, (1, 19, 21), 7), [], torch.get_num_threads()

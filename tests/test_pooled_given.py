@@ -39,9 +39,8 @@ def problem(
     q, k, v = (torch.randn(1, HEADS, tokens, dim, generator=seed).to(dtype) for _ in range(3))
     some = blocks if all_kept else max(1, blocks // 4)
     chosen = torch.rand(HEADS, blocks, blocks, generator=seed).argsort(-1)[..., :some].sort(-1).values.to(torch.int32)
-    none = chosen.new_empty(0)
-    given = (chosen, torch.full(chosen.shape[:2], some, dtype=torch.int32), *[none] * 5)
-    lists, g = Lists.of_chosen(Chosen(*given)), plan.geometry
+    none, g = chosen.new_empty(0), plan.geometry
+    lists = Lists.of_chosen(Chosen(chosen, torch.full(chosen.shape[:2], some, dtype=torch.int32), *[none] * 5))
     size = {"pooled_k": (parts * blocks, dim), "pooled_v": (parts * blocks, dim), "pooled_bias": (parts * blocks,)}
     given = {name: torch.randn(1, HEADS, *shape, generator=seed) for name, shape in size.items()}
     given["slopes"] = torch.randn(1, HEADS, blocks, dim, dim, generator=seed) / dim**0.5

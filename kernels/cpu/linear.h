@@ -12,7 +12,7 @@ static inline void features(float* out, const float* x, int64_t ldx, int64_t n, 
             for (int64_t d = 0; d < channels; d += LANES) highest = max(highest, d + LANES <= channels ? load(row + d) : select(LANE < all(int32_t(channels - d)), load(row + d), highest));
             each[r] = highest;
         }
-        if (map == PHI_SOFTMAX) store(shift, horizontal_maxima(each) * LOG2E);
+        if (map == PHI_SOFTMAX) store(shift, horizontal_maxima(each));
         for (int64_t r = 0; r < rows; r++) {
             const float* row = x + (first + r) * ldx;
             float* to = out + (first + r) * padded;
@@ -20,7 +20,7 @@ static inline void features(float* out, const float* x, int64_t ldx, int64_t n, 
             for (int64_t d = 0; d < channels; d += LANES) {
                 V value = load(row + d), y;
                 if (map == PHI_RELU) y = value <= V{} ? V{} : value;
-                else y = exp2(value * LOG2E - shift[r]);
+                else y = exp2((value - shift[r]) * LOG2E);  // the difference of near numbers is exact, that of their products is not
                 if (map == PHI_ELU) y = value > V{} ? value + 1.f : y;
                 if (d + LANES > channels) y = select(LANE < all(int32_t(channels - d)), y, V{});
                 sum += y;
@@ -83,17 +83,16 @@ struct Taken {
 
 // States of `blocks` blocks, and the rests of `readers`: what is left of their sum without the blocks that a reader leaves out. Each is a matrix
 // [channels, padded] of size `size` with a vector [padded] as its last row. States lie row by row: all blocks' first rows, then their second. The vector's
-// sums run in float64, so that its rest, a difference of sums, is as exact as a sum of the rest alone; so do those of other rows where a float32 sum of
+// sums run in float64, so that its rest, a difference of sums, is as exact as a sum of the rest alone; so do those of other entries where a float32 sum of
 // what is left out would err by more than a sum of the rest.
 struct States {
     const Geometry& g;
     const int64_t blocks, readers, size;
     Array<float> state, rests;  // [channels + 1, blocks, padded], [readers, channels + 1, padded]; without readers, `rests` is the sum of all
-    Array<float> largest;       // [channels, blocks]: what no entry of a row exceeds
     Array<double> total;
 
     States(const Geometry& g, int64_t blocks, int64_t readers)
-        : g(g), blocks(blocks), readers(readers), size((g.channels + 1) * g.padded), largest(readers ? g.channels * blocks : 0), total(size) {
+        : g(g), blocks(blocks), readers(readers), size((g.channels + 1) * g.padded), total(size) {
         state.allocate(blocks * size, g.channels != g.padded), rests.allocate(std::max<int64_t>(readers, 1) * size, false);
     }
 
@@ -118,23 +117,6 @@ struct States {
                 for (int l = 0; l < LANES; l++) sum[l] += w ? double(phi[r * g.padded + c + l]) * w[r] : double(phi[r * g.padded + c + l]);
             for (int l = 0; l < LANES; l++) sums[c + l] = float(sum[l]);
         }
-        measure(i);
-    }
-
-    // What no entry of the rows of block i's state exceeds.
-    void measure(int64_t i) {
-        for (int64_t first = 0; first < g.channels && readers; first += LANES) {
-            const int64_t rows = std::min<int64_t>(LANES, g.channels - first);
-            V each[LANES] = {};
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = 0; c < g.padded; c += LANES) {
-                    const V x = load(of(first + r, i) + c);
-                    each[r] = max(each[r], max(x, -x));
-                }
-            alignas(64) float found[LANES];
-            store(found, horizontal_maxima(each));
-            for (int64_t r = 0; r < rows; r++) largest[(first + r) * blocks + i] = found[r];
-        }
     }
 
     // state of block i as it is given, [channels + 1, channels]
@@ -143,74 +125,82 @@ struct States {
             std::fill_n(of(d, i), g.padded, 0.f);
             __builtin_memcpy(of(d, i), from + d * g.channels, size_t(g.channels) * 4);
         }
-        measure(i);
     }
     void clear(int64_t i) {
         for (int64_t d = 0; d <= g.channels; d++) std::fill_n(of(d, i), g.padded, 0.f);
-        for (int64_t d = 0; d < g.channels && readers; d++) largest[d * blocks + i] = 0;
     }
 
     // Row d of the total and of all rests; taken_by(reader): as Taken. `marks`: space for a byte for each block.
     template <class TakenBy>
     void row(int64_t d, uint8_t* marks, TakenBy&& taken_by) const {
         double* sum = total + d * g.padded;
+        Split split;
         for (int64_t c = 0; c < g.padded; c += LANES) {
             double whole[LANES] = {};
-            for (int64_t i = 0; i < blocks; i++)
-                for (int l = 0; l < LANES; l++) whole[l] += double(of(d, i)[c + l]);
+            V sizes{};
+            for (int64_t i = 0; i < blocks; i++) {
+                const float* from = of(d, i) + c;
+                for (int l = 0; l < LANES; l++) whole[l] += double(from[l]);
+                sizes += magnitude(load(from));
+            }
             __builtin_memcpy(sum + c, whole, sizeof whole);
+            store(split.half + c, sizes * 0.5f);
         }
         if (!readers)
             for (int64_t c = 0; c < g.padded; c++) rests[d * g.padded + c] = float(sum[c]);
-        alignas(64) float high[MAX_CHANNELS], low[MAX_CHANNELS];  // the total as the sum of two
-        for (int64_t c = 0; c < g.padded; c++) high[c] = float(sum[c]), low[c] = float(sum[c] - double(high[c]));
-        float bound = 0;
-        for (int64_t i = 0; i < blocks && readers && d < g.channels; i++) bound += largest[d * blocks + i];
-        for (int64_t reader = 0; reader < readers; reader++) {
-            const Taken taken = taken_by(reader);
-            float* out = rests + reader * size + d * g.padded;
-            if (d < g.channels && 2 * taken.count <= blocks && is_small(d, taken, bound))
-                subtract(out, d, taken, high, low);
-            else
-                exact_row(out, d, marks, taken);
+        for (int64_t c = 0; c < g.padded; c++) {
+            split.high[c] = float(sum[c]), split.low[c] = float(sum[c] - double(split.high[c]));
+            if (!std::isfinite(split.high[c])) split.half[c] = -1;  // what is left may be finite all the same
         }
+        for (int64_t reader = 0; reader < readers; reader++) rest_row(rests + reader * size + d * g.padded, d, marks, taken_by(reader), split);
     }
 
-    // Whether what is left out of row d is no larger than what is left.
-    bool is_small(int64_t d, const Taken& taken, float bound) const {
-        float sum = 0;
-        for (int64_t n = 0; n < taken.count; n++) sum += largest[d * blocks + taken.blocks[n]];
-        return 2 * sum <= bound;
-    }
+    // A row of the total as the sum of two, and half the sum of its terms' sizes.
+    struct Split {
+        alignas(64) float high[MAX_CHANNELS], low[MAX_CHANNELS], half[MAX_CHANNELS];
+    };
 
-    void subtract(float* out, int64_t d, const Taken& taken, const float* high, const float* low) const {
-        for_strips(g.padded, [&](int64_t c, auto strip) __attribute__((always_inline)) {
-            V sum[strip.value] = {};
-            for (int64_t n = 0; n < taken.count; n++)
-                for (int s = 0; s < strip.value; s++) sum[s] += load(of(d, taken.blocks[n]) + c + s * LANES);
-            for (int s = 0; s < strip.value; s++) store(out + c + s * LANES, (load(high + c + s * LANES) - sum[s]) + load(low + c + s * LANES));
-        });
-    }
-
-    void exact_row(float* out, int64_t d, uint8_t* marks, const Taken& taken) const {
+    void rest_row(float* out, int64_t d, uint8_t* marks, const Taken& taken, const Split& split) const {
         const bool few = 2 * taken.count <= blocks;  // subtract what is taken from the total, or add up what is left
         if (!few) {
             __builtin_memset(marks, 0, size_t(blocks));
             for (int64_t n = 0; n < taken.count; n++) marks[taken.blocks[n]] = 1;
         }
-        const double* whole = total + d * g.padded;
-        for (int64_t c = 0; c < g.padded; c += LANES) {
-            double sum[LANES];
-            for (int l = 0; l < LANES; l++) sum[l] = few ? whole[c + l] : 0;
-            for (int64_t n = 0; n < (few ? taken.count : blocks); n++) {
-                if (!few && marks[n]) continue;
-                const float* from = of(d, few ? taken.blocks[n] : n) + c;
-                if (few)
-                    for (int l = 0; l < LANES; l++) sum[l] -= double(from[l]);
-                else
-                    for (int l = 0; l < LANES; l++) sum[l] += double(from[l]);
+        for_strips(g.padded, [&](int64_t c, auto strip) __attribute__((always_inline)) {
+            if (d < g.channels && few && subtract<strip.value>(out + c, d, c, taken, split)) return;
+            for (int s = 0; s < strip.value; s++) exact(out + c + s * LANES, d, c + s * LANES, marks, taken, few);
+        });
+    }
+
+    // From column c on. False where the size of what is left out of an entry exceeds that of what is left: channels of very different sizes share a row.
+    template <int N>
+    bool subtract(float* out, int64_t d, int64_t c, const Taken& taken, const Split& split) const {
+        V sum[N] = {}, sizes[N] = {}, excess{};
+        for (int64_t n = 0; n < taken.count; n++)
+            for (int s = 0; s < N; s++) {
+                const V x = load(of(d, taken.blocks[n]) + c + s * LANES);
+                sum[s] += x, sizes[s] += magnitude(x);
             }
-            for (int l = 0; l < LANES; l++) out[c + l] = d == g.channels && std::fabs(sum[l]) < 1e-12 * std::fabs(whole[c + l]) ? 0.f : float(sum[l]);  // what rounding left of a sum of zeros
+        for (int s = 0; s < N; s++) {
+            const int64_t at = c + s * LANES;
+            store(out + s * LANES, (load(split.high + at) - sum[s]) + load(split.low + at));
+            excess = max(sizes[s] - load(split.half + at), excess);
         }
+        return !(horizontal_max(excess) > 0);
+    }
+
+    void exact(float* out, int64_t d, int64_t c, const uint8_t* marks, const Taken& taken, bool few) const {
+        const double* whole = total + d * g.padded + c;
+        double sum[LANES];
+        for (int l = 0; l < LANES; l++) sum[l] = few ? whole[l] : 0;
+        for (int64_t n = 0; n < (few ? taken.count : blocks); n++) {
+            if (!few && marks[n]) continue;
+            const float* from = of(d, few ? taken.blocks[n] : n) + c;
+            if (few)
+                for (int l = 0; l < LANES; l++) sum[l] -= double(from[l]);
+            else
+                for (int l = 0; l < LANES; l++) sum[l] += double(from[l]);
+        }
+        for (int l = 0; l < LANES; l++) out[l] = d == g.channels && std::fabs(sum[l]) < 1e-12 * std::fabs(whole[l]) ? 0.f : float(sum[l]);  // what rounding left of a sum of zeros
     }
 };

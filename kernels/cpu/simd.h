@@ -20,6 +20,7 @@ static inline I all(int32_t x) { return x - I{}; }
 static inline V max(V a, V b) { return a > b ? a : b; }
 static inline V min(V a, V b) { return a < b ? a : b; }
 static inline V select(I mask, V a, V b) { return mask ? a : b; }
+static inline V magnitude(V x) { return V(I(x) & 0x7fffffff); }
 
 // acc += x · y. On x86 the form that overwrites the sum is asked for by name: left to itself, GCC 12 picks the one that overwrites a
 // factor and then spills half of a register tile in every turn of the inner loop.

@@ -164,6 +164,15 @@ def take_best(x, chosen, first, rows, blocks, top):
     tl.store(chosen.lists + first * top + place, tl.broadcast_to(j[None, :], [R, W]), mask=(taken > 0) & valid[:, None])
 
 
+@triton.jit
+def sum_further(sums, projection, bh, number, groups, heads, C):
+    """What the further programs of `choose_by_means` do."""
+    if bh < heads:
+        sum_tile(sums.parts, sums.found, None, bh, number, groups, heads, C.E, C.N, C)
+    if projection is not None and bh >= heads and number >= 0:
+        weight_tile(projection, sums.found.state, bh, number, C.E, C)
+
+
 @kernel("D DP BQ BD W GROUPS E N PRECISION")
 def choose_by_means(
     found, weight, bias, chosen, sums, projection, scale, cap, heads, q_blocks, k_blocks, groups, top, C: tl.constexpr
@@ -176,14 +185,10 @@ def choose_by_means(
     Grid: (tiles of query blocks, and of D² entries; batch · heads, one more of a projection).
     """
     bh = tl.program_id(1).to(tl.int64)
-    if sums is not None:
+    if sums is not None and ((tl.program_id(0) >= tl.cdiv(q_blocks, C.BQ)) | (bh >= heads)):
         number = tl.program_id(0) - tl.cdiv(q_blocks, C.BQ)
-        if (number >= 0) | (bh >= heads):
-            if bh < heads:
-                sum_tile(sums.parts, sums.found, None, bh, number, groups, heads, C.E, C.N, C)
-            elif projection is not None and number >= 0:
-                weight_tile(projection, sums.found.state, bh, number, C.E, C)
-            return
+        sum_further(sums, projection, bh, number, groups, heads, C)
+        return
     row = tl.program_id(0) * C.BQ + tl.arange(0, C.BQ)
     j = tl.arange(0, C.W)
     group = tl.arange(0, C.GROUPS)
