@@ -83,11 +83,11 @@ def sum_gradients(sums, bh, number, groups, heads, C):
     """The `number`th of the programs of one head that sum parts (`tuples.Sums`): first those of its states, then its share of those of the
     projection, which are smaller, as each goes through all heads."""
     tiles = 0
-    if sums.parts is not None:
+    if sums.parts.state is not None:
         tiles = tl.cdiv(C.D * C.D, C.E)
         if number < tiles:
             sum_tile(sums.parts, sums.found, sums.scaled, bh, number, groups, heads, C.E, C.N, C)
-    if sums.of_weight is not None and number >= tiles:
+    if sums.of_weight.state is not None and number >= tiles:
         place = (number - tiles) * heads + bh
         sum_tile(sums.of_weight, sums.weight, None, 0, place, groups * heads, 1, C.E // 8, C.N * 8, C)
 
@@ -101,11 +101,11 @@ def gradient_rows(
     """dq `[B, H, Nq, D]` (contiguous) of the image's queries, and of the text's in `text_tiles` tiles; arguments as in `attend_rows`.
 
     `more` `[BH, image_q, D]`: what the linear rest adds (`linear_gradient`). `tilt`: where there are slopes, `tilted_deltas` and the share,
-    which is written here. `sums` (or None): what the last `summing` programs of each head sum, of `groups` parts.
+    which is written here. `sums`: what the last `summing` programs of each head sum, of `groups` parts.
 
     Grid: (text_tiles + query blocks · SUB_Q + summing, batch · heads).
     """
-    if sums is not None and tl.program_id(0) >= tl.num_programs(0) - summing:
+    if (sums.parts.state is not None or sums.of_weight.state is not None) and tl.program_id(0) >= tl.num_programs(0) - summing:
         number = tl.program_id(0) - (tl.num_programs(0) - summing)
         sum_gradients(sums, tl.program_id(1).to(tl.int64), number, groups, tl.num_programs(1), C)
         return

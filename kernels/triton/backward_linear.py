@@ -184,10 +184,10 @@ def outer_sums(a, b, rest_pull, states, most, further, share, heads, rows, first
     entry of the first (`most`, or None); f is phi times the row's relative size, or nothing where there is no `rest_pull`.
 
     `a` is read from row `first` on, b `[B, H, rows, D]` and the pull from row 0; `programs` as in `linear_columns`. `further`
-    (`tuples.Outer`, or None): another sum, in the second half of a third axis. Grid: (chunks, batch · heads, 2 with a further one).
+    (`tuples.Outer`): another sum, in the second half of a third axis. Grid: (chunks, batch · heads, 2 with a further one).
     """
     bh = tl.program_id(1).to(tl.int64)
-    if further is not None and tl.program_id(2) > 0:
+    if further.states.state is not None and tl.program_id(2) > 0:
         outer_part(further.a, further.b, None, None, further.states, None, 1.0, bh, heads, rows, first, chunk, C)
         return
     shrink = None if rest_pull is None else 1.0 / largest_size(rest_pull, bh, programs)

@@ -180,12 +180,12 @@ def choose_by_means(
     """The best key blocks of BQ query blocks, of at most W key blocks, by the products of means; see `choose_blocks` for `weight` and
     `bias`. Where `found` has variances, `joined_error` is the bias.
 
-    `sums` (`tuples.Sums`, or None): `groups` parts of each head, whose sums further programs write, and with them `projection`
+    `sums` (`tuples.Sums`): `groups` parts of each head, whose sums further programs write, and with them `projection`
     `[D, D]`, or None, as one more head's (`block_sums.sum_tile`).
     Grid: (tiles of query blocks, and of D² entries; batch · heads, one more of a projection).
     """
     bh = tl.program_id(1).to(tl.int64)
-    if sums is not None and ((tl.program_id(0) >= tl.cdiv(q_blocks, C.BQ)) | (bh >= heads)):
+    if sums.parts.state is not None and ((tl.program_id(0) >= tl.cdiv(q_blocks, C.BQ)) | (bh >= heads)):
         number = tl.program_id(0) - tl.cdiv(q_blocks, C.BQ)
         sum_further(sums, projection, bh, number, groups, heads, C)
         return

@@ -91,7 +91,7 @@ def gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, a: Ar
     if a.extra_k is not None and a.extra_v is not None:
         seen_by = range(call.image_start_q, call.image_start_q + call.image_q)
         extra = _shared(call, pull, a.extra_k, a.extra_v, call.unbiased, range(a.extra_k.shape[2]), seen_by)
-    learned = States() if linear.sums is None or linear.sums.weight is None else linear.sums.weight
+    learned = linear.sums.weight
     return Gradients(dq, dk, dv, *extra, *given, linear.dfar, doffset, learned.state, learned.total)
 
 
@@ -101,7 +101,7 @@ class Linear(NamedTuple):
 
     dq: Tensor | None = None
     pull: LinearPull | None = None
-    sums: Sums | None = None
+    sums: Sums = Sums()
     dfar: Tensor | None = None
     doffset: Tensor | None = None
 
@@ -123,7 +123,7 @@ def _linear(call: Call, pull: Pull, rests: Rests) -> Linear:
     return Linear(more, rest_pull, sums, dfar, per_head)
 
 
-def _outer(call: Call, pull: Pull, rest_pull: LinearPull, mean: Tensor) -> tuple[Sums | None, Tensor | None]:
+def _outer(call: Call, pull: Pull, rest_pull: LinearPull, mean: Tensor) -> tuple[Sums, Tensor | None]:
     """Parts of the gradients of the states and of the projection, and the gradient of far states, which is of the whole sums."""
     a, d, tile, left = call.a, call.channels, call.tile("outer"), call.flags["LEFT"]
     chunk = cdiv(cdiv(call.image_q, state_groups(call.bh, call.machine)), tile.queries) * tile.queries
@@ -137,11 +137,12 @@ def _outer(call: Call, pull: Pull, rest_pull: LinearPull, mean: Tensor) -> tuple
     of_weight = factors(pull.dout, mean) if call.residual else None
     first, further = (of_weight, None) if of_states is None else (of_states, of_weight)
     if first is None:
-        return None, None
+        return Sums(), None
     most = None if of_states is None else call.empty(chunks, call.bh)
     call.start(
         backward_linear.outer_sums, "outer", (chunks, call.bh, 1 if further is None else 2), a=first.a, b=first.b,
-        rest_pull=None if of_states is None else rest_pull, states=first.states, most=most, further=further,
+        rest_pull=None if of_states is None else rest_pull, states=first.states, most=most,
+        further=first._replace(states=States()) if further is None else further,
         share=1.0 if of_states is None else 1 / call.image_k, first=call.image_start_q, rows=call.image_q, chunk=chunk,
         programs=rest_pull.most.shape[1],
     )  # fmt: skip
@@ -155,7 +156,7 @@ def _outer(call: Call, pull: Pull, rest_pull: LinearPull, mean: Tensor) -> tuple
         sums = Sums(of_states.states, found, Pair(most, call.empty(call.bh)))
     if of_weight is not None:
         sums = sums._replace(of_weight=of_weight.states, weight=States(call.empty(d, d), call.empty(d)))
-    return None if sums == Sums() else sums, dfar
+    return sums, dfar
 
 
 def _linear_columns(call: Call, linear: Linear, transposed: Transposed) -> Pair:
@@ -168,7 +169,7 @@ def _linear_columns(call: Call, linear: Linear, transposed: Transposed) -> Pair:
     if call.flags["LEFT"]:
         left = call.k_blocks - a.counts
         transposed = columns(call.lists.blocks.flip(-1), left, left, call.k_blocks)
-    elif linear.sums is not None and linear.sums.found is not None and linear.sums.scaled is not None:
+    elif linear.sums.found.state is not None:
         states, unit = linear.sums.found, linear.sums.scaled.v
     call.start(
         backward_linear.linear_columns, "linear_columns", (call.k_blocks * cdiv(call.k_width, call.tile("linear_columns").keys), call.bh),
@@ -235,9 +236,9 @@ def _rows(call: Call, pull: Pull, tilt: Tilt, rests: Rests, linear: Linear, dq: 
     """`joined`: tiles of the text's queries. What is left to sum for the linear rest is summed in the same launch."""
     a, programs = call.a, (joined or 0) + call.q_blocks * cdiv(call.q_width, call.tile("gradient_rows").queries)
     sums, summing, groups, entries = linear.sums, 0, 0, call.channels * call.channels
-    if sums is not None and sums.parts is not None and sums.parts.state is not None:
+    if sums.parts.state is not None:
         summing, groups = cdiv(entries, SUMMING["E"]), len(sums.parts.state)
-    if sums is not None and sums.of_weight is not None and sums.of_weight.state is not None:
+    if sums.of_weight.state is not None:
         summing, groups = summing + cdiv(cdiv(entries, SUMMING["E"] // 8), max(1, call.bh)), len(sums.of_weight.state)
     call.start(
         backward.gradient_rows, "gradient_rows", (programs + summing, call.bh), **call.rows(), extra=Pair(a.extra_k, a.extra_v), pull=pull,

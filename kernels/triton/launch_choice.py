@@ -157,7 +157,7 @@ def _choose_at_once(
         "D": d, "DP": padded, "BQ": 16, "BD": min(padded, 32 if wide <= 256 else 16), "W": wide, "GROUPS": GROUPS,
         **SUMMING, "PRECISION": precision_of(machine.arch),
     }  # fmt: skip
-    programs, heads, of_states = cdiv(queries, 16), a.q.shape[0] * a.q.shape[1], None
+    programs, heads, of_states = cdiv(queries, 16), a.q.shape[0] * a.q.shape[1], Sums()
     if sums.parts.state is not None:
         of_states, groups = Sums(sums.parts._replace(mapped=None), sums.found), len(sums.parts.state)
         programs += cdiv(d * d, SUMMING["E"])

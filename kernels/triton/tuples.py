@@ -364,7 +364,7 @@ class LinearPull(NamedTuple):
 
 
 class Outer(NamedTuple):
-    """Factors of a sum of outer products, and where `backward_linear.outer_sums` writes its parts."""
+    """Factors of a sum of outer products, and where `backward_linear.outer_sums` writes its parts; without a state there is no sum."""
 
     a: Rows
     b: Rows
@@ -372,17 +372,18 @@ class Outer(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Parts of a linear rest's gradients, and where their sums go (`block_sums.sum_tile`), each None where there is none.
+    """Parts of a linear rest's gradients, and where their sums go (`block_sums.sum_tile`); without a state there are none. Kernels ask
+    for a tensor: Triton 3.6 can't compare a tuple with None that has another tuple with None in it.
 
     `parts` `[groups, BH, ..]` of the states with the largest entry of each and what the sums are divided by (`scaled`); `of_weight`: those
     of the projection, over all heads, with `weight` `[D, D]` and its bias.
     """
 
-    parts: States | None = None
-    found: States | None = None
-    scaled: Pair | None = None
-    of_weight: States | None = None
-    weight: States | None = None
+    parts: States = States()
+    found: States = States()
+    scaled: Pair = Pair()
+    of_weight: States = States()
+    weight: States = States()
 
 
 # of a call and of a launch: Triton compiles nothing anew for them
