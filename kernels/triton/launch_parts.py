@@ -14,7 +14,7 @@ from dit_accel.kernels.triton.fallback import Place
 from dit_accel.kernels.triton.launch import Launch, Run, cdiv, execute, mixing, precision_of, state_groups, sum_states, tf32_allowed, tiled
 from dit_accel.kernels.triton.launch_choice import query_moments
 from dit_accel.kernels.triton.tables import Machine, power
-from dit_accel.kernels.triton.tuples import CutBlocks, PartGradients, Parts, States, constants_of, rows_of
+from dit_accel.kernels.triton.tuples import CutBlocks, Outer, PartGradients, Parts, States, constants_of, rows_of
 
 
 def summarize(a: SummaryArguments, machine: Machine, run: Run = execute) -> Summaries:
@@ -87,8 +87,9 @@ def _metric(a: SummaryArguments, q: Tensor, machine: Machine, run: Run) -> Tenso
     products = q.new_empty((chunks, batch * heads, d, d), dtype=torch.float32)
     sums = q.new_empty((chunks, batch * heads, d), dtype=torch.float32)
     constants = {"D": d, "DP": padded, "BQ": tile.queries, "MAP": -1, "STAGES": tile.stages, "PRECISION": _precision(a, machine)}
+    rows = rows_of(q)
     arguments = {
-        "a": rows_of(q), "b": rows_of(q), "rest_pull": None, "states": States(products, sums), "most": None, "further": None,
+        "a": rows, "b": rows, "rest_pull": None, "states": States(products, sums), "most": None, "further": Outer(rows, rows, States()),
         "share": 1 / tokens, "programs": 0,
         "heads": heads, "rows": tokens, "first": 0, "chunk": chunk, "C": constants_of(backward_linear.outer_sums, constants),
     }  # fmt: skip
