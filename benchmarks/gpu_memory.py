@@ -12,25 +12,18 @@ import argparse
 from typing import Any
 
 import torch
+from gpu import SPECS
 
 from dit_accel.kernels.triton import calls
 from dit_accel.kernels.triton.launch import Launch
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec
-from dit_accel.method.presets import CLEAR, SLA, Fovea
 from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import make_plan
 from dit_accel.operator.layout import TokenLayout
 from dit_accel.operator.plans import plan_bytes, tensors_of
 
-SPECS: dict[str, AttentionSpec] = {
-    "Fovea 5 %": Fovea(0.05),
-    "Fovea radius 8": Fovea(radius=8),
-    "CLEAR radius 8": CLEAR(8),
-    "SLA 5 %": SLA(0.05),
-    "Fovea 5 %, order 1": Fovea(0.05, order=1),
-}
 GRIDS = ((1, 256, 256), (1, 512, 512), (1, 1024, 1024))
 MACHINE = Machine("sm_90", 132)
 

@@ -13,12 +13,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu
 import torch
 
 from dit_accel.kernels.triton import calls
 from dit_accel.kernels.triton.tables import Machine
 from dit_accel.method import AttentionSpec
-from dit_accel.method.presets import CLEAR, GNA, SLA, Fovea
+from dit_accel.method.presets import CLEAR, GNA
 from dit_accel.operator import composition
 from dit_accel.operator.attention import start_values
 from dit_accel.operator.blocks_of_grid import Plan, make_plan
@@ -51,9 +52,7 @@ AIMS = {
     ("SLA 5 %", 65536): 6.3,
 }  # times as fast as dense attention
 
-SPECS: dict[str, AttentionSpec] = {
-    "Fovea 5 %": Fovea(0.05), "Fovea radius 8": Fovea(radius=8), "CLEAR radius 8": CLEAR(8), "SLA 5 %": SLA(0.05),
-}  # fmt: skip
+SPECS = {name: spec for name, spec in gpu.SPECS.items() if "order" not in name}  # its first order has a prediction of its own
 UNEVEN = SPECS | {"GNA 17": GNA(17), "GNA 17, stride 4": GNA(17, stride=4), "CLEAR radius 16": CLEAR(16)}
 
 

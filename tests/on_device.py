@@ -6,6 +6,7 @@ made, so that whatever is compared is on the CPU.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels import reference
 from dit_accel.method import AttentionSpec
@@ -27,6 +29,16 @@ Call = Callable[[Sequence[Tensor], AttentionParameters | None], tuple[Tensor, Te
 
 def device_of(backend: str) -> torch.device:
     return DEVICE if backend == "triton" else CPU
+
+
+class Poison(TorchDispatchMode):
+    """Memory that is allocated inside holds what no result may depend on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::new_empty", "aten::empty.memory_format", "aten::empty_like"):
+            found.fill_(math.nan if found.is_floating_point() else 77)
+        return found
 
 
 class Moved(AttentionParameters):

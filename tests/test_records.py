@@ -125,7 +125,7 @@ def test_sizes_types_and_strides_in_turns_have_records_of_their_own(plays: list[
 @pytest.mark.parametrize("same", [lambda x: x, lambda x: x.view_as(x)], ids=["tensor", "view"])
 @pytest.mark.parametrize("spec", [ALL["clear"], ALL["fovea"], ALL["sla"]], ids=["clear", "fovea", "sla"])
 def test_tokens_that_are_the_same_memory_have_records_of_their_own(spec: AttentionSpec, same: Any, plays: list[Record]) -> None:
-    """One tensor as key and value, or two views of one; a call of such a kind that comes first takes no record from the others."""
+    """One tensor as key and value, or two views of one: where this call comes first, the others are recorded all the same."""
     shape = SHAPES["ragged"]
     params = parameters(spec, shape, 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, random_parameters
-from on_device import CPU, DEVICE, moved
+from on_device import CPU, DEVICE, Poison, moved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,16 +57,6 @@ def forgotten() -> Iterator[None]:
     yield
     calls._records.clear()
     RECENT.clear()
-
-
-class Poison(TorchDispatchMode):
-    """Memory that is allocated inside holds what no result may depend on."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.name() in ("aten::new_empty", "aten::empty.memory_format", "aten::empty_like"):
-            found.fill_(math.nan if found.is_floating_point() else 77)
-        return found
 
 
 def by_error(cap: float = 2.0, **rest: Any) -> AttentionSpec:

@@ -1,14 +1,12 @@
 """The states of a linear rest that the choice of blocks makes, and what a call does with them."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from helpers import Shape, assert_close_as_eager, flat, gradients, random_parameters, spread
-from on_device import CPU, DEVICE, attention_by, moved
+from on_device import CPU, DEVICE, Poison, attention_by, moved
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels import ops
 from dit_accel.kernels.arguments import Arguments, check
@@ -35,16 +33,6 @@ SPECS = {
 DTYPES = [torch.float32, torch.float16]
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-class Poison(TorchDispatchMode):
-    """Memory that is allocated inside holds what no result may depend on."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.name() in ("aten::new_empty", "aten::empty.memory_format", "aten::empty_like"):
-            found.fill_(math.nan if found.is_floating_point() else 77)
-        return found
 
 
 def given(spec: AttentionSpec, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Arguments, Tensor]:
